@@ -1,0 +1,200 @@
+"""The configuration: one TOML file, checked as a whole before anything starts. Imports no torch.
+
+Everything but `[runtime]`, `[store]` and `name` is semantic: it takes part in the identity of what is built.
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from masters.errors import InputError
+
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+class Section(BaseModel):
+    """Unknown keys are errors; values are not coerced from other types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Store(Section):
+    root: str = Field(min_length=1, description="Folder or s3://bucket/prefix that holds every artifact")
+
+
+class Data(Section):
+    source: str = Field(min_length=1, description="easyvqa, a JSONL or Parquet file, a Parquet or datasets folder, a hub id")
+    revision: str | None = Field(None, description="Revision of a hub data set")
+    train_limit: int | None = Field(None, ge=1, description="At most this many training questions, chosen by content hash")
+    eval_limit: int | None = Field(None, ge=1, description="At most this many evaluation questions")
+    max_rejected_share: Share = 0.05
+
+
+class Model(Section):
+    model: str = Field(min_length=1, description="A folder or a Hugging Face id")
+    revision: str | None = None
+
+
+class Teacher(Model):
+    r_max: Share = 0.2
+    step: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.05
+
+    @model_validator(mode="after")
+    def _multiple(self) -> "Teacher":
+        stages = self.r_max / self.step
+        if abs(stages - round(stages)) > 1e-6:
+            raise ValueError(f"r_max ({self.r_max}) must be a multiple of step ({self.step})")
+        return self
+
+
+class Mask(Section):
+    granularity: Literal["matrix", "block", "global"] = "matrix"
+    exclude: list[str] = Field([], description="Further tensor name patterns (regular expressions) never masked")
+
+
+class Generate(Section):
+    responses: int = Field(8, ge=1, le=64, description="Responses per question, teacher's and student's together")
+    student_share: Share = 0.5
+    temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.9
+    top_k: int = Field(50, ge=0, description="0 keeps every token")
+    repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = 1.05
+    max_tokens: int = Field(64, ge=1, le=32768)
+    coverage: Literal["partition", "full"] = "partition"
+    dtype: Dtype = "bfloat16"
+    seed: int = Field(0, ge=0, lt=2**31)
+
+    @property
+    def student_responses(self) -> int:
+        return round(self.responses * self.student_share)
+
+    @property
+    def teacher_responses(self) -> int:
+        return self.responses - self.student_responses
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Generate":
+        if abs(self.responses * self.student_share - self.student_responses) > 1e-6:
+            raise ValueError(f"student_share ({self.student_share}) of {self.responses} responses is not a whole number")
+        return self
+
+
+class Rewards(Section):
+    accuracy: Literal["llm", "rules", "off"] = "llm"
+    judge: str = "teacher"
+    distillation: Literal["minmax", "raw", "off"] = "minmax"
+
+
+class Train(Section):
+    objective: Literal["masters", "kd", "sft"] = "masters"
+    targets: Literal["responses", "labels"] = "responses"
+    divergence: Literal["jsd", "kl"] = "jsd"
+    learning_rate: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 1e-6
+    beta: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.1
+    epochs: int = Field(1, ge=1, le=1000)
+    questions_per_step: int = Field(8, ge=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: int = Field(0, ge=0, lt=2**31)
+
+    @model_validator(mode="after")
+    def _sensible(self) -> "Train":
+        if self.targets == "labels" and self.objective == "masters":
+            raise ValueError('objective "masters" rewards sampled responses; with targets = "labels" use "kd" or "sft"')
+        if self.targets == "responses" and self.objective == "sft":
+            raise ValueError('objective "sft" is fine-tuning on the labels; set targets = "labels"')
+        return self
+
+
+class Runtime(Section):
+    """How a run uses the machine. Never part of an artifact's identity."""
+
+    generate_workers: int = Field(1, ge=1, le=64, description="Engine processes at a time")
+    train_processes: int = Field(1, ge=1, le=64)
+    checkpoint_steps: int = Field(100, ge=1, description="Optimiser steps between checkpoints")
+    engine_memory_gib: Annotated[float, Field(gt=0)] = 1.0
+    max_model_len: int = Field(2048, ge=16, description="Prompt and response tokens an engine admits")
+    tensor_parallel_size: int = Field(1, ge=1)
+    mlflow_uri: str | None = Field(None, description="Default: MLFLOW_TRACKING_URI, else a SQLite file beside the artifacts")
+
+
+class Config(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")
+    store: Store
+    data: Data
+    student: Model
+    teachers: list[Teacher] = Field(min_length=1)
+    mask: Mask = Mask()
+    generate: Generate = Generate()
+    rewards: Rewards = Rewards()
+    train: Train = Train()
+    runtime: Runtime = Runtime()
+
+    @model_validator(mode="after")
+    def _needed(self) -> "Config":
+        if self.train.targets == "responses" and self.train.objective == "masters" and self.generate.responses < 2:
+            raise ValueError('objective "masters" compares the responses of a question: generate.responses must be >= 2')
+        return self
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a TOML file and apply `KEY=VALUE` overrides (VALUE a TOML literal, else a string).
+
+    Raises InputError with one line that names every key at fault.
+    """
+    try:
+        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"configuration not found: {path}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"configuration {path} cannot be read: {error}") from None
+    for override in overrides or []:
+        _set(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(f"configuration {path}: {explain(error)}") from None
+
+
+def explain(error: ValidationError) -> str:
+    """All faults of a configuration on one line: key, what is wrong, what was found."""
+    faults = []
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"]) or "(whole file)"
+        message = {"extra_forbidden": "unknown key", "missing": "missing"}.get(fault["type"], fault["msg"])
+        found = "" if fault["type"] == "missing" or isinstance(fault["input"], dict | list) else f" (found {fault['input']!r})"
+        faults.append(f"{key}: {message.removeprefix('Value error, ')}{found}")
+    return "; ".join(faults)
+
+
+def _set(tree: dict, override: str) -> None:
+    key, found, text = override.partition("=")
+    if not found or not key.strip():
+        raise InputError(f"--set expects KEY=VALUE, found {override!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.strip().split(".")
+    node = tree
+    for part in parents:
+        node = _child(node, part, override)
+    if isinstance(node, list):
+        node[_index(node, last, override)] = value
+    else:
+        node[last] = value
+
+
+def _child(node: dict | list, part: str, override: str) -> dict | list:
+    child = node[_index(node, part, override)] if isinstance(node, list) else node.setdefault(part, {})
+    if not isinstance(child, dict | list):
+        raise InputError(f"--set {override!r}: {part} is a value, not a section")
+    return child
+
+
+def _index(node: list, part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise InputError(f"--set {override!r}: expected a number below {len(node)}, found {part!r}")
+    return int(part)

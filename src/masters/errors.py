@@ -1,0 +1,27 @@
+"""Everything that Masters raises on purpose.
+
+MastersError            something went wrong while it ran (exit 1)
+├── InputError          the user's input is at fault; nothing was started (exit 2)
+├── ArtifactError       an artifact is missing, incomplete or not what its record says
+└── WorkerError         a child process (engine or trainer) failed
+"""
+
+
+class MastersError(Exception):
+    """A failure with one clear line for the user."""
+
+    exit_code = 1
+
+
+class InputError(MastersError):
+    """Bad configuration, data or models, found before work starts."""
+
+    exit_code = 2
+
+
+class ArtifactError(MastersError):
+    """An artifact is missing, incomplete or not what its record says."""
+
+
+class WorkerError(MastersError):
+    """A child process ended with an error."""

@@ -1,0 +1,45 @@
+"""The tables that others may read, as Arrow schemas, and how rows become Parquet bytes."""
+
+import io
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+text = pa.string()
+
+QUESTIONS = pa.schema([
+    ("question_id", text), ("question_digest", text), ("image", pa.binary()), ("question", text),
+    ("answer", text), ("split", text), ("category", text),
+])  # fmt: skip
+
+REJECTED = pa.schema([("id", text), ("reason", text)])
+
+THRESHOLDS = pa.schema([
+    ("tensor", text), ("mask_group", text), ("mask_ratio", pa.float64()), ("threshold", pa.float64()),
+    ("numel", pa.int64()), ("zeros", pa.int64()), ("sparsity", pa.float64()),
+])  # fmt: skip
+
+RESPONSE_KEY = [("question_id", text), ("source", text), ("mask_ratio", pa.float64()), ("sample", pa.int32())]
+
+RESPONSES = pa.schema([
+    *RESPONSE_KEY, ("model", text), ("seed", pa.int64()), ("prompt_token_ids", pa.list_(pa.int32())),
+    ("response_token_ids", pa.list_(pa.int32())), ("text", text), ("finish_reason", text),
+])  # fmt: skip
+
+VERDICTS = pa.schema([
+    *RESPONSE_KEY, ("score", pa.float64()), ("status", text), ("judge", text), ("explanation", text),
+])  # fmt: skip
+
+PREDICTIONS = pa.schema([("question_id", text), ("model", text), ("text", text), ("correct", pa.bool_())])
+
+
+def encode(rows: list[dict], schema: pa.Schema) -> bytes:
+    """Rows as one Parquet file. The same rows give the same bytes."""
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def decode(data: bytes, columns: list[str] | None = None) -> pa.Table:
+    """A Parquet file as a table."""
+    return pq.read_table(io.BytesIO(data), columns=columns)
