@@ -31,13 +31,17 @@ class Identity:
 
     @property
     def fingerprint(self) -> str:
-        kind = self.stage.split("-")[0]  # a later round's stage with equal inputs is the same artifact
-        return fingerprint(dict(stage=kind, version=self.version, config=self.config, inputs=self.inputs))
+        return fingerprint(dict(stage=self.kind, version=self.version, config=self.config, inputs=self.inputs))
+
+    @property
+    def kind(self) -> str:
+        """The stage without its round: a later round with equal inputs is the same artifact."""
+        return self.stage.split("-")[0]
 
     @property
     def folder(self) -> str:
         slug = re.sub(r"[^a-z0-9]+", "-", self.slug.lower()).strip("-")[:40] or "artifact"
-        return f"{self.stage}/{slug}-{self.fingerprint}"
+        return f"{self.kind}/{slug}-{self.fingerprint}"
 
 
 @dataclass(frozen=True)
