@@ -115,4 +115,4 @@ def commit(storage: Storage, identity: Identity, files: dict[str, str], facts: d
 def discard(storage: Storage, identity: Identity) -> None:
     """Remove an artifact, its record first, so that a reader never meets half of it."""
     for name in sorted(storage.names(identity.folder), key=lambda n: not n.endswith("/record.json")):
-        storage.fs.rm_file(storage.path(name))
+        storage.remove(name)

@@ -54,6 +54,11 @@ class Storage:
                 return _created(lambda: os.link(temporary, self.path(name)))
         return _created(lambda: self.fs.pipe_file(self.path(name), data, mode="create"))
 
+    def remove(self, name: str) -> None:
+        """Remove an object if it is there."""
+        if self.exists(name):
+            self.fs.rm_file(self.path(name))
+
     def names(self, prefix: str) -> list[str]:
         """Names of all objects below `prefix`, sorted; empty if there is none."""
         found = self.fs.find(self.path(prefix)) if self.fs.exists(self.path(prefix)) else []

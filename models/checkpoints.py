@@ -1,0 +1,88 @@
+"""Local model folders: what they hold, their identity, and loading them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from masters.errors import InputError
+from masters.identity import folder_digest
+from masters.models.masking import apply_mask
+
+# what changes a model's answers: weights, configuration, tokenizer, processor, chat template
+IDENTITY_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")
+
+
+def resolve(model: str, revision: str | None) -> Path:
+    """The local folder of a model: a folder as it is, a hub id downloaded. Raises InputError."""
+    if Path(model).is_dir():
+        folder = Path(model).resolve()
+    else:
+        folder = _download(model, revision)
+    for needed in ("config.json", "tokenizer_config.json"):
+        if not (folder / needed).is_file():
+            raise InputError(f"model {model}: expected {needed} in its folder, found none")
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(f"model {model}: expected safetensors weights in its folder, found none")
+    return folder
+
+
+def _download(model: str, revision: str | None) -> Path:
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise InputError(f"model folder not found: {model}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, ignore_patterns=["*.bin", "*.pth", "*.gguf"]))
+    except Exception as error:  # the hub client raises many kinds; each means the same to the user
+        raise InputError(f"model {model} is neither a folder nor reachable on the hub ({type(error).__name__})") from error
+
+
+def model_digest(folder: Path) -> str:
+    """Identity of a model folder, by content."""
+    return folder_digest(folder, IDENTITY_SUFFIXES)
+
+
+def check_readable(folder: Path) -> None:
+    """Every safetensors file opens and holds what its header says. Raises InputError."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as tensors:
+                list(tensors.keys())
+        except Exception as error:
+            raise InputError(f"weights {file} cannot be read: {error}") from error
+
+
+def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every safetensors file, one at a time, in a fixed order."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for name in sorted(opened.keys()):
+                yield name, opened.get_tensor(name)
+
+
+def load_model(folder: Path, dtype: str) -> torch.nn.Module:
+    """The model in `dtype`, in evaluation mode (nothing in these families' training depends on the mode)."""
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa").eval()
+
+
+def load_masked(folder: Path, thresholds: dict[str, float], dtype: str) -> torch.nn.Module:
+    """The model with every tensor of `thresholds` masked below its threshold (Eq. 1-2), before any conversion."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(
+        None,
+        config=AutoConfig.from_pretrained(folder),
+        state_dict=dict(masked_tensors(folder, thresholds)),
+        dtype=getattr(torch, dtype),
+        attn_implementation="sdpa",
+    ).eval()
+
+
+def masked_tensors(folder: Path, thresholds: dict[str, float]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The checkpoint's tensors, masked where `thresholds` names them, one at a time."""
+    for name, tensor in tensors(folder):
+        yield name, apply_mask(tensor, thresholds[name]) if thresholds.get(name, 0.0) > 0 else tensor

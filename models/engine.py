@@ -1,0 +1,149 @@
+"""Generation with vLLM, the only place that imports it: one engine serves all mask ratios of a model.
+
+Determinism: an engine's samples depend on what else is in the batch, so callers hand over fixed lists of requests
+(shards); each list meets an idle engine with empty caches and every request carries its own seed.
+"""
+
+import gc
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from masters.config import Generate, Runtime
+from masters.models.checkpoints import masked_tensors
+
+# read by vLLM when it is imported: in-process engine (7 s to start instead of 40), threads left to the system
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+BATCHED_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to an engine: `samples` responses seeded `seed`, `seed + 1`, ..."""
+
+    image: bytes
+    question: str
+    samples: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What an engine answered once: the prompt as the model saw it (image tokens expanded) and the response."""
+
+    prompt_token_ids: list[int]
+    response_token_ids: list[int]
+    text: str
+    finish_reason: str
+
+
+class MaskExtension:
+    """Mixed into vLLM's worker. Masks the checkpoint's tensors before they enter: vLLM fuses them after."""
+
+    def remask(self, folder: str, thresholds: dict[str, float]) -> None:
+        self.reload_weights(weights_iterator=masked_tensors(Path(folder), thresholds))
+
+
+class Engine:
+    """A vLLM engine on one model folder. Use as a context manager; a process holds one at a time."""
+
+    def __init__(self, folder: Path, dtype: str, runtime: Runtime) -> None:
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(runtime.engine_memory_gib)))
+        from transformers import AutoProcessor
+        from vllm import LLM
+
+        self.folder = folder
+        self.processor = AutoProcessor.from_pretrained(folder)
+        self.llm = LLM(
+            model=str(folder),
+            dtype=dtype,
+            enforce_eager=True,
+            max_model_len=self._length(runtime),
+            max_num_batched_tokens=max(BATCHED_TOKENS, self._length(runtime)),
+            # a half-prefilled request with a seed rewinds its random generator, which a CPU generator cannot
+            enable_chunked_prefill=False,
+            limit_mm_per_prompt={"image": 1, "video": 0},
+            tensor_parallel_size=runtime.tensor_parallel_size,
+            worker_extension_cls="masters.models.engine.MaskExtension",
+            seed=0,
+            disable_log_stats=True,
+        )
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        del self.llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+    def _length(self, runtime: Runtime) -> int:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(self.folder)
+        return min(runtime.max_model_len, config.get_text_config().max_position_embeddings)
+
+    def remask(self, thresholds: dict[str, float]) -> None:
+        """Serve the model masked at these thresholds; an empty dict serves it untouched."""
+        self.llm.collective_rpc("remask", args=(str(self.folder), thresholds))
+        self.reset()
+
+    def reset(self) -> None:
+        """Empty every cache, the scheduler's encoder cache too: it would answer for weights that are gone."""
+        self.llm.reset_prefix_cache()
+        self.llm.reset_mm_cache()
+        self.llm.llm_engine.reset_encoder_cache()
+
+    def generate(self, requests: list[Request], sampling: Generate) -> list[list[Reply]]:
+        """Answer all requests as one batch; a list of `samples` replies per request, in order."""
+        self.reset()
+        prompts = [
+            {
+                "prompt": self._prompt(request.question),
+                "multi_modal_data": {"image": Image.open(io.BytesIO(request.image)).convert("RGB")},
+            }
+            for request in requests
+        ]
+        outputs = self.llm.generate(prompts, [self._sampling(r, sampling) for r in requests], use_tqdm=False)
+        return [
+            [
+                Reply(list(out.prompt_token_ids), list(o.token_ids), o.text, str(o.finish_reason))
+                for o in sorted(out.outputs, key=lambda o: o.index)
+            ]
+            for out in outputs
+        ]
+
+    def fits(self, request: Request, sampling: Generate) -> bool:
+        """Whether the prompt and the longest response fit the engine's length. Counts real tokens only near the limit."""
+        length = self.llm.llm_engine.model_config.max_model_len
+        if 2 * len(request.question) + 1024 + sampling.max_tokens <= length:
+            return True
+        image = Image.open(io.BytesIO(request.image)).convert("RGB")
+        ids = self.processor(text=[self._prompt(request.question)], images=[image])["input_ids"][0]
+        return len(ids) + sampling.max_tokens <= length
+
+    def _prompt(self, question: str) -> str:
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+        return self.processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+
+    def _sampling(self, request: Request, sampling: Generate):
+        from vllm import SamplingParams
+
+        greedy = sampling.temperature == 0
+        return SamplingParams(
+            n=request.samples,
+            seed=request.seed,
+            temperature=sampling.temperature,
+            top_p=1.0 if greedy else sampling.top_p,
+            top_k=0 if greedy else sampling.top_k,
+            repetition_penalty=sampling.repetition_penalty,
+            max_tokens=sampling.max_tokens,
+        )

@@ -1,0 +1,26 @@
+"""What the packer asks of a family."""
+
+from typing import Protocol
+
+import torch
+
+
+class Family(Protocol):
+    """How prompts with one image are positioned and how image inputs are put together.
+
+    `image_keys` are the processor's outputs that the model takes, concatenated along dimension 0.
+    """
+
+    image_keys: tuple[str, ...]
+
+    def prompt_positions(self, model: torch.nn.Module, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Positions [axes, P] of a prompt's tokens, from the processor's output for it ([1, P] ids)."""
+        ...
+
+    def token_inputs(self, model: torch.nn.Module, ids_BL: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Further per-token inputs of the model for packed rows."""
+        ...
+
+    def shaped(self, positions_ABL: torch.Tensor) -> torch.Tensor:
+        """Positions [axes, B, L] in the shape that the model takes."""
+        ...

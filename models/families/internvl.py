@@ -1,0 +1,16 @@
+"""InternVL3 and InternVL3.5 in transformers' format: plain positions."""
+
+import torch
+
+
+class InternVL:
+    image_keys = ("pixel_values",)
+
+    def prompt_positions(self, model: torch.nn.Module, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.arange(prompt["input_ids"].shape[1])[None]
+
+    def token_inputs(self, model: torch.nn.Module, ids_BL: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {}
+
+    def shaped(self, positions_ABL: torch.Tensor) -> torch.Tensor:
+        return positions_ABL[0]

@@ -1,0 +1,21 @@
+"""Qwen2.5-VL and Qwen3-VL: M-RoPE, three position axes; responses go on after the prompt's largest position."""
+
+import torch
+
+
+class QwenVL:
+    image_keys = ("pixel_values", "image_grid_thw")
+
+    def prompt_positions(self, model: torch.nn.Module, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
+        positions, _ = model.model.get_rope_index(
+            prompt["input_ids"],
+            mm_token_type_ids=self.token_inputs(model, prompt["input_ids"])["mm_token_type_ids"],
+            image_grid_thw=prompt["image_grid_thw"],
+        )
+        return positions[:, 0]
+
+    def token_inputs(self, model: torch.nn.Module, ids_BL: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"mm_token_type_ids": (ids_BL == model.config.image_token_id).int()}
+
+    def shaped(self, positions_ABL: torch.Tensor) -> torch.Tensor:
+        return positions_ABL

@@ -1,0 +1,101 @@
+"""The training objective of one batch: L = L_GRPO + D (Eq. 4-11), rewards computed between forward and backward.
+
+Shapes: T response tokens of the batch, V vocabulary, R responses of the batch, G responses of one question.
+Denominators: a response's terms are means over its tokens, a question's over its responses, the batch's over its
+questions (all questions of the step, on every process).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from masters.config import Rewards, Train
+from masters.models import losses
+from masters.models.packing import Pack
+from masters.rewards import distillation_rewards, group_advantages, raw_distillation_rewards
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A batch's loss (to be divided by the step's questions) and what to log, summed over questions."""
+
+    loss: torch.Tensor
+    sums: dict[str, float]
+
+
+def question_means(value_R: torch.Tensor, packed: Pack) -> torch.Tensor:
+    """Mean over each question's responses, [B]."""
+    return losses.response_means(value_R, packed.question_R, int(packed.question_R.max()) + 1)
+
+
+def divergences(student_TV: torch.Tensor, teacher_TV: torch.Tensor, packed: Pack, train: Train) -> torch.Tensor:
+    """D_j of every response, [R]: the mean over its tokens."""
+    per_token = {"jsd": losses.jensen_shannon, "kl": losses.kl_divergence}[train.divergence]
+    return losses.response_means(per_token(student_TV, teacher_TV), packed.response_T, packed.responses)
+
+
+def supervised(student_TV: torch.Tensor, packed: Pack) -> Outcome:
+    """Plain fine-tuning: cross-entropy of the targets."""
+    logp_T = losses.chosen_log_probs(student_TV, packed.token_T)
+    loss = question_means(losses.response_means(-logp_T, packed.response_T, packed.responses), packed).sum()
+    return Outcome(loss, {"loss": loss.item()})
+
+
+def distillation(student_TV: torch.Tensor, teacher_TV: torch.Tensor, packed: Pack, train: Train) -> Outcome:
+    """Distillation alone: D."""
+    loss = question_means(divergences(student_TV, teacher_TV, packed, train), packed).sum()
+    return Outcome(loss, {"loss": loss.item(), "divergence": loss.item()})
+
+
+def masters(
+    student_TV: torch.Tensor,
+    teacher_TV: torch.Tensor,
+    reference_T: torch.Tensor,
+    score_R: torch.Tensor,
+    packed: Pack,
+    train: Train,
+    rewards: Rewards,
+) -> Outcome:
+    """Distillation and offline GRPO: L_GRPO + D. `score_R` are the verdicts, NaN where there is none."""
+    divergence_R = divergences(student_TV, teacher_TV, packed, train)
+    distill_R, advantage_R = advantages(divergence_R.detach(), score_R, packed, rewards)
+    logp_T = losses.chosen_log_probs(student_TV, packed.token_T)
+    grpo_R = losses.grpo_loss(logp_T, reference_T, advantage_R, packed.response_T, train.beta)
+    loss = question_means(grpo_R + divergence_R, packed).sum()
+    kl_R = losses.response_means(losses.kl_to_reference(logp_T.detach(), reference_T), packed.response_T, packed.responses)
+    sums = {
+        "loss": loss.item(),
+        "divergence": question_means(divergence_R.detach(), packed).sum().item(),
+        "reward_accuracy": question_means(score_R.nan_to_num(0.0), packed).sum().item(),
+        "reward_distillation": question_means(distill_R, packed).sum().item(),
+        "kl_to_reference": question_means(kl_R, packed).sum().item(),
+        "questions_with_advantage": float(question_means((advantage_R != 0).float(), packed).gt(0).sum()),
+    }
+    return Outcome(loss, sums)
+
+
+def advantages(
+    divergence_R: torch.Tensor, score_R: torch.Tensor, packed: Pack, rewards: Rewards
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """R_distill and A of every response, each question's group by itself. Nothing here has a gradient.
+
+    A response without a verdict takes no part in its group's minimum, maximum, mean and deviation.
+    """
+    distill_R, advantage_R = torch.zeros_like(divergence_R), torch.zeros_like(divergence_R)
+    for question in range(int(packed.question_R.max()) + 1):
+        of = torch.nonzero(packed.question_R == question)[:, 0]
+        valid_G = torch.ones(len(of), dtype=torch.bool) if rewards.accuracy == "off" else ~score_R[of].isnan()
+        reward_G = torch.zeros(len(of)) if rewards.accuracy == "off" else score_R[of]
+        if rewards.distillation != "off":
+            same_G = identical([packed.tokens_of(r) for r in of.tolist()])
+            give = {"minmax": distillation_rewards, "raw": raw_distillation_rewards}[rewards.distillation]
+            distill_R[of] = give(divergence_R[of], valid_G, same_G)
+        advantage_R[of] = group_advantages(torch.where(valid_G, reward_G + distill_R[of], torch.nan))
+    return distill_R, advantage_R
+
+
+def identical(responses: list[tuple[int, ...]]) -> list[int]:
+    """A number per response, equal for responses with identical tokens."""
+    seen: dict[tuple[int, ...], int] = {}
+    return [seen.setdefault(tokens, len(seen)) for tokens in responses]
+

@@ -1,0 +1,163 @@
+"""The trainer's process: `python -m masters.models.train_worker JOB.json`, one per rank.
+
+Ranks meet through a file (no socket listens beyond loopback); rank 0 reports, saves and exports.
+"""
+
+import json
+import os
+import sys
+from io import BytesIO
+from itertools import accumulate
+from pathlib import Path
+
+import pyarrow.parquet as parquet
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar as disable_progress_bars
+from PIL import Image
+from transformers import AutoConfig, AutoProcessor
+
+from masters import artifacts, processes
+from masters.config import Rewards, Train
+from masters.errors import MastersError
+from masters.models import checkpoints, trainer
+from masters.models.families import family_of
+from masters.models.packing import Question
+from masters.models.training_data import Group, label_groups, plan_steps, response_groups
+from masters.shards import Ref
+from masters.storage import Storage
+
+
+class Prompts:
+    """Makes the processor's prompt (text and image tensors) of a question: one user turn, the image, the question.
+
+    Rows are read at random from a memory-mapped copy of the questions table. Prompts are kept up to `CACHE_BYTES`.
+    """
+
+    CACHE_BYTES = 512 << 20
+
+    def __init__(self, folder: Path, data: artifacts.Artifact, work: Path) -> None:
+        self.processor = AutoProcessor.from_pretrained(folder)
+        local = data.storage.download(data.folder, work / "data")
+        names = [name.removeprefix(f"{data.folder}/") for name in data.files("questions")]
+        parts = [str(local / name) for name in names]
+        disable_progress_bars()
+        self.table = Dataset.from_parquet(parts, cache_dir=str(work / "arrow"), keep_in_memory=False)
+        self.first = [0, *accumulate(parquet.read_metadata(part).num_rows for part in parts)]
+        self.cache: dict[Ref, dict[str, torch.Tensor]] = {}
+        self.room = self.CACHE_BYTES
+
+    def row(self, ref: Ref) -> dict:
+        return self.table[self.first[ref.file] + ref.row]
+
+    def prompt(self, ref: Ref) -> dict[str, torch.Tensor]:
+        """The processor's output, [1, P] token tensors and the family's image tensors."""
+        if ref in self.cache:
+            return self.cache[ref]
+        row = self.row(ref)
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]}
+        text = self.processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+        image = Image.open(BytesIO(row["image"])).convert("RGB")
+        prompt = dict(self.processor(text=[text], images=[image], return_tensors="pt"))
+        size = sum(tensor.nbytes for tensor in prompt.values())
+        if size <= self.room:
+            self.cache[ref], self.room = prompt, self.room - size
+        return prompt
+
+    def label(self, answer: str) -> list[int]:
+        """A label's tokens with the end token."""
+        tokenizer = self.processor.tokenizer
+        return tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+
+    def question(self, group: Group) -> Question:
+        prompt = self.prompt(group.ref)
+        if group.prompt is not None and prompt["input_ids"][0].tolist() != group.prompt.tolist():
+            raise MastersError(
+                f"question {group.ref.question_id}: the engine's prompt ({len(group.prompt)} tokens) is not the "
+                f"processor's ({prompt['input_ids'].shape[1]} tokens); vLLM and transformers disagree on this model's images"
+            )
+        return Question(group.ref.question_id, prompt, group.responses)
+
+
+def main(job_file: Path) -> None:
+    job, rank, world = json.loads(job_file.read_text()), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{os.environ['MASTERS_RENDEZVOUS']}", rank=rank, world_size=world)
+    ready = prepare(job, job_file, rank, world)
+    trainer.fit(ready)
+    if rank == 0:
+        export(ready.student, Path(job["student"]), Path(job["out"]))
+        ready.report(event="exported")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def prepare(job: dict, job_file: Path, rank: int, world: int) -> trainer.Job:
+    """Load models and tables and plan the steps."""
+    storage, train = Storage(job["store"]), Train(**job["train"])
+    data = _artifact(storage, job["data"])
+    prompts = Prompts(Path(job["student"]), data, job_file.parent)
+    refs = [Ref(*ref) for ref in job["refs"]]
+    groups, empty = _groups(job, storage, train, data, prompts, refs)
+    steps = plan_steps(groups, len(job["ratios"]), train.epochs, train.questions_per_step, train.seed)
+
+    def report(**fields: object) -> None:
+        if rank == 0:
+            processes.report(job_file, **fields)
+
+    report(event="start", groups=len(groups), steps=len(steps), empty_responses=empty)
+    return trainer.Job(
+        student=checkpoints.load_model(Path(job["student"]), train.dtype),
+        family=family_of(AutoConfig.from_pretrained(job["student"]).model_type),
+        train=train,
+        rewards=Rewards(**job["rewards"]),
+        groups=groups,
+        steps=steps,
+        question=prompts.question,
+        teacher_at=lambda stage: _teacher(job, stage, train.dtype),
+        storage=storage,
+        checkpoints=job["checkpoints"],
+        checkpoint_steps=job["checkpoint_steps"],
+        report=report,
+        probe=_probe(prompts, [Ref(*ref) for ref in job["probe"]]),
+        rank=rank,
+        world=world,
+    )
+
+
+def export(student: torch.nn.Module, source: Path, out: Path) -> None:
+    """A Hugging Face folder in the data type of the student it came from, with its processor and tokenizer."""
+    dtype = next(tensor.dtype for _, tensor in checkpoints.tensors(source) if tensor.is_floating_point())
+    student.to(dtype).save_pretrained(out)
+    AutoProcessor.from_pretrained(source).save_pretrained(out)
+
+
+def _artifact(storage: Storage, folder: str) -> artifacts.Artifact:
+    return artifacts.Artifact(storage, folder, json.loads(storage.read(f"{folder}/record.json")))
+
+
+def _groups(job: dict, storage: Storage, train: Train, data: artifacts.Artifact, prompts: Prompts, refs: list[Ref]):
+    if train.targets == "labels":
+        answers = {r["question_id"]: prompts.label(r["answer"]) for r in data.rows("questions", ["question_id", "answer"])}
+        return label_groups(refs, answers, job["ratios"], job["coverage"]), 0
+    verdicts = _artifact(storage, job["verdicts"]) if job["verdicts"] else None
+    return response_groups(refs, _artifact(storage, job["responses"]), verdicts, job["ratios"], job["coverage"])
+
+
+def _probe(prompts: Prompts, refs: list[Ref]) -> list[Question]:
+    return [Question(ref.question_id, prompts.prompt(ref), [prompts.label(prompts.row(ref)["answer"])]) for ref in refs]
+
+
+def _teacher(job: dict, stage: int, dtype: str) -> torch.nn.Module:
+    thresholds = job["thresholds"].get(str(job["ratios"][stage]), {})
+    return checkpoints.load_masked(Path(job["teacher"]), thresholds, dtype)
+
+
+if __name__ == "__main__":
+    processes.die_with_parent()
+    try:
+        main(Path(sys.argv[1]))
+    except MastersError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,178 @@
+"""The loop: masked teacher stage by stage, student behind it. Setup, reference pass, steps, export: free functions.
+
+Everything is passed; nothing here knows MLflow, Prefect or the store's layout beyond the checkpoint names.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+
+from masters.config import Rewards, Train
+from masters.errors import MastersError
+from masters.models import losses, objective
+from masters.models.families.base import Family
+from masters.models.packing import Pack, Question, pack, response_logits
+from masters.models.training_data import Group, Step
+from masters.storage import Storage
+
+KEPT_CHECKPOINTS = 2
+
+
+@dataclass
+class Job:
+    """All that a training run needs. `question` makes a group ready to pack; `teacher_at` loads a stage's teacher."""
+
+    student: torch.nn.Module
+    family: Family
+    train: Train
+    rewards: Rewards
+    groups: list[Group]
+    steps: list[Step]
+    question: Callable[[Group], Question]
+    teacher_at: Callable[[int], torch.nn.Module]
+    storage: Storage
+    checkpoints: str  # prefix in the store
+    checkpoint_steps: int
+    report: Callable[..., None]
+    probe: list[Question] = field(default_factory=list)
+    rank: int = 0
+    world: int = 1
+
+
+def fit(job: Job) -> None:
+    """Run all steps, from the last checkpoint if there is one."""
+    parameters = dict(job.student.named_parameters())
+    optimiser = torch.optim.AdamW(parameters.values(), lr=job.train.learning_rate, weight_decay=0.0)
+    references = reference_log_probs(job) if job.train.objective == "masters" else {}
+    done = resume(job, parameters, optimiser)
+    teacher, stage, every = None, None, max(1, len(job.steps) // 10)
+    for number, step in enumerate(job.steps[done:], done + 1):
+        if step.stage != stage and job.train.objective != "sft":
+            teacher, stage = None, step.stage  # the old one's memory first
+            teacher = job.teacher_at(stage)
+        began = time.monotonic()
+        sums = run_step(job, step, teacher, references)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        means = {name: value / len(step.groups) for name, value in sums.items()}
+        job.report(event="step", step=number, of=len(job.steps), stage=step.stage, epoch=step.epoch, seconds=time.monotonic() - began, **means)
+        if number % every == 0 or number == len(job.steps):
+            job.report(event="probe", step=number, accuracy=probe_accuracy(job))
+        if number % job.checkpoint_steps == 0 and number < len(job.steps) and job.rank == 0:
+            save_checkpoint(job, number, parameters, optimiser)
+
+
+def run_step(job: Job, step: Step, teacher: torch.nn.Module | None, references: dict[int, torch.Tensor]) -> dict[str, float]:
+    """Forward and backward of one step; gradients are of the mean over the step's questions on all processes."""
+    mine = step.groups[job.rank :: job.world]
+    sums: dict[str, float] = {}
+    if mine:
+        packed = pack([job.question(job.groups[g]) for g in mine], job.student, job.family)
+        outcome = batch_outcome(job, packed, mine, teacher, references)
+        if not torch.isfinite(outcome.loss):
+            raise MastersError(f"the loss is {outcome.loss.item()} at stage {step.stage}, epoch {step.epoch}; lower train.learning_rate")
+        (outcome.loss / len(step.groups)).backward()
+        sums = outcome.sums
+    if job.world > 1:
+        sums = _reduce(job, sums)
+    return sums
+
+
+def batch_outcome(
+    job: Job, packed: Pack, groups: tuple[int, ...], teacher: torch.nn.Module | None, references: dict[int, torch.Tensor]
+) -> objective.Outcome:
+    student_TV = response_logits(job.student, packed)
+    if job.train.objective == "sft" or teacher is None:
+        return objective.supervised(student_TV, packed)
+    with torch.no_grad():
+        teacher_TV = response_logits(teacher, packed)
+    if job.train.objective == "kd":
+        return objective.distillation(student_TV, teacher_TV, packed, job.train)
+    reference_T = torch.cat([references[g] for g in groups])
+    score_R = torch.from_numpy(np.concatenate([job.groups[g].scores for g in groups])).float()
+    return objective.masters(student_TV, teacher_TV, reference_T, score_R, packed, job.train, job.rewards)
+
+
+@torch.no_grad()
+def reference_log_probs(job: Job) -> dict[int, torch.Tensor]:
+    """log pi_ref of every response token, by group: constants, computed once with the round's first student.
+
+    They are kept beside the checkpoints, so that a resumed run uses the very same numbers.
+    """
+    name = f"{job.checkpoints}/reference.safetensors"
+    if not job.storage.exists(name):
+        found = {}
+        for at in _chunks(list(range(len(job.groups))), job.train.questions_per_step):
+            packed = pack([job.question(job.groups[g]) for g in at], job.student, job.family)
+            logp_T = losses.chosen_log_probs(response_logits(job.student, packed), packed.token_T)
+            lengths = [sum(len(r) for r in job.groups[g].responses) for g in at]
+            found |= dict(zip(map(str, at), (part.clone() for part in logp_T.split(lengths)), strict=True))
+            job.report(event="reference", done=at[-1] + 1, of=len(job.groups))
+        job.storage.create(name, save_safetensors(found))
+    return {int(group): values for group, values in load_safetensors(job.storage.read(name)).items()}
+
+
+@torch.no_grad()
+def probe_accuracy(job: Job) -> float:
+    """Share of probe questions whose every label token (end token included) is the student's greedy choice."""
+    right = 0
+    for questions in _chunks(job.probe, 32):
+        packed = pack(questions, job.student, job.family)
+        hit_T = response_logits(job.student, packed).argmax(-1) == packed.token_T
+        right += int((losses.response_means(hit_T.float(), packed.response_T, packed.responses) == 1).sum())
+    return right / max(1, len(job.probe))
+
+
+def save_checkpoint(job: Job, step: int, parameters: dict[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
+    """One safetensors object (weights and optimiser state), so it is there whole or not at all; the last two stay."""
+    tensors = {f"weight/{name}": p.detach() for name, p in parameters.items()}
+    for name, parameter in parameters.items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{key}/{name}"] = optimiser.state[parameter][key]
+    metadata = {"masters": json.dumps({"step": step})}
+    job.storage.write(f"{job.checkpoints}/step-{step:08d}.safetensors", save_safetensors(tensors, metadata))
+    for old in _checkpoint_names(job)[:-KEPT_CHECKPOINTS]:
+        job.storage.fs.rm_file(job.storage.path(old))
+
+
+def resume(job: Job, parameters: dict[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> int:
+    """Restore the newest checkpoint. Returns the steps it has behind it, 0 without one."""
+    names = _checkpoint_names(job)
+    if not names:
+        return 0
+    step = int(names[-1].rsplit("-", 1)[1].removesuffix(".safetensors"))
+    tensors = load_safetensors(job.storage.read(names[-1]))
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"weight/{name}"])
+            state = {key: tensors[f"{key}/{name}"].clone() for key in ("exp_avg", "exp_avg_sq")}
+            optimiser.state[parameter] = {"step": torch.tensor(float(step)), **state}
+    job.report(event="resumed", step=step, of=len(job.steps))
+    return step
+
+
+def _checkpoint_names(job: Job) -> list[str]:
+    return [n for n in job.storage.names(job.checkpoints) if n.rsplit("/", 1)[1].startswith("step-")]
+
+
+def _reduce(job: Job, sums: dict[str, float]) -> dict[str, float]:
+    """Sum gradients and metrics over the processes: each already divided by the step's questions on all of them."""
+    for parameter in job.student.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+    everyone: list[dict[str, float]] = [{} for _ in range(job.world)]
+    dist.all_gather_object(everyone, sums)
+    return {name: sum(one.get(name, 0.0) for one in everyone) for one in everyone for name in one}
+
+
+def _chunks(items: list, size: int) -> Iterator[list]:
+    for at in range(0, len(items), size):
+        yield items[at : at + size]

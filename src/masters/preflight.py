@@ -1,0 +1,102 @@
+"""Everything that can be refused before work starts: store, source, models, families, tokenizers."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from masters.config import Config, Model, Teacher
+from masters.errors import InputError
+from masters.models.checkpoints import check_readable, model_digest, resolve
+from masters.models.families import family_of
+from masters.models.schedule import mask_stages
+from masters.sources import Source, open_source
+from masters.storage import Storage
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A model folder on this machine, its name in tables and its identity."""
+
+    name: str
+    folder: Path
+    digest: str
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A configuration whose parts were found and fit together."""
+
+    storage: Storage
+    source: Source
+    student: LocalModel
+    teachers: list[LocalModel]
+
+
+def preflight(config: Config) -> Ready:
+    """Check all parts together. Raises InputError with what was expected, what was found and what to do."""
+    if config.rewards.accuracy == "llm" and config.train.objective == "masters":
+        raise InputError('rewards.accuracy = "llm": the LLM judge is not available yet; set rewards.accuracy = "rules" or "off"')
+    source = open_source(config.data)
+    student = local_model(config.student)
+    teachers = [local_model(teacher) for teacher in config.teachers]
+    for teacher in teachers:
+        check_pair(teacher, student)
+    storage = open_storage(config.store.root)
+    return Ready(storage, source, student, teachers)
+
+
+def open_storage(root: str) -> Storage:
+    """The store, proven to work."""
+    try:
+        storage = Storage(root)
+    except (ValueError, ImportError, OSError) as error:
+        raise InputError(f"store.root {root!r} cannot be opened: {error}") from error
+    storage.check()
+    return storage
+
+
+def local_model(model: Model) -> LocalModel:
+    folder = resolve(model.model, model.revision)
+    check_readable(folder)
+    name = model.model if not Path(model.model).is_dir() else folder.name
+    return LocalModel(name, folder, model_digest(folder))
+
+
+def check_pair(teacher: LocalModel, student: LocalModel) -> None:
+    """A teacher and a student must be of one family and write the same tokens."""
+    kinds = [model_type(m.folder) for m in (teacher, student)]
+    for kind in kinds:
+        family_of(kind)
+    if kinds[0] != kinds[1]:
+        raise InputError(
+            f"teacher {teacher.name} is {kinds[0]}, student {student.name} is {kinds[1]}: both must be of one family"
+        )
+    ours, theirs = vocabulary(teacher.folder), vocabulary(student.folder)
+    if ours != theirs:
+        differ = sum(1 for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+        raise InputError(
+            f"teacher {teacher.name} and student {student.name} have different tokenizers ({differ} tokens differ): "
+            "distillation compares the same vocabulary; choose models that share one"
+        )
+
+
+def model_type(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "config.json").read_text())["model_type"])
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder / 'config.json'} names no model_type: {error}") from error
+
+
+def vocabulary(folder: Path) -> dict[str, int]:
+    """Token to id, added tokens included."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder).get_vocab()
+    except Exception as error:  # transformers raises many kinds
+        raise InputError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+
+
+def ratios(teacher: Teacher) -> list[float]:
+    """The mask ratios of a teacher's stages, from r_max down to 0."""
+    return mask_stages(teacher.r_max, teacher.step)

@@ -1,0 +1,1 @@
+"""One thin Prefect task a stage. `stage.py` holds what they share: reuse, timing, tracking."""
