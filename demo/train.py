@@ -41,7 +41,7 @@ class Recipe:
 
 RECIPES = {
     "teacher": Recipe(eye_steps=1800, steps=2200, images=4000 - HELD_OUT, drawn_share=0.7),
-    "student": Recipe(eye_steps=3000, steps=1500, images=100, drawn_share=0.0),
+    "student": Recipe(eye_steps=800, steps=600, images=150, drawn_share=0.0),
 }
 
 

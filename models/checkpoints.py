@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from masters.errors import InputError
 from masters.identity import folder_digest
-from masters.models.masking import apply_mask
+from masters.models.masking import apply_mask, safetensors_tensors
 
 # what changes a model's answers: weights, configuration, tokenizer, processor, chat template
 IDENTITY_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")
@@ -54,14 +54,6 @@ def check_readable(folder: Path) -> None:
             raise InputError(f"weights {file} cannot be read: {error}") from error
 
 
-def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every safetensors file, one at a time, in a fixed order."""
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            for name in sorted(opened.keys()):
-                yield name, opened.get_tensor(name)
-
-
 def load_model(folder: Path, dtype: str) -> torch.nn.Module:
     """The model in `dtype`, in evaluation mode (nothing in these families' training depends on the mode)."""
     from transformers import AutoModelForImageTextToText
@@ -84,5 +76,5 @@ def load_masked(folder: Path, thresholds: dict[str, float], dtype: str) -> torch
 
 def masked_tensors(folder: Path, thresholds: dict[str, float]) -> Iterator[tuple[str, torch.Tensor]]:
     """The checkpoint's tensors, masked where `thresholds` names them, one at a time."""
-    for name, tensor in tensors(folder):
+    for name, tensor in safetensors_tensors(folder):
         yield name, apply_mask(tensor, thresholds[name]) if thresholds.get(name, 0.0) > 0 else tensor

@@ -23,6 +23,7 @@ from masters.config import Rewards, Train
 from masters.errors import MastersError
 from masters.models import checkpoints, trainer
 from masters.models.families import family_of
+from masters.models.masking import safetensors_tensors
 from masters.models.packing import Question
 from masters.models.training_data import Group, label_groups, plan_steps, response_groups
 from masters.shards import Ref
@@ -128,7 +129,7 @@ def prepare(job: dict, job_file: Path, rank: int, world: int) -> trainer.Job:
 
 def export(student: torch.nn.Module, source: Path, out: Path) -> None:
     """A Hugging Face folder in the data type of the student it came from, with its processor and tokenizer."""
-    dtype = next(tensor.dtype for _, tensor in checkpoints.tensors(source) if tensor.is_floating_point())
+    dtype = next(tensor.dtype for _, tensor in safetensors_tensors(source) if tensor.is_floating_point())
     student.to(dtype).save_pretrained(out)
     AutoProcessor.from_pretrained(source).save_pretrained(out)
 

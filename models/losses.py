@@ -1,0 +1,72 @@
+"""The losses' parts as pure functions (Eq. 4-5, 8-11).
+
+Shapes: T response tokens, V vocabulary, R responses. Logits may be of any float type; all sums are float32.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def jensen_shannon(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor) -> torch.Tensor:
+    """D = 1/2 KL(P || M) + 1/2 KL(Q || M), M = (P + Q) / 2, in nats per token, [T] (Eq. 4-5).
+
+    P is the teacher's, Q the student's next-token distribution; the mean is of probabilities, not logits. No
+    gradient reaches the teacher. Where only one model has an entry (padded vocabularies), the other's probability
+    is zero. Dense reference: holds several [T, V] tensors.
+    """
+    q, p = _log_probs(student_logits_TV, teacher_logits_TV)
+    m = torch.logaddexp(p, q) - math.log(2)
+    return 0.5 * (_expected(p, m) + _expected(q, m))
+
+
+def kl_divergence(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor) -> torch.Tensor:
+    """KL(P || Q) of the teacher's distribution from the student's, in nats per token, [T]: the `kl` ablation."""
+    q, p = _log_probs(student_logits_TV, teacher_logits_TV)
+    return _expected(p, q)
+
+
+def chosen_log_probs(logits_TV: torch.Tensor, token_T: torch.Tensor) -> torch.Tensor:
+    """log pi of the tokens of the responses, [T]."""
+    return logits_TV.float().log_softmax(-1).gather(1, token_T[:, None])[:, 0]
+
+
+def kl_to_reference(logp_T: torch.Tensor, reference_logp_T: torch.Tensor) -> torch.Tensor:
+    """GRPO's estimator of KL(pi || pi_ref) from the chosen tokens: exp(d) - d - 1, d = log pi_ref - log pi, [T]."""
+    d = reference_logp_T - logp_T
+    return torch.expm1(d) - d
+
+
+def response_means(value_T: torch.Tensor, response_T: torch.Tensor, responses: int) -> torch.Tensor:
+    """Mean over the tokens of each response, [R]. `response_T` says which response (0..R-1) a token is of."""
+    sums = value_T.new_zeros(responses).index_add(0, response_T, value_T)
+    return sums / torch.bincount(response_T, minlength=responses).to(value_T.dtype)
+
+
+def grpo_loss(
+    logp_T: torch.Tensor, reference_logp_T: torch.Tensor, advantage_R: torch.Tensor, response_T: torch.Tensor, beta: float
+) -> torch.Tensor:
+    """- mean_t [ratio_t A - beta D_KL(pi || pi_ref)] per response, [R] (Eq. 8-11).
+
+    ratio = pi / stop_gradient(pi) is 1 in value, since a batch is used for one update; its gradient is that of
+    log pi. The caller averages responses over a question and questions over the batch.
+    """
+    ratio_T = torch.exp(logp_T - logp_T.detach())
+    gain_T = ratio_T * advantage_R.detach()[response_T] - beta * kl_to_reference(logp_T, reference_logp_T)
+    return -response_means(gain_T, response_T, len(advantage_R))
+
+
+def _log_probs(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 log-softmax of both, the narrower padded with probability zero."""
+    q, p = (x.float().log_softmax(-1) for x in (student_logits_TV, teacher_logits_TV.detach()))
+    width = max(q.shape[1], p.shape[1])
+    return tuple(F.pad(x, (0, width - x.shape[1]), value=-math.inf) for x in (q, p))
+
+
+def _expected(p_TV: torch.Tensor, other_TV: torch.Tensor) -> torch.Tensor:
+    """sum_v p (log p - log other), [T]; a term of probability zero is zero, and so is its gradient."""
+    there = p_TV > -math.inf
+    p = p_TV.masked_fill(~there, 0.0)
+    other = other_TV.masked_fill(~there, 0.0)
+    return (torch.where(there, p.exp(), 0.0) * (p - other)).sum(-1)

@@ -1,0 +1,38 @@
+"""The mask-progressive schedule (Eq. 3) and which stage a question belongs to. Imports no torch."""
+
+from fractions import Fraction
+
+from masters.identity import unit_interval
+
+DECIMALS = 6  # ratios are keys: rounded wherever they are written
+
+
+def mask_ratio(iteration: int, iterations: int, r_max: float, step: float) -> float:
+    """r[i] = r_max - s floor(i M / I), M = r_max / s + 1, for i in 1..I (Eq. 3), clamped at 0.
+
+    Read literally, i = I gives a stage beyond the last; the clamp keeps it in the last one.
+
+    Raises ValueError if the iteration is outside 1..I or r_max is no multiple of the step.
+    """
+    if not 1 <= iteration <= iterations:
+        raise ValueError(f"iteration must lie in 1..{iterations}, found {iteration}")
+    stages = mask_stages(r_max, step)
+    return stages[min(iteration * len(stages) // iterations, len(stages) - 1)]
+
+
+def mask_stages(r_max: float, step: float) -> list[float]:
+    """The M = round(r_max / s) + 1 ratios from r_max down to 0. Raises ValueError if r_max is no multiple of s."""
+    if not (0 <= r_max <= 1 and 0 < step <= 1):
+        raise ValueError(f"expected 0 <= r_max <= 1 and 0 < step <= 1, found r_max = {r_max}, step = {step}")
+    count = Fraction(str(r_max)) / Fraction(str(step))
+    if count.denominator != 1:
+        raise ValueError(f"r_max ({r_max}) must be a multiple of step ({step})")
+    return [round(float(Fraction(str(step)) * k), DECIMALS) for k in range(int(count), -1, -1)]
+
+
+def stage_of(question_digest: str, stages: int) -> int:
+    """floor(u M), u in [0, 1) from the question's content: data can grow without moving any question.
+
+    With many questions the stages are equal shares, as in Eq. 3.
+    """
+    return int(unit_interval(question_digest) * stages)

@@ -1,0 +1,24 @@
+"""Advantages: a response's reward against its group's (Eq. 8). G responses of one question; no gradient."""
+
+from collections.abc import Sequence
+
+import torch
+
+NOISE = 1e-4  # a standard deviation up to this is rounding noise
+
+
+def group_advantages(reward_G: torch.Tensor | Sequence[float]) -> torch.Tensor:
+    """(R_j - mean R) / std R with the population's standard deviation, [G].
+
+    NaN marks a response without a verdict: it takes no part in mean and deviation and gets 0. If std R <= 1e-4
+    (also with fewer than two verdicts), every advantage is 0.
+    """
+    rewards = torch.as_tensor(reward_G).detach()
+    rewards = rewards if rewards.is_floating_point() else rewards.float()
+    valid = ~rewards.isnan()
+    advantages = torch.zeros_like(rewards)
+    if valid.sum() >= 2:
+        deviation = rewards[valid].std(correction=0)
+        if deviation > NOISE:
+            advantages[valid] = (rewards[valid] - rewards[valid].mean()) / deviation
+    return advantages

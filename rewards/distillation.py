@@ -1,0 +1,50 @@
+"""R_distill: how easy a response is to pass on, from its divergence between student and masked teacher (Eq. 6-7).
+
+Shapes: G responses of one question. Nothing here has a gradient.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+SPREAD = 1e-5  # nats; below it differences of divergence are rounding noise
+
+
+def distillation_rewards(
+    divergence_G: torch.Tensor | Sequence[float],
+    valid_G: torch.Tensor | None = None,
+    same_G: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """(D_max - D_j) / (D_max - D_min): the easiest to transfer gets 1, the hardest 0, [G].
+
+    Responses that `same_G` gives one number (identical tokens) share their mean divergence. If
+    D_max - D_min <= 1e-5, all get 0. Responses outside `valid_G` (no verdict) take no part and get 0.
+    """
+    d, valid = _prepared(divergence_G, valid_G, same_G)
+    rewards = torch.zeros_like(d)
+    if valid.any():
+        highest, lowest = d[valid].max(), d[valid].min()
+        if highest - lowest > SPREAD:
+            rewards[valid] = (highest - d[valid]) / (highest - lowest)
+    return rewards
+
+
+def raw_distillation_rewards(
+    divergence_G: torch.Tensor | Sequence[float],
+    valid_G: torch.Tensor | None = None,
+    same_G: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """-D_j without normalisation, [G]: the ablation. Otherwise as `distillation_rewards`."""
+    d, valid = _prepared(divergence_G, valid_G, same_G)
+    return torch.where(valid, -d, torch.zeros_like(d))
+
+
+def _prepared(divergence_G, valid_G, same_G) -> tuple[torch.Tensor, torch.Tensor]:
+    d = torch.as_tensor(divergence_G).detach()
+    d = d.clone() if d.is_floating_point() else d.float()
+    if same_G is not None:
+        group = torch.as_tensor(same_G)
+        for number in group.unique():
+            d[group == number] = d[group == number].mean()
+    valid = torch.ones(len(d), dtype=torch.bool) if valid_G is None else valid_G
+    return d, valid

@@ -1,0 +1,100 @@
+"""MLflow, the only place that imports it: one run a distillation, a child a stage, metrics, the model's versions."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import mlflow
+from mlflow import MlflowClient
+
+from masters.artifacts import Artifact, Identity
+from masters.config import Config
+from masters.storage import Storage
+
+PARAMETER_LENGTH = 500
+METRICS_AT_ONCE = 200
+
+Tracked = Callable[[Artifact, dict], None]
+
+
+def tracking_uri(config: Config, storage: Storage) -> str:
+    """runtime.mlflow_uri, else MLFLOW_TRACKING_URI, else a SQLite file beside the artifacts (S3: in this folder)."""
+    beside = f"sqlite:///{storage.path('mlflow.db')}" if storage.local else "sqlite:///mlflow.db"
+    return config.runtime.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI") or beside
+
+
+class Tracker:
+    """Writes one distillation to MLflow."""
+
+    def __init__(self, config: Config, storage: Storage) -> None:
+        self.uri = tracking_uri(config, storage)
+        mlflow.set_tracking_uri(self.uri)
+        self._client = MlflowClient(self.uri)
+        self._experiment = mlflow.set_experiment(config.name).experiment_id
+        self._pending: list[mlflow.entities.Metric] = []
+        run = self._client.create_run(self._experiment, run_name=config.name, tags={"masters.stage": "distill"})
+        self.run_id = self._current = run.info.run_id
+        for key, value in _flat(config.model_dump()).items():
+            self._client.log_param(self.run_id, key, str(value)[:PARAMETER_LENGTH])
+
+    @contextmanager
+    def stage(self, identity: Identity) -> Iterator[Tracked]:
+        """A child run for a stage, ended as FAILED if the body raises; its metrics go there meanwhile."""
+        tags = {"mlflow.parentRunId": self.run_id, "masters.stage": identity.stage, "masters.fingerprint": identity.fingerprint}
+        child = self._client.create_run(self._experiment, run_name=identity.stage, tags=tags).info.run_id
+        self._current = child
+
+        def tracked(artifact: Artifact, done: dict) -> None:
+            for key in ("outcome", "uri"):
+                self._client.set_tag(child, f"masters.{key}", str(done[key]))
+            self._client.set_tag(self.run_id, f"stage.{identity.stage}.fingerprint", artifact.fingerprint)
+            self._client.set_tag(self.run_id, f"stage.{identity.stage}.run_id", child)
+            self.metrics({"rows": float(done["rows"]), "seconds": float(done["seconds"])}, 0)
+
+        status = "FAILED"
+        try:
+            yield tracked
+            status = "FINISHED"
+        finally:
+            self.flush()
+            self._client.set_terminated(child, status)
+            self._current = self.run_id
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        """Metrics of the current stage; written in batches."""
+        now = mlflow.utils.time.get_current_time_millis()
+        self._pending += [mlflow.entities.Metric(name, float(value), now, step) for name, value in values.items()]
+        if len(self._pending) >= METRICS_AT_ONCE:
+            self.flush()
+
+    def flush(self) -> None:
+        for at in range(0, len(self._pending), METRICS_AT_ONCE):
+            self._client.log_batch(self._current, metrics=self._pending[at : at + METRICS_AT_ONCE])
+        self._pending.clear()
+
+    def register_model(self, name: str, uri: str, scores: dict[str, dict]) -> int:
+        """A version of the registered model `name` with alias `candidate`. The same source is registered once."""
+        found = self._client.search_registered_models(f"name = '{name}'")
+        if found:
+            for version in self._client.search_model_versions(f"name = '{name}'"):
+                if version.tags.get("masters.uri") == uri:
+                    return int(version.version)
+        tags = {"masters.uri": uri}
+        external = mlflow.create_external_model(name=name, source_run_id=self.run_id, tags=tags)
+        version = mlflow.register_model(f"models:/{external.model_id}", name, tags=tags)
+        self._client.set_registered_model_alias(name, "candidate", version.version)
+        for model, score in scores.items():
+            self._client.log_metric(self.run_id, f"accuracy_{model}", score["accuracy"])
+        return int(version.version)
+
+    def finish(self, status: str) -> None:
+        """End the parent run: FINISHED or FAILED."""
+        self.flush()
+        self._client.set_terminated(self.run_id, status)
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

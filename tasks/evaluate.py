@@ -1,0 +1,67 @@
+"""evaluate: teachers, student before and student after on the evaluation split, greedy, through vLLM."""
+
+import math
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from masters import answering, shards
+from masters.answering import Answerer, Order
+from masters.artifacts import Artifact, Identity
+from masters.preflight import LocalModel
+from masters.tasks.stage import Run, build_or_reuse, progress_bar
+
+VERSION = 1
+GREEDY = dict(temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, seed=0)
+
+
+def orders(run: Run, data: Artifact, models: list[LocalModel]) -> list[Order]:
+    config = run.config.generate
+    sampling = GREEDY | dict(max_tokens=config.max_tokens, dtype=config.dtype)
+    plan = shards.plan(shards.references(data, "test"))
+    return [
+        Order(Answerer(m.name, m.folder, m.digest, {}), shard, "predictions", "evaluation", None, 0, 1, sampling)
+        for m in models
+        for shard in plan
+    ]
+
+
+@task(name="evaluate", cache_policy=NO_CACHE)
+def evaluate(run: Run, data: Artifact, models: list[LocalModel]) -> Artifact:
+    """Table `predictions`; facts `scores`: per model `accuracy` (exact match), `n` and `standard_error`."""
+    asked = orders(run, data, models)
+    inputs = {f"shard-{order.fingerprint}": order.fingerprint for order in asked}
+    made_of = Identity("evaluate", VERSION, dict(metric="exact_match"), inputs, slug=run.config.name)
+
+    def build() -> tuple[dict[str, str], dict, dict]:
+        if run.rebuilds(made_of):
+            for order in asked:
+                run.storage.remove(order.file)
+        with progress_bar("evaluate") as bar:
+            shown = bar.add_task("questions", total=None)
+            how = answering.fulfil(
+                data, asked, run.config.runtime, run.work(made_of),
+                lambda done, total: bar.update(shown, completed=done, total=total),
+            )  # fmt: skip
+        files = answering.gather(run.storage, made_of, "predictions", asked)
+        right = _right(run, asked)
+        scores = {name: score(hits) for name, hits in right.items()}
+        return files, dict(rows=sum(len(h) for h in right.values()), scores=scores), how
+
+    return build_or_reuse(run, made_of, build)
+
+
+def score(hits: list[bool]) -> dict[str, float]:
+    """Accuracy of n answers and its standard error, sqrt(p (1 - p) / n)."""
+    p = sum(hits) / len(hits)
+    return dict(accuracy=p, n=len(hits), standard_error=math.sqrt(p * (1 - p) / len(hits)))
+
+
+def _right(run: Run, asked: list[Order]) -> dict[str, list[bool]]:
+    from masters import schemas
+
+    right: dict[str, list[bool]] = {}
+    for order in asked:
+        table = schemas.decode(run.storage.read(order.file), ["correct"])
+        right.setdefault(order.answerer.name, []).extend(table["correct"].to_pylist())
+    return right

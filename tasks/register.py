@@ -1,0 +1,62 @@
+"""register: the student as a Hugging Face folder with its model card, and as a version of an MLflow model."""
+
+import jinja2
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from masters.artifacts import Artifact, Identity
+from masters.identity import digest
+from masters.tasks.stage import Run, build_or_reuse
+
+VERSION = 1
+CARD = """---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [distillation, masters]
+---
+# {{ name }}
+
+A vision-language student distilled with Masters (arXiv 2512.22238): masked teachers, responses generated ahead,
+offline reinforcement. Started from `{{ student }}`, taught by {% for t in teachers %}`{{ t }}`{{ ", " if not loop.last }}{% endfor %}.
+
+| model | exact match | n | standard error |
+|---|---|---|---|
+{% for model, s in scores.items() -%}
+| {{ model }} | {{ "%.4f" | format(s.accuracy) }} | {{ s.n }} | {{ "%.4f" | format(s.standard_error) }} |
+{% endfor %}
+Evaluation split of `{{ source }}`, greedy answers through vLLM; exact match after Unicode NFKC, case folding,
+and removal of surrounding space, quotes and closing punctuation.
+
+Objective `{{ train.objective }}` on `{{ train.targets }}`, divergence `{{ train.divergence }}`, learning rate
+{{ train.learning_rate }}, {{ train.epochs }} epoch(s), {{ train.questions_per_step }} questions a step, seed {{ train.seed }}.
+Training artifact `{{ trained }}`.
+"""
+
+
+@task(name="register", cache_policy=NO_CACHE)
+def register(run: Run, trained: Artifact, evaluated: Artifact) -> Artifact:
+    """`model/` with weights, processor and card; facts hold the MLflow model's name and version."""
+    inputs = {"train": trained.fingerprint, "evaluate": evaluated.fingerprint}
+    made_of = Identity("register", VERSION, dict(name=run.config.name), inputs, slug=run.config.name)
+
+    def build() -> tuple[dict[str, str], dict, dict]:
+        files = {f["name"]: f["digest"] for f in trained.record["files"] if not f["name"].endswith("README.md")}
+        for name in files:
+            run.storage.copy(f"{trained.folder}/{name}", f"{made_of.folder}/{name}")
+        text = card(run, trained, evaluated).encode()
+        run.storage.write(f"{made_of.folder}/model/README.md", text)
+        files["model/README.md"] = digest(text)
+        uri = run.storage.uri(f"{made_of.folder}/model")
+        version = run.tracker.register_model(run.config.name, uri, evaluated.facts["scores"])
+        return files, dict(rows=1, model_name=run.config.name, model_version=version, uri=uri), {}
+
+    return build_or_reuse(run, made_of, build)
+
+
+def card(run: Run, trained: Artifact, evaluated: Artifact) -> str:
+    """The model card."""
+    config = run.config
+    return jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(CARD).render(
+        name=config.name, student=run.ready.student.name, teachers=[t.name for t in run.ready.teachers],
+        scores=evaluated.facts["scores"], source=config.data.source, train=config.train, trained=trained.folder,
+    )  # fmt: skip

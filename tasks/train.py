@@ -1,0 +1,134 @@
+"""train: mask-progressive distillation and offline GRPO, in processes of its own."""
+
+import math
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from rich.progress import Progress
+
+from masters import processes, shards
+from masters.artifacts import Artifact, Identity
+from masters.config import Teacher
+from masters.identity import file_digest
+from masters.preflight import LocalModel, ratios
+from masters.tasks.mask import thresholds
+from masters.tasks.stage import Run, build_or_reuse, progress_bar
+
+VERSION = 1
+PROBE = 128  # evaluation questions watched while it trains; nothing is chosen by them
+
+
+def identity(
+    run: Run, data: Artifact, inputs: dict[str, Artifact | None], teacher: Teacher, models: tuple[LocalModel, LocalModel], stage: str
+) -> Identity:
+    train, rewards = run.config.train, run.config.rewards
+    config = dict(train=train.model_dump(), ratios=ratios(teacher), coverage=run.config.generate.coverage)
+    made_from = {"teacher": models[0].digest, "student": models[1].digest, "data": data.fingerprint}
+    if train.objective == "masters":
+        config["rewards"] = dict(accuracy=rewards.accuracy, distillation=rewards.distillation)
+    return Identity(stage, VERSION, config, made_from | {n: a.fingerprint for n, a in inputs.items() if a}, slug=run.config.name)
+
+
+@task(name="train", task_run_name="{stage}", cache_policy=NO_CACHE)
+def train(
+    run: Run,
+    data: Artifact,
+    inputs: dict[str, Artifact | None],
+    teacher: Teacher,
+    models: tuple[LocalModel, LocalModel],
+    stage: str = "train",
+) -> Artifact:
+    """The trained student as a Hugging Face folder under `model/`.
+
+    `inputs` are the artifacts `masks`, `responses` and `verdicts`, None where the configuration needs none.
+    """
+    made_of = identity(run, data, inputs, teacher, models, stage)
+
+    def build() -> tuple[dict[str, str], dict, dict]:
+        checkpoints = f"{made_of.folder}/checkpoints"
+        work = run.work(made_of)
+        job = _job(run, data, inputs, teacher, models, checkpoints, work / "model")
+        with progress_bar(stage) as bar:
+            watch = _Watch(run, bar, ratios(teacher))
+            processes.run(_ranks(run, job, work), run.config.runtime.train_processes, watch)
+        run.storage.upload(work / "model", f"{made_of.folder}/model")
+        files = {f"model/{p.name}": file_digest(p) for p in sorted((work / "model").iterdir())}
+        for name in run.storage.names(checkpoints):
+            run.storage.remove(name)
+        how = dict(processes=run.config.runtime.train_processes, steps=watch.steps, resumed_at_step=watch.resumed)
+        facts = dict(rows=watch.groups, steps=watch.steps, empty_responses=watch.empty, last=watch.last, probes=watch.probes)
+        return files, facts, how
+
+    return build_or_reuse(run, made_of, build)
+
+
+def _job(
+    run: Run,
+    data: Artifact,
+    inputs: dict[str, Artifact | None],
+    teacher: Teacher,
+    models: tuple[LocalModel, LocalModel],
+    checkpoints: str,
+    out: Path,
+) -> dict:
+    masks, responses, verdicts = (inputs[name] for name in ("masks", "responses", "verdicts"))
+    found = thresholds(masks) if masks else {}
+    return dict(
+        store=run.storage.uri(""), data=data.folder,
+        responses=responses and responses.folder, verdicts=verdicts and verdicts.folder,
+        refs=_refs(shards.references(data, "train")), probe=_refs(shards.references(data, "test")[:PROBE]),
+        teacher=str(models[0].folder), student=str(models[1].folder), ratios=ratios(teacher),
+        thresholds={str(ratio): values for ratio, values in found.items()},
+        coverage=run.config.generate.coverage, train=run.config.train.model_dump(), rewards=run.config.rewards.model_dump(),
+        checkpoints=checkpoints, checkpoint_steps=run.config.runtime.checkpoint_steps, out=str(out),
+    )  # fmt: skip
+
+
+def _ranks(run: Run, job: dict, work: Path) -> list[processes.Child]:
+    """One child a rank. Ranks meet through a new file in the work folder, over loopback."""
+    world = run.config.runtime.train_processes
+    meeting = work / "rendezvous"
+    meeting.unlink(missing_ok=True)
+    shared = {"WORLD_SIZE": str(world), "MASTERS_RENDEZVOUS": str(meeting), "GLOO_SOCKET_IFNAME": "lo"}
+    return [
+        processes.Child(f"rank-{rank}", "masters.models.train_worker", job, work, shared | {"RANK": str(rank)})
+        for rank in range(world)
+    ]
+
+
+def _refs(refs: list[shards.Ref]) -> list[list]:
+    return [[r.digest, r.question_id, r.file, r.row] for r in refs]
+
+
+class _Watch:
+    """Follows the trainer's progress lines: a bar, metrics, and what the record keeps."""
+
+    def __init__(self, run: Run, bar: Progress, mask_ratios: list[float]) -> None:
+        self._mask_ratios = mask_ratios
+        self._run, self._bar, self._task = run, bar, bar.add_task("", total=None)
+        self.groups = self.steps = self.empty = self.resumed = 0
+        self.last: dict = {}
+        self.probes: list[dict] = []
+
+    def __call__(self, _: str, line: dict) -> None:
+        event = line.pop("event")
+        if event == "start":
+            self.groups, self.steps, self.empty = line["groups"], line["steps"], line["empty_responses"]
+        elif event == "resumed":
+            self.resumed = line["step"]
+        elif event == "reference":
+            self._bar.update(self._task, completed=line["done"], total=line["of"], description="reference")
+        elif event == "step":
+            self._step(line)
+        elif event == "probe":
+            self.probes.append(line)
+            self._run.tracker.metrics({"probe_accuracy": line["accuracy"]}, line["step"])
+
+    def _step(self, line: dict) -> None:
+        step, of = line.pop("step"), line.pop("of")
+        line["mask_ratio"] = self._mask_ratios[line["stage"]]
+        self.last = {name: value for name, value in line.items() if math.isfinite(value)}
+        self._run.tracker.metrics(self.last, step)
+        loss = f"loss {line['loss']:.4f} mask {line['mask_ratio']:.2f}"
+        self._bar.update(self._task, completed=step, total=of, description=loss)
