@@ -6,7 +6,8 @@ default: one threshold for the whole network prunes some layers until the model 
 
 Exact order statistics come from counting magnitudes: floats of one sign order like their bit patterns, so a
 histogram over the high bits (all 15 of a 16-bit float) finds a rank's bucket; 32-bit floats take a second pass
-over the low bits of that bucket.
+over the low bits of that bucket. The zeros that a threshold gives are read off the same histogram for 16-bit floats,
+which are thus read once; 32-bit floats are read a third time to count them.
 """
 
 import math
@@ -29,7 +30,7 @@ PATTERNS = {
     torch.float32: (torch.int32, 0x7FFFFFFF, 0x7F800000),
 }
 NEVER = re.compile(r"lm_head|embed_tokens|pos_embed|position_embedding|cls_token|class_embedding|norm|(^|\.)ln_")
-BLOCK = re.compile(r"^(.*?\.(?:layers|layer|blocks|block|h)\.\d+)\.")
+BLOCK = re.compile(r"^((?:.*?\.)?(?:layers|layer|blocks|block|h)\.\d+)\.")
 
 Tensors = Callable[[], Iterable[tuple[str, torch.Tensor]]]
 
@@ -54,10 +55,15 @@ class MagnitudeRanks:
         self._high = np.zeros(BUCKETS, dtype=np.int64)
         self._low: dict[int, np.ndarray] = {}
 
-    def count(self, weight: torch.Tensor) -> None:
-        """First pass: the magnitudes' 15 high bits."""
+    def count(self, weight: torch.Tensor) -> np.ndarray:
+        """First pass: the magnitudes' 15 high bits. Returns the histogram of `weight` alone."""
+        if not weight.numel():
+            raise ValueError("an empty tensor has no magnitude threshold")
+        own = np.zeros(BUCKETS, dtype=np.int64)
         for pattern in self._patterns(weight):
-            self._high += np.bincount(pattern >> self._shift, minlength=BUCKETS)
+            own += np.bincount(pattern >> self._shift, minlength=BUCKETS)
+        self._high += own
+        return own
 
     def refine(self, weight: torch.Tensor) -> None:
         """Second pass of float32: the low bits of magnitudes in the buckets that hold a threshold."""
@@ -82,7 +88,7 @@ class MagnitudeRanks:
         if weight.dtype != self.dtype:
             raise ValueError(f"expected {self.dtype} like the tensors before, found {weight.dtype}")
         integer, magnitude, infinity = PATTERNS[self.dtype]
-        bits = weight.detach().contiguous().view(-1).view(integer).numpy()
+        bits = weight.detach().cpu().contiguous().view(-1).view(integer).numpy()
         for at in range(0, len(bits), PIECE):
             pattern = bits[at : at + PIECE] & magnitude
             if pattern.max() > infinity:
@@ -114,14 +120,28 @@ class MagnitudeRanks:
 def magnitude_thresholds(weight: torch.Tensor, ratios: Iterable[float]) -> list[float]:
     """One threshold a ratio, exact; see the module's head for the definition.
 
-    `weight`: bfloat16, float16 or float32, any shape. Raises ValueError on NaN, an empty tensor, another type, or a
-    ratio outside [0, 1].
+    `weight`: bfloat16, float16, float32 or float64, any shape. Raises ValueError on NaN, an empty tensor, another
+    type, or a ratio outside [0, 1].
     """
+    if weight.dtype == torch.float64:
+        return _sorted_thresholds(weight, list(ratios))
     ranks = MagnitudeRanks(weight.dtype, ratios)
     ranks.count(weight)
     if weight.dtype == torch.float32:
         ranks.refine(weight)
     return ranks.thresholds()
+
+
+def _sorted_thresholds(weight: torch.Tensor, ratios: list[float]) -> list[float]:
+    """The definition itself, by sorting: for float64, which no checkpoint of the families has."""
+    if not weight.numel() or weight.isnan().any():
+        raise ValueError("weights are empty or hold NaN: a magnitude threshold is not defined")
+    magnitude = weight.detach().abs().flatten().sort().values
+    ranks = [rank(ratio, len(magnitude)) for ratio in ratios]
+    return [
+        0.0 if ratio == 0 else math.inf if at == len(magnitude) else magnitude[at].item()
+        for ratio, at in zip(ratios, ranks, strict=True)
+    ]
 
 
 def apply_mask(weight: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -148,9 +168,12 @@ def mask_group(name: str, granularity: str) -> str:
 def group_thresholds(tensors: Tensors, ratios: list[float], granularity: str, exclude: tuple[str, ...] = ()) -> list[dict]:
     """Rows of the thresholds table: per masked tensor and ratio its group's threshold and its realised zeros.
 
-    `tensors` is called once a pass and yields (name, tensor); one tensor is held at a time.
+    `tensors` is called once a pass and yields (name, tensor); one tensor is held at a time. A zero is an element
+    that is 0 once masked, whether or not it was 0 before. Raises ValueError, with the tensor's name, as
+    `magnitude_thresholds` does (float64 is refused), and where a group's tensors differ in type.
     """
     groups: dict[str, MagnitudeRanks] = {}
+    below: dict[str, tuple[int, Below]] = {}
 
     def masked() -> Iterator[tuple[str, str, torch.Tensor]]:
         for name, tensor in tensors():
@@ -159,7 +182,9 @@ def group_thresholds(tensors: Tensors, ratios: list[float], granularity: str, ex
 
     for name, group, tensor in masked():
         try:
-            groups.setdefault(group, MagnitudeRanks(tensor.dtype, ratios)).count(tensor)
+            if group not in groups:
+                groups[group] = MagnitudeRanks(tensor.dtype, ratios)
+            below[name] = tensor.numel(), Below(groups[group].count(tensor))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     if any(ranks.dtype == torch.float32 for ranks in groups.values()):

@@ -1,10 +1,9 @@
 """The mask-progressive schedule (Eq. 3) and which stage a question belongs to. Imports no torch."""
 
-from fractions import Fraction
-
 from masters.identity import unit_interval
 
 DECIMALS = 6  # ratios are keys: rounded wherever they are written
+TOLERANCE = 1e-6  # of r_max / step from a whole number, as in the configuration: 3 * 0.05 is not 0.15 in floats
 
 
 def mask_ratio(iteration: int, iterations: int, r_max: float, step: float) -> float:
@@ -24,10 +23,10 @@ def mask_stages(r_max: float, step: float) -> list[float]:
     """The M = round(r_max / s) + 1 ratios from r_max down to 0. Raises ValueError if r_max is no multiple of s."""
     if not (0 <= r_max <= 1 and 0 < step <= 1):
         raise ValueError(f"expected 0 <= r_max <= 1 and 0 < step <= 1, found r_max = {r_max}, step = {step}")
-    count = Fraction(str(r_max)) / Fraction(str(step))
-    if count.denominator != 1:
+    count = round(r_max / step)
+    if abs(r_max / step - count) > TOLERANCE:
         raise ValueError(f"r_max ({r_max}) must be a multiple of step ({step})")
-    return [round(float(Fraction(str(step)) * k), DECIMALS) for k in range(int(count), -1, -1)]
+    return [round(step * k, DECIMALS) for k in range(count, -1, -1)]
 
 
 def stage_of(question_digest: str, stages: int) -> int:

@@ -32,6 +32,11 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def fetched(self, trained: Artifact) -> Path:
+        """A trained student's folder on this machine."""
+        base = Path.home() / ".cache" / "masters" / trained.fingerprint
+        return self.storage.download(f"{trained.folder}/model", base)
+
     def rebuilds(self, identity: Identity) -> bool:
         return identity.stage in self.rebuild or identity.kind in self.rebuild
 

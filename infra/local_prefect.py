@@ -1,0 +1,88 @@
+"""Prefect's embedded default: a server on loopback that lives as long as this process, its history in ~/.prefect.
+
+Prefect's own ephemeral server outlives a killed parent; this one does not. With PREFECT_API_URL set (or a profile
+that names a server) that server is used.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.request import urlopen
+
+from masters.errors import MastersError
+
+START_SECONDS = 120
+
+
+@contextmanager
+def prefect_api() -> Iterator[str]:
+    """The URL of a Prefect API, also put into PREFECT_API_URL before Prefect is first imported."""
+    configured = os.environ.get("PREFECT_API_URL") or _profile_url()
+    if configured:
+        yield configured
+        return
+    log = Path(tempfile.mkdtemp(prefix="masters-prefect-")) / "server.log"
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    os.environ["PREFECT_API_URL"] = url
+    server = _start(port, log)
+    try:
+        yield url
+    finally:
+        server.terminate()
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+        del os.environ["PREFECT_API_URL"]
+        log.unlink()
+        log.parent.rmdir()
+
+
+def wait_until_ready(url: str) -> None:
+    """Raises MastersError if the server does not answer in time."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            with urlopen(f"{url}/health", timeout=2):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise MastersError(f"the Prefect server at {url} did not answer within {START_SECONDS} s")
+
+
+def _profile_url() -> str | None:
+    """An API URL in the user's Prefect profile, read without importing Prefect."""
+    import tomllib
+
+    home = Path(os.environ.get("PREFECT_HOME", Path.home() / ".prefect"))
+    path = Path(os.environ.get("PREFECT_PROFILES_PATH", home / "profiles.toml"))
+    try:
+        profiles = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError):
+        return None
+    active = os.environ.get("PREFECT_PROFILE", profiles.get("active", ""))
+    return profiles.get("profiles", {}).get(active, {}).get("PREFECT_API_URL")
+
+
+def _start(port: int, log: Path) -> subprocess.Popen:
+    with open(log, "wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "masters.infra.prefect_server", str(port)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

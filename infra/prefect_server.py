@@ -1,0 +1,18 @@
+"""`python -m masters.infra.prefect_server PORT`: Prefect's server on loopback, ended with its parent."""
+
+import sys
+
+import uvicorn
+
+from masters.processes import die_with_parent
+
+
+def main(port: int) -> None:
+    from prefect.server.api.server import create_app
+
+    uvicorn.run(create_app(), host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=3)
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    main(int(sys.argv[1]))

@@ -1,0 +1,56 @@
+"""Where questions come from. `open_source` picks the adapter; `base.py` says what one gives."""
+
+from pathlib import Path
+
+from masters.config import Data
+from masters.errors import InputError
+from masters.sources.base import RawRow, Source
+
+__all__ = ["RawRow", "Source", "open_source"]
+
+FILE_SUFFIXES = (".jsonl", ".parquet", ".json", ".csv", ".tsv", ".arrow", ".zip")
+
+
+def open_source(data: Data) -> Source:
+    """The source that `data.source` names: easyvqa, an existing file or folder, else a hub id.
+
+    Raises InputError if it is not there, is empty or lacks columns.
+    """
+    name = data.source
+    local = name == "easyvqa" or Path(name).expanduser().exists()
+    if local and data.revision:
+        raise InputError(f"data.revision applies to hub data sets only; source {name} is local: remove data.revision")
+    if name == "easyvqa":
+        from masters.sources.easyvqa import EasyVqa
+
+        return EasyVqa()
+    if local:
+        return _local(Path(name).expanduser())
+    if looks_like_path(name):
+        raise InputError(f"source not found: expected a file or folder at {name}, found none; correct data.source")
+    from masters.sources.hugging_face import Hub
+
+    return Hub(name, data.revision)
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name that is not there was meant as a file or folder rather than a hub id."""
+    return name.lower().endswith(FILE_SUFFIXES) or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _local(path: Path) -> Source:
+    from masters.sources.files import Jsonl, Parquet, parquet_files
+
+    if path.is_dir():
+        from masters.sources.hugging_face import Saved, is_saved
+
+        if is_saved(path):
+            return Saved(path)
+        if parquet_files(path):
+            return Parquet(path)
+        raise InputError(f"source {path}: expected a folder with .parquet files or one from save_to_disk, found neither")
+    if path.suffix.lower() == ".jsonl":
+        return Jsonl(path)
+    if path.suffix.lower() == ".parquet":
+        return Parquet(path)
+    raise InputError(f"source {path}: expected a .jsonl or .parquet file, found {path.suffix or 'no suffix'}; convert or rename it")

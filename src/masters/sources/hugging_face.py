@@ -1,0 +1,107 @@
+"""Data sets of the `datasets` library: folders from `save_to_disk`, and the hub (streamed)."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from masters.errors import InputError
+from masters.identity import canonical, digest, folder_digest
+from masters.sources.base import REQUIRED, RawRow, need_columns, raw_row
+
+SPLITS = {"train": "train", "test": "test", "validation": "test"}
+MARKS = ("dataset_dict.json", "dataset_info.json")  # what save_to_disk leaves in a folder
+TIMEOUT = 10  # seconds for the hub to answer at all
+
+
+class Saved:
+    """A Dataset or DatasetDict saved with `save_to_disk`; memory-mapped, images as stored."""
+
+    def __init__(self, folder: Path) -> None:
+        import datasets
+
+        self.folder = folder
+        try:
+            loaded: Any = datasets.load_from_disk(str(folder))
+        except Exception as error:  # the library raises what it likes
+            raise InputError(f"source {folder}: expected a folder from datasets' save_to_disk; {_line(error)}") from None
+        self.parts = _parts(loaded, f"source {folder}")
+        if not any(len(part) for _, part in self.parts):
+            raise InputError(f"source {folder} is empty: expected rows with {', '.join(REQUIRED)}, found none")
+
+    def digest(self) -> str:
+        # not the caches that other uses of the folder leave in it
+        return folder_digest(self.folder, ("data.arrow", ".json", *_arrow_names(self.folder)))
+
+    def rows(self) -> Iterator[RawRow]:
+        for split, part in self.parts:
+            yield from (raw_row(found, self.folder, split) for found in part)
+
+
+class Hub:
+    """A data set of the Hugging Face hub, streamed, at the commit that its revision means now."""
+
+    def __init__(self, name: str, revision: str | None) -> None:
+        self.where = f"source {name}" + (f" at {revision}" if revision else "")
+        self.name = name
+        # one try: without a network, the answer must come at once
+        os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", str(TIMEOUT))
+        try:
+            from datasets import DownloadConfig, load_dataset
+            from huggingface_hub import HfApi
+
+            self.commit = HfApi().dataset_info(name, revision=revision, timeout=TIMEOUT).sha
+            config = DownloadConfig(max_retries=1)
+            loaded: Any = load_dataset(name, revision=self.commit, streaming=True, download_config=config)
+        except Exception as error:  # the network, the hub and the library raise what they like
+            raise InputError(
+                f"{self.where}: no such file or folder here, and the hub did not give a data set of that name; "
+                f"check the name, the revision and the network ({type(error).__name__}: {_line(error)})"
+            ) from None
+        self.parts = _parts(loaded, self.where)
+        if next(self.rows(), None) is None:
+            raise InputError(f"{self.where} is empty: expected rows with {', '.join(REQUIRED)}, found none")
+
+    def digest(self) -> str:
+        return digest(canonical({"hub": self.name, "commit": self.commit, "config": "default"}).encode())
+
+    def rows(self) -> Iterator[RawRow]:
+        try:
+            for split, part in self.parts:
+                yield from (raw_row(found, None, split) for found in part)
+        except Exception as error:
+            raise InputError(f"{self.where} broke off while it was read ({_line(error)}); run again") from None
+
+
+def is_saved(folder: Path) -> bool:
+    return any((folder / mark).is_file() for mark in MARKS)
+
+
+def _parts(loaded: Any, where: str) -> list[tuple[str | None, Any]]:
+    """(split, part) of a data set with or without named parts; images undecoded. Raises InputError."""
+    named = dict(loaded) if isinstance(loaded, dict) else {None: loaded}
+    other = [str(name) for name in named if name is not None and name not in SPLITS]
+    if other:
+        raise InputError(f"{where}: expected parts named {', '.join(SPLITS)}; found {', '.join(other)}; rename or drop them")
+    parts = []
+    for name, part in named.items():
+        columns = part.column_names or list(next(iter(part), {}))  # a stream may not know them ahead
+        need_columns(columns, where if name is None else f"{where}, part {name}")
+        parts.append((None if name is None else SPLITS[name], _undecoded(part)))
+    return parts
+
+
+def _undecoded(part: Any) -> Any:
+    from datasets import Image
+
+    stored = isinstance((part.features or {}).get("image"), Image)
+    return part.cast_column("image", Image(decode=False)) if stored else part
+
+
+def _arrow_names(folder: Path) -> tuple[str, ...]:
+    """The Arrow files that save_to_disk wrote: data-00000-of-00001.arrow."""
+    return tuple(p.name for p in folder.rglob("data-*-of-*.arrow"))
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,44 @@
+"""summary.json: what a run did, kept at the store's root."""
+
+import json
+
+from masters.artifacts import Artifact
+from masters.tasks.stage import Run
+
+
+class Summary:
+    """Collects the results of a run; `write` stores them and returns the text."""
+
+    def __init__(self, run: Run, flow_run_id: str) -> None:
+        self._run, self._flow_run_id = run, flow_run_id
+        self._scores: dict = {}
+        self._model: dict = {}
+
+    def scores(self, evaluated: Artifact, trained: Artifact) -> None:
+        """Teachers', student's before and after, each with where the model lies."""
+        ready, scores = self._run.ready, evaluated.facts["scores"]
+        after = self._run.storage.uri(f"{trained.folder}/model")
+        self._scores = dict(
+            teachers=[dict(name=t.name, uri=str(t.folder), **scores[t.name]) for t in ready.teachers],
+            student=dict(
+                before=dict(uri=str(ready.student.folder), **scores["student-before"]),
+                after=dict(uri=after, **scores["student-after"]),
+            ),
+        )
+
+    def registered(self, artifact: Artifact) -> None:
+        """The model's version, and the exported folder with its card as the student's place."""
+        facts = artifact.facts
+        self._model = dict(model_name=facts["model_name"], model_version=facts["model_version"])
+        self._scores["student"]["after"]["uri"] = facts["uri"]
+
+    def write(self, status: str, error: str | None = None) -> str:
+        run_id = self._run.tracker.run_id
+        whole = dict(
+            run_id=run_id, name=self._run.config.name, status=status, stages=self._run.stages, **self._scores,
+            mlflow=dict(run_id=run_id, tracking_uri=self._run.tracker.uri, **self._model),
+            prefect=dict(flow_run_id=self._flow_run_id),
+        )  # fmt: skip
+        text = json.dumps(whole | ({"error": error} if error else {}), indent=1)
+        self._run.storage.write("summary.json", text.encode())
+        return text
