@@ -17,13 +17,19 @@ def jensen_shannon(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Ten
     is zero. Dense reference: holds several [T, V] tensors.
     """
     q, p = _log_probs(student_logits_TV, teacher_logits_TV)
-    m = torch.logaddexp(p, q) - math.log(2)
+    none = (p == -math.inf) & (q == -math.inf)  # logaddexp has no gradient there
+    m = torch.logaddexp(p.masked_fill(none, 0.0), q.masked_fill(none, 0.0)) - math.log(2)
     return 0.5 * (_expected(p, m) + _expected(q, m))
 
 
 def kl_divergence(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor) -> torch.Tensor:
-    """KL(P || Q) of the teacher's distribution from the student's, in nats per token, [T]: the `kl` ablation."""
-    q, p = _log_probs(student_logits_TV, teacher_logits_TV)
+    """KL(P || Q) of the teacher's distribution from the student's, in nats per token, [T]: the `kl` ablation.
+
+    Both are taken over the entries that both models have: with one that only the teacher has (padding of its
+    embedding matrix, never a token) the divergence would be infinite whatever the student does.
+    """
+    shared = min(student_logits_TV.shape[-1], teacher_logits_TV.shape[-1])
+    q, p = _log_probs(student_logits_TV[:, :shared], teacher_logits_TV[:, :shared])
     return _expected(p, q)
 
 
@@ -45,7 +51,11 @@ def response_means(value_T: torch.Tensor, response_T: torch.Tensor, responses: i
 
 
 def grpo_loss(
-    logp_T: torch.Tensor, reference_logp_T: torch.Tensor, advantage_R: torch.Tensor, response_T: torch.Tensor, beta: float
+    logp_T: torch.Tensor,
+    reference_logp_T: torch.Tensor,
+    advantage_R: torch.Tensor,
+    response_T: torch.Tensor,
+    beta: float,
 ) -> torch.Tensor:
     """- mean_t [ratio_t A - beta D_KL(pi || pi_ref)] per response, [R] (Eq. 8-11).
 

@@ -33,6 +33,7 @@ NEVER = re.compile(r"lm_head|embed_tokens|pos_embed|position_embedding|cls_token
 BLOCK = re.compile(r"^((?:.*?\.)?(?:layers|layer|blocks|block|h)\.\d+)\.")
 
 Tensors = Callable[[], Iterable[tuple[str, torch.Tensor]]]
+Histogram = tuple[np.ndarray, np.ndarray]  # patterns that occur, cumulative counts
 
 
 def rank(ratio: float, count: int) -> int:
@@ -68,7 +69,8 @@ class MagnitudeRanks:
     def refine(self, weight: torch.Tensor) -> None:
         """Second pass of float32: the low bits of magnitudes in the buckets that hold a threshold."""
         if not self._low:
-            self._low = {bucket: np.zeros(1 << LOW_BITS, dtype=np.int64) for bucket, _ in self._places() if bucket is not None}
+            held = {bucket for bucket, _ in self._places() if bucket is not None}
+            self._low = {bucket: np.zeros(1 << LOW_BITS, dtype=np.int64) for bucket in held}
         for pattern in self._patterns(weight):
             high = pattern >> LOW_BITS
             for bucket, counts in self._low.items():
@@ -165,7 +167,9 @@ def mask_group(name: str, granularity: str) -> str:
     return block.group(1) if block else ".".join(name.split(".")[:-2]) or name
 
 
-def group_thresholds(tensors: Tensors, ratios: list[float], granularity: str, exclude: tuple[str, ...] = ()) -> list[dict]:
+def group_thresholds(
+    tensors: Tensors, ratios: list[float], granularity: str, exclude: tuple[str, ...] = ()
+) -> list[dict]:
     """Rows of the thresholds table: per masked tensor and ratio its group's threshold and its realised zeros.
 
     `tensors` is called once a pass and yields (name, tensor); one tensor is held at a time. A zero is an element
@@ -173,26 +177,30 @@ def group_thresholds(tensors: Tensors, ratios: list[float], granularity: str, ex
     `magnitude_thresholds` does (float64 is refused), and where a group's tensors differ in type.
     """
     groups: dict[str, MagnitudeRanks] = {}
-    below: dict[str, tuple[int, Below]] = {}
+    counted: dict[str, tuple[str, Histogram]] = {}
 
-    def masked() -> Iterator[tuple[str, str, torch.Tensor]]:
+    def masked(kinds: set[str] | None = None) -> Iterator[tuple[str, str, torch.Tensor]]:
         for name, tensor in tensors():
             if is_masked(name, tensor.ndim, exclude):
-                yield name, mask_group(name, granularity), tensor
+                group = mask_group(name, granularity)
+                if kinds is None or group in kinds:
+                    yield name, group, tensor
 
     for name, group, tensor in masked():
         try:
             if group not in groups:
                 groups[group] = MagnitudeRanks(tensor.dtype, ratios)
-            below[name] = tensor.numel(), Below(groups[group].count(tensor))
+            counted[name] = group, _cumulative(groups[group].count(tensor))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    if any(ranks.dtype == torch.float32 for ranks in groups.values()):
-        for _, group, tensor in masked():
-            if tensor.dtype == torch.float32:
-                groups[group].refine(tensor)
+    wide = {group for group, ranks in groups.items() if ranks.dtype == torch.float32}
+    for _, group, tensor in masked(wide) if wide else ():
+        groups[group].refine(tensor)
     found = {group: ranks.thresholds() for group, ranks in groups.items()}
-    return [row for name, group, tensor in masked() for row in _rows(name, group, tensor, ratios, found[group])]
+    zeros = {name: _zeros(of, found[g], groups[g].dtype) for name, (g, of) in counted.items() if g not in wide}
+    for name, group, tensor in masked(wide) if wide else ():
+        zeros[name] = [int(torch.count_nonzero(apply_mask(tensor, t) == 0)) for t in found[group]]
+    return [row for name, (g, of) in counted.items() for row in _rows(name, g, of, ratios, found[g], zeros[name])]
 
 
 def safetensors_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -203,12 +211,24 @@ def safetensors_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, opened.get_tensor(name)
 
 
-def _rows(name: str, group: str, tensor: torch.Tensor, ratios: list[float], thresholds: list[float]) -> list[dict]:
-    magnitude, count = tensor.abs(), tensor.numel()
-    rows = []
-    for ratio, threshold in zip(ratios, thresholds, strict=True):
-        zeros = int(torch.count_nonzero((magnitude < threshold) | (magnitude == 0)))
-        rows.append(
-            dict(tensor=name, mask_group=group, mask_ratio=ratio, threshold=threshold, numel=count, zeros=zeros, sparsity=zeros / count)
-        )
-    return rows
+def _cumulative(histogram: np.ndarray) -> Histogram:
+    """The patterns that occur, ascending, and how many elements have each or a lower one."""
+    patterns = np.flatnonzero(histogram)
+    return patterns, np.cumsum(histogram[patterns])
+
+
+def _zeros(histogram: Histogram, thresholds: list[float], dtype: torch.dtype) -> list[int]:
+    """Per threshold, how many elements of a 16-bit tensor lie below it or are 0 anyway."""
+    patterns, cumulative = histogram
+    limits = torch.tensor(thresholds, dtype=dtype).view(torch.int16).clamp(min=1).numpy()
+    return [int(cumulative[at - 1]) if at else 0 for at in np.searchsorted(patterns, limits)]
+
+
+def _rows(
+    name: str, group: str, histogram: Histogram, ratios: list[float], thresholds: list[float], zeros: list[int]
+) -> list[dict]:
+    numel = int(histogram[1][-1])
+    return [
+        dict(tensor=name, mask_group=group, mask_ratio=r, threshold=t, numel=numel, zeros=z, sparsity=z / numel)
+        for r, t, z in zip(ratios, thresholds, zeros, strict=True)
+    ]

@@ -12,13 +12,14 @@ SPREAD = 1e-5  # nats; below it differences of divergence are rounding noise
 
 def distillation_rewards(
     divergence_G: torch.Tensor | Sequence[float],
-    valid_G: torch.Tensor | None = None,
-    same_G: Sequence[int] | None = None,
+    valid_G: torch.Tensor | Sequence[bool] | None = None,
+    same_G: torch.Tensor | Sequence[int] | None = None,
 ) -> torch.Tensor:
     """(D_max - D_j) / (D_max - D_min): the easiest to transfer gets 1, the hardest 0, [G].
 
     Responses that `same_G` gives one number (identical tokens) share their mean divergence. If
-    D_max - D_min <= 1e-5, all get 0. Responses outside `valid_G` (no verdict) take no part and get 0.
+    D_max - D_min <= 1e-5, all get 0. Responses outside `valid_G` (no verdict) or without a finite divergence take no
+    part and get 0.
     """
     d, valid = _prepared(divergence_G, valid_G, same_G)
     rewards = torch.zeros_like(d)
@@ -31,20 +32,25 @@ def distillation_rewards(
 
 def raw_distillation_rewards(
     divergence_G: torch.Tensor | Sequence[float],
-    valid_G: torch.Tensor | None = None,
-    same_G: Sequence[int] | None = None,
+    valid_G: torch.Tensor | Sequence[bool] | None = None,
+    same_G: torch.Tensor | Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """-D_j without normalisation, [G]: the ablation. Otherwise as `distillation_rewards`."""
+    """-D_j, [G]: the ablation without normalisation. Otherwise as `distillation_rewards`.
+
+    The paper reports this ablation without a formula; the negative divergence is our reading.
+    """
     d, valid = _prepared(divergence_G, valid_G, same_G)
     return torch.where(valid, -d, torch.zeros_like(d))
 
 
 def _prepared(divergence_G, valid_G, same_G) -> tuple[torch.Tensor, torch.Tensor]:
+    """A copy of the divergences, equal among identical responses, and which of them take part."""
     d = torch.as_tensor(divergence_G).detach()
     d = d.clone() if d.is_floating_point() else d.float()
+    valid = d.isfinite() if valid_G is None else d.isfinite() & torch.as_tensor(valid_G, dtype=torch.bool)
     if same_G is not None:
         group = torch.as_tensor(same_G)
-        for number in group.unique():
-            d[group == number] = d[group == number].mean()
-    valid = torch.ones(len(d), dtype=torch.bool) if valid_G is None else valid_G
+        for number in group[valid].unique():
+            same = valid & (group == number)
+            d[same] = d[same].mean()
     return d, valid

@@ -5,13 +5,14 @@ import unicodedata
 
 from masters.rewards.verdict import Verdict
 
-EDGES = " .,!?;:\"'`()[]"
+QUOTES = " \"'`()[]\u201c\u201d\u2018\u2019\u00ab\u00bb"  # and brackets: removed from both ends
+TRAILING = QUOTES + ".,!?;:"  # removed from the end only: ".5" is not "5"
 
 
 def normalise(text: str) -> str:
-    """Unicode NFKC, case folded, white space collapsed, surrounding quotes, brackets and punctuation removed."""
+    """Unicode NFKC, case folded, white space collapsed, surrounding quotes and brackets and trailing punctuation removed."""
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return re.sub(r"\s+", " ", folded).strip(EDGES)
+    return re.sub(r"\s+", " ", folded).lstrip(QUOTES).rstrip(TRAILING)
 
 
 def exact_match(text: str, reference: str) -> bool:

@@ -1,4 +1,9 @@
-"""A verdict on one response."""
+"""A verdict on one response.
+
+ok              it was judged; an empty or a wrong text is judged 0
+parse_failed    the judge answered, its score could not be read
+judge_failed    the judge could not be had
+"""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,118 +1,207 @@
-"""data: any source into the questions table; bad rows set aside with their reason.
+"""data: a source becomes the tables `questions` and `rejected`.
 
-Two passes over the source, so that memory does not grow with it: the first checks every row and keeps its light
-key, the second writes what the limits keep. Rows fall into files by the leading digits of their digests, so that
-a shard's questions lie side by side.
+Two passes over the source. The first judges every row and keeps eight bytes a row: which ones to take. The second
+reads those again and writes them. So memory does not grow with the images.
 """
 
+import heapq
+from array import array
 from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
+import pyarrow as pa
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from masters import ingest, schemas
+from masters import schemas
 from masters.artifacts import Artifact, Identity
-from masters.config import Data
+from masters.config import Config
 from masters.errors import InputError
 from masters.identity import digest
+from masters.ingest import Reject, Rejected, reread, validated
 from masters.sources import Source
 from masters.storage import Storage
 from masters.tasks.stage import Run, build_or_reuse
 
 VERSION = 1
-ROWS_PER_FILE = 2048  # about; buckets are split by 16
-FILE_BYTES, BUFFER_BYTES = 32 << 20, 256 << 20
+
+BUCKET_ROWS = 2048  # at most, on average
+BUCKETS = (1, 16, 256, 4096)  # the leading 0 to 3 hexadecimal digits of the question digest
+FILE_BYTES = 32 << 20  # of rows, before compression
+BUFFER_BYTES = 256 << 20  # in all buckets together
+REJECTED_ROWS = 10_000  # a file
+
+
+def identity(config: Config, source: Source) -> Identity:
+    """Content of the source and limits. How many rejections are tolerated shapes no row."""
+    semantic = dict(train_limit=config.data.train_limit, eval_limit=config.data.eval_limit)
+    return Identity("data", VERSION, semantic, {"source": source.digest()}, slug=config.name)
 
 
 @task(name="data", cache_policy=NO_CACHE)
 def data(run: Run) -> Artifact:
-    """Tables `questions` and `rejected`."""
-    config = run.config.data
-    limits = dict(train_limit=config.train_limit, eval_limit=config.eval_limit)
-    made_of = Identity("data", VERSION, limits, {"source": run.ready.source.digest()}, slug=run.config.name)
-
-    def build() -> tuple[dict[str, str], dict, dict]:
-        keys, rejected = survey(run.ready.source)
-        kept = ingest.chosen(keys, {"train": config.train_limit, "test": config.eval_limit})
-        splits = Counter(split for identifier, _, split in keys if identifier in kept)
-        facts = dict(
-            rows=len(kept), rejected=len(rejected), read=len(keys) + len(rejected), train=splits["train"],
-            eval=splits["test"], reasons=reasons(rejected),
-        )  # fmt: skip
-        check(facts, config)
-        files = write(run.storage, made_of.folder, run.ready.source, kept)
-        table = schemas.encode([dict(id=r.id, reason=r.reason) for r in rejected], schemas.REJECTED)
-        run.storage.write(f"{made_of.folder}/rejected/all.parquet", table)
-        return files | {"rejected/all.parquet": digest(table)}, facts, {}
-
-    artifact = build_or_reuse(run, made_of, build)
-    check(artifact.facts, config)  # the allowed share is no part of identity: a reused table is held to today's
+    """Tables `questions` and `rejected`. Raises InputError if the source is at fault."""
+    config, source = run.config, run.ready.source
+    made_of = identity(config, source)
+    artifact = build_or_reuse(run, made_of, lambda: (*tables(config, source, run.storage, made_of.folder), {}))
+    facts, limit = artifact.facts, config.data.max_rejected_share
+    # the tolerated share is no part of identity: a reused table is held to today's
+    if facts["rejected"] > limit * facts["read"]:
+        raise InputError(
+            f"source {config.data.source}: {facts['rejected']} of {facts['read']} rows rejected, more than "
+            f"data.max_rejected_share ({limit:.1%}); all of them: {artifact.uri}/rejected"
+        )
     return artifact
 
 
-def survey(source: Source) -> tuple[list[tuple[str, str, str]], list[ingest.Rejected]]:
-    """(id, digest, split) of every good row, and the rejections."""
-    keys, rejected = [], []
-    for row in ingest.validated(source):
-        if isinstance(row, ingest.Rejected):
-            rejected.append(row)
-        else:
-            keys.append((row["question_id"], row["question_digest"], row["split"]))
-    return keys, rejected
+def tables(config: Config, source: Source, storage: Storage, folder: str) -> tuple[dict[str, str], dict]:
+    """Write both tables below `folder`. Returns {name: SHA-256} and the facts for the record."""
+    files: dict[str, str] = {}
+
+    def write(name: str, rows: list[dict], schema: pa.Schema) -> None:
+        data = schemas.encode(rows, schema)
+        storage.write(f"{folder}/{name}", data)
+        files[name] = digest(data)
+
+    judged = judge(source, {"train": config.data.train_limit, "test": config.data.eval_limit}, write)
+    _check(judged, config, storage.uri(f"{folder}/rejected"))
+    writer = Writer(judged.chosen, write)
+    for row in chosen_rows(source, judged.marks):
+        writer.add(row)
+    writer.close()
+    facts = dict(
+        rows=judged.chosen, rejected=judged.rejected, read=len(judged.marks), train=judged.splits["train"], eval=judged.splits["test"],
+        reasons=dict(judged.kinds.most_common()),
+    )  # fmt: skip
+    return files, facts
 
 
-def reasons(rejected: list[ingest.Rejected]) -> list[dict]:
-    """Why rows were set aside, the commonest first: reason, count, and the first row's id."""
-    first = {r.reason: r.id for r in reversed(rejected)}
-    return [dict(reason=r, count=n, first=first[r]) for r, n in Counter(r.reason for r in rejected).most_common()]
+@dataclass
+class Judged:
+    """The first pass: a mark for every row of the source (0: not taken), counts, an example id a kind of rejection."""
+
+    marks: array = field(default_factory=lambda: array("Q"))
+    splits: Counter = field(default_factory=Counter)  # of the rows taken
+    kinds: Counter = field(default_factory=Counter)
+    examples: dict[str, Rejected] = field(default_factory=dict)
+
+    @property
+    def chosen(self) -> int:
+        return self.splits.total()
+
+    @property
+    def rejected(self) -> int:
+        return self.kinds.total()
 
 
-def check(facts: dict, config: Data) -> None:
-    """Raises InputError if too many rows were set aside or a split has no rows."""
-    if not facts["read"]:
-        raise InputError(f"data.source {config.source} holds no rows")
-    share = facts["rejected"] / facts["read"]
-    if share > config.max_rejected_share:
-        why = "; ".join(f"{r['reason']} ({r['count']} rows, first {r['first']!r})" for r in facts["reasons"][:3])
-        raise InputError(
-            f"{facts['rejected']} of {facts['read']} rows ({share:.1%}) were rejected, data.max_rejected_share allows "
-            f"{config.max_rejected_share:.1%}: {why}"
-        )
-    for split in ("train", "eval"):
-        if not facts[split]:
-            raise InputError(f"data.source {config.source} has no good rows in its {split} split; both train and test rows are needed")
+def judge(source: Source, limits: dict[str, int | None], write: Callable[[str, list[dict], pa.Schema], None]) -> Judged:
+    """Validate every row, write the rejected, and mark the rows to take: per split, those of the smallest rank.
 
-
-def write(storage: Storage, folder: str, source: Source, kept: set[str]) -> dict[str, str]:
-    """Write the kept rows, buffered by bucket. Returns {name: SHA-256}."""
-    digits = 0
-    while len(kept) > ROWS_PER_FILE * 16**digits:
-        digits += 1
-    buffers: dict[str, list[dict]] = {}
-    sizes, parts, files = Counter(), Counter(), {}
-
-    def flush(bucket: str) -> None:
-        name = f"questions/{bucket or 'all'}-{parts[bucket]:05d}.parquet"
-        encoded = schemas.encode(buffers.pop(bucket), schemas.QUESTIONS)
-        storage.write(f"{folder}/{name}", encoded)
-        files[name] = digest(encoded)
-        parts[bucket] += 1
-        del sizes[bucket]
-
-    written: set[str] = set()
-    for row in ingest.validated(source):
-        if isinstance(row, ingest.Rejected) or row["question_id"] not in kept:
+    A row's rank depends on it alone, so that more rows never reshuffle the choice.
+    """
+    judged, rejected, parts = Judged(), [], 0
+    best: dict[str, list[tuple[int, int]]] = {split: [] for split in limits}  # heaps of (-rank, position)
+    for position, row in enumerate(validated(source)):
+        judged.marks.append(0)
+        if isinstance(row, Rejected):
+            judged.kinds[row.kind] += 1
+            judged.examples.setdefault(row.kind, row)
+            rejected.append(dict(id=row.id, reason=row.reason))
+            if len(rejected) == REJECTED_ROWS:
+                write(f"rejected/{parts:04d}.parquet", rejected, schemas.REJECTED)
+                rejected, parts = [], parts + 1
             continue
-        bucket = row["question_digest"][:digits]
-        buffers.setdefault(bucket, []).append(row)
-        sizes[bucket] += len(row["image"]) + 1024
-        written.add(row["question_id"])
-        if sizes[bucket] > FILE_BYTES:
-            flush(bucket)
-        elif sizes.total() > BUFFER_BYTES:
-            flush(sizes.most_common(1)[0][0])
-    if written != kept:
-        raise InputError(f"the data changed while it was read: {len(kept - written)} rows are gone; run again")
-    for bucket in sorted(buffers):
-        flush(bucket)
-    return files
+        split, limit, heap = row["split"], limits[row["split"]], best[row["split"]]
+        judged.marks[position] = mark(row)
+        judged.splits[split] += 1
+        if limit is not None:
+            heapq.heappush(heap, (-rank(row), position))
+            if len(heap) > limit:
+                judged.marks[heapq.heappop(heap)[1]] = 0
+                judged.splits[split] -= 1
+    if rejected or not parts:  # the table is there even if nothing was rejected
+        write(f"rejected/{parts:04d}.parquet", rejected, schemas.REJECTED)
+    return judged
+
+
+def rank(row: dict) -> int:
+    return int(digest((row["question_id"] + row["question_digest"]).encode()), 16)
+
+
+def mark(row: dict) -> int:
+    """64 bits of the question's digest, never 0: by it the second pass knows the row again."""
+    return int(row["question_digest"][:16], 16) | 1
+
+
+def chosen_rows(source: Source, marks: array) -> Iterator[dict]:
+    """The marked rows, read again. Raises InputError if the source is no longer what was judged."""
+    changed = InputError("the data source changed while it was read; run again when nothing writes to it")
+    count = 0
+    for position, raw in enumerate(source.rows()):
+        count += 1
+        if position >= len(marks):
+            raise changed
+        if not marks[position]:
+            continue
+        try:
+            row = reread(raw)
+        except (Reject, TypeError):  # TypeError: a text became something else
+            raise changed from None
+        if mark(row) != marks[position]:
+            raise changed
+        yield row
+    if count != len(marks):
+        raise changed
+
+
+class Writer:
+    """Questions by bucket of their digest: neighbours in digest lie in one file, as shards want them.
+
+    A bucket goes to a new file when it is large, the largest bucket when all together are.
+    """
+
+    def __init__(self, rows: int, write: Callable[[str, list[dict], pa.Schema], None]) -> None:
+        count = next((b for b in BUCKETS if rows <= b * BUCKET_ROWS), BUCKETS[-1])
+        self._digits, self._write = BUCKETS.index(count), write
+        self._rows: dict[str, list[dict]] = {}
+        self._bytes: Counter = Counter()
+        self._parts: Counter = Counter()
+        self._total = 0
+
+    def add(self, row: dict) -> None:
+        bucket = row["question_digest"][: self._digits] or "all"
+        size = len(row["image"]) + len(row["question"]) + len(row["answer"])
+        self._rows.setdefault(bucket, []).append(row)
+        self._bytes[bucket] += size
+        self._total += size
+        if self._bytes[bucket] > FILE_BYTES:
+            self._flush(bucket)
+        elif self._total > BUFFER_BYTES:
+            self._flush(max(sorted(self._bytes), key=self._bytes.__getitem__))
+
+    def close(self) -> None:
+        for bucket in sorted(self._rows):
+            self._flush(bucket)
+
+    def _flush(self, bucket: str) -> None:
+        self._write(f"questions/{bucket}-{self._parts[bucket]:03d}.parquet", self._rows.pop(bucket), schemas.QUESTIONS)
+        self._parts[bucket] += 1
+        self._total -= self._bytes.pop(bucket)
+
+
+def _check(judged: Judged, config: Config, where: str) -> None:
+    """Raises InputError if too much was rejected, or if a split is empty."""
+    rows, limit = len(judged.marks), config.data.max_rejected_share
+    common = "; ".join(
+        f"{count} x {judged.examples[kind].reason}, e.g. {judged.examples[kind].id}" for kind, count in judged.kinds.most_common(3)
+    )
+    if judged.rejected > limit * rows:
+        raise InputError(
+            f"source {config.data.source}: {judged.rejected} of {rows} rows ({judged.rejected / rows:.1%}) rejected, more than "
+            f"data.max_rejected_share ({limit:.1%}): {common}; all of them: {where}"
+        )
+    for split, name in (("train", "training"), ("test", "evaluation")):
+        if not judged.splits[split]:
+            hint = f"; rejected: {common}" if common else ""
+            raise InputError(f'source {config.data.source}: no row of {rows} is left for {name} (split "{split}"){hint}')

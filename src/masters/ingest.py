@@ -1,131 +1,162 @@
-"""From raw rows to the questions table: every row is accepted or set aside with a reason; none stops the run."""
+"""Validation of raw rows, one at a time: what is accepted becomes a question, what is not gets a reason.
 
-import io
-import warnings
-from collections.abc import Iterable, Iterator
+Nothing in a row can end a run: a broken image, a bomb, a hostile path or an id seen before is a rejection.
+"""
+
+import re
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-from PIL import Image
-
+from masters.errors import MastersError
 from masters.identity import canonical, digest, unit_interval
-from masters.sources import RawRow, Source
+from masters.images import MAX_BYTES, image_fault
+from masters.sources.base import RawRow, Source, resolve_inside
 
-PIXELS = 64_000_000  # larger images are not decoded
-ASPECT = 200  # the Qwen processors refuse longer ones
-IMAGE_BYTES = 256 << 20
-QUESTION_LENGTH, ANSWER_LENGTH = 20_000, 10_000
 SPLITS = ("train", "test")
-HELD_OUT = 0.1  # of the images, where the data names no split
+HELD_OUT = 0.1  # of the images, where a row names no split
+LIMITS = {"id": 1_000, "question": 20_000, "answer": 10_000, "category": 1_000}  # characters
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab, line feed, carriage return
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+SHOWN = 200  # characters of an unacceptable id that the rejected table keeps
 
 
-@dataclass(frozen=True)
+class Reject(Exception):
+    """A row is refused. `kind` is countable; `detail` is about this row."""
+
+    def __init__(self, kind: str, detail: object = None) -> None:
+        self.kind = kind
+        self.reason = kind if detail is None else f"{kind} ({detail})"
+        super().__init__(self.reason)
+
+
+@dataclass(frozen=True, slots=True)
 class Rejected:
     id: str
+    kind: str
     reason: str
 
 
-class _Fault(Exception):
-    """Why a row is set aside."""
-
-
 def validated(source: Source) -> Iterator[dict | Rejected]:
-    """A questions-table row or a rejection per raw row, streamed. Ids seen are all that is kept."""
+    """For every row of the source, in order: a question (see `schemas.QUESTIONS`) or a rejection.
+
+    Memory holds one row, and the ids seen.
+    """
     seen: set[str] = set()
-    for raw in source.rows():
+    for number, row in enumerate(source.rows(), start=1):
         try:
-            row = question(raw)
-            if row["question_id"] in seen:
-                raise _Fault("duplicate id")
-            seen.add(row["question_id"])
-            yield row
-        except _Fault as fault:
-            yield Rejected(str(raw.id)[:200], str(fault))
+            yield _accepted(row, seen)
+        except MastersError:
+            raise
+        except Reject as reject:
+            yield Rejected(_shown_id(row, number), reject.kind, reject.reason)
+        except Exception as error:  # one row never ends a run
+            kind = "row cannot be processed"
+            yield Rejected(_shown_id(row, number), kind, f"{kind} ({type(error).__name__}: {str(error)[:SHOWN]})")
 
 
-def question(raw: RawRow) -> dict:
-    """The checked row. Raises _Fault."""
-    if raw.fault:
-        raise _Fault(raw.fault)
-    identifier = _identifier(raw.id)
-    asked = _text("question", raw.question, QUESTION_LENGTH)
-    answer = _text("answer", raw.answer, ANSWER_LENGTH)
-    image, image_digest = _image(raw.image)
-    if raw.split is not None and raw.split not in SPLITS:
-        raise _Fault(f"split is neither train nor test (found {str(raw.split)[:40]!r})")
-    split = raw.split or ("test" if unit_interval(image_digest) < HELD_OUT else "train")
-    content = digest(canonical([asked, answer, image_digest]).encode())
+def _accepted(row: RawRow, seen: set[str]) -> dict:
+    """The question of a row. Its id counts as seen only if the row is accepted. Raises Reject."""
+    if row.fault:
+        kind, _, detail = row.fault.partition(" (")
+        raise Reject(kind, detail.removesuffix(")") or None)
+    question_id = identifier(row.id)
+    if question_id in seen:
+        raise Reject("duplicate id")
+    question, answer = text("question", row.question), text("answer", row.answer)
+    category = None if row.category is None or row.category == "" else text("category", row.category)
+    if row.split is not None and row.split not in SPLITS:
+        raise Reject("unknown split", f"found {row.split!r:.50}, expected train or test")
+    image, image_digest = image_of(row)
+    if fault := image_fault(image, image_digest):
+        raise Reject(*fault)
+    seen.add(question_id)
+    return question_row(question_id, question, answer, image, image_digest, row.split, category)
+
+
+def question_row(
+    question_id: str, question: str, answer: str, image: bytes, image_digest: str, split: object, category: str | None
+) -> dict:
+    """One row of `questions`. Without a split, the image decides: it is never both trained and evaluated on."""
+    if split is None:
+        split = "test" if unit_interval(image_digest) < HELD_OUT else "train"
+    content = digest(canonical([question, answer, image_digest]).encode())
     return dict(
-        question_id=identifier, question_digest=content, image=image, question=asked, answer=answer, split=split,
-        category=None if raw.category is None else str(raw.category)[:200],
+        question_id=question_id, question_digest=content, image=image, question=question, answer=answer,
+        split=split, category=category,
     )  # fmt: skip
 
 
-def chosen(keys: Iterable[tuple[str, str, str]], limits: dict[str, int | None]) -> set[str]:
-    """Ids kept under the limits of (id, digest, split): the smallest hashes, so growing data moves few."""
-    by_split: dict[str, list[tuple[str, str]]] = {}
-    for identifier, content, split in keys:
-        by_split.setdefault(split, []).append((digest(f"{content}/{identifier}".encode()), identifier))
-    return {identifier for split, found in by_split.items() for _, identifier in sorted(found)[: limits[split]]}
+def reread(row: RawRow) -> dict:
+    """The question of a row that was accepted before, without judging its image again."""
+    image, image_digest = image_of(row)
+    return question_row(identifier(row.id), row.question, row.answer, image, image_digest, row.split, row.category or None)
 
 
-def _identifier(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-        raise _Fault("id is missing or not text")
-    text = str(value)
-    if len(text) > 500 or not text.isprintable():
-        raise _Fault("id is over 500 characters or not printable")
-    return text
+def identifier(value: object) -> str:
+    """An id as text; whole numbers count as their decimals. Raises Reject."""
+    if value is None or value == "":
+        raise Reject("id is missing")
+    return text("id", str(value) if isinstance(value, int) and not isinstance(value, bool) else value)
 
 
-def _text(name: str, value: Any, longest: int) -> str:
+def text(name: str, value: object) -> str:
+    """A text that can be kept and shown to a model, unchanged. Raises Reject."""
     if value is None:
-        raise _Fault(f"{name} is missing")
+        raise Reject(f"{name} is missing")
     if not isinstance(value, str):
-        raise _Fault(f"{name} is not text (found {type(value).__name__})")
+        raise Reject(f"{name} is not text", f"found {type(value).__name__}")
     if not value.strip():
-        raise _Fault(f"{name} is empty")
-    if len(value) > longest:
-        raise _Fault(f"{name} is over {longest:,} characters")
-    if any(ord(c) < 32 and c not in "\n\r\t" or 0xD800 <= ord(c) < 0xE000 for c in value):
-        raise _Fault(f"{name} holds control characters")
+        raise Reject(f"{name} is empty")
+    if len(value) > LIMITS[name]:
+        raise Reject(f"{name} is too long", f"{len(value)} characters, limit {LIMITS[name]}")
+    if found := CONTROL.search(value):
+        raise Reject(f"{name} has control characters", f"U+{ord(found[0]):04X} at {found.start()}")
+    if SURROGATE.search(value):
+        raise Reject(f"{name} is not valid Unicode")
     return value
 
 
-def _image(image: bytes | Path | None) -> tuple[bytes, str]:
-    """The image's bytes and their digest. Neighbouring rows often share an image: a path is read once."""
-    if image is None or image == b"":
-        raise _Fault("image is missing")
-    return _from_path(image) if isinstance(image, Path) else _checked(image)
+def image_of(row: RawRow) -> tuple[bytes, str]:
+    """An image's bytes, as they are, and their SHA-256. Raises Reject."""
+    image = row.image
+    if image is None or image == "":
+        raise Reject("image is missing")
+    if isinstance(image, bytes):
+        if len(image) > MAX_BYTES:
+            raise Reject("image is too large", f"{len(image)} bytes, limit {MAX_BYTES}")
+        return image, digest(image)
+    if not isinstance(image, str | Path):
+        raise Reject("image is neither bytes nor a path", f"found {type(image).__name__}")
+    if row.root is None:
+        raise Reject("image is a path", "this source has no folder; expected bytes")
+    # a table of contents may name an image in many rows one after the other
+    return _read(row.root, str(image))
 
 
-@lru_cache(maxsize=8)
-def _from_path(path: Path) -> tuple[bytes, str]:
+@lru_cache(maxsize=2)
+def _read(root: Path, path: str) -> tuple[bytes, str]:
     try:
-        if path.stat().st_size > IMAGE_BYTES:
-            raise _Fault(f"image is over {IMAGE_BYTES >> 20} MiB")
-        data = path.read_bytes()
-    except OSError as error:
-        raise _Fault(f"image cannot be read ({error.strerror})") from error
-    return _checked(data)
-
-
-@lru_cache(maxsize=8)
-def _checked(data: bytes) -> tuple[bytes, str]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as opened:
-                width, height = opened.size
-                if not width or not height or width * height > PIXELS:
-                    raise _Fault(f"image has {width} x {height} pixels; at most {PIXELS:,} are decoded")
-                if max(width, height) > ASPECT * min(width, height):
-                    raise _Fault(f"image is {width} x {height}: its sides differ by more than {ASPECT} times")
-                opened.convert("RGB").load()
-    except _Fault:
-        raise
-    except Exception as error:  # decoders raise what they like; each means the same
-        raise _Fault("image cannot be decoded") from error
+        target = resolve_inside(root, path)
+        if target is None:
+            raise Reject("image path leaves the data folder", f"{path!r:.{SHOWN}}")
+        found = target.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise Reject("image is not a file", f"{path!r:.{SHOWN}}")
+        if found.st_size > MAX_BYTES:
+            raise Reject("image is too large", f"{found.st_size} bytes, limit {MAX_BYTES}")
+        data = target.read_bytes()
+    except FileNotFoundError:
+        raise Reject("image file not found", f"{path!r:.{SHOWN}}") from None
+    except (OSError, ValueError, RuntimeError) as error:  # no permission, no possible name, a loop of links
+        raise Reject("image file cannot be read", f"{path!r:.{SHOWN}}: {str(error)[:SHOWN]}") from None
     return data, digest(data)
+
+
+def _shown_id(row: RawRow, number: int) -> str:
+    """What the rejected table calls a row: its id, or its place where the id cannot serve."""
+    if isinstance(row.id, str | int) and not isinstance(row.id, bool) and row.id != "":
+        return str(row.id)[:SHOWN].encode(errors="backslashreplace").decode()
+    return f"row {number}"

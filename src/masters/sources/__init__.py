@@ -17,7 +17,7 @@ def open_source(data: Data) -> Source:
     Raises InputError if it is not there, is empty or lacks columns.
     """
     name = data.source
-    local = name == "easyvqa" or Path(name).expanduser().exists()
+    local = name == "easyvqa" or _exists(name)
     if local and data.revision:
         raise InputError(f"data.revision applies to hub data sets only; source {name} is local: remove data.revision")
     if name == "easyvqa":
@@ -31,6 +31,13 @@ def open_source(data: Data) -> Source:
     from masters.sources.hugging_face import Hub
 
     return Hub(name, data.revision)
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, RuntimeError):  # no possible file name, no such user, no permission to look
+        return False
 
 
 def looks_like_path(name: str) -> bool:

@@ -9,6 +9,7 @@ from masters.errors import InputError
 from masters.identity import canonical, digest, file_digest
 
 REQUIRED = ("id", "image", "question", "answer")
+COLUMNS = (*REQUIRED, "split", "category")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,11 @@ def need_columns(columns: Iterable[str], where: str) -> None:
             f"{where}: expected columns {', '.join(REQUIRED)}; found {', '.join(found) or 'none'}; "
             f"add or rename: {', '.join(missing)}"
         )
+
+
+def one_line(error: BaseException) -> str:
+    """What a library says went wrong, fit for an error line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def resolve_inside(root: Path, path: str | Path) -> Path | None:

@@ -9,11 +9,10 @@ import pyarrow.parquet as pq
 
 from masters.errors import InputError
 from masters.identity import file_digest
-from masters.sources.base import REQUIRED, RawRow, content_digest, need_columns, raw_row
+from masters.sources.base import COLUMNS, REQUIRED, RawRow, content_digest, need_columns, one_line, raw_row
 
 BATCH = 64  # rows held at a time; they carry images
 PEEK = 100  # JSONL objects looked at before a column counts as absent
-COLUMNS = (*REQUIRED, "split", "category")
 
 
 class Jsonl:
@@ -40,7 +39,6 @@ class Jsonl:
     def rows(self) -> Iterator[RawRow]:
         for number, found in self._objects():
             if isinstance(found, dict):
-                # no bytes in JSON: an object or a list here is no image
                 yield raw_row(found, self.root)
             else:
                 yield RawRow(f"line {number}", fault=found)
@@ -97,7 +95,7 @@ class Parquet:
                     for batch in table.iter_batches(BATCH, columns=columns):
                         yield from (raw_row(found, file.parent) for found in batch.to_pylist())
             except (pa.ArrowException, OSError) as error:
-                raise InputError(f"source {file} is damaged: {_line(error)}") from None
+                raise InputError(f"source {file} is damaged: {one_line(error)}") from None
 
     @staticmethod
     def _footer(file: Path) -> tuple[pa.Schema, int]:
@@ -105,14 +103,10 @@ class Parquet:
             with pq.ParquetFile(file) as table:
                 return table.schema_arrow, table.metadata.num_rows
         except (pa.ArrowException, OSError) as error:
-            raise InputError(f"source {file}: expected a Parquet file, found something else ({_line(error)})") from None
+            raise InputError(f"source {file}: expected a Parquet file, found something else ({one_line(error)})") from None
 
 
 def parquet_files(folder: Path) -> list[Path]:
     """Parquet files below a folder; names with a leading "." or "_" are other tools' leftovers."""
     found = (p for p in folder.rglob("*.parquet") if p.is_file())
     return sorted(p for p in found if not any(part[0] in "._" for part in p.relative_to(folder).parts))
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

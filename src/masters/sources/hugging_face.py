@@ -1,13 +1,12 @@
 """Data sets of the `datasets` library: folders from `save_to_disk`, and the hub (streamed)."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from masters.errors import InputError
 from masters.identity import canonical, digest, folder_digest
-from masters.sources.base import REQUIRED, RawRow, need_columns, raw_row
+from masters.sources.base import COLUMNS, REQUIRED, RawRow, content_digest, need_columns, one_line, raw_row
 
 SPLITS = {"train": "train", "test": "test", "validation": "test"}
 MARKS = ("dataset_dict.json", "dataset_info.json")  # what save_to_disk leaves in a folder
@@ -24,18 +23,25 @@ class Saved:
         try:
             loaded: Any = datasets.load_from_disk(str(folder))
         except Exception as error:  # the library raises what it likes
-            raise InputError(f"source {folder}: expected a folder from datasets' save_to_disk; {_line(error)}") from None
+            raise InputError(f"source {folder}: expected a folder from datasets' save_to_disk; {one_line(error)}") from None
         self.parts = _parts(loaded, f"source {folder}")
+        # images stored as text are files of their own
+        self.paths = any(getattr(part.features["image"], "dtype", "") == "string" for _, part in self.parts)
         if not any(len(part) for _, part in self.parts):
             raise InputError(f"source {folder} is empty: expected rows with {', '.join(REQUIRED)}, found none")
 
     def digest(self) -> str:
-        # not the caches that other uses of the folder leave in it
-        return folder_digest(self.folder, ("data.arrow", ".json", *_arrow_names(self.folder)))
+        # without the caches that other uses of the folder leave in it
+        arrow = (p.name for p in self.folder.rglob("*.arrow") if not p.name.startswith("cache-"))
+        found = folder_digest(self.folder, (".json", *arrow))
+        return content_digest([["folder", found]], self.rows() if self.paths else ())
 
     def rows(self) -> Iterator[RawRow]:
-        for split, part in self.parts:
-            yield from (raw_row(found, self.folder, split) for found in part)
+        try:
+            for split, part in self.parts:
+                yield from (raw_row(found, self.folder, split) for found in part)
+        except Exception as error:
+            raise InputError(f"source {self.folder} is damaged: {one_line(error)}") from None
 
 
 class Hub:
@@ -44,19 +50,18 @@ class Hub:
     def __init__(self, name: str, revision: str | None) -> None:
         self.where = f"source {name}" + (f" at {revision}" if revision else "")
         self.name = name
-        # one try: without a network, the answer must come at once
-        os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", str(TIMEOUT))
         try:
             from datasets import DownloadConfig, load_dataset
             from huggingface_hub import HfApi
 
             self.commit = HfApi().dataset_info(name, revision=revision, timeout=TIMEOUT).sha
+            # one try: without a network, the answer must come at once
             config = DownloadConfig(max_retries=1)
             loaded: Any = load_dataset(name, revision=self.commit, streaming=True, download_config=config)
         except Exception as error:  # the network, the hub and the library raise what they like
             raise InputError(
                 f"{self.where}: no such file or folder here, and the hub did not give a data set of that name; "
-                f"check the name, the revision and the network ({type(error).__name__}: {_line(error)})"
+                f"check the name, the revision and the network ({type(error).__name__}: {one_line(error)})"
             ) from None
         self.parts = _parts(loaded, self.where)
         if next(self.rows(), None) is None:
@@ -70,7 +75,7 @@ class Hub:
             for split, part in self.parts:
                 yield from (raw_row(found, None, split) for found in part)
         except Exception as error:
-            raise InputError(f"{self.where} broke off while it was read ({_line(error)}); run again") from None
+            raise InputError(f"{self.where} broke off while it was read ({one_line(error)}); run again") from None
 
 
 def is_saved(folder: Path) -> bool:
@@ -87,7 +92,8 @@ def _parts(loaded: Any, where: str) -> list[tuple[str | None, Any]]:
     for name, part in named.items():
         columns = part.column_names or list(next(iter(part), {}))  # a stream may not know them ahead
         need_columns(columns, where if name is None else f"{where}, part {name}")
-        parts.append((None if name is None else SPLITS[name], _undecoded(part)))
+        wanted = part.select_columns([c for c in COLUMNS if c in columns])
+        parts.append((None if name is None else SPLITS[name], _undecoded(wanted)))
     return parts
 
 
@@ -96,12 +102,3 @@ def _undecoded(part: Any) -> Any:
 
     stored = isinstance((part.features or {}).get("image"), Image)
     return part.cast_column("image", Image(decode=False)) if stored else part
-
-
-def _arrow_names(folder: Path) -> tuple[str, ...]:
-    """The Arrow files that save_to_disk wrote: data-00000-of-00001.arrow."""
-    return tuple(p.name for p in folder.rglob("data-*-of-*.arrow"))
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -1,0 +1,154 @@
+"""The command line. Errors are one line on stderr; exit 0, 1 failed, 2 usage or bad input.
+
+Heavy libraries are imported by the commands, after their arguments are understood: `--help` is quick.
+"""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from masters.config import Config, load
+from masters.errors import MastersError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Distil large vision-language models with masked teachers.")
+
+ConfigPath = Annotated[Path, typer.Argument(help="A TOML configuration, e.g. configs/demo.toml")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value, e.g. train.epochs=2")]
+Rebuild = Annotated[list[str] | None, typer.Option("--rebuild", metavar="STAGE", help="Build a stage again")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout")]
+STAGES = ("data", "mask", "generate", "score", "train", "evaluate", "register")
+
+
+@app.command()
+def distill(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would be built or reused, build nothing")] = False,
+    rebuild: Rebuild = None,
+    as_json: Json = False,
+) -> None:
+    """The whole pipeline; run again, it reuses what is built and finishes what is not."""
+    settings = load(config, overrides)
+    if plan:
+        _plan(settings, as_json)
+        return
+    _run(settings, _stages(rebuild), "register", as_json)
+
+
+@app.command()
+def stage(
+    name: Annotated[str, typer.Argument(help=", ".join(STAGES))],
+    config: ConfigPath,
+    overrides: Overrides = None,
+    rebuild: Rebuild = None,
+    as_json: Json = False,
+) -> None:
+    """One stage and what it needs."""
+    _run(load(config, overrides), _stages(rebuild), _stages([name])[0], as_json)
+
+
+@app.command()
+def check(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Before hours are spent: configuration, source, models, families and tokenizers, store."""
+    from masters.preflight import preflight, warnings_of
+
+    settings = load(config, overrides)
+    ready = preflight(settings)
+    for line in warnings_of(settings):
+        typer.echo(f"warning: {line}", err=True)
+    typer.echo(f"source     {settings.data.source}")
+    typer.echo(f"student    {ready.student.folder} ({ready.student.digest[:16]})")
+    for teacher in ready.teachers:
+        typer.echo(f"teacher    {teacher.folder} ({teacher.digest[:16]})")
+    typer.echo(f"store      {ready.storage.uri('')}: read, write, conditional write")
+    typer.echo("ready")
+
+
+def main() -> None:
+    """Entry point: turns expected errors into one line and an exit code."""
+    try:
+        app(standalone_mode=True)
+    except MastersError as error:
+        typer.echo(f"masters: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("masters: interrupted; run again to go on from here", err=True)
+        sys.exit(1)
+
+
+def _stages(names: list[str] | None) -> list[str]:
+    for name in names or []:
+        if name.split("-")[0] not in STAGES:
+            raise typer.BadParameter(f"unknown stage {name!r}; stages: {', '.join(STAGES)}")
+    return names or []
+
+
+def _run(settings: Config, rebuild: list[str], until: str, as_json: bool) -> None:
+    from masters.infra.local_prefect import prefect_api, wait_until_ready
+
+    with prefect_api() as url:
+        from masters.preflight import preflight
+
+        preflight(settings)  # while the server starts; the flow, which may be started elsewhere, does it again
+        _quiet()
+        from masters.flows.distill import distill as flow
+
+        wait_until_ready(url)
+        summary = flow(settings, rebuild=rebuild, until=until)
+    if as_json:
+        typer.echo(json.dumps(summary))
+    else:
+        _table(summary)
+
+
+def _plan(settings: Config, as_json: bool) -> None:
+    from masters.plan import plan
+
+    lines = plan(settings)
+    if as_json:
+        typer.echo(json.dumps({"stages": lines}))
+    for line in lines if not as_json else []:
+        changed = f"  changed: {', '.join(line['changed'])}" if line["changed"] else ""
+        typer.echo(f"{line['name']:<10} {line['outcome']:<7} {line['fingerprint'] or '(after its inputs)'}{changed}")
+
+
+def _quiet() -> None:
+    """Progress and results are printed by us; libraries' logs go to their servers and log files."""
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+    os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "false")
+    warnings.filterwarnings("ignore")
+    for name in ("mlflow", "alembic", "httpx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _table(summary: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if "student" in summary:
+        scores = Table("model", "exact match", "standard error", "questions", title="evaluation split, greedy, through vLLM")
+        student = summary["student"]
+        rows = [(t["name"], t) for t in summary["teachers"]] + [("student before", student["before"]), ("student after", student["after"])]
+        for name, s in rows:
+            scores.add_row(name, f"{s['accuracy']:.2%}", f"{s['standard_error']:.2%}", str(s["n"]))
+        console.print(scores)
+    stages = Table("stage", "outcome", "rows", "rejected", "seconds")
+    for s in summary["stages"]:
+        stages.add_row(s["name"], s["outcome"], str(s["rows"]), str(s["rejected"]), f"{s['seconds']:.1f}")
+    console.print(stages)
+    if "student" in summary:
+        console.print(f"student: {summary['student']['after']['uri']}", soft_wrap=True)
+    uri = summary["mlflow"]["tracking_uri"]
+    console.print(f"look at the run: mlflow ui --host 127.0.0.1 --backend-store-uri {uri}", soft_wrap=True)
+    console.print("and its flow run: prefect server start --host 127.0.0.1", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
