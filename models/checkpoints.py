@@ -62,16 +62,20 @@ def load_model(folder: Path, dtype: str) -> torch.nn.Module:
 
 
 def load_masked(folder: Path, thresholds: dict[str, float], dtype: str) -> torch.nn.Module:
-    """The model with every tensor of `thresholds` masked below its threshold (Eq. 1-2), before any conversion."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    """The model with every tensor of `thresholds` masked below its threshold (Eq. 1-2).
 
-    return AutoModelForImageTextToText.from_pretrained(
-        None,
-        config=AutoConfig.from_pretrained(folder),
-        state_dict=dict(masked_tensors(folder, thresholds)),
-        dtype=getattr(torch, dtype),
-        attn_implementation="sdpa",
-    ).eval()
+    Masks are taken on the checkpoint's own values, before any change of type, as the engine takes them.
+    """
+    model = load_model(folder, dtype)
+    parameters = dict(model.named_parameters())
+    unknown = thresholds.keys() - parameters.keys()
+    if unknown:
+        raise InputError(f"model {folder}: {len(unknown)} masked tensors are no parameters of it (first: {min(unknown)})")
+    with torch.no_grad():
+        for name, tensor in masked_tensors(folder, thresholds):
+            if name in thresholds:
+                parameters[name].copy_(tensor)
+    return model
 
 
 def masked_tensors(folder: Path, thresholds: dict[str, float]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -10,7 +10,7 @@ TRAILING = QUOTES + ".,!?;:"  # removed from the end only: ".5" is not "5"
 
 
 def normalise(text: str) -> str:
-    """Unicode NFKC, case folded, white space collapsed, surrounding quotes and brackets and trailing punctuation removed."""
+    """NFKC, case folded, white space collapsed, surrounding quotes and brackets and trailing punctuation removed."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return re.sub(r"\s+", " ", folded).lstrip(QUOTES).rstrip(TRAILING)
 

@@ -1,0 +1,83 @@
+"""R_distill against Eq. 6-7 in NumPy. G responses of one question."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from masters.rewards import distillation_rewards, raw_distillation_rewards
+
+groups = st.lists(st.floats(0, math.log(2)), min_size=1, max_size=16)
+
+
+def reference(d: np.ndarray) -> np.ndarray:
+    spread = d.max() - d.min()
+    return (d.max() - d) / spread if spread > 1e-5 else np.zeros_like(d)
+
+
+@given(groups)
+def test_reverse_min_max(divergence: list[float]) -> None:
+    d_G = np.array(divergence)
+    found = distillation_rewards(d_G).numpy()
+    np.testing.assert_allclose(found, reference(d_G), atol=1e-12)
+    if found.any():
+        assert found[d_G.argmin()] == 1
+        assert found[d_G.argmax()] == 0
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_by_hand_from_any_kind_of_sequence(kind) -> None:
+    found = distillation_rewards(kind([0.1, 0.3, 0.2, 0.5]))
+    assert isinstance(found, torch.Tensor)
+    np.testing.assert_allclose(found.numpy(), [1.0, 0.5, 0.75, 0.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 9.9e-6])
+def test_rounding_noise_is_no_reward(spread: float) -> None:
+    assert distillation_rewards([0.2, 0.2 + spread, 0.2]).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_just_above_the_noise() -> None:
+    assert distillation_rewards(np.array([0.0, 1.1e-5])).tolist() == [1.0, 0.0]
+
+
+def test_a_response_without_a_verdict_takes_no_part() -> None:
+    valid_G = [True, False, True, True, False]
+    found = distillation_rewards(np.array([0.2, 0.0, 0.4, 0.3, 0.9]), valid_G)
+    np.testing.assert_allclose(found.numpy(), [1.0, 0.0, 0.0, 0.5, 0.0])
+    assert distillation_rewards([0.1, 0.2], [False, False]).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_divergence_that_is_no_number_takes_no_part(bad: float) -> None:
+    found = distillation_rewards(np.array([0.2, bad, 0.4, 0.3]))
+    np.testing.assert_allclose(found.numpy(), [1.0, 0.0, 0.0, 0.5])
+    assert raw_distillation_rewards(np.array([0.25, bad])).tolist() == [-0.25, 0.0]
+    assert distillation_rewards([bad, bad]).tolist() == [0.0, 0.0]
+
+
+def test_identical_responses_share_their_mean() -> None:
+    d_G, same_G = np.array([0.1, 0.5, 0.2, 0.6]), [0, 1, 0, 2]
+    found = distillation_rewards(d_G, same_G=same_G).numpy()
+    np.testing.assert_allclose(found, reference(np.array([0.15, 0.5, 0.15, 0.6])))
+    assert not distillation_rewards(d_G, same_G=[0, 0, 0, 0]).any()
+
+
+def test_sharing_is_among_those_that_take_part() -> None:
+    found = distillation_rewards(np.array([0.1, math.nan, 0.3, 0.5]), same_G=[0, 0, 1, 2])
+    np.testing.assert_allclose(found.numpy(), [1.0, 0.0, 0.5, 0.0])
+
+
+def test_raw_is_the_negative_divergence() -> None:
+    found = raw_distillation_rewards(np.array([0.1, 0.5, 0.3]), [True, True, False], [0, 0, 1])
+    np.testing.assert_allclose(found.numpy(), [-0.3, -0.3, 0.0])
+
+
+@pytest.mark.parametrize("rewards", [distillation_rewards, raw_distillation_rewards])
+def test_nothing_has_a_gradient_and_the_input_stays(rewards) -> None:
+    d_G = torch.tensor([0.1, 0.5, 0.3], requires_grad=True)
+    assert not rewards(d_G, same_G=[0, 0, 1]).requires_grad
+    assert torch.equal(d_G.detach(), torch.tensor([0.1, 0.5, 0.3]))
