@@ -14,7 +14,8 @@ from masters.rewards.rules import exact_match, normalise
     ("text", "expected"),
     [
         ("Yes", "yes"), ("  a\n b\t c ", "a b c"), ("Yes.", "yes"), ("no !?", "no"), ('"Teal"', "teal"),
-        ("\u201cteal\u201d.", "teal"), ("\uff34\uff45\uff41\uff4c", "teal"), ("STRASSE", "strasse"), ("stra\u00dfe", "strasse"),
+        ("\u201cteal\u201d.", "teal"), ("\uff34\uff45\uff41\uff4c", "teal"), ("STRASSE", "strasse"),
+        ("stra\u00dfe", "strasse"),
         ("3.5", "3.5"), (".5", ".5"), ("-1", "-1"), ("a, b", "a, b"), ("", ""), (" .!", ""),
     ],
 )  # fmt: skip

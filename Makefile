@@ -1,0 +1,29 @@
+# Needed beforehand: Linux, Python >= 3.11, make. Everything else is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+EXTRA ?= cpu
+
+.PHONY: demo test setup check demo-models
+
+demo: setup
+	$(BIN)/masters distill configs/demo.toml
+
+test: setup
+	$(BIN)/pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+demo-models: setup
+	$(BIN)/python -m demo.train teacher --threads 2
+	$(BIN)/python -m demo.train student --threads 1
+
+setup: .venv/ready
+
+.venv/ready: requirements/$(EXTRA).txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r requirements/$(EXTRA).txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+	touch $@

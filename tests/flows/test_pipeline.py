@@ -1,0 +1,174 @@
+"""The whole pipeline as a user runs it: real processes, Prefect, vLLM, torch and MLflow on a small JSONL of drawn shapes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+
+from demo import shapes
+
+ROOT = Path(__file__).parents[2]
+STAGES = ["data", "mask", "generate", "score", "train", "evaluate", "register"]
+
+
+def masters(*arguments: str, home: Path) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))} | {"HOME": str(home)}
+    command = [sys.executable, "-m", "masters.cli", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+
+
+def write_questions(folder: Path, count: int) -> Path:
+    """Good rows about drawn shapes, a quarter of them test rows, and five bad ones."""
+    rng, rows = np.random.default_rng(7), []
+    (folder / "images").mkdir(parents=True)
+    for number in range(count):
+        image, shape, color = shapes.draw(rng)
+        image.save(folder / "images" / f"{number}.png")
+        question = ("what shape is present?", "what color is the shape?", "is there a circle?")[number % 3]
+        answer = shapes.answer_for(question, shape, color)
+        split = "test" if number % 4 == 0 else "train"
+        rows.append(dict(id=f"q{number}", image=f"images/{number}.png", question=question, answer=answer, split=split))
+    (folder / "images" / "broken.png").write_bytes(b"\x89PNG no picture")
+    good = rows[1]
+    rows += [
+        good | dict(id="missing", image="images/none.png"),
+        good | dict(id="broken", image="images/broken.png"),
+        good | dict(id="outside", image="../outside.png"),
+        good | dict(id="empty", answer=" "),
+        good,
+    ]
+    path = folder / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    write_questions(folder / "data", 64)
+    (folder / "home").mkdir()
+    return folder
+
+
+def settings(place: Path) -> list[str]:
+    values = {
+        "data.source": place / "data" / "questions.jsonl", "data.max_rejected_share": 0.2, "store.root": place / "store",
+        "train.epochs": 1, "runtime.checkpoint_steps": 3, "train.questions_per_step": 4,
+    }  # fmt: skip
+    return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+
+
+@pytest.fixture(scope="module")
+def first(place: Path) -> dict:
+    done = masters("distill", "configs/demo.toml", *settings(place), "--json", home=place / "home")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def rows(summary: dict, stage: str, table: str) -> list[dict]:
+    folder = Path(next(s["uri"] for s in summary["stages"] if s["name"] == stage))
+    listed = [f["name"] for f in json.loads((folder / "record.json").read_text())["files"]]
+    return [row for name in listed if name.startswith(f"{table}/") for row in parquet.read_table(folder / name).to_pylist()]
+
+
+def test_every_stage_is_built_and_the_summary_says_so(first: dict, place: Path) -> None:
+    assert [(s["name"], s["outcome"]) for s in first["stages"]] == [(name, "built") for name in STAGES]
+    assert first["status"] == "completed"
+    assert json.loads((place / "store" / "summary.json").read_text()) == first
+    assert first["prefect"]["flow_run_id"]
+    assert first["mlflow"]["model_version"] == 1
+
+
+def test_bad_rows_are_set_aside_with_their_reason(first: dict) -> None:
+    assert sorted(row["id"] for row in rows(first, "data", "rejected")) == ["broken", "empty", "missing", "outside", "q1"]
+    assert first["stages"][0]["rejected"] == 5
+    assert len(rows(first, "data", "questions")) == 64
+
+
+def test_every_expected_response_and_verdict_is_there_once(first: dict) -> None:
+    key = ("question_id", "source", "mask_ratio", "sample")
+    responses, verdicts = (rows(first, s, t) for s, t in (("generate", "responses"), ("score", "verdicts")))
+    keys = [tuple(row[k] for k in key) for row in responses]
+    assert len(keys) == len(set(keys)) == 48 * 8
+    assert {tuple(row[k] for k in key) for row in verdicts} == set(keys)
+    assert {row["mask_ratio"] for row in responses if row["source"] == "student"} == {None}
+    per_question = {row["question_id"]: row["mask_ratio"] for row in responses if row["source"] == "teacher"}
+    assert len(set(per_question.values())) > 1  # several masked teachers answered, one engine
+    assert all(row["score"] in (0.0, 1.0) and row["status"] == "ok" for row in verdicts)
+
+
+def test_scores_come_from_the_predictions(first: dict) -> None:
+    predictions = rows(first, "evaluate", "predictions")
+    after = [row["correct"] for row in predictions if row["model"] == "student-after"]
+    assert first["student"]["after"]["n"] == len(after) == 16
+    assert first["student"]["after"]["accuracy"] == pytest.approx(sum(after) / 16)
+    assert first["teachers"][0]["accuracy"] >= 0.9  # the teacher has seen such shapes
+
+
+def test_transformers_loads_the_student_and_answers_alike(first: dict) -> None:
+    import io
+
+    import torch
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder = first["student"]["after"]["uri"]
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    said = {r["question_id"]: r["text"] for r in rows(first, "evaluate", "predictions") if r["model"] == "student-after"}
+    agree = 0
+    for row in rows(first, "data", "questions"):
+        if row["split"] == "test":
+            turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]}
+            text = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+            inputs = processor(text=[text], images=[Image.open(io.BytesIO(row["image"]))], return_tensors="pt")
+            out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+            answer = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            agree += answer.strip() == said[row["question_id"]].strip()
+    assert agree >= 15  # of 16: two engines may differ on a near tie
+
+
+def test_running_again_reuses_everything(first: dict, place: Path) -> None:
+    done = masters("distill", "configs/demo.toml", *settings(place), "--json", home=place / "home")
+    assert done.returncode == 0, done.stderr[-3000:]
+    again = json.loads(done.stdout.splitlines()[-1])
+    assert {s["outcome"] for s in again["stages"]} == {"reused"}
+    assert again["student"] == first["student"]
+    assert [s["fingerprint"] for s in again["stages"]] == [s["fingerprint"] for s in first["stages"]]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.lerning_rate=1", "train.lerning_rate: unknown key"),
+        ("data.source=/nowhere/questions.jsonl", "not found"),
+        ("store.root=/proc/masters", "store"),
+        ("teachers.0.model=/nowhere", "model folder not found"),
+        ("rewards.accuracy=llm", "not available yet"),
+    ],
+)
+def test_bad_input_is_one_clear_line_before_work_starts(override: str, says: str, place: Path) -> None:
+    done = masters("check", "configs/demo.toml", *settings(place), "--set", override, home=place / "home")
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_different_tokenizers_are_refused(place: Path) -> None:
+    import shutil
+
+    other = place / "other-teacher"
+    shutil.copytree(ROOT / "demo/models/teacher", other)
+    text = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = text["model"]["vocab"]
+    first_token, second_token = list(vocabulary)[100:102]
+    vocabulary[first_token], vocabulary[second_token] = vocabulary[second_token], vocabulary[first_token]
+    (other / "tokenizer.json").write_text(json.dumps(text))
+    done = masters("check", "configs/demo.toml", "--set", f"teachers.0.model={other}", *settings(place), home=place / "home")
+    assert done.returncode == 2
+    assert "different tokenizers" in done.stderr
