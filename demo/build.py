@@ -42,7 +42,9 @@ def tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=2048
     )
-    fast.add_special_tokens({"additional_special_tokens": [s for s in SPECIALS if s not in ("<|im_end|>", "<|endoftext|>")]})
+    fast.add_special_tokens(
+        {"additional_special_tokens": [s for s in SPECIALS if s not in ("<|im_end|>", "<|endoftext|>")]}
+    )
     fast.chat_template = CHAT_TEMPLATE
     return fast
 

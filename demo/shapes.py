@@ -30,7 +30,9 @@ def draw(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
     ground = tuple(int(v) for v in rng.integers(225, 256, 3))
     image = Image.new("RGB", (SIDE * SCALE, SIDE * SCALE), ground)
     width = int(rng.integers(8, 33))
-    height = int(rng.integers(8, 33)) if shape == "rectangle" else round(width * 0.866 if shape == "triangle" else width)
+    height = (
+        int(rng.integers(8, 33)) if shape == "rectangle" else round(width * 0.866 if shape == "triangle" else width)
+    )
     left = int(rng.integers(0, SIDE - width + 1)) * SCALE
     top = int(rng.integers(0, SIDE - height + 1)) * SCALE
     right, bottom = left + width * SCALE, top + height * SCALE

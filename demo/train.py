@@ -95,7 +95,10 @@ def train_eye(model: Qwen3VLForConditionalGeneration, recipe: Recipe, rng: np.ra
         planner.step()
         right = 0.98 * right + 0.02 * (logits[:, :3].argmax(1) == shape).float().mean().item()
         if step % 250 == 249:
-            print(f"eye {step + 1}/{recipe.eye_steps} loss {loss.item():.4f} shapes {right:.3f} {time.time() - began:.0f} s", flush=True)
+            print(
+                f"eye {step + 1}/{recipe.eye_steps} loss {loss.item():.4f} shapes {right:.3f} {time.time() - began:.0f} s",
+                flush=True,
+            )
 
 
 class Packer:
@@ -175,7 +178,9 @@ def batches(recipe: Recipe, rows: list, rng: np.random.Generator) -> Iterator[li
         yield batch
 
 
-def loss_of(model: Qwen3VLForConditionalGeneration, inputs: dict, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_of(
+    model: Qwen3VLForConditionalGeneration, inputs: dict, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy (mean over answer tokens) and, per answer token, whether the greedy choice is right."""
     hidden = model.model(**inputs).last_hidden_state[:, :-1]
     wanted = labels[:, 1:]
@@ -201,7 +206,12 @@ def train_answers(model, packer: Packer, recipe: Recipe, rng: np.random.Generato
     """Phase two: every parameter learns to answer. Returns the progress on the held-out training images."""
     rows = labelled()
     optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
-    planner, stream, began, progress = schedule(optimiser, recipe.steps), batches(recipe, rows[: recipe.images], rng), time.time(), []
+    planner, stream, began, progress = (
+        schedule(optimiser, recipe.steps),
+        batches(recipe, rows[: recipe.images], rng),
+        time.time(),
+        [],
+    )
     for step in range(1, recipe.steps + 1):
         loss, _ = loss_of(model, *packer(next(stream)))
         optimiser.zero_grad()
@@ -233,7 +243,9 @@ def main() -> None:
     progress = train_answers(model, Packer(text, model), recipe, rng)
     folder = given.out / given.which
     build.save(model, text, folder)
-    (folder / "training.json").write_text(json.dumps(dict(seed=given.seed, recipe=vars(recipe), progress=progress), indent=1))
+    (folder / "training.json").write_text(
+        json.dumps(dict(seed=given.seed, recipe=vars(recipe), progress=progress), indent=1)
+    )
 
 
 if __name__ == "__main__":

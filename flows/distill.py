@@ -56,7 +56,9 @@ def pipeline(run: Run, summary: Summary, until: Stage) -> None:
             continue
         if run.config.train.targets == "responses" or until in ("generate", "score"):
             inputs["responses"] = generate(run, questions, inputs["masks"], teacher, models, f"generate{suffix}")
-            if until != "generate" and (run.config.rewards.accuracy != "off" and run.config.train.objective == "masters"):
+            if until != "generate" and (
+                run.config.rewards.accuracy != "off" and run.config.train.objective == "masters"
+            ):
                 inputs["verdicts"] = score(run, questions, inputs["responses"], f"score{suffix}")
         if until in ("generate", "score"):
             continue

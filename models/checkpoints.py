@@ -36,7 +36,9 @@ def _download(model: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, ignore_patterns=["*.bin", "*.pth", "*.gguf"]))
     except Exception as error:  # the hub client raises many kinds; each means the same to the user
-        raise InputError(f"model {model} is neither a folder nor reachable on the hub ({type(error).__name__})") from error
+        raise InputError(
+            f"model {model} is neither a folder nor reachable on the hub ({type(error).__name__})"
+        ) from error
 
 
 def model_digest(folder: Path) -> str:
@@ -58,7 +60,9 @@ def load_model(folder: Path, dtype: str) -> torch.nn.Module:
     """The model in `dtype`, in evaluation mode (nothing in these families' training depends on the mode)."""
     from transformers import AutoModelForImageTextToText
 
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa").eval()
+    return AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+    ).eval()
 
 
 def load_masked(folder: Path, thresholds: dict[str, float], dtype: str) -> torch.nn.Module:
@@ -70,7 +74,9 @@ def load_masked(folder: Path, thresholds: dict[str, float], dtype: str) -> torch
     parameters = dict(model.named_parameters())
     unknown = thresholds.keys() - parameters.keys()
     if unknown:
-        raise InputError(f"model {folder}: {len(unknown)} masked tensors are no parameters of it (first: {min(unknown)})")
+        raise InputError(
+            f"model {folder}: {len(unknown)} masked tensors are no parameters of it (first: {min(unknown)})"
+        )
     with torch.no_grad():
         for name, tensor in masked_tensors(folder, thresholds):
             if name in thresholds:

@@ -62,7 +62,9 @@ def masters(
     logp_T = losses.chosen_log_probs(student_TV, packed.token_T)
     grpo_R = losses.grpo_loss(logp_T, reference_T, advantage_R, packed.response_T, train.beta)
     loss = question_means(grpo_R + divergence_R, packed).sum()
-    kl_R = losses.response_means(losses.kl_to_reference(logp_T.detach(), reference_T), packed.response_T, packed.responses)
+    kl_R = losses.response_means(
+        losses.kl_to_reference(logp_T.detach(), reference_T), packed.response_T, packed.responses
+    )
     sums = {
         "loss": loss.item(),
         "divergence": question_means(divergence_R.detach(), packed).sum().item(),
@@ -98,4 +100,3 @@ def identical(responses: list[tuple[int, ...]]) -> list[int]:
     """A number per response, equal for responses with identical tokens."""
     seen: dict[tuple[int, ...], int] = {}
     return [seen.setdefault(tokens, len(seen)) for tokens in responses]
-

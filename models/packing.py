@@ -50,7 +50,9 @@ def pack(questions: list[Question], model: torch.nn.Module, family: Family) -> P
     length = max(len(ids) for ids, _, _ in rows)
     ids_BL = torch.stack([F.pad(ids, (0, length - len(ids))) for ids, _, _ in rows])
     segment_BL = torch.stack([F.pad(segment, (0, length - len(segment)), value=-1) for _, segment, _ in rows])
-    positions = [_positions(q, offset, length, model, family) for q, (_, _, offset) in zip(questions, rows, strict=True)]
+    positions = [
+        _positions(q, offset, length, model, family) for q, (_, _, offset) in zip(questions, rows, strict=True)
+    ]
     inputs = {
         "input_ids": ids_BL,
         "attention_mask": attention_mask(segment_BL),
@@ -76,13 +78,20 @@ def _row(question: Question) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Ids, segments (0 prompt, 1..G responses) and offsets within a response, each [L] of one question."""
     prompt = question.prompt["input_ids"][0]
     lengths = torch.tensor([len(r) for r in question.responses])
-    segment = torch.cat([torch.zeros(len(prompt), dtype=torch.long), torch.repeat_interleave(torch.arange(1, len(lengths) + 1), lengths)])
+    segment = torch.cat(
+        [
+            torch.zeros(len(prompt), dtype=torch.long),
+            torch.repeat_interleave(torch.arange(1, len(lengths) + 1), lengths),
+        ]
+    )
     ids = torch.cat([prompt, torch.tensor([t for r in question.responses for t in r], dtype=torch.long)])
     offset = torch.cat([torch.arange(n) for n in lengths.tolist()])
     return ids, segment, offset
 
 
-def _positions(question: Question, offset: torch.Tensor, length: int, model: torch.nn.Module, family: Family) -> torch.Tensor:
+def _positions(
+    question: Question, offset: torch.Tensor, length: int, model: torch.nn.Module, family: Family
+) -> torch.Tensor:
     """Positions [axes, length] of a packed row; a response starts after the prompt's largest position."""
     start = family.prompt_positions(model, question.prompt)
     after = (start.max() + 1 + offset).expand(start.shape[0], -1)

@@ -82,9 +82,15 @@ class Prompts:
 
 
 def main(job_file: Path) -> None:
-    job, rank, world = json.loads(job_file.read_text()), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    job, rank, world = (
+        json.loads(job_file.read_text()),
+        int(os.environ.get("RANK", 0)),
+        int(os.environ.get("WORLD_SIZE", 1)),
+    )
     if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{os.environ['MASTERS_RENDEZVOUS']}", rank=rank, world_size=world)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{os.environ['MASTERS_RENDEZVOUS']}", rank=rank, world_size=world
+        )
     ready = prepare(job, job_file, rank, world)
     trainer.fit(ready)
     if rank == 0:
@@ -140,7 +146,9 @@ def _artifact(storage: Storage, folder: str) -> artifacts.Artifact:
 
 def _groups(job: dict, storage: Storage, train: Train, data: artifacts.Artifact, prompts: Prompts, refs: list[Ref]):
     if train.targets == "labels":
-        answers = {r["question_id"]: prompts.label(r["answer"]) for r in data.rows("questions", ["question_id", "answer"])}
+        answers = {
+            r["question_id"]: prompts.label(r["answer"]) for r in data.rows("questions", ["question_id", "answer"])
+        }
         return label_groups(refs, answers, job["ratios"], job["coverage"]), 0
     verdicts = _artifact(storage, job["verdicts"]) if job["verdicts"] else None
     return response_groups(refs, _artifact(storage, job["responses"]), verdicts, job["ratios"], job["coverage"])

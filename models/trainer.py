@@ -62,14 +62,24 @@ def fit(job: Job) -> None:
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         means = {name: value / len(step.groups) for name, value in sums.items()}
-        job.report(event="step", step=number, of=len(job.steps), stage=step.stage, epoch=step.epoch, seconds=time.monotonic() - began, **means)
+        job.report(
+            event="step",
+            step=number,
+            of=len(job.steps),
+            stage=step.stage,
+            epoch=step.epoch,
+            seconds=time.monotonic() - began,
+            **means,
+        )
         if number % every == 0 or number == len(job.steps):
             job.report(event="probe", step=number, accuracy=probe_accuracy(job))
         if number % job.checkpoint_steps == 0 and number < len(job.steps) and job.rank == 0:
             save_checkpoint(job, number, parameters, optimiser)
 
 
-def run_step(job: Job, step: Step, teacher: torch.nn.Module | None, references: dict[int, torch.Tensor]) -> dict[str, float]:
+def run_step(
+    job: Job, step: Step, teacher: torch.nn.Module | None, references: dict[int, torch.Tensor]
+) -> dict[str, float]:
     """Forward and backward of one step; gradients are of the mean over the step's questions on all processes."""
     mine = step.groups[job.rank :: job.world]
     sums: dict[str, float] = {}
@@ -77,7 +87,9 @@ def run_step(job: Job, step: Step, teacher: torch.nn.Module | None, references: 
         packed = pack([job.question(job.groups[g]) for g in mine], job.student, job.family)
         outcome = batch_outcome(job, packed, mine, teacher, references)
         if not torch.isfinite(outcome.loss):
-            raise MastersError(f"the loss is {outcome.loss.item()} at stage {step.stage}, epoch {step.epoch}; lower train.learning_rate")
+            raise MastersError(
+                f"the loss is {outcome.loss.item()} at stage {step.stage}, epoch {step.epoch}; lower train.learning_rate"
+            )
         (outcome.loss / len(step.groups)).backward()
         sums = outcome.sums
     if job.world > 1:
@@ -86,7 +98,11 @@ def run_step(job: Job, step: Step, teacher: torch.nn.Module | None, references: 
 
 
 def batch_outcome(
-    job: Job, packed: Pack, groups: tuple[int, ...], teacher: torch.nn.Module | None, references: dict[int, torch.Tensor]
+    job: Job,
+    packed: Pack,
+    groups: tuple[int, ...],
+    teacher: torch.nn.Module | None,
+    references: dict[int, torch.Tensor],
 ) -> objective.Outcome:
     student_TV = response_logits(job.student, packed)
     if job.train.objective == "sft" or teacher is None:
@@ -130,7 +146,9 @@ def probe_accuracy(job: Job) -> float:
     return right / max(1, len(job.probe))
 
 
-def save_checkpoint(job: Job, step: int, parameters: dict[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
+def save_checkpoint(
+    job: Job, step: int, parameters: dict[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer
+) -> None:
     """One safetensors object (weights and optimiser state), so it is there whole or not at all; the last two stay."""
     tensors = {f"weight/{name}": p.detach() for name, p in parameters.items()}
     for name, parameter in parameters.items():

@@ -48,7 +48,10 @@ def response_groups(
     for ref in refs:
         own = stage_of(ref.digest, len(ratios))
         for stage in range(len(ratios)) if coverage == "full" else [own]:
-            found = sorted(answered.get((ref.question_id, ratios[stage]), []) + answered.get((ref.question_id, None), []), key=lambda r: r[0])
+            found = sorted(
+                answered.get((ref.question_id, ratios[stage]), []) + answered.get((ref.question_id, None), []),
+                key=lambda r: r[0],
+            )
             if found:
                 values = np.array([r[2] for r in found])
                 groups.append(Group(ref, stage, prompts[ref.question_id], [r[1] for r in found], values))

@@ -194,7 +194,8 @@ def _check(judged: Judged, config: Config, where: str) -> None:
     """Raises InputError if too much was rejected, or if a split is empty."""
     rows, limit = len(judged.marks), config.data.max_rejected_share
     common = "; ".join(
-        f"{count} x {judged.examples[kind].reason}, e.g. {judged.examples[kind].id}" for kind, count in judged.kinds.most_common(3)
+        f"{count} x {judged.examples[kind].reason}, e.g. {judged.examples[kind].id}"
+        for kind, count in judged.kinds.most_common(3)
     )
     if judged.rejected > limit * rows:
         raise InputError(
@@ -204,4 +205,6 @@ def _check(judged: Judged, config: Config, where: str) -> None:
     for split, name in (("train", "training"), ("test", "evaluation")):
         if not judged.splits[split]:
             hint = f"; rejected: {common}" if common else ""
-            raise InputError(f'source {config.data.source}: no row of {rows} is left for {name} (split "{split}"){hint}')
+            raise InputError(
+                f'source {config.data.source}: no row of {rows} is left for {name} (split "{split}"){hint}'
+            )

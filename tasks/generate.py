@@ -21,7 +21,9 @@ def sampling(config: Generate) -> dict:
     return {name: getattr(config, name) for name in names}
 
 
-def orders(run: Run, data: Artifact, masks: Artifact, teacher: Teacher, models: tuple[LocalModel, LocalModel]) -> list[Order]:
+def orders(
+    run: Run, data: Artifact, masks: Artifact, teacher: Teacher, models: tuple[LocalModel, LocalModel]
+) -> list[Order]:
     """Who answers which shard: each mask stage's teacher its questions (all, with full coverage), the student all."""
     config, stages = run.config.generate, ratios(teacher)
     refs = shards.references(data, "train")
@@ -45,7 +47,12 @@ def orders(run: Run, data: Artifact, masks: Artifact, teacher: Teacher, models: 
 
 @task(name="generate", task_run_name="{stage}", cache_policy=NO_CACHE)
 def generate(
-    run: Run, data: Artifact, masks: Artifact, teacher: Teacher, models: tuple[LocalModel, LocalModel], stage: str = "generate"
+    run: Run,
+    data: Artifact,
+    masks: Artifact,
+    teacher: Teacher,
+    models: tuple[LocalModel, LocalModel],
+    stage: str = "generate",
 ) -> Artifact:
     """Table `responses`; `models` are the teacher and the student of this round."""
     asked = orders(run, data, masks, teacher, models)

@@ -21,7 +21,9 @@ def score(run: Run, data: Artifact, responses: Artifact, stage: str = "score") -
         for row in data.rows("questions", ["question_id", "question", "answer"])
     }
     shards = [_Shard(name) for name in responses.files("responses")]
-    made_of = Identity(stage, VERSION, dict(judge=JUDGE), {f"shard-{s.key}": s.key for s in shards}, slug=run.config.name)
+    made_of = Identity(
+        stage, VERSION, dict(judge=JUDGE), {f"shard-{s.key}": s.key for s in shards}, slug=run.config.name
+    )
 
     def build() -> tuple[dict[str, str], dict, dict]:
         files, statuses, built = {}, {}, 0
@@ -51,7 +53,9 @@ def verdicts(responses: list[dict], answers: dict[str, tuple[str, str]]) -> list
         question, reference = answers[row["question_id"]]
         verdict = rule_accuracy(question, reference, row["text"])
         key = {name: row[name] for name in ("question_id", "source", "mask_ratio", "sample")}
-        rows.append(dict(**key, score=verdict.score, status=verdict.status, judge=JUDGE, explanation=verdict.explanation))
+        rows.append(
+            dict(**key, score=verdict.score, status=verdict.status, judge=JUDGE, explanation=verdict.explanation)
+        )
     return rows
 
 

@@ -58,11 +58,19 @@ def build_or_reuse(run: Run, identity: Identity, build: Build) -> Artifact:
         )  # fmt: skip
         tracked(artifact, done)
     run.stages.append(done)
-    CONSOLE.print(f"{identity.stage:<12} {outcome:<7} {done['rows']:>8} rows {done['seconds']:>8.1f} s", highlight=False)
+    CONSOLE.print(
+        f"{identity.stage:<12} {outcome:<7} {done['rows']:>8} rows {done['seconds']:>8.1f} s", highlight=False
+    )
     return artifact
 
 
 def progress_bar(name: str) -> Progress:
     """A bar on stderr with an estimate of the time left."""
-    columns = (TextColumn(f"{name:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    columns = (
+        TextColumn(f"{name:<12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
     return Progress(*columns, console=CONSOLE, transient=True)

@@ -20,14 +20,21 @@ PROBE = 128  # evaluation questions watched while it trains; nothing is chosen b
 
 
 def identity(
-    run: Run, data: Artifact, inputs: dict[str, Artifact | None], teacher: Teacher, models: tuple[LocalModel, LocalModel], stage: str
+    run: Run,
+    data: Artifact,
+    inputs: dict[str, Artifact | None],
+    teacher: Teacher,
+    models: tuple[LocalModel, LocalModel],
+    stage: str,
 ) -> Identity:
     train, rewards = run.config.train, run.config.rewards
     config = dict(train=train.model_dump(), ratios=ratios(teacher), coverage=run.config.generate.coverage)
     made_from = {"teacher": models[0].digest, "student": models[1].digest, "data": data.fingerprint}
     if train.objective == "masters":
         config["rewards"] = dict(accuracy=rewards.accuracy, distillation=rewards.distillation)
-    return Identity(stage, VERSION, config, made_from | {n: a.fingerprint for n, a in inputs.items() if a}, slug=run.config.name)
+    return Identity(
+        stage, VERSION, config, made_from | {n: a.fingerprint for n, a in inputs.items() if a}, slug=run.config.name
+    )
 
 
 @task(name="train", task_run_name="{stage}", cache_policy=NO_CACHE)
@@ -57,7 +64,9 @@ def train(
         for name in run.storage.names(checkpoints):
             run.storage.remove(name)
         how = dict(processes=run.config.runtime.train_processes, steps=watch.steps, resumed_at_step=watch.resumed)
-        facts = dict(rows=watch.groups, steps=watch.steps, empty_responses=watch.empty, last=watch.last, probes=watch.probes)
+        facts = dict(
+            rows=watch.groups, steps=watch.steps, empty_responses=watch.empty, last=watch.last, probes=watch.probes
+        )
         return files, facts, how
 
     return build_or_reuse(run, made_of, build)

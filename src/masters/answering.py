@@ -71,7 +71,11 @@ def missing(storage: Storage, orders: list[Order]) -> list[Order]:
 
 
 def fulfil(
-    data: artifacts.Artifact, orders: list[Order], runtime: Runtime, folder: Path, on_progress: Callable[[int, int], None]
+    data: artifacts.Artifact,
+    orders: list[Order],
+    runtime: Runtime,
+    folder: Path,
+    on_progress: Callable[[int, int], None],
 ) -> dict:
     """Answer what is missing, one engine process per model. Returns how it ran, for the summary."""
     storage = data.storage

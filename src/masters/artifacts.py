@@ -95,7 +95,9 @@ def find(storage: Storage, identity: Identity) -> Artifact | None:
     return Artifact(storage, identity.folder, record)
 
 
-def commit(storage: Storage, identity: Identity, files: dict[str, str], facts: dict, shards: list[str] | None = None) -> Artifact:
+def commit(
+    storage: Storage, identity: Identity, files: dict[str, str], facts: dict, shards: list[str] | None = None
+) -> Artifact:
     """Write the record, last. `files` maps names below the artifact's folder to their SHA-256.
 
     If another builder was first, its record is the artifact.

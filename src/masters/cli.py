@@ -16,10 +16,17 @@ import typer
 from masters.config import Config, load
 from masters.errors import MastersError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Distil large vision-language models with masked teachers.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Distil large vision-language models with masked teachers.",
+)
 
 ConfigPath = Annotated[Path, typer.Argument(help="A TOML configuration, e.g. configs/demo.toml")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value, e.g. train.epochs=2")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value, e.g. train.epochs=2")
+]
 Rebuild = Annotated[list[str] | None, typer.Option("--rebuild", metavar="STAGE", help="Build a stage again")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout")]
 STAGES = ("data", "mask", "generate", "score", "train", "evaluate", "register")
@@ -133,9 +140,14 @@ def _table(summary: dict) -> None:
 
     console = Console()
     if "student" in summary:
-        scores = Table("model", "exact match", "standard error", "questions", title="evaluation split, greedy, through vLLM")
+        scores = Table(
+            "model", "exact match", "standard error", "questions", title="evaluation split, greedy, through vLLM"
+        )
         student = summary["student"]
-        rows = [(t["name"], t) for t in summary["teachers"]] + [("student before", student["before"]), ("student after", student["after"])]
+        rows = [(t["name"], t) for t in summary["teachers"]] + [
+            ("student before", student["before"]),
+            ("student after", student["after"]),
+        ]
         for name, s in rows:
             scores.add_row(name, f"{s['accuracy']:.2%}", f"{s['standard_error']:.2%}", str(s["n"]))
         console.print(scores)

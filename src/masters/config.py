@@ -26,9 +26,13 @@ class Store(Section):
 
 
 class Data(Section):
-    source: str = Field(min_length=1, description="easyvqa, a JSONL or Parquet file, a Parquet or datasets folder, a hub id")
+    source: str = Field(
+        min_length=1, description="easyvqa, a JSONL or Parquet file, a Parquet or datasets folder, a hub id"
+    )
     revision: str | None = Field(None, description="Revision of a hub data set")
-    train_limit: int | None = Field(None, ge=1, description="At most this many training questions, chosen by content hash")
+    train_limit: int | None = Field(
+        None, ge=1, description="At most this many training questions, chosen by content hash"
+    )
     eval_limit: int | None = Field(None, ge=1, description="At most this many evaluation questions")
     max_rejected_share: Share = 0.05
 
@@ -78,7 +82,9 @@ class Generate(Section):
     @model_validator(mode="after")
     def _whole(self) -> "Generate":
         if abs(self.responses * self.student_share - self.student_responses) > 1e-6:
-            raise ValueError(f"student_share ({self.student_share}) of {self.responses} responses is not a whole number")
+            raise ValueError(
+                f"student_share ({self.student_share}) of {self.responses} responses is not a whole number"
+            )
         return self
 
 
@@ -117,7 +123,9 @@ class Runtime(Section):
     engine_memory_gib: Annotated[float, Field(gt=0)] = 1.0
     max_model_len: int = Field(2048, ge=16, description="Prompt and response tokens an engine admits")
     tensor_parallel_size: int = Field(1, ge=1)
-    mlflow_uri: str | None = Field(None, description="Default: MLFLOW_TRACKING_URI, else a SQLite file beside the artifacts")
+    mlflow_uri: str | None = Field(
+        None, description="Default: MLFLOW_TRACKING_URI, else a SQLite file beside the artifacts"
+    )
 
 
 class Config(Section):
@@ -135,7 +143,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _needed(self) -> "Config":
         if self.train.targets == "responses" and self.train.objective == "masters" and self.generate.responses < 2:
-            raise ValueError('objective "masters" compares the responses of a question: generate.responses must be >= 2')
+            raise ValueError(
+                'objective "masters" compares the responses of a question: generate.responses must be >= 2'
+            )
         return self
 
 
@@ -164,7 +174,11 @@ def explain(error: ValidationError) -> str:
     for fault in error.errors():
         key = ".".join(str(part) for part in fault["loc"]) or "(whole file)"
         message = {"extra_forbidden": "unknown key", "missing": "missing"}.get(fault["type"], fault["msg"])
-        found = "" if fault["type"] == "missing" or isinstance(fault["input"], dict | list) else f" (found {fault['input']!r})"
+        found = (
+            ""
+            if fault["type"] == "missing" or isinstance(fault["input"], dict | list)
+            else f" (found {fault['input']!r})"
+        )
         faults.append(f"{key}: {message.removeprefix('Value error, ')}{found}")
     return "; ".join(faults)
 

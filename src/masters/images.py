@@ -38,7 +38,11 @@ def _examine(data: bytes) -> Fault | None:
         except Image.DecompressionBombError:
             return "image has too many pixels", f"limit {MAX_PIXELS}"
         except Exception as error:  # decoders raise what they like
-            said = "no known format" if isinstance(error, Image.UnidentifiedImageError) else " ".join(str(error).split())[:200]
+            said = (
+                "no known format"
+                if isinstance(error, Image.UnidentifiedImageError)
+                else " ".join(str(error).split())[:200]
+            )
             return "image cannot be decoded", said
 
 

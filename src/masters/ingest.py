@@ -92,7 +92,9 @@ def question_row(
 def reread(row: RawRow) -> dict:
     """The question of a row that was accepted before, without judging its image again."""
     image, image_digest = image_of(row)
-    return question_row(identifier(row.id), row.question, row.answer, image, image_digest, row.split, row.category or None)
+    return question_row(
+        identifier(row.id), row.question, row.answer, image, image_digest, row.split, row.category or None
+    )
 
 
 def identifier(value: object) -> str:

@@ -35,7 +35,9 @@ class Ready:
 def preflight(config: Config) -> Ready:
     """Check all parts together. Raises InputError with what was expected, what was found and what to do."""
     if config.rewards.accuracy == "llm" and config.train.objective == "masters":
-        raise InputError('rewards.accuracy = "llm": the LLM judge is not available yet; set rewards.accuracy = "rules" or "off"')
+        raise InputError(
+            'rewards.accuracy = "llm": the LLM judge is not available yet; set rewards.accuracy = "rules" or "off"'
+        )
     source = open_source(config.data)
     student = local_model(config.student)
     teachers = [local_model(teacher) for teacher in config.teachers]

@@ -114,7 +114,9 @@ class Storage:
         except Exception as error:  # the client libraries raise what they like
             raise InputError(f"store {self.uri('')} cannot be written and read back: {error}") from error
         if not (first and not second and right):
-            raise InputError(f"store {self.uri('')} does not honour conditional writes; use a file system or an S3 store that does")
+            raise InputError(
+                f"store {self.uri('')} does not honour conditional writes; use a file system or an S3 store that does"
+            )
 
     @contextmanager
     def _sibling(self, name: str) -> Iterator[Path]:

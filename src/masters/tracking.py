@@ -40,7 +40,11 @@ class Tracker:
     @contextmanager
     def stage(self, identity: Identity) -> Iterator[Tracked]:
         """A child run for a stage, ended as FAILED if the body raises; its metrics go there meanwhile."""
-        tags = {"mlflow.parentRunId": self.run_id, "masters.stage": identity.stage, "masters.fingerprint": identity.fingerprint}
+        tags = {
+            "mlflow.parentRunId": self.run_id,
+            "masters.stage": identity.stage,
+            "masters.fingerprint": identity.fingerprint,
+        }
         child = self._client.create_run(self._experiment, run_name=identity.stage, tags=tags).info.run_id
         self._current = child
 

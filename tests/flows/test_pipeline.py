@@ -17,7 +17,9 @@ STAGES = ["data", "mask", "generate", "score", "train", "evaluate", "register"]
 
 
 def masters(*arguments: str, home: Path) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))} | {"HOME": str(home)}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))} | {
+        "HOME": str(home)
+    }
     command = [sys.executable, "-m", "masters.cli", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
 
@@ -73,7 +75,9 @@ def first(place: Path) -> dict:
 def rows(summary: dict, stage: str, table: str) -> list[dict]:
     folder = Path(next(s["uri"] for s in summary["stages"] if s["name"] == stage))
     listed = [f["name"] for f in json.loads((folder / "record.json").read_text())["files"]]
-    return [row for name in listed if name.startswith(f"{table}/") for row in parquet.read_table(folder / name).to_pylist()]
+    return [
+        row for name in listed if name.startswith(f"{table}/") for row in parquet.read_table(folder / name).to_pylist()
+    ]
 
 
 def test_every_stage_is_built_and_the_summary_says_so(first: dict, place: Path) -> None:
@@ -85,7 +89,13 @@ def test_every_stage_is_built_and_the_summary_says_so(first: dict, place: Path) 
 
 
 def test_bad_rows_are_set_aside_with_their_reason(first: dict) -> None:
-    assert sorted(row["id"] for row in rows(first, "data", "rejected")) == ["broken", "empty", "missing", "outside", "q1"]
+    assert sorted(row["id"] for row in rows(first, "data", "rejected")) == [
+        "broken",
+        "empty",
+        "missing",
+        "outside",
+        "q1",
+    ]
     assert first["stages"][0]["rejected"] == 5
     assert len(rows(first, "data", "questions")) == 64
 
@@ -120,7 +130,9 @@ def test_transformers_loads_the_student_and_answers_alike(first: dict) -> None:
     folder = first["student"]["after"]["uri"]
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
-    said = {r["question_id"]: r["text"] for r in rows(first, "evaluate", "predictions") if r["model"] == "student-after"}
+    said = {
+        r["question_id"]: r["text"] for r in rows(first, "evaluate", "predictions") if r["model"] == "student-after"
+    }
     agree = 0
     for row in rows(first, "data", "questions"):
         if row["split"] == "test":
@@ -169,6 +181,8 @@ def test_different_tokenizers_are_refused(place: Path) -> None:
     first_token, second_token = list(vocabulary)[100:102]
     vocabulary[first_token], vocabulary[second_token] = vocabulary[second_token], vocabulary[first_token]
     (other / "tokenizer.json").write_text(json.dumps(text))
-    done = masters("check", "configs/demo.toml", "--set", f"teachers.0.model={other}", *settings(place), home=place / "home")
+    done = masters(
+        "check", "configs/demo.toml", "--set", f"teachers.0.model={other}", *settings(place), home=place / "home"
+    )
     assert done.returncode == 2
     assert "different tokenizers" in done.stderr

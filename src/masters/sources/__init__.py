@@ -55,9 +55,13 @@ def _local(path: Path) -> Source:
             return Saved(path)
         if parquet_files(path):
             return Parquet(path)
-        raise InputError(f"source {path}: expected a folder with .parquet files or one from save_to_disk, found neither")
+        raise InputError(
+            f"source {path}: expected a folder with .parquet files or one from save_to_disk, found neither"
+        )
     if path.suffix.lower() == ".jsonl":
         return Jsonl(path)
     if path.suffix.lower() == ".parquet":
         return Parquet(path)
-    raise InputError(f"source {path}: expected a .jsonl or .parquet file, found {path.suffix or 'no suffix'}; convert or rename it")
+    raise InputError(
+        f"source {path}: expected a .jsonl or .parquet file, found {path.suffix or 'no suffix'}; convert or rename it"
+    )

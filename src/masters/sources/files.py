@@ -53,7 +53,10 @@ class Jsonl:
             except (ValueError, RecursionError) as error:
                 yield number, f"line is not valid JSON ({error})"
             else:
-                yield number, found if isinstance(found, dict) else f"line is not an object (found {type(found).__name__})"
+                yield (
+                    number,
+                    found if isinstance(found, dict) else f"line is not an object (found {type(found).__name__})",
+                )
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         try:
@@ -103,7 +106,9 @@ class Parquet:
             with pq.ParquetFile(file) as table:
                 return table.schema_arrow, table.metadata.num_rows
         except (pa.ArrowException, OSError) as error:
-            raise InputError(f"source {file}: expected a Parquet file, found something else ({one_line(error)})") from None
+            raise InputError(
+                f"source {file}: expected a Parquet file, found something else ({one_line(error)})"
+            ) from None
 
 
 def parquet_files(folder: Path) -> list[Path]:

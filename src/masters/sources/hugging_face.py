@@ -23,7 +23,9 @@ class Saved:
         try:
             loaded: Any = datasets.load_from_disk(str(folder))
         except Exception as error:  # the library raises what it likes
-            raise InputError(f"source {folder}: expected a folder from datasets' save_to_disk; {one_line(error)}") from None
+            raise InputError(
+                f"source {folder}: expected a folder from datasets' save_to_disk; {one_line(error)}"
+            ) from None
         self.parts = _parts(loaded, f"source {folder}")
         # images stored as text are files of their own
         self.paths = any(getattr(part.features["image"], "dtype", "") == "string" for _, part in self.parts)
@@ -87,7 +89,9 @@ def _parts(loaded: Any, where: str) -> list[tuple[str | None, Any]]:
     named = dict(loaded) if isinstance(loaded, dict) else {None: loaded}
     other = [str(name) for name in named if name is not None and name not in SPLITS]
     if other:
-        raise InputError(f"{where}: expected parts named {', '.join(SPLITS)}; found {', '.join(other)}; rename or drop them")
+        raise InputError(
+            f"{where}: expected parts named {', '.join(SPLITS)}; found {', '.join(other)}; rename or drop them"
+        )
     parts = []
     for name, part in named.items():
         columns = part.column_names or list(next(iter(part), {}))  # a stream may not know them ahead
