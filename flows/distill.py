@@ -54,12 +54,10 @@ def pipeline(run: Run, summary: Summary, until: Stage) -> None:
         inputs = {"masks": mask(run, teacher, model, f"mask{suffix}"), "responses": None, "verdicts": None}
         if until == "mask":
             continue
-        if run.config.train.targets == "responses" or until in ("generate", "score"):
+        if "generate" in needs(run.config):
             inputs["responses"] = generate(run, questions, inputs["masks"], teacher, models, f"generate{suffix}")
-            if until != "generate" and (
-                run.config.rewards.accuracy != "off" and run.config.train.objective == "masters"
-            ):
-                inputs["verdicts"] = score(run, questions, inputs["responses"], f"score{suffix}")
+        if "score" in needs(run.config) and until != "generate":
+            inputs["verdicts"] = score(run, questions, inputs["responses"], f"score{suffix}")
         if until in ("generate", "score"):
             continue
         trained = train(run, questions, inputs, teacher, models, f"train{suffix}")
@@ -69,6 +67,14 @@ def pipeline(run: Run, summary: Summary, until: Stage) -> None:
         summary.scores(evaluated, trained)
         if until == "register":
             summary.registered(register(run, trained, evaluated))
+
+
+def needs(config: Config) -> tuple[Stage, ...]:
+    """Which of generate and score the objective asks for."""
+    if config.train.targets == "labels":
+        return ()
+    scored = config.train.objective == "masters" and config.rewards.accuracy != "off"
+    return ("generate", "score") if scored else ("generate",)
 
 
 def before(ready: Ready) -> LocalModel:

@@ -26,12 +26,16 @@ def orders(run: Run, data: Artifact, models: list[LocalModel]) -> list[Order]:
     ]
 
 
+def identity(run: Run, asked: list[Order]) -> Identity:
+    inputs = {f"shard-{order.fingerprint}": order.fingerprint for order in asked}
+    return Identity("evaluate", VERSION, dict(metric="exact_match"), inputs, slug=run.config.name)
+
+
 @task(name="evaluate", cache_policy=NO_CACHE)
 def evaluate(run: Run, data: Artifact, models: list[LocalModel]) -> Artifact:
     """Table `predictions`; facts `scores`: per model `accuracy` (exact match), `n` and `standard_error`."""
     asked = orders(run, data, models)
-    inputs = {f"shard-{order.fingerprint}": order.fingerprint for order in asked}
-    made_of = Identity("evaluate", VERSION, dict(metric="exact_match"), inputs, slug=run.config.name)
+    made_of = identity(run, asked)
 
     def build() -> tuple[dict[str, str], dict, dict]:
         if run.rebuilds(made_of):

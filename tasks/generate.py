@@ -45,6 +45,13 @@ def orders(
     return asked
 
 
+def identity(run: Run, asked: list[Order], stage: str) -> Identity:
+    config = run.config.generate
+    made_of = dict(responses=config.responses, coverage=config.coverage, sampling=sampling(config))
+    inputs = {f"shard-{order.fingerprint}": order.fingerprint for order in asked}
+    return Identity(stage, VERSION, made_of, inputs, slug=run.config.name)
+
+
 @task(name="generate", task_run_name="{stage}", cache_policy=NO_CACHE)
 def generate(
     run: Run,
@@ -56,12 +63,7 @@ def generate(
 ) -> Artifact:
     """Table `responses`; `models` are the teacher and the student of this round."""
     asked = orders(run, data, masks, teacher, models)
-    made_of = Identity(
-        stage, VERSION,
-        dict(responses=run.config.generate.responses, coverage=run.config.generate.coverage, sampling=sampling(run.config.generate)),
-        {f"shard-{order.fingerprint}": order.fingerprint for order in asked},
-        slug=run.config.name,
-    )  # fmt: skip
+    made_of = identity(run, asked, stage)
 
     def build() -> tuple[dict[str, str], dict, dict]:
         if run.rebuilds(made_of):

@@ -33,11 +33,15 @@ Training artifact `{{ trained }}`.
 """
 
 
+def identity(run: Run, trained: Artifact, evaluated: Artifact) -> Identity:
+    inputs = {"train": trained.fingerprint, "evaluate": evaluated.fingerprint}
+    return Identity("register", VERSION, dict(name=run.config.name), inputs, slug=run.config.name)
+
+
 @task(name="register", cache_policy=NO_CACHE)
 def register(run: Run, trained: Artifact, evaluated: Artifact) -> Artifact:
     """`model/` with weights, processor and card; facts hold the MLflow model's name and version."""
-    inputs = {"train": trained.fingerprint, "evaluate": evaluated.fingerprint}
-    made_of = Identity("register", VERSION, dict(name=run.config.name), inputs, slug=run.config.name)
+    made_of = identity(run, trained, evaluated)
 
     def build() -> tuple[dict[str, str], dict, dict]:
         files = {f["name"]: f["digest"] for f in trained.record["files"] if not f["name"].endswith("README.md")}

@@ -13,6 +13,11 @@ VERSION = 1
 JUDGE = "rules-1"  # the judge's name and version in the table; part of identity
 
 
+def identity(run: Run, responses: Artifact, stage: str) -> Identity:
+    keys = [Shard(name).key for name in responses.files("responses")]
+    return Identity(stage, VERSION, dict(judge=JUDGE), {f"shard-{key}": key for key in keys}, slug=run.config.name)
+
+
 @task(name="score", task_run_name="{stage}", cache_policy=NO_CACHE)
 def score(run: Run, data: Artifact, responses: Artifact, stage: str = "score") -> Artifact:
     """Table `verdicts`, shard for shard beside `responses`."""
@@ -20,10 +25,8 @@ def score(run: Run, data: Artifact, responses: Artifact, stage: str = "score") -
         row["question_id"]: (row["question"], row["answer"])
         for row in data.rows("questions", ["question_id", "question", "answer"])
     }
-    shards = [_Shard(name) for name in responses.files("responses")]
-    made_of = Identity(
-        stage, VERSION, dict(judge=JUDGE), {f"shard-{s.key}": s.key for s in shards}, slug=run.config.name
-    )
+    shards = [Shard(name) for name in responses.files("responses")]
+    made_of = identity(run, responses, stage)
 
     def build() -> tuple[dict[str, str], dict, dict]:
         files, statuses, built = {}, {}, 0
@@ -59,7 +62,7 @@ def verdicts(responses: list[dict], answers: dict[str, tuple[str, str]]) -> list
     return rows
 
 
-class _Shard:
+class Shard:
     """A shard of responses and the place of its verdicts. Its responses' name covers questions and references."""
 
     def __init__(self, responses: str) -> None:

@@ -20,7 +20,7 @@ Build = Callable[[], tuple[dict[str, str], dict, dict]]  # files with digests, f
 class Run:
     """One run of the pipeline: its configuration, what preflight found, where it tracks, what its stages did."""
 
-    def __init__(self, config: Config, ready: Ready, tracker: Tracker, rebuild: frozenset[str]) -> None:
+    def __init__(self, config: Config, ready: Ready, tracker: Tracker | None, rebuild: frozenset[str]) -> None:
         self.config, self.ready, self.tracker, self.rebuild = config, ready, tracker, rebuild
         self.storage = ready.storage
         self.stages: list[dict] = []

@@ -115,7 +115,7 @@ def _run(settings: Config, rebuild: list[str], until: str, as_json: bool) -> Non
 
 
 def _plan(settings: Config, as_json: bool) -> None:
-    from masters.plan import plan
+    from masters.flows.plan import plan
 
     lines = plan(settings)
     if as_json:

@@ -1,0 +1,104 @@
+"""What a run would build or reuse, and which fields changed since the stage was last built. Builds nothing."""
+
+import json
+
+from masters import artifacts
+from masters.artifacts import Artifact, Identity
+from masters.config import Config
+from masters.flows.distill import before, needs
+from masters.preflight import LocalModel, preflight
+from masters.storage import Storage
+from masters.tasks import data, evaluate, generate, mask, register, score, train
+from masters.tasks.stage import Run
+
+
+class Unknown(Exception):
+    """A stage's inputs are not built, so its identity, and those behind it, cannot be known yet."""
+
+
+class Plan:
+    """Lines of the plan; `find` adds one and gives the finished artifact, or raises Unknown."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage, self.lines = storage, []
+
+    def find(self, identity: Identity) -> Artifact:
+        artifact = artifacts.find(self.storage, identity)
+        outcome = "reused" if artifact else "built"
+        changed = [] if artifact else changes(self.storage, identity)
+        self.lines.append(dict(name=identity.stage, outcome=outcome, fingerprint=identity.fingerprint, changed=changed))
+        if artifact is None:
+            raise Unknown
+        return artifact
+
+
+def plan(config: Config) -> list[dict]:
+    """Per stage: `name`, `outcome` ("built", "reused"), `fingerprint` (None until its inputs are built), `changed`."""
+    ready = preflight(config)
+    run = Run(config, ready, None, frozenset())
+    found, expected = Plan(ready.storage), _expected(config)
+    try:
+        _walk(run, found)
+    except Unknown:
+        pass
+    named = {line["name"] for line in found.lines}
+    rest = [dict(name=n, outcome="built", fingerprint=None, changed=[]) for n in expected if n not in named]
+    return sorted([*found.lines, *rest], key=lambda line: expected.index(line["name"]))
+
+
+def changes(storage: Storage, identity: Identity) -> list[str]:
+    """Fields of config and names of inputs that differ from the newest artifact of the stage under the same slug."""
+    slug = identity.folder.removesuffix(identity.fingerprint).split("/")[1]
+    names = [n for n in storage.children(identity.kind) if n.startswith(slug)]
+    paths = [f"{identity.kind}/{name}/record.json" for name in names]
+    records = [json.loads(storage.read(path)) for path in paths if storage.exists(path)]
+    if not records:
+        return []
+    last = max(records, key=lambda record: record["provenance"]["created"])
+    ours, theirs = _flat(identity.config), _flat(last["config"])
+    fields = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+    inputs = sum(
+        1
+        for key in identity.inputs.keys() | last["inputs"].keys()
+        if identity.inputs.get(key) != last["inputs"].get(key)
+    )
+    version = ["code version"] if last["version"] != identity.version else []
+    return fields + ([f"{inputs} inputs"] if inputs else []) + version
+
+
+def _expected(config: Config) -> list[str]:
+    names = ["data"]
+    for number in range(1, len(config.teachers) + 1):
+        suffix = f"-{number}" if number > 1 else ""
+        names += [f"{stage}{suffix}" for stage in ("mask", *needs(config), "train")]
+    return [*names, "evaluate", "register"]
+
+
+def _walk(run: Run, found: Plan) -> None:
+    config, ready = run.config, run.ready
+    questions = found.find(data.identity(config, ready.source))
+    student, trained = ready.student, None
+    for number, (teacher, model) in enumerate(zip(config.teachers, ready.teachers, strict=True), 1):
+        models, suffix = (model, student), f"-{number}" if number > 1 else ""
+        inputs = {
+            "masks": found.find(mask.identity(run, teacher, model, f"mask{suffix}")),
+            "responses": None,
+            "verdicts": None,
+        }
+        if "generate" in needs(config):
+            asked = generate.orders(run, questions, inputs["masks"], teacher, models)
+            inputs["responses"] = found.find(generate.identity(run, asked, f"generate{suffix}"))
+        if "score" in needs(config):
+            inputs["verdicts"] = found.find(score.identity(run, inputs["responses"], f"score{suffix}"))
+        trained = found.find(train.identity(run, questions, inputs, teacher, models, f"train{suffix}"))
+        student = LocalModel("student-after", run.fetched(trained), trained.record["digest"])
+    asked = evaluate.orders(run, questions, [*ready.teachers, before(ready), student])
+    evaluated = found.find(evaluate.identity(run, asked))
+    found.find(register.identity(run, trained, evaluated))
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
