@@ -96,7 +96,8 @@ def train_eye(model: Qwen3VLForConditionalGeneration, recipe: Recipe, rng: np.ra
         right = 0.98 * right + 0.02 * (logits[:, :3].argmax(1) == shape).float().mean().item()
         if step % 250 == 249:
             print(
-                f"eye {step + 1}/{recipe.eye_steps} loss {loss.item():.4f} shapes {right:.3f} {time.time() - began:.0f} s",
+                f"eye {step + 1}/{recipe.eye_steps} loss {loss.item():.4f} shapes {right:.3f}",
+                f"{time.time() - began:.0f} s",
                 flush=True,
             )
 

@@ -1,6 +1,7 @@
 """What a run would build or reuse, and which fields changed since the stage was last built. Builds nothing."""
 
 import json
+from contextlib import suppress
 
 from masters import artifacts
 from masters.artifacts import Artifact, Identity
@@ -37,10 +38,8 @@ def plan(config: Config) -> list[dict]:
     ready = preflight(config)
     run = Run(config, ready, None, frozenset())
     found, expected = Plan(ready.storage), _expected(config)
-    try:
+    with suppress(Unknown):
         _walk(run, found)
-    except Unknown:
-        pass
     named = {line["name"] for line in found.lines}
     rest = [dict(name=n, outcome="built", fingerprint=None, changed=[]) for n in expected if n not in named]
     return sorted([*found.lines, *rest], key=lambda line: expected.index(line["name"]))

@@ -16,10 +16,7 @@ IDENTITY_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 
 def resolve(model: str, revision: str | None) -> Path:
     """The local folder of a model: a folder as it is, a hub id downloaded. Raises InputError."""
-    if Path(model).is_dir():
-        folder = Path(model).resolve()
-    else:
-        folder = _download(model, revision)
+    folder = Path(model).resolve() if Path(model).is_dir() else _download(model, revision)
     for needed in ("config.json", "tokenizer_config.json"):
         if not (folder / needed).is_file():
             raise InputError(f"model {model}: expected {needed} in its folder, found none")

@@ -104,6 +104,8 @@ class Engine:
 
     def generate(self, requests: list[Request], sampling: Generate) -> list[list[Reply]]:
         """Answer all requests as one batch; a list of `samples` replies per request, in order."""
+        if not requests:
+            return []
         self.reset()
         prompts = [
             {
@@ -122,7 +124,7 @@ class Engine:
         ]
 
     def fits(self, request: Request, sampling: Generate) -> bool:
-        """Whether the prompt and the longest response fit the engine's length. Counts real tokens only near the limit."""
+        """Whether prompt and longest response fit the engine's length. Counts real tokens only near the limit."""
         length = self.llm.llm_engine.model_config.max_model_len
         if 2 * len(request.question) + 1024 + sampling.max_tokens <= length:
             return True

@@ -48,10 +48,10 @@ def main(job_file: Path) -> None:
 
 def answer(engine: Engine, questions: list[dict], shard: dict, sampling: Generate) -> list[list[Reply]]:
     """Replies per question. A prompt that the engine cannot take gets empty replies that say so."""
+    seeds = [request_seed(sampling.seed, shard["source"], shard["stage"], q["question_digest"]) for q in questions]
     requests = [
-        Request(q["image"], q["question"], shard["samples"], request_seed(sampling.seed, shard["source"], shard["stage"], q["question_digest"]))
-        for q in questions
-    ]  # fmt: skip
+        Request(q["image"], q["question"], shard["samples"], seed) for q, seed in zip(questions, seeds, strict=True)
+    ]
     fits = [engine.fits(request, sampling) for request in requests]
     answered = iter(engine.generate([r for r, fit in zip(requests, fits, strict=True) if fit], sampling))
     refused = [Reply([], [], "", PROMPT_TOO_LONG)] * shard["samples"]

@@ -76,7 +76,7 @@ class Prompts:
         if group.prompt is not None and prompt["input_ids"][0].tolist() != group.prompt.tolist():
             raise MastersError(
                 f"question {group.ref.question_id}: the engine's prompt ({len(group.prompt)} tokens) is not the "
-                f"processor's ({prompt['input_ids'].shape[1]} tokens); vLLM and transformers disagree on this model's images"
+                f"processor's ({prompt['input_ids'].shape[1]} tokens): vLLM and transformers disagree on its image"
             )
         return Question(group.ref.question_id, prompt, group.responses)
 

@@ -71,8 +71,8 @@ def tables(config: Config, source: Source, storage: Storage, folder: str) -> tup
         writer.add(row)
     writer.close()
     facts = dict(
-        rows=judged.chosen, rejected=judged.rejected, read=len(judged.marks), train=judged.splits["train"], eval=judged.splits["test"],
-        reasons=dict(judged.kinds.most_common()),
+        rows=judged.chosen, rejected=judged.rejected, read=len(judged.marks),
+        train=judged.splits["train"], eval=judged.splits["test"], reasons=dict(judged.kinds.most_common()),
     )  # fmt: skip
     return files, facts
 
@@ -199,8 +199,8 @@ def _check(judged: Judged, config: Config, where: str) -> None:
     )
     if judged.rejected > limit * rows:
         raise InputError(
-            f"source {config.data.source}: {judged.rejected} of {rows} rows ({judged.rejected / rows:.1%}) rejected, more than "
-            f"data.max_rejected_share ({limit:.1%}): {common}; all of them: {where}"
+            f"source {config.data.source}: {judged.rejected} of {rows} rows ({judged.rejected / rows:.1%}) rejected, "
+            f"more than data.max_rejected_share ({limit:.1%}): {common}; all of them: {where}"
         )
     for split, name in (("train", "training"), ("test", "evaluation")):
         if not judged.splits[split]:

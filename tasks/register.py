@@ -17,7 +17,7 @@ tags: [distillation, masters]
 # {{ name }}
 
 A vision-language student distilled with Masters (arXiv 2512.22238): masked teachers, responses generated ahead,
-offline reinforcement. Started from `{{ student }}`, taught by {% for t in teachers %}`{{ t }}`{{ ", " if not loop.last }}{% endfor %}.
+offline reinforcement. Started from `{{ student }}`, taught by {{ teachers }}.
 
 | model | exact match | n | standard error |
 |---|---|---|---|
@@ -28,7 +28,8 @@ Evaluation split of `{{ source }}`, greedy answers through vLLM; exact match aft
 and removal of surrounding space, quotes and closing punctuation.
 
 Objective `{{ train.objective }}` on `{{ train.targets }}`, divergence `{{ train.divergence }}`, learning rate
-{{ train.learning_rate }}, {{ train.epochs }} epoch(s), {{ train.questions_per_step }} questions a step, seed {{ train.seed }}.
+{{ train.learning_rate }}, {{ train.epochs }} epoch(s), {{ train.questions_per_step }} questions a step,
+seed {{ train.seed }}.
 Training artifact `{{ trained }}`.
 """
 
@@ -61,6 +62,6 @@ def card(run: Run, trained: Artifact, evaluated: Artifact) -> str:
     """The model card."""
     config = run.config
     return jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(CARD).render(
-        name=config.name, student=run.ready.student.name, teachers=[t.name for t in run.ready.teachers],
+        name=config.name, student=run.ready.student.name, teachers=", ".join(f"`{t.name}`" for t in run.ready.teachers),
         scores=evaluated.facts["scores"], source=config.data.source, train=config.train, trained=trained.folder,
     )  # fmt: skip

@@ -107,7 +107,8 @@ def ratios(teacher: Teacher) -> list[float]:
 def warnings_of(config: Config) -> list[str]:
     """What is allowed but was found to do harm."""
     return [
-        f"teacher {t.model}: r_max = {t.r_max} is above 0.2; in the paper three of four teachers did worse at 0.3 than without masks"
+        f"teacher {t.model}: r_max = {t.r_max} is above 0.2; "
+        "in the paper three of four teachers did worse at 0.3 than without masks"
         for t in config.teachers
         if t.r_max > 0.2
     ]

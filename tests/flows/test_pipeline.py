@@ -1,4 +1,4 @@
-"""The whole pipeline as a user runs it: real processes, Prefect, vLLM, torch and MLflow on a small JSONL of drawn shapes."""
+"""The whole pipeline as a user runs it: real Prefect, vLLM, torch and MLflow on a small JSONL of drawn shapes."""
 
 import json
 import os
@@ -59,7 +59,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(place: Path) -> list[str]:
     values = {
-        "data.source": place / "data" / "questions.jsonl", "data.max_rejected_share": 0.2, "store.root": place / "store",
+        "data.source": place / "data" / "questions.jsonl", "data.max_rejected_share": 0.2,
+        "store.root": place / "store",
         "train.epochs": 1, "runtime.checkpoint_steps": 3, "train.questions_per_step": 4,
     }  # fmt: skip
     return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]

@@ -69,7 +69,7 @@ class Jsonl:
 
 
 class Parquet:
-    """A Parquet file or all those below a folder, in order of name. `image`: bytes, {bytes, path}, or a relative path."""
+    """A Parquet file or all below a folder, in order of name. `image`: bytes, {bytes, path}, or a relative path."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
