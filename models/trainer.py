@@ -88,7 +88,7 @@ def run_step(
         outcome = batch_outcome(job, packed, mine, teacher, references)
         if not torch.isfinite(outcome.loss):
             raise MastersError(
-                f"the loss is {outcome.loss.item()} in stage {step.stage}, epoch {step.epoch}: lower train.learning_rate"
+                f"the loss is {outcome.loss.item()} in stage {step.stage}: lower train.learning_rate"
             )
         (outcome.loss / len(step.groups)).backward()
         sums = outcome.sums
