@@ -87,9 +87,7 @@ def run_step(
         packed = pack([job.question(job.groups[g]) for g in mine], job.student, job.family)
         outcome = batch_outcome(job, packed, mine, teacher, references)
         if not torch.isfinite(outcome.loss):
-            raise MastersError(
-                f"the loss is {outcome.loss.item()} in stage {step.stage}: lower train.learning_rate"
-            )
+            raise MastersError(f"the loss is {outcome.loss.item()} in stage {step.stage}: lower train.learning_rate")
         (outcome.loss / len(step.groups)).backward()
         sums = outcome.sums
     if job.world > 1:

@@ -6,12 +6,13 @@ import zlib
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
 from masters import images
 from masters.errors import InputError
 from masters.identity import canonical, digest, unit_interval
 from masters.ingest import Rejected, reread, validated
 from masters.sources.base import RawRow
-from PIL import Image
 
 
 class Rows:

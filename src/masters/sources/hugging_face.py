@@ -22,9 +22,10 @@ class Saved:
         self.folder = folder
         try:
             loaded: Any = datasets.load_from_disk(str(folder))
-        except Exception as error:  # the library raises what it likes
+        except Exception as error:  # the library raises what it likes, also over a data set without rows
             raise InputError(
-                f"source {folder}: expected a folder from datasets' save_to_disk; {one_line(error)}"
+                f"source {folder}: expected a folder with rows from datasets' save_to_disk, found none that loads "
+                f"({one_line(error)}); save it again"
             ) from None
         self.parts = _parts(loaded, f"source {folder}")
         # images stored as text are files of their own

@@ -1,0 +1,93 @@
+"""Responses behind a shared prompt against each of them alone, on the demo's student."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from demo import shapes
+from masters.config import Rewards, Train
+from masters.models import losses, objective
+from masters.models.checkpoints import load_model
+from masters.models.families import family_of
+from masters.models.packing import Question, pack, response_logits
+
+FOLDER = Path(__file__).parents[2] / "demo" / "models" / "student"
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return load_model(FOLDER, "float32")
+
+
+@pytest.fixture(scope="module")
+def questions() -> list[Question]:
+    from transformers import AutoProcessor
+
+    processor, rng, made = AutoProcessor.from_pretrained(FOLDER), np.random.default_rng(3), []
+    for number, lengths in enumerate(([3, 1, 5], [2, 2])):
+        image, _, _ = shapes.draw(rng)
+        turn = {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "text", "text": f"what shape is it {'now ' * number}?"}],
+        }
+        text = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+        prompt = dict(processor(text=[text], images=[image], return_tensors="pt"))
+        made.append(Question(f"q{number}", prompt, [rng.integers(270, 350, n).tolist() for n in lengths]))
+    return made
+
+
+def alone(model: torch.nn.Module, questions: list[Question]) -> torch.Tensor:
+    """Logits of every response token from one plain forward a response."""
+    rows = []
+    for question in questions:
+        for response in question.responses:
+            ids = torch.cat([question.prompt["input_ids"], torch.tensor([response])], 1)
+            kind = (ids == model.config.image_token_id).int()
+            images = {k: question.prompt[k] for k in ("pixel_values", "image_grid_thw")}
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kind, **images).logits
+            rows.append(logits[0, -len(response) - 1 : -1])
+    return torch.cat(rows)
+
+
+def test_logits_and_gradients_equal_separate_sequences(model: torch.nn.Module, questions: list[Question]) -> None:
+    packed = pack(questions, model, family_of("qwen3_vl"))
+    gradients = []
+    for logits in (response_logits(model, packed), alone(model, questions)):
+        model.zero_grad()
+        losses.chosen_log_probs(logits, packed.token_T).mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        last = logits.detach()
+    torch.testing.assert_close(response_logits(model, packed).detach(), last, atol=1e-4, rtol=1e-4)
+    assert (gradients[0] - gradients[1]).norm() / gradients[1].norm() < 1e-5
+
+
+def test_a_batch_is_the_sum_of_its_questions(model: torch.nn.Module, questions: list[Question]) -> None:
+    """1 x 2 = 2 x 1: nothing of a question depends on what it is packed with."""
+    train, rewards, family = Train(), Rewards(accuracy="rules"), family_of("qwen3_vl")
+    scores = {"q0": [1.0, 0.0, 1.0], "q1": [0.0, 1.0]}
+
+    def loss(some: list[Question]) -> torch.Tensor:
+        packed = pack(some, model, family)
+        student = response_logits(model, packed)
+        torch.manual_seed(1)
+        teacher = student.detach().roll(1, dims=1)
+        reference = losses.chosen_log_probs(student.detach(), packed.token_T) - 0.1
+        score = torch.tensor([s for q in some for s in scores[q.question_id]])
+        return objective.masters(student, teacher, reference, score, packed, train, rewards).loss
+
+    together = loss(questions)
+    apart = loss(questions[:1]) + loss(questions[1:])
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+
+
+def test_responses_without_verdict_keep_their_divergence_and_have_no_advantage(questions, model) -> None:
+    packed = pack(questions, model, family_of("qwen3_vl"))
+    divergence = torch.tensor([0.1, 0.2, 0.3, 0.1, 0.4])
+    score = torch.tensor([1.0, float("nan"), 0.0, float("nan"), float("nan")])
+    distill, advantage = objective.advantages(divergence, score, packed, Rewards(accuracy="rules"))
+    assert advantage[1] == advantage[3] == advantage[4] == 0
+    assert advantage[0] > 0 > advantage[2]
+    torch.testing.assert_close(distill, torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0]))

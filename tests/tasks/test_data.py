@@ -1,0 +1,333 @@
+"""The data stage: the tables, their identity and their limits, whatever the source; and memory that stays flat."""
+
+import gc
+import io
+import json
+import tracemalloc
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from masters import artifacts, schemas
+from masters.artifacts import Artifact
+from masters.config import Config
+from masters.errors import InputError
+from masters.identity import digest
+from masters.sources import RawRow, open_source
+from masters.storage import Storage
+from masters.tasks import data as stage
+
+
+def png(seed: int) -> bytes:
+    sink = io.BytesIO()
+    Image.new("RGB", (5, 4), (seed % 256, seed // 256, 7)).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def records(count: int = 200) -> list[dict]:
+    """Two questions an image, no split: about a tenth is held out."""
+    return [
+        {"id": f"q{i}", "image": f"images/{i // 2}.png", "question": f"what is {i}?", "answer": str(i), "category": "c"}
+        for i in range(count)
+    ]
+
+
+def write_jsonl(folder: Path, rows: list[dict]) -> Path:
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for i in range(-(-len(rows) // 2)):
+        (folder / "images" / f"{i}.png").write_bytes(png(i))
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+def configured(source: object, **data) -> Config:
+    tree = {"name": "test", "store": {"root": "unused"}, "data": {"source": str(source)} | data}
+    return Config.model_validate(tree | {"student": {"model": "s"}, "teachers": [{"model": "t"}]})
+
+
+def built(store: Path, source: object, **data) -> Artifact:
+    """The stage without Prefect around it."""
+    config, storage = configured(source, **data), Storage(str(store))
+    opened = open_source(config.data)
+    made_of = stage.identity(config, opened)
+    return artifacts.commit(storage, made_of, *stage.tables(config, opened, storage, made_of.folder))
+
+
+def questions(artifact: Artifact) -> list[dict]:
+    return list(artifact.rows("questions"))
+
+
+def ids(artifact: Artifact, split: str) -> set[str]:
+    return {r["question_id"] for r in questions(artifact) if r["split"] == split}
+
+
+def fingerprint(source: object, **data) -> str:
+    config = configured(source, **data)
+    return stage.identity(config, open_source(config.data)).fingerprint
+
+
+# the same content, whatever the source
+
+
+def with_bytes(rows: list[dict]) -> list[dict]:
+    return [{**r, "image": png(i // 2)} for i, r in enumerate(rows)]
+
+
+def as_bytes(folder: Path) -> Path:
+    pq.write_table(pa.Table.from_pylist(with_bytes(records())), folder / "bytes.parquet")
+    return folder / "bytes.parquet"
+
+
+def as_structs(folder: Path) -> Path:
+    rows = [{**r, "image": {"bytes": r["image"], "path": None}} for r in with_bytes(records())]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "structs.parquet")
+    return folder / "structs.parquet"
+
+
+def as_paths(folder: Path) -> Path:
+    write_jsonl(folder, records())
+    pq.write_table(pa.Table.from_pylist(records()), folder / "paths.parquet")
+    return folder / "paths.parquet"
+
+
+def as_folder(folder: Path) -> Path:
+    (folder / "parts").mkdir()
+    rows = with_bytes(records())
+    for part, at in enumerate(range(0, len(rows), 70)):
+        pq.write_table(pa.Table.from_pylist(rows[at : at + 70]), folder / "parts" / f"{part}.parquet", row_group_size=9)
+    return folder / "parts"
+
+
+def as_saved(folder: Path) -> Path:
+    text = datasets.Value("string")
+    features = datasets.Features(id=text, image=datasets.Image(), question=text, answer=text, category=text)
+    rows = [{**r, "image": {"bytes": r["image"], "path": None}} for r in with_bytes(records())]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+@pytest.mark.parametrize("other", [as_bytes, as_structs, as_paths, as_folder, as_saved])
+def test_every_source_gives_the_same_table(tmp_path, other):
+    reference = built(tmp_path / "a", write_jsonl(tmp_path / "jsonl", records()))
+    artifact = built(tmp_path / "b", other(tmp_path))
+    assert questions(artifact) == questions(reference)
+    assert artifact.record["files"] == reference.record["files"], "byte for byte"
+
+
+def test_the_tables_and_the_facts(tmp_path):
+    rows = records()
+    rows[3]["answer"], rows[8]["answer"], rows[9]["image"] = None, "", "../x.png"
+    artifact = built(tmp_path / "store", write_jsonl(tmp_path, rows))
+    found = questions(artifact)
+    assert schemas.decode(artifact.storage.read(artifact.files("questions")[0])).schema.equals(schemas.QUESTIONS)
+    assert {r["question_id"] for r in found} == {r["id"] for r in rows} - {"q3", "q8", "q9"}
+    assert all(r["image"] == png(int(r["question_id"][1:]) // 2) for r in found)
+    assert list(artifact.rows("rejected")) == [
+        {"id": "q3", "reason": "answer is missing"},
+        {"id": "q8", "reason": "answer is empty"},
+        {"id": "q9", "reason": "image path leaves the data folder ('../x.png')"},
+    ]
+    train, test = len(ids(artifact, "train")), len(ids(artifact, "test"))
+    reasons = {"answer is missing": 1, "answer is empty": 1, "image path leaves the data folder": 1}
+    assert artifact.facts == {"rows": 197, "rejected": 3, "read": 200, "train": train, "eval": test, "reasons": reasons}
+    for listed in artifact.record["files"]:
+        assert digest(artifact.storage.read(f"{artifact.folder}/{listed['name']}")) == listed["digest"]
+
+
+def test_the_rejected_table_is_there_without_rejections(tmp_path):
+    artifact = built(tmp_path / "store", write_jsonl(tmp_path, records()))
+    assert len(artifact.files("rejected")) == 1 and not list(artifact.rows("rejected"))
+
+
+# identity
+
+
+def test_identity_is_by_content_and_limits(tmp_path):
+    path = write_jsonl(tmp_path, records())
+    base = fingerprint(path)
+    assert fingerprint(path, max_rejected_share=0.5) == base, "shapes no row"
+    assert fingerprint(write_jsonl(tmp_path / "elsewhere", records())) == base
+    limited = {fingerprint(path, train_limit=5), fingerprint(path, eval_limit=5)}
+    (tmp_path / "images" / "0.png").write_bytes(png(999))
+    assert len({base, *limited, fingerprint(path)}) == 4
+
+
+# limits
+
+
+def test_limits_take_the_rows_of_smallest_rank_and_keep_their_choice_as_data_grows(tmp_path):
+    small = write_jsonl(tmp_path / "small", records(300))
+    large = write_jsonl(tmp_path / "large", list(reversed(records(400))))
+    for i in range(200):  # reversed rows, the same images
+        (large.parent / "images" / f"{i}.png").write_bytes(png(i))
+    limits = {"train_limit": 40, "eval_limit": 10}
+    everything, few, more = (
+        built(tmp_path / "a", large),
+        built(tmp_path / "b", small, **limits),
+        built(tmp_path / "c", large, **limits),
+    )
+    for split, limit in (("train", 40), ("test", 10)):
+        ranked = sorted((stage.rank(r), r["question_id"]) for r in questions(everything) if r["split"] == split)
+        assert ids(more, split) == {question_id for _, question_id in ranked[:limit]}
+        kept = ids(more, split) & {r["id"] for r in records(300)}
+        assert kept <= ids(few, split), "a row chosen among more rows is chosen among fewer"
+    assert few.facts["train"] == 40 and few.facts["eval"] == 10 and few.facts["rows"] == 50
+    assert few.facts["read"] == 300
+
+
+def test_a_limit_above_the_rows_takes_all(tmp_path):
+    path = write_jsonl(tmp_path, records())
+    whole, limited = built(tmp_path / "a", path), built(tmp_path / "b", path, train_limit=10_000, eval_limit=10_000)
+    assert whole.record["files"] == limited.record["files"]
+
+
+# refusals
+
+
+def test_too_many_rejections_are_refused_with_reasons_and_examples(tmp_path):
+    rows = records()
+    for i in range(20):
+        rows[i]["answer"] = None
+    rows[30]["question"], rows[31]["question"] = "", ""
+    path = write_jsonl(tmp_path, rows)
+    with pytest.raises(InputError) as caught:
+        built(tmp_path / "store", path)
+    line = str(caught.value)
+    assert "22 of 200 rows (11.0%) rejected, more than data.max_rejected_share (5.0%)" in line
+    assert "20 x answer is missing, e.g. q0; 2 x question is empty, e.g. q30" in line and "\n" not in line
+    assert not list((tmp_path / "store").rglob("record.json")), "no artifact"
+    rejected = list((tmp_path / "store").rglob("rejected/*.parquet"))
+    assert str(rejected[0].parent) in line and pq.read_table(rejected[0]).num_rows == 22
+    assert built(tmp_path / "store", path, max_rejected_share=0.11).facts["rejected"] == 22, (
+        "the limit itself is tolerated"
+    )
+
+
+@pytest.mark.parametrize(("split", "name"), [("train", "evaluation"), ("test", "training")])
+def test_an_empty_split_is_refused(tmp_path, split, name):
+    path = write_jsonl(tmp_path, [{**r, "split": split} for r in records(10)])
+    with pytest.raises(InputError, match=f"no row of 10 is left for {name}"):
+        built(tmp_path / "store", path)
+
+
+def test_nothing_but_broken_lines_is_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{\n[]\n")
+    with pytest.raises(InputError, match=r"2 of 2 rows \(100.0%\) rejected"):
+        built(tmp_path / "store", tmp_path / "rows.jsonl")
+    with pytest.raises(InputError, match="no row of 2 is left"):
+        built(tmp_path / "store", tmp_path / "rows.jsonl", max_rejected_share=1.0)
+
+
+class Given:
+    """A source whose second reading may differ from its first."""
+
+    def __init__(self, *readings: list[RawRow]) -> None:
+        self.readings = list(readings)
+
+    def digest(self) -> str:
+        return "0" * 64
+
+    def rows(self):
+        yield from self.readings.pop(0) if len(self.readings) > 1 else self.readings[0]
+
+
+def raw(count: int, images: list[bytes] | None = None) -> list[RawRow]:
+    pictures = images or [png(0)]
+    splits = ("train", "test")
+    return [RawRow(str(i), pictures[i * len(pictures) // count], f"{i}?", "yes", splits[i % 2]) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    "second",
+    [raw(9), raw(11), raw(10)[::-1], raw(10, [png(1)]), [*raw(9), RawRow("9", None, "9?", "yes", "test")],
+     [*raw(9), RawRow("9", png(0), 9, "yes", "test")]],
+)  # fmt: skip
+def test_a_source_that_changes_between_the_passes_is_refused(tmp_path, second):
+    with pytest.raises(InputError, match="changed while it was read"):
+        stage.tables(configured("given"), Given(raw(10), second), Storage(str(tmp_path)), "data/x")
+
+
+# layout
+
+
+def written(monkeypatch, tmp_path: Path, count: int, **constants) -> dict[str, list[dict]]:
+    for name, value in constants.items():
+        monkeypatch.setattr(stage, name, value)
+    storage = Storage(str(tmp_path))
+    files, _ = stage.tables(configured("given"), Given(raw(count)), storage, "x")
+    return {n: schemas.decode(storage.read(f"x/{n}")).to_pylist() for n in sorted(files) if n.startswith("questions/")}
+
+
+@pytest.mark.parametrize(("count", "digits"), [(4, 0), (5, 1), (64, 1), (65, 2)])
+def test_there_are_as_many_buckets_as_the_rows_need(monkeypatch, tmp_path, count, digits):
+    files = written(monkeypatch, tmp_path, count, BUCKET_ROWS=4)
+    for name, rows in files.items():
+        bucket = name.removeprefix("questions/").split("-")[0]
+        assert len(bucket if bucket != "all" else "") == digits
+        assert all(r["question_digest"].startswith(bucket if digits else "") for r in rows)
+        assert rows == sorted(rows, key=lambda r: int(r["question_id"])), "in the source's order"
+    assert sorted(int(r["question_id"]) for rows in files.values() for r in rows) == list(range(count))
+
+
+def test_a_large_bucket_or_a_full_buffer_starts_a_new_file(monkeypatch, tmp_path):
+    size = len(png(0)) + 5  # about a row
+    by_file = written(monkeypatch, tmp_path / "a", 10, FILE_BYTES=3 * size)
+    assert list(by_file) == [f"questions/all-{k:03d}.parquet" for k in range(3)]
+    by_buffer = written(monkeypatch, tmp_path / "b", 100, BUCKET_ROWS=8, FILE_BYTES=1 << 30, BUFFER_BYTES=20 * size)
+    assert max(len(rows) for rows in by_buffer.values()) <= 20
+    assert any(name.endswith("-001.parquet") for name in by_buffer)
+    assert sum(map(len, by_buffer.values())) == 100
+
+
+def test_rejections_go_to_files_of_bounded_size(monkeypatch, tmp_path):
+    monkeypatch.setattr(stage, "REJECTED_ROWS", 4)
+    bad = [RawRow(str(i), png(0), "q?", None) for i in range(9)]
+    artifact_files, facts = stage.tables(
+        configured("given", max_rejected_share=0.9), Given(raw(10) + bad), Storage(str(tmp_path)), "x"
+    )
+    parts = [n for n in sorted(artifact_files) if n.startswith("rejected/")]
+    assert [pq.read_table(tmp_path / "x" / n).num_rows for n in parts] == [4, 4, 1] and facts["rejected"] == 10 - 1
+
+
+def test_memory_does_not_grow_with_the_rows(monkeypatch, tmp_path):
+    monkeypatch.setattr(stage, "FILE_BYTES", 1 << 20)
+    monkeypatch.setattr(stage, "BUFFER_BYTES", 2 << 20)
+    pictures = []
+    for _ in range(20):
+        sink = io.BytesIO()
+        Image.effect_noise((120, 120), 90).save(sink, "PNG")
+        pictures.append(sink.getvalue())
+    size = len(pictures[0])
+
+    class Fresh(Given):
+        def rows(self):  # as from a file: every row has bytes of its own
+            for row in self.readings[0]:
+                yield RawRow(row.id, bytes(bytearray(row.image)), row.question, row.answer, row.split)
+
+    peaks = []
+    for count in (1000, 3000):
+        source = Fresh(raw(count, pictures))
+        gc.collect()
+        tracemalloc.start()
+        stage.tables(configured("given"), source, Storage(str(tmp_path / str(count))), "x")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert size * 2000 > 20 << 20, "the images alone would show"
+    assert peaks[1] < peaks[0] + (1 << 20) and peaks[1] < 8 << 20
+
+
+# easy-VQA
+
+
+def test_easyvqa_with_limits(tmp_path):
+    artifact = built(tmp_path, "easyvqa", train_limit=50, eval_limit=50)
+    rows = questions(artifact)
+    assert artifact.facts == {"rows": 100, "rejected": 0, "read": 48248, "train": 50, "eval": 50, "reasons": {}}
+    assert all(r["question_id"].startswith(r["split"]) for r in rows)
+    assert all(Image.open(io.BytesIO(r["image"])).size == (64, 64) for r in rows)
+    assert {r["category"] for r in rows} == {"color", "shape", "color-yes-no", "shape-yes-no"}

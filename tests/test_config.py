@@ -1,0 +1,50 @@
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from masters.config import load
+from masters.errors import InputError
+
+DEMO = Path(__file__).parents[1] / "configs" / "demo.toml"
+
+
+@pytest.mark.parametrize("path", sorted(DEMO.parent.glob("*.toml")), ids=lambda p: p.name)
+def test_every_recipe_loads(path: Path) -> None:
+    assert load(path).name == tomllib.loads(path.read_text())["name"]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.learning_rate=nan", "train.learning_rate"),
+        ("train.learning_rate=-1", "train.learning_rate"),
+        ("train.epochs=0", "train.epochs"),
+        ("generate.top_p=1.5", "generate.top_p"),
+        ("generate.responses=3", "student_share"),
+        ("teachers.0.r_max=0.13", "multiple of step"),
+        ("teachers.7.r_max=0.2", "expected a number below 1"),
+        ("train.targets=labels", "labels"),
+        ("trian.epochs=1", "trian: unknown key"),
+        ("no_equals", "KEY=VALUE"),
+        ("name=", "name"),
+        ("store.root.deeper=1", "not a section"),
+    ],
+)
+def test_bad_values_name_their_key(override: str, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        load(DEMO, [override])
+
+
+def test_overrides_are_toml_literals_else_strings() -> None:
+    config = load(DEMO, ["train.epochs=7", "data.source=my.jsonl", "teachers.0.r_max=0.1", "generate.student_share=0"])
+    assert (config.train.epochs, config.data.source, config.teachers[0].r_max) == (7, "my.jsonl", 0.1)
+    assert (config.generate.teacher_responses, config.generate.student_responses) == (8, 0)
+
+
+def test_the_config_needs_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, masters.config, masters.cli; sys.exit('torch' in sys.modules or 'prefect' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
