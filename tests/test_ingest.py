@@ -110,7 +110,8 @@ def test_png_modes(mode):
 @pytest.mark.parametrize(
     ("kind", "mode", "options"),
     [
-        ("JPEG", "RGB", {}), ("JPEG", "CMYK", {}), ("JPEG", "L", {}), ("WEBP", "RGBA", {}), ("BMP", "RGB", {}), ("TIFF", "F", {}),
+        ("JPEG", "RGB", {}), ("JPEG", "CMYK", {}), ("JPEG", "L", {}),
+        ("WEBP", "RGBA", {}), ("BMP", "RGB", {}), ("TIFF", "F", {}),
         ("GIF", "P", {"save_all": True, "append_images": [Image.new("P", (6, 5), 1)]}),
     ],
 )  # fmt: skip
@@ -250,8 +251,9 @@ def test_paths_that_leave_the_folder(folder, path):
 @pytest.mark.parametrize(
     ("path", "kind"),
     [
-        ("images/no.png", "image file not found"), ("images", "image is not a file"), ("bad\x00.png", "image file cannot be read"),
-        ("x" * 5000, "image file cannot be read"), ("loop.png", "image file cannot be read"), ("\ud800", "image file cannot be read"),
+        ("images/no.png", "image file not found"), ("images", "image is not a file"),
+        ("bad\x00.png", "image file cannot be read"), ("x" * 5000, "image file cannot be read"),
+        ("loop.png", "image file cannot be read"), ("\ud800", "image file cannot be read"),
     ],
 )  # fmt: skip
 def test_paths_that_give_no_file(folder, path, kind):

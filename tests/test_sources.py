@@ -121,7 +121,8 @@ def test_broken_lines_become_faulty_rows_with_their_numbers(tmp_path):
     assert [r.id for r in rows] == ["q0", "line 3", "line 4", "line 5", "line 6", "line 7", "q1"]
     faults = [r.fault for r in rows[1:-1]]
     assert [f.split(" (")[0] for f in faults] == [
-        "line is not valid JSON", "line is not an object", "line is not an object", "line is not UTF-8", "line is not valid JSON",
+        "line is not valid JSON", "line is not an object", "line is not an object", "line is not UTF-8",
+        "line is not valid JSON",
     ]  # fmt: skip
     assert rows[0].fault is None and rows[-1].fault is None
 

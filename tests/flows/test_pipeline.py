@@ -21,7 +21,7 @@ def masters(*arguments: str, home: Path) -> subprocess.CompletedProcess:
         "HOME": str(home)
     }
     command = [sys.executable, "-m", "masters.cli", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
 
 
 def write_questions(folder: Path, count: int) -> Path:
