@@ -66,7 +66,7 @@ def _accepted(row: RawRow, seen: set[str]) -> dict:
     if question_id in seen:
         raise Reject("duplicate id")
     question, answer = text("question", row.question), text("answer", row.answer)
-    category = None if row.category is None or row.category == "" else text("category", row.category)
+    category = category_of(row)
     if row.split is not None and row.split not in SPLITS:
         raise Reject("unknown split", f"found {row.split!r:.50}, expected train or test")
     image, image_digest = image_of(row)
@@ -92,9 +92,8 @@ def question_row(
 def reread(row: RawRow) -> dict:
     """The question of a row that was accepted before, without judging its image again."""
     image, image_digest = image_of(row)
-    return question_row(
-        identifier(row.id), row.question, row.answer, image, image_digest, row.split, row.category or None
-    )
+    question, answer, category = text("question", row.question), text("answer", row.answer), category_of(row)
+    return question_row(identifier(row.id), question, answer, image, image_digest, row.split, category)
 
 
 def identifier(value: object) -> str:
@@ -119,6 +118,11 @@ def text(name: str, value: object) -> str:
     if SURROGATE.search(value):
         raise Reject(f"{name} is not valid Unicode")
     return value
+
+
+def category_of(row: RawRow) -> str | None:
+    """An optional text. Raises Reject."""
+    return None if row.category is None or row.category == "" else text("category", row.category)
 
 
 def image_of(row: RawRow) -> tuple[bytes, str]:

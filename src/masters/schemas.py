@@ -42,4 +42,5 @@ def encode(rows: list[dict], schema: pa.Schema) -> bytes:
 
 def decode(data: bytes, columns: list[str] | None = None) -> pa.Table:
     """A Parquet file as a table."""
-    return pq.read_table(io.BytesIO(data), columns=columns)
+    # on Arrow's own threads a buffer of Python's can be freed after the interpreter is gone, which aborts the process
+    return pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(columns=columns, use_threads=False)
