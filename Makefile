@@ -3,17 +3,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRA ?= cpu
 
-.PHONY: demo test setup check demo-models
+.PHONY: demo test test-all setup check demo-models
 
 demo: setup
 	$(BIN)/masters distill configs/demo.toml
 
 test: setup
+	$(BIN)/pytest -m "not slow"
+
+test-all: setup
 	$(BIN)/pytest
 
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
 
 demo-models: setup
 	$(BIN)/python -m demo.train teacher --threads 2

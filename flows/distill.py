@@ -1,13 +1,13 @@
 """The whole pipeline on one page: data, mask, generate, score, train, evaluate, register; a round a teacher."""
 
 import json
-from typing import Literal
 
 from prefect import flow
 from prefect.runtime import flow_run
 
 from masters.config import Config
 from masters.preflight import LocalModel, Ready, preflight
+from masters.stages import Stage
 from masters.summary import Summary
 from masters.tasks.data import data
 from masters.tasks.evaluate import evaluate
@@ -15,16 +15,13 @@ from masters.tasks.generate import generate
 from masters.tasks.mask import mask
 from masters.tasks.register import register
 from masters.tasks.score import score
-from masters.tasks.stage import Run
+from masters.tasks.stage import Round, Run
 from masters.tasks.train import train
 from masters.tracking import Tracker
 
-Stage = Literal["data", "mask", "generate", "score", "train", "evaluate", "register"]
-STAGES: tuple[Stage, ...] = ("data", "mask", "generate", "score", "train", "evaluate", "register")
-
 
 @flow(name="distill", flow_run_name="{config.name}")
-def distill(config: Config, rebuild: list[Stage] | None = None, until: Stage = "register") -> dict:
+def distill(config: Config, rebuild: list[Stage] | None = None, until: Stage = Stage.REGISTER) -> dict:
     """Distil the student of a configuration; what is built already is reused. Returns the summary.
 
     `rebuild` names stages to build again, `until` the last stage to run.
@@ -46,26 +43,26 @@ def distill(config: Config, rebuild: list[Stage] | None = None, until: Stage = "
 def pipeline(run: Run, summary: Summary, until: Stage) -> None:
     """Every stage up to `until`, in order."""
     questions = data(run)
-    if until == "data":
+    if until == Stage.DATA:
         return
-    student, trained = run.ready.student, None
+    student = run.ready.student
     for number, (teacher, model) in enumerate(zip(run.config.teachers, run.ready.teachers, strict=True), 1):
-        models, suffix = (model, student), f"-{number}" if number > 1 else ""
-        inputs = {"masks": mask(run, teacher, model, f"mask{suffix}"), "responses": None, "verdicts": None}
-        if until == "mask":
+        current = Round(number, teacher, model, student)
+        inputs = {"data": questions, "masks": mask(run, current)}
+        if until == Stage.MASK:
             continue
-        if "generate" in needs(run.config):
-            inputs["responses"] = generate(run, questions, inputs["masks"], teacher, models, f"generate{suffix}")
-        if "score" in needs(run.config) and until != "generate":
-            inputs["verdicts"] = score(run, questions, inputs["responses"], f"score{suffix}")
-        if until in ("generate", "score"):
-            continue
-        trained = train(run, questions, inputs, teacher, models, f"train{suffix}")
+        if Stage.GENERATE in needs(run.config):
+            inputs["responses"] = generate(run, current, questions, inputs["masks"])
+        if Stage.SCORE in needs(run.config) and until != Stage.GENERATE:
+            inputs["verdicts"] = score(run, current, questions, inputs["responses"])
+        if until in (Stage.GENERATE, Stage.SCORE) and number == len(run.config.teachers):
+            return
+        trained = train(run, current, inputs)
         student = LocalModel("student-after", run.fetched(trained), trained.record["digest"])
-    if until in ("evaluate", "register") and trained:
+    if until in (Stage.EVALUATE, Stage.REGISTER):
         evaluated = evaluate(run, questions, [*run.ready.teachers, before(run.ready), student])
         summary.scores(evaluated, trained)
-        if until == "register":
+        if until == Stage.REGISTER:
             summary.registered(register(run, trained, evaluated))
 
 
@@ -74,7 +71,7 @@ def needs(config: Config) -> tuple[Stage, ...]:
     if config.train.targets == "labels":
         return ()
     scored = config.train.objective == "masters" and config.rewards.accuracy != "off"
-    return ("generate", "score") if scored else ("generate",)
+    return (Stage.GENERATE, Stage.SCORE) if scored else (Stage.GENERATE,)
 
 
 def before(ready: Ready) -> LocalModel:

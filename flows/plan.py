@@ -8,9 +8,10 @@ from masters.artifacts import Artifact, Identity
 from masters.config import Config
 from masters.flows.distill import before, needs
 from masters.preflight import LocalModel, preflight
+from masters.stages import Stage
 from masters.storage import Storage
 from masters.tasks import data, evaluate, generate, mask, register, score, train
-from masters.tasks.stage import Run
+from masters.tasks.stage import Context, Round
 
 
 class Unknown(Exception):
@@ -36,10 +37,10 @@ class Plan:
 def plan(config: Config) -> list[dict]:
     """Per stage: `name`, `outcome` ("built", "reused"), `fingerprint` (None until its inputs are built), `changed`."""
     ready = preflight(config)
-    run = Run(config, ready, None, frozenset())
+    context = Context(config, ready)
     found, expected = Plan(ready.storage), _expected(config)
     with suppress(Unknown):
-        _walk(run, found)
+        _walk(context, found)
     named = {line["name"] for line in found.lines}
     rest = [dict(name=n, outcome="built", fingerprint=None, changed=[]) for n in expected if n not in named]
     return sorted([*found.lines, *rest], key=lambda line: expected.index(line["name"]))
@@ -73,27 +74,23 @@ def _expected(config: Config) -> list[str]:
     return [*names, "evaluate", "register"]
 
 
-def _walk(run: Run, found: Plan) -> None:
-    config, ready = run.config, run.ready
+def _walk(context: Context, found: Plan) -> None:
+    config, ready = context.config, context.ready
     questions = found.find(data.identity(config, ready.source))
-    student, trained = ready.student, None
+    student = ready.student
     for number, (teacher, model) in enumerate(zip(config.teachers, ready.teachers, strict=True), 1):
-        models, suffix = (model, student), f"-{number}" if number > 1 else ""
-        inputs = {
-            "masks": found.find(mask.identity(run, teacher, model, f"mask{suffix}")),
-            "responses": None,
-            "verdicts": None,
-        }
-        if "generate" in needs(config):
-            asked = generate.orders(run, questions, inputs["masks"], teacher, models)
-            inputs["responses"] = found.find(generate.identity(run, asked, f"generate{suffix}"))
-        if "score" in needs(config):
-            inputs["verdicts"] = found.find(score.identity(run, inputs["responses"], f"score{suffix}"))
-        trained = found.find(train.identity(run, questions, inputs, teacher, models, f"train{suffix}"))
-        student = LocalModel("student-after", run.fetched(trained), trained.record["digest"])
-    asked = evaluate.orders(run, questions, [*ready.teachers, before(ready), student])
-    evaluated = found.find(evaluate.identity(run, asked))
-    found.find(register.identity(run, trained, evaluated))
+        current = Round(number, teacher, model, student)
+        inputs = {"data": questions, "masks": found.find(mask.identity(context, current))}
+        if Stage.GENERATE in needs(config):
+            asked = generate.orders(context, current, questions, inputs["masks"])
+            inputs["responses"] = found.find(generate.identity(context, current, asked))
+        if Stage.SCORE in needs(config):
+            inputs["verdicts"] = found.find(score.identity(context, current, inputs["responses"]))
+        trained = found.find(train.identity(context, current, inputs))
+        student = LocalModel("student-after", context.fetched(trained), trained.record["digest"])
+    asked = evaluate.orders(context, questions, [*ready.teachers, before(ready), student])
+    evaluated = found.find(evaluate.identity(context, asked))
+    found.find(register.identity(context, trained, evaluated))
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, object]:

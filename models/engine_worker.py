@@ -4,13 +4,11 @@
 """
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from masters import artifacts, processes, schemas
 from masters.config import Generate, Runtime
-from masters.errors import MastersError
 from masters.identity import digest
 from masters.models.engine import Engine, Reply, Request
 from masters.rewards.rules import exact_match
@@ -28,7 +26,7 @@ def request_seed(seed: int, source: str, stage: int, question: str) -> int:
 def main(job_file: Path) -> None:
     job = json.loads(job_file.read_text())
     storage = Storage(job["store"])
-    data = artifacts.Artifact(storage, job["data"], json.loads(storage.read(f"{job['data']}/record.json")))
+    data = artifacts.load(storage, job["data"])
     reader, rows_of = Reader(data), ROWS[job["kind"]]
     sampling, runtime = Generate.model_construct(**job["sampling"]), Runtime(**job["runtime"])
     ratio = 0.0
@@ -86,9 +84,4 @@ SCHEMAS = {"responses": schemas.RESPONSES, "predictions": schemas.PREDICTIONS}
 
 
 if __name__ == "__main__":
-    processes.die_with_parent()
-    try:
-        main(Path(sys.argv[1]))
-    except MastersError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+    processes.child_main(main)

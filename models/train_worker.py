@@ -5,7 +5,6 @@ Ranks meet through a file (no socket listens beyond loopback); rank 0 reports, s
 
 import json
 import os
-import sys
 from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
@@ -82,11 +81,8 @@ class Prompts:
 
 
 def main(job_file: Path) -> None:
-    job, rank, world = (
-        json.loads(job_file.read_text()),
-        int(os.environ.get("RANK", 0)),
-        int(os.environ.get("WORLD_SIZE", 1)),
-    )
+    job = json.loads(job_file.read_text())
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world > 1:
         dist.init_process_group(
             "gloo", init_method=f"file://{os.environ['MASTERS_RENDEZVOUS']}", rank=rank, world_size=world
@@ -103,7 +99,7 @@ def main(job_file: Path) -> None:
 def prepare(job: dict, job_file: Path, rank: int, world: int) -> trainer.Job:
     """Load models and tables and plan the steps."""
     storage, train = Storage(job["store"]), Train(**job["train"])
-    data = _artifact(storage, job["data"])
+    data = artifacts.load(storage, job["tables"]["data"])
     prompts = Prompts(Path(job["student"]), data, job_file.parent)
     refs = [Ref(*ref) for ref in job["refs"]]
     groups, empty = _groups(job, storage, train, data, prompts, refs)
@@ -140,18 +136,16 @@ def export(student: torch.nn.Module, source: Path, out: Path) -> None:
     AutoProcessor.from_pretrained(source).save_pretrained(out)
 
 
-def _artifact(storage: Storage, folder: str) -> artifacts.Artifact:
-    return artifacts.Artifact(storage, folder, json.loads(storage.read(f"{folder}/record.json")))
-
-
 def _groups(job: dict, storage: Storage, train: Train, data: artifacts.Artifact, prompts: Prompts, refs: list[Ref]):
     if train.targets == "labels":
         answers = {
             r["question_id"]: prompts.label(r["answer"]) for r in data.rows("questions", ["question_id", "answer"])
         }
         return label_groups(refs, answers, job["ratios"], job["coverage"]), 0
-    verdicts = _artifact(storage, job["verdicts"]) if job["verdicts"] else None
-    return response_groups(refs, _artifact(storage, job["responses"]), verdicts, job["ratios"], job["coverage"])
+    tables = job["tables"]
+    verdicts = artifacts.load(storage, tables["verdicts"]) if "verdicts" in tables else None
+    responses = artifacts.load(storage, tables["responses"])
+    return response_groups(refs, responses, verdicts, job["ratios"], job["coverage"])
 
 
 def _probe(prompts: Prompts, refs: list[Ref]) -> list[Question]:
@@ -164,9 +158,4 @@ def _teacher(job: dict, stage: int, dtype: str) -> torch.nn.Module:
 
 
 if __name__ == "__main__":
-    processes.die_with_parent()
-    try:
-        main(Path(sys.argv[1]))
-    except MastersError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+    processes.child_main(main)

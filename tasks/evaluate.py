@@ -5,18 +5,19 @@ import math
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from masters import answering, shards
+from masters import schemas, shards
 from masters.answering import Answerer, Order
 from masters.artifacts import Artifact, Identity
 from masters.preflight import LocalModel
-from masters.tasks.stage import Run, build_or_reuse, progress_bar
+from masters.tasks.answers import answered
+from masters.tasks.stage import Context, Run, build_or_reuse
 
 VERSION = 1
 GREEDY = dict(temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, seed=0)
 
 
-def orders(run: Run, data: Artifact, models: list[LocalModel]) -> list[Order]:
-    config = run.config.generate
+def orders(context: Context, data: Artifact, models: list[LocalModel]) -> list[Order]:
+    config = context.config.generate
     sampling = GREEDY | dict(max_tokens=config.max_tokens, dtype=config.dtype)
     plan = shards.plan(shards.references(data, "test"))
     return [
@@ -26,9 +27,9 @@ def orders(run: Run, data: Artifact, models: list[LocalModel]) -> list[Order]:
     ]
 
 
-def identity(run: Run, asked: list[Order]) -> Identity:
+def identity(context: Context, asked: list[Order]) -> Identity:
     inputs = {f"shard-{order.fingerprint}": order.fingerprint for order in asked}
-    return Identity("evaluate", VERSION, dict(metric="exact_match"), inputs, slug=run.config.name)
+    return Identity("evaluate", VERSION, dict(metric="exact_match"), inputs, slug=context.config.name)
 
 
 @task(name="evaluate", cache_policy=NO_CACHE)
@@ -38,16 +39,7 @@ def evaluate(run: Run, data: Artifact, models: list[LocalModel]) -> Artifact:
     made_of = identity(run, asked)
 
     def build() -> tuple[dict[str, str], dict, dict]:
-        if run.rebuilds(made_of):
-            for order in asked:
-                run.storage.remove(order.file)
-        with progress_bar("evaluate") as bar:
-            shown = bar.add_task("questions", total=None)
-            how = answering.fulfil(
-                data, asked, run.config.runtime, run.work(made_of),
-                lambda done, total: bar.update(shown, completed=done, total=total),
-            )  # fmt: skip
-        files = answering.gather(run.storage, made_of, "predictions", asked)
+        files, how = answered(run, made_of, data, asked)
         right = _right(run, asked)
         scores = {name: score(hits) for name, hits in right.items()}
         return files, dict(rows=sum(len(h) for h in right.values()), scores=scores), how
@@ -62,8 +54,6 @@ def score(hits: list[bool]) -> dict[str, float]:
 
 
 def _right(run: Run, asked: list[Order]) -> dict[str, list[bool]]:
-    from masters import schemas
-
     right: dict[str, list[bool]] = {}
     for order in asked:
         table = schemas.decode(run.storage.read(order.file), ["correct"])

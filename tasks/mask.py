@@ -5,37 +5,36 @@ from prefect.cache_policies import NO_CACHE
 
 from masters import schemas
 from masters.artifacts import Artifact, Identity
-from masters.config import Teacher
 from masters.identity import digest
-from masters.preflight import LocalModel, ratios
-from masters.tasks.stage import Run, build_or_reuse
+from masters.tasks.stage import Context, Round, Run, build_or_reuse
 
 VERSION = 1
 
 
-def identity(run: Run, teacher: Teacher, model: LocalModel, stage: str) -> Identity:
-    config = dict(ratios=ratios(teacher), **run.config.mask.model_dump())
-    return Identity(stage, VERSION, config, {"teacher": model.digest}, slug=model.name)
+def identity(context: Context, current: Round) -> Identity:
+    config = dict(ratios=current.ratios, **context.config.mask.model_dump())
+    teacher = current.teacher
+    return Identity(f"mask{current.suffix}", VERSION, config, {"teacher": teacher.digest}, slug=teacher.name)
 
 
-@task(name="mask", task_run_name="{stage}", cache_policy=NO_CACHE)
-def mask(run: Run, teacher: Teacher, model: LocalModel, stage: str = "mask") -> Artifact:
+@task(name="mask", task_run_name="mask{current.suffix}", cache_policy=NO_CACHE)
+def mask(run: Run, current: Round) -> Artifact:
     """Table `thresholds`: one row per masked tensor and ratio, with the sparsity that the threshold gives."""
-    made_of = identity(run, teacher, model, stage)
+    made_of = identity(run, current)
 
     def build() -> tuple[dict[str, str], dict, dict]:
         from masters.models.masking import group_thresholds, safetensors_tensors
 
-        settings = run.config.mask
+        settings, ratios, folder = run.config.mask, current.ratios, current.teacher.folder
         rows = group_thresholds(
-            lambda: safetensors_tensors(model.folder), ratios(teacher), settings.granularity, tuple(settings.exclude)
+            lambda: safetensors_tensors(folder), ratios, settings.granularity, tuple(settings.exclude)
         )
         data = schemas.encode(rows, schemas.THRESHOLDS)
         run.storage.write(f"{made_of.folder}/thresholds/all.parquet", data)
         sparsity = {
             str(ratio): sum(r["zeros"] for r in rows if r["mask_ratio"] == ratio)
             / max(1, sum(r["numel"] for r in rows if r["mask_ratio"] == ratio))
-            for ratio in ratios(teacher)
+            for ratio in ratios
         }
         return {"thresholds/all.parquet": digest(data)}, dict(rows=len(rows), sparsity=sparsity), {}
 

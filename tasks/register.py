@@ -6,7 +6,7 @@ from prefect.cache_policies import NO_CACHE
 
 from masters.artifacts import Artifact, Identity
 from masters.identity import digest
-from masters.tasks.stage import Run, build_or_reuse
+from masters.tasks.stage import Context, Run, build_or_reuse
 
 VERSION = 1
 CARD = """---
@@ -34,9 +34,9 @@ Training artifact `{{ trained }}`.
 """
 
 
-def identity(run: Run, trained: Artifact, evaluated: Artifact) -> Identity:
+def identity(context: Context, trained: Artifact, evaluated: Artifact) -> Identity:
     inputs = {"train": trained.fingerprint, "evaluate": evaluated.fingerprint}
-    return Identity("register", VERSION, dict(name=run.config.name), inputs, slug=run.config.name)
+    return Identity("register", VERSION, dict(name=context.config.name), inputs, slug=context.config.name)
 
 
 @task(name="register", cache_policy=NO_CACHE)

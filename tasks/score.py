@@ -7,26 +7,27 @@ from masters import schemas
 from masters.artifacts import Artifact, Identity
 from masters.identity import digest, fingerprint
 from masters.rewards import rule_accuracy
-from masters.tasks.stage import Run, build_or_reuse
+from masters.tasks.stage import Context, Round, Run, build_or_reuse
 
 VERSION = 1
 JUDGE = "rules-1"  # the judge's name and version in the table; part of identity
 
 
-def identity(run: Run, responses: Artifact, stage: str) -> Identity:
+def identity(context: Context, current: Round, responses: Artifact) -> Identity:
     keys = [Shard(name).key for name in responses.files("responses")]
-    return Identity(stage, VERSION, dict(judge=JUDGE), {f"shard-{key}": key for key in keys}, slug=run.config.name)
+    inputs = {f"shard-{key}": key for key in keys}
+    return Identity(f"score{current.suffix}", VERSION, dict(judge=JUDGE), inputs, slug=context.config.name)
 
 
-@task(name="score", task_run_name="{stage}", cache_policy=NO_CACHE)
-def score(run: Run, data: Artifact, responses: Artifact, stage: str = "score") -> Artifact:
+@task(name="score", task_run_name="score{current.suffix}", cache_policy=NO_CACHE)
+def score(run: Run, current: Round, data: Artifact, responses: Artifact) -> Artifact:
     """Table `verdicts`, shard for shard beside `responses`."""
     answers = {
         row["question_id"]: (row["question"], row["answer"])
         for row in data.rows("questions", ["question_id", "question", "answer"])
     }
     shards = [Shard(name) for name in responses.files("responses")]
-    made_of = identity(run, responses, stage)
+    made_of = identity(run, current, responses)
 
     def build() -> tuple[dict[str, str], dict, dict]:
         files, statuses, built = {}, {}, 0

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -9,20 +10,54 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from masters import artifacts
 from masters.artifacts import Artifact, Identity
-from masters.config import Config
-from masters.preflight import Ready
+from masters.config import Config, Teacher
+from masters.models.schedule import mask_stages
+from masters.preflight import LocalModel, Ready
+from masters.stages import Stage
 from masters.tracking import Tracker
 
 CONSOLE = Console(stderr=True)
 Build = Callable[[], tuple[dict[str, str], dict, dict]]  # files with digests, facts, how it ran
 
 
-class Run:
-    """One run of the pipeline: its configuration, what preflight found, where it tracks, what its stages did."""
+@dataclass(frozen=True)
+class Round:
+    """One teacher's turn in the chain, and the student as it is when the round starts."""
 
-    def __init__(self, config: Config, ready: Ready, tracker: Tracker | None, rebuild: frozenset[str]) -> None:
-        self.config, self.ready, self.tracker, self.rebuild = config, ready, tracker, rebuild
-        self.storage = ready.storage
+    number: int
+    config: Teacher
+    teacher: LocalModel
+    student: LocalModel
+
+    @property
+    def suffix(self) -> str:
+        """Of stage names: nothing in the first round, then "-2", "-3", ..."""
+        return "" if self.number == 1 else f"-{self.number}"
+
+    @property
+    def ratios(self) -> list[float]:
+        """The mask ratios of the round's stages, from r_max down to 0."""
+        return mask_stages(self.config.r_max, self.config.step)
+
+
+class Context:
+    """What identities are made from: the configuration and what preflight found."""
+
+    def __init__(self, config: Config, ready: Ready) -> None:
+        self.config, self.ready, self.storage = config, ready, ready.storage
+
+    def fetched(self, trained: Artifact) -> Path:
+        """A trained student's folder on this machine."""
+        base = Path.home() / ".cache" / "masters" / trained.fingerprint
+        return self.storage.download(f"{trained.folder}/model", base)
+
+
+class Run(Context):
+    """One run of the pipeline: also where it tracks, what is built again, and what its stages did."""
+
+    def __init__(self, config: Config, ready: Ready, tracker: Tracker, rebuild: frozenset[Stage]) -> None:
+        super().__init__(config, ready)
+        self.tracker, self.rebuild = tracker, rebuild
         self.stages: list[dict] = []
 
     def work(self, identity: Identity) -> Path:
@@ -32,13 +67,8 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def fetched(self, trained: Artifact) -> Path:
-        """A trained student's folder on this machine."""
-        base = Path.home() / ".cache" / "masters" / trained.fingerprint
-        return self.storage.download(f"{trained.folder}/model", base)
-
     def rebuilds(self, identity: Identity) -> bool:
-        return identity.stage in self.rebuild or identity.kind in self.rebuild
+        return identity.kind in self.rebuild
 
 
 def build_or_reuse(run: Run, identity: Identity, build: Build) -> Artifact:

@@ -9,55 +9,38 @@ from rich.progress import Progress
 
 from masters import processes, shards
 from masters.artifacts import Artifact, Identity
-from masters.config import Teacher
 from masters.identity import file_digest
-from masters.preflight import LocalModel, ratios
 from masters.tasks.mask import thresholds
-from masters.tasks.stage import Run, build_or_reuse, progress_bar
+from masters.tasks.stage import Context, Round, Run, build_or_reuse, progress_bar
 
 VERSION = 1
 PROBE = 128  # evaluation questions watched while it trains; nothing is chosen by them
 
 
-def identity(
-    run: Run,
-    data: Artifact,
-    inputs: dict[str, Artifact | None],
-    teacher: Teacher,
-    models: tuple[LocalModel, LocalModel],
-    stage: str,
-) -> Identity:
-    train, rewards = run.config.train, run.config.rewards
-    config = dict(train=train.model_dump(), ratios=ratios(teacher), coverage=run.config.generate.coverage)
-    made_from = {"teacher": models[0].digest, "student": models[1].digest, "data": data.fingerprint}
+Inputs = dict[str, Artifact]  # data, masks and, where the configuration needs them, responses and verdicts
+
+
+def identity(context: Context, current: Round, inputs: Inputs) -> Identity:
+    train, rewards = context.config.train, context.config.rewards
+    config = dict(train=train.model_dump(), ratios=current.ratios, coverage=context.config.generate.coverage)
     if train.objective == "masters":
         config["rewards"] = dict(accuracy=rewards.accuracy, distillation=rewards.distillation)
-    return Identity(
-        stage, VERSION, config, made_from | {n: a.fingerprint for n, a in inputs.items() if a}, slug=run.config.name
-    )
+    made_from = {"teacher": current.teacher.digest, "student": current.student.digest}
+    made_from |= {name: artifact.fingerprint for name, artifact in inputs.items()}
+    return Identity(f"train{current.suffix}", VERSION, config, made_from, slug=context.config.name)
 
 
-@task(name="train", task_run_name="{stage}", cache_policy=NO_CACHE)
-def train(
-    run: Run,
-    data: Artifact,
-    inputs: dict[str, Artifact | None],
-    teacher: Teacher,
-    models: tuple[LocalModel, LocalModel],
-    stage: str = "train",
-) -> Artifact:
-    """The trained student as a Hugging Face folder under `model/`.
-
-    `inputs` are the artifacts `masks`, `responses` and `verdicts`, None where the configuration needs none.
-    """
-    made_of = identity(run, data, inputs, teacher, models, stage)
+@task(name="train", task_run_name="train{current.suffix}", cache_policy=NO_CACHE)
+def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
+    """The trained student as a Hugging Face folder under `model/`."""
+    made_of = identity(run, current, inputs)
 
     def build() -> tuple[dict[str, str], dict, dict]:
         checkpoints = f"{made_of.folder}/checkpoints"
         work = run.work(made_of)
-        job = _job(run, data, inputs, teacher, models, checkpoints, work / "model")
-        with progress_bar(stage) as bar:
-            watch = _Watch(run, bar, ratios(teacher))
+        job = _job(run, current, inputs, checkpoints, work / "model")
+        with progress_bar(made_of.stage) as bar:
+            watch = _Watch(run, bar, current.ratios)
             processes.run(_ranks(run, job, work), run.config.runtime.train_processes, watch)
         run.storage.upload(work / "model", f"{made_of.folder}/model")
         files = {f"model/{p.name}": file_digest(p) for p in sorted((work / "model").iterdir())}
@@ -72,23 +55,13 @@ def train(
     return build_or_reuse(run, made_of, build)
 
 
-def _job(
-    run: Run,
-    data: Artifact,
-    inputs: dict[str, Artifact | None],
-    teacher: Teacher,
-    models: tuple[LocalModel, LocalModel],
-    checkpoints: str,
-    out: Path,
-) -> dict:
-    masks, responses, verdicts = (inputs[name] for name in ("masks", "responses", "verdicts"))
-    found = thresholds(masks) if masks else {}
+def _job(run: Run, current: Round, inputs: Inputs, checkpoints: str, out: Path) -> dict:
+    data = inputs["data"]
     return dict(
-        store=run.storage.uri(""), data=data.folder,
-        responses=responses and responses.folder, verdicts=verdicts and verdicts.folder,
+        store=run.storage.uri(""), tables={name: artifact.folder for name, artifact in inputs.items()},
         refs=_refs(shards.references(data, "train")), probe=_refs(shards.references(data, "test")[:PROBE]),
-        teacher=str(models[0].folder), student=str(models[1].folder), ratios=ratios(teacher),
-        thresholds={str(ratio): values for ratio, values in found.items()},
+        teacher=str(current.teacher.folder), student=str(current.student.folder), ratios=current.ratios,
+        thresholds={str(ratio): values for ratio, values in thresholds(inputs["masks"]).items()},
         coverage=run.config.generate.coverage,
         train=run.config.train.model_dump(), rewards=run.config.rewards.model_dump(),
         checkpoints=checkpoints, checkpoint_steps=run.config.runtime.checkpoint_steps, out=str(out),

@@ -99,11 +99,11 @@ def fulfil(
     )  # fmt: skip
 
 
-def gather(storage: Storage, identity: artifacts.Identity, table: str, orders: list[Order]) -> dict[str, str]:
-    """Put the orders' shards into the artifact's table. Returns {name: SHA-256}."""
+def gather(storage: Storage, identity: artifacts.Identity, orders: list[Order]) -> dict[str, str]:
+    """Put the orders' shards into the artifact's table of their kind. Returns {name: SHA-256}."""
     files = {}
     for order in orders:
-        name = f"{table}/{order.fingerprint}.parquet"
+        name = f"{order.kind}/{order.fingerprint}.parquet"
         storage.copy(order.file, f"{identity.folder}/{name}")
         files[name] = digest(storage.read(order.file))
     return files

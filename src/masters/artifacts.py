@@ -79,6 +79,11 @@ class Artifact:
             yield from batch.to_pylist()
 
 
+def load(storage: Storage, folder: str) -> Artifact:
+    """The finished artifact in a folder that is known to hold one."""
+    return Artifact(storage, folder, json.loads(storage.read(f"{folder}/record.json")))
+
+
 def find(storage: Storage, identity: Identity) -> Artifact | None:
     """The artifact of this identity if it is finished. Raises ArtifactError if listed files are gone."""
     name = f"{identity.folder}/record.json"
@@ -90,7 +95,7 @@ def find(storage: Storage, identity: Identity) -> Artifact | None:
     if lost:
         raise ArtifactError(
             f"{storage.uri(identity.folder)} lacks {len(lost)} of its files (first: {lost[0]}); "
-            f"build it again with --rebuild {identity.stage}"
+            f"build it again with --rebuild {identity.kind}"
         )
     return Artifact(storage, identity.folder, record)
 

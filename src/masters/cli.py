@@ -15,6 +15,7 @@ import typer
 
 from masters.config import Config, load
 from masters.errors import MastersError
+from masters.stages import Stage
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,9 +28,8 @@ ConfigPath = Annotated[Path, typer.Argument(help="A TOML configuration, e.g. con
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value, e.g. train.epochs=2")
 ]
-Rebuild = Annotated[list[str] | None, typer.Option("--rebuild", metavar="STAGE", help="Build a stage again")]
+Rebuild = Annotated[list[Stage] | None, typer.Option("--rebuild", help="Build a stage again, in every round")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout")]
-STAGES = ("data", "mask", "generate", "score", "train", "evaluate", "register")
 
 
 @app.command()
@@ -45,19 +45,19 @@ def distill(
     if plan:
         _plan(settings, as_json)
         return
-    _run(settings, _stages(rebuild), "register", as_json)
+    _run(settings, rebuild, Stage.REGISTER, as_json)
 
 
 @app.command()
 def stage(
-    name: Annotated[str, typer.Argument(help=", ".join(STAGES))],
+    name: Annotated[Stage, typer.Argument(help="The last stage to run")],
     config: ConfigPath,
     overrides: Overrides = None,
     rebuild: Rebuild = None,
     as_json: Json = False,
 ) -> None:
     """One stage and what it needs."""
-    _run(load(config, overrides), _stages(rebuild), _stages([name])[0], as_json)
+    _run(load(config, overrides), rebuild, name, as_json)
 
 
 @app.command()
@@ -80,7 +80,10 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
 def main() -> None:
     """Entry point: turns expected errors into one line and an exit code."""
     try:
-        app(standalone_mode=True)
+        sys.exit(app(standalone_mode=False))
+    except typer.TyperException as error:
+        typer.echo(f"masters: {error} (masters --help lists commands and options)", err=True)
+        sys.exit(2)
     except MastersError as error:
         typer.echo(f"masters: {error}", err=True)
         sys.exit(error.exit_code)
@@ -89,14 +92,7 @@ def main() -> None:
         sys.exit(1)
 
 
-def _stages(names: list[str] | None) -> list[str]:
-    for name in names or []:
-        if name.split("-")[0] not in STAGES:
-            raise typer.BadParameter(f"unknown stage {name!r}; stages: {', '.join(STAGES)}")
-    return names or []
-
-
-def _run(settings: Config, rebuild: list[str], until: str, as_json: bool) -> None:
+def _run(settings: Config, rebuild: list[Stage] | None, until: Stage, as_json: bool) -> None:
     from masters.infra.local_prefect import prefect_api, wait_until_ready
 
     with prefect_api() as url:

@@ -29,11 +29,11 @@ class Data(Section):
     source: str = Field(
         min_length=1, description="easyvqa, a JSONL or Parquet file, a Parquet or datasets folder, a hub id"
     )
-    revision: str | None = Field(None, description="Revision of a hub data set")
+    revision: str | None = Field(default=None, description="Revision of a hub data set")
     train_limit: int | None = Field(
-        None, ge=1, description="At most this many training questions, chosen by content hash"
+        default=None, ge=1, description="At most this many training questions, chosen by content hash"
     )
-    eval_limit: int | None = Field(None, ge=1, description="At most this many evaluation questions")
+    eval_limit: int | None = Field(default=None, ge=1, description="At most this many evaluation questions")
     max_rejected_share: Share = 0.05
 
 
@@ -56,20 +56,24 @@ class Teacher(Model):
 
 class Mask(Section):
     granularity: Literal["matrix", "block", "global"] = "matrix"
-    exclude: list[str] = Field([], description="Further tensor name patterns (regular expressions) never masked")
+    exclude: list[str] = Field(
+        default=[], description="Further tensor name patterns (regular expressions) never masked"
+    )
 
 
 class Generate(Section):
-    responses: int = Field(8, ge=1, le=64, description="Responses per question, teacher's and student's together")
+    responses: int = Field(
+        default=8, ge=1, le=64, description="Responses per question, teacher's and student's together"
+    )
     student_share: Share = 0.5
     temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.9
-    top_k: int = Field(50, ge=0, description="0 keeps every token")
+    top_k: int = Field(default=50, ge=0, description="0 keeps every token")
     repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = 1.05
-    max_tokens: int = Field(64, ge=1, le=32768)
+    max_tokens: int = Field(default=64, ge=1, le=32768)
     coverage: Literal["partition", "full"] = "partition"
     dtype: Dtype = "bfloat16"
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(default=0, ge=0, lt=2**31)
 
     @property
     def student_responses(self) -> int:
@@ -100,10 +104,10 @@ class Train(Section):
     divergence: Literal["jsd", "kl"] = "jsd"
     learning_rate: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 1e-6
     beta: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.1
-    epochs: int = Field(1, ge=1, le=1000)
-    questions_per_step: int = Field(8, ge=1)
+    epochs: int = Field(default=1, ge=1, le=1000)
+    questions_per_step: int = Field(default=8, ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(default=0, ge=0, lt=2**31)
 
     @model_validator(mode="after")
     def _sensible(self) -> "Train":
@@ -117,14 +121,14 @@ class Train(Section):
 class Runtime(Section):
     """How a run uses the machine. Never part of an artifact's identity."""
 
-    generate_workers: int = Field(1, ge=1, le=64, description="Engine processes at a time")
-    train_processes: int = Field(1, ge=1, le=64)
-    checkpoint_steps: int = Field(100, ge=1, description="Optimiser steps between checkpoints")
+    generate_workers: int = Field(default=1, ge=1, le=64, description="Engine processes at a time")
+    train_processes: int = Field(default=1, ge=1, le=64)
+    checkpoint_steps: int = Field(default=100, ge=1, description="Optimiser steps between checkpoints")
     engine_memory_gib: Annotated[float, Field(gt=0)] = 1.0
-    max_model_len: int = Field(2048, ge=16, description="Prompt and response tokens an engine admits")
-    tensor_parallel_size: int = Field(1, ge=1)
+    max_model_len: int = Field(default=2048, ge=16, description="Prompt and response tokens an engine admits")
+    tensor_parallel_size: int = Field(default=1, ge=1)
     mlflow_uri: str | None = Field(
-        None, description="Default: MLFLOW_TRACKING_URI, else a SQLite file beside the artifacts"
+        default=None, description="Default: MLFLOW_TRACKING_URI, else a SQLite file beside the artifacts"
     )
 
 

@@ -4,11 +4,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from masters.config import Config, Model, Teacher
+from masters.config import Config, Model
 from masters.errors import InputError
 from masters.models.checkpoints import check_readable, model_digest, resolve
 from masters.models.families import family_of
-from masters.models.schedule import mask_stages
 from masters.sources import Source, open_source
 from masters.storage import Storage
 
@@ -97,11 +96,6 @@ def vocabulary(folder: Path) -> dict[str, int]:
         return AutoTokenizer.from_pretrained(folder).get_vocab()
     except Exception as error:  # transformers raises many kinds
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
-
-
-def ratios(teacher: Teacher) -> list[float]:
-    """The mask ratios of a teacher's stages, from r_max down to 0."""
-    return mask_stages(teacher.r_max, teacher.step)
 
 
 def warnings_of(config: Config) -> list[str]:

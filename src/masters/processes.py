@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from masters.errors import InputError, WorkerError
+from masters.errors import InputError, MastersError, WorkerError
 
 PR_SET_PDEATHSIG = 1
 POLL = 0.2  # seconds
@@ -73,6 +73,16 @@ def report(job_file: Path, **fields: object) -> None:
     """Called in the child: one line of progress."""
     with open(job_file.with_suffix(".progress"), "a", encoding="utf-8") as file:
         file.write(json.dumps(fields) + "\n")
+
+
+def child_main(main: Callable[[Path], None]) -> None:
+    """A child's entry: its job file is the first argument; an expected error is one line and its exit code."""
+    die_with_parent()
+    try:
+        main(Path(sys.argv[1]))
+    except MastersError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 def die_with_parent() -> None:

@@ -1,11 +1,13 @@
 """MLflow, the only place that imports it: one run a distillation, a child a stage, metrics, the model's versions."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.entities import Metric
 
 from masters.artifacts import Artifact, Identity
 from masters.config import Config
@@ -19,8 +21,11 @@ Tracked = Callable[[Artifact, dict], None]
 
 def tracking_uri(config: Config, storage: Storage) -> str:
     """runtime.mlflow_uri, else MLFLOW_TRACKING_URI, else a SQLite file beside the artifacts (S3: in this folder)."""
-    beside = f"sqlite:///{storage.path('mlflow.db')}" if storage.local else "sqlite:///mlflow.db"
-    return config.runtime.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI") or beside
+    return config.runtime.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI") or beside(storage)
+
+
+def beside(storage: Storage) -> str:
+    return f"sqlite:///{storage.path('mlflow.db')}" if storage.local else "sqlite:///mlflow.db"
 
 
 class Tracker:
@@ -30,12 +35,20 @@ class Tracker:
         self.uri = tracking_uri(config, storage)
         mlflow.set_tracking_uri(self.uri)
         self._client = MlflowClient(self.uri)
-        self._experiment = mlflow.set_experiment(config.name).experiment_id
-        self._pending: list[mlflow.entities.Metric] = []
+        self._experiment = self._experiment_of(config.name, storage)
+        self._pending: list[Metric] = []
         run = self._client.create_run(self._experiment, run_name=config.name, tags={"masters.stage": "distill"})
         self.run_id = self._current = run.info.run_id
         for key, value in _flat(config.model_dump()).items():
             self._client.log_param(self.run_id, key, str(value)[:PARAMETER_LENGTH])
+
+    def _experiment_of(self, name: str, storage: Storage) -> str:
+        """Its id. A new experiment of the database beside the artifacts keeps its files there too."""
+        found = self._client.get_experiment_by_name(name)
+        if found:
+            return found.experiment_id
+        ours = self.uri == beside(storage)
+        return self._client.create_experiment(name, storage.uri("mlflow") if ours else None)
 
     @contextmanager
     def stage(self, identity: Identity) -> Iterator[Tracked]:
@@ -66,8 +79,8 @@ class Tracker:
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         """Metrics of the current stage; written in batches."""
-        now = mlflow.utils.time.get_current_time_millis()
-        self._pending += [mlflow.entities.Metric(name, float(value), now, step) for name, value in values.items()]
+        now = time.time_ns() // 1_000_000
+        self._pending += [Metric(name, float(value), now, step) for name, value in values.items()]
         if len(self._pending) >= METRICS_AT_ONCE:
             self.flush()
 

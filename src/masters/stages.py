@@ -1,0 +1,13 @@
+"""The pipeline's stages, in order."""
+
+from enum import StrEnum
+
+
+class Stage(StrEnum):
+    DATA = "data"
+    MASK = "mask"
+    GENERATE = "generate"
+    SCORE = "score"
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+    REGISTER = "register"
