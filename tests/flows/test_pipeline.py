@@ -2,15 +2,17 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as parquet
 import pytest
+from safetensors.torch import load_file, save_file
 
-from demo import shapes
+from tests.drawn import write_questions
 
 ROOT = Path(__file__).parents[2]
 STAGES = ["data", "mask", "generate", "score", "train", "evaluate", "register"]
@@ -22,31 +24,6 @@ def masters(*arguments: str, home: Path) -> subprocess.CompletedProcess:
     }
     command = [sys.executable, "-m", "masters.cli", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
-
-
-def write_questions(folder: Path, count: int) -> Path:
-    """Good rows about drawn shapes, a quarter of them test rows, and five bad ones."""
-    rng, rows = np.random.default_rng(7), []
-    (folder / "images").mkdir(parents=True)
-    for number in range(count):
-        image, shape, color = shapes.draw(rng)
-        image.save(folder / "images" / f"{number}.png")
-        question = ("what shape is present?", "what color is the shape?", "is there a circle?")[number % 3]
-        answer = shapes.answer_for(question, shape, color)
-        split = "test" if number % 4 == 0 else "train"
-        rows.append(dict(id=f"q{number}", image=f"images/{number}.png", question=question, answer=answer, split=split))
-    (folder / "images" / "broken.png").write_bytes(b"\x89PNG no picture")
-    good = rows[1]
-    rows += [
-        good | dict(id="missing", image="images/none.png"),
-        good | dict(id="broken", image="images/broken.png"),
-        good | dict(id="outside", image="../outside.png"),
-        good | dict(id="empty", answer=" "),
-        good,
-    ]
-    path = folder / "questions.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +132,73 @@ def test_running_again_reuses_everything(first: dict, place: Path) -> None:
     assert [s["fingerprint"] for s in again["stages"]] == [s["fingerprint"] for s in first["stages"]]
 
 
+def test_no_process_of_a_run_is_left(first: dict, place: Path) -> None:
+    home, left = f"HOME={place / 'home'}".encode(), []
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # gone meanwhile, or another user's
+            if home in environment.read_bytes().split(b"\0"):
+                left.append(environment.parent.name)
+    assert left == []
+
+
+def test_the_number_of_workers_changes_no_response(first: dict, place: Path) -> None:
+    arguments = [*settings(place), "--set", f"store.root={place / 'other'}", "--set", "runtime.generate_workers=1"]
+    done = masters("stage", "generate", "configs/demo.toml", *arguments, "--json", home=place / "home")
+    assert done.returncode == 0, done.stderr[-3000:]
+    other = json.loads(done.stdout.splitlines()[-1])
+    assert [s["name"] for s in other["stages"]] == ["data", "mask", "generate"]
+    assert rows(other, "generate", "responses") == rows(first, "generate", "responses")
+
+
+def planned(place: Path, *overrides: str) -> dict[str, str]:
+    """Stage to outcome, as `--plan` tells it."""
+    more = [part for override in overrides for part in ("--set", override)]
+    done = masters("distill", "configs/demo.toml", *settings(place), *more, "--plan", "--json", home=place / "home")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {line["name"]: line["outcome"] for line in json.loads(done.stdout.splitlines()[-1])["stages"]}
+
+
+def test_the_plan_follows_what_changes(first: dict, place: Path) -> None:
+    assert set(planned(place).values()) == {"reused"}
+    assert set(planned(place, "runtime.checkpoint_steps=7", "runtime.generate_workers=1").values()) == {"reused"}
+    train = planned(place, "train.seed=1")
+    assert [name for name, outcome in train.items() if outcome == "built"] == ["train", "evaluate", "register"]
+    sampled = planned(place, "generate.temperature=0.9")
+    assert [name for name, outcome in sampled.items() if outcome == "reused"] == ["data", "mask"]
+
+
+def test_a_model_changed_in_its_folder_is_another_model(first: dict, place: Path) -> None:
+    changed = place / "changed"
+    shutil.copytree(ROOT / "demo/models/teacher", changed / "teacher")
+    assert set(planned(place, f"teachers.0.model={changed / 'teacher'}").values()) == {"reused"}  # equal content
+    tensors = load_file(changed / "teacher/model.safetensors")
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, changed / "teacher/model.safetensors", {"format": "pt"})
+    assert planned(place, f"teachers.0.model={changed / 'teacher'}")["mask"] == "built"
+
+
+def test_another_image_under_an_old_id_is_other_data(first: dict, place: Path) -> None:
+    shutil.copytree(place / "data", place / "edited")
+    shutil.copy(place / "edited/images/3.png", place / "edited/images/5.png")
+    arguments = [*settings(place), "--set", f"data.source={place / 'edited/questions.jsonl'}"]
+    done = masters("stage", "generate", "configs/demo.toml", *arguments, "--json", home=place / "home")
+    assert done.returncode == 0, done.stderr[-3000:]
+    stages = {s["name"]: s for s in json.loads(done.stdout.splitlines()[-1])["stages"]}
+    assert [stages[n]["outcome"] for n in ("data", "mask", "generate")] == ["built", "reused", "built"]
+    # the student's one shard, and the teacher's at the stages that lost or won the question
+    assert 1 <= stages["generate"]["shards_built"] <= 3
+    assert stages["generate"]["shards_reused"] >= 3
+
+
+def test_too_many_rejected_rows_stop_the_run_with_one_line(first: dict, place: Path) -> None:
+    arguments = [*settings(place), "--set", "data.max_rejected_share=0.01"]
+    done = masters("distill", "configs/demo.toml", *arguments, home=place / "home")
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if "data.max_rejected_share" in line and "5 of 69" in line]
+    assert "Traceback" not in done.stderr
+    assert json.loads((place / "store/summary.json").read_text())["status"] == "failed"
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
@@ -173,8 +217,6 @@ def test_bad_input_is_one_clear_line_before_work_starts(override: str, says: str
 
 
 def test_different_tokenizers_are_refused(place: Path) -> None:
-    import shutil
-
     other = place / "other-teacher"
     shutil.copytree(ROOT / "demo/models/teacher", other)
     text = json.loads((other / "tokenizer.json").read_text())
