@@ -18,6 +18,8 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/deptry flows tasks models rewards infra src demo
+	$(BIN)/pip-audit --no-deps --disable-pip --progress-spinner off -r requirements/$(EXTRA).txt
 
 demo-models: setup
 	$(BIN)/python -m demo.train teacher --threads 2
