@@ -125,6 +125,7 @@ def _quiet() -> None:
     """Progress and results are printed by us; libraries' logs go to their servers and log files."""
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "false")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     warnings.filterwarnings("ignore")
     for name in ("mlflow", "alembic", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)

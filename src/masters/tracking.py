@@ -91,14 +91,18 @@ class Tracker:
 
     def register_model(self, name: str, uri: str, scores: dict[str, dict]) -> int:
         """A version of the registered model `name` with alias `candidate`. The same source is registered once."""
-        found = self._client.search_registered_models(f"name = '{name}'")
-        if found:
-            for version in self._client.search_model_versions(f"name = '{name}'"):
-                if version.tags.get("masters.uri") == uri:
-                    return int(version.version)
+        if not self._client.search_registered_models(f"name = '{name}'"):
+            self._client.create_registered_model(name)
+        for version in self._client.search_model_versions(f"name = '{name}'"):
+            if version.tags.get("masters.uri") == uri:
+                return int(version.version)
         tags = {"masters.uri": uri}
-        external = mlflow.create_external_model(name=name, source_run_id=self.run_id, tags=tags)
-        version = mlflow.register_model(f"models:/{external.model_id}", name, tags=tags)
+        external = mlflow.create_external_model(
+            name=name, source_run_id=self.run_id, tags=tags, experiment_id=self._experiment
+        )
+        version = self._client.create_model_version(
+            name, f"models:/{external.model_id}", run_id=self.run_id, tags=tags, model_id=external.model_id
+        )
         self._client.set_registered_model_alias(name, "candidate", version.version)
         for model, score in scores.items():
             self._client.log_metric(self.run_id, f"accuracy_{model}", score["accuracy"])
