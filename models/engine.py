@@ -6,6 +6,7 @@ Determinism: an engine's samples depend on what else is in the batch, so callers
 
 import gc
 import io
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,19 @@ class MaskExtension:
     def remask(self, folder: str, thresholds: dict[str, float]) -> None:
         self.reload_weights(weights_iterator=masked_tensors(Path(folder), thresholds))
 
+    def only_words(self, count: int) -> None:
+        """Give ids from `count` on probability zero: rows that pad the embedding matrix and stand for no token."""
+        model = self.model_runner.get_model()
+        compute = model.compute_logits
+
+        def compute_logits(*args: object, **kwargs: object):
+            logits = compute(*args, **kwargs)
+            if logits is not None:  # only one rank has them
+                logits[..., count:] = -math.inf
+            return logits
+
+        model.compute_logits = compute_logits
+
 
 class Engine:
     """A vLLM engine on one model folder. Use as a context manager; a process holds one at a time."""
@@ -74,6 +88,8 @@ class Engine:
             seed=0,
             disable_log_stats=True,
         )
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)  # a model of text alone has no processor
+        self.llm.collective_rpc("only_words", args=(1 + max(tokenizer.get_vocab().values()),))
 
     def __enter__(self) -> "Engine":
         return self
