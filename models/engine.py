@@ -10,11 +10,13 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from masters.config import Generate, Runtime
 from masters.models.checkpoints import masked_tensors
+from masters.rewards.judge_prompts import Conversation
 
 # read by vLLM when it is imported: in-process engine (7 s to start instead of 40), threads left to the system
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -131,13 +133,19 @@ class Engine:
             for request in requests
         ]
         outputs = self.llm.generate(prompts, [self._sampling(r, sampling) for r in requests], use_tqdm=False)
-        return [
-            [
-                Reply(list(out.prompt_token_ids), list(o.token_ids), o.text, str(o.finish_reason))
-                for o in sorted(out.outputs, key=lambda o: o.index)
-            ]
-            for out in outputs
-        ]
+        return [_replies(out) for out in outputs]
+
+    def converse(self, conversations: list[Conversation], max_tokens: int) -> list[Reply | None]:
+        """Continue each conversation, text alone, greedily, all as one batch; None where it does not fit."""
+        from vllm import SamplingParams
+
+        self.reset()
+        room = self.llm.llm_engine.model_config.max_model_len - max_tokens
+        prompts = [self._conversation(conversation) for conversation in conversations]
+        asked: list[Any] = [{"prompt_token_ids": ids} for ids in prompts if len(ids) <= room]
+        greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+        outputs = iter(self.llm.generate(asked, greedy, use_tqdm=False) if asked else [])
+        return [_replies(next(outputs))[0] if len(ids) <= room else None for ids in prompts]
 
     def fits(self, request: Request, sampling: Generate) -> bool:
         """Whether prompt and longest response fit the engine's length. Counts real tokens only near the limit."""
@@ -152,6 +160,11 @@ class Engine:
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
         return self.processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
 
+    def _conversation(self, conversation: Conversation) -> list[int]:
+        text = self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)  # a model of text alone has no processor
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
     def _sampling(self, request: Request, sampling: Generate):
         from vllm import SamplingParams
 
@@ -165,3 +178,11 @@ class Engine:
             repetition_penalty=sampling.repetition_penalty,
             max_tokens=sampling.max_tokens,
         )
+
+
+def _replies(out: Any) -> list[Reply]:
+    """A request's replies from vLLM's output, in order of sample."""
+    return [
+        Reply(list(out.prompt_token_ids), list(o.token_ids), o.text, str(o.finish_reason))
+        for o in sorted(out.outputs, key=lambda o: o.index)
+    ]
