@@ -1,4 +1,4 @@
-"""What an LLM judge is asked, and how its answers are read: two calls a verdict (docs: the method, rewards).
+"""What an LLM judge is asked, and how its answers are read: two calls a verdict.
 
 The first call explains and puts a score into an answer tag; the second reads that verdict and says the bare number.
 A score counts only if both were understood and agree.

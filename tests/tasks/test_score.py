@@ -2,89 +2,25 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from masters import artifacts, processes, schemas
-from masters.artifacts import Artifact, Identity
-from masters.config import Config
+from masters import processes
+from masters.artifacts import Artifact
 from masters.errors import WorkerError
-from masters.identity import digest
 from masters.models import judge_worker
-from masters.preflight import LocalModel, Ready, Server
 from masters.rewards import judge_prompts
-from masters.stages import Stage
-from masters.storage import Storage
-from masters.tasks import score as stage
-from masters.tasks.stage import Round, Run
+from masters.tasks.score import judge_of
+from masters.tasks.stage import Run
+from tests import scored as by_hand
 from tests.fake_judge import FakeJudge, inside, serve, verdict
+from tests.scored import first_round, made_run, responses
 
 QUESTIONS = {"q1": ("what color?", "teal"), "q2": ("what color?", "red"), "q3": ("is there a circle?", "yes")}
 TEXTS = {"q1": ["teal", "Teal.", "red", "teal"], "q2": ["red", "red", "teal", ""], "q3": ["yes", "yes", "yes", "no"]}
 DISTINCT = 3 + 3 + 2
-
-
-class Quiet:
-    """A tracker that tracks nothing."""
-
-    run_id = "0"
-
-    @contextmanager
-    def stage(self, _: Identity) -> Iterator:
-        yield lambda artifact, done: None
-
-
-def made_run(store: Path, url: str = "http://127.0.0.1:1/v1", rebuild: bool = False, **rewards: str) -> Run:
-    config = Config.model_validate(
-        dict(
-            name="scored", store=dict(root=str(store)), data=dict(source="none"), student=dict(model="s"),
-            teachers=[dict(model="t")], rewards=dict(accuracy="llm", judge=url) | rewards,
-            runtime=dict(judge_requests=4, judge_timeout=10.0),
-        )
-    )  # fmt: skip
-    models = [LocalModel(name, Path(name), digest(name.encode())) for name in ("s", "t")]
-    named = Server(url, None) if config.rewards.judge == url else None
-    ready = Ready(Storage(str(store)), None, models[0], models[1:], named)  # pyright: ignore
-    return Run(config, ready, Quiet(), frozenset([Stage.SCORE] if rebuild else []))  # pyright: ignore
-
-
-def table(storage: Storage, name: str, files: list[list[dict]], schema) -> Artifact:
-    """An artifact of one table, its content its identity."""
-    parts = {f"{name}/{n}.parquet": schemas.encode(rows, schema) for n, rows in enumerate(files)}
-    made_of = Identity(name, 1, {}, {file: digest(data) for file, data in parts.items()})
-    written = {}
-    for data in parts.values():
-        file = f"{name}/{digest(data)[:16]}.parquet"  # named by content, as shards of responses are
-        storage.write(f"{made_of.folder}/{file}", data)
-        written[file] = digest(data)
-    return artifacts.commit(storage, made_of, written, {})
-
-
-def questions(run: Run, rows: dict = QUESTIONS) -> Artifact:
-    of = [dict(question_id=key, question=question, answer=answer) for key, (question, answer) in rows.items()]
-    return table(run.storage, "questions", [of], schemas.QUESTIONS)
-
-
-def responses(run: Run, texts: dict[str, list[str]] = TEXTS) -> Artifact:
-    """A file a question."""
-    files = [
-        [
-            dict(question_id=key, source="teacher", mask_ratio=0.2, sample=n, model="t", text=text)
-            for n, text in enumerate(said)
-        ]
-        for key, said in texts.items()
-    ]
-    return table(run.storage, "responses", files, schemas.RESPONSES)
-
-
-def scored(run: Run, texts: dict[str, list[str]] = TEXTS) -> tuple[Artifact, list[dict], dict]:
-    """The stage without Prefect around it: artifact, rows of verdicts, its line of the summary."""
-    current = Round(1, run.config.teachers[0], run.ready.teachers[0], run.ready.student)
-    artifact = stage.score.fn(run, current, questions(run), responses(run, texts))
-    return artifact, list(artifact.rows("verdicts")), run.stages[-1]
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +43,10 @@ def in_process(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
 @pytest.fixture
 def real_process() -> None:
     """Asked for by a test whose judge is a process of its own."""
+
+
+def scored(run: Run, texts: dict[str, list[str]] = TEXTS) -> tuple[Artifact, list[dict], dict]:
+    return by_hand.scored(run, QUESTIONS, texts)
 
 
 @pytest.fixture
@@ -134,7 +74,7 @@ def test_every_distinct_text_is_judged_once_and_its_verdict_shared(tmp_path: Pat
     run = made_run(tmp_path, there.url)
     artifact, rows, line = scored(run)
     key = ("question_id", "source", "mask_ratio", "sample")
-    given = {tuple(row[k] for k in key): row for row in responses(run).rows("responses")}
+    given = {tuple(row[k] for k in key): row for row in responses(run, TEXTS).rows("responses")}
     assert {tuple(row[k] for k in key) for row in rows} == set(given)
     right = {"q1": [1, 1, 0, 1], "q2": [1, 1, 0, 0], "q3": [1, 1, 1, 0]}
     for row in rows:
@@ -233,9 +173,9 @@ def test_no_verdict_at_all_ends_the_stage(tmp_path: Path, there: FakeJudge, repl
 
 def test_the_teacher_judges_where_no_other_is_named(tmp_path: Path) -> None:
     run = made_run(tmp_path, judge="teacher")
-    current = Round(1, run.config.teachers[0], run.ready.teachers[0], run.ready.student)
-    judge = stage.judge_of(run, current)
-    assert judge is not None
-    assert (judge.name, judge.model["digest"]) == ("t", run.ready.teachers[0].digest)
+    current = first_round(run)
     larger = replace(current, number=2, teacher=replace(current.teacher, digest="0" * 64))
-    assert stage.judge_of(run, larger).identity != judge.identity  # pyright: ignore
+    judge, later = judge_of(run, current), judge_of(run, larger)
+    assert judge is not None and later is not None
+    assert (judge.name, judge.model["digest"]) == ("t", run.ready.teachers[0].digest)
+    assert later.identity != judge.identity
