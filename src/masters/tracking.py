@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from urllib.request import urlopen
 
 import mlflow
 from mlflow import MlflowClient
@@ -11,6 +12,7 @@ from mlflow.entities import Metric
 
 from masters.artifacts import Artifact, Identity
 from masters.config import Config
+from masters.errors import InputError
 from masters.storage import Storage
 
 PARAMETER_LENGTH = 500
@@ -24,6 +26,20 @@ def tracking_uri(config: Config, storage: Storage) -> str:
     return config.runtime.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI") or beside(storage)
 
 
+def check_answers(uri: str) -> None:
+    """Raises InputError if an MLflow server is named and does not answer: its client would retry for minutes."""
+    if not uri.startswith(("http://", "https://")):
+        return
+    try:
+        with urlopen(f"{uri.rstrip('/')}/health", timeout=10):
+            pass
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"MLflow at {uri} does not answer ({error}): start it, or choose another with runtime.mlflow_uri or "
+            "MLFLOW_TRACKING_URI"
+        ) from error
+
+
 def beside(storage: Storage) -> str:
     return f"sqlite:///{storage.path('mlflow.db')}" if storage.local else "sqlite:///mlflow.db"
 
@@ -33,6 +49,7 @@ class Tracker:
 
     def __init__(self, config: Config, storage: Storage) -> None:
         self.uri = tracking_uri(config, storage)
+        check_answers(self.uri)
         mlflow.set_tracking_uri(self.uri)
         self._client = MlflowClient(self.uri)
         self._experiment = self._experiment_of(config.name, storage)
