@@ -1,6 +1,6 @@
 """Local model folders: what they hold, their identity, and loading them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -68,8 +68,8 @@ def load_masked(folder: Path, thresholds: dict[str, float], dtype: str) -> torch
     Masks are taken on the checkpoint's own values, before any change of type, as the engine takes them.
     """
     model = load_model(folder, dtype)
-    parameters = dict(model.named_parameters())
-    unknown = thresholds.keys() - parameters.keys()
+    parameters, named = dict(model.named_parameters()), parameter_names(model, thresholds.keys())
+    unknown = {name for name in thresholds if named[name] not in parameters}
     if unknown:
         raise InputError(
             f"model {folder}: {len(unknown)} masked tensors are no parameters of it (first: {min(unknown)})"
@@ -77,8 +77,21 @@ def load_masked(folder: Path, thresholds: dict[str, float], dtype: str) -> torch
     with torch.no_grad():
         for name, tensor in masked_tensors(folder, thresholds):
             if name in thresholds:
-                parameters[name].copy_(tensor)
+                parameters[named[name]].copy_(tensor)
     return model
+
+
+def parameter_names(model: torch.nn.Module, saved: Iterable[str]) -> dict[str, str]:
+    """What transformers calls the tensors that a checkpoint calls `saved`: some families' files keep older names."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    now = dict(model.named_parameters())
+    renamings = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
+    return {
+        name: name if name in now else rename_source_key(name, renamings, [], model.base_model_prefix, now)[0]
+        for name in saved
+    }
 
 
 def masked_tensors(folder: Path, thresholds: dict[str, float]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -13,8 +13,8 @@ def jensen_shannon(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Ten
     """D = 1/2 KL(P || M) + 1/2 KL(Q || M), M = (P + Q) / 2, in nats per token, [T] (Eq. 4-5).
 
     P is the teacher's, Q the student's next-token distribution; the mean is of probabilities, not logits. No
-    gradient reaches the teacher. Where only one model has an entry (padded vocabularies), the other's probability
-    is zero. Dense reference: holds several [T, V] tensors.
+    gradient reaches the teacher. Ours: where only one model has an entry (padded vocabularies), the other's
+    probability is zero. Dense reference: holds several [T, V] tensors.
     """
     q, p = _log_probs(student_logits_TV, teacher_logits_TV)
     none = (p == -math.inf) & (q == -math.inf)  # logaddexp has no gradient there
@@ -23,10 +23,11 @@ def jensen_shannon(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Ten
 
 
 def kl_divergence(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor) -> torch.Tensor:
-    """KL(P || Q) of the teacher's distribution from the student's, in nats per token, [T]: the `kl` ablation.
+    """KL(P || Q) = sum_v p (log p - log q) of the teacher's P from the student's Q, in nats per token, [T].
 
-    Both are taken over the entries that both models have: with one that only the teacher has (padding of its
-    embedding matrix, never a token) the divergence would be infinite whatever the student does.
+    The `kl` ablation: it takes the place of D in Eq. 4-5. Ours: both are taken over the entries that both models
+    have: with one that only the teacher has (padding of its embedding matrix, never a token) the divergence would be
+    infinite whatever the student does.
     """
     shared = min(student_logits_TV.shape[-1], teacher_logits_TV.shape[-1])
     q, p = _log_probs(student_logits_TV[:, :shared], teacher_logits_TV[:, :shared])
@@ -34,18 +35,24 @@ def kl_divergence(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tens
 
 
 def chosen_log_probs(logits_TV: torch.Tensor, token_T: torch.Tensor) -> torch.Tensor:
-    """log pi of the tokens of the responses, [T]."""
+    """log pi(token) = log softmax(logits)[token], [T], of the responses' tokens: the policy of Eq. 8-11."""
     return logits_TV.float().log_softmax(-1).gather(1, token_T[:, None])[:, 0]
 
 
 def kl_to_reference(logp_T: torch.Tensor, reference_logp_T: torch.Tensor) -> torch.Tensor:
-    """GRPO's estimator of KL(pi || pi_ref) from the chosen tokens: exp(d) - d - 1, d = log pi_ref - log pi, [T]."""
+    """D_KL(pi || pi_ref) from the chosen tokens: exp(d) - d - 1, d = log pi_ref - log pi, [T] (Eq. 8-11).
+
+    Ours, as the paper leaves the estimator open: GRPO's usual one. log pi_ref, [T], is a constant.
+    """
     d = reference_logp_T - logp_T
     return torch.expm1(d) - d
 
 
 def response_means(value_T: torch.Tensor, response_T: torch.Tensor, responses: int) -> torch.Tensor:
-    """Mean over the tokens of each response, [R]. `response_T` says which response (0..R-1) a token is of."""
+    """Mean over the tokens of each response, [R]. `response_T` says which response (0..R-1) a token is of.
+
+    Ours, as the paper leaves averaging open: D_j = mean_t D_t (Eq. 4-5), and mean_t in Eq. 8-11.
+    """
     sums = value_T.new_zeros(responses).index_add(0, response_T, value_T)
     return sums / torch.bincount(response_T, minlength=responses).to(value_T.dtype)
 

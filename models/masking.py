@@ -1,8 +1,8 @@
 """Masked teachers (Eq. 1-2): a weight is kept where |w| >= lambda_r, else zero for a while. Nothing is pruned for good.
 
-lambda_r is the magnitude at 0-based rank floor(r N) in ascending order, exactly; ties at the threshold are kept, so
-the realised sparsity can fall short of r. r = 0 gives 0, r = 1 gives infinity. Thresholds are per weight matrix by
-default: one threshold for the whole network prunes some layers until the model stops working.
+Ours, exactly: lambda_r is the magnitude at 0-based rank floor(r N) in ascending order; ties at the threshold are kept,
+so the realised sparsity can fall short of r. r = 0 gives 0, r = 1 gives infinity. The paper takes thresholds per layer,
+as one for the whole network prunes some layers until the model stops working; ours are per weight matrix by default.
 
 Exact order statistics come from counting magnitudes: floats of one sign order like their bit patterns, so a
 histogram over the high bits (all 15 of a 16-bit float) finds a rank's bucket; 32-bit floats take a second pass
@@ -37,7 +37,7 @@ Histogram = tuple[np.ndarray, np.ndarray]  # patterns that occur, cumulative cou
 
 
 def rank(ratio: float, count: int) -> int:
-    """floor(r N), exact for decimal ratios (0.29 * 100 is 29, whatever floats say)."""
+    """floor(r N) of Eq. 1-2, ours exactly for decimal ratios (0.29 * 100 is 29, whatever floats say)."""
     if not 0 <= ratio <= 1:
         raise ValueError(f"a mask ratio lies in [0, 1], found {ratio}")
     return math.floor(Fraction(str(ratio)) * count)
@@ -120,7 +120,7 @@ class MagnitudeRanks:
 
 
 def magnitude_thresholds(weight: torch.Tensor, ratios: Iterable[float]) -> list[float]:
-    """One threshold a ratio, exact; see the module's head for the definition.
+    """lambda_r, one threshold a ratio, exact (Eq. 1-2); see the module's head for the definition.
 
     `weight`: bfloat16, float16, float32 or float64, any shape. Raises ValueError on NaN, an empty tensor, another
     type, or a ratio outside [0, 1].
@@ -147,12 +147,15 @@ def _sorted_thresholds(weight: torch.Tensor, ratios: list[float]) -> list[float]
 
 
 def apply_mask(weight: torch.Tensor, threshold: float) -> torch.Tensor:
-    """A copy of `weight` with zeros where |w| < threshold (Eq. 2)."""
+    """A copy of `weight` (any shape) with zeros where |w| < lambda_r, the threshold (Eq. 1-2)."""
     return torch.where(weight.abs() >= threshold, weight, torch.zeros((), dtype=weight.dtype))
 
 
 def is_masked(name: str, dimensions: int, exclude: tuple[str, ...] = ()) -> bool:
-    """Whether a checkpoint's tensor is the weight of a linear or convolution module outside embeddings and lm_head."""
+    """Whether a checkpoint's tensor is the weight of a linear or convolution module outside embeddings and lm_head.
+
+    Ours: the paper does not say which tensors are masked.
+    """
     eligible = name.endswith(".weight") and dimensions >= 2 and not NEVER.search(name)
     return eligible and not any(re.search(pattern, name) for pattern in exclude)
 

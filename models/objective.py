@@ -1,8 +1,8 @@
 """The training objective of one batch: L = L_GRPO + D (Eq. 4-11), rewards computed between forward and backward.
 
 Shapes: T response tokens of the batch, V vocabulary, R responses of the batch, G responses of one question.
-Denominators: a response's terms are means over its tokens, a question's over its responses, the batch's over its
-questions (all questions of the step, on every process).
+Denominators (ours, the paper leaves them open): a response's terms are means over its tokens, a question's over its
+responses, the batch's over its questions (all questions of the step, on every process).
 """
 
 from dataclasses import dataclass
@@ -24,25 +24,25 @@ class Outcome:
 
 
 def question_means(value_R: torch.Tensor, packed: Pack) -> torch.Tensor:
-    """Mean over each question's responses, [B]."""
+    """Mean over each question's responses, [B]: mean_j in Eq. 8-11, and ours for D."""
     return losses.response_means(value_R, packed.question_R, int(packed.question_R.max()) + 1)
 
 
 def divergences(student_TV: torch.Tensor, teacher_TV: torch.Tensor, packed: Pack, train: Train) -> torch.Tensor:
-    """D_j of every response, [R]: the mean over its tokens."""
+    """D_j = mean_t D_t of every response, [R], from logits [T, V] (Eq. 4-5; ours: the mean over its tokens)."""
     per_token = {"jsd": losses.jensen_shannon, "kl": losses.kl_divergence}[train.divergence]
     return losses.response_means(per_token(student_TV, teacher_TV), packed.response_T, packed.responses)
 
 
 def supervised(student_TV: torch.Tensor, packed: Pack) -> Outcome:
-    """Plain fine-tuning: cross-entropy of the targets."""
+    """Plain fine-tuning, a baseline: - mean_j mean_t log pi(token), from logits [T, V], summed over questions."""
     logp_T = losses.chosen_log_probs(student_TV, packed.token_T)
     loss = question_means(losses.response_means(-logp_T, packed.response_T, packed.responses), packed).sum()
     return Outcome(loss, {"loss": loss.item()})
 
 
 def distillation(student_TV: torch.Tensor, teacher_TV: torch.Tensor, packed: Pack, train: Train) -> Outcome:
-    """Distillation alone: D."""
+    """Distillation alone: mean_j D_j (Eq. 4-5), from logits [T, V], summed over questions."""
     loss = question_means(divergences(student_TV, teacher_TV, packed, train), packed).sum()
     return Outcome(loss, {"loss": loss.item(), "divergence": loss.item()})
 
@@ -56,7 +56,12 @@ def masters(
     train: Train,
     rewards: Rewards,
 ) -> Outcome:
-    """Distillation and offline GRPO: L_GRPO + D. `score_R` are the verdicts, NaN where there is none."""
+    """Distillation and offline GRPO: L_GRPO + D (Eq. 4-11), summed over questions.
+
+    `student_TV` and `teacher_TV` are logits [T, V], `reference_T` is log pi_ref of the tokens, `score_R` are the
+    verdicts R_acc, NaN where there is none. D is that of this very step, detached in the rewards (Eq. 6-7). Ours: a
+    response without a verdict has no advantage and keeps its D and KL terms.
+    """
     divergence_R = divergences(student_TV, teacher_TV, packed, train)
     distill_R, advantage_R = advantages(divergence_R.detach(), score_R, packed, rewards)
     logp_T = losses.chosen_log_probs(student_TV, packed.token_T)
@@ -79,9 +84,10 @@ def masters(
 def advantages(
     divergence_R: torch.Tensor, score_R: torch.Tensor, packed: Pack, rewards: Rewards
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """R_distill and A of every response, each question's group by itself. Nothing here has a gradient.
+    """R_distill and A, [R] each, from R = R_acc + R_distill of each question's group by itself (Eq. 6-8).
 
-    A response without a verdict takes no part in its group's minimum, maximum, mean and deviation.
+    Nothing here has a gradient. Ours: a response without a verdict takes no part in its group's minimum, maximum,
+    mean and deviation; identical responses share one D.
     """
     distill_R, advantage_R = torch.zeros_like(divergence_R), torch.zeros_like(divergence_R)
     for question in range(int(packed.question_R.max()) + 1):

@@ -5,6 +5,8 @@ A response's token sees the prompt and the earlier tokens of its own response; p
 so every response is computed as if it stood alone behind the prompt.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +30,11 @@ class Pack:
 
     `inputs` go to the model; `predictors_T2` are the (row, position) whose output predicts each response token;
     `token_T` the tokens; `response_T` which response (0..R-1) a token is of; `question_R` which row a response is of.
+    `image_word_BL`: where a response itself wrote the image's token, which is a word like any other there.
     """
 
     inputs: dict[str, torch.Tensor]
+    image_word_BL: torch.Tensor
     predictors_T2: torch.Tensor
     token_T: torch.Tensor
     response_T: torch.Tensor
@@ -45,11 +49,17 @@ class Pack:
 
 
 def pack(questions: list[Question], model: torch.nn.Module, family: Family) -> Pack:
-    """Pack each question into a row of its own, padded to the longest."""
+    """Pack each question into a row of its own, padded to the longest.
+
+    The image's token within a response (a model may sample it) would be taken for a place of the image: the model
+    gets token 0 there, and `response_logits` its true embedding.
+    """
     rows = [_row(q) for q in questions]
     length = max(len(ids) for ids, _, _ in rows)
     ids_BL = torch.stack([F.pad(ids, (0, length - len(ids))) for ids, _, _ in rows])
     segment_BL = torch.stack([F.pad(segment, (0, length - len(segment)), value=-1) for _, segment, _ in rows])
+    image_word_BL = (ids_BL == model.config.image_token_id) & (segment_BL > 0)
+    ids_BL = ids_BL.masked_fill(image_word_BL, 0)
     positions = [
         _positions(q, offset, length, model, family) for q, (_, _, offset) in zip(questions, rows, strict=True)
     ]
@@ -60,7 +70,7 @@ def pack(questions: list[Question], model: torch.nn.Module, family: Family) -> P
         **family.token_inputs(model, ids_BL),
         **{key: torch.cat([q.prompt[key] for q in questions]) for key in family.image_keys},
     }
-    return Pack(inputs, *_targets(questions))
+    return Pack(inputs, image_word_BL, *_targets(questions))
 
 
 def attention_mask(segment_BL: torch.Tensor) -> torch.Tensor:
@@ -116,5 +126,23 @@ def _targets(questions: list[Question]) -> tuple[torch.Tensor, ...]:
 
 def response_logits(model: torch.nn.Module, packed: Pack) -> torch.Tensor:
     """Logits [T, V] that predict each response token, at those positions only."""
-    hidden_BLH = model.model(**packed.inputs, use_cache=False).last_hidden_state
+    with _image_words(model, packed.image_word_BL):
+        hidden_BLH = model.model(**packed.inputs, use_cache=False).last_hidden_state
     return model.lm_head(hidden_BLH[packed.predictors_T2[:, 0], packed.predictors_T2[:, 1]])
+
+
+@contextmanager
+def _image_words(model: torch.nn.Module, image_word_BL: torch.Tensor) -> Iterator[None]:
+    """Embed the image's token as a word where a response wrote it, as the engine that sampled it did."""
+
+    def embed(words: torch.nn.Module, _: object, embedded_BLH: torch.Tensor) -> torch.Tensor:
+        return torch.where(image_word_BL[..., None], words.weight[model.config.image_token_id], embedded_BLH)
+
+    if not image_word_BL.any():
+        yield
+        return
+    hook = model.get_input_embeddings().register_forward_hook(embed)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -9,7 +9,7 @@ TOLERANCE = 1e-6  # of r_max / step from a whole number, as in the configuration
 def mask_ratio(iteration: int, iterations: int, r_max: float, step: float) -> float:
     """r[i] = r_max - s floor(i M / I), M = r_max / s + 1, for i in 1..I (Eq. 3), clamped at 0.
 
-    Read literally, i = I gives a stage beyond the last; the clamp keeps it in the last one.
+    Read literally, i = I gives a stage beyond the last; the clamp (ours) keeps it in the last one.
 
     Raises ValueError if the iteration is outside 1..I or r_max is no multiple of the step.
     """
@@ -20,7 +20,10 @@ def mask_ratio(iteration: int, iterations: int, r_max: float, step: float) -> fl
 
 
 def mask_stages(r_max: float, step: float) -> list[float]:
-    """The M = round(r_max / s) + 1 ratios from r_max down to 0. Raises ValueError if r_max is no multiple of s."""
+    """The M = round(r_max / s) + 1 ratios r_max, r_max - s, ..., 0 (Eq. 3).
+
+    Ours: they are rounded to 6 decimals. Raises ValueError if r_max is no multiple of s.
+    """
     if not (0 <= r_max <= 1 and 0 < step <= 1):
         raise ValueError(f"expected 0 <= r_max <= 1 and 0 < step <= 1, found r_max = {r_max}, step = {step}")
     count = round(r_max / step)
@@ -30,7 +33,7 @@ def mask_stages(r_max: float, step: float) -> list[float]:
 
 
 def stage_of(question_digest: str, stages: int) -> int:
-    """floor(u M), u in [0, 1) from the question's content: data can grow without moving any question.
+    """floor(u M), u in [0, 1) from the question's content. Ours, so that data can grow without moving any question.
 
     With many questions the stages are equal shares, as in Eq. 3.
     """

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 import torch
 
-NOISE = 1e-4  # a standard deviation up to this is rounding noise
+NOISE = 1e-4  # ours: a standard deviation up to this is rounding noise
 
 
 def group_advantages(reward_G: torch.Tensor | Sequence[float]) -> torch.Tensor:
     """(R_j - mean R) / std R with the population's standard deviation, [G].
 
-    NaN marks a response without a verdict: it takes no part in mean and deviation and gets 0. If std R <= 1e-4
-    (also with fewer than two verdicts), every advantage is 0.
+    Eq. 8. Ours: NaN marks a response without a verdict: it takes no part in mean and deviation and gets 0. Ours: if
+    std R <= 1e-4 (also with fewer than two verdicts), every advantage is 0; there is no other epsilon.
     """
     rewards = torch.as_tensor(reward_G).detach()
     rewards = rewards if rewards.is_floating_point() else rewards.float()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-SPREAD = 1e-5  # nats; below it differences of divergence are rounding noise
+SPREAD = 1e-5  # nats; ours: up to it differences of divergence are rounding noise
 
 
 def distillation_rewards(
@@ -15,9 +15,9 @@ def distillation_rewards(
     valid_G: torch.Tensor | Sequence[bool] | None = None,
     same_G: torch.Tensor | Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """(D_max - D_j) / (D_max - D_min): the easiest to transfer gets 1, the hardest 0, [G].
+    """(D_max - D_j) / (D_max - D_min): the easiest to transfer gets 1, the hardest 0, [G] (Eq. 6-7).
 
-    Responses that `same_G` gives one number (identical tokens) share their mean divergence. If
+    Ours: responses that `same_G` gives one number (identical tokens) share their mean divergence. If
     D_max - D_min <= 1e-5, all get 0. Responses outside `valid_G` (no verdict) or without a finite divergence take no
     part and get 0.
     """

@@ -3,6 +3,7 @@
 MastersError            something went wrong while it ran (exit 1)
 ├── InputError          the user's input is at fault; nothing was started (exit 2)
 ├── ArtifactError       an artifact is missing, incomplete or not what its record says
+├── StoreError          the store failed or stopped answering while it was used
 └── WorkerError         a child process (engine or trainer) failed
 """
 
@@ -21,6 +22,10 @@ class InputError(MastersError):
 
 class ArtifactError(MastersError):
     """An artifact is missing, incomplete or not what its record says."""
+
+
+class StoreError(MastersError):
+    """The store failed or stopped answering while it was used."""
 
 
 class WorkerError(MastersError):

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from masters.models.masking import (
     mask_group,
     safetensors_tensors,
 )
+from tests.models import reference
 
 RATIOS = [0.2, 0.15, 0.1, 0.05, 0.0]
 MANY = [0.0, 0.05, 0.1, 0.29, 0.5, 0.99, 1.0]
@@ -31,9 +31,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def sorted_reference(weight: torch.Tensor, ratios: list[float]) -> list[float]:
-    """lambda_r = sorted |w| at rank floor(r N), by definition; the infinity above at rank N."""
-    magnitude = np.append(np.sort(np.abs(weight.double().numpy().ravel())), math.inf)
-    return [0.0 if r == 0 else magnitude[math.floor(Fraction(str(r)) * weight.numel())] for r in ratios]
+    return [reference.threshold(weight.double().numpy(), r) for r in ratios]
 
 
 def awkward(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -112,6 +110,17 @@ def test_the_mask_keeps_what_reaches_the_threshold(dtype: torch.dtype) -> None:
     assert torch.equal(apply_mask(weight, 0.0), before)
     assert not apply_mask(weight, math.inf).any()
     assert torch.equal(weight, before)
+
+
+@given(st.lists(bits32, min_size=1, max_size=60), st.lists(st.integers(0, 100), min_size=2, max_size=5))
+def test_masks_are_nested_and_are_the_references(bits: list[int], percents: list[int]) -> None:
+    weight = torch.from_numpy(np.array(bits, dtype=np.uint32).view(np.float32))
+    ratios, zeroed = [p / 100 for p in sorted(percents)], torch.zeros(len(bits), dtype=torch.bool)
+    for limit in magnitude_thresholds(weight, ratios):
+        masked = apply_mask(weight, limit)
+        np.testing.assert_array_equal(masked.numpy(), reference.masked(weight.numpy(), limit))
+        assert not (zeroed & (masked != 0)).any()  # what a smaller ratio zeroes, a larger one does
+        zeroed = masked == 0
 
 
 @dtypes

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from masters.identity import digest
 from masters.models.schedule import mask_ratio, mask_stages, stage_of
+from tests.models import reference
 
 
 def test_table_of_ten_iterations() -> None:
@@ -21,9 +22,9 @@ def test_table_of_ten_iterations() -> None:
 @given(st.integers(0, 20), st.sampled_from(["0.05", "0.04", "0.025", "0.01"]), st.integers(1, 300), st.data())
 def test_follows_equation_3_exactly(k: int, step: str, iterations: int, data: st.DataObject) -> None:
     s = Fraction(step)
-    r_max, stages = k * s, k + 1
+    r_max = k * s
     i = data.draw(st.integers(1, iterations))
-    expected = max(Fraction(0), r_max - s * math.floor(Fraction(i * stages, iterations)))
+    expected = reference.mask_ratio(i, iterations, r_max, s)
     found = mask_ratio(i, iterations, float(r_max), float(s))
     assert found == round(float(expected), 6)
     assert found in mask_stages(float(r_max), float(s))
@@ -52,6 +53,9 @@ def test_stage_of_is_the_share_of_the_unit_interval() -> None:
     assert [stage_of(f"{digit:x}" + "0" * 63, 4) for digit in range(16)] == [d // 4 for d in range(16)]
     assert stage_of("f" * 64, 5) == 4
     assert {stage_of(digest(str(n).encode()), 1) for n in range(100)} == {0}
+    for stages in (3, 5, 9):
+        digests = ["0" * 64, "f" * 64, *(digest(str(n).encode()) for n in range(200))]
+        assert [stage_of(d, stages) for d in digests] == [reference.stage(d, stages) for d in digests]
 
 
 def test_stages_get_equal_shares_of_questions() -> None:

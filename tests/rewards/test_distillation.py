@@ -9,20 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from masters.rewards import distillation_rewards, raw_distillation_rewards
+from tests.models import reference
 
 groups = st.lists(st.floats(0, math.log(2)), min_size=1, max_size=16)
-
-
-def reference(d: np.ndarray) -> np.ndarray:
-    spread = d.max() - d.min()
-    return (d.max() - d) / spread if spread > 1e-5 else np.zeros_like(d)
 
 
 @given(groups)
 def test_reverse_min_max(divergence: list[float]) -> None:
     d_G = np.array(divergence)
     found = distillation_rewards(d_G).numpy()
-    np.testing.assert_allclose(found, reference(d_G), atol=1e-12)
+    np.testing.assert_allclose(found, reference.distillation_reward(d_G, np.ones(len(d_G), bool)), atol=1e-12)
     if found.any():
         assert found[d_G.argmin()] == 1
         assert found[d_G.argmax()] == 0
@@ -62,7 +58,10 @@ def test_a_divergence_that_is_no_number_takes_no_part(bad: float) -> None:
 def test_identical_responses_share_their_mean() -> None:
     d_G, same_G = np.array([0.1, 0.5, 0.2, 0.6]), [0, 1, 0, 2]
     found = distillation_rewards(d_G, same_G=same_G).numpy()
-    np.testing.assert_allclose(found, reference(np.array([0.15, 0.5, 0.15, 0.6])))
+    everyone = np.ones(4, bool)
+    d_G = reference.shared(d_G, [(0,), (1,), (0,), (2,)], everyone)
+    np.testing.assert_allclose(d_G, [0.15, 0.5, 0.15, 0.6])
+    np.testing.assert_allclose(found, reference.distillation_reward(d_G, everyone))
     assert not distillation_rewards(d_G, same_G=[0, 0, 0, 0]).any()
 
 

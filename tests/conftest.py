@@ -1,0 +1,14 @@
+"""Fixtures that several suites share."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.s3 import S3, serve
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """A real S3 server, started when first asked for."""
+    with serve(tmp_path_factory.mktemp("s3")) as server:
+        yield server

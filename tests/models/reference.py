@@ -1,0 +1,193 @@
+"""The method's formulas in float64 NumPy, written from the paper's equations and not from the code under test.
+
+Shapes: T response tokens of a batch, V vocabulary, R responses of a batch, G responses of one question. Questions and
+responses are walked with plain loops, one after the other. Gradients are central differences.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+Array = np.ndarray
+
+
+def threshold(weight: Array, ratio: float) -> float:
+    """Eq. 1-2: lambda_r = the magnitude at 0-based rank floor(r N), ascending; r = 0 gives 0, r = 1 infinity."""
+    magnitude = np.append(np.sort(np.abs(np.asarray(weight, np.float64)).ravel()), math.inf)
+    return 0.0 if ratio == 0 else magnitude[math.floor(Fraction(str(ratio)) * weight.size)]
+
+
+def masked(weight: Array, limit: float) -> Array:
+    """Eq. 1-2: a weight is kept where |w| >= lambda_r."""
+    return np.where(np.abs(weight) >= limit, weight, 0)
+
+
+def mask_ratio(iteration: int, iterations: int, r_max: Fraction, step: Fraction) -> Fraction:
+    """Eq. 3: r[i] = r_max - s floor(i M / I), M = r_max / s + 1, clamped at 0."""
+    stages = r_max / step + 1
+    return max(Fraction(0), r_max - step * math.floor(iteration * stages / iterations))
+
+
+def stage(digest: str, stages: int) -> int:
+    """A question's stage: floor(u M), u in [0, 1) from the digest read as a hexadecimal fraction."""
+    return math.floor(Fraction(int(digest, 16), 16 ** len(digest)) * stages)
+
+
+def softmax(logits: Array) -> Array:
+    e = np.exp(logits - logits.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def log_pi(logits_TV: Array, token_T: Array) -> Array:
+    return np.log(softmax(logits_TV))[np.arange(len(token_T)), token_T]
+
+
+def kl(p: Array, q: Array) -> Array:
+    """KL(P || Q) = sum_v p log(p / q)."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(p > 0, p * np.log(p / q), 0.0).sum(-1)
+
+
+def jsd(student_TV: Array, teacher_TV: Array) -> Array:
+    """Eq. 4-5: D = 1/2 KL(P || M) + 1/2 KL(Q || M), M = (P + Q) / 2; an entry that one model lacks has no mass."""
+    width = max(student_TV.shape[1], teacher_TV.shape[1])
+    q, p = (np.pad(softmax(x), ((0, 0), (0, width - x.shape[1]))) for x in (student_TV, teacher_TV))
+    return 0.5 * kl(p, (p + q) / 2) + 0.5 * kl(q, (p + q) / 2)
+
+
+def kl_ablation(student_TV: Array, teacher_TV: Array) -> Array:
+    """KL(P || Q), of the teacher's distribution from the student's, over the entries that both have."""
+    width = min(student_TV.shape[1], teacher_TV.shape[1])
+    return kl(softmax(teacher_TV[:, :width]), softmax(student_TV[:, :width]))
+
+
+def shared(d_G: Array, responses: list[tuple[int, ...]], valid_G: Array) -> Array:
+    """Responses with identical tokens (among those that take part) share one D, their mean."""
+    same = [[k for k in np.flatnonzero(valid_G) if responses[k] == own] for own in responses]
+    return np.array([d_G[k].mean() if valid_G[j] else d_G[j] for j, k in enumerate(same)])
+
+
+def distillation_reward(d_G: Array, valid_G: Array) -> Array:
+    """Eq. 6-7: R_distill = (D_max - D_j) / (D_max - D_min) over those with a verdict; all 0 up to a spread of 1e-5."""
+    reward_G = np.zeros(len(d_G))
+    if valid_G.any() and np.ptp(d_G[valid_G]) > 1e-5:
+        reward_G[valid_G] = (d_G[valid_G].max() - d_G[valid_G]) / np.ptp(d_G[valid_G])
+    return reward_G
+
+
+def advantage(reward_G: Array) -> Array:
+    """Eq. 8-11: A = (R_j - mean R) / std R, population std, over those with a verdict; all 0 up to a std of 1e-4."""
+    valid_G, advantage_G = ~np.isnan(reward_G), np.zeros(len(reward_G))
+    if valid_G.any() and reward_G[valid_G].std() > 1e-4:
+        advantage_G[valid_G] = (reward_G[valid_G] - reward_G[valid_G].mean()) / reward_G[valid_G].std()
+    return advantage_G
+
+
+def kl_to_reference(logp: Array, reference: Array) -> Array:
+    """Eq. 8-11: GRPO's estimator exp(d) - d - 1, d = log pi_ref - log pi."""
+    d = reference - logp
+    return np.exp(d) - d - 1
+
+
+def grpo(logp: Array, logp_old: Array, reference: Array, advantage: Array, beta: float) -> Array:
+    """Eq. 8-11, a token's term: -[ pi / pi_old A - beta D_KL(pi || pi_ref) ], pi_old a constant."""
+    return -(np.exp(logp - logp_old) * advantage - beta * kl_to_reference(logp, reference))
+
+
+def slope(function: Callable[[Array], Array], logits_TV: Array, step: float = 1e-5) -> Array:
+    """d function_t / d logits_tv by central differences; token t's value depends on token t's logits only."""
+    columns = []
+    for direction in step * np.eye(logits_TV.shape[1]):
+        columns.append((function(logits_TV + direction) - function(logits_TV - direction)) / (2 * step))
+    return np.stack(columns, 1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Questions with their responses' tokens and verdicts; rows of the logits go token by token in that order."""
+
+    questions: list[list[tuple[int, ...]]]
+    scores: list[list[float]]  # NaN where there is no verdict
+    student_TV: Array
+    teacher_TV: Array
+    reference_T: Array  # log pi_ref of the tokens
+
+    @property
+    def token_T(self) -> Array:
+        return np.array([token for responses in self.questions for tokens in responses for token in tokens])
+
+
+@dataclass(frozen=True)
+class Result:
+    loss: float  # summed over questions
+    gradient_TV: Array  # of the loss with respect to the student's logits
+    divergence_R: Array
+    distill_R: Array
+    reward_R: Array  # R_acc + R_distill, NaN where there is no verdict
+    advantage_R: Array
+    kl_R: Array
+
+    def question_sum(self, value_R: Array, batch: Batch) -> float:
+        """Sum over questions of the mean over a question's responses."""
+        total, at = 0.0, 0
+        for responses in batch.questions:
+            total += value_R[at : at + len(responses)].mean()
+            at += len(responses)
+        return total
+
+
+def spans(batch: Batch) -> list[list[slice]]:
+    """Per question the tokens of each of its responses."""
+    at, found = 0, []
+    for responses in batch.questions:
+        found.append([])
+        for tokens in responses:
+            found[-1].append(slice(at, at + len(tokens)))
+            at += len(tokens)
+    return found
+
+
+def objective(
+    batch: Batch,
+    beta: float = 0.1,
+    divergence: str = "jsd",
+    accuracy: str = "llm",
+    distillation: str = "minmax",
+    weight_R: Array | None = None,
+) -> Result:
+    """Eq. 4-11: L_GRPO + D, mean over a response's tokens and a question's responses, summed over questions.
+
+    Rewards and advantages are constants in the gradient. `weight_R` weighs responses (default: all alike).
+    """
+    measure = {"jsd": jsd, "kl": kl_ablation}[divergence]
+    logp_T, divergence_T = log_pi(batch.student_TV, batch.token_T), measure(batch.student_TV, batch.teacher_TV)
+    d, distill, reward, adv, share_T, advantage_T = [], [], [], [], np.zeros(len(logp_T)), np.zeros(len(logp_T))
+    for responses, scores, tokens in zip(batch.questions, batch.scores, spans(batch), strict=True):
+        d_G, score_G = np.array([divergence_T[t].mean() for t in tokens]), np.array(scores)
+        if accuracy == "off":
+            score_G = np.zeros(len(responses))
+        valid_G = ~np.isnan(score_G)
+        same_G = shared(d_G, responses, valid_G)
+        distill_G = {
+            "minmax": distillation_reward(same_G, valid_G),
+            "raw": np.where(valid_G, -same_G, 0.0),
+            "off": np.zeros(len(responses)),
+        }[distillation]
+        advantage_G = advantage(score_G + distill_G)  # Eq. 6-7: R = R_acc + R_distill
+        for t, a in zip(tokens, advantage_G, strict=True):
+            weight = 1.0 if weight_R is None else weight_R[len(adv)]
+            share_T[t], advantage_T[t] = weight / (t.stop - t.start) / len(responses), a
+            adv.append(a)
+        d, distill, reward = [*d, *d_G], [*distill, *distill_G], [*reward, *(score_G + distill_G)]
+
+    def terms(logits_TV: Array) -> Array:
+        pi_T = log_pi(logits_TV, batch.token_T)
+        return grpo(pi_T, logp_T, batch.reference_T, advantage_T, beta) + measure(logits_TV, batch.teacher_TV)
+
+    loss, gradient_TV = (share_T * terms(batch.student_TV)).sum(), share_T[:, None] * slope(terms, batch.student_TV)
+    k_T = kl_to_reference(logp_T, batch.reference_T)
+    k = [k_T[t].mean() for tokens in spans(batch) for t in tokens]
+    return Result(loss, gradient_TV, *(np.array(x) for x in (d, distill, reward, adv, k)))

@@ -1,0 +1,130 @@
+"""Do the comparisons with the reference notice a fault? One fault at a time is put into the code's own source."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from masters.models import losses, masking, objective, schedule
+from masters.rewards import advantages, distillation
+from tests.models import reference
+from tests.models.compare import check_all
+from tests.models.mutation import Edit, mutate
+
+OBJECTIVE: dict[str, list[Edit]] = {
+    "the advantage's sign": [(losses, "grpo_loss", "ratio_T * advantage_R", "-ratio_T * advantage_R")],
+    "the KL term's sign": [(losses, "grpo_loss", "- beta *", "+ beta *")],
+    "no KL term": [(losses, "grpo_loss", "- beta *", "- 0 * beta *")],
+    "the KL estimator turned round": [
+        (losses, "kl_to_reference", "reference_logp_T - logp_T", "logp_T - reference_logp_T")
+    ],
+    "a ratio without gradient": [(losses, "grpo_loss", "exp(logp_T - ", "exp(logp_T.detach() - ")],
+    "M in logit space": [
+        (
+            losses,
+            "jensen_shannon",
+            "torch.logaddexp(p.masked_fill(none, 0.0), q.masked_fill(none, 0.0)) - math.log(2)",
+            "((p.clamp(min=-50) + q.clamp(min=-50)) / 2).log_softmax(-1)",
+        )
+    ],
+    "half of the divergence": [(losses, "jensen_shannon", "_expected(p, m) + _expected(q, m)", "_expected(p, m)")],
+    "KL in the wrong direction": [(losses, "kl_divergence", "_expected(p, q)", "_expected(q, p)")],
+    "a gradient to the teacher": [(losses, "_log_probs", "teacher_logits_TV.detach()", "teacher_logits_TV")],
+    "a gradient through the rewards": [
+        (losses, "grpo_loss", "advantage_R.detach()", "advantage_R"),
+        (advantages, "group_advantages", "torch.as_tensor(reward_G).detach()", "torch.as_tensor(reward_G)"),
+        (distillation, "_prepared", "torch.as_tensor(divergence_G).detach()", "torch.as_tensor(divergence_G)"),
+    ],
+    "min-max over the batch": [
+        (
+            objective,
+            "advantages",
+            "give(divergence_R[of], valid_G, same_G)",
+            'give(divergence_R, None if rewards.accuracy == "off" else ~score_R.isnan())[of]',
+        )
+    ],
+    "min-max not reversed": [
+        (distillation, "distillation_rewards", "highest - d[valid]) /", "d[valid] - lowest) /"),
+    ],
+    "mean and deviation over the batch": [
+        (objective, "advantages", "    return distill_R", "    advantage_R = group_advantages(score_R + distill_R)\n"
+         "    return distill_R")
+    ],
+    "the sample's deviation": [(advantages, "group_advantages", "correction=0", "correction=1")],
+    "advantages that are not standardised": [(advantages, "group_advantages", ") / deviation", ")")],
+    "a sum over tokens in the divergence": [
+        (
+            objective,
+            "divergences",
+            "losses.response_means(per_token(student_TV, teacher_TV), packed.response_T, packed.responses)",
+            "torch.zeros(packed.responses).index_add(0, packed.response_T, per_token(student_TV, teacher_TV))",
+        )
+    ],
+    "a sum over tokens in GRPO": [
+        (
+            losses,
+            "grpo_loss",
+            "-response_means(gain_T, response_T, len(advantage_R))",
+            "-torch.zeros(len(advantage_R)).index_add(0, response_T, gain_T)",
+        )
+    ],
+    "a sum over tokens and responses": [(losses, "response_means", "return sums /", "return sums  #")],
+    "a mean over the batch's responses": [
+        (
+            objective,
+            "question_means",
+            "return losses",
+            "return value_R.mean() * torch.ones(int(packed.question_R.max()) + 1)\n    return losses",
+        )
+    ],
+    "no shared divergence": [(distillation, "_prepared", "d[same] = d[same].mean()", "pass")],
+    "a missing verdict taken for 0": [
+        (objective, "advantages", "else ~score_R[of].isnan()", "else torch.ones(len(of), dtype=torch.bool)"),
+        (objective, "advantages", "else score_R[of]", "else score_R[of].nan_to_num(0.0)"),
+    ],
+    "no divergence in the loss": [(objective, "masters", "grpo_R + divergence_R", "grpo_R + divergence_R.detach()")],
+    "no accuracy reward": [(objective, "advantages", "reward_G + distill_R[of]", "distill_R[of]")],
+}  # fmt: skip
+
+OTHERS: dict[str, list[Edit]] = {
+    "ties are zeroed": [(masking, "apply_mask", ">= threshold", "> threshold")],
+    "the signed weight is compared": [(masking, "apply_mask", "weight.abs()", "weight")],
+    "a rank too high": [(masking, "rank", "math.floor(Fraction(str(ratio)) * count)", "math.ceil(ratio * count)")],
+    "a rank in floats": [(masking, "rank", "Fraction(str(ratio))", "ratio")],
+    "stages from the bottom": [(schedule, "mask_stages", "range(count, -1, -1)", "range(count + 1)")],
+    "a stage too late": [(schedule, "mask_ratio", "iteration * len", "(iteration - 1) * len")],
+    "one stage too many": [(schedule, "stage_of", "* stages", "* (stages + 1)")],
+}
+
+
+def check_masks_and_schedule() -> None:
+    ratios = [0.0, 0.05, 0.1, 0.29, 0.5, 1.0]
+    for weight in (torch.arange(-50.0, 50.0), torch.tensor([1.0, -1.0, 2.0, 0.0, -2.0, 0.5, 3.0])):
+        for ratio, limit in zip(ratios, masking.magnitude_thresholds(weight, ratios), strict=True):
+            assert limit == reference.threshold(weight.numpy(), ratio)
+            np.testing.assert_array_equal(masking.apply_mask(weight, limit), reference.masked(weight.numpy(), limit))
+    for i in range(1, 14):
+        expected = reference.mask_ratio(i, 13, Fraction("0.2"), Fraction("0.05"))
+        assert schedule.mask_ratio(i, 13, 0.2, 0.05) == float(expected)
+        digest = f"{i:x}" + "7" * 63
+        assert schedule.stage_of(digest, 5) == reference.stage(digest, 5)
+
+
+def test_the_code_as_it_is_passes() -> None:
+    check_all()
+    check_masks_and_schedule()
+
+
+@pytest.mark.parametrize("fault", OBJECTIVE)
+def test_a_fault_in_the_objective_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutate(monkeypatch, OBJECTIVE[fault])
+    with pytest.raises(AssertionError):
+        check_all()
+
+
+@pytest.mark.parametrize("fault", OTHERS)
+def test_a_fault_in_masks_or_schedule_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutate(monkeypatch, OTHERS[fault])
+    with pytest.raises(AssertionError):
+        check_masks_and_schedule()

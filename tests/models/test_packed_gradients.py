@@ -1,0 +1,300 @@
+"""Gradients through whole (tiny, random) models: where they flow, and that packing and accumulation do not show.
+
+B rows, L packed length, H width of the model, R responses.
+"""
+
+import copy
+from dataclasses import replace
+from functools import cache
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from demo import families
+from masters.config import Rewards, Train
+from masters.models import losses, objective, packing, trainer
+from masters.models.families import family_of
+from masters.models.packing import Pack, Question, pack, response_logits
+from masters.models.training_data import Group, Step
+from masters.shards import Ref
+from tests.models import reference, tiny
+from tests.models.compare import close
+from tests.models.mutation import Edit, mutate
+from tests.models.reference import Batch
+
+NAN = float("nan")
+LENGTHS = [[3, 1, 5], [2, 2], [4], [1, 2, 3, 1], [2, 2, 2], [6, 1], [1, 1, 1, 1, 1], [3, 4]]
+SCORES = [[1, 0, 1], [0, 1], [1], [1, NAN, 0, 0], [NAN, NAN, NAN], [1, NAN], [1, 0, 1, 0, 1], [1, 1]]
+
+
+@cache
+def make_job(name: str) -> trainer.Job:
+    """Eight questions on a family's student and its masked teacher; no store, no optimiser."""
+    student, teacher = tiny.model(name, seed=0), tiny.model(name, seed=1, ratio=0.2)
+    groups = []
+    for number, (lengths, scores) in enumerate(zip(LENGTHS, SCORES, strict=True)):
+        responses = tiny.random_responses(number, lengths)
+        if number in (1, 4):
+            responses[1] = responses[0]
+        groups.append(Group(Ref("", f"q{number}", 0, number), 0, None, responses, np.array(scores, dtype=float)))
+    return trainer.Job(
+        student=student,
+        family=family_of(student.config.model_type),
+        train=Train(),
+        rewards=Rewards(),
+        groups=groups,
+        steps=[],
+        question=lambda group: tiny.question(student, group.ref.row, 3 + group.ref.row, group.responses),
+        teacher_at=lambda stage: teacher,
+        storage=cast(Any, None),
+        checkpoints="",
+        checkpoint_steps=1,
+        report=lambda **fields: None,
+    )
+
+
+@pytest.fixture(params=families.NAMES)
+def job(request: pytest.FixtureRequest) -> trainer.Job:
+    return make_job(request.param)
+
+
+def packed(job: trainer.Job, groups: list[int]) -> Pack:
+    return pack([job.question(job.groups[g]) for g in groups], job.student, job.family)
+
+
+@torch.no_grad()
+def references(job: trainer.Job) -> dict[int, torch.Tensor]:
+    """log pi_ref of a reference that is not the student, so that the KL term has a gradient."""
+    made = {}
+    for g in range(len(job.groups)):
+        one = packed(job, [g])
+        logits_TV = response_logits(job.student, one)
+        noise = torch.randn(logits_TV.shape, generator=torch.Generator().manual_seed(g))
+        made[g] = losses.chosen_log_probs(logits_TV + 0.3 * noise, one.token_T)
+    return made
+
+
+def gradient(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in model.parameters()]
+    )
+
+
+def alone(model: torch.nn.Module, question: Question, response: list[int]) -> torch.Tensor:
+    """Logits that predict a response's tokens, from one plain forward."""
+    ids = torch.cat([question.prompt["input_ids"], torch.tensor([response])], 1)
+    inputs = {k: v for k, v in question.prompt.items() if k != "input_ids"}
+    if model.config.model_type.startswith("qwen"):
+        inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits
+    return logits[0, -len(response) - 1 : -1]
+
+
+def check_logits(job: trainer.Job) -> None:
+    """Packed logits are those of every response alone."""
+    everything = list(range(len(job.groups)))
+    with torch.no_grad():
+        questions = [job.question(job.groups[g]) for g in everything]
+        together = response_logits(job.student, packing.pack(questions, job.student, job.family))
+        apart = torch.cat([alone(job.student, q, r) for q in questions for r in q.responses])
+    torch.testing.assert_close(together, apart, atol=2e-5, rtol=1e-4)
+
+
+def check_accumulation(job: trainer.Job, monkeypatch: pytest.MonkeyPatch, worlds: tuple[int, ...] = (1, 8, 3)) -> None:
+    """One process with eight questions = eight processes with one each, gradients summed: same denominators."""
+    monkeypatch.setattr(trainer, "_reduce", lambda job, sums: sums)  # gradients add up in the one student instead
+    step, ref, found = Step(0, 0, tuple(range(8))), references(job), []
+    for world in worlds:
+        job.student.zero_grad()
+        sums: dict[str, float] = {}
+        for rank in range(world):
+            own = trainer.run_step(replace(job, rank=rank, world=world), step, job.teacher_at(0), ref)
+            sums = {name: sums.get(name, 0.0) + value for name, value in own.items()}
+        found.append((gradient(job.student), sums))
+    job.student.zero_grad()
+    (expected, sums), *others = found
+    assert expected.norm() > 1e-3
+    for other, other_sums in others:
+        assert (other - expected).norm() / expected.norm() < 2e-5
+        assert other_sums == pytest.approx(sums, rel=1e-4, abs=1e-4)
+
+
+def test_packed_logits_are_those_of_every_response_alone(job: trainer.Job) -> None:
+    check_logits(job)
+
+
+@pytest.mark.parametrize("kind", ["masters", "kd", "sft"])
+def test_eight_packs_of_one_make_the_gradient_of_one_pack_of_eight(
+    job: trainer.Job, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = Train.model_validate(dict(objective=kind, targets="labels" if kind == "sft" else "responses"))
+    check_accumulation(replace(job, train=train), monkeypatch)
+
+
+FAULTS: dict[str, Edit] = {
+    "responses see each other": (packing, "attention_mask", "(key == 0) | (key == query)", "(key >= 0)"),
+    "responses do not see the prompt": (packing, "attention_mask", "(key == 0) | (key == query)", "key == query"),
+    "positions run on from response to response": (
+        packing,
+        "_row",
+        "torch.cat([torch.arange(n) for n in lengths.tolist()])",
+        "torch.arange(int(lengths.sum()))",
+    ),
+    "a first token predicted by the token before it in the pack": (
+        packing,
+        "_targets",
+        "predictors += [(row, prompt - 1)",
+        "predictors += [(row, at - 1)",
+    ),
+    "a mean over one process's questions": (trainer, "run_step", "len(step.groups)).backward", "len(mine)).backward"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_packing_or_accumulation_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job(families.NAMES[0])
+    mutate(monkeypatch, [FAULTS[fault]])
+    with pytest.raises(AssertionError):
+        check_logits(job)
+        check_accumulation(job, monkeypatch, (1, 8))
+
+
+def test_the_batch_objective_is_the_references(job: trainer.Job) -> None:
+    """From the models' logits, taken one response at a time, to the loss and to every response's advantage."""
+    everything, teacher, ref = list(range(len(job.groups))), job.teacher_at(0), references(job)
+    questions = [job.question(job.groups[g]) for g in everything]
+    with torch.no_grad():
+        logits = [
+            torch.cat([alone(model, q, r) for q in questions for r in q.responses]).double().numpy()
+            for model in (job.student, teacher)
+        ]
+        outcome = trainer.batch_outcome(job, packed(job, everything), tuple(everything), teacher, ref)
+    batch = Batch(
+        [[tuple(r) for r in q.responses] for q in questions],
+        [group.scores.tolist() for group in job.groups],
+        *logits,
+        torch.cat([ref[g] for g in everything]).double().numpy(),
+    )
+    expected = reference.objective(batch)
+    close(outcome.loss, expected.loss, "loss", atol=1e-4)
+    divergence_sum = expected.question_sum(expected.divergence_R, batch)
+    close(outcome.sums["divergence"], divergence_sum, "divergence", atol=1e-4)
+    distill_sum = expected.question_sum(expected.distill_R, batch)
+    close(outcome.sums["reward_distillation"], distill_sum, "distillation reward", atol=1e-3)
+
+
+class Watch:
+    """The student's hidden states [B, L, H] and token embeddings [B, L, H], with their gradients."""
+
+    def __init__(self, student: Any) -> None:
+        self.kept: dict[str, torch.Tensor] = {}
+        self.hooks = [
+            student.model.register_forward_hook(lambda _, __, out: self.keep("hidden", out.last_hidden_state)),
+            student.get_input_embeddings().register_forward_hook(lambda _, __, out: self.keep("embedded", out)),
+        ]
+
+    def keep(self, name: str, value: torch.Tensor) -> None:
+        value.retain_grad()
+        self.kept[name] = value
+
+    def moved(self, name: str) -> torch.Tensor:
+        """Positions [B, L] that have any gradient."""
+        grad = self.kept[name].grad
+        assert grad is not None
+        return grad.abs().sum(-1) != 0
+
+    def __enter__(self) -> "Watch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def test_gradients_enter_at_the_predictors_and_never_at_prompt_or_padding(job: trainer.Job) -> None:
+    groups = [0, 2, 3]
+    pack_ = packed(job, groups)
+    ids_BL = pack_.inputs["input_ids"]
+    predictor_BL = torch.zeros_like(ids_BL, dtype=torch.bool)
+    real_BL = torch.zeros_like(predictor_BL)
+    for row, g in enumerate(groups):  # by hand: the prompt's last token and all but the last of each response
+        prompt, at = 1 + tiny.IMAGE_TOKENS + 3 + g, 1 + tiny.IMAGE_TOKENS + 3 + g
+        predictor_BL[row, prompt - 1] = True
+        for n in LENGTHS[g]:
+            predictor_BL[row, at : at + n - 1] = True
+            at += n
+        real_BL[row, :at] = True
+    assert not real_BL.all()  # there is padding
+    ref = references(job)
+    with Watch(job.student) as watch:
+        trainer.batch_outcome(job, pack_, tuple(groups), job.teacher_at(0), ref).loss.backward()
+    job.student.zero_grad()
+    assert torch.equal(watch.moved("hidden"), predictor_BL)
+    image_BL = ids_BL == job.student.config.image_token_id  # the image takes these embeddings' place
+    last_BL = real_BL & ~predictor_BL & (torch.arange(ids_BL.shape[1]) >= predictor_BL.int().argmax(1)[:, None])
+    assert torch.equal(watch.moved("embedded"), real_BL & ~image_BL & ~last_BL)
+
+
+def test_a_response_has_no_gradient_in_another(job: trainer.Job) -> None:
+    pack_ = packed(job, [0, 1])
+    with Watch(job.student) as watch:
+        logits_TV = response_logits(job.student, pack_)
+        (logits_TV[pack_.response_T == 2] ** 2).sum().backward()  # question 0's last response, five tokens
+    job.student.zero_grad()
+    prompt = 1 + tiny.IMAGE_TOKENS + 3
+    image_L = pack_.inputs["input_ids"][0] == job.student.config.image_token_id
+    expected_L = torch.zeros_like(image_L)
+    expected_L[:prompt] = ~image_L[:prompt]
+    expected_L[prompt + 4 : prompt + 4 + 4] = True  # after responses of three and one; its own last predicts nothing
+    moved_BL = watch.moved("embedded")
+    assert torch.equal(moved_BL[0], expected_L)
+    assert not moved_BL[1].any()
+
+
+def test_the_images_token_in_a_response_is_a_word(job: trainer.Job) -> None:
+    """A model may sample it. The engine embeds it like any other, so a word with the same embedding is its twin."""
+    student, twin = copy.deepcopy(job.student), tiny.WORDS[1]
+    image = student.config.image_token_id
+    with torch.no_grad():
+        student.get_input_embeddings().weight[twin] = student.get_input_embeddings().weight[image]
+    found = []
+    for token in (image, twin):
+        student.zero_grad()
+        questions = [tiny.question(student, n, 3 + n, [[30, token, 31], [token], [40, 41]]) for n in range(2)]
+        one = pack(questions, student, job.family)
+        assert one.token_T.tolist().count(token) == 4  # it stays what is to be predicted
+        logits_TV = response_logits(student, one)
+        (logits_TV[:, :10] ** 2).sum().backward()
+        weight = student.get_input_embeddings().weight.grad
+        found.append((logits_TV.detach(), weight[image] + weight[twin]))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_no_gradient_reaches_the_teacher(job: trainer.Job) -> None:
+    teacher = job.teacher_at(0)
+    trainer.run_step(job, Step(0, 0, (0, 3)), teacher, references(job))
+    job.student.zero_grad()
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_identical_responses_get_one_reward_wherever_they_are_packed(job: trainer.Job) -> None:
+    same, other, third = tiny.random_responses(9, [3, 2, 4])
+    longer = tiny.question(job.student, 7, 30, tiny.random_responses(10, [9, 9]))
+    orders = [[same, other, same, third], [third, same, same, other], [other, third, same, same]]
+    rewards, teacher = [], job.teacher_at(0)
+    for order in orders:
+        for company in ([], [longer]):
+            pack_ = pack([tiny.question(job.student, 1, 5, order), *company], job.student, job.family)
+            with torch.no_grad():
+                divergence_R = objective.divergences(
+                    response_logits(job.student, pack_), response_logits(teacher, pack_), pack_, job.train
+                )
+            score_R = torch.tensor([float(r is not third) for r in order] + [1.0] * 2 * len(company))
+            distill_R, advantage_R = objective.advantages(divergence_R, score_R, pack_, job.rewards)
+            first, second = (j for j, r in enumerate(order) if r is same)
+            assert distill_R[first] == distill_R[second]
+            assert advantage_R[first] == advantage_R[second]
+            rewards.append([advantage_R[j] for r in (same, other, third) for j in [order.index(r)]])
+    torch.testing.assert_close(torch.tensor(rewards), torch.tensor(rewards[:1] * 6), atol=1e-3, rtol=1e-3)

@@ -1,0 +1,40 @@
+"""Tiny random models of `demo.families` and questions to them, without tokenizer: token numbers are made up."""
+
+import numpy as np
+import torch
+
+from demo import families
+from masters.models.masking import apply_mask, is_masked, magnitude_thresholds
+from masters.models.packing import Question
+
+IMAGE_TOKENS = 4
+WORDS = (20, 120)  # token numbers that are no special tokens
+
+
+def model(name: str, seed: int, ratio: float = 0.0) -> torch.nn.Module:
+    """A random model of a family, masked at a ratio."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        _, made = families.build(name)
+    for path, parameter in made.named_parameters() if ratio else ():
+        if is_masked(path, parameter.ndim):
+            parameter.data = apply_mask(parameter.data, *magnitude_thresholds(parameter.data, [ratio]))
+    return made
+
+
+def question(of: torch.nn.Module, number: int, words: int, responses: list[list[int]]) -> Question:
+    """An image, `words` random words and these responses."""
+    rng, image = np.random.default_rng(number), torch.Generator().manual_seed(number)
+    ids = [1, *[of.config.image_token_id] * IMAGE_TOKENS, *rng.integers(*WORDS, words).tolist()]
+    prompt = {"input_ids": torch.tensor([ids])}
+    if of.config.model_type.startswith("qwen"):
+        prompt["pixel_values"] = torch.randn(4 * IMAGE_TOKENS, 3 * 2 * 14 * 14, generator=image)
+        prompt["image_grid_thw"] = torch.tensor([[1, 4, 4]])
+    else:
+        prompt["pixel_values"] = torch.randn(1, 3, 56, 56, generator=image)
+    return Question(f"q{number}", prompt, responses)
+
+
+def random_responses(seed: int, lengths: list[int]) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(*WORDS, n).tolist() for n in lengths]

@@ -1,0 +1,127 @@
+"""A real S3 server for tests: SeaweedFS on loopback and free ports, its data in a folder, ended by its own pid."""
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import botocore.session
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+BUCKET = "lake"
+START_SECONDS = 60
+PORTS: tuple[str, ...] = (
+    "master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc",
+    "s3.port", "s3.port.grpc", "admin.port.grpc",
+)  # fmt: skip
+OPTIONS = (
+    "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0",
+    "-s3.port.lance=0", "-s3.autoCreateBucket=false", "-master.telemetry=false", f"-bucket={BUCKET}",
+)  # fmt: skip
+ACTIONS = {"owner": ["Admin", "Read", "Write", "List", "Tagging"], "reader": ["Read", "List"]}
+
+
+@dataclass(frozen=True)
+class S3:
+    """A running server."""
+
+    url: str
+    pid: int
+
+    def environment(self, user: str = "owner") -> dict[str, str]:
+        """What a process needs to reach it as `user`: "owner" may do everything, "reader" may not write."""
+        return {
+            "AWS_ENDPOINT_URL": self.url,
+            "AWS_ACCESS_KEY_ID": user,
+            "AWS_SECRET_ACCESS_KEY": secret(user),
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+
+def secret(user: str) -> str:
+    return f"{user}-secret"
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[S3]:
+    """The server, until the block ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    identities = [
+        dict(name=user, credentials=[dict(accessKey=user, secretKey=secret(user))], actions=actions)
+        for user, actions in ACTIONS.items()
+    ]
+    (folder / "s3.json").write_text(json.dumps(dict(identities=identities)))
+    ports = _ports()
+    process = _start(folder, ports)
+    url = f"http://127.0.0.1:{ports['s3.port']}"
+    try:
+        _wait(process, url, folder / "log")
+        yield S3(url, process.pid)
+    finally:
+        process.kill()  # its data is going away; a polite end takes it more than 10 s
+        process.wait()
+        for socket_file in Path("/tmp").glob("seaweedfs-*.sock"):
+            if any(socket_file.stem.endswith(f"-{port}") for port in ports.values()):
+                socket_file.unlink()
+
+
+def free_ports(count: int) -> list[int]:
+    """All of them are free at once."""
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def _ports() -> dict[str, int]:
+    while True:
+        ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
+        ports["admin.port"] = ports["admin.port.grpc"] - 10_000  # its own client counts on this distance
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", ports["admin.port"]))
+            return ports
+
+
+def _start(folder: Path, ports: dict[str, int]) -> subprocess.Popen:
+    command = [
+        str(Path(sys.executable).with_name("weed")), "mini", f"-dir={folder / 'data'}",
+        f"-s3.config={folder / 's3.json'}", *OPTIONS, *(f"-{name}={port}" for name, port in ports.items()),
+    ]  # fmt: skip
+    (folder / "data").mkdir(exist_ok=True)
+    with open(folder / "log", "wb") as log:
+        return subprocess.Popen(
+            command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            env=os.environ | {"GOMEMLIMIT": "200MiB", "HOME": str(folder)}, preexec_fn=_die_with_parent,
+        )  # fmt: skip
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def _wait(process: subprocess.Popen, url: str, log: Path) -> None:
+    """Until the bucket is there."""
+    client = botocore.session.Session().create_client(
+        "s3", "us-east-1", endpoint_url=url, aws_access_key_id="owner", aws_secret_access_key=secret("owner"),
+        config=Config(connect_timeout=2, read_timeout=2, retries=dict(total_max_attempts=1)),
+    )  # fmt: skip
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            client.head_bucket(Bucket=BUCKET)
+            return
+        except (ClientError, BotoCoreError):
+            time.sleep(0.1)
+    raise RuntimeError(f"the S3 server did not start: {log.read_text(errors='replace')[-2000:]}")
