@@ -5,13 +5,16 @@ Determinism: an engine's samples depend on what else is in the batch, so callers
 """
 
 import gc
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from masters.config import Generate, Runtime
 from masters.models.checkpoints import masked_tensors
 from masters.models.prompts import chat, opened
+from masters.rewards.judge_prompts import Conversation
 
 # read by vLLM when it is imported: in-process engine (7 s to start instead of 40), threads left to the system
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -47,6 +50,19 @@ class MaskExtension:
     def remask(self, folder: str, thresholds: dict[str, float]) -> None:
         self.reload_weights(weights_iterator=masked_tensors(Path(folder), thresholds))
 
+    def only_words(self, count: int) -> None:
+        """Give ids from `count` on probability zero: rows that pad the embedding matrix and stand for no token."""
+        model = self.model_runner.get_model()
+        compute = model.compute_logits
+
+        def compute_logits(*args: object, **kwargs: object):
+            logits = compute(*args, **kwargs)
+            if logits is not None:  # only one rank has them
+                logits[..., count:] = -math.inf
+            return logits
+
+        model.compute_logits = compute_logits
+
 
 class Engine:
     """A vLLM engine on one model folder. Use as a context manager; a process holds one at a time."""
@@ -72,6 +88,8 @@ class Engine:
             seed=0,
             disable_log_stats=True,
         )
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)  # a model of text alone has no processor
+        self.llm.collective_rpc("only_words", args=(1 + max(tokenizer.get_vocab().values()),))
 
     def __enter__(self) -> "Engine":
         return self
@@ -110,13 +128,19 @@ class Engine:
             for r in requests
         ]
         outputs = self.llm.generate(prompts, [self._sampling(r, sampling) for r in requests], use_tqdm=False)
-        return [
-            [
-                Reply(list(out.prompt_token_ids), list(o.token_ids), o.text, str(o.finish_reason))
-                for o in sorted(out.outputs, key=lambda o: o.index)
-            ]
-            for out in outputs
-        ]
+        return [_replies(out) for out in outputs]
+
+    def converse(self, conversations: list[Conversation], max_tokens: int) -> list[Reply | None]:
+        """Continue each conversation, text alone, greedily, all as one batch; None where it does not fit."""
+        from vllm import SamplingParams
+
+        self.reset()
+        room = self.llm.llm_engine.model_config.max_model_len - max_tokens
+        prompts = [self._conversation(conversation) for conversation in conversations]
+        asked: list[Any] = [{"prompt_token_ids": ids} for ids in prompts if len(ids) <= room]
+        greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+        outputs = iter(self.llm.generate(asked, greedy, use_tqdm=False) if asked else [])
+        return [_replies(next(outputs))[0] if len(ids) <= room else None for ids in prompts]
 
     def greedy(self, requests: list[Request], tokens: int) -> list[tuple[list[int], list[float]]]:
         """Greedy answers of at most `tokens` tokens: ids and their log-probabilities."""
@@ -143,6 +167,11 @@ class Engine:
         ids = self.processor(text=[text], images=[image])["input_ids"][0]
         return len(ids) + sampling.max_tokens <= length
 
+    def _conversation(self, conversation: Conversation) -> list[int]:
+        text = self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)  # a model of text alone has no processor
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
     def _sampling(self, request: Request, sampling: Generate):
         from vllm import SamplingParams
 
@@ -156,3 +185,11 @@ class Engine:
             repetition_penalty=sampling.repetition_penalty,
             max_tokens=sampling.max_tokens,
         )
+
+
+def _replies(out: Any) -> list[Reply]:
+    """A request's replies from vLLM's output, in order of sample."""
+    return [
+        Reply(list(out.prompt_token_ids), list(o.token_ids), o.text, str(o.finish_reason))
+        for o in sorted(out.outputs, key=lambda o: o.index)
+    ]

@@ -1,14 +1,31 @@
-"""A verdict on one response.
+"""What is judged, and a verdict on it.
 
 ok              it was judged; an empty or a wrong text is judged 0
 parse_failed    the judge answered, its score could not be read
-judge_failed    the judge could not be had
+refused         the judge does not take this prompt, as one too long for it
+judge_failed    the judge could not be had; a later run asks it again
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-Status = Literal["ok", "parse_failed", "judge_failed"]
+from masters.identity import canonical, digest
+
+Status = Literal["ok", "parse_failed", "refused", "judge_failed"]
+FINAL = ("ok", "parse_failed")  # what asking again would not change
+
+
+@dataclass(frozen=True)
+class Triple:
+    """A text to be judged against the reference answer of its question. Equal triples share one verdict."""
+
+    question: str
+    reference: str
+    text: str
+
+    @property
+    def digest(self) -> str:
+        return digest(canonical([self.question, self.reference, self.text]).encode())
 
 
 @dataclass(frozen=True)
@@ -17,4 +34,5 @@ class Verdict:
 
     score: float | None
     status: Status
-    explanation: str = ""
+    explanation: str = ""  # a judge's own words, or why there are none
+    reading: str | None = None  # what its second, short call said

@@ -1,73 +1,153 @@
 """score: a verdict on every response. A verdict that could not be had is a status, never a 0."""
 
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import PurePosixPath
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from masters import schemas
+from masters import artifacts, judging, schemas
 from masters.artifacts import Artifact, Identity
-from masters.identity import digest, fingerprint
+from masters.errors import WorkerError
+from masters.identity import digest
+from masters.judging import Judge
+from masters.preflight import Server
 from masters.rewards import rule_accuracy
-from masters.tasks.stage import Context, Round, Run, build_or_reuse
+from masters.rewards.verdict import FINAL, Triple, Verdict
+from masters.shards import split
+from masters.storage import Storage
+from masters.tasks.stage import Context, Round, Run, build_or_reuse, progress_bar
 
 VERSION = 1
-JUDGE = "rules-1"  # the judge's name and version in the table; part of identity
+RULES = "rules-1"  # the rules' name and version in the table; part of identity
+KEY = ("question_id", "source", "mask_ratio", "sample")
+
+Verdicts = dict[Triple, Verdict]
+Answers = dict[str, tuple[str, str]]  # question and reference by question_id
 
 
 def identity(context: Context, current: Round, responses: Artifact) -> Identity:
-    keys = [Shard(name).key for name in responses.files("responses")]
-    inputs = {f"shard-{key}": key for key in keys}
-    return Identity(f"score{current.suffix}", VERSION, dict(judge=JUDGE), inputs, slug=context.config.name)
+    return attempts(context, current, responses)[-1]
+
+
+def attempts(context: Context, current: Round, responses: Artifact) -> list[Identity]:
+    """What was built and what comes next: verdicts with gaps are an input of the ones that fill them.
+
+    So nothing that was trained on is overwritten, and a judge that was down is asked again by the next run.
+    """
+    judge = judge_of(context, current)
+    config = dict(judge=RULES) if judge is None else dict(judge=judge.name, **judge.identity)
+    inputs = {f"shard-{name}": name for name in map(_stem, responses.files("responses"))}
+    chain = [Identity(f"score{current.suffix}", VERSION, config, inputs, slug=context.config.name)]
+    while (found := artifacts.find(context.storage, chain[-1])) and found.facts["statuses"].get("judge_failed"):
+        chain.append(replace(chain[0], inputs=inputs | {"earlier": found.fingerprint}))
+    return chain
+
+
+def judge_of(context: Context, current: Round) -> Judge | None:
+    """The configuration's LLM judge in this round, None for the rules."""
+    if context.config.rewards.accuracy != "llm":
+        return None
+    judge = context.ready.judge or current.teacher
+    if isinstance(judge, Server):
+        model = dict(url=judge.url, model=judge.model)
+        return Judge(judge.model or judge.url, model, model)
+    dtype = context.config.generate.dtype
+    return Judge(judge.name, dict(digest=judge.digest, dtype=dtype), dict(folder=str(judge.folder), dtype=dtype))
 
 
 @task(name="score", task_run_name="score{current.suffix}", cache_policy=NO_CACHE)
 def score(run: Run, current: Round, data: Artifact, responses: Artifact) -> Artifact:
-    """Table `verdicts`, shard for shard beside `responses`."""
-    answers = {
-        row["question_id"]: (row["question"], row["answer"])
-        for row in data.rows("questions", ["question_id", "question", "answer"])
-    }
-    shards = [Shard(name) for name in responses.files("responses")]
-    made_of = identity(run, current, responses)
+    """Table `verdicts`, file for file beside `responses`; from an LLM also `judgements`, a row a distinct triple."""
+    chain, judge, answers = attempts(run, current, responses), judge_of(run, current), _answers(data)
+    if run.rebuilds(chain[0]):
+        chain = chain[:1]
+    judged = cache(lambda: _judged(run, chain[-1], judge, set(_triples(responses, answers))))
+    made_of = chain[-1]
+    if len(chain) > 1 and not artifacts.find(run.storage, made_of) and not judged()[1]["answered"]:
+        made_of = chain[-2]  # the judge still cannot be had for these: what there is stays
 
     def build() -> tuple[dict[str, str], dict, dict]:
-        files, statuses, built = {}, {}, 0
-        for shard in shards:
-            if run.rebuilds(made_of):
-                run.storage.remove(shard.file)
-            if not run.storage.exists(shard.file):
-                rows = verdicts(schemas.decode(run.storage.read(shard.responses)).to_pylist(), answers)
-                run.storage.create(shard.file, schemas.encode(rows, schemas.VERDICTS))
-                built += 1
-            data_bytes = run.storage.read(shard.file)
-            for status in schemas.decode(data_bytes, ["status"])["status"].to_pylist():
-                statuses[status] = statuses.get(status, 0) + 1
-            name = f"verdicts/{shard.key}.parquet"
-            run.storage.copy(shard.file, f"{made_of.folder}/{name}")
-            files[name] = digest(data_bytes)
-        rows = sum(statuses.values())
-        return files, dict(rows=rows, statuses=statuses), dict(shards=len(shards), shards_built=built)
+        verdicts, how = judged()
+        if verdicts and not any(verdict.status == "ok" for verdict in verdicts.values()):
+            raise WorkerError(_nothing(made_of, verdicts))
+        files, statuses = _verdict_files(run.storage, made_of, responses, answers, verdicts)
+        if judge:
+            files |= _judgement_files(run.storage, made_of, verdicts)
+        rows = statuses.total()
+        return files, dict(rows=rows, rejected=rows - statuses["ok"], statuses=dict(statuses)), how
 
     return build_or_reuse(run, made_of, build)
 
 
-def verdicts(responses: list[dict], answers: dict[str, tuple[str, str]]) -> list[dict]:
-    """Rows of the verdicts table for rows of the responses table."""
-    rows = []
-    for row in responses:
-        question, reference = answers[row["question_id"]]
-        verdict = rule_accuracy(question, reference, row["text"])
-        key = {name: row[name] for name in ("question_id", "source", "mask_ratio", "sample")}
-        rows.append(
-            dict(**key, score=verdict.score, status=verdict.status, judge=JUDGE, explanation=verdict.explanation)
-        )
-    return rows
+def _judged(run: Run, made_of: Identity, judge: Judge | None, triples: set[Triple]) -> tuple[Verdicts, dict]:
+    """A verdict on each triple, and how it ran. Rebuilding asks an LLM everything again."""
+    if judge is None:
+        return {t: rule_accuracy(t.question, t.reference, t.text) for t in triples}, dict(triples=len(triples))
+    if run.rebuilds(made_of):
+        for name in run.storage.names(judge.folder):
+            run.storage.remove(name)
+    with progress_bar(made_of.stage) as bar:
+        shown = bar.add_task("texts judged", total=None)
+        return judging.fulfil(
+            run.storage, judge, list(triples), run.config.runtime, run.work(made_of),
+            lambda done, total: bar.update(shown, completed=done, total=total),
+        )  # fmt: skip
 
 
-class Shard:
-    """A shard of responses and the place of its verdicts. Its responses' name covers questions and references."""
+def _answers(data: Artifact) -> Answers:
+    columns = ["question_id", "question", "answer"]
+    return {row["question_id"]: (row["question"], row["answer"]) for row in data.rows("questions", columns)}
 
-    def __init__(self, responses: str) -> None:
-        self.responses = responses
-        source = responses.rsplit("/", 1)[1].removesuffix(".parquet")
-        self.key = fingerprint(dict(version=VERSION, judge=JUDGE, responses=source))
-        self.file = f"shards/verdicts/{self.key}.parquet"
+
+def _triples(responses: Artifact, answers: Answers) -> Iterator[Triple]:
+    for row in responses.rows("responses", ["question_id", "text"]):
+        yield Triple(*answers[row["question_id"]], row["text"])
+
+
+def _verdict_files(
+    storage: Storage, made_of: Identity, responses: Artifact, answers: Answers, verdicts: Verdicts
+) -> tuple[dict[str, str], Counter]:
+    """The table's files with digests, and how many rows have which status."""
+    files, statuses = {}, Counter()
+    for name in responses.files("responses"):
+        rows = []
+        for row in schemas.decode(storage.read(name), [*KEY, "text"]).to_pylist():
+            verdict = verdicts[Triple(*answers[row["question_id"]], row.pop("text"))]
+            said = dict(score=verdict.score, status=verdict.status, explanation=verdict.explanation)
+            rows.append(row | said | dict(judge=made_of.config["judge"]))
+            statuses[verdict.status] += 1
+        table = f"verdicts/{_stem(name)}.parquet"
+        files[table] = _write(storage, made_of, table, schemas.encode(rows, schemas.VERDICTS))
+    return files, statuses
+
+
+def _judgement_files(storage: Storage, made_of: Identity, verdicts: Verdicts) -> dict[str, str]:
+    """What the judge said in both calls, by triple; those that it could not be asked about are in `verdicts` alone."""
+    files = {}
+    told = sorted((t for t, v in verdicts.items() if v.status in FINAL), key=lambda triple: triple.digest)
+    for prefix, part in split(told, judging.BATCH):
+        name = f"judgements/{prefix or 'all'}.parquet"
+        rows = [judging.row(triple, verdicts[triple]) for triple in part]
+        files[name] = _write(storage, made_of, name, schemas.encode(rows, schemas.JUDGEMENTS))
+    return files
+
+
+def _write(storage: Storage, made_of: Identity, name: str, data: bytes) -> str:
+    storage.write(f"{made_of.folder}/{name}", data)
+    return digest(data)
+
+
+def _nothing(made_of: Identity, verdicts: Verdicts) -> str:
+    counts = Counter(verdict.status for verdict in verdicts.values())
+    listed = ", ".join(f"{status} {count}" for status, count in sorted(counts.items()))
+    said = " ".join(next(iter(verdicts.values())).explanation.split())[:200]
+    judge, texts = made_of.config["judge"], len(verdicts)
+    return f"judge {judge} gave no verdict on any of {texts} texts ({listed}); first it said: {said!r}"
+
+
+def _stem(name: str) -> str:
+    return PurePosixPath(name).stem

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from masters.errors import InputError
+from masters.judge_url import is_url
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -94,8 +95,22 @@ class Generate(Section):
 
 class Rewards(Section):
     accuracy: Literal["llm", "rules", "off"] = "llm"
-    judge: str = "teacher"
+    judge: str = Field(
+        default="teacher",
+        min_length=1,
+        description="teacher (the round's, unmasked), a model's folder or Hugging Face id, "
+        "or the URL of an OpenAI-compatible server",
+    )
+    judge_model: str | None = Field(
+        default=None, min_length=1, description="The model's name at the judge's URL; default: the first that it lists"
+    )
     distillation: Literal["minmax", "raw", "off"] = "minmax"
+
+    @model_validator(mode="after")
+    def _named(self) -> "Rewards":
+        if self.judge_model and not is_url(self.judge):
+            raise ValueError(f"judge_model names a model at a URL; judge is {self.judge!r}")
+        return self
 
 
 class Train(Section):
@@ -127,6 +142,8 @@ class Runtime(Section):
     engine_memory_gib: Annotated[float, Field(gt=0)] = 1.0
     max_model_len: int = Field(default=2048, ge=16, description="Prompt and response tokens an engine admits")
     tensor_parallel_size: int = Field(default=1, ge=1)
+    judge_requests: int = Field(default=16, ge=1, le=1024, description="Requests at a time to a judge's URL")
+    judge_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False, description="Seconds a request may take")] = 60.0
     mlflow_uri: str | None = Field(
         default=None, description="Default: MLFLOW_TRACKING_URI, else a SQLite file beside the artifacts"
     )

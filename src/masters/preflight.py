@@ -6,10 +6,13 @@ from pathlib import Path
 
 from masters.config import Config, Model
 from masters.errors import InputError
+from masters.judge_url import base_url, is_url
 from masters.models.checkpoints import check_readable, model_digest, resolve
 from masters.models.families import family_of
 from masters.sources import Source, open_source
 from masters.storage import Storage
+
+TEACHER = "teacher"  # rewards.judge: the round's own teacher, unmasked
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,14 @@ class LocalModel:
 
 
 @dataclass(frozen=True)
+class Server:
+    """Where an OpenAI-compatible API begins, and the model's name there (None: the first that it lists)."""
+
+    url: str
+    model: str | None
+
+
+@dataclass(frozen=True)
 class Ready:
     """A configuration whose parts were found and fit together."""
 
@@ -30,21 +41,32 @@ class Ready:
     student: LocalModel
     teachers: list[LocalModel]
     special_tokens: tuple[str, ...]  # of the tokenizer that all models share
+    judge: LocalModel | Server | None = None  # None: no LLM judges, or each round's teacher does
 
 
 def preflight(config: Config) -> Ready:
     """Check all parts together. Raises InputError with what was expected, what was found and what to do."""
-    if config.rewards.accuracy == "llm" and config.train.objective == "masters":
-        raise InputError(
-            'rewards.accuracy = "llm": the LLM judge is not available yet; set rewards.accuracy = "rules" or "off"'
-        )
+    judge = judge_of(config)
     source = open_source(config.data)
     student = local_model(config.student)
     teachers = [local_model(teacher) for teacher in config.teachers]
     for teacher in teachers:
         check_pair(teacher, student)
     storage = open_storage(config.store.root)
-    return Ready(storage, source, student, teachers, special_tokens(student.folder))
+    return Ready(storage, source, student, teachers, special_tokens(student.folder), judge)
+
+
+def judge_of(config: Config) -> LocalModel | Server | None:
+    """The judge that the configuration names, where it needs one beside the teachers."""
+    rewards = config.rewards
+    if rewards.accuracy != "llm" or config.train.objective != "masters" or rewards.judge == TEACHER:
+        return None
+    if is_url(rewards.judge):
+        return Server(base_url(rewards.judge), rewards.judge_model)
+    try:
+        return local_model(Model(model=rewards.judge))
+    except InputError as error:
+        raise InputError(f"rewards.judge: {error}") from error
 
 
 def open_storage(root: str) -> Storage:

@@ -30,6 +30,11 @@ VERDICTS = pa.schema([
     *RESPONSE_KEY, ("score", pa.float64()), ("status", text), ("judge", text), ("explanation", text),
 ])  # fmt: skip
 
+JUDGEMENTS = pa.schema([
+    ("triple_digest", text), ("question", text), ("reference", text), ("text", text), ("score", pa.float64()),
+    ("status", text), ("explanation", text), ("reading", text),
+])  # fmt: skip
+
 PREDICTIONS = pa.schema([("question_id", text), ("model", text), ("text", text), ("correct", pa.bool_())])
 
 

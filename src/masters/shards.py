@@ -1,11 +1,13 @@
 """Shards: fixed lists of questions, the unit of generation, of determinism and of reuse.
 
-A question's place follows from its digest alone: questions are split by the leading bits of their digests until
-no shard holds more than `LIMIT`. A new question changes only the shard it falls into.
+A question's place follows from its digest alone (a judge's triples are planned likewise): questions are split by the
+leading bits of their digests until no shard holds more than `LIMIT`. A new question changes only the shard it falls
+into.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import pyarrow as pa
 
@@ -13,6 +15,16 @@ from masters import schemas
 from masters.artifacts import Artifact
 
 LIMIT = 128  # questions; an engine answers a shard as one batch
+
+
+class Placed(Protocol):
+    """What has a place among shards: a digest in hexadecimal."""
+
+    @property
+    def digest(self) -> str: ...
+
+
+T = TypeVar("T", bound=Placed)
 
 
 @dataclass(frozen=True, order=True)
@@ -48,14 +60,19 @@ def references(data: Artifact, split: str) -> list[Ref]:
     return sorted(found)
 
 
-def plan(refs: list[Ref], limit: int = LIMIT, prefix: str = "") -> list[Shard]:
+def plan(refs: list[Ref], limit: int = LIMIT) -> list[Shard]:
     """Split sorted references into shards of at most `limit` questions."""
-    if not refs:
+    return [Shard(prefix, tuple(part)) for prefix, part in split(refs, limit)]
+
+
+def split(items: Sequence[T], limit: int, prefix: str = "") -> list[tuple[str, Sequence[T]]]:
+    """Parts of at most `limit` of items sorted by digest, each with the leading bits that its digests share."""
+    if not items:
         return []
-    if len(refs) <= limit or len(prefix) == 64:
-        return [Shard(prefix, tuple(refs))]
-    middle = next((i for i, ref in enumerate(refs) if _bit(ref.digest, len(prefix))), len(refs))
-    return plan(refs[:middle], limit, prefix + "0") + plan(refs[middle:], limit, prefix + "1")
+    if len(items) <= limit or len(prefix) == 64:
+        return [(prefix, items)]
+    middle = next((i for i, item in enumerate(items) if _bit(item.digest, len(prefix))), len(items))
+    return split(items[:middle], limit, prefix + "0") + split(items[middle:], limit, prefix + "1")
 
 
 class Reader:

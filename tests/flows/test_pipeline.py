@@ -247,7 +247,9 @@ def test_too_many_rejected_rows_stop_the_run_with_one_line(first: dict, place: P
         ("data.source=/nowhere/questions.jsonl", "not found"),
         ("store.root=/proc/masters", "store"),
         ("teachers.0.model=/nowhere", "model folder not found"),
-        ("rewards.accuracy=llm", "not available yet"),
+        ("rewards={accuracy='llm', judge='/nowhere/judge'}", "rewards.judge: model folder not found: /nowhere/judge"),
+        ("rewards={accuracy='llm', judge='http://user:key@host'}", "MASTERS_JUDGE_API_KEY"),
+        ("rewards={accuracy='llm', judge='http://host:port'}", "rewards.judge: expected http(s)://host"),
     ],
 )
 def test_bad_input_is_one_clear_line_before_work_starts(override: str, says: str, place: Path) -> None:

@@ -57,8 +57,10 @@ def _answer(model, processor, image: bytes, question: str) -> Answer:
     text = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
     opened = Image.open(io.BytesIO(image)).convert("RGB")
     inputs = processor(text=[text], images=[opened], return_tensors="pt")
+    padding = range(len(processor.tokenizer), model.config.get_text_config().vocab_size)  # no tokens
     out = model.generate(
-        **inputs, max_new_tokens=GREEDY.max_tokens, do_sample=False, repetition_penalty=GREEDY.repetition_penalty
-    )[0].tolist()
+        **inputs, max_new_tokens=GREEDY.max_tokens, do_sample=False, repetition_penalty=GREEDY.repetition_penalty,
+        suppress_tokens=list(padding) or None,
+    )[0].tolist()  # fmt: skip
     prompt = inputs["input_ids"].shape[1]
     return Answer(out[:prompt], out[prompt:])

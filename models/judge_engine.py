@@ -1,0 +1,32 @@
+"""A judge in an engine of its own, on the model's untouched weights."""
+
+from pathlib import Path
+
+from masters.config import Runtime
+from masters.models.engine import Engine, Reply
+from masters.rewards.judge import Answer
+from masters.rewards.judge_prompts import Conversation
+
+TOO_LONG = Answer("the prompt and the longest answer exceed runtime.max_model_len", "refused")
+
+
+class EngineVoice:
+    """Answers conversations with vLLM, each list as one batch."""
+
+    def __init__(self, folder: Path, dtype: str, runtime: Runtime) -> None:
+        self._engine = Engine(folder, dtype, runtime)
+
+    def __enter__(self) -> "EngineVoice":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._engine.__exit__(*error)
+
+    def ask(self, conversations: list[Conversation], max_tokens: int) -> list[Answer]:
+        return [_answer(reply) for reply in self._engine.converse(conversations, max_tokens)]
+
+
+def _answer(reply: Reply | None) -> Answer:
+    if reply is None:
+        return TOO_LONG
+    return Answer(reply.text, "cut_off" if reply.finish_reason == "length" else "ok")

@@ -1,0 +1,77 @@
+"""A judge behind the URL of an OpenAI-compatible server: bounded concurrency, retries with back-off, time-outs."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+from typing import Any, cast
+
+import openai
+
+from masters.judge_url import KEY
+from masters.rewards.judge import Answer
+from masters.rewards.judge_prompts import Conversation
+
+RETRIES = 8  # a request, 0.5 s to 8 s apart (a server may ask for more): about 40 s without an answer
+GIVE_UP = 32  # requests in a row without an answer, each after its retries
+UNNAMED = "default"  # asked for where the server lists no model; servers of one model ignore the name
+NOT_THIS_PROMPT = (400, 413, 422)
+
+
+class Server:
+    """Answers conversations over HTTP. After GIVE_UP failures in a row it asks no more: the judge is down."""
+
+    def __init__(
+        self, url: str, model: str | None, requests: int = 16, timeout: float = 60.0, retries: int = RETRIES
+    ) -> None:
+        key = os.environ.get(KEY, "").strip() or "none"
+        self._client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
+        self._model, self._requests = model, requests
+        self._lock, self._failures, self._reason = Lock(), 0, ""
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._client.close()
+
+    def ask(self, conversations: list[Conversation], max_tokens: int) -> list[Answer]:
+        with ThreadPoolExecutor(self._requests) as pool:
+            return list(pool.map(lambda conversation: self._one(conversation, max_tokens), conversations))
+
+    def _one(self, conversation: Conversation, max_tokens: int) -> Answer:
+        if self._failures >= GIVE_UP:
+            return Answer(f"not asked after {GIVE_UP} failures in a row ({self._reason})", "judge_failed")
+        answer = self._answer(conversation, max_tokens)
+        with self._lock:
+            failed = answer.status == "judge_failed"
+            self._failures, self._reason = (self._failures + 1, answer.text) if failed else (0, "")
+        return answer
+
+    def _answer(self, conversation: Conversation, max_tokens: int) -> Answer:
+        try:
+            messages = cast(Any, conversation)
+            completion = self._client.chat.completions.create(
+                model=self._named(), messages=messages, temperature=0, max_tokens=max_tokens
+            )
+            choice = completion.choices[0]
+            return Answer(choice.message.content or "", "cut_off" if choice.finish_reason == "length" else "ok")
+        except openai.APIStatusError as error:
+            status = "refused" if error.status_code in NOT_THIS_PROMPT else "judge_failed"
+            return Answer(f"HTTP {error.status_code}: {_line(error.message)}", status)
+        except openai.OpenAIError as error:
+            return Answer(_line(f"{type(error).__name__}: {error}"), "judge_failed")
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
+            return Answer(f"no chat completion ({_line(f'{type(error).__name__}: {error}')})", "judge_failed")
+
+    def _named(self) -> str:
+        """The model's name: as configured, else the first that the server lists."""
+        if self._model is None:
+            try:
+                self._model = self._client.with_options(max_retries=0).models.list().data[0].id
+            except (openai.OpenAIError, ValueError, TypeError, AttributeError, LookupError):
+                return UNNAMED
+        return self._model
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:300]

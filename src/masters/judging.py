@@ -1,0 +1,113 @@
+"""Has a judge give verdicts: each distinct triple once, ever; what it said before is read from the store.
+
+What a judge said lies at `shards/judgements/<fingerprint of the judge>/*.parquet`, a file a batch asked. Batches are
+planned by the triples' digests, over all of them, so that a run cut short goes on with the batches it had. Only
+final verdicts are kept: a judge that could not be had is asked again.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from masters import processes, schemas
+from masters.config import Runtime
+from masters.identity import fingerprint
+from masters.rewards import judge_prompts
+from masters.rewards.verdict import Triple, Verdict
+from masters.shards import split
+from masters.storage import Storage
+
+VERSION = 1  # of how judges are asked; a new one asks everything anew
+BATCH = 512  # triples an engine judges together
+ENGINE_BATCHES = 4  # a further engine is worth its start from this many batches each
+
+
+@dataclass(frozen=True)
+class Judge:
+    """An LLM that judges: its name in tables, what shapes its verdicts, and how a process reaches it."""
+
+    name: str
+    model: dict  # literals: digest of a folder and data type, or a server's URL and model
+    reach: dict  # never part of identity
+
+    @property
+    def identity(self) -> dict:
+        tokens = dict(explanation=judge_prompts.EXPLANATION_TOKENS, score=judge_prompts.SCORE_TOKENS)
+        sampling = dict(temperature=0, max_tokens=tokens)
+        return dict(version=VERSION, prompts=judge_prompts.VERSION, sampling=sampling, model=self.model)
+
+    @property
+    def folder(self) -> str:
+        """Where the store keeps what this judge said."""
+        return f"shards/judgements/{fingerprint(self.identity)}"
+
+
+def known(storage: Storage, judge: Judge, triples: list[Triple]) -> dict[Triple, Verdict]:
+    """Verdicts that the judge gave earlier on some of these triples."""
+    wanted, found = {triple.digest: triple for triple in triples}, {}
+    columns = ["triple_digest", "score", "status", "explanation", "reading"]
+    for name in storage.names(judge.folder):
+        for row in schemas.decode(storage.read(name), columns).to_pylist():
+            if triple := wanted.get(row.pop("triple_digest")):
+                found.setdefault(triple, Verdict(**row))
+    return found
+
+
+def fulfil(
+    storage: Storage,
+    judge: Judge,
+    triples: list[Triple],
+    runtime: Runtime,
+    folder: Path,
+    on_progress: Callable[[int, int], None],
+) -> tuple[dict[Triple, Verdict], dict]:
+    """A verdict on every triple, and how it ran: `asked` now, `answered` of these, the processes it took."""
+    ordered = sorted(triples, key=lambda triple: triple.digest)
+    before = known(storage, judge, ordered)
+    parts = [[t for t in part if t not in before] for _, part in split(ordered, BATCH)]
+    asked = {triple.digest: triple for part in parts for triple in part}
+    done, others = 0, {}
+
+    def follow(_: str, line: dict) -> None:
+        nonlocal done
+        done += line.get("triples", 0)
+        for triple, status, reason in line.get("others", []):
+            others[asked[triple]] = Verdict(None, status, reason)
+        on_progress(done, len(asked))
+
+    on_progress(0, len(asked))
+    children = _children(storage, judge, [part for part in parts if part], runtime, folder)
+    processes.run(children, len(children), follow)
+    verdicts = others | (known(storage, judge, ordered) if children else before)
+    how = dict(triples=len(triples), asked=len(asked), answered=len(asked) - len(others), judges=len(children))
+    return verdicts, how
+
+
+def row(triple: Triple, verdict: Verdict) -> dict:
+    """Row of the judgements table."""
+    return dict(
+        triple_digest=triple.digest, question=triple.question, reference=triple.reference, text=triple.text,
+        score=verdict.score, status=verdict.status, explanation=verdict.explanation, reading=verdict.reading,
+    )  # fmt: skip
+
+
+def _children(
+    storage: Storage, judge: Judge, parts: list[list[Triple]], runtime: Runtime, folder: Path
+) -> list[processes.Child]:
+    """One process for a server; engines side by side where there is enough for each."""
+    engines = min(runtime.generate_workers, -(-len(parts) // ENGINE_BATCHES)) if "folder" in judge.reach else 1
+    batches = [
+        dict(
+            out=f"{judge.folder}/{fingerprint([t.digest for t in part])}.parquet",
+            triples=[[t.question, t.reference, t.text] for t in part],
+        )
+        for part in parts
+    ]
+    environment = {"OMP_NUM_THREADS": "1"} if engines > 1 else {}
+    job = dict(store=storage.uri(""), reach=judge.reach, runtime=runtime.model_dump())
+    return [
+        processes.Child(
+            f"judge-{n}", "masters.models.judge_worker", job | dict(batches=batches[n::engines]), folder, environment
+        )
+        for n in range(engines if parts else 0)
+    ]

@@ -1,0 +1,129 @@
+"""A judge behind a URL: retries, time-outs, what is final and what is asked again, how many requests at a time."""
+
+import pytest
+
+from masters.errors import InputError
+from masters.judge_url import base_url
+from masters.rewards import judge_server
+from masters.rewards.judge import judge
+from masters.rewards.judge_prompts import grading
+from masters.rewards.judge_server import Server
+from masters.rewards.verdict import Triple
+from tests.fake_judge import serve, verdict
+
+TRIPLES = [Triple("what color?", "teal", text) for text in ("Teal.", "red", "")]
+
+
+def ask(server: Server, count: int = 1) -> list[tuple[str, str]]:
+    with server:
+        answers = server.ask([grading(TRIPLES[0])] * count, 32)
+    return [(answer.status, answer.text) for answer in answers]
+
+
+def test_verdicts_over_http(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTERS_JUDGE_API_KEY", "sesame\n")
+    with serve() as there, Server(there.url, None) as server:
+        verdicts = judge(server, TRIPLES)
+    assert [(v.score, v.status, v.reading) for v in verdicts] == [(1, "ok", "1"), (0, "ok", "0"), (0, "ok", "0")]
+    assert there.keys == {"Bearer sesame"}
+    assert {call["model"] for call in there.asked} == {"exact-match"}  # the server's own, as none was configured
+    assert {call["temperature"] for call in there.asked} == {0}
+    assert {call["max_tokens"] for call in there.asked} == {256, 8}
+
+
+@pytest.mark.parametrize(("models", "configured", "asked"), [(("a", "b"), "b", "b"), ((), None, "default")])
+def test_the_model_asked_for(models: tuple[str, ...], configured: str | None, asked: str) -> None:
+    with serve(models=models) as there:
+        assert ask(Server(there.url, configured))[0][0] == "ok"
+    assert {call["model"] for call in there.asked} == {asked}
+
+
+def test_errors_of_the_server_are_retried() -> None:
+    replies = [(500, b"{}"), (503, b"busy"), (429, b"{}")]
+    with serve(say=lambda user: replies.pop(0) if replies else (200, verdict(user))) as there:
+        assert ask(Server(there.url, "m", retries=3))[0][0] == "ok"
+    assert len(there.asked) == 4
+
+
+def test_an_error_that_stays_is_a_failure() -> None:
+    with serve(say=lambda _: (500, b'{"error": {"message": "out of memory"}}')) as there:
+        ((status, text),) = ask(Server(there.url, "m", retries=1))
+    assert (status, len(there.asked)) == ("judge_failed", 2)
+    assert "500" in text and "out of memory" in text
+
+
+@pytest.mark.parametrize(("code", "status"), [(400, "refused"), (413, "refused"), (401, "judge_failed")])
+def test_what_asking_again_cannot_change_is_asked_once(code: int, status: str) -> None:
+    with serve(say=lambda _: (code, b"{}")) as there:
+        assert ask(Server(there.url, "m"))[0][0] == status
+    assert len(there.asked) == 1
+
+
+def test_time_out() -> None:
+    with serve(say=lambda _: (200, 2.0)) as there:
+        ((status, text),) = ask(Server(there.url, "m", timeout=0.2, retries=1))
+    assert (status, len(there.asked)) == ("judge_failed", 2)
+    assert "APITimeoutError" in text
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>hello</html>", b"[]", b"{}", b'"1"', b'{"choices": []}', b"\xff\xfe"])
+def test_what_is_no_chat_completion_is_a_failure(body: bytes) -> None:
+    with serve(say=lambda _: (200, body)) as there:
+        assert ask(Server(there.url, "m", retries=0))[0][0] == "judge_failed"
+
+
+def test_text_of_no_sense_is_a_parse_failure() -> None:
+    with serve(say=lambda _: (200, "\u2603 <answer>maybe</answer>")) as there, Server(there.url, "m") as server:
+        assert {(v.score, v.status) for v in judge(server, TRIPLES)} == {(None, "parse_failed")}
+
+
+def test_an_answer_cut_at_the_limit_says_so() -> None:
+    with serve(say=lambda _: (200, "it goes on [cut]")) as there:
+        assert ask(Server(there.url, "m"))[0] == ("cut_off", "it goes on [cut]")
+
+
+def test_requests_at_a_time_are_bounded() -> None:
+    with serve(say=lambda _: (200, 0.1)) as there:
+        assert len(ask(Server(there.url, "m", requests=3), count=12)) == 12
+    assert 2 <= there.most_at_once <= 3
+
+
+def test_a_judge_that_is_down_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge_server, "GIVE_UP", 4)
+    with serve(say=lambda _: (500, b"{}")) as there:
+        answers = ask(Server(there.url, "m", requests=1, retries=0), count=10)
+    assert len(there.asked) == 4
+    assert {status for status, _ in answers} == {"judge_failed"}
+    assert "not asked after 4 failures in a row (HTTP 500" in answers[-1][1]
+
+
+def test_nobody_listens() -> None:
+    with serve() as there:
+        url = there.url
+    ((status, text),) = ask(Server(url, None, retries=0))
+    assert status == "judge_failed"
+    assert "APIConnectionError" in text
+
+
+@pytest.mark.parametrize(
+    ("url", "base"),
+    [
+        ("http://host:8000", "http://host:8000/v1"), ("https://host/", "https://host/v1"),
+        ("http://host/api/v3/", "http://host/api/v3"), ("http://[::1]:80/v1", "http://[::1]:80/v1"),
+        ("HTTP://host/v1/chat/completions", "http://host/v1"),
+    ],
+)  # fmt: skip
+def test_where_the_api_begins(url: str, base: str) -> None:
+    assert base_url(url) == base
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://", "http:host", "http://host:port", "http://[::1", "http://host:99999", "http://host/v1?key=1",
+     "http://ho st", "http://user:secret@host/v1"],
+)  # fmt: skip
+def test_a_malformed_url_is_refused_without_telling_secrets(url: str) -> None:
+    with pytest.raises(InputError, match=r"rewards\.judge") as error:
+        base_url(url)
+    assert "secret" not in str(error.value)
+    assert "\n" not in str(error.value)

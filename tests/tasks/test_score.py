@@ -1,0 +1,241 @@
+"""Scoring: each distinct text is judged once, ever; a judge that is away is asked again; failures are no scores."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from masters import artifacts, processes, schemas
+from masters.artifacts import Artifact, Identity
+from masters.config import Config
+from masters.errors import WorkerError
+from masters.identity import digest
+from masters.models import judge_worker
+from masters.preflight import LocalModel, Ready, Server
+from masters.rewards import judge_prompts
+from masters.stages import Stage
+from masters.storage import Storage
+from masters.tasks import score as stage
+from masters.tasks.stage import Round, Run
+from tests.fake_judge import FakeJudge, inside, serve, verdict
+
+QUESTIONS = {"q1": ("what color?", "teal"), "q2": ("what color?", "red"), "q3": ("is there a circle?", "yes")}
+TEXTS = {"q1": ["teal", "Teal.", "red", "teal"], "q2": ["red", "red", "teal", ""], "q3": ["yes", "yes", "yes", "no"]}
+DISTINCT = 3 + 3 + 2
+
+
+class Quiet:
+    """A tracker that tracks nothing."""
+
+    run_id = "0"
+
+    @contextmanager
+    def stage(self, _: Identity) -> Iterator:
+        yield lambda artifact, done: None
+
+
+def made_run(store: Path, url: str = "http://127.0.0.1:1/v1", rebuild: bool = False, **rewards: str) -> Run:
+    config = Config.model_validate(
+        dict(
+            name="scored", store=dict(root=str(store)), data=dict(source="none"), student=dict(model="s"),
+            teachers=[dict(model="t")], rewards=dict(accuracy="llm", judge=url) | rewards,
+            runtime=dict(judge_requests=4, judge_timeout=10.0),
+        )
+    )  # fmt: skip
+    models = [LocalModel(name, Path(name), digest(name.encode())) for name in ("s", "t")]
+    named = Server(url, None) if config.rewards.judge == url else None
+    ready = Ready(Storage(str(store)), None, models[0], models[1:], named)  # pyright: ignore
+    return Run(config, ready, Quiet(), frozenset([Stage.SCORE] if rebuild else []))  # pyright: ignore
+
+
+def table(storage: Storage, name: str, files: list[list[dict]], schema) -> Artifact:
+    """An artifact of one table, its content its identity."""
+    parts = {f"{name}/{n}.parquet": schemas.encode(rows, schema) for n, rows in enumerate(files)}
+    made_of = Identity(name, 1, {}, {file: digest(data) for file, data in parts.items()})
+    written = {}
+    for data in parts.values():
+        file = f"{name}/{digest(data)[:16]}.parquet"  # named by content, as shards of responses are
+        storage.write(f"{made_of.folder}/{file}", data)
+        written[file] = digest(data)
+    return artifacts.commit(storage, made_of, written, {})
+
+
+def questions(run: Run, rows: dict = QUESTIONS) -> Artifact:
+    of = [dict(question_id=key, question=question, answer=answer) for key, (question, answer) in rows.items()]
+    return table(run.storage, "questions", [of], schemas.QUESTIONS)
+
+
+def responses(run: Run, texts: dict[str, list[str]] = TEXTS) -> Artifact:
+    """A file a question."""
+    files = [
+        [
+            dict(question_id=key, source="teacher", mask_ratio=0.2, sample=n, model="t", text=text)
+            for n, text in enumerate(said)
+        ]
+        for key, said in texts.items()
+    ]
+    return table(run.storage, "responses", files, schemas.RESPONSES)
+
+
+def scored(run: Run, texts: dict[str, list[str]] = TEXTS) -> tuple[Artifact, list[dict], dict]:
+    """The stage without Prefect around it: artifact, rows of verdicts, its line of the summary."""
+    current = Round(1, run.config.teachers[0], run.ready.teachers[0], run.ready.student)
+    artifact = stage.score.fn(run, current, questions(run), responses(run, texts))
+    return artifact, list(artifact.rows("verdicts")), run.stages[-1]
+
+
+@pytest.fixture(autouse=True)
+def in_process(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Children run here, one after the other: a process costs seconds of imports. A test may ask for real ones."""
+
+    def run(children: list[processes.Child], at_once: int, on_progress) -> None:
+        for child in children:
+            child.folder.mkdir(parents=True, exist_ok=True)
+            child.progress.unlink(missing_ok=True)
+            child.job_file.write_text(json.dumps(child.job))
+            judge_worker.main(child.job_file)
+            for line in child.progress.read_text().splitlines():
+                on_progress(child.name, json.loads(line))
+
+    if "real_process" not in request.fixturenames:
+        monkeypatch.setattr(processes, "run", run)
+
+
+@pytest.fixture
+def real_process() -> None:
+    """Asked for by a test whose judge is a process of its own."""
+
+
+@pytest.fixture
+def there() -> Iterator[FakeJudge]:
+    with serve() as judge:
+        yield judge
+
+
+def down_for(text: str):
+    """Says nothing but an error on one text."""
+    return lambda user: (401, b"{}") if "<question>" in user and inside(user, "generated_text") == text else (
+        200, verdict(user))  # fmt: skip
+
+
+def test_rules_need_no_judge(tmp_path: Path) -> None:
+    artifact, rows, line = scored(made_run(tmp_path, accuracy="rules"))
+    assert [row["score"] for row in rows if row["question_id"] == "q1"] == [1, 1, 0, 1]
+    assert {(row["judge"], row["status"]) for row in rows} == {("rules-1", "ok")}
+    assert (artifact.facts["rows"], artifact.facts["rejected"], line["triples"]) == (12, 0, DISTINCT)
+    assert artifact.files("judgements") == []
+
+
+@pytest.mark.usefixtures("real_process")
+def test_every_distinct_text_is_judged_once_and_its_verdict_shared(tmp_path: Path, there: FakeJudge) -> None:
+    run = made_run(tmp_path, there.url)
+    artifact, rows, line = scored(run)
+    key = ("question_id", "source", "mask_ratio", "sample")
+    given = {tuple(row[k] for k in key): row for row in responses(run).rows("responses")}
+    assert {tuple(row[k] for k in key) for row in rows} == set(given)
+    right = {"q1": [1, 1, 0, 1], "q2": [1, 1, 0, 0], "q3": [1, 1, 1, 0]}
+    for row in rows:
+        assert row["score"] == right[row["question_id"]][row["sample"]]
+        assert row["explanation"] == f"It compares.\n<answer>{row['score']:.0f}</answer>"
+    assert len(there.first_calls()) == len(set(there.first_calls())) == DISTINCT
+    assert len(there.asked) == 2 * DISTINCT
+    assert (line["triples"], line["asked"], line["answered"], line["rows"]) == (DISTINCT, DISTINCT, DISTINCT, 12)
+    judged = list(artifact.rows("judgements"))
+    assert len({row["triple_digest"] for row in judged}) == DISTINCT
+    assert all(row["reading"] == f"{row['score']:.0f}" for row in judged)
+
+
+def test_the_same_again_asks_nobody(tmp_path: Path, there: FakeJudge) -> None:
+    first, *_ = scored(made_run(tmp_path, there.url))
+    asked = len(there.asked)
+    again, _, line = scored(made_run(tmp_path, there.url))
+    assert (again.fingerprint, line["outcome"], len(there.asked)) == (first.fingerprint, "reused", asked)
+
+
+def test_new_rows_ask_only_about_what_is_new(tmp_path: Path, there: FakeJudge) -> None:
+    first, before, _ = scored(made_run(tmp_path, there.url))
+    there.asked.clear()
+    more = TEXTS | {"q3": [*TEXTS["q3"], "No!"]}
+    second, after, line = scored(made_run(tmp_path, there.url), more)
+    assert second.fingerprint != first.fingerprint
+    assert [inside(user, "generated_text") for user in there.first_calls()] == ["No!"]
+    assert line["asked"] == 1
+    assert [row for row in after if row["sample"] < 4] == before
+
+
+def test_another_judge_or_other_prompts_judge_anew(tmp_path: Path, there: FakeJudge, monkeypatch) -> None:
+    first, *_ = scored(made_run(tmp_path, there.url))
+    monkeypatch.setattr(judge_prompts, "VERSION", judge_prompts.VERSION + 1)
+    second, *_ = scored(made_run(tmp_path, there.url))
+    with serve() as other:
+        third, *_ = scored(made_run(tmp_path, other.url))
+    assert len({artifact.fingerprint for artifact in (first, second, third)}) == 3
+    assert (len(there.first_calls()), len(other.first_calls())) == (2 * DISTINCT, DISTINCT)
+
+
+def test_rebuilding_asks_again(tmp_path: Path, there: FakeJudge) -> None:
+    first, *_ = scored(made_run(tmp_path, there.url))
+    again, *_ = scored(made_run(tmp_path, there.url, rebuild=True))
+    assert again.fingerprint == first.fingerprint
+    assert len(there.first_calls()) == 2 * DISTINCT
+
+
+def test_a_failure_is_no_score_and_the_next_run_asks_again(tmp_path: Path, there: FakeJudge) -> None:
+    there.say = down_for("Teal.")
+    first, rows, line = scored(made_run(tmp_path, there.url))
+    (failed,) = [row for row in rows if row["status"] != "ok"]
+    assert (failed["question_id"], failed["sample"]) == ("q1", 1)
+    assert (failed["score"], failed["status"]) == (None, "judge_failed")
+    assert "HTTP 401" in failed["explanation"]
+    assert (first.facts["statuses"], first.facts["rejected"]) == ({"ok": 11, "judge_failed": 1}, 1)
+    assert (line["asked"], line["answered"]) == (DISTINCT, DISTINCT - 1)
+
+    there.say = lambda user: (200, verdict(user))
+    there.asked.clear()
+    second, rows, line = scored(made_run(tmp_path, there.url))
+    assert [inside(user, "generated_text") for user in there.first_calls()] == ["Teal."]
+    assert {row["status"] for row in rows} == {"ok"}
+    assert second.fingerprint != first.fingerprint  # what was trained on the first one's verdicts stays true
+    assert second.record["inputs"]["earlier"] == first.fingerprint
+
+    there.asked.clear()
+    third, _, line = scored(made_run(tmp_path, there.url))
+    assert (third.fingerprint, line["outcome"], there.asked) == (second.fingerprint, "reused", [])
+
+
+def test_while_it_stays_away_what_there_is_stays(tmp_path: Path, there: FakeJudge) -> None:
+    there.say = down_for("Teal.")
+    first, *_ = scored(made_run(tmp_path, there.url))
+    again, _, line = scored(made_run(tmp_path, there.url))
+    assert (again.fingerprint, line["outcome"]) == (first.fingerprint, "reused")
+
+
+def test_a_text_that_the_judge_refuses_is_final_in_its_artifact(tmp_path: Path, there: FakeJudge) -> None:
+    there.say = lambda user: (400, b"{}") if "Teal." in user else (200, verdict(user))
+    first, rows, _ = scored(made_run(tmp_path, there.url))
+    assert [row["status"] for row in rows if row["score"] is None] == ["refused"]
+    again, _, line = scored(made_run(tmp_path, there.url))
+    assert (again.fingerprint, line["outcome"]) == (first.fingerprint, "reused")
+
+
+@pytest.mark.parametrize(
+    ("reply", "says"), [((401, b"{}"), r"judge_failed 8\); first it said: 'HTTP 401"), ((200, "?"), "parse_failed 8")]
+)
+def test_no_verdict_at_all_ends_the_stage(tmp_path: Path, there: FakeJudge, reply: tuple, says: str) -> None:
+    there.say = lambda _: reply
+    with pytest.raises(WorkerError, match=rf"judge {there.url} gave no verdict on any of 8 texts.*{says}"):
+        scored(made_run(tmp_path, there.url))
+    assert made_run(tmp_path).storage.children("score") == []
+
+
+def test_the_teacher_judges_where_no_other_is_named(tmp_path: Path) -> None:
+    run = made_run(tmp_path, judge="teacher")
+    current = Round(1, run.config.teachers[0], run.ready.teachers[0], run.ready.student)
+    judge = stage.judge_of(run, current)
+    assert judge is not None
+    assert (judge.name, judge.model["digest"]) == ("t", run.ready.teachers[0].digest)
+    larger = replace(current, number=2, teacher=replace(current.teacher, digest="0" * 64))
+    assert stage.judge_of(run, larger).identity != judge.identity  # pyright: ignore
