@@ -63,7 +63,7 @@ def pipeline(run: Run, summary: Summary, until: Stage) -> None:
         evaluated = evaluate(run, questions, [*run.ready.teachers, before(run.ready), student])
         summary.scores(evaluated, trained)
         if until == Stage.REGISTER:
-            summary.registered(register(run, trained, evaluated))
+            summary.registered(*register(run, trained, evaluated))
 
 
 def needs(config: Config) -> tuple[Stage, ...]:

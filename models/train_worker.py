@@ -38,9 +38,9 @@ class Prompts:
 
     def __init__(self, folder: Path, data: artifacts.Artifact, work: Path) -> None:
         self.processor = AutoProcessor.from_pretrained(folder)
-        local = data.storage.download(data.folder, work / "data")
-        names = [name.removeprefix(f"{data.folder}/") for name in data.files("questions")]
-        parts = [str(local / name) for name in names]
+        # a copy is named by its content, and whole: the other ranks and an interrupted run's successor use it too
+        local = data.storage.download(f"{data.folder}/questions", work / f"questions-{data.record['digest'][:16]}")
+        parts = [str(local / name.rsplit("/", 1)[1]) for name in data.files("questions")]
         disable_progress_bars()
         self.table = Dataset.from_parquet(parts, cache_dir=str(work / "arrow"), keep_in_memory=False)
         self.first = [0, *accumulate(parquet.read_metadata(part).num_rows for part in parts)]

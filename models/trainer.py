@@ -155,7 +155,7 @@ def save_checkpoint(
     metadata = {"masters": json.dumps({"step": step})}
     job.storage.write(f"{job.checkpoints}/step-{step:08d}.safetensors", save_safetensors(tensors, metadata))
     for old in _checkpoint_names(job)[:-KEPT_CHECKPOINTS]:
-        job.storage.fs.rm_file(job.storage.path(old))
+        job.storage.remove(old)
 
 
 def resume(job: Job, parameters: dict[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> int:

@@ -40,8 +40,8 @@ def identity(context: Context, trained: Artifact, evaluated: Artifact) -> Identi
 
 
 @task(name="register", cache_policy=NO_CACHE)
-def register(run: Run, trained: Artifact, evaluated: Artifact) -> Artifact:
-    """`model/` with weights, processor and card; facts hold the MLflow model's name and version."""
+def register(run: Run, trained: Artifact, evaluated: Artifact) -> tuple[Artifact, int]:
+    """`model/` with weights, processor and card, and its version in the MLflow that tracks this run."""
     made_of = identity(run, trained, evaluated)
 
     def build() -> tuple[dict[str, str], dict, dict]:
@@ -51,11 +51,12 @@ def register(run: Run, trained: Artifact, evaluated: Artifact) -> Artifact:
         text = card(run, trained, evaluated).encode()
         run.storage.write(f"{made_of.folder}/model/README.md", text)
         files["model/README.md"] = digest(text)
-        uri = run.storage.uri(f"{made_of.folder}/model")
-        version = run.tracker.register_model(run.config.name, uri, evaluated.facts["scores"])
-        return files, dict(rows=1, model_name=run.config.name, model_version=version, uri=uri), {}
+        return files, dict(rows=1), {}
 
-    return build_or_reuse(run, made_of, build)
+    artifact = build_or_reuse(run, made_of, build)
+    # also a reused one: this MLflow may be another than the one that saw it built
+    version = run.tracker.register_model(run.config.name, f"{artifact.uri}/model", evaluated.facts["scores"])
+    return artifact, version
 
 
 def card(run: Run, trained: Artifact, evaluated: Artifact) -> str:

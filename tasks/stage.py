@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from masters import artifacts
 from masters.artifacts import Artifact, Identity
 from masters.config import Config, Teacher
+from masters.identity import digest
 from masters.models.schedule import mask_stages
 from masters.preflight import LocalModel, Ready
 from masters.stages import Stage
@@ -18,6 +19,11 @@ from masters.tracking import Tracker
 
 CONSOLE = Console(stderr=True)
 Build = Callable[[], tuple[dict[str, str], dict, dict]]  # files with digests, facts, how it ran
+
+
+def cache() -> Path:
+    """Where this machine keeps what it needs of a store that is elsewhere."""
+    return Path.home() / ".cache" / "masters"
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,8 @@ class Context:
         self.config, self.ready, self.storage = config, ready, ready.storage
 
     def fetched(self, trained: Artifact) -> Path:
-        """A trained student's folder on this machine."""
-        base = Path.home() / ".cache" / "masters" / trained.fingerprint
-        return self.storage.download(f"{trained.folder}/model", base)
+        """A trained student's folder on this machine. A copy is named by its content: built again, it is another."""
+        return self.storage.download(f"{trained.folder}/model", cache() / "models" / trained.record["digest"][:32])
 
 
 class Run(Context):
@@ -62,7 +67,9 @@ class Run(Context):
 
     def work(self, identity: Identity) -> Path:
         """A local folder for a stage's job files, logs and downloads; not part of the store's artifacts."""
-        base = Path(self.storage.path(".work")) if self.storage.local else Path.home() / ".cache" / "masters"
+        # the jobs in it name the store: two stores must not share it
+        remote = cache() / "work" / digest(self.storage.uri("").encode())[:16]
+        base = Path(self.storage.path(".work")) if self.storage.local else remote
         folder = base / f"{identity.kind}-{identity.fingerprint}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder

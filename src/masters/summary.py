@@ -26,11 +26,10 @@ class Summary:
             ),
         )
 
-    def registered(self, artifact: Artifact) -> None:
+    def registered(self, artifact: Artifact, version: int) -> None:
         """The model's version, and the exported folder with its card as the student's place."""
-        facts = artifact.facts
-        self._model = dict(model_name=facts["model_name"], model_version=facts["model_version"])
-        self._scores["student"]["after"]["uri"] = facts["uri"]
+        self._model = dict(model_name=self._run.config.name, model_version=version)
+        self._scores["student"]["after"]["uri"] = f"{artifact.uri}/model"
 
     def write(self, status: str, error: str | None = None) -> str:
         run_id = self._run.tracker.run_id

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.request import urlopen
 
 import mlflow
@@ -41,7 +42,23 @@ def check_answers(uri: str) -> None:
 
 
 def beside(storage: Storage) -> str:
-    return f"sqlite:///{storage.path('mlflow.db')}" if storage.local else "sqlite:///mlflow.db"
+    return f"sqlite:///{storage.path('mlflow.db') if storage.local else Path('mlflow.db').absolute()}"
+
+
+def check_beside(storage: Storage) -> None:
+    """Raises InputError if the default database cannot be made: unlike the store, the working folder is not proven."""
+    try:
+        Path(beside(storage).removeprefix("sqlite:///")).touch()
+    except OSError as error:
+        raise InputError(
+            f"the tracking database of a run goes into the working folder, which cannot be written: {error}; "
+            "set runtime.mlflow_uri or MLFLOW_TRACKING_URI, or start elsewhere"
+        ) from error
+
+
+def files_beside(storage: Storage) -> str:
+    """Where a new experiment of that database keeps its files: on this machine too, S3 would ask for a client more."""
+    return storage.path("mlflow") if storage.local else str(Path("mlruns").absolute())
 
 
 class Tracker:
@@ -50,6 +67,8 @@ class Tracker:
     def __init__(self, config: Config, storage: Storage) -> None:
         self.uri = tracking_uri(config, storage)
         check_answers(self.uri)
+        if self.uri == beside(storage):
+            check_beside(storage)
         mlflow.set_tracking_uri(self.uri)
         self._client = MlflowClient(self.uri)
         self._experiment = self._experiment_of(config.name, storage)
@@ -60,12 +79,12 @@ class Tracker:
             self._client.log_param(self.run_id, key, str(value)[:PARAMETER_LENGTH])
 
     def _experiment_of(self, name: str, storage: Storage) -> str:
-        """Its id. A new experiment of the database beside the artifacts keeps its files there too."""
+        """Its id. A new experiment of the default database keeps its files there too."""
         found = self._client.get_experiment_by_name(name)
         if found:
             return found.experiment_id
         ours = self.uri == beside(storage)
-        return self._client.create_experiment(name, storage.uri("mlflow") if ours else None)
+        return self._client.create_experiment(name, files_beside(storage) if ours else None)
 
     @contextmanager
     def stage(self, identity: Identity) -> Iterator[Tracked]:

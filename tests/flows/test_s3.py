@@ -1,0 +1,191 @@
+"""The pipeline with its store on S3: a real server, as a user runs it, from two machines that share only the store."""
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from masters.artifacts import Artifact, Identity
+from masters.errors import InputError
+from masters.identity import digest
+from masters.preflight import Ready
+from masters.storage import Storage
+from masters.tasks.stage import Run
+from masters.tracking import check_beside
+from tests.drawn import write_questions
+from tests.s3 import BUCKET, S3, serve
+
+ROOT = Path(__file__).parents[2]
+PREFIX = f"s3://{BUCKET}/a team's/pipeline"
+STAGES = ["data", "mask", "generate", "score", "train", "evaluate", "register"]
+
+
+def masters(
+    *arguments: str, place: Path, machine: str, aws: dict[str, str], root: str = PREFIX
+) -> subprocess.CompletedProcess:
+    """Run it on a "machine": a home and a working folder of its own."""
+    home, here = place / machine / "home", place / machine / "here"
+    for folder in (home, here):
+        folder.mkdir(parents=True, exist_ok=True)
+    values = {
+        "data.source": place / "data" / "questions.jsonl", "data.max_rejected_share": 0.2, "store.root": root,
+        "student.model": ROOT / "demo/models/student", "teachers.0.model": ROOT / "demo/models/teacher",
+        "train.epochs": 1, "train.questions_per_step": 4, "runtime.checkpoint_steps": 3, "runtime.train_processes": 2,
+    }  # fmt: skip
+    settings = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "AWS_"))}
+    return subprocess.run(
+        [sys.executable, "-m", "masters.cli", arguments[0], str(ROOT / "configs/demo.toml"), *settings, *arguments[1:]],
+        cwd=here, env=environment | aws | {"HOME": str(home)}, capture_output=True, text=True, timeout=1200,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("s3-pipeline")
+    write_questions(folder / "data", 48)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(place: Path, s3: S3) -> dict:
+    return summary(masters("distill", "--json", place=place, machine="first", aws=s3.environment()))
+
+
+@pytest.fixture(scope="module")
+def store(s3: S3, first: dict) -> Iterator[Storage]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3.environment().items():
+            patch.setenv(name, value)
+        yield Storage(PREFIX)
+
+
+def summary(done: subprocess.CompletedProcess) -> dict:
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def versions(place: Path, machine: str) -> list[tuple[str, int]]:
+    """Registered model versions in a machine's tracking database."""
+    with sqlite3.connect(place / machine / "here" / "mlflow.db") as database:
+        return database.execute("select name, version from model_versions").fetchall()
+
+
+@pytest.mark.slow
+class TestPipeline:
+    def test_every_stage_is_built_on_s3(self, first: dict, store: Storage, place: Path) -> None:
+        assert [(s["name"], s["outcome"]) for s in first["stages"]] == [(name, "built") for name in STAGES]
+        assert all(s["uri"].startswith(f"{PREFIX}/{s['name']}/") for s in first["stages"])
+        assert json.loads(store.read("summary.json")) == first
+        train = next(s for s in first["stages"] if s["name"] == "train")
+        assert train["processes"] == 2 and train["steps"] > 3
+
+    def test_records_list_what_is_there_and_nothing_else(self, first: dict, store: Storage) -> None:
+        for stage in first["stages"]:
+            folder = stage["uri"].removeprefix(f"{PREFIX}/")
+            listed = [f["name"] for f in json.loads(store.read(f"{folder}/record.json"))["files"]]
+            assert store.names(folder) == sorted(f"{folder}/{name}" for name in [*listed, "record.json"])
+
+    def test_the_run_is_tracked_in_the_working_folder(self, first: dict, place: Path) -> None:
+        here = place / "first" / "here"
+        assert first["mlflow"]["tracking_uri"] == f"sqlite:///{here / 'mlflow.db'}"  # found from anywhere
+        assert {p.name for p in here.iterdir()} == {"mlflow.db", "mlruns"}
+        assert versions(place, "first") == [("easyvqa", 1)]
+
+    def test_another_machine_reuses_everything(self, first: dict, place: Path, s3: S3) -> None:
+        plan = masters("distill", "--plan", "--json", place=place, machine="planner", aws=s3.environment())
+        assert {s["outcome"] for s in summary(plan)["stages"]} == {"reused"}
+        again = summary(masters("distill", "--json", place=place, machine="second", aws=s3.environment()))
+        assert {s["outcome"] for s in again["stages"]} == {"reused"}
+        assert [s["fingerprint"] for s in again["stages"]] == [s["fingerprint"] for s in first["stages"]]
+        assert again["student"] == first["student"]
+        assert versions(place, "second") == [("easyvqa", again["mlflow"]["model_version"])]  # its MLflow knows it too
+
+    def test_the_student_loads_in_transformers(self, first: dict, store: Storage, tmp_path: Path) -> None:
+        from PIL import Image
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        uri = first["student"]["after"]["uri"]
+        folder = store.download(uri.removeprefix(f"{PREFIX}/"), tmp_path / "student")
+        assert (folder / "README.md").read_text().startswith("---")
+        model: Any = AutoModelForImageTextToText.from_pretrained(folder).eval()
+        processor = AutoProcessor.from_pretrained(folder)
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "is there a circle?"}]}
+        text = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+        inputs = processor(text=[text], images=[Image.new("RGB", (64, 64))], return_tensors="pt")
+        out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        answer = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert answer.strip() in ("yes", "no")
+
+    def test_a_store_that_no_longer_lets_write_is_refused(self, first: dict, place: Path, s3: S3) -> None:
+        refused(masters("distill", place=place, machine="reader", aws=s3.environment("reader")), "Access Denied", place)
+
+
+def refused(done: subprocess.CompletedProcess, why: str, place: Path, machine: str = "reader") -> None:
+    """One line, exit 2, and nothing was started: not even its folder is there."""
+    assert done.returncode == 2, done.stderr[-3000:]
+    [line] = done.stderr.strip().splitlines()
+    assert why in line and PREFIX in line
+    assert not (place / machine / "home" / ".cache" / "masters").exists()
+    assert not (place / machine / "here" / "mlflow.db").exists()
+
+
+def test_a_store_that_has_gone_away_is_refused(place: Path, tmp_path: Path) -> None:
+    with serve(tmp_path / "gone") as server:
+        ready = masters("check", place=place, machine="gone", aws=server.environment())
+        assert ready.returncode == 0, ready.stderr
+        assert f"store      {PREFIX}: read, write, conditional write" in ready.stdout
+    done = masters("distill", place=place, machine="gone", aws=server.environment())
+    refused(done, "Could not connect to the endpoint URL", place, "gone")
+
+
+def test_a_store_at_fault_is_refused_by_check(place: Path, s3: S3) -> None:
+    aws = s3.environment() | {"AWS_SECRET_ACCESS_KEY": "guessed"}
+    done = masters("check", place=place, machine="check", aws=aws)
+    refused(done, "signature", place, "check")
+    assert "AWS_*" in done.stderr
+
+
+def test_a_student_built_again_is_fetched_again(tmp_path: Path, context: Callable[[str], Run]) -> None:
+    """The same identity may come out differently; a copy of the one before is not the student."""
+    run, folders = context(f"s3://{BUCKET}/again"), []
+    for weights in (b"first", b"second"):
+        run.storage.write("train/x-1/model/weights", weights)
+        trained = Artifact(run.storage, "train/x-1", {"fingerprint": "1", "digest": digest(weights)})
+        folders.append(run.fetched(trained))
+    assert [(folder / "weights").read_bytes() for folder in folders] == [b"first", b"second"]
+    assert all(folder.is_relative_to(tmp_path / ".cache") for folder in folders)
+
+
+def test_two_stores_share_no_work_folder(context: Callable[[str], Run]) -> None:
+    """Jobs name their store, and the same stage of two stores has the same identity."""
+    identity = Identity("train", 1, {}, {})
+    folders = {context(f"s3://{BUCKET}/{store}").work(identity) for store in ("one", "two")}
+    assert len(folders) == 2 and all(folder.is_dir() for folder in folders)
+
+
+def test_a_working_folder_without_room_for_tracking_is_refused(
+    context: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir("/proc")
+    with pytest.raises(InputError, match="working folder, which cannot be written.*MLFLOW_TRACKING_URI"):
+        check_beside(context(f"s3://{BUCKET}/one").storage)
+
+
+@pytest.fixture
+def context(s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Run]:
+    """Makes a run with its store at a root, of which only the store matters."""
+    for name, value in (s3.environment() | {"HOME": str(tmp_path)}).items():
+        monkeypatch.setenv(name, value)
+
+    def make(root: str) -> Run:
+        nothing: Any = None
+        return Run(nothing, Ready(Storage(root), nothing, nothing, []), nothing, frozenset())
+
+    return make
