@@ -1,11 +1,13 @@
 """The whole pipeline on one page: data, mask, generate, score, train, evaluate, register; a round a teacher."""
 
 import json
+from contextlib import suppress
 
 from prefect import flow
 from prefect.runtime import flow_run
 
 from masters.config import Config
+from masters.errors import StoreError
 from masters.preflight import LocalModel, Ready, preflight
 from masters.stages import Stage
 from masters.summary import Summary
@@ -34,7 +36,8 @@ def distill(config: Config, rebuild: list[Stage] | None = None, until: Stage = S
         pipeline(run, summary, until)
     except BaseException as error:
         tracker.finish("FAILED")
-        summary.write("failed", str(error))
+        with suppress(StoreError):  # the error tells more than that its summary cannot be kept either
+            summary.write("failed", str(error))
         raise
     tracker.finish("FINISHED")
     return json.loads(summary.write("completed"))
