@@ -76,7 +76,7 @@ def _expected(config: Config) -> list[str]:
 
 def _walk(context: Context, found: Plan) -> None:
     config, ready = context.config, context.ready
-    questions = found.find(data.identity(config, ready.source))
+    questions = found.find(data.identity(config, ready.source, ready.special_tokens))
     student = ready.student
     for number, (teacher, model) in enumerate(zip(config.teachers, ready.teachers, strict=True), 1):
         current = Round(number, teacher, model, student)

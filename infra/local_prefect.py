@@ -79,6 +79,7 @@ def _start(port: int, log: Path) -> subprocess.Popen:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
+            start_new_session=True,  # on Ctrl-C it must outlive the flow, which still has its end to report
         )
 
 

@@ -5,17 +5,15 @@ Determinism: an engine's samples depend on what else is in the batch, so callers
 """
 
 import gc
-import io
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from masters.config import Generate, Runtime
 from masters.models.checkpoints import masked_tensors
+from masters.models.prompts import chat, opened
 from masters.rewards.judge_prompts import Conversation
 
 # read by vLLM when it is imported: in-process engine (7 s to start instead of 40), threads left to the system
@@ -126,11 +124,8 @@ class Engine:
             return []
         self.reset()
         prompts = [
-            {
-                "prompt": self._prompt(request.question),
-                "multi_modal_data": {"image": Image.open(io.BytesIO(request.image)).convert("RGB")},
-            }
-            for request in requests
+            {"prompt": chat(self.processor, r.question), "multi_modal_data": {"image": opened(r.image)}}
+            for r in requests
         ]
         outputs = self.llm.generate(prompts, [self._sampling(r, sampling) for r in requests], use_tqdm=False)
         return [_replies(out) for out in outputs]
@@ -147,18 +142,30 @@ class Engine:
         outputs = iter(self.llm.generate(asked, greedy, use_tqdm=False) if asked else [])
         return [_replies(next(outputs))[0] if len(ids) <= room else None for ids in prompts]
 
+    def greedy(self, requests: list[Request], tokens: int) -> list[tuple[list[int], list[float]]]:
+        """Greedy answers of at most `tokens` tokens: ids and their log-probabilities."""
+        from vllm import SamplingParams
+
+        self.reset()
+        prompts = [
+            {"prompt": chat(self.processor, r.question), "multi_modal_data": {"image": opened(r.image)}}
+            for r in requests
+        ]
+        wanted = SamplingParams(temperature=0.0, max_tokens=tokens, logprobs=1)
+        answers = [out.outputs[0] for out in self.llm.generate(prompts, wanted, use_tqdm=False)]
+        return [
+            (list(a.token_ids), [at[token].logprob for token, at in zip(a.token_ids, a.logprobs, strict=True)])
+            for a in answers
+        ]
+
     def fits(self, request: Request, sampling: Generate) -> bool:
         """Whether prompt and longest response fit the engine's length. Counts real tokens only near the limit."""
         length = self.llm.llm_engine.model_config.max_model_len
         if 2 * len(request.question) + 1024 + sampling.max_tokens <= length:
             return True
-        image = Image.open(io.BytesIO(request.image)).convert("RGB")
-        ids = self.processor(text=[self._prompt(request.question)], images=[image])["input_ids"][0]
+        text, image = chat(self.processor, request.question), opened(request.image)
+        ids = self.processor(text=[text], images=[image])["input_ids"][0]
         return len(ids) + sampling.max_tokens <= length
-
-    def _prompt(self, question: str) -> str:
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-        return self.processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
 
     def _conversation(self, conversation: Conversation) -> list[int]:
         text = self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)

@@ -5,7 +5,6 @@ Ranks meet through a file (no socket listens beyond loopback); rank 0 reports, s
 
 import json
 import os
-from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar as disable_progress_bars
-from PIL import Image
 from transformers import AutoConfig, AutoProcessor
 
 from masters import artifacts, processes
@@ -24,6 +22,7 @@ from masters.models import checkpoints, trainer
 from masters.models.families import family_of
 from masters.models.masking import safetensors_tensors
 from masters.models.packing import Question
+from masters.models.prompts import model_inputs
 from masters.models.training_data import Group, label_groups, plan_steps, response_groups
 from masters.shards import Ref
 from masters.storage import Storage
@@ -56,10 +55,7 @@ class Prompts:
         if ref in self.cache:
             return self.cache[ref]
         row = self.row(ref)
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]}
-        text = self.processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-        image = Image.open(BytesIO(row["image"])).convert("RGB")
-        prompt = dict(self.processor(text=[text], images=[image], return_tensors="pt"))
+        prompt = model_inputs(self.processor, row["question"], row["image"])
         size = sum(tensor.nbytes for tensor in prompt.values())
         if size <= self.room:
             self.cache[ref], self.room = prompt, self.room - size

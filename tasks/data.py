@@ -24,7 +24,7 @@ from masters.sources import Source
 from masters.storage import Storage
 from masters.tasks.stage import Run, build_or_reuse
 
-VERSION = 1
+VERSION = 2
 
 BUCKET_ROWS = 2048  # at most, on average
 BUCKETS = (1, 16, 256, 4096)  # the leading 0 to 3 hexadecimal digits of the question digest
@@ -33,18 +33,23 @@ BUFFER_BYTES = 256 << 20  # in all buckets together
 REJECTED_ROWS = 10_000  # a file
 
 
-def identity(config: Config, source: Source) -> Identity:
-    """Content of the source and limits. How many rejections are tolerated shapes no row."""
-    semantic = dict(train_limit=config.data.train_limit, eval_limit=config.data.eval_limit)
+def identity(config: Config, source: Source, special_tokens: tuple[str, ...] = ()) -> Identity:
+    """Content of the source, limits and the texts refused. How many rejections are tolerated shapes no row."""
+    limits = dict(train_limit=config.data.train_limit, eval_limit=config.data.eval_limit)
+    semantic = limits | dict(special_tokens=list(special_tokens))
     return Identity("data", VERSION, semantic, {"source": source.digest()}, slug=config.name)
 
 
 @task(name="data", cache_policy=NO_CACHE)
 def data(run: Run) -> Artifact:
     """Tables `questions` and `rejected`. Raises InputError if the source is at fault."""
-    config, source = run.config, run.ready.source
-    made_of = identity(config, source)
-    artifact = build_or_reuse(run, made_of, lambda: (*tables(config, source, run.storage, made_of.folder), {}))
+    config, source, special_tokens = run.config, run.ready.source, run.ready.special_tokens
+    made_of = identity(config, source, special_tokens)
+
+    def build() -> tuple[dict[str, str], dict, dict]:
+        return *tables(config, source, run.storage, made_of.folder, special_tokens), {}
+
+    artifact = build_or_reuse(run, made_of, build)
     facts, limit = artifact.facts, config.data.max_rejected_share
     # the tolerated share is no part of identity: a reused table is held to today's
     if facts["rejected"] > limit * facts["read"]:
@@ -55,7 +60,9 @@ def data(run: Run) -> Artifact:
     return artifact
 
 
-def tables(config: Config, source: Source, storage: Storage, folder: str) -> tuple[dict[str, str], dict]:
+def tables(
+    config: Config, source: Source, storage: Storage, folder: str, special_tokens: tuple[str, ...] = ()
+) -> tuple[dict[str, str], dict]:
     """Write both tables below `folder`. Returns {name: SHA-256} and the facts for the record."""
     files: dict[str, str] = {}
 
@@ -64,7 +71,8 @@ def tables(config: Config, source: Source, storage: Storage, folder: str) -> tup
         storage.write(f"{folder}/{name}", data)
         files[name] = digest(data)
 
-    judged = judge(source, {"train": config.data.train_limit, "test": config.data.eval_limit}, write)
+    limits = {"train": config.data.train_limit, "test": config.data.eval_limit}
+    judged = judge(validated(source, special_tokens), limits, write)
     _check(judged, config, storage.uri(f"{folder}/rejected"))
     writer = Writer(judged.chosen, write)
     for row in chosen_rows(source, judged.marks):
@@ -95,14 +103,18 @@ class Judged:
         return self.kinds.total()
 
 
-def judge(source: Source, limits: dict[str, int | None], write: Callable[[str, list[dict], pa.Schema], None]) -> Judged:
-    """Validate every row, write the rejected, and mark the rows to take: per split, those of the smallest rank.
+def judge(
+    rows: Iterator[dict | Rejected],
+    limits: dict[str, int | None],
+    write: Callable[[str, list[dict], pa.Schema], None],
+) -> Judged:
+    """Look at every row, write the rejected, and mark the rows to take: per split, those of the smallest rank.
 
     A row's rank depends on it alone, so that more rows never reshuffle the choice.
     """
     judged, rejected, parts = Judged(), [], 0
     best: dict[str, list[tuple[int, int]]] = {split: [] for split in limits}  # heaps of (-rank, position)
-    for position, row in enumerate(validated(source)):
+    for position, row in enumerate(rows):
         judged.marks.append(0)
         if isinstance(row, Rejected):
             judged.kinds[row.kind] += 1

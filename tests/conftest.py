@@ -3,8 +3,13 @@
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.s3 import S3, serve
+
+# the same examples every time and no deadline: machines are slow and shared
+settings.register_profile("masters", deadline=None, derandomize=True)
+settings.load_profile("masters")
 
 
 @pytest.fixture(scope="session")

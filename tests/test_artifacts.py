@@ -44,6 +44,13 @@ def test_lost_files_are_noticed(storage: Storage) -> None:
         artifacts.find(storage, MADE_OF)
 
 
+def test_a_broken_record_is_noticed(storage: Storage) -> None:
+    artifact = build(storage)
+    storage.write(f"{artifact.folder}/record.json", b'{"files": [')
+    with pytest.raises(ArtifactError, match="--rebuild generate"):
+        artifacts.find(storage, MADE_OF)
+
+
 def test_discard_leaves_nothing(storage: Storage) -> None:
     build(storage)
     artifacts.discard(storage, MADE_OF)

@@ -25,6 +25,7 @@ def test_every_recipe_loads(path: Path) -> None:
         ("teachers.0.r_max=0.13", "multiple of step"),
         ("teachers.7.r_max=0.2", "expected a number below 1"),
         ("train.targets=labels", "labels"),
+        ("train.objective=sft", "labels"),
         ("trian.epochs=1", "trian: unknown key"),
         ("no_equals", "KEY=VALUE"),
         ("name=", "name"),
@@ -34,6 +35,11 @@ def test_every_recipe_loads(path: Path) -> None:
 def test_bad_values_name_their_key(override: str, says: str) -> None:
     with pytest.raises(InputError, match=says):
         load(DEMO, [override])
+
+
+def test_an_objective_without_any_reward_is_refused() -> None:
+    with pytest.raises(InputError, match="nothing to reward"):
+        load(DEMO, ["rewards.accuracy=off", "rewards.distillation=off"])
 
 
 def test_overrides_are_toml_literals_else_strings() -> None:

@@ -73,6 +73,14 @@ def png_header(width: int, height: int) -> bytes:
 # what is accepted
 
 
+@pytest.mark.parametrize("name", ["question", "answer"])
+def test_a_text_with_a_control_token_of_the_models_is_refused(name: str) -> None:
+    rows = Rows(row(id="a", **{name: "what is <|image_pad|> here"}), row(id="b", **{name: "what is <b> here"}))
+    first, second = validated(rows, ("<|im_end|>", "<|image_pad|>"))
+    assert first == Rejected("a", f"{name} has a special token", f"{name} has a special token (<|image_pad|>)")
+    assert second[name] == "what is <b> here"
+
+
 def test_an_accepted_row_is_a_question_as_it_was():
     found = accepted(question=" Wie groß?\n\tsehr\r\n", answer="groß", category="size", split="test")
     content = digest(canonical([" Wie groß?\n\tsehr\r\n", "groß", digest(GOOD)]).encode())

@@ -89,15 +89,21 @@ def find(storage: Storage, identity: Identity) -> Artifact | None:
     name = f"{identity.folder}/record.json"
     if not storage.exists(name):
         return None
-    record = json.loads(storage.read(name))
+    try:
+        record = json.loads(storage.read(name))
+    except ValueError as error:
+        raise ArtifactError(f"{storage.uri(name)} cannot be read ({error}); {_again(identity)}") from error
     there = set(storage.names(identity.folder))
     lost = [f["name"] for f in record["files"] if f"{identity.folder}/{f['name']}" not in there]
     if lost:
         raise ArtifactError(
-            f"{storage.uri(identity.folder)} lacks {len(lost)} of its files (first: {lost[0]}); "
-            f"build it again with --rebuild {identity.kind}"
+            f"{storage.uri(identity.folder)} lacks {len(lost)} of its files (first: {lost[0]}); {_again(identity)}"
         )
     return Artifact(storage, identity.folder, record)
+
+
+def _again(identity: Identity) -> str:
+    return f"build it again with --rebuild {identity.kind}"
 
 
 def commit(

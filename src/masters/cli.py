@@ -9,13 +9,16 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from masters.config import Config, load
 from masters.errors import MastersError
 from masters.stages import Stage
+
+if TYPE_CHECKING:
+    from masters.preflight import Ready
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,7 +64,13 @@ def stage(
 
 
 @app.command()
-def check(config: ConfigPath, overrides: Overrides = None) -> None:
+def check(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    parity: Annotated[
+        bool, typer.Option("--parity", help="Also load the models: fast paths against plain ones, vLLM against PyTorch")
+    ] = False,
+) -> None:
     """Before hours are spent: configuration, source, models, families and tokenizers, store."""
     from masters.preflight import preflight, warnings_of
 
@@ -74,6 +83,8 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
     for teacher in ready.teachers:
         typer.echo(f"teacher    {teacher.folder} ({teacher.digest[:16]})")
     typer.echo(f"store      {ready.storage.uri('')}: read, write, conditional write")
+    if parity:
+        _parity(settings, ready)
     typer.echo("ready")
 
 
@@ -108,6 +119,18 @@ def _run(settings: Config, rebuild: list[Stage] | None, until: Stage, as_json: b
         typer.echo(json.dumps(summary))
     else:
         _table(summary)
+
+
+def _parity(settings: Config, ready: "Ready") -> None:
+    """Print each difference with its verdict. Raises MastersError if one is more than rounding."""
+    from masters.tasks.check import parity
+
+    differences = parity(settings, ready)
+    for line in differences:
+        verdict = "ok" if line["found"] <= line["limit"] else "DIFFERENT"
+        typer.echo(f"{verdict:<10} {line['found']:.1e} (limit {line['limit']:.0e})  {line['name']}")
+    if any(line["found"] > line["limit"] for line in differences):
+        raise MastersError("this machine does not compute the method as written; see the lines marked DIFFERENT")
 
 
 def _plan(settings: Config, as_json: bool) -> None:

@@ -163,6 +163,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _needed(self) -> "Config":
+        if self.train.objective == "masters" and self.rewards.accuracy == self.rewards.distillation == "off":
+            raise ValueError('both rewards are "off": objective "masters" has nothing to reward; use "kd"')
         if self.train.targets == "responses" and self.train.objective == "masters" and self.generate.responses < 2:
             raise ValueError(
                 'objective "masters" compares the responses of a question: generate.responses must be >= 2'

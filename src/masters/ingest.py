@@ -39,15 +39,17 @@ class Rejected:
     reason: str
 
 
-def validated(source: Source) -> Iterator[dict | Rejected]:
+def validated(source: Source, special_tokens: tuple[str, ...] = ()) -> Iterator[dict | Rejected]:
     """For every row of the source, in order: a question (see `schemas.QUESTIONS`) or a rejection.
+
+    A text that holds one of `special_tokens` is refused: in a prompt it would be a turn's end or a second image.
 
     Memory holds one row, and the ids seen.
     """
     seen: set[str] = set()
     for number, row in enumerate(source.rows(), start=1):
         try:
-            yield _accepted(row, seen)
+            yield _accepted(row, seen, special_tokens)
         except MastersError:
             raise
         except Reject as reject:
@@ -57,7 +59,7 @@ def validated(source: Source) -> Iterator[dict | Rejected]:
             yield Rejected(_shown_id(row, number), kind, f"{kind} ({type(error).__name__}: {str(error)[:SHOWN]})")
 
 
-def _accepted(row: RawRow, seen: set[str]) -> dict:
+def _accepted(row: RawRow, seen: set[str], special_tokens: tuple[str, ...]) -> dict:
     """The question of a row. Its id counts as seen only if the row is accepted. Raises Reject."""
     if row.fault:
         kind, _, detail = row.fault.partition(" (")
@@ -66,6 +68,9 @@ def _accepted(row: RawRow, seen: set[str]) -> dict:
     if question_id in seen:
         raise Reject("duplicate id")
     question, answer = text("question", row.question), text("answer", row.answer)
+    for name, value in (("question", question), ("answer", answer)):
+        if found := next((token for token in special_tokens if token in value), None):
+            raise Reject(f"{name} has a special token", found)
     category = category_of(row)
     if row.split is not None and row.split not in SPLITS:
         raise Reject("unknown split", f"found {row.split!r:.50}, expected train or test")

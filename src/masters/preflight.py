@@ -40,6 +40,7 @@ class Ready:
     source: Source
     student: LocalModel
     teachers: list[LocalModel]
+    special_tokens: tuple[str, ...]  # of the tokenizer that all models share
     judge: LocalModel | Server | None = None  # None: no LLM judges, or each round's teacher does
 
 
@@ -52,7 +53,7 @@ def preflight(config: Config) -> Ready:
     for teacher in teachers:
         check_pair(teacher, student)
     storage = open_storage(config.store.root)
-    return Ready(storage, source, student, teachers, judge)
+    return Ready(storage, source, student, teachers, special_tokens(student.folder), judge)
 
 
 def judge_of(config: Config) -> LocalModel | Server | None:
@@ -94,7 +95,7 @@ def check_pair(teacher: LocalModel, student: LocalModel) -> None:
         raise InputError(
             f"teacher {teacher.name} is {kinds[0]}, student {student.name} is {kinds[1]}: both must be of one family"
         )
-    ours, theirs = vocabulary(teacher.folder), vocabulary(student.folder)
+    ours, theirs = (tokenizer(m.folder).get_vocab() for m in (teacher, student))
     if ours != theirs:
         differ = sum(1 for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
         raise InputError(
@@ -110,12 +111,16 @@ def model_type(folder: Path) -> str:
         raise InputError(f"{folder / 'config.json'} names no model_type: {error}") from error
 
 
-def vocabulary(folder: Path) -> dict[str, int]:
-    """Token to id, added tokens included."""
+def special_tokens(folder: Path) -> tuple[str, ...]:
+    """The texts that a tokenizer reads as control tokens, sorted."""
+    return tuple(sorted(t.content for t in tokenizer(folder).added_tokens_decoder.values() if t.special))
+
+
+def tokenizer(folder: Path):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder).get_vocab()
+        return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises many kinds
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
 

@@ -103,6 +103,7 @@ def _start(child: Child) -> subprocess.Popen:
             stdout=log,
             stderr=log,
             env=os.environ | child.environment,
+            start_new_session=True,  # a terminal's Ctrl-C is the parent's to handle
         )
 
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.request import urlopen
 
 import mlflow
 from mlflow import MlflowClient
@@ -24,6 +25,20 @@ Tracked = Callable[[Artifact, dict], None]
 def tracking_uri(config: Config, storage: Storage) -> str:
     """runtime.mlflow_uri, else MLFLOW_TRACKING_URI, else a SQLite file beside the artifacts (S3: in this folder)."""
     return config.runtime.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI") or beside(storage)
+
+
+def check_answers(uri: str) -> None:
+    """Raises InputError if an MLflow server is named and does not answer: its client would retry for minutes."""
+    if not uri.startswith(("http://", "https://")):
+        return
+    try:
+        with urlopen(f"{uri.rstrip('/')}/health", timeout=10):
+            pass
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"MLflow at {uri} does not answer ({error}): start it, or choose another with runtime.mlflow_uri or "
+            "MLFLOW_TRACKING_URI"
+        ) from error
 
 
 def beside(storage: Storage) -> str:
@@ -51,6 +66,7 @@ class Tracker:
 
     def __init__(self, config: Config, storage: Storage) -> None:
         self.uri = tracking_uri(config, storage)
+        check_answers(self.uri)
         if self.uri == beside(storage):
             check_beside(storage)
         mlflow.set_tracking_uri(self.uri)

@@ -1,13 +1,9 @@
-"""Property tests draw the same examples every time and have no deadline: machines are slow and shared."""
+"""Fixtures of the tests on tensors."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import settings
-
-settings.register_profile("masters", deadline=None, derandomize=True)
-settings.load_profile("masters")
 
 
 @pytest.fixture(autouse=True, scope="package")

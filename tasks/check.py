@@ -1,0 +1,56 @@
+"""Fast paths against plain ones, and vLLM against transformers, on a few rows: what `masters check --parity` prints."""
+
+import tempfile
+from itertools import islice
+from pathlib import Path
+
+from masters import processes
+from masters.config import Config
+from masters.errors import InputError
+from masters.ingest import Rejected, validated
+from masters.preflight import LocalModel, Ready
+
+ROWS = 4
+
+
+def parity(config: Config, ready: Ready) -> list[dict]:
+    """Differences found for every model: `name`, `found`, `limit`. Loads each model on this machine, twice."""
+    questions = (row for row in validated(ready.source, ready.special_tokens) if not isinstance(row, Rejected))
+    rows = [
+        dict(question=row["question"], answer=row["answer"], image=row["image"].hex())
+        for row in islice(questions, ROWS)
+    ]
+    if not rows:
+        raise InputError(f"source {config.data.source} holds no row that could be used")
+    models = [_model(config, ready.student, [0.0])]
+    models += [
+        _model(config, model, [teacher.r_max, 0.0])
+        for teacher, model in zip(config.teachers, ready.teachers, strict=True)
+    ]
+    found: list[dict] = []
+    with tempfile.TemporaryDirectory(prefix="masters-check-") as folder:
+        # a process a model: it holds one engine
+        children = [
+            processes.Child(
+                f"check-{number}", "masters.models.parity",
+                dict(models=[model], rows=rows, dtype=config.generate.dtype, runtime=config.runtime.model_dump()),
+                Path(folder), {},
+            )
+            for number, model in enumerate(models)
+        ]  # fmt: skip
+        processes.run(children, 1, lambda _, line: found.append(line))
+    return found
+
+
+def _model(config: Config, model: LocalModel, ratios: list[float]) -> dict:
+    from masters.models.masking import group_thresholds, safetensors_tensors
+
+    wanted = sorted(set(ratios), reverse=True)
+    rows = group_thresholds(
+        lambda: safetensors_tensors(model.folder), wanted, config.mask.granularity, tuple(config.mask.exclude)
+    )
+    thresholds = {
+        str(ratio): {r["tensor"]: r["threshold"] for r in rows if r["mask_ratio"] == ratio and ratio > 0}
+        for ratio in wanted
+    }
+    return dict(name=model.name, folder=str(model.folder), thresholds=thresholds)

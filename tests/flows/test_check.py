@@ -1,0 +1,17 @@
+"""`masters check --parity`: real models, vLLM and PyTorch on a few rows."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.flows.test_pipeline import masters
+
+
+@pytest.mark.slow
+def test_the_demo_models_pass(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    arguments = ("--set", f"store.root={tmp_path / 'store'}", "--parity")
+    done = masters("check", "configs/demo.toml", *arguments, home=tmp_path / "home")
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout
+    verdicts = [line.split()[0] for line in done.stdout.splitlines() if "(limit" in line]
+    assert verdicts == ["ok"] * 7  # two of packing a model, the student whole, the teacher masked and whole
