@@ -27,17 +27,19 @@ CHAT_TEMPLATE = (
 SIZES = {
     "teacher": dict(width=128, inner=384, layers=4, heads=4, kv=2, eye=128, eye_inner=256, eye_layers=4, stack=[1, 2]),
     "student": dict(width=64, inner=192, layers=3, heads=2, kv=1, eye=64, eye_inner=128, eye_layers=3, stack=[1]),
+    # never shown an image
+    "judge": dict(width=128, inner=320, layers=4, heads=4, kv=2, eye=32, eye_inner=32, eye_layers=1, stack=[0]),
 }
 
 
-def tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most 512 entries learned from `texts`; it can write any text."""
+def tokenizer(texts: list[str], entries: int = 512) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `entries` learned from `texts`; it can write any text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        sorted(set(texts)), trainers.BpeTrainer(vocab_size=512, special_tokens=SPECIALS, initial_alphabet=alphabet)
+        sorted(set(texts)), trainers.BpeTrainer(vocab_size=entries, special_tokens=SPECIALS, initial_alphabet=alphabet)
     )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=2048
