@@ -143,6 +143,7 @@ def test_no_process_of_a_run_is_left(first: dict, place: Path) -> None:
     assert left == []
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_no_response(first: dict, place: Path) -> None:
     arguments = [*settings(place), "--set", f"store.root={place / 'other'}", "--set", "runtime.generate_workers=1"]
     done = masters("stage", "generate", "configs/demo.toml", *arguments, "--json", home=place / "home")
@@ -218,6 +219,7 @@ def test_a_model_changed_in_its_folder_is_another_model(first: dict, place: Path
     assert planned(place, f"teachers.0.model={changed / 'teacher'}")["mask"] == "built"
 
 
+@pytest.mark.slow
 def test_another_image_under_an_old_id_is_other_data(first: dict, place: Path) -> None:
     shutil.copytree(place / "data", place / "edited")
     shutil.copy(place / "edited/images/3.png", place / "edited/images/5.png")
