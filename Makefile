@@ -24,6 +24,7 @@ check: setup
 demo-models: setup
 	$(BIN)/python -m demo.train teacher --threads 2
 	$(BIN)/python -m demo.train student --threads 1
+	$(BIN)/python -m demo.judge
 
 setup: .venv/ready
 

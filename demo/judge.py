@@ -19,12 +19,11 @@ from pathlib import Path
 import easy_vqa
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tokenizers import normalizers
 from transformers import AddedToken, PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 
 from demo import build
-from demo.train import IGNORE, schedule
+from demo.train import IGNORE, answer_loss, schedule, stacked, update
 from masters.identity import digest, unit_interval
 from masters.rewards import judge_prompts
 from masters.rewards.rules import exact_match, normalise
@@ -227,14 +226,7 @@ class Packer:
     def __call__(self, rows: list[list[Lesson]]) -> tuple[dict, torch.Tensor]:
         """Model inputs and labels [B, L]."""
         packed = [self._row(self.ids(row)) for row in rows]
-        length = max(len(p[0]) for p in packed)
-        ids, labels, segments, positions = (
-            torch.stack([F.pad(torch.tensor(p[k]), (0, length - len(p[k])), value=fill) for p in packed])
-            for k, fill in ((0, self.text.pad_token_id), (1, IGNORE), (2, -1), (3, 0))
-        )
-        i = torch.arange(length)
-        same = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
-        mask = ((i[:, None] >= i[None, :]) & same)[:, None]
+        ids, labels, mask, positions = stacked(packed, self.text.pad_token_id)
         inputs = dict(input_ids=ids, attention_mask=mask, position_ids=positions.expand(3, -1, -1), use_cache=False)
         return inputs, labels
 
@@ -263,11 +255,7 @@ def batches(recipe: Recipe, rng: np.random.Generator) -> Iterator[list[list[Less
 
 def loss_of(model: Qwen3VLForConditionalGeneration, inputs: dict, labels: torch.Tensor):
     """Cross-entropy (mean over answer tokens) and, per answer token, whether the greedy choice is right."""
-    hidden = model.model.language_model(**inputs).last_hidden_state[:, :-1]
-    wanted = labels[:, 1:]
-    at = wanted != IGNORE
-    logits = model.lm_head(hidden[at])
-    return F.cross_entropy(logits, wanted[at]), logits.argmax(-1) == wanted[at]
+    return answer_loss(model, model.model.language_model(**inputs).last_hidden_state, labels)
 
 
 @torch.no_grad()
@@ -298,11 +286,7 @@ def train(model: Qwen3VLForConditionalGeneration, packer: Packer, recipe: Recipe
     stream = batches(recipe, np.random.default_rng(seed))
     for step in range(1, recipe.steps + 1):
         loss, _ = loss_of(model, *packer(next(stream)))
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        planner.step()
+        update(model, optimiser, planner, loss)
         if step % max(1, recipe.steps // 20) == 0:
             progress.append(dict(step=step, loss=round(loss.item(), 4), **scores(model, packer, seed + 1, 100)))
             print(progress[-1], f"{time.process_time() - began:.0f} s", flush=True)

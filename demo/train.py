@@ -74,6 +74,15 @@ def schedule(optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sch
     )
 
 
+def update(module: torch.nn.Module, optimiser, planner, loss: torch.Tensor) -> None:
+    """One optimiser step, gradients of `module` clipped to a norm of 1."""
+    optimiser.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    optimiser.step()
+    planner.step()
+
+
 def train_eye(model: Qwen3VLForConditionalGeneration, recipe: Recipe, rng: np.random.Generator) -> None:
     """Phase one: shape and colour from the mean of the eye's outputs, on drawn images alone."""
     eye, width = model.model.visual, model.config.text_config.hidden_size
@@ -88,11 +97,7 @@ def train_eye(model: Qwen3VLForConditionalGeneration, recipe: Recipe, rng: np.ra
         shape = torch.tensor([shapes.SHAPES.index(d[1]) for d in drawn])
         color = torch.tensor([colors.index(d[2]) for d in drawn])
         loss = F.cross_entropy(logits[:, :3], shape) + F.cross_entropy(logits[:, 3:], color)
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(eye.parameters(), 1.0)
-        optimiser.step()
-        planner.step()
+        update(eye, optimiser, planner, loss)
         right = 0.98 * right + 0.02 * (logits[:, :3].argmax(1) == shape).float().mean().item()
         if step % 250 == 249:
             print(
@@ -100,6 +105,21 @@ def train_eye(model: Qwen3VLForConditionalGeneration, recipe: Recipe, rng: np.ra
                 f"{time.time() - began:.0f} s",
                 flush=True,
             )
+
+
+def stacked(packed: list[tuple[list[int], ...]], padding: int) -> tuple[torch.Tensor, ...]:
+    """Rows of (ids, labels, segments, offsets) as ids, labels and offsets [B, L] and the attention mask [B, 1, L, L].
+
+    A token sees the shared prefix (segment 0) and the earlier tokens of its own segment.
+    """
+    length = max(len(row[0]) for row in packed)
+    ids, labels, segments, offsets = (
+        torch.stack([F.pad(torch.tensor(row[k]), (0, length - len(row[k])), value=fill) for row in packed])
+        for k, fill in ((0, padding), (1, IGNORE), (2, -1), (3, 0))
+    )
+    i = torch.arange(length)
+    same = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
+    return ids, labels, ((i[:, None] >= i[None, :]) & same)[:, None], offsets
 
 
 class Packer:
@@ -128,14 +148,7 @@ class Packer:
     def __call__(self, rows: list[tuple[Image.Image, list[tuple[str, str]]]]) -> tuple[dict, torch.Tensor]:
         """Model inputs and labels [B, L] of rows of (image, questions with answers)."""
         packed = [self._row(questions) for _, questions in rows]
-        length = max(len(p[0]) for p in packed)
-        ids, labels, segments, offsets = (
-            torch.stack([F.pad(torch.tensor(p[k]), (0, length - len(p[k])), value=fill) for p in packed])
-            for k, fill in ((0, self.text.pad_token_id), (1, IGNORE), (2, -1), (3, 0))
-        )
-        i = torch.arange(length)
-        causal = i[:, None] >= i[None, :]
-        same = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
+        ids, labels, mask, offsets = stacked(packed, self.text.pad_token_id)
         kind = (ids == self.model.config.image_token_id).int()
         start, _ = self.model.model.get_rope_index(
             ids[:1, : len(self.prefix)], mm_token_type_ids=kind[:1, : len(self.prefix)], image_grid_thw=grid(1)
@@ -143,7 +156,7 @@ class Packer:
         after = (start.max() + 1 + offsets[:, len(self.prefix) :]).expand(3, -1, -1)
         position = torch.cat([start.expand(3, len(rows), -1), after], 2)
         inputs = dict(
-            input_ids=ids, attention_mask=(causal & same)[:, None], position_ids=position, mm_token_type_ids=kind,
+            input_ids=ids, attention_mask=mask, position_ids=position, mm_token_type_ids=kind,
             pixel_values=patches([r[0] for r in rows]), image_grid_thw=grid(len(rows)), use_cache=False,
         )  # fmt: skip
         return inputs, labels
@@ -183,10 +196,15 @@ def loss_of(
     model: Qwen3VLForConditionalGeneration, inputs: dict, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy (mean over answer tokens) and, per answer token, whether the greedy choice is right."""
-    hidden = model.model(**inputs).last_hidden_state[:, :-1]
-    wanted = labels[:, 1:]
+    return answer_loss(model, model.model(**inputs).last_hidden_state, labels)
+
+
+def answer_loss(
+    model: Qwen3VLForConditionalGeneration, hidden_BLH: torch.Tensor, labels_BL: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    wanted = labels_BL[:, 1:]
     at = wanted != IGNORE
-    logits = model.lm_head(hidden[at])
+    logits = model.lm_head(hidden_BLH[:, :-1][at])
     return F.cross_entropy(logits, wanted[at]), logits.argmax(-1) == wanted[at]
 
 
@@ -215,11 +233,7 @@ def train_answers(model, packer: Packer, recipe: Recipe, rng: np.random.Generato
     )
     for step in range(1, recipe.steps + 1):
         loss, _ = loss_of(model, *packer(next(stream)))
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        planner.step()
+        update(model, optimiser, planner, loss)
         if step % max(1, recipe.steps // 10) == 0:
             score = exact_match(model, packer, rows[-HELD_OUT:])
             progress.append(dict(step=step, loss=round(loss.item(), 4), held_out_exact_match=round(score, 4)))

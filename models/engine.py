@@ -74,6 +74,7 @@ class Engine:
 
         self.folder = folder
         self.processor = AutoProcessor.from_pretrained(folder)
+        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)  # a model of text alone has no processor
         self.llm = LLM(
             model=str(folder),
             dtype=dtype,
@@ -88,8 +89,7 @@ class Engine:
             seed=0,
             disable_log_stats=True,
         )
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)  # a model of text alone has no processor
-        self.llm.collective_rpc("only_words", args=(1 + max(tokenizer.get_vocab().values()),))
+        self.llm.collective_rpc("only_words", args=(1 + max(self.tokenizer.get_vocab().values()),))
 
     def __enter__(self) -> "Engine":
         return self
@@ -123,11 +123,8 @@ class Engine:
         if not requests:
             return []
         self.reset()
-        prompts = [
-            {"prompt": chat(self.processor, r.question), "multi_modal_data": {"image": opened(r.image)}}
-            for r in requests
-        ]
-        outputs = self.llm.generate(prompts, [self._sampling(r, sampling) for r in requests], use_tqdm=False)
+        wanted = [self._sampling(request, sampling) for request in requests]
+        outputs = self.llm.generate([self._prompt(request) for request in requests], wanted, use_tqdm=False)
         return [_replies(out) for out in outputs]
 
     def converse(self, conversations: list[Conversation], max_tokens: int) -> list[Reply | None]:
@@ -147,12 +144,9 @@ class Engine:
         from vllm import SamplingParams
 
         self.reset()
-        prompts = [
-            {"prompt": chat(self.processor, r.question), "multi_modal_data": {"image": opened(r.image)}}
-            for r in requests
-        ]
         wanted = SamplingParams(temperature=0.0, max_tokens=tokens, logprobs=1)
-        answers = [out.outputs[0] for out in self.llm.generate(prompts, wanted, use_tqdm=False)]
+        outputs = self.llm.generate([self._prompt(request) for request in requests], wanted, use_tqdm=False)
+        answers = [out.outputs[0] for out in outputs]
         return [
             (list(a.token_ids), [at[token].logprob for token, at in zip(a.token_ids, a.logprobs, strict=True)])
             for a in answers
@@ -167,10 +161,13 @@ class Engine:
         ids = self.processor(text=[text], images=[image])["input_ids"][0]
         return len(ids) + sampling.max_tokens <= length
 
+    def _prompt(self, request: Request) -> Any:
+        text, image = chat(self.processor, request.question), opened(request.image)
+        return {"prompt": text, "multi_modal_data": {"image": image}}
+
     def _conversation(self, conversation: Conversation) -> list[int]:
         text = self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)  # a model of text alone has no processor
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _sampling(self, request: Request, sampling: Generate):
         from vllm import SamplingParams

@@ -35,21 +35,18 @@ class Difference:
 
 def main(job_file: Path) -> None:
     job = json.loads(job_file.read_text())
-    for model in job["models"]:
-        for difference in differences(job, model):
-            processes.report(job_file, **asdict(difference))
+    for difference in differences(job):
+        processes.report(job_file, **asdict(difference))
 
 
-def differences(job: dict, model: dict) -> list[Difference]:
-    """Of one model: the packed batch against separate rows, and the engine against transformers at every ratio."""
-    folder, rows = Path(model["folder"]), job["rows"]
+def differences(job: dict) -> list[Difference]:
+    """Of a model: the packed batch against separate rows, and the engine against transformers at every ratio."""
+    model, rows = job["model"], job["rows"]
+    folder = Path(model["folder"])
     images = [bytes.fromhex(row["image"]) for row in rows]
     processor = AutoProcessor.from_pretrained(folder)
     inputs = [prompts.model_inputs(processor, r["question"], i) for r, i in zip(rows, images, strict=True)]
-    answers = [
-        [*processor.tokenizer(row["answer"], add_special_tokens=False)["input_ids"], processor.tokenizer.eos_token_id]
-        for row in rows
-    ]
+    answers = [prompts.label_tokens(processor.tokenizer, row["answer"]) for row in rows]
     loaded, family = checkpoints.load_model(folder, "float32"), _family(folder)
     name = model["name"]
     found = packed_against_separate(name, loaded, family, Question(name, inputs[0], answers))

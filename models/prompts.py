@@ -16,6 +16,11 @@ def chat(processor, question: str) -> str:
     return processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
 
 
+def label_tokens(tokenizer, answer: str) -> list[int]:
+    """A label's tokens with the end token."""
+    return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
 def model_inputs(processor, question: str, image: bytes) -> dict[str, torch.Tensor]:
     """The processor's output: [1, P] token tensors and the family's image tensors."""
     return dict(processor(text=[chat(processor, question)], images=[opened(image)], return_tensors="pt"))

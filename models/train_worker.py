@@ -22,7 +22,7 @@ from masters.models import checkpoints, trainer
 from masters.models.families import family_of
 from masters.models.masking import safetensors_tensors
 from masters.models.packing import Question
-from masters.models.prompts import model_inputs
+from masters.models.prompts import label_tokens, model_inputs
 from masters.models.training_data import Group, label_groups, plan_steps, response_groups
 from masters.shards import Ref
 from masters.storage import Storage
@@ -62,9 +62,7 @@ class Prompts:
         return prompt
 
     def label(self, answer: str) -> list[int]:
-        """A label's tokens with the end token."""
-        tokenizer = self.processor.tokenizer
-        return tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        return label_tokens(self.processor.tokenizer, answer)
 
     def question(self, group: Group) -> Question:
         prompt = self.prompt(group.ref)

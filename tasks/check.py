@@ -33,7 +33,7 @@ def parity(config: Config, ready: Ready) -> list[dict]:
         children = [
             processes.Child(
                 f"check-{number}", "masters.models.parity",
-                dict(models=[model], rows=rows, dtype=config.generate.dtype, runtime=config.runtime.model_dump()),
+                dict(model=model, rows=rows, dtype=config.generate.dtype, runtime=config.runtime.model_dump()),
                 Path(folder), {},
             )
             for number, model in enumerate(models)

@@ -37,7 +37,7 @@ def made_run(store: Path, judge: str = "http://127.0.0.1:1/v1", rebuild: bool = 
         )
     )  # fmt: skip
     models = [LocalModel(name, Path(name), digest(name.encode())) for name in ("s", "t")]
-    ready = Ready(Storage(str(store)), None, models[0], models[1:], judge_of(config))  # pyright: ignore
+    ready = Ready(Storage(str(store)), None, models[0], models[1:], (), judge_of(config))  # pyright: ignore
     return Run(config, ready, Quiet(), frozenset([Stage.SCORE] if rebuild else []))  # pyright: ignore
 
 

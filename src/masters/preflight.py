@@ -40,8 +40,8 @@ class Ready:
     source: Source
     student: LocalModel
     teachers: list[LocalModel]
+    special_tokens: tuple[str, ...]  # of the tokenizer that all models share
     judge: LocalModel | Server | None = None  # None: no LLM judges, or each round's teacher does
-    special_tokens: tuple[str, ...] = ()  # of the tokenizer that all models share
 
 
 def preflight(config: Config) -> Ready:
@@ -53,7 +53,7 @@ def preflight(config: Config) -> Ready:
     for teacher in teachers:
         check_pair(teacher, student)
     storage = open_storage(config.store.root)
-    return Ready(storage, source, student, teachers, judge, special_tokens(student.folder))
+    return Ready(storage, source, student, teachers, special_tokens(student.folder), judge)
 
 
 def judge_of(config: Config) -> LocalModel | Server | None:

@@ -186,6 +186,6 @@ def context(s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable
 
     def make(root: str) -> Run:
         nothing: Any = None
-        return Run(nothing, Ready(Storage(root), nothing, nothing, []), nothing, frozenset())
+        return Run(nothing, Ready(Storage(root), nothing, nothing, [], ()), nothing, frozenset())
 
     return make

@@ -2,20 +2,20 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoProcessor
 
-from demo import families, shapes
+from demo import families
 from masters.models.checkpoints import load_masked, load_model
 from masters.models.families import family_of
 from masters.models.masking import apply_mask, group_thresholds, magnitude_thresholds, safetensors_tensors
-from masters.models.packing import Question, pack, response_logits
+from masters.models.packing import pack, response_logits
+from tests.models.asked import alone, questions
 
 RATIO = 0.3
 SIDES = [(64, 64), (120, 60), (56, 180)]
+LENGTHS = [[3, 1, 5], [2, 2], [4]]
 CASES = [(name, tied) for name in families.NAMES for tied in (True, False)]
 
 
@@ -25,35 +25,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return families.save(name, tmp_path_factory.mktemp(name), ["what shape is it now?"], "teacher", tied)
 
 
-def questions(folder: Path) -> list[Question]:
-    """Images of several sizes, responses of several lengths."""
-    processor, rng, made = AutoProcessor.from_pretrained(folder), np.random.default_rng(3), []
-    for number, (side, lengths) in enumerate(zip(SIDES, ([3, 1, 5], [2, 2], [4]), strict=True)):
-        image = shapes.draw(rng)[0].resize(side)
-        words = f"what shape is it{' now' * number}?"
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": words}]}
-        text = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-        prompt = dict(processor(text=[text], images=[image], return_tensors="pt"))
-        made.append(Question(f"q{number}", prompt, [rng.integers(10, 260, n).tolist() for n in lengths]))
-    return made
-
-
-def alone(model: torch.nn.Module, asked: list[Question]) -> torch.Tensor:
-    """Logits of every response token from one plain forward a response, positions left to the model."""
-    rows = []
-    for question in asked:
-        images = {k: v for k, v in question.prompt.items() if k in ("pixel_values", "image_grid_thw")}
-        for response in question.responses:
-            ids = torch.cat([question.prompt["input_ids"], torch.tensor([response])], 1)
-            kinds = {"mm_token_type_ids": (ids == model.config.image_token_id).int()} if len(images) > 1 else {}
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **images, **kinds).logits
-            rows.append(logits[0, -len(response) - 1 : -1])
-    return torch.cat(rows)
-
-
 def test_packed_logits_equal_separate_ones(folder: Path) -> None:
     model = load_model(folder, "float32")
-    asked, family = questions(folder), family_of(model.config.model_type)
+    asked, family = questions(folder, SIDES, LENGTHS, (10, 260)), family_of(model.config.model_type)
     with torch.no_grad():
         expected = alone(model, asked)
         torch.testing.assert_close(response_logits(model, pack(asked, model, family)), expected, atol=1e-4, rtol=1e-4)

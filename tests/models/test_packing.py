@@ -2,16 +2,15 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from demo import shapes
 from masters.config import Rewards, Train
 from masters.models import losses, objective
 from masters.models.checkpoints import load_model
 from masters.models.families import family_of
 from masters.models.packing import Question, pack, response_logits
+from tests.models import asked
 
 FOLDER = Path(__file__).parents[2] / "demo" / "models" / "student"
 
@@ -24,38 +23,13 @@ def model() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def questions() -> list[Question]:
-    from transformers import AutoProcessor
-
-    processor, rng, made = AutoProcessor.from_pretrained(FOLDER), np.random.default_rng(3), []
-    for number, lengths in enumerate(([3, 1, 5], [2, 2])):
-        image, _, _ = shapes.draw(rng)
-        turn = {
-            "role": "user",
-            "content": [{"type": "image"}, {"type": "text", "text": f"what shape is it {'now ' * number}?"}],
-        }
-        text = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-        prompt = dict(processor(text=[text], images=[image], return_tensors="pt"))
-        made.append(Question(f"q{number}", prompt, [rng.integers(270, 350, n).tolist() for n in lengths]))
-    return made
-
-
-def alone(model: torch.nn.Module, questions: list[Question]) -> torch.Tensor:
-    """Logits of every response token from one plain forward a response."""
-    rows = []
-    for question in questions:
-        for response in question.responses:
-            ids = torch.cat([question.prompt["input_ids"], torch.tensor([response])], 1)
-            kind = (ids == model.config.image_token_id).int()
-            images = {k: question.prompt[k] for k in ("pixel_values", "image_grid_thw")}
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kind, **images).logits
-            rows.append(logits[0, -len(response) - 1 : -1])
-    return torch.cat(rows)
+    return asked.questions(FOLDER, [(64, 64)] * 2, [[3, 1, 5], [2, 2]], (270, 350))
 
 
 def test_logits_and_gradients_equal_separate_sequences(model: torch.nn.Module, questions: list[Question]) -> None:
     packed = pack(questions, model, family_of("qwen3_vl"))
     gradients = []
-    for logits in (response_logits(model, packed), alone(model, questions)):
+    for logits in (response_logits(model, packed), asked.alone(model, questions)):
         model.zero_grad()
         losses.chosen_log_probs(logits, packed.token_T).mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))

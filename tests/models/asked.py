@@ -1,0 +1,38 @@
+"""Questions to a model folder about drawn images, and the plain way to its logits."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoProcessor
+
+from demo import shapes
+from masters.models.packing import Question
+
+
+def questions(
+    folder: Path, sides: list[tuple[int, int]], lengths: list[list[int]], tokens: tuple[int, int]
+) -> list[Question]:
+    """A question an image size, with responses of these lengths made of random tokens."""
+    processor, rng, made = AutoProcessor.from_pretrained(folder), np.random.default_rng(3), []
+    for number, (side, of) in enumerate(zip(sides, lengths, strict=True)):
+        image = shapes.draw(rng)[0].resize(side)
+        words = f"what shape is it{' now' * number}?"
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": words}]}
+        text = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+        prompt = dict(processor(text=[text], images=[image], return_tensors="pt"))
+        made.append(Question(f"q{number}", prompt, [rng.integers(*tokens, n).tolist() for n in of]))
+    return made
+
+
+def alone(model: torch.nn.Module, asked: list[Question]) -> torch.Tensor:
+    """Logits of every response token from one plain forward a response, positions left to the model."""
+    rows = []
+    for question in asked:
+        images = {k: v for k, v in question.prompt.items() if k in ("pixel_values", "image_grid_thw")}
+        for response in question.responses:
+            ids = torch.cat([question.prompt["input_ids"], torch.tensor([response])], 1)
+            kinds = {"mm_token_type_ids": (ids == model.config.image_token_id).int()} if len(images) > 1 else {}
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **images, **kinds).logits
+            rows.append(logits[0, -len(response) - 1 : -1])
+    return torch.cat(rows)
