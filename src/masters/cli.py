@@ -20,6 +20,8 @@ from masters.stages import Stage
 if TYPE_CHECKING:
     from masters.preflight import Ready
 
+INTERRUPTED = 130  # what Typer makes of a KeyboardInterrupt
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -91,16 +93,16 @@ def check(
 def main() -> None:
     """Entry point: turns expected errors into one line and an exit code."""
     try:
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
     except typer.TyperException as error:
         typer.echo(f"masters: {error} (masters --help lists commands and options)", err=True)
         sys.exit(2)
     except MastersError as error:
         typer.echo(f"masters: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    if code == INTERRUPTED:
         typer.echo("masters: interrupted; run again to go on from here", err=True)
-        sys.exit(1)
+    sys.exit(1 if code else 0)
 
 
 def _run(settings: Config, rebuild: list[Stage] | None, until: Stage, as_json: bool) -> None:

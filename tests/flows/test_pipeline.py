@@ -134,13 +134,18 @@ def test_running_again_reuses_everything(first: dict, place: Path) -> None:
     assert [s["fingerprint"] for s in again["stages"]] == [s["fingerprint"] for s in first["stages"]]
 
 
-def test_no_process_of_a_run_is_left(first: dict, place: Path) -> None:
-    home, left = f"HOME={place / 'home'}".encode(), []
+def processes_of(home: Path) -> list[str]:
+    """Command lines of the processes that run with this home."""
+    mark, found = f"HOME={home}".encode(), []
     for environment in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):  # gone meanwhile, or another user's
-            if home in environment.read_bytes().split(b"\0"):
-                left.append(environment.parent.name)
-    assert left == []
+            if mark in environment.read_bytes().split(b"\0"):
+                found.append((environment.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+    return found
+
+
+def test_no_process_of_a_run_is_left(first: dict, place: Path) -> None:
+    assert processes_of(place / "home") == []
 
 
 @pytest.mark.slow

@@ -1,0 +1,47 @@
+"""A run that is interrupted ends soon, says so in a line, and leaves no process."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.drawn import write_questions
+from tests.flows.test_pipeline import ROOT, processes_of, settings
+
+SECONDS = 30  # to report to Prefect and MLflow and to end the engines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stop", "code", "line"),
+    [(signal.SIGINT, 1, "masters: interrupted; run again to go on from here"), (signal.SIGTERM, -signal.SIGTERM, None)],
+)
+def test_a_run_ends_when_told_to(stop: signal.Signals, code: int, line: str | None, tmp_path: Path) -> None:
+    """The signal goes to the whole group, as a terminal's Ctrl-C does."""
+    home = tmp_path / "home"
+    home.mkdir()
+    write_questions(tmp_path / "data", 64)
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
+    running = subprocess.Popen(
+        [sys.executable, "-m", "masters.cli", "distill", "configs/demo.toml", *settings(tmp_path)],
+        cwd=ROOT, env=kept | {"HOME": str(home)}, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert running.stderr
+    deadline = time.monotonic() + 120
+    while not any("engine_worker" in line for line in processes_of(home)):
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.5)
+    assert len(processes_of(home)) >= 3  # the run, Prefect's server, an engine
+    os.killpg(running.pid, stop)
+    try:
+        _, said = running.communicate(timeout=SECONDS)
+    finally:
+        running.kill()
+    assert running.returncode == code, said[-2000:]
+    assert "Traceback" not in said
+    assert line is None or line in said.splitlines()
+    assert processes_of(home) == []
