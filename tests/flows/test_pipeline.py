@@ -194,11 +194,15 @@ SWITCHES = {  # of the paper's ablations: the first stage that each changes
     "generate.student_share=1.0": "generate",
     "generate.coverage=full": "generate",
     "generate.temperature=0.9": "generate",
+    "rewards.accuracy=llm": "score",
+    "rewards.accuracy=llm rewards.judge=demo/models/judge": "score",
     "rewards.accuracy=off": "train",
     "rewards.distillation=raw": "train",
     "rewards.distillation=off": "train",
     "train.divergence=kl": "train",
     "train.objective=kd": "train",
+    "train.objective=kd train.targets=labels": "train",
+    "train.objective=sft train.targets=labels": "train",
     "train.beta=0.01": "train",
     "train.seed=1": "train",
 }
@@ -206,7 +210,7 @@ SWITCHES = {  # of the paper's ablations: the first stage that each changes
 
 @pytest.mark.parametrize(("switch", "stage"), SWITCHES.items())
 def test_a_switch_changes_its_stage_and_what_follows_alone(first: dict, place: Path, switch: str, stage: str) -> None:
-    outcomes = planned(place, switch)
+    outcomes = planned(place, *switch.split())
     after = STAGES[STAGES.index(stage) :]
     assert {name: outcome for name, outcome in outcomes.items() if name not in after} == {
         name: "reused" for name in outcomes if name not in after

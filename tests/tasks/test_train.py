@@ -5,73 +5,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoProcessor
 
-from masters import artifacts, processes, schemas, shards
-from masters.artifacts import Artifact, Identity
-from masters.config import Config
-from masters.identity import digest
-from masters.preflight import preflight
+from masters import processes
 from masters.tasks.data import data
 from masters.tasks.mask import mask
-from masters.tasks.stage import Round, Run
+from masters.tasks.stage import Run
 from masters.tasks.train import train
-from masters.tracking import Tracker
 from tests.drawn import write_questions
+from tests.trained import ROOT, by_hand, first_round, made_run
 
-ROOT = Path(__file__).parents[2]
 STEPS = 10
-
-
-def made_run(folder: Path, source: Path, **runtime: int) -> Run:
-    """A run of two mask stages on a store of its own."""
-    config = Config.model_validate(
-        dict(
-            name="trained", store=dict(root=str(folder)), data=dict(source=str(source)),
-            student=dict(model=str(ROOT / "demo/models/student")),
-            teachers=[dict(model=str(ROOT / "demo/models/teacher"), r_max=0.2, step=0.2)],
-            generate=dict(responses=2, max_tokens=8), rewards=dict(accuracy="rules"),
-            train=dict(learning_rate=1e-3, questions_per_step=4), runtime=runtime,
-        )
-    )  # fmt: skip
-    ready = preflight(config)
-    return Run(config, ready, Tracker(config, ready.storage), frozenset())
-
-
-def write_table(run: Run, kind: str, rows: list[dict], schema) -> Artifact:
-    made_of = Identity(kind, 1, {}, {}, "by-hand")
-    content = schemas.encode(rows, schema)
-    run.storage.write(f"{made_of.folder}/{kind}/0.parquet", content)
-    return artifacts.commit(run.storage, made_of, {f"{kind}/0.parquet": digest(content)}, {"rows": len(rows)})
-
-
-def by_hand(run: Run, current: Round, questions: Artifact) -> dict[str, Artifact]:
-    """Responses and verdicts without an engine: the teacher is right, the student says something else."""
-    processor = AutoProcessor.from_pretrained(current.student.folder)
-    reader, responses, verdicts = shards.Reader(questions), [], []
-    for ref in shards.references(questions, "train"):
-        row = next(reader.rows((ref,)))
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]}
-        text = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-        prompt = processor.tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * 16))["input_ids"]
-        own = current.ratios[0 if int(ref.digest[0], 16) < 8 else 1]
-        for source, ratio, said in (("teacher", own, row["answer"]), ("student", None, "red circle")):
-            key = dict(question_id=ref.question_id, source=source, mask_ratio=ratio, sample=0)
-            tokens = [*processor.tokenizer(said)["input_ids"], processor.tokenizer.eos_token_id]
-            responses.append(
-                key | dict(model="m", seed=0, prompt_token_ids=prompt, response_token_ids=tokens, text=said,
-                           finish_reason="stop")
-            )  # fmt: skip
-            verdicts.append(key | dict(score=float(source == "teacher"), status="ok", judge="t", explanation=""))
-    return {
-        "responses": write_table(run, "responses", responses, schemas.RESPONSES),
-        "verdicts": write_table(run, "verdicts", verdicts, schemas.VERDICTS),
-    }
 
 
 def trained(run: Run) -> tuple[dict[str, torch.Tensor], dict]:
     """Weights and the stage's line of the summary."""
-    current = Round(1, run.config.teachers[0], run.ready.teachers[0], run.ready.student)
+    current = first_round(run)
     questions = data.fn(run)
     inputs = {"data": questions, "masks": mask.fn(run, current), **by_hand(run, current, questions)}
     artifact = train.fn(run, current, inputs)
@@ -99,7 +47,7 @@ def test_training_moves_every_kind_of_weight(plain: dict[str, torch.Tensor]) -> 
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(source, plain, tmp_path, monkeypatch) -> None:
-    run = made_run(tmp_path, source, checkpoint_steps=2)
+    run = made_run(tmp_path, source, runtime=dict(checkpoint_steps=2))
     original = processes.run
 
     def interrupted(children, at_once, on_progress) -> None:
@@ -114,13 +62,13 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(source, plain, tmp_path, m
         patch.setattr(processes, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             trained(run)
-    weights, done = trained(made_run(tmp_path, source, checkpoint_steps=2))
+    weights, done = trained(made_run(tmp_path, source, runtime=dict(checkpoint_steps=2)))
     assert done["resumed_at_step"] >= 4
     assert {name for name in plain if not torch.equal(plain[name], weights[name])} == set()
 
 
 def test_two_processes_train_like_one(source, plain, tmp_path) -> None:
-    weights, done = trained(made_run(tmp_path, source, train_processes=2))
+    weights, done = trained(made_run(tmp_path, source, runtime=dict(train_processes=2)))
     assert done["processes"] == 2
     for name, expected in plain.items():  # exported in bfloat16: up to one unit in the last place may differ
         torch.testing.assert_close(weights[name].float(), expected.float(), rtol=2**-7, atol=1e-4)

@@ -1,0 +1,64 @@
+"""A run on drawn questions without Prefect and engines: responses and verdicts are written by hand."""
+
+from pathlib import Path
+
+from transformers import AutoProcessor
+
+from masters import artifacts, schemas, shards
+from masters.artifacts import Artifact, Identity
+from masters.config import Config
+from masters.identity import digest
+from masters.preflight import preflight
+from masters.tasks.stage import Context, Round, Run
+from masters.tracking import Tracker
+
+ROOT = Path(__file__).parents[1]
+
+
+def made_run(folder: Path, source: Path, **sections: dict) -> Run:
+    """A run of two mask stages on a store of its own; `sections` override the configuration's values."""
+    values: dict = dict(
+        name="trained", store=dict(root=str(folder)), data=dict(source=str(source)),
+        student=dict(model=str(ROOT / "demo/models/student")),
+        teachers=[dict(model=str(ROOT / "demo/models/teacher"), r_max=0.2, step=0.2)],
+        generate=dict(responses=2, max_tokens=8), rewards=dict(accuracy="rules"),
+        train=dict(learning_rate=1e-3, questions_per_step=4),
+    )  # fmt: skip
+    config = Config.model_validate(values | {name: values.get(name, {}) | own for name, own in sections.items()})
+    ready = preflight(config)
+    return Run(config, ready, Tracker(config, ready.storage), frozenset())
+
+
+def first_round(context: Context) -> Round:
+    return Round(1, context.config.teachers[0], context.ready.teachers[0], context.ready.student)
+
+
+def write_table(run: Run, kind: str, rows: list[dict], schema) -> Artifact:
+    made_of = Identity(kind, 1, {}, {}, "by-hand")
+    content = schemas.encode(rows, schema)
+    run.storage.write(f"{made_of.folder}/{kind}/0.parquet", content)
+    return artifacts.commit(run.storage, made_of, {f"{kind}/0.parquet": digest(content)}, {"rows": len(rows)})
+
+
+def by_hand(run: Run, current: Round, questions: Artifact) -> dict[str, Artifact]:
+    """The teacher, at each of its mask ratios, is right; the student says something else."""
+    processor = AutoProcessor.from_pretrained(current.student.folder)
+    reader, responses, verdicts = shards.Reader(questions), [], []
+    for ref in shards.references(questions, "train"):
+        row = next(reader.rows((ref,)))
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]}
+        text = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+        prompt = processor.tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * 16))["input_ids"]
+        teachers = [("teacher", ratio, row["answer"]) for ratio in current.ratios]
+        for source, ratio, said in (*teachers, ("student", None, "red circle")):
+            key = dict(question_id=ref.question_id, source=source, mask_ratio=ratio, sample=0)
+            tokens = [*processor.tokenizer(said)["input_ids"], processor.tokenizer.eos_token_id]
+            responses.append(
+                key | dict(model="m", seed=0, prompt_token_ids=prompt, response_token_ids=tokens, text=said,
+                           finish_reason="stop")
+            )  # fmt: skip
+            verdicts.append(key | dict(score=float(source == "teacher"), status="ok", judge="t", explanation=""))
+    return {
+        "responses": write_table(run, "responses", responses, schemas.RESPONSES),
+        "verdicts": write_table(run, "verdicts", verdicts, schemas.VERDICTS),
+    }
