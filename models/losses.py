@@ -4,9 +4,28 @@ Shapes: T response tokens, V vocabulary, R responses. Logits may be of any float
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
+LN2 = math.log(2)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the objective needs of every response token, [T] each: log pi of the token, and D_t (Eq. 4-5)."""
+
+    logp_T: torch.Tensor
+    divergence_T: torch.Tensor
+
+
+def terms(
+    student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor, token_T: torch.Tensor, divergence: str
+) -> Terms:
+    """Dense reference of `head.terms`. `divergence`: "jsd" or "kl"."""
+    per_token = {"jsd": jensen_shannon, "kl": kl_divergence}[divergence]
+    return Terms(chosen_log_probs(student_logits_TV, token_T), per_token(student_logits_TV, teacher_logits_TV))
 
 
 def jensen_shannon(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor) -> torch.Tensor:
@@ -18,7 +37,7 @@ def jensen_shannon(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Ten
     """
     q, p = _log_probs(student_logits_TV, teacher_logits_TV)
     none = (p == -math.inf) & (q == -math.inf)  # logaddexp has no gradient there
-    m = torch.logaddexp(p.masked_fill(none, 0.0), q.masked_fill(none, 0.0)) - math.log(2)
+    m = torch.logaddexp(p.masked_fill(none, 0.0), q.masked_fill(none, 0.0)) - LN2
     return 0.5 * (_expected(p, m) + _expected(q, m))
 
 

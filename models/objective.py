@@ -1,6 +1,6 @@
 """The training objective of one batch: L = L_GRPO + D (Eq. 4-11), rewards computed between forward and backward.
 
-Shapes: T response tokens of the batch, V vocabulary, R responses of the batch, G responses of one question.
+Shapes: T response tokens of the batch, R responses of the batch, G responses of one question.
 Denominators (ours, the paper leaves them open): a response's terms are means over its tokens, a question's over its
 responses, the batch's over its questions (all questions of the step, on every process).
 """
@@ -11,6 +11,7 @@ import torch
 
 from masters.config import Rewards, Train
 from masters.models import losses
+from masters.models.losses import Terms
 from masters.models.packing import Pack
 from masters.rewards import distillation_rewards, group_advantages, raw_distillation_rewards
 
@@ -28,28 +29,25 @@ def question_means(value_R: torch.Tensor, packed: Pack) -> torch.Tensor:
     return losses.response_means(value_R, packed.question_R, int(packed.question_R.max()) + 1)
 
 
-def divergences(student_TV: torch.Tensor, teacher_TV: torch.Tensor, packed: Pack, train: Train) -> torch.Tensor:
-    """D_j = mean_t D_t of every response, [R], from logits [T, V] (Eq. 4-5; ours: the mean over its tokens)."""
-    per_token = {"jsd": losses.jensen_shannon, "kl": losses.kl_divergence}[train.divergence]
-    return losses.response_means(per_token(student_TV, teacher_TV), packed.response_T, packed.responses)
+def divergences(terms: Terms, packed: Pack) -> torch.Tensor:
+    """D_j = mean_t D_t of every response, [R] (Eq. 4-5; ours: the mean over its tokens)."""
+    return losses.response_means(terms.divergence_T, packed.response_T, packed.responses)
 
 
-def supervised(student_TV: torch.Tensor, packed: Pack) -> Outcome:
-    """Plain fine-tuning, a baseline: - mean_j mean_t log pi(token), from logits [T, V], summed over questions."""
-    logp_T = losses.chosen_log_probs(student_TV, packed.token_T)
+def supervised(logp_T: torch.Tensor, packed: Pack) -> Outcome:
+    """Plain fine-tuning, a baseline: - mean_j mean_t log pi(token), from log pi, [T], summed over questions."""
     loss = question_means(losses.response_means(-logp_T, packed.response_T, packed.responses), packed).sum()
     return Outcome(loss, {"loss": loss.item()})
 
 
-def distillation(student_TV: torch.Tensor, teacher_TV: torch.Tensor, packed: Pack, train: Train) -> Outcome:
-    """Distillation alone: mean_j D_j (Eq. 4-5), from logits [T, V], summed over questions."""
-    loss = question_means(divergences(student_TV, teacher_TV, packed, train), packed).sum()
+def distillation(terms: Terms, packed: Pack) -> Outcome:
+    """Distillation alone: mean_j D_j (Eq. 4-5), summed over questions."""
+    loss = question_means(divergences(terms, packed), packed).sum()
     return Outcome(loss, {"loss": loss.item(), "divergence": loss.item()})
 
 
 def masters(
-    student_TV: torch.Tensor,
-    teacher_TV: torch.Tensor,
+    terms: Terms,
     reference_T: torch.Tensor,
     score_R: torch.Tensor,
     packed: Pack,
@@ -58,17 +56,16 @@ def masters(
 ) -> Outcome:
     """Distillation and offline GRPO: L_GRPO + D (Eq. 4-11), summed over questions.
 
-    `student_TV` and `teacher_TV` are logits [T, V], `reference_T` is log pi_ref of the tokens, `score_R` are the
-    verdicts R_acc, NaN where there is none. D is that of this very step, detached in the rewards (Eq. 6-7). Ours: a
-    response without a verdict has no advantage and keeps its D and KL terms.
+    `reference_T` is log pi_ref of the tokens, `score_R` are the verdicts R_acc, NaN where there is none. D is that of
+    this very step, detached in the rewards (Eq. 6-7). Ours: a response without a verdict has no advantage and keeps
+    its D and KL terms.
     """
-    divergence_R = divergences(student_TV, teacher_TV, packed, train)
+    divergence_R = divergences(terms, packed)
     distill_R, advantage_R = advantages(divergence_R.detach(), score_R, packed, rewards)
-    logp_T = losses.chosen_log_probs(student_TV, packed.token_T)
-    grpo_R = losses.grpo_loss(logp_T, reference_T, advantage_R, packed.response_T, train.beta)
+    grpo_R = losses.grpo_loss(terms.logp_T, reference_T, advantage_R, packed.response_T, train.beta)
     loss = question_means(grpo_R + divergence_R, packed).sum()
     kl_R = losses.response_means(
-        losses.kl_to_reference(logp_T.detach(), reference_T), packed.response_T, packed.responses
+        losses.kl_to_reference(terms.logp_T.detach(), reference_T), packed.response_T, packed.responses
     )
     sums = {
         "loss": loss.item(),

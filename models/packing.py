@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from masters.models.families.base import Family
+from masters.models.head import Projection
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def pack(questions: list[Question], model: torch.nn.Module, family: Family) -> P
     """Pack each question into a row of its own, padded to the longest.
 
     The image's token within a response (a model may sample it) would be taken for a place of the image: the model
-    gets token 0 there, and `response_logits` its true embedding.
+    gets token 0 there, and `response_states` its true embedding.
     """
     rows = [_row(q) for q in questions]
     length = max(len(ids) for ids, _, _ in rows)
@@ -124,11 +125,17 @@ def _targets(questions: list[Question]) -> tuple[torch.Tensor, ...]:
     return torch.tensor(predictors), torch.tensor(tokens), torch.tensor(responses), torch.tensor(rows)
 
 
-def response_logits(model: torch.nn.Module, packed: Pack) -> torch.Tensor:
-    """Logits [T, V] that predict each response token, at those positions only."""
+def response_states(model: torch.nn.Module, packed: Pack) -> Projection:
+    """What predicts each response token: last hidden states [T, H] at those positions only, and the head."""
     with _image_words(model, packed.image_word_BL):
         hidden_BLH = model.model(**packed.inputs, use_cache=False).last_hidden_state
-    return model.lm_head(hidden_BLH[packed.predictors_T2[:, 0], packed.predictors_T2[:, 1]])
+    hidden_TH = hidden_BLH[packed.predictors_T2[:, 0], packed.predictors_T2[:, 1]]
+    return Projection(hidden_TH, model.lm_head.weight)
+
+
+def response_logits(model: torch.nn.Module, packed: Pack) -> torch.Tensor:
+    """Logits [T, V] that predict each response token."""
+    return response_states(model, packed).logits()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ R responses.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,12 +14,13 @@ from transformers import AutoConfig, AutoProcessor
 
 from masters import processes
 from masters.config import Runtime
-from masters.models import checkpoints, losses, prompts
+from masters.models import checkpoints, head, losses, prompts
 from masters.models.engine import Engine, Request
 from masters.models.families import family_of
-from masters.models.packing import Question, pack, response_logits
+from masters.models.head import Projection
+from masters.models.packing import Question, pack, response_logits, response_states
 
-LOGITS = 1e-4  # absolute, float32
+TERMS = 1e-4  # absolute, nats, float32
 GRADIENTS = 1e-4  # relative to the largest gradient
 LOG_PROBS = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}  # nats, engine against transformers in float32
 TOKENS = 8  # greedy tokens compared a row
@@ -66,15 +68,16 @@ def differences(job: dict) -> list[Difference]:
 
 
 def packed_against_separate(name: str, model: torch.nn.Module, family, question: Question) -> list[Difference]:
-    """Logits and gradients of G responses behind one prompt against G separate sequences."""
+    """The trainer's path, G responses behind one prompt and a chunked head, against G sequences and whole logits."""
     alone = [Question(question.question_id, question.prompt, [r]) for r in question.responses]
-    plain_TV, plain = _logits_and_gradients(model, family, alone)
-    packed_TV, packed = _logits_and_gradients(model, family, [question])
+    plain_2T, plain = _terms_and_gradients(model, family, alone, _dense_terms)
+    packed_2T, packed = _terms_and_gradients(model, family, [question], head.terms)
     scale = max(g.abs().max().item() for g in plain)
     worst = max((a - b).abs().max().item() for a, b in zip(plain, packed, strict=True))
+    what = f"{name}: packed and chunked against separate and dense"
     return [
-        Difference(f"{name}: packed against separate, logits", (plain_TV - packed_TV).abs().max().item(), LOGITS),
-        Difference(f"{name}: packed against separate, gradients", worst / scale, GRADIENTS),
+        Difference(f"{what}, log-probabilities and divergences", (plain_2T - packed_2T).abs().max().item(), TERMS),
+        Difference(f"{what}, gradients", worst / scale, GRADIENTS),
     ]
 
 
@@ -88,18 +91,27 @@ def log_prob_difference(
     return (logp_T - torch.tensor(engine_log_probs)).abs().max().item()
 
 
-def _logits_and_gradients(
-    model: torch.nn.Module, family, questions: list[Question]
+def _terms_and_gradients(
+    model: torch.nn.Module, family, questions: list[Question], terms_of: Callable[..., losses.Terms]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Logits [T, V], row after row, and the gradients of their chosen tokens' summed log-probability."""
+    """Log pi and D_t, [2, T], row after row, and the gradients of their sum.
+
+    The teacher's part is taken by the model's own hidden states read backwards: another distribution.
+    """
     model.zero_grad(set_to_none=True)
-    every_TV = []
+    found = []
     for question in questions:
         packed = pack([question], model, family)
-        logits_TV = response_logits(model, packed)
-        losses.chosen_log_probs(logits_TV, packed.token_T).sum().backward()
-        every_TV.append(logits_TV.detach())
-    return torch.cat(every_TV), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        states = response_states(model, packed)
+        other = Projection(states.hidden_TH.detach().flip(1), states.weight_VH.detach())
+        terms = terms_of(states, other, packed.token_T, "jsd")
+        (terms.logp_T + terms.divergence_T).sum().backward()
+        found.append(torch.stack([terms.logp_T.detach(), terms.divergence_T.detach()]))
+    return torch.cat(found, 1), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def _dense_terms(student: Projection, teacher: Projection, token_T: torch.Tensor, divergence: str) -> losses.Terms:
+    return losses.terms(student.logits(), teacher.logits(), token_T, divergence)
 
 
 def _family(folder: Path):

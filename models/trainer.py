@@ -16,9 +16,9 @@ from safetensors.torch import save as save_safetensors
 
 from masters.config import Rewards, Train
 from masters.errors import MastersError
-from masters.models import losses, objective
+from masters.models import head, losses, objective
 from masters.models.families.base import Family
-from masters.models.packing import Pack, Question, pack, response_logits
+from masters.models.packing import Pack, Question, pack, response_logits, response_states
 from masters.models.training_data import Group, Step
 from masters.storage import Storage
 
@@ -102,16 +102,17 @@ def batch_outcome(
     teacher: torch.nn.Module | None,
     references: dict[int, torch.Tensor],
 ) -> objective.Outcome:
-    student_TV = response_logits(job.student, packed)
+    student = response_states(job.student, packed)
     if job.train.objective == "sft" or teacher is None:
-        return objective.supervised(student_TV, packed)
+        return objective.supervised(head.chosen_log_probs(student, packed.token_T), packed)
     with torch.no_grad():
-        teacher_TV = response_logits(teacher, packed)
+        taught = response_states(teacher, packed)
+    terms = head.terms(student, taught, packed.token_T, job.train.divergence)
     if job.train.objective == "kd":
-        return objective.distillation(student_TV, teacher_TV, packed, job.train)
+        return objective.distillation(terms, packed)
     reference_T = torch.cat([references[g] for g in groups])
     score_R = torch.from_numpy(np.concatenate([job.groups[g].scores for g in groups])).float()
-    return objective.masters(student_TV, teacher_TV, reference_T, score_R, packed, job.train, job.rewards)
+    return objective.masters(terms, reference_T, score_R, packed, job.train, job.rewards)
 
 
 @torch.no_grad()
@@ -125,7 +126,7 @@ def reference_log_probs(job: Job) -> dict[int, torch.Tensor]:
         found = {}
         for at in _chunks(list(range(len(job.groups))), job.train.questions_per_step):
             packed = pack([job.question(job.groups[g]) for g in at], job.student, job.family)
-            logp_T = losses.chosen_log_probs(response_logits(job.student, packed), packed.token_T)
+            logp_T = head.chosen_log_probs(response_states(job.student, packed), packed.token_T)
             lengths = [sum(len(r) for r in job.groups[g].responses) for g in at]
             found |= dict(zip(map(str, at), (part.clone() for part in logp_T.split(lengths)), strict=True))
             job.report(event="reference", done=at[-1] + 1, of=len(job.groups))

@@ -13,7 +13,7 @@ from masters.identity import file_digest
 from masters.tasks.mask import thresholds
 from masters.tasks.stage import Context, Round, Run, build_or_reuse, progress_bar
 
-VERSION = 1
+VERSION = 2  # 2: log-probabilities and divergences come out of one chunked pass, rounded otherwise
 PROBE = 128  # evaluation questions watched while it trains; nothing is chosen by them
 
 

@@ -11,7 +11,7 @@ import torch
 
 from masters.config import Rewards, Train
 from masters.models import objective
-from tests.models.compare import packed, tensors
+from tests.models.compare import dense_terms, packed, tensors
 from tests.models.reference import Batch, log_pi
 
 FILE = Path(__file__).with_name("objective.json")
@@ -47,9 +47,10 @@ def compute(train: Train, rewards: Rewards) -> dict[str, float | list[float]]:
     """What the code makes of the case: loss summed over questions, values of every response, gradient norm."""
     batch = case()
     pack, (student, teacher, pi_ref, score_R) = packed(batch), tensors(batch)
-    outcome = objective.masters(student, teacher, pi_ref, score_R, pack, train, rewards)
+    terms = dense_terms(student, teacher, pack, train)
+    outcome = objective.masters(terms, pi_ref, score_R, pack, train, rewards)
     outcome.loss.backward()
-    divergence_R = objective.divergences(student, teacher, pack, train).detach()
+    divergence_R = objective.divergences(terms, pack).detach()
     distill_R, advantage_R = objective.advantages(divergence_R, score_R, pack, rewards)
     assert student.grad is not None
     return {

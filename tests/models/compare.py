@@ -59,6 +59,10 @@ def packed(batch: Batch) -> Pack:
     return Pack({}, torch.empty(0), torch.empty(0), *targets)
 
 
+def dense_terms(student: torch.Tensor, teacher: torch.Tensor, pack: Pack, train: Train) -> losses.Terms:
+    return losses.terms(student, teacher, pack.token_T, train.divergence)
+
+
 def tensors(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Student's and teacher's logits, both open to gradients; log pi_ref; verdicts."""
     student, teacher, pi_ref = (
@@ -77,7 +81,8 @@ def check_objective(batch: Batch, train: Train, rewards: Rewards) -> None:
     """`objective.masters`: the loss, what it logs, and its gradient, which is the student's alone."""
     expected = reference.objective(batch, train.beta, train.divergence, rewards.accuracy, rewards.distillation)
     student, teacher, pi_ref, score_R = tensors(batch)
-    outcome = objective.masters(student, teacher, pi_ref, score_R, packed(batch), train, rewards)
+    pack = packed(batch)
+    outcome = objective.masters(dense_terms(student, teacher, pack, train), pi_ref, score_R, pack, train, rewards)
     outcome.loss.backward()
     assert teacher.grad is None, "a gradient reaches the teacher"
     close(outcome.loss, expected.loss, "loss", atol=1e-4)
@@ -104,10 +109,10 @@ def check_responses(batch: Batch, train: Train, rewards: Rewards) -> None:
         batch, train.beta, train.divergence, rewards.accuracy, rewards.distillation, weight_R
     )
     pack, (student, teacher, pi_ref, score_R) = packed(batch), tensors(batch)
-    divergence_R = objective.divergences(student, teacher, pack, train)
+    terms = dense_terms(student, teacher, pack, train)
+    divergence_R = objective.divergences(terms, pack)
     distill_R, advantage_R = objective.advantages(divergence_R, score_R, pack, rewards)
-    logp_T = losses.chosen_log_probs(student, pack.token_T)
-    grpo_R = losses.grpo_loss(logp_T, pi_ref, advantage_R, pack.response_T, train.beta)
+    grpo_R = losses.grpo_loss(terms.logp_T, pi_ref, advantage_R, pack.response_T, train.beta)
     loss = objective.question_means((grpo_R + divergence_R) * torch.tensor(weight_R), pack).sum()
     loss.backward()
     assert teacher.grad is None, "a gradient reaches the teacher"

@@ -24,7 +24,7 @@ OBJECTIVE: dict[str, list[Edit]] = {
         (
             losses,
             "jensen_shannon",
-            "torch.logaddexp(p.masked_fill(none, 0.0), q.masked_fill(none, 0.0)) - math.log(2)",
+            "torch.logaddexp(p.masked_fill(none, 0.0), q.masked_fill(none, 0.0)) - LN2",
             "((p.clamp(min=-50) + q.clamp(min=-50)) / 2).log_softmax(-1)",
         )
     ],
@@ -57,8 +57,8 @@ OBJECTIVE: dict[str, list[Edit]] = {
         (
             objective,
             "divergences",
-            "losses.response_means(per_token(student_TV, teacher_TV), packed.response_T, packed.responses)",
-            "torch.zeros(packed.responses).index_add(0, packed.response_T, per_token(student_TV, teacher_TV))",
+            "losses.response_means(terms.divergence_T, packed.response_T, packed.responses)",
+            "torch.zeros(packed.responses).index_add(0, packed.response_T, terms.divergence_T)",
         )
     ],
     "a sum over tokens in GRPO": [

@@ -18,6 +18,7 @@ from tests.models.compare import (
     check_objective,
     check_responses,
     close,
+    dense_terms,
     draw,
     packed,
     tensors,
@@ -70,9 +71,10 @@ def test_distillation_and_supervision_alone_equal_the_reference() -> None:
     for kind, terms in kinds.items():
         student, teacher, _, _ = tensors(batch)
         if kind == "kd":
-            outcome = objective.distillation(student, teacher, packed(batch), Train())
+            outcome = objective.distillation(dense_terms(student, teacher, packed(batch), Train()), packed(batch))
         else:
-            outcome = objective.supervised(student, packed(batch))
+            logp_T = losses.chosen_log_probs(student, packed(batch).token_T)
+            outcome = objective.supervised(logp_T, packed(batch))
         outcome.loss.backward()
         assert teacher.grad is None
         close(outcome.loss, (shares * terms(batch.student_TV)).sum(), kind)
@@ -104,7 +106,8 @@ def test_a_shift_of_all_rewards_changes_nothing(shift: float) -> None:
     batch, gradients, values = awkward(), [], []
     for moved in (0.0, shift):
         student, teacher, pi_ref, score_R = tensors(batch)
-        outcome = objective.masters(student, teacher, pi_ref, score_R + moved, packed(batch), Train(), Rewards())
+        terms = dense_terms(student, teacher, packed(batch), Train())
+        outcome = objective.masters(terms, pi_ref, score_R + moved, packed(batch), Train(), Rewards())
         outcome.loss.backward()
         gradients.append(student.grad)
         values.append(outcome.loss.detach())
@@ -127,11 +130,12 @@ def test_degenerate_groups_have_no_advantage_and_no_nan(case: str, variant: str)
     shape, repeats = DEGENERATE[case]
     batch = draw(shape, repeats, seed=2)
     student, teacher, pi_ref, score_R = tensors(batch)
-    divergence_R = objective.divergences(student, teacher, packed(batch), train)
+    terms = dense_terms(student, teacher, packed(batch), train)
+    divergence_R = objective.divergences(terms, packed(batch))
     distill_R, advantage_R = objective.advantages(divergence_R, score_R, packed(batch), rewards)
     assert advantage_R.tolist() == [0.0] * packed(batch).responses
     assert distill_R.isfinite().all()
-    outcome = objective.masters(student, teacher, pi_ref, score_R, packed(batch), train, rewards)
+    outcome = objective.masters(terms, pi_ref, score_R, packed(batch), train, rewards)
     outcome.loss.backward()
     assert outcome.loss.isfinite()
     assert student.grad is not None
@@ -145,7 +149,7 @@ def test_equal_verdicts_leave_the_divergence_to_decide(scores: list[float], shar
     shape: Shape = [[(2, score) for score in scores]]
     batch = draw(shape, {(0, j) for j in range(1, 8)} if shared else set(), seed=3)
     student, teacher, _, score_R = tensors(batch)
-    divergence_R = objective.divergences(student, teacher, packed(batch), Train())
+    divergence_R = objective.divergences(dense_terms(student, teacher, packed(batch), Train()), packed(batch))
     _, advantage_R = objective.advantages(divergence_R, score_R, packed(batch), Rewards())
     assert bool(advantage_R.any()) is not shared
     if not shared:
@@ -157,7 +161,7 @@ def test_a_question_is_rewarded_by_itself() -> None:
     batch = awkward()
     student, teacher, _, score_R = tensors(batch)
     pack = packed(batch)
-    divergence_R = objective.divergences(student, teacher, pack, Train()).detach()
+    divergence_R = objective.divergences(dense_terms(student, teacher, pack, Train()), pack).detach()
     together = objective.advantages(divergence_R, score_R, pack, Rewards())
     for question, responses in enumerate(batch.questions):
         of = pack.question_R == question

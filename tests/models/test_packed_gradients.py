@@ -14,9 +14,9 @@ import torch
 
 from demo import families
 from masters.config import Rewards, Train
-from masters.models import losses, objective, packing, trainer
+from masters.models import head, losses, objective, packing, trainer
 from masters.models.families import family_of
-from masters.models.packing import Pack, Question, pack, response_logits
+from masters.models.packing import Pack, Question, pack, response_logits, response_states
 from masters.models.training_data import Group, Step
 from masters.shards import Ref
 from tests.models import reference, tiny
@@ -288,9 +288,8 @@ def test_identical_responses_get_one_reward_wherever_they_are_packed(job: traine
         for company in ([], [longer]):
             pack_ = pack([tiny.question(job.student, 1, 5, order), *company], job.student, job.family)
             with torch.no_grad():
-                divergence_R = objective.divergences(
-                    response_logits(job.student, pack_), response_logits(teacher, pack_), pack_, job.train
-                )
+                states = response_states(job.student, pack_), response_states(teacher, pack_)
+                divergence_R = objective.divergences(head.terms(*states, pack_.token_T, "jsd"), pack_)
             score_R = torch.tensor([float(r is not third) for r in order] + [1.0] * 2 * len(company))
             distill_R, advantage_R = objective.advantages(divergence_R, score_R, pack_, job.rewards)
             first, second = (j for j, r in enumerate(order) if r is same)
