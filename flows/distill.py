@@ -8,11 +8,11 @@ from prefect.runtime import flow_run
 
 from masters.config import Config
 from masters.errors import StoreError
-from masters.preflight import LocalModel, Ready, preflight
+from masters.preflight import LocalModel, preflight
 from masters.stages import Stage
 from masters.summary import Summary
 from masters.tasks.data import data
-from masters.tasks.evaluate import evaluate
+from masters.tasks.evaluate import ahead, before, evaluate
 from masters.tasks.generate import generate
 from masters.tasks.mask import mask
 from masters.tasks.register import register
@@ -55,7 +55,8 @@ def pipeline(run: Run, summary: Summary, until: Stage) -> None:
         if until == Stage.MASK:
             continue
         if Stage.GENERATE in needs(run.config):
-            inputs["responses"] = generate(run, current, questions, inputs["masks"])
+            later = ahead(run, current, questions) if until in (Stage.EVALUATE, Stage.REGISTER) else []
+            inputs["responses"] = generate(run, current, questions, inputs["masks"], later)
         if Stage.SCORE in needs(run.config) and until != Stage.GENERATE:
             inputs["verdicts"] = score(run, current, questions, inputs["responses"])
         if until in (Stage.GENERATE, Stage.SCORE) and number == len(run.config.teachers):
@@ -75,8 +76,3 @@ def needs(config: Config) -> tuple[Stage, ...]:
         return ()
     scored = config.train.objective == "masters" and config.rewards.accuracy != "off"
     return (Stage.GENERATE, Stage.SCORE) if scored else (Stage.GENERATE,)
-
-
-def before(ready: Ready) -> LocalModel:
-    """The student as it came, under its name in the predictions table."""
-    return LocalModel("student-before", ready.student.folder, ready.student.digest)

@@ -6,7 +6,7 @@ from contextlib import suppress
 from masters import artifacts
 from masters.artifacts import Artifact, Identity
 from masters.config import Config
-from masters.flows.distill import before, needs
+from masters.flows.distill import needs
 from masters.preflight import LocalModel, preflight
 from masters.stages import Stage
 from masters.storage import Storage
@@ -88,7 +88,7 @@ def _walk(context: Context, found: Plan) -> None:
             inputs["verdicts"] = found.find(score.identity(context, current, inputs["responses"]))
         trained = found.find(train.identity(context, current, inputs))
         student = LocalModel("student-after", context.fetched(trained), trained.record["digest"])
-    asked = evaluate.orders(context, questions, [*ready.teachers, before(ready), student])
+    asked = evaluate.orders(context, questions, [*ready.teachers, evaluate.before(ready), student])
     evaluated = found.find(evaluate.identity(context, asked))
     found.find(register.identity(context, trained, evaluated))
 

@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+
 from masters import artifacts, processes, schemas
 from masters.config import Generate, Runtime
 from masters.identity import digest
@@ -18,19 +20,18 @@ from masters.storage import Storage
 PROMPT_TOO_LONG = "prompt_too_long"
 
 
-def request_seed(seed: int, source: str, stage: int, question: str) -> int:
+def first_seed(shard: dict, question: dict) -> int:
     """The first sample's seed of a question: from the run's seed, who answers, the mask stage and the content."""
-    return int(digest(f"{seed}/{source}/{stage}/{question}".encode())[:7], 16)
+    parts = (shard["sampling"]["seed"], shard["source"], shard["stage"], question["question_digest"])
+    return int(digest("/".join(map(str, parts)).encode())[:7], 16)
 
 
 def main(job_file: Path) -> None:
     job = json.loads(job_file.read_text())
     storage = Storage(job["store"])
     data = artifacts.load(storage, job["data"])
-    reader, rows_of = Reader(data), ROWS[job["kind"]]
-    sampling, runtime = Generate.model_construct(**job["sampling"]), Runtime(**job["runtime"])
-    ratio = 0.0
-    with Engine(Path(job["model"]["folder"]), job["sampling"]["dtype"], runtime) as engine:
+    reader, ratio = Reader(data), 0.0
+    with Engine(Path(job["folder"]), job["dtype"], Runtime(**job["runtime"])) as engine:
         processes.report(job_file, event="engine")
         for shard in job["shards"]:
             if not storage.exists(shard["out"]):
@@ -38,49 +39,47 @@ def main(job_file: Path) -> None:
                     ratio = shard["mask_ratio"] or 0.0
                     engine.remask(job["thresholds"].get(str(ratio), {}))
                 questions = list(reader.rows(tuple(Ref(*ref) for ref in shard["refs"])))
-                replies = answer(engine, questions, shard, sampling)
-                rows = [row for q, r in zip(questions, replies, strict=True) for row in rows_of(job, shard, q, r)]
-                storage.create(shard["out"], schemas.encode(rows, SCHEMAS[job["kind"]]))
+                replies = answer(engine, questions, shard)
+                rows_of, schema = TABLES[shard["kind"]]
+                rows = [row for q, r in zip(questions, replies, strict=True) for row in rows_of(shard, q, r)]
+                storage.create(shard["out"], schemas.encode(rows, schema))
             processes.report(job_file, event="shard", questions=len(shard["refs"]))
 
 
-def answer(engine: Engine, questions: list[dict], shard: dict, sampling: Generate) -> list[list[Reply]]:
+def answer(engine: Engine, questions: list[dict], shard: dict) -> list[list[Reply]]:
     """Replies per question. A prompt that the engine cannot take gets empty replies that say so."""
-    seeds = [request_seed(sampling.seed, shard["source"], shard["stage"], q["question_digest"]) for q in questions]
-    requests = [
-        Request(q["image"], q["question"], shard["samples"], seed) for q, seed in zip(questions, seeds, strict=True)
-    ]
+    sampling = Generate.model_construct(**shard["sampling"])
+    requests = [Request(q["image"], q["question"], shard["samples"], first_seed(shard, q)) for q in questions]
     fits = [engine.fits(request, sampling) for request in requests]
     answered = iter(engine.generate([r for r, fit in zip(requests, fits, strict=True) if fit], sampling))
     refused = [Reply([], [], "", PROMPT_TOO_LONG)] * shard["samples"]
     return [next(answered) if fit else refused for fit in fits]
 
 
-def response_rows(job: dict, shard: dict, question: dict, replies: list[Reply]) -> list[dict]:
+def response_rows(shard: dict, question: dict, replies: list[Reply]) -> list[dict]:
     """Rows of the responses table for one question."""
-    seed = request_seed(job["sampling"]["seed"], shard["source"], shard["stage"], question["question_digest"])
+    seed = first_seed(shard, question)
     return [
         dict(
             question_id=question["question_id"], source=shard["source"], mask_ratio=shard["mask_ratio"], sample=sample,
-            model=job["model"]["name"], seed=seed + sample, prompt_token_ids=reply.prompt_token_ids,
+            model=shard["model"], seed=seed + sample, prompt_token_ids=reply.prompt_token_ids,
             response_token_ids=reply.response_token_ids, text=reply.text, finish_reason=reply.finish_reason,
         )
         for sample, reply in enumerate(replies)
     ]  # fmt: skip
 
 
-def prediction_rows(job: dict, shard: dict, question: dict, replies: list[Reply]) -> list[dict]:
+def prediction_rows(shard: dict, question: dict, replies: list[Reply]) -> list[dict]:
     """Row of the predictions table for one question."""
     text = replies[0].text
     right = exact_match(text, question["answer"])
-    return [dict(question_id=question["question_id"], model=job["model"]["name"], text=text, correct=right)]
+    return [dict(question_id=question["question_id"], model=shard["model"], text=text, correct=right)]
 
 
-ROWS: dict[str, Callable[[dict, dict, dict, list[Reply]], list[dict]]] = {
-    "responses": response_rows,
-    "predictions": prediction_rows,
+TABLES: dict[str, tuple[Callable[[dict, dict, list[Reply]], list[dict]], pa.Schema]] = {
+    "responses": (response_rows, schemas.RESPONSES),
+    "predictions": (prediction_rows, schemas.PREDICTIONS),
 }
-SCHEMAS = {"responses": schemas.RESPONSES, "predictions": schemas.PREDICTIONS}
 
 
 if __name__ == "__main__":

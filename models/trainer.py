@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from masters.models.training_data import Group, Step
 from masters.storage import Storage
 
 KEPT_CHECKPOINTS = 2
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -123,14 +126,18 @@ def reference_log_probs(job: Job) -> dict[int, torch.Tensor]:
     """
     name = f"{job.checkpoints}/reference.safetensors"
     if not job.storage.exists(name):
-        found = {}
-        for at in _chunks(list(range(len(job.groups))), job.train.questions_per_step):
+        found: dict[str, torch.Tensor] = {}
+        mine = list(range(job.rank, len(job.groups), job.world))
+        for at in _chunks(mine, job.train.questions_per_step):
             packed = pack([job.question(job.groups[g]) for g in at], job.student, job.family)
             logp_T = head.chosen_log_probs(response_states(job.student, packed), packed.token_T)
             lengths = [sum(len(r) for r in job.groups[g].responses) for g in at]
             found |= dict(zip(map(str, at), (part.clone() for part in logp_T.split(lengths)), strict=True))
             job.report(event="reference", done=at[-1] + 1, of=len(job.groups))
-        job.storage.create(name, save_safetensors(found))
+        parts = _gathered(job, found)
+        if job.rank == 0:
+            job.storage.create(name, save_safetensors({group: part[group] for part in parts for group in part}))
+        _gathered(job, None)  # no rank reads before it is written
     return {int(group): values for group, values in load_safetensors(job.storage.read(name)).items()}
 
 
@@ -181,13 +188,22 @@ def _checkpoint_names(job: Job) -> list[str]:
 
 def _reduce(job: Job, sums: dict[str, float]) -> dict[str, float]:
     """Sum gradients and metrics over the processes: each already divided by the step's questions on all of them."""
-    for parameter in job.student.parameters():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
-    everyone: list[dict[str, float]] = [{} for _ in range(job.world)]
-    dist.all_gather_object(everyone, sums)
+    parameters = list(job.student.parameters())
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    dist.all_reduce(flat)  # all at once: a message a parameter costs more than the step of a small model
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+    everyone = _gathered(job, sums)
     return {name: sum(one.get(name, 0.0) for one in everyone) for one in everyone for name in one}
+
+
+def _gathered(job: Job, own: T) -> list[T]:
+    """What every process has, in order of rank, on all of them."""
+    if job.world == 1:
+        return [own]
+    everyone = [own] * job.world
+    dist.all_gather_object(everyone, own)
+    return everyone
 
 
 def _chunks(items: list, size: int) -> Iterator[list]:

@@ -1,20 +1,29 @@
 """What generate and evaluate share: their shards answered by engines, with a bar, and gathered into the artifact."""
 
+from collections.abc import Sequence
+
 from masters import answering
 from masters.answering import Order
 from masters.artifacts import Artifact, Identity
 from masters.tasks.stage import Run, progress_bar
 
 
-def answered(run: Run, made_of: Identity, data: Artifact, asked: list[Order]) -> tuple[dict[str, str], dict]:
-    """Files of the artifact with digests, and how it ran. Rebuilding answers every shard again."""
+def answered(
+    run: Run, made_of: Identity, data: Artifact, asked: list[Order], ahead: Sequence[Order] = ()
+) -> tuple[dict[str, str], dict]:
+    """Files of the artifact with digests, and how it ran. Rebuilding answers every shard again.
+
+    `ahead`: orders of a later stage, answered while the engines of their models are up.
+    """
     if run.rebuilds(made_of):
         for order in asked:
             run.storage.remove(order.file)
+    built = len(answering.missing(run.storage, asked))
     with progress_bar(made_of.stage) as bar:
         shown = bar.add_task("questions", total=None)
         how = answering.fulfil(
-            data, asked, run.config.runtime, run.work(made_of),
+            data, [*asked, *ahead], run.config.runtime, run.work(made_of),
             lambda done, total: bar.update(shown, completed=done, total=total),
         )  # fmt: skip
+    how |= dict(shards=len(asked), shards_built=built, shards_reused=len(asked) - built)
     return answering.gather(run.storage, made_of, asked), how

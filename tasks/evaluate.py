@@ -8,12 +8,23 @@ from prefect.cache_policies import NO_CACHE
 from masters import schemas, shards
 from masters.answering import Answerer, Order
 from masters.artifacts import Artifact, Identity
-from masters.preflight import LocalModel
+from masters.preflight import LocalModel, Ready
 from masters.tasks.answers import answered
-from masters.tasks.stage import Context, Run, build_or_reuse
+from masters.tasks.stage import Context, Round, Run, build_or_reuse
 
 VERSION = 1
 GREEDY = dict(temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, seed=0)
+
+
+def ahead(context: Context, current: Round, data: Artifact) -> list[Order]:
+    """What is asked of a round's teacher and of the student as it came: known before anything is trained."""
+    models = [current.teacher, *([before(context.ready)] if current.number == 1 else [])]
+    return orders(context, data, models)
+
+
+def before(ready: Ready) -> LocalModel:
+    """The student as it came, under its name in the predictions table."""
+    return LocalModel("student-before", ready.student.folder, ready.student.digest)
 
 
 def orders(context: Context, data: Artifact, models: list[LocalModel]) -> list[Order]:

@@ -1,5 +1,7 @@
 """generate: the masked teachers and the student answer every question ahead of time, through vLLM."""
 
+from collections.abc import Sequence
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -51,13 +53,13 @@ def identity(context: Context, current: Round, asked: list[Order]) -> Identity:
 
 
 @task(name="generate", task_run_name="generate{current.suffix}", cache_policy=NO_CACHE)
-def generate(run: Run, current: Round, data: Artifact, masks: Artifact) -> Artifact:
-    """Table `responses`."""
+def generate(run: Run, current: Round, data: Artifact, masks: Artifact, ahead: Sequence[Order] = ()) -> Artifact:
+    """Table `responses`. `ahead`: what a later stage asks of the same models, for one start of their engines."""
     asked = orders(run, current, data, masks)
     made_of = identity(run, current, asked)
 
     def build() -> tuple[dict[str, str], dict, dict]:
-        files, how = answered(run, made_of, data, asked)
+        files, how = answered(run, made_of, data, asked, ahead)
         rows = sum(order.samples * len(order.shard.refs) for order in asked)
         return files, dict(rows=rows), how
 

@@ -1,6 +1,7 @@
 """train: mask-progressive distillation and offline GRPO, in processes of its own."""
 
 import math
+import os
 from pathlib import Path
 
 from prefect import task
@@ -76,6 +77,7 @@ def _ranks(run: Run, job: dict, work: Path) -> list[processes.Child]:
     shared = {"WORLD_SIZE": str(world), "MASTERS_RENDEZVOUS": str(meeting), "GLOO_SOCKET_IFNAME": "lo"}
     # with spinning barriers one busy neighbour on a core stalls every step (measured: 0.08 s a step became 2.5 s)
     shared["OMP_WAIT_POLICY"] = "PASSIVE"
+    shared["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // world))
     return [
         processes.Child(f"rank-{rank}", "masters.models.train_worker", job, work, shared | {"RANK": str(rank)})
         for rank in range(world)

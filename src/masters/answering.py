@@ -59,8 +59,8 @@ class Order:
     def job(self) -> dict:
         refs = [[r.digest, r.question_id, r.file, r.row] for r in self.shard.refs]
         return dict(
-            out=self.file, mask_ratio=self.mask_ratio, stage=self.stage, source=self.source,
-            samples=self.samples, refs=refs,
+            out=self.file, kind=self.kind, model=self.answerer.name, mask_ratio=self.mask_ratio, stage=self.stage,
+            source=self.source, samples=self.samples, sampling=self.sampling, refs=refs,
         )  # fmt: skip
 
 
@@ -78,11 +78,10 @@ def fulfil(
     on_progress: Callable[[int, int], None],
 ) -> dict:
     """Answer what is missing, one engine process per model. Returns how it ran, for the summary."""
-    storage = data.storage
-    todo = missing(storage, orders)
-    jobs: dict[str, list[Order]] = {}
+    todo = missing(data.storage, orders)
+    jobs: dict[tuple[str, str], list[Order]] = {}
     for order in todo:
-        jobs.setdefault(f"{order.kind}-{order.answerer.name}", []).append(order)
+        jobs.setdefault((order.answerer.digest, order.sampling["dtype"]), []).append(order)
     done, questions = 0, sum(len(order.shard.refs) for order in todo)
 
     def count(_: str, line: dict) -> None:
@@ -91,12 +90,9 @@ def fulfil(
         on_progress(done, questions)
 
     on_progress(0, questions)
-    children = [_child(name, part, data, runtime, folder) for name, part in jobs.items()]
+    children = [_child(part, data, runtime, folder) for part in jobs.values()]
     processes.run(children, runtime.generate_workers, count)
-    return dict(
-        engines=len(children), workers=min(runtime.generate_workers, len(children)), shards=len(orders),
-        shards_built=len(todo), shards_reused=len(orders) - len(todo),
-    )  # fmt: skip
+    return dict(engines=len(children), workers=min(runtime.generate_workers, len(children)))
 
 
 def gather(storage: Storage, identity: artifacts.Identity, orders: list[Order]) -> dict[str, str]:
@@ -109,17 +105,18 @@ def gather(storage: Storage, identity: artifacts.Identity, orders: list[Order]) 
     return files
 
 
-def _child(name: str, orders: list[Order], data: artifacts.Artifact, runtime: Runtime, folder: Path) -> processes.Child:
-    answerer = orders[0].answerer
+def _child(orders: list[Order], data: artifacts.Artifact, runtime: Runtime, folder: Path) -> processes.Child:
+    """The process of one model's engine. Whoever answers with it unmasked needs no thresholds."""
+    answerer = max((order.answerer for order in orders), key=lambda answerer: len(answerer.thresholds))
     # runs of one mask ratio, so that an engine is re-masked once a ratio
     ordered = sorted(orders, key=lambda o: (-(o.mask_ratio or 0.0), o.shard.prefix))
     job = dict(
-        store=data.storage.uri(""), data=data.folder, kind=orders[0].kind,
-        model=dict(name=answerer.name, folder=str(answerer.folder)),
-        sampling=orders[0].sampling, runtime=runtime.model_dump(),
+        store=data.storage.uri(""), data=data.folder, folder=str(answerer.folder),
+        dtype=orders[0].sampling["dtype"], runtime=runtime.model_dump(),
         thresholds={str(ratio): values for ratio, values in answerer.thresholds.items()},
         shards=[order.job() for order in ordered],
     )  # fmt: skip
     # one thread an engine: several engines side by side beat one that spreads tiny matrices over the cores
     environment = {"OMP_NUM_THREADS": "1"} if runtime.generate_workers > 1 else {}
+    name = f"{answerer.name}-{answerer.digest[:8]}"
     return processes.Child(name, "masters.models.engine_worker", job, folder, environment)

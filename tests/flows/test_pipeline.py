@@ -68,6 +68,13 @@ def test_every_stage_is_built_and_the_summary_says_so(first: dict, place: Path) 
     assert first["mlflow"]["model_version"] == 1
 
 
+def test_a_model_has_one_engine_a_run(first: dict) -> None:
+    """Teacher and student answer both splits with one start each; the trained student is another model."""
+    stages = {stage["name"]: stage for stage in first["stages"]}
+    assert [stages[name]["engines"] for name in ("generate", "evaluate")] == [2, 1]
+    assert (stages["evaluate"]["shards"], stages["evaluate"]["shards_built"]) == (3, 1)
+
+
 def test_bad_rows_are_set_aside_with_their_reason(first: dict) -> None:
     assert sorted(row["id"] for row in rows(first, "data", "rejected")) == [
         "broken",
