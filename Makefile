@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRA ?= cpu
 
-.PHONY: demo test test-all setup check demo-models
+.PHONY: demo test test-all setup check bench demo-models
 
 demo: setup
 	$(BIN)/masters distill configs/demo.toml
@@ -20,6 +20,10 @@ check: setup
 	$(BIN)/pyright
 	$(BIN)/deptry flows tasks models rewards infra src demo
 	$(BIN)/pip-audit --no-deps --disable-pip --progress-spinner off -r requirements/$(EXTRA).txt
+
+bench: setup
+	$(BIN)/masters bench mask
+	$(BIN)/masters bench head
 
 demo-models: setup
 	$(BIN)/python -m demo.train teacher --threads 2

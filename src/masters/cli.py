@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from masters.benchmarks import Benchmark, benchmark
 from masters.config import Config, load
-from masters.errors import MastersError
+from masters.errors import InputError, MastersError
 from masters.stages import Stage
 
 if TYPE_CHECKING:
@@ -63,6 +64,21 @@ def stage(
 ) -> None:
     """One stage and what it needs."""
     _run(load(config, overrides), rebuild, name, as_json)
+
+
+@app.command()
+def bench(name: Annotated[Benchmark, typer.Argument(help="What to measure")], as_json: Json = False) -> None:
+    """Our fast paths against what one would write otherwise, on this machine."""
+    try:
+        rows = [row.as_dict() for row in benchmark(name)()]
+    except ImportError as error:
+        raise InputError(f"expected the baselines' libraries (extra dev), found {error}: run `make setup`") from None
+    for row in rows:
+        ratio = f"{row['ratio']:.2f} x" if row["ratio"] else "-"
+        line = f"{row['case']:<44} {row['ours']:>10.3f} {row['baseline']:>10.3f} {row['unit']:<4} {ratio:>9}"
+        print(line, file=sys.stderr if as_json else sys.stdout)
+    if as_json:
+        print(json.dumps(dict(name=name, rows=rows)))
 
 
 @app.command()

@@ -1,0 +1,75 @@
+"""Times and memory of two ways to do the same, taken turn by turn, so that a busy neighbour disturbs both."""
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Row:
+    """Medians of ours and of the baseline; `spread` is the smallest and largest of each."""
+
+    case: str
+    ours: float
+    baseline: float
+    unit: str
+    spread: tuple[tuple[float, float], tuple[float, float]]
+
+    def as_dict(self) -> dict:
+        ratio = self.baseline / self.ours if self.ours else None
+        return dict(
+            case=self.case, ours=self.ours, baseline=self.baseline, unit=self.unit, ratio=ratio, spread=self.spread
+        )
+
+
+def compare(case: str, unit: str, ours: Callable[[], float], baseline: Callable[[], float], repeats: int) -> Row:
+    """Call both in turn, each returning one measurement."""
+    found = [(ours(), baseline()) for _ in range(repeats)]
+    mine, theirs = zip(*found, strict=True)
+    spread = ((min(mine), max(mine)), (min(theirs), max(theirs)))
+    return Row(case, statistics.median(mine), statistics.median(theirs), unit, spread)
+
+
+def seconds(work: Callable[[], object]) -> Callable[[], float]:
+    """Wall seconds of one call. It is called once before, unmeasured."""
+    work()
+
+    def measure() -> float:
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+
+    return measure
+
+
+def extra_mib(prepare: Callable[[], Callable[[], object]]) -> Callable[[], float]:
+    """MiB that one call of what `prepare` returns takes at its peak, above what was held before; in a fresh process."""
+
+    def measure() -> float:
+        spawn = multiprocessing.get_context("spawn")
+        receive, send = spawn.Pipe(duplex=False)
+        process = spawn.Process(target=_peak, args=(prepare, send))
+        process.start()
+        send.close()  # or a process that dies would be waited for
+        found = receive.recv()
+        process.join()
+        return found
+
+    return measure
+
+
+def _peak(prepare: Callable[[], Callable[[], object]], send) -> None:
+    work = prepare()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten: imports have one too
+    before = _resident_peak()
+    work()
+    send.send((_resident_peak() - before) / 1024)
+
+
+def _resident_peak() -> int:
+    """KiB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0])
