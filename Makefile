@@ -18,7 +18,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/deptry flows tasks models rewards infra src demo
+	$(BIN)/deptry flows tasks models rewards infra benchmarks src demo
 	$(BIN)/pip-audit --no-deps --disable-pip --progress-spinner off -r requirements/$(EXTRA).txt
 
 bench: setup
