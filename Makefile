@@ -24,6 +24,7 @@ check: setup
 bench: setup
 	$(BIN)/masters bench mask
 	$(BIN)/masters bench head
+	$(BIN)/masters bench step
 
 demo-models: setup
 	$(BIN)/python -m demo.train teacher --threads 2

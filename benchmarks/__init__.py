@@ -10,6 +10,7 @@ from masters.benchmarks.measure import Row
 class Benchmark(StrEnum):
     HEAD = "head"
     MASK = "mask"
+    STEP = "step"
 
 
 def benchmark(name: Benchmark) -> Callable[[], list[Row]]:

@@ -5,10 +5,11 @@ import time
 import pytest
 import torch
 
-from masters.benchmarks import Benchmark, benchmark, head, mask
+from masters.benchmarks import Benchmark, benchmark, head, mask, step
 from masters.benchmarks.measure import compare, extra_mib, seconds
 from masters.models import head as chunked_head
 
+SHAPE = step.Shape((8, 6), words=5, response=6)
 SMALL = head.Sizes(tokens=16, vocabulary=3000, student=8, teacher=12)
 
 
@@ -50,11 +51,21 @@ def test_the_heads_ways_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     assert liger == pytest.approx(0.5 * jsd + 0.5 * (ours - jsd), rel=1e-4)
 
 
+def test_a_packed_step_has_the_gradients_of_separate_sequences() -> None:
+    student, teacher, asked, found = step.model(384, 8), step.model(512, 10), step.question(SHAPE), []
+    for way in (step.packed_loss, step.separate_loss):
+        step.step(student, teacher, asked, way)
+        found.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]))
+    assert SHAPE.prompt == 17 and len(asked.responses) == 8
+    assert (found[0] - found[1]).norm() / found[1].norm() < 5e-5
+    assert found[1].norm() > 1
+
+
 @pytest.mark.parametrize("name", Benchmark)
 def test_rows_are_complete(name: Benchmark) -> None:
-    small = {"head": SMALL, "mask": (64, 256)}[name]
+    small = {"head": SMALL, "mask": (64, 256), "step": (SHAPE,)}[name]
     rows = [row.as_dict() for row in benchmark(name)(small)]
-    assert len({row["case"] for row in rows}) == len(rows) >= 3
+    assert len({row["case"] for row in rows}) == len(rows) >= 2
     for row in rows:
         assert row["unit"] in ("s", "MiB") and row["baseline"] >= 0 and row["ours"] >= 0
     assert all(row["baseline"] > 0 for row in rows if row["unit"] == "s")

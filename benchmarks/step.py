@@ -1,0 +1,129 @@
+"""`masters bench step`: a training step of one question with eight responses, forward and backward, in float32.
+
+Ours packs the responses behind one prompt and image and reads the vocabulary chunk by chunk. Baselines take eight
+sequences, each with its prompt and image, and logits at response positions: with the same objective, and with TRL's
+divergence function alone. Models are random Qwen3-VL: what they say does not matter to how long it takes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from masters.benchmarks.head import trl
+from masters.benchmarks.measure import Row, compare, seconds
+from masters.config import Rewards, Train
+from masters.models import head, losses, objective
+from masters.models.families import family_of
+from masters.models.head import Projection
+from masters.models.packing import Pack, Question, pack, response_states
+
+RESPONSES, REPEATS = 8, 5
+VOCABULARY, IMAGE = 4096, 4  # IMAGE: the image's token
+FAMILY = family_of("qwen3_vl")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A grid of image patches (four make a token), words of the question, tokens of each response."""
+
+    grid: tuple[int, int]
+    words: int
+    response: int
+
+    @property
+    def prompt(self) -> int:
+        return self.grid[0] * self.grid[1] // 4 + self.words
+
+    def __str__(self) -> str:
+        return f"{self.prompt}:{self.response}"
+
+
+SHAPES = (Shape((36, 28), 31, 32), Shape((18, 14), 28, 32), Shape((36, 28), 31, 64), Shape((64, 62), 32, 128))
+
+
+def measured(shapes: tuple[Shape, ...] = SHAPES) -> list[Row]:
+    """Rows of every shape P:R of prompt and response tokens against both baselines."""
+    student, teacher = model(384, 8), model(512, 10)
+    rows = []
+    for shape in shapes:
+        asked = question(shape)
+        ours = seconds(partial(step, student, teacher, asked, packed_loss))
+        for name, way in {"separate": separate_loss, "separate, TRL": trl_loss}.items():
+            baseline = seconds(partial(step, student, teacher, asked, way))
+            rows.append(compare(f"{shape}, {name}", "s", ours, baseline, REPEATS))
+    return rows
+
+
+def model(width: int, layers: int) -> torch.nn.Module:
+    """A random Qwen3-VL of 28.4M weights at width 384 and 8 layers, of 47.3M at 512 and 10."""
+    torch.manual_seed(width)
+    text = dict(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+        num_attention_heads=width // 64, num_key_value_heads=width // 128, head_dim=64, max_position_embeddings=4096,
+        rope_scaling=dict(rope_type="default", mrope_section=[12, 10, 10], mrope_interleaved=True),
+    )  # fmt: skip
+    eye = dict(
+        depth=6, hidden_size=256, intermediate_size=1024, num_heads=4, patch_size=14, out_hidden_size=width,
+        deepstack_visual_indexes=[1, 3, 5], num_position_embeddings=1024,
+    )  # fmt: skip
+    config = Qwen3VLConfig(text_config=text, vision_config=eye, image_token_id=IMAGE, vision_start_token_id=3)
+    return Qwen3VLForConditionalGeneration(config).eval()
+
+
+def question(shape: Shape) -> Question:
+    draw = torch.Generator().manual_seed(0)
+    words = torch.randint(8, VOCABULARY, (shape.words + RESPONSES * shape.response,), generator=draw)
+    image = torch.full((shape.prompt - shape.words,), IMAGE)
+    prompt = {
+        "input_ids": torch.cat([image, words[: shape.words]])[None],
+        "pixel_values": torch.randn(shape.grid[0] * shape.grid[1], 3 * 2 * 14 * 14, generator=draw),
+        "image_grid_thw": torch.tensor([[1, *shape.grid]]),
+    }
+    return Question("q", prompt, words[shape.words :].view(RESPONSES, -1).tolist())
+
+
+Loss = Callable[[torch.nn.Module, torch.nn.Module, Question], torch.Tensor]
+
+
+def step(student: torch.nn.Module, teacher: torch.nn.Module, asked: Question, loss: Loss) -> None:
+    student.zero_grad(set_to_none=True)
+    loss(student, teacher, asked).backward()
+
+
+def packed_loss(student: torch.nn.Module, teacher: torch.nn.Module, asked: Question) -> torch.Tensor:
+    batch, states, taught = _states(student, teacher, [asked])
+    return _objective(head.terms(states, taught, batch.token_T, "jsd"), batch)
+
+
+def separate_loss(student: torch.nn.Module, teacher: torch.nn.Module, asked: Question) -> torch.Tensor:
+    batch, states, taught = _states(student, teacher, _alone(asked))
+    together = replace(batch, question_R=torch.zeros_like(batch.question_R))  # rows of one question all the same
+    return _objective(losses.terms(states.logits(), taught.logits(), batch.token_T, "jsd"), together)
+
+
+def trl_loss(student: torch.nn.Module, teacher: torch.nn.Module, asked: Question) -> torch.Tensor:
+    batch, states, taught = _states(student, teacher, _alone(asked))
+    return trl(states, taught, batch.token_T)
+
+
+def _alone(asked: Question) -> list[Question]:
+    return [Question(asked.question_id, asked.prompt, [response]) for response in asked.responses]
+
+
+def _states(
+    student: torch.nn.Module, teacher: torch.nn.Module, rows: list[Question]
+) -> tuple[Pack, Projection, Projection]:
+    """The batch, and what student and teacher make of it."""
+    batch = pack(rows, student, FAMILY)
+    with torch.no_grad():
+        taught = response_states(teacher, batch)
+    return batch, response_states(student, batch), taught
+
+
+def _objective(terms: losses.Terms, batch: Pack) -> torch.Tensor:
+    """The method's loss: half of the responses right, log pi_ref a little off."""
+    score_R = torch.arange(RESPONSES) % 2
+    return objective.masters(terms, terms.logp_T.detach() - 0.1, score_R.float(), batch, Train(), Rewards()).loss
