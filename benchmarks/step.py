@@ -1,12 +1,13 @@
 """`masters bench step`: a training step of one question with eight responses, forward and backward, in float32.
 
 Ours packs the responses behind one prompt and image and reads the vocabulary chunk by chunk. Baselines take eight
-sequences, each with its prompt and image, and logits at response positions: with the same objective, and with TRL's
-divergence function alone. Models are random Qwen3-VL: what they say does not matter to how long it takes.
+sequences through plain transformers, each with its prompt and image, and logits at response positions: with the same
+objective, and with TRL's divergence function alone. Models are random Qwen3-VL: what they say does not matter to how
+long it takes.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,9 +19,10 @@ from masters.config import Rewards, Train
 from masters.models import head, losses, objective
 from masters.models.families import family_of
 from masters.models.head import Projection
-from masters.models.packing import Pack, Question, pack, response_states
+from masters.models.packing import Pack, pack, response_states
+from masters.models.trees import Question
 
-RESPONSES, REPEATS = 8, 5
+RESPONSES, REPEATS = 8, 3
 VOCABULARY, IMAGE = 4096, 4  # IMAGE: the image's token
 FAMILY = family_of("qwen3_vl")
 
@@ -94,36 +96,38 @@ def step(student: torch.nn.Module, teacher: torch.nn.Module, asked: Question, lo
 
 
 def packed_loss(student: torch.nn.Module, teacher: torch.nn.Module, asked: Question) -> torch.Tensor:
-    batch, states, taught = _states(student, teacher, [asked])
-    return _objective(head.terms(states, taught, batch.token_T, "jsd"), batch)
+    batch = pack([asked], student, FAMILY)
+    with torch.no_grad():
+        taught = response_states(teacher, batch)
+    states = response_states(student, batch)
+    return _objective(head.terms(states, taught, batch.token_U, "jsd"), batch)
 
 
 def separate_loss(student: torch.nn.Module, teacher: torch.nn.Module, asked: Question) -> torch.Tensor:
-    batch, states, taught = _states(student, teacher, _alone(asked))
-    together = replace(batch, question_R=torch.zeros_like(batch.question_R))  # rows of one question all the same
-    return _objective(losses.terms(states.logits(), taught.logits(), batch.token_T, "jsd"), together)
+    with torch.no_grad():
+        taught = separate_states(teacher, asked)
+    states, batch = separate_states(student, asked), pack([asked], student, FAMILY)
+    return _objective(losses.terms(states.logits(), taught.logits(), batch.token_U, "jsd"), batch)
 
 
 def trl_loss(student: torch.nn.Module, teacher: torch.nn.Module, asked: Question) -> torch.Tensor:
-    batch, states, taught = _states(student, teacher, _alone(asked))
-    return trl(states, taught, batch.token_T)
-
-
-def _alone(asked: Question) -> list[Question]:
-    return [Question(asked.question_id, asked.prompt, [response]) for response in asked.responses]
-
-
-def _states(
-    student: torch.nn.Module, teacher: torch.nn.Module, rows: list[Question]
-) -> tuple[Pack, Projection, Projection]:
-    """The batch, and what student and teacher make of it."""
-    batch = pack(rows, student, FAMILY)
     with torch.no_grad():
-        taught = response_states(teacher, batch)
-    return batch, response_states(student, batch), taught
+        taught = separate_states(teacher, asked)
+    return trl(separate_states(student, asked), taught, torch.tensor(asked.responses).flatten())
+
+
+def separate_states(model: torch.nn.Module, asked: Question) -> Projection:
+    """As one writes it with plain transformers: a sequence a response, each with prompt and image."""
+    prompt_GP = asked.ids_P.expand(RESPONSES, -1)
+    ids_GL = torch.cat([prompt_GP, torch.tensor(asked.responses)], 1)
+    images = {key: torch.cat([asked.prompt[key]] * RESPONSES) for key in FAMILY.image_keys}
+    kinds = FAMILY.token_inputs(model, ids_GL)
+    hidden = model.model(input_ids=ids_GL, attention_mask=torch.ones_like(ids_GL), **images, **kinds, use_cache=False)
+    return Projection(hidden.last_hidden_state[:, len(asked.ids_P) - 1 : -1].flatten(0, 1), model.lm_head.weight)
 
 
 def _objective(terms: losses.Terms, batch: Pack) -> torch.Tensor:
     """The method's loss: half of the responses right, log pi_ref a little off."""
+    terms = batch.spread(terms)
     score_R = torch.arange(RESPONSES) % 2
     return objective.masters(terms, terms.logp_T.detach() - 0.1, score_R.float(), batch, Train(), Rewards()).loss

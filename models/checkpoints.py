@@ -53,32 +53,43 @@ def check_readable(folder: Path) -> None:
             raise InputError(f"weights {file} cannot be read: {error}") from error
 
 
-def load_model(folder: Path, dtype: str) -> torch.nn.Module:
-    """The model in `dtype`, in evaluation mode (nothing in these families' training depends on the mode)."""
+def load_model(folder: Path, dtype: str, device: str = "cpu") -> torch.nn.Module:
+    """The model in `dtype`, in evaluation mode (nothing in these families' training depends on the mode).
+
+    Text attention on a GPU skips the blocks that a packed row's mask leaves empty.
+    """
     from transformers import AutoModelForImageTextToText
 
-    return AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-    ).eval()
+    attention = {"": "sdpa", "text_config": "flex_attention"} if device.startswith("cuda") else "sdpa"
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=getattr(torch, dtype), attn_implementation=attention
+    )
+    return model.to(device).eval()
 
 
 def load_masked(folder: Path, thresholds: dict[str, float], dtype: str) -> torch.nn.Module:
-    """The model with every tensor of `thresholds` masked below its threshold (Eq. 1-2).
-
-    Masks are taken on the checkpoint's own values, before any change of type, as the engine takes them.
-    """
+    """The model with every tensor of `thresholds` masked below its threshold (Eq. 1-2)."""
     model = load_model(folder, dtype)
+    remask(model, folder, thresholds)
+    return model
+
+
+@torch.no_grad()
+def remask(model: torch.nn.Module, folder: Path, thresholds: dict[str, float]) -> None:
+    """Set every tensor of `thresholds` again, masked below its threshold (Eq. 1-2), in the model's own storage.
+
+    The checkpoint's tensors are read one by one. Masks are taken on their values there, before any change of type,
+    as the engine takes them. Raises InputError for a tensor that the model does not have.
+    """
     parameters, named = dict(model.named_parameters()), parameter_names(model, thresholds.keys())
     unknown = {name for name in thresholds if named[name] not in parameters}
     if unknown:
         raise InputError(
             f"model {folder}: {len(unknown)} masked tensors are no parameters of it (first: {min(unknown)})"
         )
-    with torch.no_grad():
-        for name, tensor in masked_tensors(folder, thresholds):
-            if name in thresholds:
-                parameters[named[name]].copy_(tensor)
-    return model
+    for name, tensor in masked_tensors(folder, thresholds):
+        if name in thresholds:
+            parameters[named[name]].copy_(tensor)
 
 
 def parameter_names(model: torch.nn.Module, saved: Iterable[str]) -> dict[str, str]:

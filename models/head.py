@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from masters.models.losses import LN2, Terms
 
-CHUNK_BYTES = 40 << 20  # of a float32 buffer [C, V]; five or so are held at a time
+CHUNK_BYTES = 64 << 20  # of a float32 buffer [C, V]; five or so are held at a time
 
 
 @dataclass(frozen=True)

@@ -60,11 +60,11 @@ class MagnitudeRanks:
         """First pass: the magnitudes' 15 high bits. Returns the histogram of `weight` alone."""
         if not weight.numel():
             raise ValueError("an empty tensor has no magnitude threshold")
-        own = np.zeros(BUCKETS, dtype=np.int64)
+        own = torch.zeros(BUCKETS, dtype=torch.int64)
         for pattern in self._patterns(weight):
-            own += np.bincount(pattern >> self._shift, minlength=BUCKETS)
-        self._high += own
-        return own
+            own += torch.bincount(pattern >> self._shift if self._shift else pattern, minlength=BUCKETS)
+        self._high += own.numpy()
+        return own.numpy()
 
     def refine(self, weight: torch.Tensor) -> None:
         """Second pass of float32: the low bits of magnitudes in the buckets that hold a threshold."""
@@ -74,7 +74,7 @@ class MagnitudeRanks:
         for pattern in self._patterns(weight):
             high = pattern >> LOW_BITS
             for bucket, counts in self._low.items():
-                counts += np.bincount(pattern[high == bucket] & 0xFFFF, minlength=1 << LOW_BITS)
+                counts += torch.bincount(pattern[high == bucket] & 0xFFFF, minlength=1 << LOW_BITS).numpy()
 
     def thresholds(self) -> list[float]:
         """One a ratio. Raises ValueError if nothing was counted."""
@@ -86,13 +86,12 @@ class MagnitudeRanks:
     def _shift(self) -> int:
         return LOW_BITS if self.dtype == torch.float32 else 0
 
-    def _patterns(self, weight: torch.Tensor) -> Iterator[np.ndarray]:
+    def _patterns(self, weight: torch.Tensor) -> Iterator[torch.Tensor]:
         if weight.dtype != self.dtype:
             raise ValueError(f"expected {self.dtype} like the tensors before, found {weight.dtype}")
         integer, magnitude, infinity = PATTERNS[self.dtype]
-        bits = weight.detach().cpu().contiguous().view(-1).view(integer).numpy()
-        for at in range(0, len(bits), PIECE):
-            pattern = bits[at : at + PIECE] & magnitude
+        for bits in weight.detach().cpu().contiguous().view(-1).view(integer).split(PIECE):
+            pattern = bits & magnitude
             if pattern.max() > infinity:
                 raise ValueError("weights hold NaN: a magnitude threshold is not defined")
             yield pattern
@@ -210,7 +209,10 @@ def safetensors_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of every safetensors file of a folder, one at a time, in a fixed order."""
     for file in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
-            for name in sorted(opened.keys()):
+            names = sorted(opened.keys())
+        for name in names:
+            # opened for each: a mapping that stays would keep every page read so far
+            with safe_open(file, "pt") as opened:
                 yield name, opened.get_tensor(name)
 
 

@@ -48,7 +48,7 @@ def distillation(terms: Terms, packed: Pack) -> Outcome:
 
 def masters(
     terms: Terms,
-    reference_T: torch.Tensor,
+    reference_T: torch.Tensor | None,
     score_R: torch.Tensor,
     packed: Pack,
     train: Train,
@@ -56,26 +56,32 @@ def masters(
 ) -> Outcome:
     """Distillation and offline GRPO: L_GRPO + D (Eq. 4-11), summed over questions.
 
-    `reference_T` is log pi_ref of the tokens, `score_R` are the verdicts R_acc, NaN where there is none. D is that of
-    this very step, detached in the rewards (Eq. 6-7). Ours: a response without a verdict has no advantage and keeps
-    its D and KL terms.
+    `reference_T` is log pi_ref of the tokens (None, at beta = 0 alone, stands for log pi), `score_R` are the verdicts
+    R_acc, NaN where there is none. D is that of this very step, detached in the rewards (Eq. 6-7). Ours: a response
+    without a verdict has no advantage and keeps its D and KL terms.
     """
+    known_T = terms.logp_T.detach() if reference_T is None else reference_T
     divergence_R = divergences(terms, packed)
-    distill_R, advantage_R = advantages(divergence_R.detach(), score_R, packed, rewards)
-    grpo_R = losses.grpo_loss(terms.logp_T, reference_T, advantage_R, packed.response_T, train.beta)
+    distill_R, advantage_R = advantages(divergence_R.detach().cpu(), score_R, packed, rewards)
+    grpo_R = losses.grpo_loss(terms.logp_T, known_T, advantage_R.to(divergence_R.device), packed.response_T, train.beta)
     loss = question_means(grpo_R + divergence_R, packed).sum()
     kl_R = losses.response_means(
-        losses.kl_to_reference(terms.logp_T.detach(), reference_T), packed.response_T, packed.responses
+        losses.kl_to_reference(terms.logp_T.detach(), known_T), packed.response_T, packed.responses
     )
     sums = {
         "loss": loss.item(),
-        "divergence": question_means(divergence_R.detach(), packed).sum().item(),
-        "reward_accuracy": question_means(score_R.nan_to_num(0.0), packed).sum().item(),
-        "reward_distillation": question_means(distill_R, packed).sum().item(),
-        "kl_to_reference": question_means(kl_R, packed).sum().item(),
-        "questions_with_advantage": float(question_means((advantage_R != 0).float(), packed).gt(0).sum()),
+        "divergence": _question_sum(divergence_R.detach(), packed),
+        "reward_accuracy": _question_sum(score_R.nan_to_num(0.0), packed),
+        "reward_distillation": _question_sum(distill_R, packed),
+        "questions_with_advantage": float(len(packed.question_R.cpu()[advantage_R != 0].unique())),
     }
+    if reference_T is not None:
+        sums["kl_to_reference"] = _question_sum(kl_R, packed)
     return Outcome(loss, sums)
+
+
+def _question_sum(value_R: torch.Tensor, packed: Pack) -> float:
+    return question_means(value_R.to(packed.question_R.device), packed).sum().item()
 
 
 def advantages(
@@ -87,8 +93,9 @@ def advantages(
     mean and deviation; identical responses share one D.
     """
     distill_R, advantage_R = torch.zeros_like(divergence_R), torch.zeros_like(divergence_R)
-    for question in range(int(packed.question_R.max()) + 1):
-        of = torch.nonzero(packed.question_R == question)[:, 0]
+    question_R = packed.question_R.cpu()
+    for question in range(int(question_R.max()) + 1):
+        of = torch.nonzero(question_R == question)[:, 0]
         valid_G = torch.ones(len(of), dtype=torch.bool) if rewards.accuracy == "off" else ~score_R[of].isnan()
         reward_G = torch.zeros(len(of)) if rewards.accuracy == "off" else score_R[of]
         if rewards.distillation != "off":

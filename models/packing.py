@@ -1,43 +1,44 @@
-"""Shared prompts: the G responses of a question behind one copy of its prompt and image.
+"""Shared prompts: the responses of a question behind one copy of its prompt, questions of one image behind its tokens.
 
-Shapes: B rows (questions), L packed length, P prompt tokens, T response tokens of the batch, R responses of it.
-A response's token sees the prompt and the earlier tokens of its own response; positions go on from the prompt's,
-so every response is computed as if it stood alone behind the prompt.
+Shapes: B rows, L packed length, P prompt tokens, R responses of the batch, T their tokens, U the distinct ones among
+them (identical responses of a question are read once).
+
+A row is a row of trees: an image's tokens (the trunk), what each question says after it, each question's responses.
+A token sees the earlier tokens of its own branch, root to tip; positions of a response go on from its prompt's. So
+every response is computed as if it stood alone behind its prompt.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from masters.models.families.base import Family
 from masters.models.head import Projection
+from masters.models.losses import Terms
+from masters.models.trees import Predictors, Question, Row, lay, rows_of, trees_of
 
-
-@dataclass(frozen=True)
-class Question:
-    """A question ready to be packed: the processor's output for its prompt and its responses' token ids."""
-
-    question_id: str
-    prompt: dict[str, torch.Tensor]  # input_ids [1, P], pixel_values, ...
-    responses: list[list[int]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Pack:
     """A batch of packed questions.
 
-    `inputs` go to the model; `predictors_T2` are the (row, position) whose output predicts each response token;
-    `token_T` the tokens; `response_T` which response (0..R-1) a token is of; `question_R` which row a response is of.
+    `inputs` go to the model; `predictors_U2` are the (row, position) whose output predicts each distinct response
+    token, `token_U` these tokens; `distinct_T` which of them each response token is; `response_T` which response
+    (0..R-1) it is of; `question_R` which question a response is of, in the order in which they were given.
     `image_word_BL`: where a response itself wrote the image's token, which is a word like any other there.
     """
 
-    inputs: dict[str, torch.Tensor]
+    inputs: dict[str, Any]
     image_word_BL: torch.Tensor
-    predictors_T2: torch.Tensor
-    token_T: torch.Tensor
+    predictors_U2: torch.Tensor
+    token_U: torch.Tensor
+    distinct_T: torch.Tensor
     response_T: torch.Tensor
     question_R: torch.Tensor
 
@@ -45,97 +46,131 @@ class Pack:
     def responses(self) -> int:
         return len(self.question_R)
 
+    @property
+    def token_T(self) -> torch.Tensor:
+        return self.token_U[self.distinct_T]
+
     def tokens_of(self, response: int) -> tuple[int, ...]:
         return tuple(self.token_T[self.response_T == response].tolist())
 
+    def spread(self, terms: Terms) -> Terms:
+        """Terms of distinct tokens, [U], as terms of all response tokens, [T]."""
+        return Terms(terms.logp_T[self.distinct_T], terms.divergence_T[self.distinct_T])
 
-def pack(questions: list[Question], model: torch.nn.Module, family: Family) -> Pack:
-    """Pack each question into a row of its own, padded to the longest.
 
+def batches(asked: Iterable[tuple[T, Question]], tokens: int) -> Iterator[list[tuple[T, Question]]]:
+    """Consecutive questions that take at most `tokens` tokens together; one that takes more comes alone."""
+    batch: list[tuple[T, Question]] = []
+    room = tokens
+    for name, question in asked:
+        size = len(question.ids_P) + question.response_tokens
+        if batch and size > room:
+            yield batch
+            batch, room = [], tokens
+        batch.append((name, question))
+        room -= size
+    if batch:
+        yield batch
+
+
+def pack(questions: list[Question], model: torch.nn.Module, family: Family, row: int = 0) -> Pack:
+    """Pack questions into rows as long as the largest tree, on the model's device.
+
+    Where attention skips the mask's empty blocks, a row can be longer for nothing: it then takes `row` tokens at least.
     The image's token within a response (a model may sample it) would be taken for a place of the image: the model
     gets token 0 there, and `response_states` its true embedding.
     """
-    rows = [_row(q) for q in questions]
-    length = max(len(ids) for ids, _, _ in rows)
-    ids_BL = torch.stack([F.pad(ids, (0, length - len(ids))) for ids, _, _ in rows])
-    segment_BL = torch.stack([F.pad(segment, (0, length - len(segment)), value=-1) for _, segment, _ in rows])
-    image_word_BL = (ids_BL == model.config.image_token_id) & (segment_BL > 0)
+    device, blocks = next(model.parameters()).device, _takes_blocks(model)
+    row = row if blocks else 0
+    rows = rows_of(trees_of(questions, family, model.config.image_token_id), row)
+    laid, predictors = [Row(number) for number in range(len(rows))], {}
+    for into, trees in zip(laid, rows, strict=True):
+        for tree in trees:
+            predictors |= lay(tree, into, model, family)
+    length = max([row, *(one.length for one in laid)])
+    padded = [one.padded(length) for one in laid]
+    ids_BL, place_3BL, positions_ABL = (torch.stack(parts, -2).to(device) for parts in zip(*padded, strict=True))
+    image_word_BL = (ids_BL == model.config.image_token_id) & (place_3BL[2] > 0)
     ids_BL = ids_BL.masked_fill(image_word_BL, 0)
-    positions = [
-        _positions(q, offset, length, model, family) for q, (_, _, offset) in zip(questions, rows, strict=True)
-    ]
+    prompts = [tree.questions[tree.first].prompt for trees in rows for tree in trees]  # one an image
     inputs = {
         "input_ids": ids_BL,
-        "attention_mask": attention_mask(segment_BL),
-        "position_ids": family.shaped(torch.stack(positions, 1)),
+        "attention_mask": block_mask(place_3BL) if blocks else attention_mask(place_3BL),
+        "position_ids": family.shaped(positions_ABL),
         **family.token_inputs(model, ids_BL),
-        **{key: torch.cat([q.prompt[key] for q in questions]) for key in family.image_keys},
+        **{key: torch.cat([prompt[key] for prompt in prompts]).to(device) for key in family.image_keys},
     }
-    return Pack(inputs, image_word_BL, *_targets(questions))
+    targets = _targets(questions, predictors)
+    return Pack(inputs, image_word_BL, *(part.to(device) for part in targets))
 
 
-def attention_mask(segment_BL: torch.Tensor) -> torch.Tensor:
-    """Boolean mask [B, 1, L, L]: causal, and a token sees the prompt (segment 0) and its own segment only.
+def visible(place_3BL: torch.Tensor, row: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Whether a token sees another: earlier in the row, of the same image, and on its branch.
 
-    Padding (segment -1) sees itself, so that no row of the softmax is empty.
+    `place_3BL`: each token's image (0: padding), question (0: the trunk) and response (0: the prompt), numbered from
+    1. Padding sees padding, so that no row of the softmax is empty.
     """
-    i = torch.arange(segment_BL.shape[1])
-    causal = i[:, None] >= i[None, :]
-    query, key = segment_BL[:, :, None], segment_BL[:, None, :]
-    return (causal & ((key == 0) | (key == query)))[:, None]
-
-
-def _row(question: Question) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids, segments (0 prompt, 1..G responses) and offsets within a response, each [L] of one question."""
-    prompt = question.prompt["input_ids"][0]
-    lengths = torch.tensor([len(r) for r in question.responses])
-    segment = torch.cat(
-        [
-            torch.zeros(len(prompt), dtype=torch.long),
-            torch.repeat_interleave(torch.arange(1, len(lengths) + 1), lengths),
-        ]
+    image, question, response = (level_BL[row, query] for level_BL in place_3BL)
+    image_k, question_k, response_k = (level_BL[row, key] for level_BL in place_3BL)
+    same_question, same_response = question_k == question, response_k == response
+    return (
+        (key <= query)
+        & (image_k == image)
+        & ((question_k == 0) | same_question)
+        & ((response_k == 0) | (same_question & same_response))
     )
-    ids = torch.cat([prompt, torch.tensor([t for r in question.responses for t in r], dtype=torch.long)])
-    offset = torch.cat([torch.arange(n) for n in lengths.tolist()])
-    return ids, segment, offset
 
 
-def _positions(
-    question: Question, offset: torch.Tensor, length: int, model: torch.nn.Module, family: Family
-) -> torch.Tensor:
-    """Positions [axes, length] of a packed row; a response starts after the prompt's largest position."""
-    start = family.prompt_positions(model, question.prompt)
-    after = (start.max() + 1 + offset).expand(start.shape[0], -1)
-    whole = torch.cat([start, after], 1)
-    return F.pad(whole, (0, length - whole.shape[1]))
+def attention_mask(place_3BL: torch.Tensor) -> torch.Tensor:
+    """`visible` as a boolean mask [B, 1, L, L], for scaled dot-product attention."""
+    _, rows, length = place_3BL.shape
+    at = torch.arange(length, device=place_3BL.device)
+    row = torch.arange(rows, device=place_3BL.device)[:, None, None]
+    return visible(place_3BL, row, at[:, None], at[None, :])[:, None]
 
 
-def _targets(questions: list[Question]) -> tuple[torch.Tensor, ...]:
-    predictors, tokens, responses, rows = [], [], [], []
-    for row, question in enumerate(questions):
-        prompt = question.prompt["input_ids"].shape[1]
-        at = prompt
-        for response in question.responses:
-            # the prompt's last position predicts every response's first token
-            predictors += [(row, prompt - 1), *((row, at + t) for t in range(len(response) - 1))]
-            tokens += response
-            responses += [len(rows)] * len(response)
-            rows.append(row)
-            at += len(response)
-    return torch.tensor(predictors), torch.tensor(tokens), torch.tensor(responses), torch.tensor(rows)
+def block_mask(place_3BL: torch.Tensor) -> BlockMask:
+    """`visible` for FlexAttention, which skips blocks in which no token sees another."""
+    _, rows, length = place_3BL.shape
+
+    def mask_mod(row: torch.Tensor, _: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return visible(place_3BL, row, query, key)
+
+    # compiled, it never holds the dense mask
+    return create_block_mask(mask_mod, rows, None, length, length, place_3BL.device, _compile=place_3BL.is_cuda)
 
 
 def response_states(model: torch.nn.Module, packed: Pack) -> Projection:
-    """What predicts each response token: last hidden states [T, H] at those positions only, and the head."""
+    """What predicts each distinct response token: last hidden states [U, H] at those positions only, and the head."""
     with _image_words(model, packed.image_word_BL):
         hidden_BLH = model.model(**packed.inputs, use_cache=False).last_hidden_state
-    hidden_TH = hidden_BLH[packed.predictors_T2[:, 0], packed.predictors_T2[:, 1]]
-    return Projection(hidden_TH, model.lm_head.weight)
+    hidden_UH = hidden_BLH[packed.predictors_U2[:, 0], packed.predictors_U2[:, 1]]
+    return Projection(hidden_UH, model.lm_head.weight)
 
 
 def response_logits(model: torch.nn.Module, packed: Pack) -> torch.Tensor:
     """Logits [T, V] that predict each response token."""
-    return response_states(model, packed).logits()
+    return response_states(model, packed).logits()[packed.distinct_T]
+
+
+def _targets(questions: list[Question], predictors: dict[int, Predictors]) -> tuple[torch.Tensor, ...]:
+    """What `Pack` says of response tokens, from predictors by question number."""
+    before, distinct, tokens, responses, asked = [], [], [], [], []
+    for number, question in enumerate(questions):
+        begin = {}
+        for response, at in predictors[number].items():
+            begin[response] = len(tokens)
+            before += at
+            tokens += response
+        for response in map(tuple, question.responses):
+            distinct += range(begin[response], begin[response] + len(response))
+            responses += [len(asked)] * len(response)
+            asked.append(number)
+    return tuple(torch.tensor(part) for part in (before, tokens, distinct, responses, asked))
+
+
+def _takes_blocks(model: torch.nn.Module) -> bool:
+    return model.config.get_text_config()._attn_implementation == "flex_attention"
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from masters.models import checkpoints, head, losses, prompts
 from masters.models.engine import Engine, Request
 from masters.models.families import family_of
 from masters.models.head import Projection
-from masters.models.packing import Question, pack, response_logits, response_states
+from masters.models.packing import pack, response_logits, response_states
+from masters.models.trees import Question
 
 TERMS = 1e-4  # absolute, nats, float32
 GRADIENTS = 1e-4  # relative to the largest gradient
@@ -49,16 +50,15 @@ def differences(job: dict) -> list[Difference]:
     processor = AutoProcessor.from_pretrained(folder)
     inputs = [prompts.model_inputs(processor, r["question"], i) for r, i in zip(rows, images, strict=True)]
     answers = [prompts.label_tokens(processor.tokenizer, row["answer"]) for row in rows]
-    loaded, family = checkpoints.load_model(folder, "float32"), _family(folder)
+    masked, family = checkpoints.load_model(folder, "float32"), _family(folder)
     name = model["name"]
-    found = packed_against_separate(name, loaded, family, Question(name, inputs[0], answers))
-    del loaded
+    found = packed_against_separate(name, masked, family, Question(name, inputs[0], answers))
     requests = [Request(image, row["question"], 1, 0) for row, image in zip(rows, images, strict=True)]
     with Engine(folder, job["dtype"], Runtime(**job["runtime"])) as engine:
         for ratio, thresholds in model["thresholds"].items():
             engine.remask(thresholds)
             said = engine.greedy(requests, TOKENS)
-            masked = checkpoints.load_masked(folder, thresholds, "float32")
+            checkpoints.remask(masked, folder, thresholds)
             worst = max(
                 log_prob_difference(masked, family, prompt, *reply) for prompt, reply in zip(inputs, said, strict=True)
             )
@@ -104,7 +104,7 @@ def _terms_and_gradients(
         packed = pack([question], model, family)
         states = response_states(model, packed)
         other = Projection(states.hidden_TH.detach().flip(1), states.weight_VH.detach())
-        terms = terms_of(states, other, packed.token_T, "jsd")
+        terms = packed.spread(terms_of(states, other, packed.token_U, "jsd"))
         (terms.logp_T + terms.divergence_T).sum().backward()
         found.append(torch.stack([terms.logp_T.detach(), terms.divergence_T.detach()]))
     return torch.cat(found, 1), [p.grad.clone() for p in model.parameters() if p.grad is not None]

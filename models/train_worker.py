@@ -21,9 +21,9 @@ from masters.errors import MastersError
 from masters.models import checkpoints, trainer
 from masters.models.families import family_of
 from masters.models.masking import safetensors_tensors
-from masters.models.packing import Question
 from masters.models.prompts import label_tokens, model_inputs
 from masters.models.training_data import Group, label_groups, plan_steps, response_groups
+from masters.models.trees import Question
 from masters.shards import Ref
 from masters.storage import Storage
 
@@ -78,9 +78,9 @@ def main(job_file: Path) -> None:
     job = json.loads(job_file.read_text())
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world > 1:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{os.environ['MASTERS_RENDEZVOUS']}", rank=rank, world_size=world
-        )
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        meeting = f"file://{os.environ['MASTERS_RENDEZVOUS']}"
+        dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world)
     ready = prepare(job, job_file, rank, world)
     trainer.fit(ready)
     if rank == 0:
@@ -104,18 +104,22 @@ def prepare(job: dict, job_file: Path, rank: int, world: int) -> trainer.Job:
             processes.report(job_file, **fields)
 
     report(event="start", groups=len(groups), steps=len(steps), empty_responses=empty)
+    device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    teacher = None if train.objective == "sft" else checkpoints.load_model(Path(job["teacher"]), train.dtype, device)
     return trainer.Job(
-        student=checkpoints.load_model(Path(job["student"]), train.dtype),
+        student=checkpoints.load_model(Path(job["student"]), train.dtype, device),
+        teacher=teacher,
+        remask=lambda stage: _remask(teacher, job, stage),
         family=family_of(AutoConfig.from_pretrained(job["student"]).model_type),
         train=train,
         rewards=Rewards(**job["rewards"]),
         groups=groups,
         steps=steps,
         question=prompts.question,
-        teacher_at=lambda stage: _teacher(job, stage, train.dtype),
         storage=storage,
         checkpoints=job["checkpoints"],
         checkpoint_steps=job["checkpoint_steps"],
+        token_budget=job["token_budget"],
         report=report,
         probe=_probe(prompts, [Ref(*ref) for ref in job["probe"]]),
         rank=rank,
@@ -146,9 +150,8 @@ def _probe(prompts: Prompts, refs: list[Ref]) -> list[Question]:
     return [Question(ref.question_id, prompts.prompt(ref), [prompts.label(prompts.row(ref)["answer"])]) for ref in refs]
 
 
-def _teacher(job: dict, stage: int, dtype: str) -> torch.nn.Module:
-    thresholds = job["thresholds"].get(str(job["ratios"][stage]), {})
-    return checkpoints.load_masked(Path(job["teacher"]), thresholds, dtype)
+def _remask(teacher: torch.nn.Module, job: dict, stage: int) -> None:
+    checkpoints.remask(teacher, Path(job["teacher"]), job["thresholds"].get(str(job["ratios"][stage]), {}))
 
 
 if __name__ == "__main__":

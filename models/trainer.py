@@ -5,8 +5,8 @@ Everything is passed; nothing here knows MLflow, Prefect or the store's layout b
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -19,8 +19,10 @@ from masters.config import Rewards, Train
 from masters.errors import MastersError
 from masters.models import head, losses, objective
 from masters.models.families.base import Family
-from masters.models.packing import Pack, Question, pack, response_logits, response_states
+from masters.models.packing import Pack, batches, pack, response_logits, response_states
 from masters.models.training_data import Group, Step
+from masters.models.trees import Question
+from masters.shards import Ref
 from masters.storage import Storage
 
 KEPT_CHECKPOINTS = 2
@@ -30,19 +32,25 @@ T = TypeVar("T")
 
 @dataclass
 class Job:
-    """All that a training run needs. `question` makes a group ready to pack; `teacher_at` loads a stage's teacher."""
+    """All that a training run needs. `question` makes a group ready to pack.
+
+    `teacher` is None where the objective has none; `remask` masks it for a stage, in place. `token_budget`: tokens
+    of a forward pass.
+    """
 
     student: torch.nn.Module
+    teacher: torch.nn.Module | None
+    remask: Callable[[int], None]
     family: Family
     train: Train
     rewards: Rewards
     groups: list[Group]
     steps: list[Step]
     question: Callable[[Group], Question]
-    teacher_at: Callable[[int], torch.nn.Module]
     storage: Storage
     checkpoints: str  # prefix in the store
     checkpoint_steps: int
+    token_budget: int
     report: Callable[..., None]
     probe: list[Question] = field(default_factory=list)
     rank: int = 0
@@ -53,15 +61,16 @@ def fit(job: Job) -> None:
     """Run all steps, from the last checkpoint if there is one."""
     parameters = dict(job.student.named_parameters())
     optimiser = torch.optim.AdamW(parameters.values(), lr=job.train.learning_rate, weight_decay=0.0)
-    references = reference_log_probs(job) if job.train.objective == "masters" else {}
+    references = reference_log_probs(job) if job.train.objective == "masters" and job.train.beta else {}
     done = resume(job, parameters, optimiser)
-    teacher, stage, every = None, None, max(1, len(job.steps) // 10)
+    stage, every = None, max(1, len(job.steps) // 10)
     for number, step in enumerate(job.steps[done:], done + 1):
-        if step.stage != stage and job.train.objective != "sft":
-            teacher, stage = None, step.stage  # the old one's memory first
-            teacher = job.teacher_at(stage)
+        if step.stage != stage and job.teacher is not None:
+            began, stage = time.monotonic(), step.stage
+            job.remask(stage)
+            job.report(event="remask", stage=stage, seconds=time.monotonic() - began)
         began = time.monotonic()
-        sums = run_step(job, step, teacher, references)
+        sums = run_step(job, step, references)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         means = {name: value / len(step.groups) for name, value in sums.items()}
@@ -80,40 +89,32 @@ def fit(job: Job) -> None:
             save_checkpoint(job, number, parameters, optimiser)
 
 
-def run_step(
-    job: Job, step: Step, teacher: torch.nn.Module | None, references: dict[int, torch.Tensor]
-) -> dict[str, float]:
+def run_step(job: Job, step: Step, references: dict[int, torch.Tensor]) -> dict[str, float]:
     """Forward and backward of one step; gradients are of the mean over the step's questions on all processes."""
     mine = step.groups[job.rank :: job.world]
     sums: dict[str, float] = {}
-    if mine:
-        packed = pack([job.question(job.groups[g]) for g in mine], job.student, job.family)
-        outcome = batch_outcome(job, packed, mine, teacher, references)
+    for groups, packed in _packs(job, ((g, job.question(job.groups[g])) for g in mine)):
+        outcome = batch_outcome(job, packed, groups, references)
         if not torch.isfinite(outcome.loss):
             raise MastersError(f"the loss is {outcome.loss.item()} in stage {step.stage}: lower train.learning_rate")
         (outcome.loss / len(step.groups)).backward()
-        sums = outcome.sums
+        sums = {name: sums.get(name, 0.0) + value for name, value in outcome.sums.items()}
     if job.world > 1:
         sums = _reduce(job, sums)
     return sums
 
 
-def batch_outcome(
-    job: Job,
-    packed: Pack,
-    groups: tuple[int, ...],
-    teacher: torch.nn.Module | None,
-    references: dict[int, torch.Tensor],
-) -> objective.Outcome:
+def batch_outcome(job: Job, packed: Pack, groups: list[int], references: dict[int, torch.Tensor]) -> objective.Outcome:
+    """The objective of packed groups; `references` is empty where log pi_ref has no part in it."""
     student = response_states(job.student, packed)
-    if job.train.objective == "sft" or teacher is None:
-        return objective.supervised(head.chosen_log_probs(student, packed.token_T), packed)
+    if job.teacher is None:
+        return objective.supervised(head.chosen_log_probs(student, packed.token_U)[packed.distinct_T], packed)
     with torch.no_grad():
-        taught = response_states(teacher, packed)
-    terms = head.terms(student, taught, packed.token_T, job.train.divergence)
+        taught = response_states(job.teacher, packed)
+    terms = packed.spread(head.terms(student, taught, packed.token_U, job.train.divergence))
     if job.train.objective == "kd":
         return objective.distillation(terms, packed)
-    reference_T = torch.cat([references[g] for g in groups])
+    reference_T = torch.cat([references[g] for g in groups]).to(terms.logp_T.device) if references else None
     score_R = torch.from_numpy(np.concatenate([job.groups[g].scores for g in groups])).float()
     return objective.masters(terms, reference_T, score_R, packed, job.train, job.rewards)
 
@@ -122,31 +123,48 @@ def batch_outcome(
 def reference_log_probs(job: Job) -> dict[int, torch.Tensor]:
     """log pi_ref of every response token, by group: constants, computed once with the round's first student.
 
-    They are kept beside the checkpoints, so that a resumed run uses the very same numbers.
+    A question's groups (of several mask stages) are read together, questions in the order of the table, where those
+    of one image lie together. The numbers are kept beside the checkpoints, so that a resumed run uses the very same.
     """
     name = f"{job.checkpoints}/reference.safetensors"
     if not job.storage.exists(name):
+        asked: dict[Ref, list[int]] = {}
+        for g in sorted(range(len(job.groups)), key=lambda g: (job.groups[g].ref.file, job.groups[g].ref.row)):
+            asked.setdefault(job.groups[g].ref, []).append(g)
+        mine = list(asked.values())[len(asked) * job.rank // job.world : len(asked) * (job.rank + 1) // job.world]
         found: dict[str, torch.Tensor] = {}
-        mine = list(range(job.rank, len(job.groups), job.world))
-        for at in _chunks(mine, job.train.questions_per_step):
-            packed = pack([job.question(job.groups[g]) for g in at], job.student, job.family)
-            logp_T = head.chosen_log_probs(response_states(job.student, packed), packed.token_T)
-            lengths = [sum(len(r) for r in job.groups[g].responses) for g in at]
-            found |= dict(zip(map(str, at), (part.clone() for part in logp_T.split(lengths)), strict=True))
-            job.report(event="reference", done=at[-1] + 1, of=len(job.groups))
-        parts = _gathered(job, found)
+        for parts, packed in _packs(job, ((own, _together(job, own)) for own in mine)):
+            logp_U = head.chosen_log_probs(response_states(job.student, packed), packed.token_U)
+            groups = [g for own in parts for g in own]
+            lengths = [sum(len(r) for r in job.groups[g].responses) for g in groups]
+            logp_T = logp_U[packed.distinct_T].cpu()
+            found |= dict(zip(map(str, groups), (part.clone() for part in logp_T.split(lengths)), strict=True))
+            job.report(event="reference", done=len(found) * job.world, of=len(job.groups))
+        everyone = _gathered(job, found)
         if job.rank == 0:
-            job.storage.create(name, save_safetensors({group: part[group] for part in parts for group in part}))
+            job.storage.create(name, save_safetensors({group: part[group] for part in everyone for group in part}))
         _gathered(job, None)  # no rank reads before it is written
     return {int(group): values for group, values in load_safetensors(job.storage.read(name)).items()}
+
+
+def _together(job: Job, groups: list[int]) -> Question:
+    """A question with the responses of all its groups."""
+    first = job.question(job.groups[groups[0]])
+    return replace(first, responses=[r for g in groups for r in job.groups[g].responses])
+
+
+def _packs(job: Job, asked: Iterable[tuple[T, Question]]) -> Iterator[tuple[list[T], Pack]]:
+    """Questions with what they are called, packed within the token budget."""
+    for batch in batches(asked, job.token_budget):
+        names, questions = zip(*batch, strict=True)
+        yield list(names), pack(list(questions), job.student, job.family, job.token_budget)
 
 
 @torch.no_grad()
 def probe_accuracy(job: Job) -> float:
     """Share of probe questions whose every label token (end token included) is the student's greedy choice."""
     right = 0
-    for questions in _chunks(job.probe, 32):
-        packed = pack(questions, job.student, job.family)
+    for _, packed in _packs(job, ((q.question_id, q) for q in job.probe)):
         hit_T = response_logits(job.student, packed).argmax(-1) == packed.token_T
         right += int((losses.response_means(hit_T.float(), packed.response_T, packed.responses) == 1).sum())
     return right / max(1, len(job.probe))
@@ -176,7 +194,7 @@ def resume(job: Job, parameters: dict[str, torch.nn.Parameter], optimiser: torch
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"weight/{name}"])
-            state = {key: tensors[f"{key}/{name}"].clone() for key in ("exp_avg", "exp_avg_sq")}
+            state = {key: tensors[f"{key}/{name}"].to(parameter.device, copy=True) for key in ("exp_avg", "exp_avg_sq")}
             optimiser.state[parameter] = {"step": torch.tensor(float(step)), **state}
     job.report(event="resumed", step=step, of=len(job.steps))
     return step
@@ -204,8 +222,3 @@ def _gathered(job: Job, own: T) -> list[T]:
     everyone = [own] * job.world
     dist.all_gather_object(everyone, own)
     return everyone
-
-
-def _chunks(items: list, size: int) -> Iterator[list]:
-    for at in range(0, len(items), size):
-        yield items[at : at + size]

@@ -138,6 +138,9 @@ class Runtime(Section):
 
     generate_workers: int = Field(default=1, ge=1, le=64, description="Engine processes at a time")
     train_processes: int = Field(default=1, ge=1, le=64)
+    token_budget: int = Field(
+        default=16_384, ge=1, description="Tokens of a training forward pass; a step takes as many passes as it needs"
+    )
     checkpoint_steps: int = Field(default=100, ge=1, description="Optimiser steps between checkpoints")
     engine_memory_gib: Annotated[float, Field(gt=0)] = 1.0
     max_model_len: int = Field(default=2048, ge=16, description="Prompt and response tokens an engine admits")

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoProcessor
 
 from demo import shapes
-from masters.models.packing import Question
+from masters.models.trees import Question
 
 
 def questions(

@@ -56,7 +56,8 @@ def packed(batch: Batch) -> Pack:
     response_T = [r for r, tokens in enumerate(t for one in batch.questions for t in one) for _ in tokens]
     question_R = [q for q, one in enumerate(batch.questions) for _ in one]
     targets = map(torch.tensor, (batch.token_T.tolist(), response_T, question_R))
-    return Pack({}, torch.empty(0), torch.empty(0), *targets)
+    token_T, *others = targets
+    return Pack({}, torch.empty(0), torch.empty(0), token_T, torch.arange(len(token_T)), *others)
 
 
 def dense_terms(student: torch.Tensor, teacher: torch.Tensor, pack: Pack, train: Train) -> losses.Terms:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from demo import families
-from masters.models.checkpoints import load_masked, load_model
+from masters.models.checkpoints import load_masked, load_model, remask
 from masters.models.families import family_of
 from masters.models.masking import apply_mask, group_thresholds, magnitude_thresholds, safetensors_tensors
 from masters.models.packing import pack, response_logits
@@ -51,3 +51,7 @@ def test_a_checkpoint_is_masked_whatever_its_files_call_its_tensors(
     for (name, before), after in zip(plain.named_parameters(), masked.parameters(), strict=True):
         threshold = magnitude_thresholds(before, [RATIO])[0] if name in hidden else 0.0
         assert torch.equal(after, apply_mask(before, threshold)), name
+    storage = [parameter.data_ptr() for parameter in masked.parameters()]
+    remask(masked, folder, {r["tensor"]: 0.0 for r in rows})  # lifted, in the same storage
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), masked.parameters(), strict=True))
+    assert storage == [parameter.data_ptr() for parameter in masked.parameters()]

@@ -14,10 +14,11 @@ import torch
 
 from demo import families
 from masters.config import Rewards, Train
-from masters.models import head, losses, objective, packing, trainer
+from masters.models import head, losses, objective, packing, trainer, trees
 from masters.models.families import family_of
-from masters.models.packing import Pack, Question, pack, response_logits, response_states
+from masters.models.packing import Pack, pack, response_logits, response_states
 from masters.models.training_data import Group, Step
+from masters.models.trees import Question
 from masters.shards import Ref
 from tests.models import reference, tiny
 from tests.models.compare import close
@@ -27,6 +28,8 @@ from tests.models.reference import Batch
 NAN = float("nan")
 LENGTHS = [[3, 1, 5], [2, 2], [4], [1, 2, 3, 1], [2, 2, 2], [6, 1], [1, 1, 1, 1, 1], [3, 4]]
 SCORES = [[1, 0, 1], [0, 1], [1], [1, NAN, 0, 0], [NAN, NAN, NAN], [1, NAN], [1, 0, 1, 0, 1], [1, 1]]
+
+SHARED_IMAGE = 5  # the questions from this number on are about one image
 
 
 @cache
@@ -46,11 +49,15 @@ def make_job(name: str) -> trainer.Job:
         rewards=Rewards(),
         groups=groups,
         steps=[],
-        question=lambda group: tiny.question(student, group.ref.row, 3 + group.ref.row, group.responses),
-        teacher_at=lambda stage: teacher,
+        question=lambda group: tiny.question(
+            student, group.ref.row, 3 + group.ref.row, group.responses, min(group.ref.row, SHARED_IMAGE)
+        ),
+        teacher=teacher,
+        remask=lambda stage: None,
         storage=cast(Any, None),
         checkpoints="",
         checkpoint_steps=1,
+        token_budget=10_000,
         report=lambda **fields: None,
     )
 
@@ -110,7 +117,7 @@ def check_accumulation(job: trainer.Job, monkeypatch: pytest.MonkeyPatch, worlds
         job.student.zero_grad()
         sums: dict[str, float] = {}
         for rank in range(world):
-            own = trainer.run_step(replace(job, rank=rank, world=world), step, job.teacher_at(0), ref)
+            own = trainer.run_step(replace(job, rank=rank, world=world), step, ref)
             sums = {name: sums.get(name, 0.0) + value for name, value in own.items()}
         found.append((gradient(job.student), sums))
     job.student.zero_grad()
@@ -125,6 +132,17 @@ def test_packed_logits_are_those_of_every_response_alone(job: trainer.Job) -> No
     check_logits(job)
 
 
+def test_a_small_token_budget_makes_the_same_gradient(job: trainer.Job) -> None:
+    found = []
+    for budget in (10_000, 60, 1):
+        sums = trainer.run_step(replace(job, token_budget=budget), Step(0, 0, tuple(range(8))), references(job))
+        found.append((gradient(job.student), sums))
+        job.student.zero_grad()
+    for other, sums in found[1:]:
+        assert (other - found[0][0]).norm() / found[0][0].norm() < 2e-5
+        assert sums == pytest.approx(found[0][1], rel=1e-4, abs=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["masters", "kd", "sft"])
 def test_eight_packs_of_one_make_the_gradient_of_one_pack_of_eight(
     job: trainer.Job, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -134,20 +152,14 @@ def test_eight_packs_of_one_make_the_gradient_of_one_pack_of_eight(
 
 
 FAULTS: dict[str, Edit] = {
-    "responses see each other": (packing, "attention_mask", "(key == 0) | (key == query)", "(key >= 0)"),
-    "responses do not see the prompt": (packing, "attention_mask", "(key == 0) | (key == query)", "key == query"),
-    "positions run on from response to response": (
-        packing,
-        "_row",
-        "torch.cat([torch.arange(n) for n in lengths.tolist()])",
-        "torch.arange(int(lengths.sum()))",
-    ),
-    "a first token predicted by the token before it in the pack": (
-        packing,
-        "_targets",
-        "predictors += [(row, prompt - 1)",
-        "predictors += [(row, at - 1)",
-    ),
+    "responses see each other": (packing, "visible", "(response_k == 0) |", "(response_k >= 0) |"),
+    "questions of one image see each other": (packing, "visible", "(question_k == 0) |", "(question_k >= 0) |"),
+    "images in a row see each other": (packing, "visible", "(image_k == image)", "(image_k > 0)"),
+    "responses do not see the prompt": (packing, "visible", "(response_k == 0) |", ""),
+    "questions do not see the image": (packing, "visible", "(question_k == 0) |", ""),
+    "positions run on from response to response": (trees, "lay", "(positions.max() + 1", "(into.length"),
+    "a first token predicted by the token before it in the pack": (trees, "lay", "[last, *", "[at - 1, *"),
+    "a wrong image taken for the same": (trees, "_shared", "if not all(", "if False and not all("),
     "a mean over one process's questions": (trainer, "run_step", "len(step.groups)).backward", "len(mine)).backward"),
 }
 
@@ -163,14 +175,14 @@ def test_a_fault_in_packing_or_accumulation_is_noticed(fault: str, monkeypatch: 
 
 def test_the_batch_objective_is_the_references(job: trainer.Job) -> None:
     """From the models' logits, taken one response at a time, to the loss and to every response's advantage."""
-    everything, teacher, ref = list(range(len(job.groups))), job.teacher_at(0), references(job)
+    everything, teacher, ref = list(range(len(job.groups))), job.teacher, references(job)
     questions = [job.question(job.groups[g]) for g in everything]
     with torch.no_grad():
         logits = [
             torch.cat([alone(model, q, r) for q in questions for r in q.responses]).double().numpy()
             for model in (job.student, teacher)
         ]
-        outcome = trainer.batch_outcome(job, packed(job, everything), tuple(everything), teacher, ref)
+        outcome = trainer.batch_outcome(job, packed(job, everything), everything, ref)
     batch = Batch(
         [[tuple(r) for r in q.responses] for q in questions],
         [group.scores.tolist() for group in job.groups],
@@ -219,7 +231,9 @@ def test_gradients_enter_at_the_predictors_and_never_at_prompt_or_padding(job: t
     ids_BL = pack_.inputs["input_ids"]
     predictor_BL = torch.zeros_like(ids_BL, dtype=torch.bool)
     real_BL = torch.zeros_like(predictor_BL)
-    for row, g in enumerate(groups):  # by hand: the prompt's last token and all but the last of each response
+    for row, g in enumerate(
+        [3, 0, 2]
+    ):  # longest first; by hand: the prompt's last token and all but the last of each response
         prompt, at = 1 + tiny.IMAGE_TOKENS + 3 + g, 1 + tiny.IMAGE_TOKENS + 3 + g
         predictor_BL[row, prompt - 1] = True
         for n in LENGTHS[g]:
@@ -229,7 +243,7 @@ def test_gradients_enter_at_the_predictors_and_never_at_prompt_or_padding(job: t
     assert not real_BL.all()  # there is padding
     ref = references(job)
     with Watch(job.student) as watch:
-        trainer.batch_outcome(job, pack_, tuple(groups), job.teacher_at(0), ref).loss.backward()
+        trainer.batch_outcome(job, pack_, groups, ref).loss.backward()
     job.student.zero_grad()
     assert torch.equal(watch.moved("hidden"), predictor_BL)
     image_BL = ids_BL == job.student.config.image_token_id  # the image takes these embeddings' place
@@ -273,8 +287,8 @@ def test_the_images_token_in_a_response_is_a_word(job: trainer.Job) -> None:
 
 
 def test_no_gradient_reaches_the_teacher(job: trainer.Job) -> None:
-    teacher = job.teacher_at(0)
-    trainer.run_step(job, Step(0, 0, (0, 3)), teacher, references(job))
+    teacher = job.teacher
+    trainer.run_step(job, Step(0, 0, (0, 3)), references(job))
     job.student.zero_grad()
     assert all(p.grad is None for p in teacher.parameters())
 
@@ -283,13 +297,13 @@ def test_identical_responses_get_one_reward_wherever_they_are_packed(job: traine
     same, other, third = tiny.random_responses(9, [3, 2, 4])
     longer = tiny.question(job.student, 7, 30, tiny.random_responses(10, [9, 9]))
     orders = [[same, other, same, third], [third, same, same, other], [other, third, same, same]]
-    rewards, teacher = [], job.teacher_at(0)
+    rewards, teacher = [], job.teacher
     for order in orders:
         for company in ([], [longer]):
             pack_ = pack([tiny.question(job.student, 1, 5, order), *company], job.student, job.family)
             with torch.no_grad():
                 states = response_states(job.student, pack_), response_states(teacher, pack_)
-                divergence_R = objective.divergences(head.terms(*states, pack_.token_T, "jsd"), pack_)
+                divergence_R = objective.divergences(pack_.spread(head.terms(*states, pack_.token_U, "jsd")), pack_)
             score_R = torch.tensor([float(r is not third) for r in order] + [1.0] * 2 * len(company))
             distill_R, advantage_R = objective.advantages(divergence_R, score_R, pack_, job.rewards)
             first, second = (j for j, r in enumerate(order) if r is same)

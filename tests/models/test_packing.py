@@ -9,7 +9,8 @@ from masters.config import Rewards, Train
 from masters.models import losses, objective
 from masters.models.checkpoints import load_model
 from masters.models.families import family_of
-from masters.models.packing import Question, pack, response_logits
+from masters.models.packing import pack, response_logits
+from masters.models.trees import Question
 from tests.models import asked
 
 FOLDER = Path(__file__).parents[2] / "demo" / "models" / "student"

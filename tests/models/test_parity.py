@@ -12,7 +12,8 @@ from demo import shapes
 from masters.models import checkpoints, losses, packing, parity, prompts
 from masters.models.families import family_of
 from masters.models.masking import group_thresholds, safetensors_tensors
-from masters.models.packing import Question, pack, response_logits
+from masters.models.packing import pack, response_logits
+from masters.models.trees import Question
 
 FOLDER = Path(__file__).parents[2] / "demo/models/teacher"
 FAMILY = family_of(AutoConfig.from_pretrained(FOLDER).model_type)
@@ -37,9 +38,9 @@ def test_packing_as_it_is_agrees_with_separate_rows(model, prompt) -> None:
 
 
 def test_responses_that_see_each_other_are_noticed(model, prompt, monkeypatch) -> None:
-    def causal(segment_BL: torch.Tensor) -> torch.Tensor:
-        length = segment_BL.shape[1]
-        return torch.ones(len(segment_BL), 1, length, length, dtype=torch.bool).tril()
+    def causal(place_3BL: torch.Tensor) -> torch.Tensor:
+        _, rows, length = place_3BL.shape
+        return torch.ones(rows, 1, length, length, dtype=torch.bool).tril()
 
     monkeypatch.setattr(packing, "attention_mask", causal)
     question = Question("q", prompt, [[40, 41, 2], [50, 2], [60, 61, 62, 2]])

@@ -5,7 +5,7 @@ import torch
 
 from demo import families
 from masters.models.masking import apply_mask, is_masked, magnitude_thresholds
-from masters.models.packing import Question
+from masters.models.trees import Question
 
 IMAGE_TOKENS = 4
 WORDS = (20, 120)  # token numbers that are no special tokens
@@ -22,9 +22,11 @@ def model(name: str, seed: int, ratio: float = 0.0) -> torch.nn.Module:
     return made
 
 
-def question(of: torch.nn.Module, number: int, words: int, responses: list[list[int]]) -> Question:
-    """An image, `words` random words and these responses."""
-    rng, image = np.random.default_rng(number), torch.Generator().manual_seed(number)
+def question(
+    of: torch.nn.Module, number: int, words: int, responses: list[list[int]], image_of: int | None = None
+) -> Question:
+    """An image (its own, or that of another number), `words` random words and these responses."""
+    rng, image = np.random.default_rng(number), torch.Generator().manual_seed(number if image_of is None else image_of)
     ids = [1, *[of.config.image_token_id] * IMAGE_TOKENS, *rng.integers(*WORDS, words).tolist()]
     prompt = {"input_ids": torch.tensor([ids])}
     if of.config.model_type.startswith("qwen"):
