@@ -20,6 +20,7 @@ from masters.models.packing import Pack, pack, response_logits, response_states
 from masters.models.training_data import Group, Step
 from masters.models.trees import Question
 from masters.shards import Ref
+from masters.storage import Storage
 from tests.models import reference, tiny
 from tests.models.compare import close
 from tests.models.mutation import Edit, mutate
@@ -311,3 +312,30 @@ def test_identical_responses_get_one_reward_wherever_they_are_packed(job: traine
             assert advantage_R[first] == advantage_R[second]
             rewards.append([advantage_R[j] for r in (same, other, third) for j in [order.index(r)]])
     torch.testing.assert_close(torch.tensor(rewards), torch.tensor(rewards[:1] * 6), atol=1e-3, rtol=1e-3)
+
+
+def test_without_beta_the_reference_has_no_part(job: trainer.Job) -> None:
+    without, step, found = replace(job, train=Train(beta=0.0)), Step(0, 0, tuple(range(8))), []
+    for known in (references(job), {}):
+        sums = trainer.run_step(without, step, known)
+        found.append((gradient(job.student), sums.pop("kl_to_reference", None), sums))
+        job.student.zero_grad()
+    assert torch.equal(found[0][0], found[1][0]) and found[0][2] == found[1][2]
+    assert found[0][1] is not None and found[1][1] is None  # what was not computed is not logged
+
+
+def test_the_reference_pass_reads_a_question_once_for_all_its_stages(job: trainer.Job, tmp_path) -> None:
+    """Full coverage: every question has a group a stage, with the student's responses in each of them."""
+    later = [
+        replace(group, stage=1, responses=[*group.responses[:1], *tiny.random_responses(20 + n, [2, 3])])
+        for n, group in enumerate(job.groups)
+    ]
+    both = replace(job, groups=[*later, *job.groups], storage=Storage(str(tmp_path)), token_budget=60)
+    found = trainer.reference_log_probs(both)
+    for g, group in enumerate(both.groups):
+        with torch.no_grad():
+            one = pack([job.question(group)], job.student, job.family)
+            expected = losses.chosen_log_probs(response_logits(job.student, one), one.token_T)
+        torch.testing.assert_close(found[g], expected, atol=2e-5, rtol=1e-4)
+    again = trainer.reference_log_probs(replace(both, student=cast(Any, None)))
+    assert all(torch.equal(again[g], found[g]) for g in found)  # stored, not computed

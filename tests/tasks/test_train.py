@@ -35,6 +35,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     weights, done = trained(made_run(tmp_path_factory.mktemp("plain"), source))
     assert done["steps"] in (STEPS, STEPS + 1) and done["resumed_at_step"] == 0
+    assert len(done["remask_seconds"]) == 2  # mask stages
     return weights
 
 
