@@ -151,7 +151,7 @@ def _probe(prompts: Prompts, refs: list[Ref]) -> list[Question]:
 
 
 def _remask(teacher: torch.nn.Module, job: dict, stage: int) -> None:
-    checkpoints.remask(teacher, Path(job["teacher"]), job["thresholds"].get(str(job["ratios"][stage]), {}))
+    checkpoints.remask(teacher, Path(job["teacher"]), job["thresholds"][str(job["ratios"][stage])])
 
 
 if __name__ == "__main__":
