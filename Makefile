@@ -33,9 +33,10 @@ demo-models: setup
 
 setup: .venv/ready
 
+# bytecode is compiled here: where Python may not write beside the sources, every process would do it again (13 s each)
 .venv/ready: requirements/$(EXTRA).txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r requirements/$(EXTRA).txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode -r requirements/$(EXTRA).txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	touch $@

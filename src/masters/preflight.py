@@ -117,10 +117,13 @@ def special_tokens(folder: Path) -> tuple[str, ...]:
 
 
 def tokenizer(folder: Path):
-    from transformers import AutoTokenizer
-
+    """The tokenizer; from its one file where there is one: choosing its class imports every model's code first."""
+    if (folder / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast as Tokenizer
+    else:
+        from transformers import AutoTokenizer as Tokenizer
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return Tokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises many kinds
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
 
