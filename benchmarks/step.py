@@ -25,6 +25,7 @@ from masters.models.trees import Question
 RESPONSES, REPEATS = 8, 3
 VOCABULARY, IMAGE = 4096, 4  # IMAGE: the image's token
 FAMILY = family_of("qwen3_vl")
+REWARDS = Rewards()
 
 
 @dataclass(frozen=True)
@@ -130,4 +131,4 @@ def _objective(terms: losses.Terms, batch: Pack) -> torch.Tensor:
     """The method's loss: half of the responses right, log pi_ref a little off."""
     terms = batch.spread(terms)
     score_R = torch.arange(RESPONSES) % 2
-    return objective.masters(terms, terms.logp_T.detach() - 0.1, score_R.float(), batch, Train(), Rewards()).loss
+    return objective.masters(terms, terms.logp_T.detach() - 0.1, score_R.float(), batch, Train(), REWARDS).loss
