@@ -6,7 +6,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from masters import schemas, shards
-from masters.answering import Answerer, Order
+from masters.answering import NO_SHARD, Answerer, Order
 from masters.artifacts import Artifact, Identity
 from masters.preflight import LocalModel, Ready
 from masters.tasks.answers import answered
@@ -30,12 +30,12 @@ def before(ready: Ready) -> LocalModel:
 def orders(context: Context, data: Artifact, models: list[LocalModel]) -> list[Order]:
     config = context.config.generate
     sampling = GREEDY | dict(max_tokens=config.max_tokens, dtype=config.dtype)
-    plan = shards.plan(shards.references(data, "test"))
-    return [
-        Order(Answerer(m.name, m.folder, m.digest, {}), shard, "predictions", "evaluation", None, 0, 1, sampling)
-        for m in models
-        for shard in plan
-    ]
+    refs, asked = shards.references(data, "test"), []
+    for m in models:
+        answerer = Answerer(m.name, m.folder, m.digest, {})
+        order = Order(answerer, NO_SHARD, "predictions", "evaluation", None, 0, 1, sampling)
+        asked += context.earlier.orders(order, refs)
+    return asked
 
 
 def identity(context: Context, asked: list[Order]) -> Identity:

@@ -6,7 +6,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from masters import shards
-from masters.answering import Answerer, Order
+from masters.answering import NO_SHARD, Answerer, Order
 from masters.artifacts import Artifact, Identity
 from masters.config import Generate
 from masters.models.schedule import stage_of
@@ -32,16 +32,13 @@ def orders(context: Context, current: Round, data: Artifact, masks: Artifact) ->
     asked = []
     for stage, ratio in enumerate(stages):
         own = [ref for ref in refs if config.coverage == "full" or stage_of(ref.digest, len(stages)) == stage]
-        asked += [
-            Order(theirs, shard, "responses", "teacher", ratio, stage, config.teacher_responses, sampling(config))
-            for shard in shards.plan(own)
-            if config.teacher_responses
-        ]
-    asked += [
-        Order(ours, shard, "responses", "student", None, 0, config.student_responses, sampling(config))
-        for shard in shards.plan(refs)
-        if config.student_responses
-    ]
+        if config.teacher_responses:
+            count = config.teacher_responses
+            order = Order(theirs, NO_SHARD, "responses", "teacher", ratio, stage, count, sampling(config))
+            asked += context.earlier.orders(order, own)
+    if config.student_responses:
+        order = Order(ours, NO_SHARD, "responses", "student", None, 0, config.student_responses, sampling(config))
+        asked += context.earlier.orders(order, refs)
     return asked
 
 

@@ -14,6 +14,7 @@ from masters.config import Config, Teacher
 from masters.identity import digest
 from masters.models.schedule import mask_stages
 from masters.preflight import LocalModel, Ready
+from masters.reuse import Earlier
 from masters.stages import Stage
 from masters.tracking import Tracker
 
@@ -47,10 +48,11 @@ class Round:
 
 
 class Context:
-    """What identities are made from: the configuration and what preflight found."""
+    """What identities are made from: the configuration, what preflight found, and what earlier runs answered."""
 
-    def __init__(self, config: Config, ready: Ready) -> None:
+    def __init__(self, config: Config, ready: Ready, earlier: Earlier | None = None) -> None:
         self.config, self.ready, self.storage = config, ready, ready.storage
+        self.earlier = earlier or Earlier(ready.storage)
 
     def fetched(self, trained: Artifact) -> Path:
         """A trained student's folder on this machine. A copy is named by its content: built again, it is another."""
@@ -60,8 +62,15 @@ class Context:
 class Run(Context):
     """One run of the pipeline: also where it tracks, what is built again, and what its stages did."""
 
-    def __init__(self, config: Config, ready: Ready, tracker: Tracker, rebuild: frozenset[Stage]) -> None:
-        super().__init__(config, ready)
+    def __init__(
+        self,
+        config: Config,
+        ready: Ready,
+        tracker: Tracker,
+        rebuild: frozenset[Stage] = frozenset(),
+        earlier: Earlier | None = None,
+    ) -> None:
+        super().__init__(config, ready, earlier)
         self.tracker, self.rebuild = tracker, rebuild
         self.stages: list[dict] = []
 

@@ -4,16 +4,20 @@ Generation and evaluation share it. A shard lies at `shards/<kind>/<fingerprint>
 what it was made from, so later runs and other artifacts reuse it; an artifact holds its own (hard-linked) copy.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-from masters import artifacts, processes
+from masters import artifacts, processes, schemas
 from masters.config import Runtime
 from masters.identity import digest, fingerprint
 from masters.shards import Shard
 from masters.storage import Storage
 
+NO_SHARD = Shard("", ())  # of an order whose questions are still to be planned
+PLAN = "plan"  # the table of what each shard holds
+PLAN_ROWS = 100_000  # a file
 VERSION = 1  # of what engines are asked and how rows are made; a new one makes new shards
 
 
@@ -40,16 +44,23 @@ class Order:
     stage: int
     samples: int
     sampling: dict
+    stored: str | None = None  # the name of an earlier run's shard, or of a part of one
+    part_of: str | None = None
+
+    @property
+    def asker(self) -> str:
+        """Who answers and how: everything but the questions."""
+        return fingerprint(self._asked())
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint(
-            dict(
-                version=VERSION, kind=self.kind, model=self.answerer.digest, source=self.source,
-                mask_ratio=self.mask_ratio, masks=self.answerer.thresholds_fingerprint if self.mask_ratio else None,
-                stage=self.stage, samples=self.samples, sampling=self.sampling, questions=self.shard.questions,
-                name=self.answerer.name,
-            )
+        return self.stored or fingerprint(self._asked() | dict(questions=self.shard.questions))
+
+    def _asked(self) -> dict:
+        return dict(
+            version=VERSION, kind=self.kind, model=self.answerer.digest, source=self.source,
+            mask_ratio=self.mask_ratio, masks=self.answerer.thresholds_fingerprint if self.mask_ratio else None,
+            stage=self.stage, samples=self.samples, sampling=self.sampling, name=self.answerer.name,
         )  # fmt: skip
 
     @property
@@ -78,7 +89,12 @@ def fulfil(
     on_progress: Callable[[int, int], None],
 ) -> dict:
     """Answer what is missing, one engine process per model. Returns how it ran, for the summary."""
-    todo = missing(data.storage, orders)
+    todo = []
+    for order in missing(data.storage, orders):
+        if order.part_of:
+            _cut(data.storage, order)
+        else:
+            todo.append(order)
     jobs: dict[tuple[str, str], list[Order]] = {}
     for order in todo:
         jobs.setdefault((order.answerer.digest, order.sampling["dtype"]), []).append(order)
@@ -97,13 +113,33 @@ def fulfil(
 
 
 def gather(storage: Storage, identity: artifacts.Identity, orders: list[Order]) -> dict[str, str]:
-    """Put the orders' shards into the artifact's table of their kind. Returns {name: SHA-256}."""
+    """Put the orders' shards into the artifact's table of their kind, and `plan` beside it. Returns {name: SHA-256}."""
     files = {}
     for order in orders:
         name = f"{order.kind}/{order.fingerprint}.parquet"
         storage.copy(order.file, f"{identity.folder}/{name}")
         files[name] = digest(storage.read(order.file))
+    rows = _plan_rows(orders)
+    for number, part in enumerate(iter(lambda: list(islice(rows, PLAN_ROWS)), [])):
+        name, content = f"{PLAN}/{number:04d}.parquet", schemas.encode(part, schemas.PLAN)
+        storage.write(f"{identity.folder}/{name}", content)
+        files[name] = digest(content)
     return files
+
+
+def _plan_rows(orders: list[Order]) -> Iterator[dict]:
+    for order in orders:
+        common = dict(asker=order.asker, kind=order.kind, shard=order.fingerprint)
+        for question_id, question_digest in order.shard.questions:
+            yield common | dict(question_id=question_id, question_digest=question_digest)
+
+
+def _cut(storage: Storage, order: Order) -> None:
+    """A shard of its own from an earlier one: without the questions that are withdrawn or changed."""
+    table = schemas.decode(storage.read(f"shards/{order.kind}/{order.part_of}.parquet"))
+    kept = {ref.question_id for ref in order.shard.refs}
+    rows = [row for row in table.to_pylist() if row["question_id"] in kept]
+    storage.create(order.file, schemas.encode(rows, table.schema))
 
 
 def _child(orders: list[Order], data: artifacts.Artifact, runtime: Runtime, folder: Path) -> processes.Child:

@@ -37,6 +37,10 @@ JUDGEMENTS = pa.schema([
 
 PREDICTIONS = pa.schema([("question_id", text), ("model", text), ("text", text), ("correct", pa.bool_())])
 
+PLAN = pa.schema([
+    ("asker", text), ("kind", text), ("shard", text), ("question_id", text), ("question_digest", text),
+])  # fmt: skip
+
 
 def encode(rows: list[dict], schema: pa.Schema) -> bytes:
     """Rows as one Parquet file. The same rows give the same bytes."""
