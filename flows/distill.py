@@ -29,7 +29,7 @@ def distill(config: Config, rebuild: list[Stage] | None = None, until: Stage = S
     `rebuild` names stages to build again, `until` the last stage to run.
     """
     ready = preflight(config)
-    tracker = Tracker(config, ready.storage)
+    tracker = Tracker(config, ready.storage, str(flow_run.id or ""))
     run = Run(config, ready, tracker, frozenset(rebuild or []))
     summary = Summary(run, str(flow_run.id or ""))
     try:
@@ -62,7 +62,7 @@ def pipeline(run: Run, summary: Summary, until: Stage) -> None:
         if until in (Stage.GENERATE, Stage.SCORE) and number == len(run.config.teachers):
             return
         trained = train(run, current, inputs)
-        student = LocalModel("student-after", run.fetched(trained), trained.record["digest"])
+        student = LocalModel("student-after", run.fetched(trained), trained.record["digest"], trained)
     if until in (Stage.EVALUATE, Stage.REGISTER):
         evaluated = evaluate(run, questions, [*run.ready.teachers, before(run.ready), student])
         summary.scores(evaluated, trained)

@@ -9,14 +9,15 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pyarrow as pa
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from masters import schemas
-from masters.artifacts import Artifact, Identity
-from masters.config import Config
+from masters.artifacts import Artifact, External, Identity
+from masters.config import Config, Data
 from masters.errors import InputError
 from masters.identity import digest
 from masters.ingest import Reject, Rejected, reread, validated
@@ -49,7 +50,7 @@ def data(run: Run) -> Artifact:
     def build() -> tuple[dict[str, str], dict, dict]:
         return *tables(config, source, run.storage, made_of.folder, special_tokens), {}
 
-    artifact = build_or_reuse(run, made_of, build)
+    artifact = build_or_reuse(run, made_of, {"source": origin(config.data, made_of.inputs["source"])}, build)
     facts, limit = artifact.facts, config.data.max_rejected_share
     # the tolerated share is no part of identity: a reused table is held to today's
     if facts["rejected"] > limit * facts["read"]:
@@ -58,6 +59,16 @@ def data(run: Run) -> Artifact:
             f"data.max_rejected_share ({limit:.1%}); all of them: {artifact.uri}/rejected"
         )
     return artifact
+
+
+def origin(data: Data, digest: str) -> External:
+    """The source as lineage names it: an absolute path if it is one."""
+    try:
+        path = Path(data.source).expanduser()
+        place = str(path.resolve()) if path.exists() else data.source
+    except (OSError, RuntimeError):  # no possible file name
+        place = data.source
+    return External("source", f"{place}@{data.revision}" if data.revision else place, digest)
 
 
 def tables(

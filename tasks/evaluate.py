@@ -55,7 +55,8 @@ def evaluate(run: Run, data: Artifact, models: list[LocalModel]) -> Artifact:
         scores = {name: score(hits) for name, hits in right.items()}
         return files, dict(rows=sum(len(h) for h in right.values()), scores=scores), how
 
-    return build_or_reuse(run, made_of, build)
+    upstream = {"data": data} | {f"model {model.name}": model.origin for model in models}
+    return build_or_reuse(run, made_of, upstream, build)
 
 
 def score(hits: list[bool]) -> dict[str, float]:

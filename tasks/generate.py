@@ -60,4 +60,5 @@ def generate(run: Run, current: Round, data: Artifact, masks: Artifact, ahead: S
         rows = sum(order.samples * len(order.shard.refs) for order in asked)
         return files, dict(rows=rows), how
 
-    return build_or_reuse(run, made_of, build)
+    upstream = dict(data=data, masks=masks, teacher=current.teacher.origin, student=current.student.origin)
+    return build_or_reuse(run, made_of, upstream, build)

@@ -38,7 +38,7 @@ def mask(run: Run, current: Round) -> Artifact:
         }
         return {"thresholds/all.parquet": digest(data)}, dict(rows=len(rows), sparsity=sparsity), {}
 
-    return build_or_reuse(run, made_of, build)
+    return build_or_reuse(run, made_of, {"teacher": current.teacher.origin}, build)
 
 
 def thresholds(masks: Artifact) -> dict[float, dict[str, float]]:

@@ -53,9 +53,9 @@ def register(run: Run, trained: Artifact, evaluated: Artifact) -> tuple[Artifact
         files["model/README.md"] = digest(text)
         return files, dict(rows=1), {}
 
-    artifact = build_or_reuse(run, made_of, build)
+    artifact = build_or_reuse(run, made_of, dict(train=trained, evaluate=evaluated), build)
     # also a reused one: this MLflow may be another than the one that saw it built
-    version = run.tracker.register_model(run.config.name, f"{artifact.uri}/model", evaluated.facts["scores"])
+    version = run.tracker.register_model(run.config.name, artifact, trained, evaluated)
     return artifact, version
 
 

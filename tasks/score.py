@@ -10,7 +10,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from masters import artifacts, judging, schemas
-from masters.artifacts import Artifact, Identity
+from masters.artifacts import Artifact, External, Identity, Upstream
 from masters.errors import WorkerError
 from masters.identity import digest
 from masters.judging import Judge
@@ -80,7 +80,17 @@ def score(run: Run, current: Round, data: Artifact, responses: Artifact) -> Arti
         rows = statuses.total()
         return files, dict(rows=rows, rejected=rows - statuses["ok"], statuses=dict(statuses)), how
 
-    return build_or_reuse(run, made_of, build)
+    return build_or_reuse(run, made_of, _upstream(run, current, data, responses, chain[: chain.index(made_of)]), build)
+
+
+def _upstream(run: Run, current: Round, data: Artifact, responses: Artifact, before: list[Identity]) -> Upstream:
+    """What the verdicts come from: also the judge, and the verdicts whose gaps these fill."""
+    upstream: dict[str, Artifact | External] = dict(data=data, responses=responses)
+    if judge_of(run, current):
+        upstream["judge"] = (run.ready.judge or current.teacher).origin
+    if before and (earlier := artifacts.find(run.storage, before[-1])):
+        upstream["earlier"] = earlier
+    return upstream
 
 
 def _judged(run: Run, made_of: Identity, judge: Judge | None, triples: set[Triple]) -> tuple[Verdicts, dict]:

@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from masters import artifacts
-from masters.artifacts import Artifact, Identity
+from masters.artifacts import Artifact, Identity, Upstream
 from masters.config import Config, Teacher
 from masters.identity import digest
+from masters.machine import cache
 from masters.models.schedule import mask_stages
 from masters.preflight import LocalModel, Ready
 from masters.reuse import Earlier
@@ -20,11 +21,6 @@ from masters.tracking import Tracker
 
 CONSOLE = Console(stderr=True)
 Build = Callable[[], tuple[dict[str, str], dict, dict]]  # files with digests, facts, how it ran
-
-
-def cache() -> Path:
-    """Where this machine keeps what it needs of a store that is elsewhere."""
-    return Path.home() / ".cache" / "masters"
 
 
 @dataclass(frozen=True)
@@ -87,16 +83,19 @@ class Run(Context):
         return identity.kind in self.rebuild
 
 
-def build_or_reuse(run: Run, identity: Identity, build: Build) -> Artifact:
-    """The artifact of this identity: found, or built, committed and tracked. Its outcome joins the run's stages."""
+def build_or_reuse(run: Run, identity: Identity, upstream: Upstream, build: Build) -> Artifact:
+    """The artifact of this identity: found, or built, committed and tracked. Its outcome joins the run's stages.
+
+    `upstream` is everything that the stage reads: it goes into the record and into MLflow.
+    """
     began = time.monotonic()
     if run.rebuilds(identity):
         artifacts.discard(run.storage, identity)
     artifact, how, outcome = artifacts.find(run.storage, identity), {}, "reused"
-    with run.tracker.stage(identity) as tracked:
+    with run.tracker.stage(identity, upstream) as tracked:
         if artifact is None:
             files, facts, how = build()
-            artifact, outcome = artifacts.commit(run.storage, identity, files, facts), "built"
+            artifact, outcome = artifacts.commit(run.storage, identity, files, facts, upstream), "built"
         done = dict(
             name=identity.stage, fingerprint=artifact.fingerprint, uri=artifact.uri, outcome=outcome,
             rows=artifact.facts.get("rows", 0), rejected=artifact.facts.get("rejected", 0),

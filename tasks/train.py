@@ -56,7 +56,8 @@ def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
         )
         return files, facts, how
 
-    return build_or_reuse(run, made_of, build)
+    models = dict(teacher=current.teacher.origin, student=current.student.origin)
+    return build_or_reuse(run, made_of, inputs | models, build)
 
 
 def _job(run: Run, current: Round, inputs: Inputs, checkpoints: str, out: Path) -> dict:

@@ -1,19 +1,86 @@
-"""Where a run is tracked."""
+"""Where a run is tracked, and what it says about a stage's inputs and outputs. MLflow on SQLite."""
 
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
 
+from masters import artifacts, machine, tracking
+from masters.artifacts import Artifact, External, Identity, Upstream
 from masters.config import Config
 from masters.errors import InputError
+from masters.identity import digest
 from masters.storage import Storage
 from masters.tracking import Tracker
+
+NAME = "tracked"
+TABLES = {"data": "questions"}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of its own: tracking remembers there."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
 
 
 def configured(root: Path, **runtime) -> Config:
     models = {"student": {"model": "s"}, "teachers": [{"model": "t"}]}
-    tree = {"name": "tracked", "store": {"root": str(root)}, "data": {"source": "d"}, "runtime": runtime}
+    tree = {"name": NAME, "store": {"root": str(root)}, "data": {"source": "d"}, "runtime": runtime}
     return Config.model_validate(tree | models)
+
+
+def made(storage: Storage, stage: str, upstream: Upstream | None = None, content: bytes = b"rows") -> Artifact:
+    """An artifact of one table and a model."""
+    identity = Identity(stage, 1, {}, {"content": digest(content)}, NAME)
+    files = {}
+    for name in (f"{TABLES.get(stage, stage)}/0.parquet", "model/README.md"):
+        text = f"{stage} {name} ".encode() + content
+        storage.write(f"{identity.folder}/{name}", text)
+        files[name] = digest(text)
+    scores = {"student-after": {"accuracy": 0.5}, "t": {"accuracy": 1.0}}
+    return artifacts.commit(storage, identity, files, dict(scores=scores), upstream)
+
+
+def staged(tracker: Tracker, storage: Storage, stage: str, upstream: Upstream, content: bytes = b"rows") -> Artifact:
+    with tracker.stage(Identity(stage, 1, {}, {"content": digest(content)}, NAME), upstream) as tracked:
+        artifact = made(storage, stage, upstream, content)
+        tracked(artifact, dict(outcome="built", rows=1, seconds=0.1))
+    return artifact
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    (tmp_path / "store").mkdir()
+    return Storage(str(tmp_path / "store"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tracker, int]:
+    """A run that tests only look at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        return registered(Storage(str(tmp_path_factory.mktemp("finished"))))
+
+
+def registered(storage: Storage, content: bytes = b"rows", key: str = "") -> tuple[Tracker, int]:
+    """A distillation of four stages, to its end."""
+    tracker = Tracker(configured(Path(storage.uri(""))), storage, key)
+    data = staged(tracker, storage, "data", {"source": External("source", "/q.jsonl", "5" * 64)})
+    trained = staged(tracker, storage, "train", {"data": data}, content)
+    evaluated = staged(tracker, storage, "evaluate", {"data": data, "student": trained}, content)
+    exported = staged(tracker, storage, "register", {"train": trained, "evaluate": evaluated}, content)
+    version = tracker.register_model(NAME, exported, trained, evaluated)
+    tracker.finish("FINISHED")
+    return tracker, version
+
+
+def stage_run(tracker: Tracker, stage: str) -> Run:
+    client = MlflowClient(tracker.uri)
+    return client.get_run(client.get_run(tracker.run_id).data.tags[f"stage.{stage}.run_id"])
 
 
 def test_a_server_that_does_not_answer_is_refused_at_once(tmp_path: Path) -> None:
@@ -21,16 +88,118 @@ def test_a_server_that_does_not_answer_is_refused_at_once(tmp_path: Path) -> Non
         Tracker(configured(tmp_path, mlflow_uri="http://127.0.0.1:9"), Storage(str(tmp_path)))
 
 
-def test_by_default_everything_lies_beside_the_artifacts(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def test_a_password_in_the_configuration_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="MLFLOW_TRACKING_URI") as caught:
+        Tracker(configured(tmp_path, mlflow_uri="http://me:hunter2@127.0.0.1:9"), Storage(str(tmp_path)))
+    assert "hunter2" not in str(caught.value)
+
+
+def test_by_default_everything_lies_beside_the_artifacts(storage: Storage, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    store = tmp_path / "store"
-    store.mkdir()
-    tracker = Tracker(configured(store), Storage(str(store)))
-    scores = {"student-after": {"accuracy": 0.5}}
-    assert tracker.register_model("tracked", "/some/folder", scores) == 1
-    assert tracker.register_model("tracked", "/some/folder", scores) == 1  # the same student is one version
-    assert tracker.register_model("tracked", "/other/folder", scores) == 2
-    tracker.finish("FINISHED")
-    assert (store / "mlflow.db").exists()
-    assert [p.name for p in tmp_path.iterdir()] == ["store"]  # nothing in the working folder
+    assert registered(storage)[1] == 1
+    assert registered(storage)[1] == 1  # the same student is one version
+    assert registered(storage, b"other")[1] == 2
+    assert (tmp_path / "store/mlflow.db").exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"store", "home"}  # nothing in the working folder
+
+
+def test_a_stage_says_what_it_read_and_wrote(finished: tuple[Tracker, int]) -> None:
+    tracker, _ = finished
+    run = stage_run(tracker, "train")
+    used = {
+        (tag.value, entry.dataset.name): entry.dataset
+        for entry in run.inputs.dataset_inputs
+        for tag in entry.tags
+        if tag.key == "mlflow.data.context"
+    }
+    assert set(used) == {
+        ("input", "questions"), ("input", "model"), ("output", "train"), ("output", "model"),
+    }  # fmt: skip
+    assert "/finished0/data/" in used["input", "questions"].source
+    assert all(0 < len(dataset.digest) <= 36 for dataset in used.values())
+    read = stage_run(tracker, "data").inputs.dataset_inputs
+    assert ("questions", used["input", "questions"].digest) in {(e.dataset.name, e.dataset.digest) for e in read}
+
+
+def test_tags_name_everything_behind_a_stage(finished: tuple[Tracker, int]) -> None:
+    tracker, _ = finished
+    tags = stage_run(tracker, "register").data.tags
+    assert {key for key in tags if key.startswith("upstream.")} == {
+        "upstream.source", "upstream.data", "upstream.train", "upstream.evaluate",
+    }  # fmt: skip
+    assert tags["upstream.data"] == stage_run(tracker, "data").data.tags["masters.fingerprint"]
+    assert tags["masters.mask_schedule"] == "0.2 0.15 0.1 0.05 0"
+    assert tags["masters.judge_prompts"] == "1"
+    assert tags["masters.code"] and tags["masters.stage_version"] == "1"
+
+
+def test_the_version_leads_to_its_training_run_and_to_every_stage(finished: tuple[Tracker, int]) -> None:
+    tracker, number = finished
+    client = MlflowClient(tracker.uri)
+    version = client.get_model_version(NAME, str(number))
+    assert version.run_id == stage_run(tracker, "train").info.run_id
+    for stage in ("data", "train", "evaluate", "register"):
+        run_id = stage_run(tracker, stage).info.run_id
+        assert version.tags[f"stage.{stage}.run_id"] == run_id
+        assert f"- [{stage}](#/experiments/{tracker._experiment}/runs/{run_id})" in (version.description or "")
+    assert tracker.registry.candidate(NAME) == number and tracker.registry.champion(NAME) is None
+    assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["model_card.md"]
+
+
+def test_scores_are_bound_to_the_model_and_the_questions(finished: tuple[Tracker, int]) -> None:
+    tracker, _ = finished
+    run = stage_run(tracker, "evaluate")
+    assert run.data.metrics["accuracy_student-after"] == 0.5 and run.data.metrics["accuracy_t"] == 1.0
+    client = MlflowClient(tracker.uri)
+    (model,) = client.search_logged_models([run.info.experiment_id])
+    bound = [metric for metric in model.metrics or [] if metric.run_id == run.info.run_id]
+    assert [(metric.key, metric.dataset_name) for metric in bound] == [("accuracy_student-after", "questions")]
+
+
+def test_a_run_cut_short_is_opened_again(storage: Storage) -> None:
+    """Nothing of it ended: no stage, no registration."""
+    first = Tracker(configured(Path(storage.uri(""))), storage, "flow-1")
+    child = first.stage(Identity("data", 1, {}, {"content": digest(b"rows")}, NAME), {})
+    child.__enter__()  # and killed here
+    again, number = registered(storage, key="flow-1")
+    assert again.run_id == first.run_id and number == 1
+    client = MlflowClient(again.uri)
+    runs = client.search_runs([again._experiment])
+    assert len(runs) == 5 and {run.info.status for run in runs} == {"FINISHED"}
+
+
+def test_a_registration_cut_short_is_finished(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_registered_model_alias", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            registered(storage)
+    tracker, number = registered(storage)
+    assert number == 1 and tracker.registry.candidate(NAME) == 1
+    assert len(tracker.registry.versions(NAME)) == 1
+
+
+def test_runs_whose_process_is_gone_are_ended(storage: Storage) -> None:
+    lost = Tracker(configured(Path(storage.uri(""))), storage)
+    under_way = lost.stage(Identity("data", 1, {}, {}, NAME), {})
+    under_way.__enter__()
+    client = MlflowClient(lost.uri)
+    host, boot, pid, _ = machine.this_process().split()
+    client.set_tag(lost.run_id, "masters.process", f"{host} {boot} {pid} 1")
+    elsewhere = Tracker(configured(Path(storage.uri(""))), storage)
+    client.set_tag(elsewhere.run_id, "masters.process", f"another {boot} {pid} 1")
+    Tracker(configured(Path(storage.uri(""))), storage)
+    assert client.get_run(lost.run_id).info.status == "KILLED"
+    assert {run.info.status for run in tracking_children(lost)} == {"KILLED"}
+    assert client.get_run(elsewhere.run_id).info.status == "RUNNING"
+    assert len(tracking.live(lost.uri, storage)) == 2
+
+
+def tracking_children(tracker: Tracker) -> list[Run]:
+    return tracker.registry.stages(tracker._experiment, tracker.run_id)
+
+
+def test_this_machine_remembers_where_a_name_is_tracked(storage: Storage, home: Path) -> None:
+    tracker, _ = registered(storage)
+    machine.remember(NAME, "http://elsewhere")
+    assert machine.remembered(NAME) == ["http://elsewhere", tracker.uri]
+    assert (home / ".cache/masters/tracking.json").stat().st_mode & 0o077 == 0

@@ -7,7 +7,7 @@ one artifact write the same files; whoever comes second loses the record and use
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -16,7 +16,10 @@ import pyarrow as pa
 from masters import __version__, schemas
 from masters.errors import ArtifactError
 from masters.identity import digest, fingerprint
+from masters.provenance import commit as code_commit
 from masters.storage import Storage
+
+RECORD = "record.json"
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,14 @@ class Artifact:
         """What the stage found out: counts, scores and the like."""
         return self.record["facts"]
 
+    @property
+    def parts(self) -> dict[str, str]:
+        """Its tables, and the model if it holds one: name to a SHA-256 over the names and digests of its files."""
+        files: dict[str, list[tuple[str, str]]] = {}
+        for file in self.record["files"]:
+            files.setdefault(file["name"].split("/")[0], []).append((file["name"], file["digest"]))
+        return {part: listing_digest(dict(listed)) for part, listed in files.items()}
+
     def files(self, table: str) -> list[str]:
         """Names in the store of a table's Parquet files, in order."""
         return [f"{self.folder}/{f['name']}" for f in self.record["files"] if f["name"].startswith(f"{table}/")]
@@ -79,14 +90,31 @@ class Artifact:
             yield from batch.to_pylist()
 
 
+@dataclass(frozen=True)
+class External:
+    """An input that does not lie in the store: a model's folder, a source of questions, a judge's server."""
+
+    kind: str  # "model", "source", "server"
+    uri: str
+    digest: str | None  # of its content when it was read; None if that cannot be known
+
+
+Upstream = Mapping[str, Artifact | External]  # what a stage reads, by its role: "data", "masks", "teacher", ...
+
+
+def listing_digest(files: dict[str, str]) -> str:
+    """SHA-256 over names and digests of files: the content of an artifact, or of a part of it."""
+    return digest(json.dumps(sorted(files.items())).encode())
+
+
 def load(storage: Storage, folder: str) -> Artifact:
     """The finished artifact in a folder that is known to hold one."""
-    return Artifact(storage, folder, json.loads(storage.read(f"{folder}/record.json")))
+    return Artifact(storage, folder, json.loads(storage.read(f"{folder}/{RECORD}")))
 
 
 def find(storage: Storage, identity: Identity) -> Artifact | None:
     """The artifact of this identity if it is finished. Raises ArtifactError if listed files are gone."""
-    name = f"{identity.folder}/record.json"
+    name = f"{identity.folder}/{RECORD}"
     if not storage.exists(name):
         return None
     try:
@@ -107,25 +135,44 @@ def _again(identity: Identity) -> str:
 
 
 def commit(
-    storage: Storage, identity: Identity, files: dict[str, str], facts: dict, shards: list[str] | None = None
+    storage: Storage, identity: Identity, files: dict[str, str], facts: dict, upstream: Upstream | None = None
 ) -> Artifact:
     """Write the record, last. `files` maps names below the artifact's folder to their SHA-256.
 
-    If another builder was first, its record is the artifact.
+    `upstream` is where its inputs lie and what they held, so that the chain can be walked from the store alone. It
+    is no part of the identity. If another builder was first, its record is the artifact.
     """
     record = dict(
         stage=identity.stage, fingerprint=identity.fingerprint, version=identity.version, config=identity.config,
         inputs=identity.inputs, files=[dict(name=n, digest=d) for n, d in sorted(files.items())],
-        digest=digest(json.dumps(sorted(files.items())).encode()), shards=shards or [], facts=facts,
-        provenance=dict(masters=__version__, created=datetime.now(UTC).isoformat(timespec="seconds")),
+        digest=listing_digest(files), facts=facts,
+        upstream={role: _note(made) for role, made in (upstream or {}).items()},
+        provenance=dict(
+            masters=__version__, commit=code_commit(), created=datetime.now(UTC).isoformat(timespec="seconds")
+        ),
     )  # fmt: skip
-    name = f"{identity.folder}/record.json"
+    name = f"{identity.folder}/{RECORD}"
     if not storage.create(name, json.dumps(record, indent=1).encode()):
         record = json.loads(storage.read(name))
     return Artifact(storage, identity.folder, record)
 
 
 def discard(storage: Storage, identity: Identity) -> None:
-    """Remove an artifact, its record first, so that a reader never meets half of it."""
-    for name in sorted(storage.names(identity.folder), key=lambda n: not n.endswith("/record.json")):
+    """Remove the artifact of this identity, whether it is finished or not."""
+    remove(storage, identity.folder)
+
+
+def remove(storage: Storage, folder: str) -> None:
+    """Remove what lies in an artifact's folder, the record first, so that a reader never meets half of it."""
+    for name in sorted(storage.names(folder), key=lambda n: n != f"{folder}/{RECORD}"):
         storage.remove(name)
+
+
+def _note(made: Artifact | External) -> dict:
+    """How a record names what was read."""
+    if isinstance(made, External):
+        return dict(kind=made.kind, uri=made.uri, digest=made.digest)
+    return dict(
+        kind="artifact", stage=made.record.get("stage"), folder=made.folder, fingerprint=made.fingerprint,
+        digest=made.record["digest"],
+    )  # fmt: skip

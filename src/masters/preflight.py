@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from masters.artifacts import Artifact, External
 from masters.config import Config, Model
 from masters.errors import InputError
 from masters.judge_url import base_url, is_url
@@ -22,6 +23,11 @@ class LocalModel:
     name: str
     folder: Path
     digest: str
+    made: Artifact | None = None  # the artifact that it was fetched from; None: it came from outside
+
+    @property
+    def origin(self) -> Artifact | External:
+        return self.made or External("model", str(self.folder), self.digest)
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,10 @@ class Server:
 
     url: str
     model: str | None
+
+    @property
+    def origin(self) -> External:
+        return External("server", self.url, None)
 
 
 @dataclass(frozen=True)

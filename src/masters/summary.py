@@ -3,6 +3,7 @@
 import json
 
 from masters.artifacts import Artifact
+from masters.registry import shown
 from masters.tasks.stage import Run
 
 
@@ -35,7 +36,7 @@ class Summary:
         run_id = self._run.tracker.run_id
         whole = dict(
             run_id=run_id, name=self._run.config.name, status=status, stages=self._run.stages, **self._scores,
-            mlflow=dict(run_id=run_id, tracking_uri=self._run.tracker.uri, **self._model),
+            mlflow=dict(run_id=run_id, tracking_uri=shown(self._run.tracker.uri), **self._model),
             prefect=dict(flow_run_id=self._flow_run_id),
         )  # fmt: skip
         text = json.dumps(whole | ({"error": error} if error else {}), indent=1)

@@ -1,7 +1,12 @@
-"""MLflow, the only place that imports it: one run a distillation, a child a stage, metrics, the model's versions."""
+"""A distillation in MLflow: one run, a child a stage with its lineage and metrics, the model's version at the end.
+
+`lineage` says what goes into a stage's run, `registry` what becomes of the versions; no other module imports MLflow.
+"""
 
 import os
+import re
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,21 +14,33 @@ from urllib.request import urlopen
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Metric
+from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
 
-from masters.artifacts import Artifact, Identity
+from masters import lineage, machine
+from masters.artifacts import Artifact, Identity, Upstream
 from masters.config import Config
 from masters.errors import InputError
+from masters.registry import CANDIDATE, Registry, shown
 from masters.storage import Storage
 
 PARAMETER_LENGTH = 500
 METRICS_AT_ONCE = 200
+CARD = "model_card.md"
+STUDENT = "student-after"
+LIVE = "attributes.status = 'RUNNING'"
 
 Tracked = Callable[[Artifact, dict], None]
 
 
 def tracking_uri(config: Config, storage: Storage) -> str:
     """runtime.mlflow_uri, else MLFLOW_TRACKING_URI, else a SQLite file beside the artifacts (S3: in this folder)."""
+    named = config.runtime.mlflow_uri
+    if named and shown(named) != named:
+        raise InputError(
+            "runtime.mlflow_uri holds a user or password, and a configuration is kept with the run: set it as "
+            "MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD beside the plain address"
+        )
     return config.runtime.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI") or beside(storage)
 
 
@@ -36,7 +53,7 @@ def check_answers(uri: str) -> None:
             pass
     except (OSError, ValueError) as error:
         raise InputError(
-            f"MLflow at {uri} does not answer ({error}): start it, or choose another with runtime.mlflow_uri or "
+            f"MLflow at {shown(uri)} does not answer ({error}): start it, or choose another with runtime.mlflow_uri or "
             "MLFLOW_TRACKING_URI"
         ) from error
 
@@ -62,46 +79,73 @@ def files_beside(storage: Storage) -> str:
 
 
 class Tracker:
-    """Writes one distillation to MLflow."""
+    """Writes one distillation to MLflow.
 
-    def __init__(self, config: Config, storage: Storage) -> None:
+    Everything has a key and is found again by it: a run that was cut short is opened again by who goes on with it,
+    and a stage that was under way then is not left running.
+    """
+
+    def __init__(self, config: Config, storage: Storage, key: str = "") -> None:
+        """`key`: what stays the same when a run is tried again, such as the flow run's id."""
         self.uri = tracking_uri(config, storage)
         check_answers(self.uri)
         if self.uri == beside(storage):
             check_beside(storage)
-        mlflow.set_tracking_uri(self.uri)
-        self._client = MlflowClient(self.uri)
+        self.registry = Registry(self.uri)
+        self._client, self._storage = MlflowClient(self.uri), storage
+        self._about = lineage.about(config) | {"masters.store": storage.uri("")}
         self._experiment = self._experiment_of(config.name, storage)
         self._pending: list[Metric] = []
-        run = self._client.create_run(self._experiment, run_name=config.name, tags={"masters.stage": "distill"})
-        self.run_id = self._current = run.info.run_id
-        for key, value in _flat(config.model_dump()).items():
-            self._client.log_param(self.run_id, key, str(value)[:PARAMETER_LENGTH])
+        self._reached: dict[str, dict[str, str]] = {}  # by an artifact's folder: the fingerprints behind it
+        self._runs: dict[str, str] = {}  # by an artifact's folder: the run of its stage
+        self._questions: dict[str, dict[str, str]] = {}  # by an artifact's folder: the data set its scores are on
+        close_lost(self.uri, storage)
+        tags = {"masters.stage": "distill", "masters.process": machine.this_process()}
+        self.run_id = self._current = self._open(key or uuid.uuid4().hex, config.name, tags)
+        machine.remember(config.name, self.uri)
+        flat = _flat(config.model_dump()).items()
+        self._client.log_batch(self.run_id, params=[Param(key, str(value)[:PARAMETER_LENGTH]) for key, value in flat])
 
     def _experiment_of(self, name: str, storage: Storage) -> str:
         """Its id. A new experiment of the default database keeps its files there too."""
-        found = self._client.get_experiment_by_name(name)
-        if found:
-            return found.experiment_id
         ours = self.uri == beside(storage)
-        return self._client.create_experiment(name, files_beside(storage) if ours else None)
+        try:
+            return self._client.create_experiment(name, files_beside(storage) if ours else None)
+        except MlflowException:
+            found = self._client.get_experiment_by_name(name)
+            if found is None:
+                raise
+            return found.experiment_id
+
+    def _open(self, key: str, name: str, tags: dict[str, str]) -> str:
+        """The run with this key, running: found, or created."""
+        tags = self._about | tags | {"masters.key": key}
+        if found := self._client.search_runs([self._experiment], f"tags.`masters.key` = '{key}'", max_results=1):
+            run_id = found[0].info.run_id
+            self._client.update_run(run_id, status="RUNNING")
+            self._tag(run_id, tags)
+            return run_id
+        return self._client.create_run(self._experiment, run_name=name, tags=tags).info.run_id
+
+    def _tag(self, run_id: str, tags: dict[str, str]) -> None:
+        self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     @contextmanager
-    def stage(self, identity: Identity) -> Iterator[Tracked]:
+    def stage(self, identity: Identity, upstream: Upstream) -> Iterator[Tracked]:
         """A child run for a stage, ended as FAILED if the body raises; its metrics go there meanwhile."""
-        tags = {
-            "mlflow.parentRunId": self.run_id,
-            "masters.stage": identity.stage,
-            "masters.fingerprint": identity.fingerprint,
-        }
-        child = self._client.create_run(self._experiment, run_name=identity.stage, tags=tags).info.run_id
-        self._current = child
+        key = f"{self.run_id}/{identity.stage}/{identity.fingerprint}"
+        tags = {"mlflow.parentRunId": self.run_id} | lineage.stage_tags(identity, upstream, self._reached)
+        child = self._current = self._open(key, identity.stage, tags)
+        self._client.log_inputs(child, lineage.inputs(upstream))
 
         def tracked(artifact: Artifact, done: dict) -> None:
-            for key in ("outcome", "uri"):
-                self._client.set_tag(child, f"masters.{key}", str(done[key]))
-            self._client.set_tag(self.run_id, f"stage.{identity.stage}.fingerprint", artifact.fingerprint)
-            self._client.set_tag(self.run_id, f"stage.{identity.stage}.run_id", child)
+            self._reached[artifact.folder] = lineage.behind(upstream, self._reached)
+            self._runs[artifact.folder] = child
+            self._questions[artifact.folder] = lineage.questions(upstream)
+            self._client.log_inputs(child, lineage.outputs(artifact))
+            self._tag(child, {"masters.outcome": done["outcome"]} | where(artifact))
+            names = {"fingerprint": artifact.fingerprint, "run_id": child}
+            self._tag(self.run_id, {f"stage.{identity.stage}.{name}": value for name, value in names.items()})
             self.metrics({"rows": float(done["rows"]), "seconds": float(done["seconds"])}, 0)
 
         status = "FAILED"
@@ -125,29 +169,103 @@ class Tracker:
             self._client.log_batch(self._current, metrics=self._pending[at : at + METRICS_AT_ONCE])
         self._pending.clear()
 
-    def register_model(self, name: str, uri: str, scores: dict[str, dict]) -> int:
+    def register_model(self, name: str, registered: Artifact, trained: Artifact, evaluated: Artifact) -> int:
         """A version of the registered model `name` with alias `candidate`. The same source is registered once."""
-        if not self._client.search_registered_models(f"name = '{name}'"):
+        if not self.registry.has(name):
             self._client.create_registered_model(name)
-        for version in self._client.search_model_versions(f"name = '{name}'"):
-            if version.tags.get("masters.uri") == uri:
-                return int(version.version)
-        tags = {"masters.uri": uri}
-        external = mlflow.create_external_model(
-            name=name, source_run_id=self.run_id, tags=tags, experiment_id=self._experiment
-        )
-        version = self._client.create_model_version(
-            name, f"models:/{external.model_id}", run_id=self.run_id, tags=tags, model_id=external.model_id
-        )
-        self._client.set_registered_model_alias(name, "candidate", version.version)
-        for model, score in scores.items():
-            self._client.log_metric(self.run_id, f"accuracy_{model}", score["accuracy"])
+        source = f"{registered.uri}/model"
+        version = next((v for v in self.registry.versions(name) if v.tags.get("masters.uri") == source), None)
+        if version and "masters.registered" in version.tags:
+            return int(version.version)
+        run_id = self._builder(trained)
+        tags = self._about | where(registered) | {"masters.uri": source, "masters.run_id": self.run_id}
+        if version is None:
+            model = mlflow.create_external_model(
+                name=name, source_run_id=run_id, tags=tags, experiment_id=self._experiment
+            )
+            version = self._client.create_model_version(
+                name, f"models:/{model.model_id}", run_id=run_id, tags=tags, model_id=model.model_id
+            )
+        self._describe(name, version.version, registered)
+        self._scores(evaluated, (version.source or "").removeprefix("models:/"))
+        self._client.set_registered_model_alias(name, CANDIDATE, version.version)
+        # last: a version without it was cut short, and is finished by the next run
+        self._client.set_model_version_tag(name, version.version, "masters.registered", "yes")
         return int(version.version)
+
+    def _builder(self, artifact: Artifact) -> str:
+        """The run that built an artifact, with its metrics; this distillation's where no other is known."""
+        query = f"tags.`masters.fingerprint` = '{artifact.fingerprint}' and tags.`masters.outcome` = 'built'"
+        found = self._client.search_runs([self._experiment], query, max_results=1)
+        return found[0].info.run_id if found else self._runs.get(artifact.folder, self.run_id)
+
+    def _describe(self, name: str, version: str, registered: Artifact) -> None:
+        """From the version's page a person reaches every stage: a list of links, as MLflow has no graph of them."""
+        tags = self._client.get_run(self.run_id).data.tags
+        stages = {key.split(".")[1]: run for key, run in tags.items() if re.fullmatch(r"stage\..+\.run_id", key)}
+        ordered = sorted(stages, key=lambda stage: self._client.get_run(stages[stage]).info.start_time)
+        lines = [f"Student of the distillation {self._link(name, self.run_id)}, built by its stages:", ""]
+        for stage in ordered:
+            self._client.set_model_version_tag(name, version, f"stage.{stage}.run_id", stages[stage])
+            lines.append(f"- {self._link(stage, stages[stage])} `{tags[f'stage.{stage}.fingerprint']}`")
+        lines += ["", f"Files: `{registered.uri}/model`"]
+        self._client.update_model_version(name, version, "\n".join(lines))
+        self._client.log_text(self.run_id, self._storage.read(f"{registered.folder}/model/README.md").decode(), CARD)
+
+    def _link(self, text: str, run_id: str) -> str:
+        return f"[{text}](#/experiments/{self._experiment}/runs/{run_id})"
+
+    def _scores(self, evaluated: Artifact, model_id: str) -> None:
+        """The evaluation's accuracies. The student's are bound to its model and to the questions that were asked."""
+        now = time.time_ns() // 1_000_000
+        asked = self._questions.get(evaluated.folder, {})
+        for run_id in (self.run_id, self._runs.get(evaluated.folder, self.run_id)):
+            for model, score in evaluated.facts["scores"].items():
+                bound = dict(model_id=model_id, **asked) if model == STUDENT else asked
+                metric = Metric(f"accuracy_{model}", score["accuracy"], now, 0, run_id=run_id, **bound)
+                self._client.log_batch(run_id, metrics=[metric])
 
     def finish(self, status: str) -> None:
         """End the parent run: FINISHED or FAILED."""
         self.flush()
         self._client.set_terminated(self.run_id, status)
+
+
+def where(artifact: Artifact) -> dict[str, str]:
+    """Tags by which an artifact is found and proven."""
+    return {
+        "masters.uri": artifact.uri,
+        "masters.folder": artifact.folder,
+        "masters.fingerprint": artifact.fingerprint,
+        "masters.digest": artifact.record["digest"],
+        "masters.store": artifact.storage.uri(""),
+    }
+
+
+def live(uri: str, storage: Storage) -> list[Run]:
+    """Runs of distillations into this store that MLflow holds for running, whether they do or not."""
+    client, found = MlflowClient(uri), []
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    query = f"{LIVE} and tags.`masters.stage` = 'distill'"
+    for run in client.search_runs(experiments, query, max_results=1000):
+        if run.data.tags.get("masters.store") == storage.uri(""):
+            found.append(run)
+    return found
+
+
+def close_lost(uri: str, storage: Storage) -> None:
+    """End, as KILLED, the runs whose process on this machine is gone. Those of other machines cannot be judged."""
+    client = MlflowClient(uri)
+    for run in live(uri, storage):
+        if machine.ended(run.data.tags.get("masters.process", "")):
+            close(client, run)
+
+
+def close(client: MlflowClient, run: Run) -> None:
+    """End a distillation's run and those of its stages that are still held for running."""
+    query = f"{LIVE} and tags.`mlflow.parentRunId` = '{run.info.run_id}'"
+    for each in [*client.search_runs([run.info.experiment_id], query, max_results=1000), run]:
+        client.set_terminated(each.info.run_id, "KILLED")
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, object]:

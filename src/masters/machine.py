@@ -1,0 +1,70 @@
+"""What this machine keeps for itself, and which of its processes still run."""
+
+import json
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+KEPT = 20  # tracking URIs a name
+
+
+def cache() -> Path:
+    """Where this machine keeps what it needs of a store that is elsewhere."""
+    return Path.home() / ".cache" / "masters"
+
+
+def this_process() -> str:
+    """Names the running process for good: host, boot, process id and when it started."""
+    return _named(os.getpid())
+
+
+def ended(process: str) -> bool | None:
+    """Whether a process that `this_process` named is gone; None if it runs, or ran, on another machine."""
+    host, boot, pid, _ = (process.split(" ") + [""] * 4)[:4]
+    if host != socket.gethostname():
+        return None
+    return boot != _boot() or not pid.isdigit() or _named(int(pid)) != process
+
+
+def remember(name: str, tracking_uri: str) -> None:
+    """Keep where runs of this name are tracked, for commands that are given a name alone."""
+    uris = [tracking_uri, *(uri for uri in remembered(name) if uri != tracking_uri)][:KEPT]
+    file = _state()
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    with suppress(OSError):  # a home that cannot be written costs an option on the command line, not a run
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(mode=0o600)  # the address of a database may hold its password
+        temporary.write_text(json.dumps(_remembered() | {name: uris}, indent=1))
+        os.replace(temporary, file)
+
+
+def remembered(name: str | None = None) -> list[str]:
+    """Tracking URIs of a name, the last one first; without a name those of all."""
+    known = _remembered()
+    if name is not None:
+        return known.get(name, [])
+    return list(dict.fromkeys(uri for uris in known.values() for uri in uris))
+
+
+def _state() -> Path:
+    return cache() / "tracking.json"
+
+
+def _remembered() -> dict[str, list[str]]:
+    try:
+        return json.loads(_state().read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _named(pid: int) -> str:
+    try:
+        started = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except OSError:
+        started = "gone"
+    return f"{socket.gethostname()} {_boot()} {pid} {started}"

@@ -1,0 +1,187 @@
+"""The registered models in MLflow: versions, who is candidate and champion, who was, and what a version leads to."""
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from urllib.parse import urlsplit
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from masters.artifacts import RECORD
+from masters.errors import InputError
+from masters.storage import Storage
+
+CANDIDATE, CHAMPION = "candidate", "champion"
+CHAMPIONS = "masters.champions"  # a registered model's tag: JSON list of versions, the first champion first
+KEPT = 50
+
+
+@dataclass(frozen=True)
+class Target:
+    """A registered version or a run, and the artifacts it stands for: `folders` of `store` to the digest expected."""
+
+    title: str
+    store: str
+    folders: dict[str, str]
+    parent: str | None  # the run of the whole distillation
+
+
+class Registry:
+    """The models of one MLflow. Names and versions that are not there are InputErrors."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        mlflow.set_tracking_uri(uri)  # its functions for models take no client
+        self._client = MlflowClient(uri)
+
+    def names(self) -> list[str]:
+        return [model.name for model in self._client.search_registered_models()]
+
+    def has(self, name: str) -> bool:
+        return bool(self._client.search_registered_models(f"name = '{name}'"))
+
+    def versions(self, name: str) -> list[ModelVersion]:
+        """All of them, the newest first."""
+        found = self._client.search_model_versions(f"name = '{name}'", max_results=10_000)
+        return sorted(found, key=lambda version: int(version.version), reverse=True)
+
+    def version(self, name: str, number: int) -> ModelVersion:
+        try:
+            return self._client.get_model_version(name, str(number))
+        except MlflowException:
+            there = ", ".join(str(v.version) for v in reversed(self.versions(name))) or "none"
+            raise InputError(f"model {name} has no version {number}; there: {there}") from None
+
+    def aliased(self, name: str, alias: str) -> int | None:
+        """The version that an alias stands for."""
+        try:
+            return int(self._client.get_model_version_by_alias(name, alias).version)
+        except MlflowException:
+            return None
+
+    def champion(self, name: str) -> int | None:
+        return self.aliased(name, CHAMPION)
+
+    def candidate(self, name: str) -> int | None:
+        return self.aliased(name, CANDIDATE)
+
+    def history(self, name: str) -> list[int]:
+        """Versions that were champion, in order; one that was rolled back stays until the next is promoted."""
+        try:
+            text = self._client.get_registered_model(name).tags.get(CHAMPIONS, "[]")
+        except MlflowException:
+            raise InputError(f"there is no registered model {name} in MLflow at {shown(self.uri)}") from None
+        return [int(version) for version in json.loads(text)]
+
+    def previous(self, name: str) -> int | None:
+        """The version that was champion before today's."""
+        before = self._until_champion(name)[:-1]
+        return before[-1] if before else None
+
+    def promote(self, name: str, version: int) -> None:
+        """Make a version the champion. Cut short anywhere, doing it again ends the same."""
+        self.version(name, version)
+        if self.champion(name) == version:
+            return
+        chain = [*self._until_champion(name), version][-KEPT:]
+        # history first: an alias that is not in it could not be rolled back to
+        self._client.set_registered_model_tag(name, CHAMPIONS, json.dumps(chain))
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self._client.set_model_version_tag(name, str(version), "masters.champion_since", now)
+        self._client.set_registered_model_alias(name, CHAMPION, str(version))
+
+    def rollback(self, name: str, to: int | None = None) -> tuple[int, int]:
+        """Give the alias back to an earlier champion, by default the one before. Returns (from, to)."""
+        history, current = self.history(name), self.champion(name)
+        if current is None:
+            raise InputError(f"model {name} has no champion to roll back")
+        target = to if to is not None else self.previous(name)
+        if target is None:
+            raise InputError(f"model {name}: no version was champion before version {current}; name one with --to")
+        if target == current:
+            raise InputError(f"model {name}: version {target} is the champion already")
+        self._check_there(self.version(name, target))
+        if target in history:
+            self._client.set_registered_model_alias(name, CHAMPION, str(target))
+        else:
+            self.promote(name, target)
+        return current, target
+
+    def chosen(self, name: str, selector: str | None = None) -> ModelVersion:
+        """A version by number or by "@alias"; without either champion, else candidate, else the newest."""
+        if selector and not selector.startswith("@"):
+            if not selector.isdigit():
+                raise InputError(f"model {name}: expected a version's number or @alias, found {selector!r}")
+            return self.version(name, int(selector))
+        if selector:
+            number = self.aliased(name, selector[1:])
+            if number is None:
+                raise InputError(f"model {name} has no version with the alias {selector[1:]!r}")
+            return self.version(name, number)
+        number = self.champion(name) or self.candidate(name)
+        if number is None and not (found := self.versions(name)):
+            raise InputError(f"model {name} has no version yet")
+        return self.version(name, number or int(found[0].version))
+
+    def target_of_model(self, name: str, selector: str | None = None) -> Target:
+        version = self.chosen(name, selector)
+        title = f"models:/{name}/{version.version}"
+        tags = version.tags
+        if "masters.store" not in tags:
+            raise InputError(f"{title} was not registered by this version of masters: it does not say where it lies")
+        folders = {tags["masters.folder"]: tags["masters.digest"]}
+        return Target(title, tags["masters.store"], folders, tags["masters.run_id"])
+
+    def target_of_run(self, run_id: str) -> Target | None:
+        """Of a stage's run its artifact, of a distillation's run those of its stages; None if it is not known here."""
+        try:
+            run = self._client.get_run(run_id)
+        except MlflowException:
+            return None
+        parent = run.data.tags.get("mlflow.parentRunId")
+        stages = [run] if parent else self.stages(run.info.experiment_id, run_id)
+        folders = {
+            stage.data.tags["masters.folder"]: stage.data.tags["masters.digest"]
+            for stage in stages
+            if "masters.folder" in stage.data.tags
+        }
+        if not folders:
+            raise InputError(f"run {run_id} finished no stage of a distillation")
+        return Target(f"run {run_id}", run.data.tags["masters.store"], folders, parent or run_id)
+
+    def stages(self, experiment: str, parent: str) -> list:
+        """The runs of a distillation's stages."""
+        return list(self._client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'", max_results=1000))
+
+    def run_ids(self, parent: str) -> dict[str, str]:
+        """Fingerprint to the run of a stage of this distillation."""
+        experiment = self._client.get_run(parent).info.experiment_id
+        return {run.data.tags["masters.fingerprint"]: run.info.run_id for run in self.stages(experiment, parent)}
+
+    def _until_champion(self, name: str) -> list[int]:
+        """The history up to today's champion, with it: what was rolled back is left out."""
+        history, current = self.history(name), self.champion(name)
+        if current is None:
+            return []
+        if current not in history:  # somebody set the alias by hand
+            return [*history, current]
+        return history[: len(history) - history[::-1].index(current)]
+
+    def _check_there(self, version: ModelVersion) -> None:
+        tags = version.tags
+        if "masters.store" not in tags:
+            return
+        if not Storage(tags["masters.store"]).exists(f"{tags['masters.folder']}/{RECORD}"):
+            raise InputError(
+                f"model {version.name}: version {version.version} is no longer in its store "
+                f"({tags['masters.uri']}): it cannot be champion"
+            )
+
+
+def shown(uri: str) -> str:
+    """A tracking URI without the password that it may hold."""
+    parts = urlsplit(uri)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
