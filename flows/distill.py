@@ -1,11 +1,13 @@
 """The whole pipeline on one page: data, mask, generate, score, train, evaluate, register; a round a teacher."""
 
-import json
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from prefect import flow
 from prefect.runtime import flow_run
 
+from masters.artifacts import Artifact
 from masters.config import Config
 from masters.errors import StoreError
 from masters.preflight import LocalModel, preflight
@@ -17,7 +19,7 @@ from masters.tasks.generate import generate
 from masters.tasks.mask import mask
 from masters.tasks.register import register
 from masters.tasks.score import score
-from masters.tasks.stage import Round, Run
+from masters.tasks.stage import Context, Round, Run
 from masters.tasks.train import train
 from masters.tracking import Tracker
 
@@ -28,26 +30,44 @@ def distill(config: Config, rebuild: list[Stage] | None = None, until: Stage = S
 
     `rebuild` names stages to build again, `until` the last stage to run.
     """
-    ready = preflight(config)
-    tracker = Tracker(config, ready.storage, str(flow_run.id or ""))
-    run = Run(config, ready, tracker, frozenset(rebuild or []))
-    summary = Summary(run, str(flow_run.id or ""))
-    try:
+    with tracked(Context(config, preflight(config)), frozenset(rebuild or [])) as (run, summary):
         pipeline(run, summary, until)
+    return summary.written
+
+
+@contextmanager
+def tracked(context: Context, rebuild: frozenset[Stage] = frozenset()) -> Iterator[tuple[Run, Summary]]:
+    """A run in MLflow and its summary, both ended as the body ends."""
+    key = str(flow_run.id or "")
+    run = Run(context, Tracker(context.config, context.storage, key), rebuild)
+    summary = Summary(run, key)
+    try:
+        yield run, summary
     except BaseException as error:
-        tracker.finish("FAILED")
+        run.tracker.finish("FAILED")
         with suppress(StoreError):  # the error tells more than that its summary cannot be kept either
             summary.write("failed", str(error))
         raise
-    tracker.finish("FINISHED")
-    return json.loads(summary.write("completed"))
+    run.tracker.finish("FINISHED")
+    summary.write("completed")
 
 
-def pipeline(run: Run, summary: Summary, until: Stage) -> None:
-    """Every stage up to `until`, in order."""
+@dataclass(frozen=True)
+class Distilled:
+    """What the whole pipeline ended with."""
+
+    questions: Artifact
+    student: LocalModel
+    evaluated: Artifact
+    registered: Artifact
+    version: int
+
+
+def pipeline(run: Run, summary: Summary, until: Stage = Stage.REGISTER) -> Distilled | None:
+    """Every stage up to `until`, in order. None if no student is registered, or if nothing is new to train on."""
     questions = data(run)
-    if until == Stage.DATA:
-        return
+    if until == Stage.DATA or not questions.facts["train"]:
+        return None
     student = run.ready.student
     for number, (teacher, model) in enumerate(zip(run.config.teachers, run.ready.teachers, strict=True), 1):
         current = Round(number, teacher, model, student)
@@ -60,14 +80,18 @@ def pipeline(run: Run, summary: Summary, until: Stage) -> None:
         if Stage.SCORE in needs(run.config) and until != Stage.GENERATE:
             inputs["verdicts"] = score(run, current, questions, inputs["responses"])
         if until in (Stage.GENERATE, Stage.SCORE) and number == len(run.config.teachers):
-            return
+            return None
         trained = train(run, current, inputs)
-        student = LocalModel("student-after", run.fetched(trained), trained.record["digest"], trained)
-    if until in (Stage.EVALUATE, Stage.REGISTER):
-        evaluated = evaluate(run, questions, [*run.ready.teachers, before(run.ready), student])
-        summary.scores(evaluated, trained)
-        if until == Stage.REGISTER:
-            summary.registered(*register(run, trained, evaluated))
+        student = run.trained(trained)
+    if until not in (Stage.EVALUATE, Stage.REGISTER):
+        return None
+    evaluated = evaluate(run, questions, [*run.ready.teachers, before(run.ready), student])
+    summary.scores(evaluated, trained)
+    if until == Stage.EVALUATE:
+        return None
+    registered, version = register(run, trained, evaluated)
+    summary.registered(registered, version)
+    return Distilled(questions, student, evaluated, registered, version)
 
 
 def needs(config: Config) -> tuple[Stage, ...]:

@@ -7,7 +7,7 @@ from masters import artifacts
 from masters.artifacts import Artifact, Identity
 from masters.config import Config
 from masters.flows.distill import needs
-from masters.preflight import LocalModel, preflight
+from masters.preflight import preflight
 from masters.stages import Stage
 from masters.storage import Storage
 from masters.tasks import data, evaluate, generate, mask, register, score, train
@@ -76,7 +76,7 @@ def _expected(config: Config) -> list[str]:
 
 def _walk(context: Context, found: Plan) -> None:
     config, ready = context.config, context.ready
-    questions = found.find(data.identity(config, ready.source, ready.special_tokens))
+    questions = found.find(data.identity(context))
     student = ready.student
     for number, (teacher, model) in enumerate(zip(config.teachers, ready.teachers, strict=True), 1):
         current = Round(number, teacher, model, student)
@@ -87,7 +87,7 @@ def _walk(context: Context, found: Plan) -> None:
         if Stage.SCORE in needs(config):
             inputs["verdicts"] = found.find(score.identity(context, current, inputs["responses"]))
         trained = found.find(train.identity(context, current, inputs))
-        student = LocalModel("student-after", context.fetched(trained), trained.record["digest"])
+        student = context.trained(trained)
     asked = evaluate.orders(context, questions, [*ready.teachers, evaluate.before(ready), student])
     evaluated = found.find(evaluate.identity(context, asked))
     found.find(register.identity(context, trained, evaluated))

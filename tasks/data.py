@@ -7,7 +7,7 @@ reads those again and writes them. So memory does not grow with the images.
 import heapq
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from masters.identity import digest
 from masters.ingest import Reject, Rejected, reread, validated
 from masters.sources import Source
 from masters.storage import Storage
-from masters.tasks.stage import Run, build_or_reuse
+from masters.tasks.stage import Context, Run, build_or_reuse
 
 VERSION = 2
 
@@ -33,24 +33,31 @@ FILE_BYTES = 32 << 20  # of rows, before compression
 BUFFER_BYTES = 256 << 20  # in all buckets together
 REJECTED_ROWS = 10_000  # a file
 
+Question = tuple[str, str]  # id and digest
 
-def identity(config: Config, source: Source, special_tokens: tuple[str, ...] = ()) -> Identity:
+
+def identity(context: Context) -> Identity:
     """Content of the source, limits and the texts refused. How many rejections are tolerated shapes no row."""
-    limits = dict(train_limit=config.data.train_limit, eval_limit=config.data.eval_limit)
-    semantic = limits | dict(special_tokens=list(special_tokens))
-    return Identity("data", VERSION, semantic, {"source": source.digest()}, slug=config.name)
+    data = context.config.data
+    limits = dict(train_limit=data.train_limit, eval_limit=data.eval_limit)
+    semantic = limits | dict(special_tokens=list(context.ready.special_tokens))
+    inputs = {"source": context.ready.source.digest()}
+    if context.known:
+        inputs["known"] = context.known.fingerprint
+    return Identity("data", VERSION, semantic, inputs, slug=context.config.name)
 
 
 @task(name="data", cache_policy=NO_CACHE)
 def data(run: Run) -> Artifact:
     """Tables `questions` and `rejected`. Raises InputError if the source is at fault."""
     config, source, special_tokens = run.config, run.ready.source, run.ready.special_tokens
-    made_of = identity(config, source, special_tokens)
+    made_of, known = identity(run), training_questions(run.known)
 
     def build() -> tuple[dict[str, str], dict, dict]:
-        return *tables(config, source, run.storage, made_of.folder, special_tokens), {}
+        return *tables(config, source, run.storage, made_of.folder, special_tokens, known), {}
 
-    artifact = build_or_reuse(run, made_of, {"source": origin(config.data, made_of.inputs["source"])}, build)
+    upstream: dict[str, Artifact | External] = {"source": origin(config.data, made_of.inputs["source"])}
+    artifact = build_or_reuse(run, made_of, upstream | ({"known": run.known} if run.known else {}), build)
     facts, limit = artifact.facts, config.data.max_rejected_share
     # the tolerated share is no part of identity: a reused table is held to today's
     if facts["rejected"] > limit * facts["read"]:
@@ -59,6 +66,16 @@ def data(run: Run) -> Artifact:
             f"data.max_rejected_share ({limit:.1%}); all of them: {artifact.uri}/rejected"
         )
     return artifact
+
+
+def training_questions(data: Artifact | None) -> set[Question]:
+    """Ids and digests of the training questions of a data artifact and of all that it left out as known."""
+    found: set[Question] = set()
+    while data:
+        rows = data.rows("questions", ["question_id", "question_digest", "split"])
+        found |= {(row["question_id"], row["question_digest"]) for row in rows if row["split"] == "train"}
+        data = data.upstream("known")
+    return found
 
 
 def origin(data: Data, digest: str) -> External:
@@ -72,9 +89,16 @@ def origin(data: Data, digest: str) -> External:
 
 
 def tables(
-    config: Config, source: Source, storage: Storage, folder: str, special_tokens: tuple[str, ...] = ()
+    config: Config,
+    source: Source,
+    storage: Storage,
+    folder: str,
+    special_tokens: tuple[str, ...] = (),
+    known: Set[Question] = frozenset(),
 ) -> tuple[dict[str, str], dict]:
-    """Write both tables below `folder`. Returns {name: SHA-256} and the facts for the record."""
+    """Write both tables below `folder`, without known training questions. Returns {name: SHA-256} and the facts for
+    the record.
+    """
     files: dict[str, str] = {}
 
     def write(name: str, rows: list[dict], schema: pa.Schema) -> None:
@@ -83,14 +107,14 @@ def tables(
         files[name] = digest(data)
 
     limits = {"train": config.data.train_limit, "test": config.data.eval_limit}
-    judged = judge(validated(source, special_tokens), limits, write)
+    judged = judge(validated(source, special_tokens), limits, write, known)
     _check(judged, config, storage.uri(f"{folder}/rejected"))
     writer = Writer(judged.chosen, write)
     for row in chosen_rows(source, judged.marks):
         writer.add(row)
     writer.close()
     facts = dict(
-        rows=judged.chosen, rejected=judged.rejected, read=len(judged.marks),
+        rows=judged.chosen, rejected=judged.rejected, read=len(judged.marks), known=judged.known,
         train=judged.splits["train"], eval=judged.splits["test"], reasons=dict(judged.kinds.most_common()),
     )  # fmt: skip
     return files, facts
@@ -102,6 +126,7 @@ class Judged:
 
     marks: array = field(default_factory=lambda: array("Q"))
     splits: Counter = field(default_factory=Counter)  # of the rows taken
+    known: int = 0  # training questions left out
     kinds: Counter = field(default_factory=Counter)
     examples: dict[str, Rejected] = field(default_factory=dict)
 
@@ -118,6 +143,7 @@ def judge(
     rows: Iterator[dict | Rejected],
     limits: dict[str, int | None],
     write: Callable[[str, list[dict], pa.Schema], None],
+    known: Set[Question] = frozenset(),
 ) -> Judged:
     """Look at every row, write the rejected, and mark the rows to take: per split, those of the smallest rank.
 
@@ -134,6 +160,9 @@ def judge(
             if len(rejected) == REJECTED_ROWS:
                 write(f"rejected/{parts:04d}.parquet", rejected, schemas.REJECTED)
                 rejected, parts = [], parts + 1
+            continue
+        if row["split"] == "train" and (row["question_id"], row["question_digest"]) in known:
+            judged.known += 1
             continue
         split, limit, heap = row["split"], limits[row["split"]], best[row["split"]]
         judged.marks[position] = mark(row)
@@ -226,7 +255,7 @@ def _check(judged: Judged, config: Config, where: str) -> None:
             f"more than data.max_rejected_share ({limit:.1%}): {common}; all of them: {where}"
         )
     for split, name in (("train", "training"), ("test", "evaluation")):
-        if not judged.splits[split]:
+        if not judged.splits[split] and not (split == "train" and judged.known):
             hint = f"; rejected: {common}" if common else ""
             raise InputError(
                 f'source {config.data.source}: no row of {rows} is left for {name} (split "{split}"){hint}'

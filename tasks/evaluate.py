@@ -38,21 +38,24 @@ def orders(context: Context, data: Artifact, models: list[LocalModel]) -> list[O
     return asked
 
 
-def identity(context: Context, asked: list[Order]) -> Identity:
+def identity(context: Context, asked: list[Order], name: str = "evaluate") -> Identity:
     inputs = {f"shard-{order.fingerprint}": order.fingerprint for order in asked}
-    return Identity("evaluate", VERSION, dict(metric="exact_match"), inputs, slug=context.config.name)
+    return Identity(name, VERSION, dict(metric="exact_match"), inputs, slug=context.config.name)
 
 
-@task(name="evaluate", cache_policy=NO_CACHE)
-def evaluate(run: Run, data: Artifact, models: list[LocalModel]) -> Artifact:
-    """Table `predictions`; facts `scores`: per model `accuracy` (exact match), `n` and `standard_error`."""
+@task(name="evaluate", task_run_name="{name}", cache_policy=NO_CACHE)
+def evaluate(run: Run, data: Artifact, models: list[LocalModel], name: str = "evaluate") -> Artifact:
+    """Table `predictions`; facts `scores`: per model `accuracy` (exact match), `n` and `standard_error`.
+
+    `name`: of the stage, another one where a run evaluates twice.
+    """
     asked = orders(run, data, models)
-    made_of = identity(run, asked)
+    made_of = identity(run, asked, name)
 
     def build() -> tuple[dict[str, str], dict, dict]:
         files, how = answered(run, made_of, data, asked)
         right = _right(run, asked)
-        scores = {name: score(hits) for name, hits in right.items()}
+        scores = {model: score(hits) for model, hits in right.items()}
         return files, dict(rows=sum(len(h) for h in right.values()), scores=scores), how
 
     upstream = {"data": data} | {f"model {model.name}": model.origin for model in models}

@@ -44,31 +44,34 @@ class Round:
 
 
 class Context:
-    """What identities are made from: the configuration, what preflight found, and what earlier runs answered."""
+    """What identities are made from: the configuration, what preflight found, and what earlier runs left.
 
-    def __init__(self, config: Config, ready: Ready, earlier: Earlier | None = None) -> None:
+    `earlier`: whose answers are kept question by question; `known`: whose training questions are left out.
+    """
+
+    def __init__(
+        self, config: Config, ready: Ready, earlier: Earlier | None = None, known: Artifact | None = None
+    ) -> None:
         self.config, self.ready, self.storage = config, ready, ready.storage
-        self.earlier = earlier or Earlier(ready.storage)
+        self.earlier, self.known = earlier or Earlier(ready.storage), known
 
     def fetched(self, trained: Artifact) -> Path:
         """A trained student's folder on this machine. A copy is named by its content: built again, it is another."""
         return self.storage.download(f"{trained.folder}/model", cache() / "models" / trained.record["digest"][:32])
 
+    def trained(self, trained: Artifact) -> LocalModel:
+        """A trained student under its name in the predictions table."""
+        return LocalModel("student-after", self.fetched(trained), trained.record["digest"], trained)
+
 
 class Run(Context):
     """One run of the pipeline: also where it tracks, what is built again, and what its stages did."""
 
-    def __init__(
-        self,
-        config: Config,
-        ready: Ready,
-        tracker: Tracker,
-        rebuild: frozenset[Stage] = frozenset(),
-        earlier: Earlier | None = None,
-    ) -> None:
-        super().__init__(config, ready, earlier)
+    def __init__(self, context: Context, tracker: Tracker, rebuild: frozenset[Stage] = frozenset()) -> None:
+        super().__init__(context.config, context.ready, context.earlier, context.known)
         self.tracker, self.rebuild = tracker, rebuild
         self.stages: list[dict] = []
+        self.finished: dict[str, Artifact] = {}  # by the stage's name
 
     def work(self, identity: Identity) -> Path:
         """A local folder for a stage's job files, logs and downloads; not part of the store's artifacts."""
@@ -103,6 +106,7 @@ def build_or_reuse(run: Run, identity: Identity, upstream: Upstream, build: Buil
         )  # fmt: skip
         tracked(artifact, done)
     run.stages.append(done)
+    run.finished[identity.stage] = artifact
     CONSOLE.print(
         f"{identity.stage:<12} {outcome:<7} {done['rows']:>8} rows {done['seconds']:>8.1f} s", highlight=False
     )

@@ -12,7 +12,7 @@ from masters.preflight import LocalModel, Ready, judge_of
 from masters.stages import Stage
 from masters.storage import Storage
 from masters.tasks import score as stage
-from masters.tasks.stage import Round, Run
+from masters.tasks.stage import Context, Round, Run
 
 Questions = dict[str, tuple[str, str]]  # question and answer by id
 Texts = dict[str, list[str]]  # responses by question's id
@@ -38,7 +38,7 @@ def made_run(store: Path, judge: str = "http://127.0.0.1:1/v1", rebuild: bool = 
     )  # fmt: skip
     models = [LocalModel(name, Path(name), digest(name.encode())) for name in ("s", "t")]
     ready = Ready(Storage(str(store)), None, models[0], models[1:], (), judge_of(config))  # pyright: ignore
-    return Run(config, ready, Quiet(), frozenset([Stage.SCORE] if rebuild else []))  # pyright: ignore
+    return Run(Context(config, ready), Quiet(), frozenset([Stage.SCORE] if rebuild else []))  # pyright: ignore
 
 
 def first_round(run: Run) -> Round:

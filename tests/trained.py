@@ -26,7 +26,7 @@ def made_run(folder: Path, source: Path, **sections: dict) -> Run:
     )  # fmt: skip
     config = Config.model_validate(values | {name: values.get(name, {}) | own for name, own in sections.items()})
     ready = preflight(config)
-    return Run(config, ready, Tracker(config, ready.storage), frozenset())
+    return Run(Context(config, ready), Tracker(config, ready.storage))
 
 
 def first_round(context: Context) -> Round:

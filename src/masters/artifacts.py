@@ -76,6 +76,11 @@ class Artifact:
             files.setdefault(file["name"].split("/")[0], []).append((file["name"], file["digest"]))
         return {part: listing_digest(dict(listed)) for part, listed in files.items()}
 
+    def upstream(self, role: str) -> "Artifact | None":
+        """The artifact that its stage read in this role, None if there is none."""
+        note = self.record.get("upstream", {}).get(role)
+        return load(self.storage, note["folder"]) if note and "folder" in note else None
+
     def files(self, table: str) -> list[str]:
         """Names in the store of a table's Parquet files, in order."""
         return [f"{self.folder}/{f['name']}" for f in self.record["files"] if f["name"].startswith(f"{table}/")]

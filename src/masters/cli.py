@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,7 +52,7 @@ def distill(
     if plan:
         _plan(settings, as_json)
         return
-    _run(settings, rebuild, Stage.REGISTER, as_json)
+    _run("distill", settings, as_json, rebuild=rebuild)
 
 
 @app.command()
@@ -63,7 +64,13 @@ def stage(
     as_json: Json = False,
 ) -> None:
     """One stage and what it needs."""
-    _run(load(config, overrides), rebuild, name, as_json)
+    _run("distill", load(config, overrides), as_json, rebuild=rebuild, until=name)
+
+
+@app.command()
+def nightly(config: ConfigPath, overrides: Overrides = None, as_json: Json = False) -> None:
+    """One night: new rows, candidate, gate, champion."""
+    _run("nightly", load(config, overrides), as_json)
 
 
 @app.command()
@@ -121,7 +128,8 @@ def main() -> None:
     sys.exit(1 if code else 0)
 
 
-def _run(settings: Config, rebuild: list[Stage] | None, until: Stage, as_json: bool) -> None:
+def _run(name: str, settings: Config, as_json: bool, **arguments: object) -> None:
+    """The flow of this name, and what it came to."""
     from masters.infra.local_prefect import prefect_api, wait_until_ready
 
     with prefect_api() as url:
@@ -129,10 +137,9 @@ def _run(settings: Config, rebuild: list[Stage] | None, until: Stage, as_json: b
 
         preflight(settings)  # while the server starts; the flow, which may be started elsewhere, does it again
         _quiet()
-        from masters.flows.distill import distill as flow
-
+        flow = getattr(import_module(f"masters.flows.{name}"), name)
         wait_until_ready(url)
-        summary = flow(settings, rebuild=rebuild, until=until)
+        summary = flow(settings, **arguments)
     if as_json:
         typer.echo(json.dumps(summary))
     else:
@@ -193,6 +200,9 @@ def _table(summary: dict) -> None:
     for s in summary["stages"]:
         stages.add_row(s["name"], s["outcome"], str(s["rows"]), str(s["rejected"]), f"{s['seconds']:.1f}")
     console.print(stages)
+    if "nightly" in summary:
+        told = summary["nightly"]
+        console.print(f"{told['outcome']}; champion: version {told['champion']}; {'; '.join(told['reasons'])}")
     if "student" in summary:
         console.print(f"student: {summary['student']['after']['uri']}", soft_wrap=True)
     uri = summary["mlflow"]["tracking_uri"]

@@ -1,6 +1,7 @@
 """The configuration: one TOML file, checked as a whole before anything starts. Imports no torch.
 
-Everything but `[runtime]`, `[store]` and `name` is semantic: it takes part in the identity of what is built.
+Everything but `[runtime]`, `[nightly]`, `[store]` and `name` is semantic: it takes part in the identity of what is
+built.
 """
 
 import tomllib
@@ -152,6 +153,21 @@ class Runtime(Section):
     )
 
 
+class Nightly(Section):
+    """How a night's student is trained and when it becomes champion. Never part of an artifact's identity."""
+
+    start: Literal["student", "champion"] = Field(
+        default="student",
+        description="student: from the base student on all rows; champion: from the champion on rows new to it",
+    )
+    p_value: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
+        default=0.05, description="A candidate must be better by a paired one-sided test below this"
+    )
+    max_category_drop: Share = Field(
+        default=0.02, description="How far a category's accuracy may fall below the champion's"
+    )
+
+
 class Config(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")
     store: Store
@@ -162,6 +178,7 @@ class Config(Section):
     generate: Generate = Generate()
     rewards: Rewards = Rewards()
     train: Train = Train()
+    nightly: Nightly = Nightly()
     runtime: Runtime = Runtime()
 
     @model_validator(mode="after")

@@ -93,6 +93,11 @@ class Registry:
         self._client.set_model_version_tag(name, str(version), "masters.champion_since", now)
         self._client.set_registered_model_alias(name, CHAMPION, str(version))
 
+    def judged(self, name: str, version: int, verdict: str) -> None:
+        """Note the gate's verdict on a version, which is the candidate from now on."""
+        self._client.set_registered_model_alias(name, CANDIDATE, str(version))
+        self._client.set_model_version_tag(name, str(version), "masters.gate", verdict[:500])
+
     def rollback(self, name: str, to: int | None = None) -> tuple[int, int]:
         """Give the alias back to an earlier champion, by default the one before. Returns (from, to)."""
         history, current = self.history(name), self.champion(name)

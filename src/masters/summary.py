@@ -8,12 +8,14 @@ from masters.tasks.stage import Run
 
 
 class Summary:
-    """Collects the results of a run; `write` stores them and returns the text."""
+    """Collects the results of a run; `write` stores them."""
 
     def __init__(self, run: Run, flow_run_id: str) -> None:
         self._run, self._flow_run_id = run, flow_run_id
         self._scores: dict = {}
         self._model: dict = {}
+        self._night: dict = {}
+        self.written: dict = {}
 
     def scores(self, evaluated: Artifact, trained: Artifact) -> None:
         """Teachers', student's before and after, each with where the model lies."""
@@ -32,13 +34,15 @@ class Summary:
         self._model = dict(model_name=self._run.config.name, model_version=version)
         self._scores["student"]["after"]["uri"] = f"{artifact.uri}/model"
 
-    def write(self, status: str, error: str | None = None) -> str:
+    def night(self, told: dict) -> None:
+        """What a night came to: its outcome and the comparison with the champion."""
+        self._night = dict(nightly=told)
+
+    def write(self, status: str, error: str | None = None) -> None:
         run_id = self._run.tracker.run_id
-        whole = dict(
+        self.written = dict(
             run_id=run_id, name=self._run.config.name, status=status, stages=self._run.stages, **self._scores,
-            mlflow=dict(run_id=run_id, tracking_uri=shown(self._run.tracker.uri), **self._model),
-            prefect=dict(flow_run_id=self._flow_run_id),
+            **self._night, mlflow=dict(run_id=run_id, tracking_uri=shown(self._run.tracker.uri), **self._model),
+            prefect=dict(flow_run_id=self._flow_run_id), **({"error": error} if error else {}),
         )  # fmt: skip
-        text = json.dumps(whole | ({"error": error} if error else {}), indent=1)
-        self._run.storage.write("summary.json", text.encode())
-        return text
+        self._run.storage.write("summary.json", json.dumps(self.written, indent=1).encode())

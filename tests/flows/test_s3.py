@@ -16,7 +16,7 @@ from masters.errors import InputError
 from masters.identity import digest
 from masters.preflight import Ready
 from masters.storage import Storage
-from masters.tasks.stage import Run
+from masters.tasks.stage import Context, Run
 from masters.tracking import check_beside
 from tests.drawn import write_questions
 from tests.s3 import BUCKET, S3, serve
@@ -186,6 +186,6 @@ def context(s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable
 
     def make(root: str) -> Run:
         nothing: Any = None
-        return Run(nothing, Ready(Storage(root), nothing, nothing, [], ()), nothing, frozenset())
+        return Run(Context(nothing, Ready(Storage(root), nothing, nothing, [], ())), nothing)
 
     return make

@@ -5,6 +5,7 @@ import io
 import json
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -17,9 +18,12 @@ from masters.artifacts import Artifact
 from masters.config import Config
 from masters.errors import InputError
 from masters.identity import digest
+from masters.preflight import Ready
+from masters.reuse import Earlier
 from masters.sources import RawRow, open_source
 from masters.storage import Storage
 from masters.tasks import data as stage
+from masters.tasks.stage import Context
 
 
 def png(seed: int) -> bytes:
@@ -52,10 +56,22 @@ def configured(source: object, **data) -> Config:
 
 def built(store: Path, source: object, **data) -> Artifact:
     """The stage without Prefect around it."""
+    return night(store, source, None, **data)
+
+
+def night(store: Path, source: object, known: Artifact | None, **data) -> Artifact:
+    """The stage again, without the training questions that an artifact knows."""
     config, storage = configured(source, **data), Storage(str(store))
-    opened = open_source(config.data)
-    made_of = stage.identity(config, opened)
-    return artifacts.commit(storage, made_of, *stage.tables(config, opened, storage, made_of.folder))
+    ready = opened(config, storage)
+    made_of, questions = stage.identity(Context(config, ready, known=known)), stage.training_questions(known)
+    written = stage.tables(config, ready.source, storage, made_of.folder, known=questions)
+    return artifacts.commit(storage, made_of, *written, {"known": known} if known else {})
+
+
+def opened(config: Config, storage: Any = None) -> Ready:
+    """What the stage needs to be ready."""
+    nothing: Any = None
+    return Ready(storage, open_source(config.data), nothing, [], ())
 
 
 def questions(artifact: Artifact) -> list[dict]:
@@ -68,7 +84,7 @@ def ids(artifact: Artifact, split: str) -> set[str]:
 
 def fingerprint(source: object, **data) -> str:
     config = configured(source, **data)
-    return stage.identity(config, open_source(config.data)).fingerprint
+    return stage.identity(Context(config, opened(config), Earlier(None))).fingerprint  # pyright: ignore
 
 
 # the same content, whatever the source
@@ -327,7 +343,39 @@ def test_memory_does_not_grow_with_the_rows(monkeypatch, tmp_path):
 def test_easyvqa_with_limits(tmp_path):
     artifact = built(tmp_path, "easyvqa", train_limit=50, eval_limit=50)
     rows = questions(artifact)
-    assert artifact.facts == {"rows": 100, "rejected": 0, "read": 48248, "train": 50, "eval": 50, "reasons": {}}
+    assert artifact.facts == {
+        "rows": 100,
+        "rejected": 0,
+        "read": 48248,
+        "train": 50,
+        "eval": 50,
+        "reasons": {},
+        "known": 0,
+    }
     assert all(r["question_id"].startswith(r["split"]) for r in rows)
     assert all(Image.open(io.BytesIO(r["image"])).size == (64, 64) for r in rows)
     assert {r["category"] for r in rows} == {"color", "shape", "color-yes-no", "shape-yes-no"}
+
+
+def test_known_training_questions_are_left_out_through_all_nights(tmp_path: Path) -> None:
+    """Each night's table holds what is new to the nights before; evaluation questions stay whole."""
+    rows = records(60)
+    parts = [rows[:40], rows[:50], [r | {"answer": "changed"} if r["id"] == "q3" else r for r in rows]]
+    artifact, seen = None, set()
+    for number, part in enumerate(parts):
+        source = write_jsonl(tmp_path / f"{number}", part)
+        artifact, whole = night(tmp_path / "store", source, artifact), built(tmp_path / "whole", source)
+        assert ids(artifact, "test") == ids(whole, "test")
+        everything = {(r["question_id"], r["question_digest"]) for r in questions(whole) if r["split"] == "train"}
+        taken = {(r["question_id"], r["question_digest"]) for r in questions(artifact) if r["split"] == "train"}
+        assert taken == everything - seen
+        assert artifact.facts["known"] == len(everything & seen)
+        seen |= everything
+    assert "q3" in ids(artifact, "train") | ids(artifact, "test")
+
+
+def test_a_night_without_new_training_questions_is_no_error(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "data", records(40))
+    first = built(tmp_path / "store", source)
+    second = night(tmp_path / "store", source, first)
+    assert second.facts["train"] == 0 and second.facts["eval"] == first.facts["eval"]

@@ -1,0 +1,34 @@
+"""Tells a webhook what a person should know: a night that failed, a student that got worse.
+
+The address is a secret: it is taken from MASTERS_WEBHOOK_URL and shown nowhere.
+"""
+
+import logging
+import os
+
+import httpx
+
+ADDRESS = "MASTERS_WEBHOOK_URL"
+SECONDS = 10.0
+
+logger = logging.getLogger(__name__)
+
+
+def report(name: str, status: str, reason: str) -> bool:
+    """POST `{"text", "name", "status", "reason"}` (chat services show "text"); whether it was taken.
+
+    Without an address nothing is sent. A webhook that fails is a warning: the night is not worth less for it.
+    """
+    url = os.environ.get(ADDRESS)
+    if not url:
+        return False
+    body = dict(text=f"masters {name}: {status}: {reason}", name=name, status=status, reason=reason)
+    try:
+        with httpx.Client(transport=httpx.HTTPTransport(retries=2), timeout=SECONDS) as client:
+            client.post(url, json=body).raise_for_status()
+    except (httpx.HTTPStatusError, httpx.TransportError, httpx.InvalidURL) as error:
+        # their texts hold the address
+        said = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else type(error).__name__
+        logger.warning("the webhook of %s did not take the report %r (%s)", ADDRESS, status, said)
+        return False
+    return True

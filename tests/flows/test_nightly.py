@@ -1,0 +1,141 @@
+"""Five nights as a scheduler runs them: first, no change, new rows, a changed and a withdrawn row, a worse candidate."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from math import comb
+
+import pytest
+
+from tests.drawn import write_questions, write_rows
+from tests.flows.test_pipeline import masters, rows
+
+pytestmark = pytest.mark.slow
+GOOD, BAD = 1e-4, 1e-2  # learning rates
+
+
+class Webhook:
+    """Keeps what is posted to it."""
+
+    def __init__(self) -> None:
+        said: list[dict] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                said.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self.said, self.server = said, HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/hook"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture(scope="module")
+def webhook() -> Iterator[Webhook]:
+    hook = Webhook()
+    yield hook
+    hook.server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def nights(tmp_path_factory: pytest.TempPathFactory, webhook: Webhook) -> list[dict]:
+    folder = tmp_path_factory.mktemp("nights")
+    (folder / "home").mkdir()
+    path = write_questions(folder / "data", 200, bad=False)
+    everything = [json.loads(line) for line in path.read_text().splitlines()]
+    held = [r for r in everything if r["split"] == "train"][-8:]
+    early = [r for r in everything if r not in held]
+    withdrawn = next(r for r in early if r["split"] == "train")
+    changed = next(r for r in early if r["split"] == "train" and r != withdrawn)
+    late = [r | {"question": "what color?"} if r is changed else r for r in everything if r is not withdrawn]
+
+    def night(given: list[dict], rate: float) -> dict:
+        write_rows(folder / "data", given)
+        values = {
+            "data.source": path, "store.root": folder / "store", "train.epochs": 1, "train.learning_rate": rate,
+            "train.questions_per_step": 4, "runtime.checkpoint_steps": 50, "nightly.max_category_drop": 0.05,
+        }  # fmt: skip
+        settings = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+        environment = {"MASTERS_WEBHOOK_URL": webhook.url}
+        done = masters("nightly", "configs/demo.toml", *settings, "--json", home=folder / "home", **environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert webhook.url not in done.stdout + done.stderr
+        return json.loads(done.stdout.splitlines()[-1]) | dict(said=len(webhook.said))
+
+    plan = [(early, BAD), (early, BAD), (everything, GOOD), (late, GOOD), (late, BAD)]
+    return [night(given, rate) for given, rate in plan]
+
+
+def stages(night: dict) -> dict[str, dict]:
+    return {stage["name"]: stage for stage in night["stages"]}
+
+
+def test_the_first_night_makes_the_first_champion(nights: list[dict]) -> None:
+    told = nights[0]["nightly"]
+    assert (told["outcome"], told["champion"], told["reasons"]) == ("promoted", 1, ["the first champion"])
+
+
+def test_a_night_without_change_does_no_model_work_and_says_so(nights: list[dict]) -> None:
+    told = nights[1]["nightly"]
+    assert (told["outcome"], told["candidate"], told["champion"]) == ("no change", 1, 1)
+    assert {stage["outcome"] for stage in nights[1]["stages"]} == {"reused"}
+
+
+def test_only_new_and_changed_questions_are_answered(nights: list[dict]) -> None:
+    told = {}
+    for night in nights[:4]:
+        found: dict = {}
+        for row in rows(night, "generate", "responses"):
+            found.setdefault(row["question_id"], []).append(row)
+        told[id(night)] = found
+    first, _, third, fourth = told.values()
+    new = third.keys() - first.keys()
+    assert len(new) == 8 and stages(nights[2])["generate"]["shards_built"] > 0
+    assert {q: third[q] for q in first} == first
+    gone, changed = third.keys() - fourth.keys(), [q for q in fourth if fourth[q] != third[q]]
+    assert len(gone) == 1 and len(changed) == 1
+    # each engine answered one question, and gave the rest of its shard anew without the one withdrawn
+    assert all(len(responses) == 8 for found in told.values() for responses in found.values())
+
+
+def test_the_champion_is_asked_no_question_twice(nights: list[dict]) -> None:
+    third = stages(nights[2])["evaluate-champion"]
+    assert (third["engines"], third["shards_built"]) == (0, 0)
+    assert stages(nights[2])["evaluate"]["engines"] == 1  # of the candidate alone
+
+
+def test_a_better_student_is_promoted_and_a_worse_one_is_not(nights: list[dict]) -> None:
+    third, fifth = nights[2]["nightly"], nights[4]["nightly"]
+    assert (third["outcome"], third["champion"]) == ("promoted", third["candidate"])
+    assert fifth["outcome"] == "kept" and fifth["champion"] == nights[3]["nightly"]["champion"] != fifth["candidate"]
+    assert fifth["regressions"]
+
+
+def test_the_fourth_nights_gate_went_by_its_numbers(nights: list[dict]) -> None:
+    told = nights[3]["nightly"]
+    found = told["comparison"]
+    n = found["gained"] + found["lost"]
+    p = sum(comb(n, k) for k in range(found["gained"], n + 1)) / 2**n
+    fell = any(c["champion"] - c["candidate"] > 0.05 for c in found["categories"].values())
+    assert (told["outcome"] == "promoted") == (p < 0.05 and not fell)
+    assert told["champion"] == (told["candidate"] if told["outcome"] == "promoted" else 2)
+    right = {
+        stage: {
+            r["question_id"]: r["correct"]
+            for r in rows(nights[3], stage, "predictions")
+            if r["model"] == "student-after"
+        }
+        for stage in ("evaluate", "evaluate-champion")
+    }
+    assert found["gained"] == sum(right["evaluate"][q] and not right["evaluate-champion"][q] for q in right["evaluate"])
+
+
+def test_a_regression_is_reported_once(nights: list[dict], webhook: Webhook) -> None:
+    assert nights[2]["said"] == 0
+    said = webhook.said[-1]
+    assert (said["name"], said["status"]) == ("easyvqa", "regression") and "worse than the champion" in said["reason"]
