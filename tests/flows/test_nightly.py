@@ -1,4 +1,4 @@
-"""Five nights as a scheduler runs them: first, no change, new rows, a changed and a withdrawn row, a worse candidate."""
+"""Five nights: first, no change, new rows, a changed and a withdrawn row, a worse candidate."""
 
 import json
 import threading
