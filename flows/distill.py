@@ -16,6 +16,7 @@ from masters.tasks.evaluate import ahead, before, evaluate
 from masters.tasks.generate import generate
 from masters.tasks.mask import mask
 from masters.tasks.register import register
+from masters.tasks.report import reported
 from masters.tasks.score import score
 from masters.tasks.stage import Round, Run
 from masters.tasks.train import train
@@ -38,7 +39,10 @@ def distill(config: Config, rebuild: list[Stage] | None = None, until: Stage = S
         tracker.finish("FAILED")
         with suppress(StoreError):  # the error tells more than that its summary cannot be kept either
             summary.write("failed", str(error))
+        if isinstance(error, Exception):  # who interrupts a run does not wait for pictures
+            reported(run, summary.version)
         raise
+    reported(run, summary.version)
     tracker.finish("FINISHED")
     return json.loads(summary.write("completed"))
 
@@ -62,7 +66,7 @@ def pipeline(run: Run, summary: Summary, until: Stage) -> None:
         if until in (Stage.GENERATE, Stage.SCORE) and number == len(run.config.teachers):
             return
         trained = train(run, current, inputs)
-        student = LocalModel("student-after", run.fetched(trained), trained.record["digest"])
+        student = LocalModel("student-after", run.fetched(trained), trained.digest_of("model"))
     if until in (Stage.EVALUATE, Stage.REGISTER):
         evaluated = evaluate(run, questions, [*run.ready.teachers, before(run.ready), student])
         summary.scores(evaluated, trained)

@@ -87,7 +87,7 @@ def _walk(context: Context, found: Plan) -> None:
         if Stage.SCORE in needs(config):
             inputs["verdicts"] = found.find(score.identity(context, current, inputs["responses"]))
         trained = found.find(train.identity(context, current, inputs))
-        student = LocalModel("student-after", context.fetched(trained), trained.record["digest"])
+        student = LocalModel("student-after", context.fetched(trained), trained.digest_of("model"))
     asked = evaluate.orders(context, questions, [*ready.teachers, evaluate.before(ready), student])
     evaluated = found.find(evaluate.identity(context, asked))
     found.find(register.identity(context, trained, evaluated))

@@ -65,6 +65,10 @@ class Artifact:
         """What the stage found out: counts, scores and the like."""
         return self.record["facts"]
 
+    def digest_of(self, folder: str) -> str:
+        """Of the content below one of its folders: who uses a model does not depend on the tables beside it."""
+        return _digest({f["name"]: f["digest"] for f in self.record["files"] if f["name"].startswith(f"{folder}/")})
+
     def files(self, table: str) -> list[str]:
         """Names in the store of a table's Parquet files, in order."""
         return [f"{self.folder}/{f['name']}" for f in self.record["files"] if f["name"].startswith(f"{table}/")]
@@ -116,13 +120,17 @@ def commit(
     record = dict(
         stage=identity.stage, fingerprint=identity.fingerprint, version=identity.version, config=identity.config,
         inputs=identity.inputs, files=[dict(name=n, digest=d) for n, d in sorted(files.items())],
-        digest=digest(json.dumps(sorted(files.items())).encode()), shards=shards or [], facts=facts,
+        digest=_digest(files), shards=shards or [], facts=facts,
         provenance=dict(masters=__version__, created=datetime.now(UTC).isoformat(timespec="seconds")),
     )  # fmt: skip
     name = f"{identity.folder}/record.json"
     if not storage.create(name, json.dumps(record, indent=1).encode()):
         record = json.loads(storage.read(name))
     return Artifact(storage, identity.folder, record)
+
+
+def _digest(files: dict[str, str]) -> str:
+    return digest(json.dumps(sorted(files.items())).encode())
 
 
 def discard(storage: Storage, identity: Identity) -> None:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 from urllib.request import urlopen
 
 import mlflow
@@ -19,7 +20,7 @@ from masters.storage import Storage
 PARAMETER_LENGTH = 500
 METRICS_AT_ONCE = 200
 
-Tracked = Callable[[Artifact, dict], None]
+Tracked = Callable[[Artifact, dict], str]  # gives the stage's run id
 
 
 def tracking_uri(config: Config, storage: Storage) -> str:
@@ -97,12 +98,13 @@ class Tracker:
         child = self._client.create_run(self._experiment, run_name=identity.stage, tags=tags).info.run_id
         self._current = child
 
-        def tracked(artifact: Artifact, done: dict) -> None:
+        def tracked(artifact: Artifact, done: dict) -> str:
             for key in ("outcome", "uri"):
                 self._client.set_tag(child, f"masters.{key}", str(done[key]))
             self._client.set_tag(self.run_id, f"stage.{identity.stage}.fingerprint", artifact.fingerprint)
             self._client.set_tag(self.run_id, f"stage.{identity.stage}.run_id", child)
             self.metrics({"rows": float(done["rows"]), "seconds": float(done["seconds"])}, 0)
+            return child
 
         status = "FAILED"
         try:
@@ -143,6 +145,20 @@ class Tracker:
         for model, score in scores.items():
             self._client.log_metric(self.run_id, f"accuracy_{model}", score["accuracy"])
         return int(version.version)
+
+    def files(self, folder: Path) -> None:
+        """Show the files of a local folder among the artifacts of the distillation's run, under its name."""
+        self._client.log_artifacts(self.run_id, str(folder), folder.name)
+
+    def page(self, run_id: str) -> str | None:
+        """Where a browser finds a run; None without a server."""
+        base = self.uri.rstrip("/")
+        return f"{base}/#/experiments/{self._experiment}/runs/{run_id}" if base.startswith("http") else None
+
+    def model_page(self, name: str, version: int) -> str | None:
+        """Where a browser finds a version of a registered model; None without a server."""
+        base = self.uri.rstrip("/")
+        return f"{base}/#/models/{quote(name)}/versions/{version}" if base.startswith("http") else None
 
     def finish(self, status: str) -> None:
         """End the parent run: FINISHED or FAILED."""
