@@ -1,6 +1,7 @@
 """A handful of training questions to look at: image, responses, verdicts and rewards, as one page of Markdown."""
 
 import io
+from collections import Counter
 from collections.abc import Iterator
 
 from PIL import Image
@@ -11,8 +12,9 @@ from masters.tasks.markdown import inert, picture, table
 
 EACH = 2  # questions of each kind
 CANDIDATES = 2000  # questions, the first by digest: an even sample that depends on the questions alone
-RESPONSES = 24  # of a question
+ROWS = 24  # of a question
 PIXELS = 160
+LEGEND = "Equal responses share a row. Divergence and rewards are those of the last step that trained on the question."
 KINDS = ("every response right", "some right", "none right", "no verdict")
 KEY = ("source", "mask_ratio", "sample")
 
@@ -31,13 +33,13 @@ def gallery(
     found = {ref.question_id: found[ref.question_id] for ref in chosen}
     _gather(found, responses, "responses", ["text"])
     if trained:  # in order of steps: what it was at the last one stays
-        columns = ["divergence", "reward_accuracy", "reward_distillation", "reward", "advantage"]
+        columns = ["divergence", "reward_distillation", "reward", "advantage"]
         _gather(found, trained, "rewards", columns)
     rows = shards.Reader(data).rows(tuple(chosen))
     parts = [
         _question(row, kind, found[ref.question_id]) for row, (ref, kind) in zip(rows, chosen.items(), strict=True)
     ]
-    return "\n\n".join(["# Questions with their responses", *parts])
+    return "\n\n".join(["# Questions with their responses", LEGEND, *parts])
 
 
 def _gather(found: Found, artifact: Artifact, name: str, columns: list[str]) -> None:
@@ -64,27 +66,32 @@ def _kind(responses: dict[tuple, dict]) -> str:
 
 def _question(row: dict, kind: str, responses: dict[tuple, dict]) -> str:
     listed = sorted(responses.items(), key=lambda item: (item[0][0] != "teacher", -(item[0][1] or 0), item[0][2]))
-    shown = [_response(key, columns) for key, columns in listed[:RESPONSES] if "text" in columns]
+    shown = _counted([_response(key, columns) for key, columns in listed if "text" in columns])
     head = [
         f"## {inert(row['question'], 300)}",
         picture(thumbnail(row["image"]), "png", "the question's image"),
         f"**{kind}**; reference answer: {inert(row['answer'])}; question {inert(row['question_id'])}",
     ]
-    left = [f"... and {len(listed) - RESPONSES} more responses"] if len(listed) > RESPONSES else []
-    return "\n\n".join([*head, *([table(shown)] if shown else []), *left])
+    left = [f"... and {len(shown) - ROWS} more rows"] if len(shown) > ROWS else []
+    return "\n\n".join([*head, *([table(shown[:ROWS])] if shown else []), *left])
+
+
+def _counted(responses: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Equal rows as one, with how many there are."""
+    count = Counter(tuple(row.items()) for row in responses)
+    return [dict(row[:1]) | {"times": str(times)} | dict(row[1:]) for row, times in count.items()]
 
 
 def _response(key: tuple, columns: dict) -> dict[str, str]:
     source, ratio, _ = key
     return {
         "by": source if ratio is None else f"{source}, mask {ratio:g}",
-        "response": inert(columns["text"]),
         "verdict": _number(columns.get("score")) if columns.get("status") == "ok" else inert(columns.get("status", "")),
         "divergence": _number(columns.get("divergence")),
-        "R acc": _number(columns.get("reward_accuracy")),
         "R distill": _number(columns.get("reward_distillation")),
         "reward": _number(columns.get("reward")),
         "advantage": _number(columns.get("advantage")),
+        "response": inert(columns["text"]),  # last: a page does not break a cell's lines
     }
 
 

@@ -1,7 +1,7 @@
 """Plots of a training run from the tables that it left, so that a reused stage has them too."""
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import pyarrow as pa
@@ -59,8 +59,8 @@ def training(steps: pa.Table) -> Figure:
     upper.legend()
     probe = _column(steps, "probe_accuracy")
     looked = ~np.isnan(probe)
-    lower.plot(step[looked], probe[looked], "o-", color="tab:green", label="accuracy on the probe")
-    lower.set(xlabel="step", ylabel="probe accuracy", ylim=(-0.03, 1.03))
+    lower.plot(step[looked], probe[looked], "o-", color="tab:green")
+    lower.set(xlabel="step", ylabel="accuracy on the probe", ylim=(-0.03, 1.03))
     masked = lower.twinx()
     masked.step(step, _column(steps, "mask_ratio"), where="mid", color="tab:gray", linestyle="--")
     masked.set_ylabel("mask ratio (dashed)")
@@ -93,7 +93,8 @@ def _histograms(panel: Axes, found: dict[str, np.ndarray], edges: np.ndarray) ->
     for source, values in found.items():
         weights = np.full(len(values), 1 / len(values))
         told = f"{source}, n = {len(values):,}, mean {values.mean():.3g}"
-        panel.hist(values, edges, weights=weights, histtype="step", color=SOURCES[source], label=told)
+        look = dict(histtype="step") if source == "student" else dict(histtype="stepfilled", alpha=0.4)
+        panel.hist(values, edges, weights=weights, color=SOURCES[source], label=told, **look)
     panel.legend(fontsize="x-small")
 
 
@@ -110,12 +111,7 @@ def _column(table: pa.Table, name: str) -> np.ndarray:
 
 
 def _means(values: np.ndarray) -> list[float]:
-    return list(_parts(values))
-
-
-def _parts(values: np.ndarray) -> Iterator[float]:
-    for part in np.array_split(values, min(POINTS, len(values))):
-        yield float(part.mean())
+    return [float(part.mean()) for part in np.array_split(values, min(POINTS, len(values)))]
 
 
 def _png(figure: Figure) -> bytes:
