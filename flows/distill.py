@@ -18,6 +18,7 @@ from masters.tasks.evaluate import ahead, before, evaluate
 from masters.tasks.generate import generate
 from masters.tasks.mask import mask
 from masters.tasks.register import register
+from masters.tasks.report import reported
 from masters.tasks.score import score
 from masters.tasks.stage import Context, Round, Run
 from masters.tasks.train import train
@@ -47,7 +48,10 @@ def tracked(context: Context, rebuild: frozenset[Stage] = frozenset()) -> Iterat
         run.tracker.finish("FAILED")
         with suppress(StoreError):  # the error tells more than that its summary cannot be kept either
             summary.write("failed", str(error))
+        if isinstance(error, Exception):  # who interrupts a run does not wait for pictures
+            reported(run, summary.version)
         raise
+    reported(run, summary.version)
     run.tracker.finish("FINISHED")
     summary.write("completed")
 

@@ -139,7 +139,7 @@ def last_night(storage: Storage, name: str) -> Iterator[Artifact]:
 def keep(run: Run) -> None:
     """Note for the next night what engines answered."""
     kinds = (Stage.GENERATE, Stage.EVALUATE)
-    answered = [artifact.folder for name, artifact in run.finished.items() if name.split("-")[0] in kinds]
+    answered = [artifact.folder for name, artifact in run.made.items() if name.split("-")[0] in kinds]
     run.storage.write(_notes(run.config.name), json.dumps(dict(answered=answered)).encode())
 
 

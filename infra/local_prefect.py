@@ -35,6 +35,7 @@ def prefect_api() -> Iterator[str]:
     try:
         yield url
     finally:
+        _send_logs()
         server.terminate()
         try:
             server.wait(10)
@@ -81,6 +82,14 @@ def _start(port: int, log: Path) -> subprocess.Popen:
             stderr=output,
             start_new_session=True,  # on Ctrl-C it must outlive the flow, which still has its end to report
         )
+
+
+def _send_logs() -> None:
+    """What was logged last, while the server is there: at its exit Prefect would look for it for a minute."""
+    if "prefect.logging.handlers" in sys.modules:
+        from prefect.logging.handlers import APILogHandler
+
+        APILogHandler().flush()
 
 
 def _free_port() -> int:

@@ -5,7 +5,7 @@ Denominators (ours, the paper leaves them open): a response's terms are means ov
 responses, the batch's over its questions (all questions of the step, on every process).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -18,10 +18,14 @@ from masters.rewards import distillation_rewards, group_advantages, raw_distilla
 
 @dataclass(frozen=True)
 class Outcome:
-    """A batch's loss (to be divided by the step's questions) and what to log, summed over questions."""
+    """A batch's loss (to be divided by the step's questions), what to log, summed over questions, and by response.
+
+    `responses`: columns of the table `rewards`, R values each, NaN where there is none.
+    """
 
     loss: torch.Tensor
     sums: dict[str, float]
+    responses: dict[str, list[float]] = field(default_factory=dict)
 
 
 def question_means(value_R: torch.Tensor, packed: Pack) -> torch.Tensor:
@@ -42,8 +46,9 @@ def supervised(logp_T: torch.Tensor, packed: Pack) -> Outcome:
 
 def distillation(terms: Terms, packed: Pack) -> Outcome:
     """Distillation alone: mean_j D_j (Eq. 4-5), summed over questions."""
-    loss = question_means(divergences(terms, packed), packed).sum()
-    return Outcome(loss, {"loss": loss.item(), "divergence": loss.item()})
+    divergence_R = divergences(terms, packed)
+    loss = question_means(divergence_R, packed).sum()
+    return Outcome(loss, {"loss": loss.item(), "divergence": loss.item()}, {"divergence": divergence_R.tolist()})
 
 
 def masters(
@@ -77,7 +82,21 @@ def masters(
     }
     if reference_T is not None:
         sums["kl_to_reference"] = _question_sum(kl_R, packed)
-    return Outcome(loss, sums)
+    responses = {"divergence": divergence_R.tolist(), "advantage": advantage_R.tolist()}
+    return Outcome(loss, sums, responses | _rewards(score_R, distill_R, rewards))
+
+
+def _rewards(score_R: torch.Tensor, distill_R: torch.Tensor, rewards: Rewards) -> dict[str, list[float]]:
+    """R_acc, R_distill and their sum; all NaN where a verdict was wanted and there is none."""
+    none_R = torch.full_like(score_R, torch.nan)
+    rewarded_R = (torch.zeros_like(score_R) if rewards.accuracy == "off" else score_R) + distill_R
+    given_R = none_R if rewards.distillation == "off" else torch.where(rewarded_R.isnan(), none_R, distill_R)
+    accuracy_R = none_R if rewards.accuracy == "off" else score_R
+    return {
+        "reward_accuracy": accuracy_R.tolist(),
+        "reward_distillation": given_R.tolist(),
+        "reward": rewarded_R.tolist(),
+    }
 
 
 def _question_sum(value_R: torch.Tensor, packed: Pack) -> float:

@@ -115,6 +115,7 @@ def prepare(job: dict, job_file: Path, rank: int, world: int) -> trainer.Job:
         rewards=Rewards(**job["rewards"]),
         groups=groups,
         steps=steps,
+        ratios=job["ratios"],
         question=prompts.question,
         storage=storage,
         checkpoints=job["checkpoints"],

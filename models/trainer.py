@@ -19,6 +19,7 @@ from masters.config import Rewards, Train
 from masters.errors import MastersError
 from masters.models import head, losses, objective
 from masters.models.families.base import Family
+from masters.models.history import Ledger, drop_after
 from masters.models.packing import Pack, batches, pack, response_logits, response_states
 from masters.models.training_data import Group, Step
 from masters.models.trees import Question
@@ -34,8 +35,8 @@ T = TypeVar("T")
 class Job:
     """All that a training run needs. `question` makes a group ready to pack.
 
-    `teacher` is None where the objective has none; `remask` masks it for a stage, in place. `token_budget`: tokens
-    of a forward pass.
+    `teacher` is None where the objective has none; `remask` masks it for a stage, in place, at that one of `ratios`.
+    `token_budget`: tokens of a forward pass. `ledger` collects the rows of the tables.
     """
 
     student: torch.nn.Module
@@ -46,6 +47,7 @@ class Job:
     rewards: Rewards
     groups: list[Group]
     steps: list[Step]
+    ratios: list[float]
     question: Callable[[Group], Question]
     storage: Storage
     checkpoints: str  # prefix in the store
@@ -55,6 +57,7 @@ class Job:
     probe: list[Question] = field(default_factory=list)
     rank: int = 0
     world: int = 1
+    ledger: Ledger = field(default_factory=Ledger)
 
 
 def fit(job: Job) -> None:
@@ -70,6 +73,7 @@ def fit(job: Job) -> None:
             job.remask(stage)
             job.report(event="remask", stage=stage, seconds=time.monotonic() - began)
         began = time.monotonic()
+        job.ledger.begin(number, step.epoch, step.stage, job.ratios[step.stage])
         sums = run_step(job, step, references)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
@@ -83,10 +87,19 @@ def fit(job: Job) -> None:
             seconds=time.monotonic() - began,
             **means,
         )
-        if number % every == 0 or number == len(job.steps):
-            job.report(event="probe", step=number, accuracy=probe_accuracy(job))
-        if number % job.checkpoint_steps == 0 and number < len(job.steps) and job.rank == 0:
-            save_checkpoint(job, number, parameters, optimiser)
+        last, probe = number == len(job.steps), {}
+        if number % every == 0 or last:
+            probe = {"probe_accuracy": probe_accuracy(job)}
+            job.report(event="probe", step=number, accuracy=probe["probe_accuracy"])
+        if job.rank == 0:
+            job.ledger.end(len(step.groups), means | probe)
+        due = number % job.checkpoint_steps == 0 and not last
+        if due or last or job.ledger.full:
+            job.ledger.write(job.storage, job.checkpoints, job.rank)
+        if due:
+            _gathered(job, None)  # every rank's rows are there before the checkpoint that they belong to
+            if job.rank == 0:
+                save_checkpoint(job, number, parameters, optimiser)
 
 
 def run_step(job: Job, step: Step, references: dict[int, torch.Tensor]) -> dict[str, float]:
@@ -98,6 +111,7 @@ def run_step(job: Job, step: Step, references: dict[int, torch.Tensor]) -> dict[
         if not torch.isfinite(outcome.loss):
             raise MastersError(f"the loss is {outcome.loss.item()} in stage {step.stage}: lower train.learning_rate")
         (outcome.loss / len(step.groups)).backward()
+        job.ledger.responses([job.groups[g] for g in groups], outcome.responses)
         sums = {name: sums.get(name, 0.0) + value for name, value in outcome.sums.items()}
     if job.world > 1:
         sums = _reduce(job, sums)
@@ -187,9 +201,12 @@ def save_checkpoint(
 def resume(job: Job, parameters: dict[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> int:
     """Restore the newest checkpoint. Returns the steps it has behind it, 0 without one."""
     names = _checkpoint_names(job)
+    step = int(names[-1].rsplit("-", 1)[1].removesuffix(".safetensors")) if names else 0
+    if job.rank == 0:
+        # no rank writes before its first step is done, in which this one takes part
+        drop_after(job.storage, job.checkpoints, step)
     if not names:
         return 0
-    step = int(names[-1].rsplit("-", 1)[1].removesuffix(".safetensors"))
     tensors = load_safetensors(job.storage.read(names[-1]))
     with torch.no_grad():
         for name, parameter in parameters.items():

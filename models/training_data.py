@@ -9,6 +9,8 @@ from masters.artifacts import Artifact
 from masters.models.schedule import stage_of
 from masters.shards import Ref
 
+Key = tuple[str, float | None, int]  # source, mask ratio (None but for a teacher's), sample
+
 
 @dataclass(frozen=True)
 class Group:
@@ -19,6 +21,7 @@ class Group:
     prompt: np.ndarray | None
     responses: list[list[int]]
     scores: np.ndarray  # float64 [G], NaN where there is no verdict
+    keys: list[Key]  # whose responses they are
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,11 @@ def response_groups(
             empty += 1
             continue
         prompts.setdefault(row["question_id"], np.asarray(row["prompt_token_ids"], dtype=np.int32))
-        key = (row["question_id"], row["mask_ratio"])
-        score = scores.get((row["question_id"], row["source"], row["mask_ratio"], row["sample"]))
+        own = (row["source"], row["mask_ratio"], row["sample"])
+        score = scores.get((row["question_id"], *own))
         order = (row["source"] != "teacher", row["sample"])
-        answered.setdefault(key, []).append((order, row["response_token_ids"], np.nan if score is None else score))
+        said = (order, row["response_token_ids"], np.nan if score is None else score, own)
+        answered.setdefault((row["question_id"], row["mask_ratio"]), []).append(said)
     groups = []
     for ref in refs:
         own = stage_of(ref.digest, len(ratios))
@@ -54,7 +58,8 @@ def response_groups(
             )
             if found:
                 values = np.array([r[2] for r in found])
-                groups.append(Group(ref, stage, prompts[ref.question_id], [r[1] for r in found], values))
+                keys = [r[3] for r in found]
+                groups.append(Group(ref, stage, prompts[ref.question_id], [r[1] for r in found], values, keys))
     return groups, empty
 
 
@@ -64,7 +69,8 @@ def label_groups(refs: list[Ref], answers: dict[str, list[int]], ratios: list[fl
     for ref in refs:
         own = stage_of(ref.digest, len(ratios))
         for stage in range(len(ratios)) if coverage == "full" else [own]:
-            groups.append(Group(ref, stage, None, [answers[ref.question_id]], np.array([np.nan])))
+            label = ("label", None, 0)
+            groups.append(Group(ref, stage, None, [answers[ref.question_id]], np.array([np.nan]), [label]))
     return groups
 
 

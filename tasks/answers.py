@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from masters import answering
 from masters.answering import Order
 from masters.artifacts import Artifact, Identity
-from masters.tasks.stage import Run, progress_bar
+from masters.tasks.stage import Run
 
 
 def answered(
@@ -19,11 +19,10 @@ def answered(
         for order in asked:
             run.storage.remove(order.file)
     built = len(answering.missing(run.storage, asked))
-    with progress_bar(made_of.stage) as bar:
-        shown = bar.add_task("questions", total=None)
+    with run.progress(made_of, "questions") as progress:
         how = answering.fulfil(
             data, [*asked, *ahead], run.config.runtime, run.work(made_of),
-            lambda done, total: bar.update(shown, completed=done, total=total),
+            progress.update,
         )  # fmt: skip
     how |= dict(shards=len(asked), shards_built=built, shards_reused=len(asked) - built)
     return answering.gather(run.storage, made_of, asked), how

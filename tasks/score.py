@@ -19,7 +19,7 @@ from masters.rewards import rule_accuracy
 from masters.rewards.verdict import FINAL, Triple, Verdict
 from masters.shards import split
 from masters.storage import Storage
-from masters.tasks.stage import Context, Round, Run, build_or_reuse, progress_bar
+from masters.tasks.stage import Context, Round, Run, build_or_reuse
 
 VERSION = 1
 RULES = "rules-1"  # the rules' name and version in the table; part of identity
@@ -100,12 +100,8 @@ def _judged(run: Run, made_of: Identity, judge: Judge | None, triples: set[Tripl
     if run.rebuilds(made_of):
         for name in run.storage.names(judge.folder):
             run.storage.remove(name)
-    with progress_bar(made_of.stage) as bar:
-        shown = bar.add_task("texts judged", total=None)
-        return judging.fulfil(
-            run.storage, judge, list(triples), run.config.runtime, run.work(made_of),
-            lambda done, total: bar.update(shown, completed=done, total=total),
-        )  # fmt: skip
+    with run.progress(made_of, "texts judged") as progress:
+        return judging.fulfil(run.storage, judge, list(triples), run.config.runtime, run.work(made_of), progress.update)
 
 
 def _answers(data: Artifact) -> Answers:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from masters import artifacts
 from masters.artifacts import Artifact, Identity, Upstream
@@ -17,6 +16,8 @@ from masters.models.schedule import mask_stages
 from masters.preflight import LocalModel, Ready
 from masters.reuse import Earlier
 from masters.stages import Stage
+from masters.tasks.log import log
+from masters.tasks.progress import Progress
 from masters.tracking import Tracker
 
 CONSOLE = Console(stderr=True)
@@ -57,11 +58,11 @@ class Context:
 
     def fetched(self, trained: Artifact) -> Path:
         """A trained student's folder on this machine. A copy is named by its content: built again, it is another."""
-        return self.storage.download(f"{trained.folder}/model", cache() / "models" / trained.record["digest"][:32])
+        return self.storage.download(f"{trained.folder}/model", cache() / "models" / trained.parts["model"][:32])
 
     def trained(self, trained: Artifact) -> LocalModel:
         """A trained student under its name in the predictions table."""
-        return LocalModel("student-after", self.fetched(trained), trained.record["digest"], trained)
+        return LocalModel("student-after", self.fetched(trained), trained.parts["model"], trained)
 
 
 class Run(Context):
@@ -71,7 +72,7 @@ class Run(Context):
         super().__init__(context.config, context.ready, context.earlier, context.known)
         self.tracker, self.rebuild = tracker, rebuild
         self.stages: list[dict] = []
-        self.finished: dict[str, Artifact] = {}  # by the stage's name
+        self.made: dict[str, Artifact] = {}  # by stage, "generate-2" in a later round
 
     def work(self, identity: Identity) -> Path:
         """A local folder for a stage's job files, logs and downloads; not part of the store's artifacts."""
@@ -81,6 +82,10 @@ class Run(Context):
         folder = base / f"{identity.kind}-{identity.fingerprint}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def progress(self, identity: Identity, unit: str) -> Progress:
+        """Where a stage tells how far it is."""
+        return Progress(CONSOLE, self.config.name, identity.stage, unit)
 
     def rebuilds(self, identity: Identity) -> bool:
         return identity.kind in self.rebuild
@@ -104,22 +109,10 @@ def build_or_reuse(run: Run, identity: Identity, upstream: Upstream, build: Buil
             rows=artifact.facts.get("rows", 0), rejected=artifact.facts.get("rejected", 0),
             seconds=round(time.monotonic() - began, 2), **how,
         )  # fmt: skip
-        tracked(artifact, done)
+        done["mlflow_run_id"] = tracked(artifact, done)
     run.stages.append(done)
-    run.finished[identity.stage] = artifact
-    CONSOLE.print(
-        f"{identity.stage:<12} {outcome:<7} {done['rows']:>8} rows {done['seconds']:>8.1f} s", highlight=False
-    )
+    run.made[identity.stage] = artifact
+    line = f"{identity.stage:<12} {outcome:<7} {done['rows']:>8} rows {done['seconds']:>8.1f} s"
+    CONSOLE.print(line, highlight=False)
+    log("info", f"{' '.join(line.split())}: {artifact.uri}")
     return artifact
-
-
-def progress_bar(name: str) -> Progress:
-    """A bar on stderr with an estimate of the time left."""
-    columns = (
-        TextColumn(f"{name:<12}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    return Progress(*columns, console=CONSOLE, transient=True)

@@ -6,15 +6,16 @@ from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from rich.progress import Progress
 
 from masters import processes, shards
 from masters.artifacts import Artifact, Identity
-from masters.identity import file_digest
+from masters.identity import digest, file_digest
+from masters.models import history
 from masters.tasks.mask import thresholds
-from masters.tasks.stage import Context, Round, Run, build_or_reuse, progress_bar
+from masters.tasks.progress import Progress
+from masters.tasks.stage import Context, Round, Run, build_or_reuse
 
-VERSION = 3  # 3: identical responses are read once, questions of one image share its tokens: rounded otherwise
+VERSION = 4  # 3: identical responses are read once, questions of one image share its tokens; 4: history and rewards
 PROBE = 128  # evaluation questions watched while it trains; nothing is chosen by them
 
 
@@ -33,18 +34,19 @@ def identity(context: Context, current: Round, inputs: Inputs) -> Identity:
 
 @task(name="train", task_run_name="train{current.suffix}", cache_policy=NO_CACHE)
 def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
-    """The trained student as a Hugging Face folder under `model/`."""
+    """The trained student as a Hugging Face folder under `model/`; tables `history` and `rewards`."""
     made_of = identity(run, current, inputs)
 
     def build() -> tuple[dict[str, str], dict, dict]:
         checkpoints = f"{made_of.folder}/checkpoints"
         work = run.work(made_of)
         job = _job(run, current, inputs, checkpoints, work / "model")
-        with progress_bar(made_of.stage) as bar:
-            watch = _Watch(run, bar, current.ratios)
+        with run.progress(made_of, "steps") as progress:
+            watch = _Watch(run, progress, current.ratios)
             started = processes.run(_ranks(run, job, work), run.config.runtime.train_processes, watch)
         run.storage.upload(work / "model", f"{made_of.folder}/model")
         files = {f"model/{p.name}": file_digest(p) for p in sorted((work / "model").iterdir())}
+        files |= _tables(run, made_of, checkpoints)
         for name in run.storage.names(checkpoints):
             run.storage.remove(name)
         how = dict(
@@ -90,16 +92,26 @@ def _ranks(run: Run, job: dict, work: Path) -> list[processes.Child]:
     ]
 
 
+def _tables(run: Run, made_of: Identity, checkpoints: str) -> dict[str, str]:
+    """The trainers' tables put into the artifact. Returns {name: SHA-256}."""
+    written = {}
+    for table in history.SCHEMAS:
+        for number, content in enumerate(history.files(run.storage, checkpoints, table)):
+            name = f"{table}/{number:04d}.parquet"
+            run.storage.write(f"{made_of.folder}/{name}", content)
+            written[name] = digest(content)
+    return written
+
+
 def _refs(refs: list[shards.Ref]) -> list[list]:
     return [[r.digest, r.question_id, r.file, r.row] for r in refs]
 
 
 class _Watch:
-    """Follows the trainer's progress lines: a bar, metrics, and what the record keeps."""
+    """Follows the trainer's progress lines: the progress shown, metrics, and what the record keeps."""
 
-    def __init__(self, run: Run, bar: Progress, mask_ratios: list[float]) -> None:
-        self._mask_ratios = mask_ratios
-        self._run, self._bar, self._task = run, bar, bar.add_task("", total=None)
+    def __init__(self, run: Run, progress: Progress, mask_ratios: list[float]) -> None:
+        self._run, self._progress, self._mask_ratios = run, progress, mask_ratios
         self.groups = self.steps = self.empty = self.resumed = 0
         self.last: dict = {}
         self.probes: list[dict] = []
@@ -112,7 +124,8 @@ class _Watch:
         elif event == "resumed":
             self.resumed = line["step"]
         elif event == "reference":
-            self._bar.update(self._task, completed=line["done"], total=line["of"], description="reference")
+            share = line["done"] / line["of"]
+            self._progress.update(0, self.steps, f"reference log-probabilities {share:.0%}")
         elif event == "step":
             self._step(line)
         elif event == "remask":
@@ -126,5 +139,4 @@ class _Watch:
         line["mask_ratio"] = self._mask_ratios[line["stage"]]
         self.last = {name: value for name, value in line.items() if math.isfinite(value)}
         self._run.tracker.metrics(self.last, step)
-        loss = f"loss {line['loss']:.4f} mask {line['mask_ratio']:.2f}"
-        self._bar.update(self._task, completed=step, total=of, description=loss)
+        self._progress.update(step, of, f"loss {line['loss']:.4f} mask {line['mask_ratio']:.2f}")

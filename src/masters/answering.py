@@ -86,9 +86,12 @@ def fulfil(
     orders: list[Order],
     runtime: Runtime,
     folder: Path,
-    on_progress: Callable[[int, int], None],
+    on_progress: Callable[[int, int, str], None],
 ) -> dict:
-    """Answer what is missing, one engine process per model. Returns how it ran, for the summary."""
+    """Answer what is missing, one engine process per model. Returns how it ran, for the summary.
+
+    `on_progress` hears questions done, questions in all, and the shards as a note.
+    """
     todo = []
     for order in missing(data.storage, orders):
         if order.part_of:
@@ -98,14 +101,15 @@ def fulfil(
     jobs: dict[tuple[str, str], list[Order]] = {}
     for order in todo:
         jobs.setdefault((order.answerer.digest, order.sampling["dtype"]), []).append(order)
-    done, questions = 0, sum(len(order.shard.refs) for order in todo)
+    done, shards, questions = 0, 0, sum(len(order.shard.refs) for order in todo)
 
     def count(_: str, line: dict) -> None:
-        nonlocal done
+        nonlocal done, shards
         done += line.get("questions", 0)
-        on_progress(done, questions)
+        shards += "questions" in line
+        on_progress(done, questions, f"{shards:,} of {len(todo):,} shards")
 
-    on_progress(0, questions)
+    on_progress(0, questions, f"0 of {len(todo):,} shards")
     children = [_child(part, data, runtime, folder) for part in jobs.values()]
     started = processes.run(children, runtime.generate_workers, count)
     workers = min(runtime.generate_workers, len(children))

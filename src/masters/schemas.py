@@ -35,6 +35,21 @@ JUDGEMENTS = pa.schema([
     ("status", text), ("explanation", text), ("reading", text),
 ])  # fmt: skip
 
+REWARD = [(name, pa.float64()) for name in ("divergence", "reward_accuracy", "reward_distillation")]
+
+# a training step: means over its questions; kd and sft have no rewards, few steps a probe
+HISTORY = pa.schema([
+    ("step", pa.int64()), ("epoch", pa.int32()), ("stage", pa.int32()), ("mask_ratio", pa.float64()),
+    ("questions", pa.int32()), ("loss", pa.float64()), *REWARD, ("kl_to_reference", pa.float64()),
+    ("questions_with_advantage", pa.float64()), ("probe_accuracy", pa.float64()),
+])  # fmt: skip
+
+# a response in a training step; `teacher_ratio`: of the masked teacher that the student was compared with
+REWARDS = pa.schema([
+    ("step", pa.int64()), ("epoch", pa.int32()), ("stage", pa.int32()), ("teacher_ratio", pa.float64()),
+    *RESPONSE_KEY, *REWARD, ("reward", pa.float64()), ("advantage", pa.float64()),
+])  # fmt: skip
+
 PREDICTIONS = pa.schema([("question_id", text), ("model", text), ("text", text), ("correct", pa.bool_())])
 
 PLAN = pa.schema([
@@ -44,8 +59,13 @@ PLAN = pa.schema([
 
 def encode(rows: list[dict], schema: pa.Schema) -> bytes:
     """Rows as one Parquet file. The same rows give the same bytes."""
+    return encode_table(pa.Table.from_pylist(rows, schema=schema))
+
+
+def encode_table(table: pa.Table) -> bytes:
+    """A table as one Parquet file."""
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()
 
 

@@ -29,6 +29,11 @@ class Summary:
             ),
         )
 
+    @property
+    def version(self) -> int | None:
+        """Of the registered model."""
+        return self._model.get("model_version")
+
     def registered(self, artifact: Artifact, version: int) -> None:
         """The model's version, and the exported folder with its card as the student's place."""
         self._model = dict(model_name=self._run.config.name, model_version=version)

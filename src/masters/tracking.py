@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 from urllib.request import urlopen
 
 import mlflow
@@ -30,7 +31,7 @@ CARD = "model_card.md"
 STUDENT = "student-after"
 LIVE = "attributes.status = 'RUNNING'"
 
-Tracked = Callable[[Artifact, dict], None]
+Tracked = Callable[[Artifact, dict], str]  # gives the stage's run id
 
 
 def tracking_uri(config: Config, storage: Storage) -> str:
@@ -138,7 +139,7 @@ class Tracker:
         child = self._current = self._open(key, identity.stage, tags)
         self._client.log_inputs(child, lineage.inputs(upstream))
 
-        def tracked(artifact: Artifact, done: dict) -> None:
+        def tracked(artifact: Artifact, done: dict) -> str:
             self._reached[artifact.folder] = lineage.behind(upstream, self._reached)
             self._runs[artifact.folder] = child
             self._questions[artifact.folder] = lineage.questions(upstream)
@@ -147,6 +148,7 @@ class Tracker:
             names = {"fingerprint": artifact.fingerprint, "run_id": child}
             self._tag(self.run_id, {f"stage.{identity.stage}.{name}": value for name, value in names.items()})
             self.metrics({"rows": float(done["rows"]), "seconds": float(done["seconds"])}, 0)
+            return child
 
         status = "FAILED"
         try:
@@ -224,6 +226,20 @@ class Tracker:
                 bound = dict(model_id=model_id, **asked) if model == STUDENT else asked
                 metric = Metric(f"accuracy_{model}", score["accuracy"], now, 0, run_id=run_id, **bound)
                 self._client.log_batch(run_id, metrics=[metric])
+
+    def files(self, folder: Path) -> None:
+        """Show the files of a local folder among the artifacts of the distillation's run, under its name."""
+        self._client.log_artifacts(self.run_id, str(folder), folder.name)
+
+    def page(self, run_id: str) -> str | None:
+        """Where a browser finds a run; None without a server."""
+        base = self.uri.rstrip("/")
+        return f"{base}/#/experiments/{self._experiment}/runs/{run_id}" if base.startswith("http") else None
+
+    def model_page(self, name: str, version: int) -> str | None:
+        """Where a browser finds a version of a registered model; None without a server."""
+        base = self.uri.rstrip("/")
+        return f"{base}/#/models/{quote(name)}/versions/{version}" if base.startswith("http") else None
 
     def finish(self, status: str) -> None:
         """End the parent run: FINISHED or FAILED."""

@@ -49,6 +49,7 @@ def settings(place: Path) -> list[str]:
 def first(place: Path) -> dict:
     done = masters("distill", "configs/demo.toml", *settings(place), "--json", home=place / "home")
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "report is incomplete" not in done.stderr and "Error logging" not in done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -42,7 +42,9 @@ def make_job(name: str) -> trainer.Job:
         responses = tiny.random_responses(number, lengths)
         if number in (1, 4):
             responses[1] = responses[0]
-        groups.append(Group(Ref("", f"q{number}", 0, number), 0, None, responses, np.array(scores, dtype=float)))
+        keys = [("teacher", 0.2, sample) for sample in range(len(responses))]
+        ref = Ref("", f"q{number}", 0, number)
+        groups.append(Group(ref, 0, None, responses, np.array(scores, dtype=float), keys))
     return trainer.Job(
         student=student,
         family=family_of(student.config.model_type),
@@ -50,6 +52,7 @@ def make_job(name: str) -> trainer.Job:
         rewards=Rewards(),
         groups=groups,
         steps=[],
+        ratios=[0.2],
         question=lambda group: tiny.question(
             student, group.ref.row, 3 + group.ref.row, group.responses, min(group.ref.row, SHARED_IMAGE)
         ),

@@ -17,13 +17,35 @@ from tests.trained import ROOT, by_hand, first_round, made_run
 STEPS = 10
 
 
-def trained(run: Run) -> tuple[dict[str, torch.Tensor], dict]:
-    """Weights and the stage's line of the summary."""
+Tables = dict[str, list[dict]]
+
+
+def trained(run: Run) -> tuple[dict[str, torch.Tensor], dict, Tables]:
+    """Weights, the stage's line of the summary, and what was recorded of steps and responses."""
     current = first_round(run)
     questions = data.fn(run)
     inputs = {"data": questions, "masks": mask.fn(run, current), **by_hand(run, current, questions)}
     artifact = train.fn(run, current, inputs)
-    return load_file(Path(artifact.uri) / "model/model.safetensors"), run.stages[-1]
+    tables = {name: sorted(artifact.rows(name), key=repr) for name in ("history", "rewards")}
+    return load_file(Path(artifact.uri) / "model/model.safetensors"), run.stages[-1], tables
+
+
+def interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train until a few steps behind a checkpoint."""
+    original = processes.run
+
+    def cut_short(children, at_once, on_progress) -> None:
+        def stop(name: str, line: dict) -> None:
+            if line.get("event") == "step" and line["step"] >= 5:
+                raise KeyboardInterrupt
+            on_progress(name, dict(line))
+
+        original(children, at_once, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "run", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            trained(run)
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +54,42 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    weights, done = trained(made_run(tmp_path_factory.mktemp("plain"), source))
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], Tables]:
+    weights, done, tables = trained(made_run(tmp_path_factory.mktemp("plain"), source))
     assert done["steps"] in (STEPS, STEPS + 1) and done["resumed_at_step"] == 0
     assert len(done["remask_seconds"]) == 2  # mask stages
-    return weights
+    return weights, tables
+
+
+@pytest.fixture(scope="module")
+def plain(whole) -> dict[str, torch.Tensor]:
+    return whole[0]
+
+
+@pytest.fixture(scope="module")
+def recorded(whole) -> Tables:
+    return whole[1]
+
+
+def responses(tables: Tables) -> set[tuple]:
+    return {(r["stage"], r["question_id"], r["source"], r["mask_ratio"], r["sample"]) for r in tables["rewards"]}
+
+
+def test_steps_and_responses_are_recorded_once(recorded: Tables) -> None:
+    steps, rows = recorded["history"], recorded["rewards"]
+    assert sorted(row["step"] for row in steps) == list(range(1, len(steps) + 1))
+    assert {row["mask_ratio"] for row in steps} == {0.2, 0.0}
+    assert sum(row["probe_accuracy"] is not None for row in steps) >= STEPS
+    assert len(rows) == len(responses(recorded)) == 2 * 39  # a teacher's and a student's response a training question
+    for row in rows:
+        assert row["mask_ratio"] == (row["teacher_ratio"] if row["source"] == "teacher" else None)
+        assert row["reward_accuracy"] == float(row["source"] == "teacher")
+        assert row["reward"] == pytest.approx(row["reward_accuracy"] + row["reward_distillation"])
+    for step in steps:
+        own = [row for row in rows if row["step"] == step["step"]]
+        assert len(own) == 2 * step["questions"]
+        mean = sum(row["divergence"] for row in own) / len(own)  # as many responses a question: a mean of means
+        assert step["divergence"] == pytest.approx(mean, rel=1e-5)
 
 
 def test_training_moves_every_kind_of_weight(plain: dict[str, torch.Tensor]) -> None:
@@ -47,29 +100,20 @@ def test_training_moves_every_kind_of_weight(plain: dict[str, torch.Tensor]) -> 
         assert any(part in name for name in moved)
 
 
-def test_an_interrupted_run_goes_on_and_ends_the_same(source, plain, tmp_path, monkeypatch) -> None:
-    run = made_run(tmp_path, source, runtime=dict(checkpoint_steps=2))
-    original = processes.run
-
-    def interrupted(children, at_once, on_progress) -> None:
-        def stop(name: str, line: dict) -> None:
-            if line.get("event") == "step" and line["step"] >= 5:
-                raise KeyboardInterrupt
-            on_progress(name, dict(line))
-
-        original(children, at_once, stop)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(processes, "run", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            trained(run)
-    weights, done = trained(made_run(tmp_path, source, runtime=dict(checkpoint_steps=2)))
+def test_an_interrupted_run_goes_on_and_ends_the_same(source, plain, recorded, tmp_path, monkeypatch) -> None:
+    interrupted(made_run(tmp_path, source, runtime=dict(checkpoint_steps=2)), monkeypatch)
+    weights, done, tables = trained(made_run(tmp_path, source, runtime=dict(checkpoint_steps=2)))
     assert done["resumed_at_step"] >= 4
     assert {name for name in plain if not torch.equal(plain[name], weights[name])} == set()
+    assert tables == recorded
 
 
-def test_two_processes_train_like_one(source, plain, tmp_path) -> None:
-    weights, done = trained(made_run(tmp_path, source, runtime=dict(train_processes=2)))
-    assert done["processes"] == 2
+def test_two_processes_train_like_one(source, plain, recorded, tmp_path, monkeypatch) -> None:
+    """Also if they are cut short and go on."""
+    interrupted(made_run(tmp_path, source, runtime=dict(train_processes=2, checkpoint_steps=3)), monkeypatch)
+    weights, done, tables = trained(made_run(tmp_path, source, runtime=dict(train_processes=2, checkpoint_steps=3)))
+    assert done["processes"] == 2 and done["resumed_at_step"] >= 3
+    assert len(tables["rewards"]) == len(responses(tables)) and responses(tables) == responses(recorded)
+    assert sorted(row["step"] for row in tables["history"]) == sorted(row["step"] for row in recorded["history"])
     for name, expected in plain.items():  # exported in bfloat16: up to one unit in the last place may differ
         torch.testing.assert_close(weights[name].float(), expected.float(), rtol=2**-7, atol=1e-4)

@@ -1,0 +1,83 @@
+"""What training leaves beside the weights: the tables `history`, a row a step, and `rewards`, a row a response.
+
+Memory holds few rows: every rank writes its own, part by part, next to the checkpoints. A part is named after the
+last step it knows; all ranks write before a checkpoint is saved, and a run that goes on from a checkpoint drops the
+parts behind it. So each row is there once, however often a run was cut short.
+"""
+
+import math
+from collections.abc import Iterator
+
+import pyarrow as pa
+
+from masters import schemas
+from masters.models.training_data import Group
+from masters.storage import Storage
+
+SCHEMAS = {"history": schemas.HISTORY, "rewards": schemas.REWARDS}
+PART_ROWS = 20_000  # in memory, at least those of a step
+FILE_ROWS = 200_000
+
+
+class Ledger:
+    """The rows of one rank that are not written yet."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, list[dict]] = {table: [] for table in SCHEMAS}
+        self._step: dict = {}
+
+    @property
+    def full(self) -> bool:
+        return sum(map(len, self._rows.values())) >= PART_ROWS
+
+    def begin(self, step: int, epoch: int, stage: int, ratio: float) -> None:
+        """What follows is of this step; `ratio`: how much of its teacher is masked."""
+        self._step, self._ratio = dict(step=step, epoch=epoch, stage=stage), ratio
+
+    def responses(self, groups: list[Group], values: dict[str, list[float]]) -> None:
+        """Rows of the groups' responses, in order; NaN becomes null."""
+        keys = [(group.ref.question_id, *key) for group in groups for key in group.keys]
+        for at, (question_id, source, mask_ratio, sample) in enumerate(keys if values else []):
+            key = dict(question_id=question_id, source=source, mask_ratio=mask_ratio, sample=sample)
+            found = {name: _known(column[at]) for name, column in values.items()}
+            self._rows["rewards"].append(self._step | dict(teacher_ratio=self._ratio) | key | found)
+
+    def end(self, questions: int, values: dict[str, float]) -> None:
+        """The step's own row."""
+        found = {name: _known(value) for name, value in values.items()}
+        self._rows["history"].append(self._step | dict(mask_ratio=self._ratio, questions=questions) | found)
+
+    def write(self, storage: Storage, prefix: str, rank: int) -> None:
+        for table, rows in self._rows.items():
+            if rows:
+                name = f"{prefix}/{table}-{self._step['step']:08d}-{rank:04d}.parquet"
+                storage.write(name, schemas.encode(rows, SCHEMAS[table]))
+                rows.clear()
+
+
+def drop_after(storage: Storage, prefix: str, step: int) -> None:
+    """Remove the parts of steps that will be taken again."""
+    for table in SCHEMAS:
+        for name in _parts(storage, prefix, table):
+            if int(name.rsplit("-", 2)[1]) > step:
+                storage.remove(name)
+
+
+def files(storage: Storage, prefix: str, table: str) -> Iterator[bytes]:
+    """A table's parts joined to files of at least `FILE_ROWS` rows, by step; at least one file, be it empty."""
+    held, written = [SCHEMAS[table].empty_table()], 0
+    for name in _parts(storage, prefix, table):
+        held.append(schemas.decode(storage.read(name)))
+        if sum(part.num_rows for part in held) >= FILE_ROWS:
+            yield schemas.encode_table(pa.concat_tables(held))
+            held, written = [SCHEMAS[table].empty_table()], written + 1
+    if len(held) > 1 or not written:
+        yield schemas.encode_table(pa.concat_tables(held))
+
+
+def _parts(storage: Storage, prefix: str, table: str) -> list[str]:
+    return [n for n in storage.names(prefix) if n.startswith(f"{prefix}/{table}-")]
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value

@@ -1,0 +1,98 @@
+"""report: what a run found out, as artifacts in Prefect's UI, and its plots in MLflow. Nothing is decided by it."""
+
+import tempfile
+from pathlib import Path
+
+from prefect import task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from masters.stages import Stage
+from masters.tasks.gallery import gallery
+from masters.tasks.log import log
+from masters.tasks.markdown import inert, picture
+from masters.tasks.plots import plots
+from masters.tasks.progress import key
+from masters.tasks.stage import CONSOLE, Run
+
+CAPTIONS = {
+    "training": "Loss, divergence, accuracy on the probe and mask ratio over training",
+    "rewards": "Rewards by source and mask ratio",
+    "divergences": "Divergence by mask ratio",
+}
+
+
+def reported(run: Run, version: int | None) -> None:
+    """Report on a run, finished or failed. What goes wrong here is said and fails nothing."""
+    try:
+        report(run, version)
+    except Exception as error:  # drawing, stores and servers raise what they like
+        line = f"the run's report is incomplete: {type(error).__name__}: {error}"
+        log("warning", line)
+        CONSOLE.print(f"warning: {line}", style="yellow", highlight=False, markup=False)
+
+
+@task(name="report", cache_policy=NO_CACHE)
+def report(run: Run, version: int | None) -> None:
+    """Artifacts for everything that `run` has made so far. `version`: of the registered model."""
+    _links(run, version)
+    _tables(run)
+    rounds = [name.removeprefix("train") for name in run.made if name.split("-")[0] == Stage.TRAIN]
+    for suffix in rounds:
+        _plots(run, suffix)
+    for suffix in [name.removeprefix("generate") for name in run.made if name.split("-")[0] == Stage.GENERATE]:
+        made = run.made
+        page = gallery(made["data"], made[f"generate{suffix}"], made.get(f"score{suffix}"), made.get(f"train{suffix}"))
+        create_markdown_artifact(page, key=key(run.config.name, f"gallery{suffix}"))
+
+
+def _links(run: Run, version: int | None) -> None:
+    if page := run.tracker.page(run.tracker.run_id):
+        create_link_artifact(page, "this run in MLflow", key=key(run.config.name, "mlflow-run"))
+    if version and (page := run.tracker.model_page(run.config.name, version)):
+        create_link_artifact(page, f"version {version} in MLflow", key=key(run.config.name, "mlflow-model"))
+
+
+def _tables(run: Run) -> None:
+    if evaluated := run.made.get(Stage.EVALUATE):
+        rows = [
+            {
+                "model": inert(model),
+                "exact match": f"{score['accuracy']:.2%}",
+                "standard error": f"{score['standard_error']:.2%}",
+                "questions": score["n"],
+            }
+            for model, score in evaluated.facts["scores"].items()
+        ]
+        told = "Evaluation split, greedy answers through vLLM"
+        create_table_artifact(rows, key=key(run.config.name, "result"), description=told)
+    rows = [
+        {
+            "stage": done["name"],
+            "outcome": done["outcome"],
+            "rows": done["rows"],
+            "rejected": done["rejected"],
+            "seconds": done["seconds"],
+            "MLflow": _link(run, done["mlflow_run_id"]),
+            "where": inert(done["uri"], 300),
+        }
+        for done in run.stages
+    ]
+    create_table_artifact(rows, key=key(run.config.name, "stages"), description="What was built and what reused")
+
+
+def _link(run: Run, run_id: str) -> str:
+    page = run.tracker.page(run_id)
+    return f"[{run_id[:8]}]({page})" if page else run_id
+
+
+def _plots(run: Run, suffix: str) -> None:
+    drawn = plots(run.made[f"train{suffix}"])
+    parts = [f"## {CAPTIONS[name]}\n\n{picture(content, 'png', name)}" for name, content in drawn.items()]
+    create_markdown_artifact("\n\n".join(parts), key=key(run.config.name, f"plots{suffix}"))
+    with tempfile.TemporaryDirectory() as folder:
+        figures = Path(folder) / f"figures{suffix}"
+        figures.mkdir()
+        for name, content in drawn.items():
+            (figures / f"{name}.png").write_bytes(content)
+        run.tracker.files(figures)

@@ -1,0 +1,206 @@
+"""What a person sees of a run: artifacts read back through Prefect's client from a real server, plots in MLflow."""
+
+import base64
+import io
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+from prefect import flow, task
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import Artifact as Shown
+from prefect.context import FlowRunContext, SyncClientContext
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.testing.utilities import prefect_test_harness
+
+from masters import schemas
+from masters.storage import Storage
+from masters.tasks import report as reporting
+from masters.tasks.data import data
+from masters.tasks.gallery import gallery
+from masters.tasks.markdown import inert
+from masters.tasks.mask import mask
+from masters.tasks.plots import sampled
+from masters.tasks.progress import LAST_SECONDS, Progress
+from masters.tasks.report import reported
+from masters.tasks.stage import CONSOLE, Run
+from masters.tasks.train import train
+from tests.drawn import write_questions
+from tests.scored import table
+from tests.trained import by_hand, first_round, made_run
+
+HOSTILE = "</td><script>alert(1)</script> | **b** ![x](http://e.example/x) \u202e\x1b[31m"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PREFECT_API_URL", raising=False)
+        with prefect_test_harness():
+            yield
+
+
+@flow
+def small(run: Run) -> str:
+    """Training and the report of a run whose responses are written by hand. Gives the flow run's id."""
+    current = first_round(run)
+    questions = data(run)
+    inputs = {"data": questions, "masks": mask(run, current)} | by_hand(run, current, questions)
+    run.made |= {"generate": inputs["responses"], "score": inputs["verdicts"]}
+    train(run, current, inputs)
+    reported(run, None)
+    return flow_run_id()
+
+
+def flow_run_id() -> str:
+    context = FlowRunContext.get()
+    assert context and context.flow_run
+    return str(context.flow_run.id)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Shown]]:
+    folder = tmp_path_factory.mktemp("report")
+    run = made_run(folder / "store", write_questions(folder / "data", 40, bad=False))
+    return run, artifacts_of(small(run))
+
+
+def artifacts_of(flow_run: str) -> dict[str, Shown]:
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts()
+    return {artifact.key or "": artifact for artifact in found if str(artifact.flow_run_id) == flow_run}
+
+
+def pictures(page: object) -> list[Image.Image]:
+    return [
+        Image.open(io.BytesIO(base64.b64decode(c))) for c in re.findall(r"data:image/png;base64,([^)]+)", str(page))
+    ]
+
+
+def test_a_run_leaves_its_pages(finished) -> None:
+    run, shown = finished
+    assert shown.keys() == {"trained-train", "trained-stages", "trained-plots", "trained-gallery"}
+    assert shown["trained-train"].data == 100
+    steps = run.stages[-1]["steps"]
+    assert f"{steps} of {steps} steps, loss " in str(shown["trained-train"].description)
+    assert [line in str(shown["trained-stages"].data) for line in ("data", "mask", "train")] == [True] * 3
+
+
+def test_plots_are_pictures_with_something_on_them_and_the_same_in_mlflow(finished) -> None:
+    run, shown = finished
+    drawn = pictures(shown["trained-plots"].data)
+    assert len(drawn) == 3
+    for image in drawn:
+        assert len(image.convert("RGB").getcolors(1 << 24) or []) > 20  # axes alone are shades of grey
+    client = MlflowClient(run.tracker.uri)
+    listed = {file.path for file in client.list_artifacts(run.tracker.run_id, "figures")}
+    assert listed == {f"figures/{name}.png" for name in ("training", "rewards", "divergences")}
+
+
+def test_the_gallery_shows_what_the_tables_say(finished) -> None:
+    run, shown = finished
+    page = str(shown["trained-gallery"].data)
+    assert page == gallery(run.made["data"], run.made["generate"], run.made["score"], run.made["train"])
+    assert len(pictures(page)) == page.count("reference answer") == 2  # by hand every question is right in part
+    said = [line.split(" | ") for line in page.splitlines() if line.startswith("| student")]
+    assert [(row[1], row[-1]) for row in said] == [("1", f"{inert('red circle')} |")] * 2
+    rewards = {(r["question_id"], r["source"]): r for r in run.made["train"].rows("rewards")}
+    for question in re.findall("question \u2068(q\\d+)\u2069", page):
+        assert f"| {rewards[question, 'student']['divergence']:.3g} |" in page
+
+
+def test_every_kind_of_question_is_there_and_hostile_text_is_text(tmp_path: Path) -> None:
+    storage, sink = Storage(str(tmp_path)), io.BytesIO()
+    Image.new("RGB", (300, 20), "red").save(sink, "png")
+    scores = {"good": (1.0, 1.0), "mixed": (1.0, 0.0), "bad": (0.0, 0.0), "unknown": (None, None)}
+    key = dict(source="teacher", mask_ratio=0.2)
+    questions, said, verdicts = [], [], []
+    for number, (name, found) in enumerate(scores.items()):
+        both = dict(question=HOSTILE, answer=HOSTILE, question_id=name, image=sink.getvalue())
+        questions.append(both | dict(question_digest=f"{number:064x}", split="train"))
+        for sample, score in enumerate(found):
+            own = key | dict(question_id=name, sample=sample)
+            said.append(own | dict(text=f"{sample} {HOSTILE}"))
+            verdicts.append(own | dict(score=score, status="judge_failed" if score is None else "ok"))
+    tables = [
+        table(storage, "questions", [questions], schemas.QUESTIONS),
+        table(storage, "responses", [said], schemas.RESPONSES),
+        table(storage, "verdicts", [verdicts], schemas.VERDICTS),
+    ]
+    page = gallery(*tables)
+    for kind in ("every response right", "some right", "none right", "no verdict"):
+        assert page.count(f"**{kind}**") == 1
+    assert "<script>" not in page and "\x1b" not in page and "\u202e" not in page
+    assert page.count("![") == 4 and all(image.size == (160, 11) for image in pictures(page))
+    rows = [line for line in page.splitlines() if line.startswith("| teacher")]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {9} and len(rows) == 8
+    assert page.count("judge\\_failed") == 2
+
+
+def test_a_report_that_fails_fails_no_run(finished, monkeypatch, capsys) -> None:
+    def broken(*_: object) -> None:
+        raise OSError("no space left")
+
+    run, _ = finished
+    with monkeypatch.context() as patch:
+        patch.setattr(reporting, "plots", broken)
+        state = small(run, return_state=True)
+    assert state.is_completed()
+    assert "warning: the run's report is incomplete: OSError: no space left" in capsys.readouterr().err
+    assert "trained-stages" in artifacts_of(state.result())  # what came before is there
+
+
+@task
+def told(updates: int, seconds: float) -> float:
+    began = time.monotonic()
+    with Progress(CONSOLE, "Big_run", "generate", "questions") as progress:
+        for done in range(updates):
+            progress.update(done + 1, updates, f"{done + 1} shards")
+            time.sleep(seconds / updates)
+    return time.monotonic() - began
+
+
+def test_many_updates_are_few_requests(monkeypatch) -> None:
+    from masters.tasks import progress
+
+    sent, send = [], progress._sent
+    monkeypatch.setattr(progress, "_sent", lambda *state: sent.append(state) or send(*state))
+
+    @flow
+    def many() -> str:
+        told(10_000, 3)
+        return flow_run_id()
+
+    shown = artifacts_of(many())["big-run-generate"]
+    assert shown.data == 100 and shown.description == "10,000 of 10,000 questions, 10000 shards"
+    assert 2 <= len(sent) <= 4
+
+
+def test_a_server_that_is_away_neither_fails_nor_holds_up_a_stage() -> None:
+    """Nothing listens where the updates go, which are tried again with growing pauses."""
+
+    @task
+    def told_to_nobody() -> float:
+        with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+            SyncClientContext.__var__.set(None)  # else the task's own client is taken, which reaches the server
+            return told.fn(10, 1)
+
+    @flow
+    def away() -> tuple[str, float]:
+        return flow_run_id(), told_to_nobody()
+
+    flow_run, seconds = away()
+    assert seconds < 1 + 2 * LAST_SECONDS
+    assert artifacts_of(flow_run) == {}  # nothing came through
+
+
+def test_a_sample_is_every_nth_row_however_the_files_are_cut() -> None:
+    whole = pa.table({"n": list(range(1000))})
+    for size in (1, 7, 300, 1000):
+        part, stride = sampled((whole.slice(at, size) for at in range(0, 1000, size)), 150)
+        assert (stride, part["n"].to_pylist()) == (8, list(range(0, 1000, 8)))

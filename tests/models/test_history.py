@@ -1,0 +1,86 @@
+"""Rows of a training that was cut short: each is in the tables once."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from masters import schemas
+from masters.models import history
+from masters.models.history import Ledger
+from masters.models.training_data import Group
+from masters.shards import Ref
+from masters.storage import Storage
+
+RANKS = 2
+
+
+class Cut(Exception):
+    """The process is gone."""
+
+
+def attempt(storage: Storage, start: int, steps: int, every: int, dies_at: tuple[int, int] | None) -> int:
+    """Steps as the trainer takes them, from a checkpoint on. Returns the newest checkpoint.
+
+    `dies_at`: in this step, after so many ranks have written their rows.
+    """
+    history.drop_after(storage, "c", start)
+    ledgers, saved = [Ledger() for _ in range(RANKS)], start
+    for step in range(start + 1, steps + 1):
+        for rank, ledger in enumerate(ledgers):
+            ledger.begin(step, 0, 0, 0.2)
+            group = Group(Ref("", f"q{step}-{rank}", 0, 0), 0, None, [[1]], np.array([1.0]), [("teacher", 0.2, 0)])
+            ledger.responses([group], {"divergence": [step / 10], "reward": [float("nan")]})
+        ledgers[0].end(RANKS, {"loss": float(step)})
+        due = step % every == 0 or step == steps
+        for rank, ledger in enumerate(ledgers):
+            if dies_at == (step, rank):
+                raise Cut(saved)
+            if due:
+                ledger.write(storage, "c", rank)
+        saved = step if due else saved
+    return saved
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storage]:
+    return (Storage(str(tmp_path_factory.mktemp("store"))) for _ in iter(int, 1))
+
+
+@given(
+    st.integers(1, 12),
+    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 12), st.integers(0, RANKS - 1)), max_size=4),
+)
+def test_each_row_is_there_once_however_often_it_was_cut_short(stores, steps: int, cuts: list[tuple]) -> None:
+    storage, saved = next(stores), 0
+    for every, step, rank in cuts:  # another rhythm of checkpoints each time
+        try:
+            saved = attempt(storage, saved, steps, every, (step, rank))
+        except Cut as cut:
+            saved = cut.args[0]
+    if saved < steps:
+        attempt(storage, saved, steps, 2, None)
+    found = {
+        table: [row for part in history.files(storage, "c", table) for row in schemas.decode(part).to_pylist()]
+        for table in history.SCHEMAS
+    }
+    assert [row["step"] for row in found["history"]] == list(range(1, steps + 1))
+    keys = [row["question_id"] for row in found["rewards"]]
+    assert sorted(keys) == sorted(f"q{step}-{rank}" for step in range(1, steps + 1) for rank in range(RANKS))
+    assert all(row["reward"] is None and row["divergence"] == row["step"] / 10 for row in found["rewards"])
+
+
+def test_a_table_without_rows_is_an_empty_file(tmp_path: Path) -> None:
+    (content,) = history.files(Storage(str(tmp_path)), "c", "rewards")
+    assert schemas.decode(content).num_rows == 0
+
+
+def test_parts_are_joined_to_files_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "FILE_ROWS", 6)
+    storage = Storage(str(tmp_path))
+    attempt(storage, 0, 10, 1, None)
+    counts = [schemas.decode(part).num_rows for part in history.files(storage, "c", "rewards")]
+    assert counts == [6, 6, 6, 2]
