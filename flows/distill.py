@@ -3,13 +3,15 @@
 import json
 from contextlib import suppress
 
-from prefect import flow
+from prefect import Flow, State, flow
+from prefect.client.schemas.objects import FlowRun
 from prefect.runtime import flow_run
 
 from masters.config import Config
 from masters.errors import StoreError
 from masters.preflight import LocalModel, preflight
 from masters.stages import Stage
+from masters.storage import Storage
 from masters.summary import Summary
 from masters.tasks.data import data
 from masters.tasks.evaluate import ahead, before, evaluate
@@ -19,10 +21,17 @@ from masters.tasks.register import register
 from masters.tasks.score import score
 from masters.tasks.stage import Round, Run
 from masters.tasks.train import train
-from masters.tracking import Tracker
+from masters.tracking import Tracker, close_lost, tracking_uri
 
 
-@flow(name="distill", flow_run_name="{config.name}")
+def crashed(_: Flow, flow_run: FlowRun, __: State) -> None:
+    """Runs in the worker: nothing of a run whose process is gone is left RUNNING in MLflow."""
+    config = Config.model_validate(flow_run.parameters["config"])
+    storage = Storage(config.store.root)
+    close_lost(tracking_uri(config, storage), storage)
+
+
+@flow(name="distill", flow_run_name="{config.name}", on_crashed=[crashed])
 def distill(config: Config, rebuild: list[Stage] | None = None, until: Stage = Stage.REGISTER) -> dict:
     """Distil the student of a configuration; what is built already is reused. Returns the summary.
 
