@@ -20,6 +20,7 @@ from masters.registry import Registry
 from masters.storage import Storage
 from masters.trace import find, trace
 from masters.tracking import Tracker
+from tests.s3 import BUCKET, S3
 from tests.tracked import NAME, configured, registered
 
 STAGES = ["data", "train", "evaluate", "register"]
@@ -279,3 +280,21 @@ def test_gc_removes_nothing_behind_a_record_that_does_not_say_what_it_read(there
     there.write(f"{folder}/record.json", json.dumps(record).encode())
     found = collect(configured(Path(there.uri(""))), delete=True)
     assert found["items"] == [] and "does not say" in found["notes"][0]
+
+
+def test_on_s3_too(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (s3.environment() | {"HOME": str(tmp_path)}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    root = f"s3://{BUCKET}/lineage"
+    storage = Storage(root)
+    registered(storage, b"first")
+    registered(storage, b"second")
+    assert trace(NAME)["verified"] and trace(NAME)["stages"][0]["uri"].startswith(f"{root}/data/")
+    removed = collect(configured(root), delete=True)["items"]
+    assert [item["kind"] for item in removed] == ["artifact"] * 3
+    assert all(item["uri"].startswith(root) and item["bytes"] > 0 for item in removed)
+    assert trace(NAME)["verified"]
+    name = listed(storage, find(NAME, None)[1].folders)[0]
+    storage.write(name, b"other")
+    assert f"{root}/{name} changed" in trace(NAME)["faults"][0]

@@ -13,7 +13,7 @@ NAME = "tracked"
 TABLES = {"data": "questions"}
 
 
-def configured(root: Path, **runtime) -> Config:
+def configured(root: Path | str, **runtime) -> Config:
     models = {"student": {"model": "s"}, "teachers": [{"model": "t"}]}
     tree = {"name": NAME, "store": {"root": str(root)}, "data": {"source": "d"}, "runtime": runtime}
     return Config.model_validate(tree | models)
@@ -40,7 +40,7 @@ def staged(tracker: Tracker, storage: Storage, stage: str, upstream: Upstream, c
 
 def registered(storage: Storage, content: bytes = b"rows", key: str = "") -> tuple[Tracker, int]:
     """A distillation of four stages, to its end."""
-    tracker = Tracker(configured(Path(storage.uri(""))), storage, key)
+    tracker = Tracker(configured(storage.uri("")), storage, key)
     data = staged(tracker, storage, "data", {"source": External("source", "/q.jsonl", "5" * 64)})
     trained = staged(tracker, storage, "train", {"data": data}, content)
     evaluated = staged(tracker, storage, "evaluate", {"data": data, "student": trained}, content)

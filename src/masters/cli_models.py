@@ -83,18 +83,21 @@ def gc(
 
 def _chain(found: dict, to_stderr: bool) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     console = Console(stderr=to_stderr)
     table = Table(
-        "stage", "fingerprint", "from", "files", "verified", "MLflow run", title=f"{found['of']}: {found['store']}"
-    )
+        "stage", Column("artifact", overflow="fold"), "made from", "verified", Column("MLflow run", overflow="fold"),
+        title=f"{found['of']}: {found['store']}",
+    )  # fmt: skip
     for stage in found["stages"]:
-        names = ", ".join(
-            f"{i['role']}" + (f" ({i['state']})" if i.get("state", "same") != "same" else "") for i in stage["inputs"]
-        )
         table.add_row(
-            stage["name"], stage["fingerprint"], names, str(stage["files"]), "yes" if stage["verified"] else "NO",
-            stage["mlflow_run_id"] or "-",
+            stage["name"], stage["uri"].removeprefix(f"{found['store']}/"), ", ".join(map(_read, stage["inputs"])),
+            f"{stage['files']} files" if stage["verified"] else "NO", stage["mlflow_run_id"] or "-",
         )  # fmt: skip
     console.print(table)
+
+
+def _read(made: dict) -> str:
+    """An input by its role; of one outside the store also what became of it, where it is not as it was."""
+    return made["role"] if made.get("state", "same") == "same" else f"{made['role']} ({made['state']})"

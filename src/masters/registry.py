@@ -142,7 +142,7 @@ class Registry:
         stages = [run] if parent else self.stages(run.info.experiment_id, run_id)
         folders = {
             stage.data.tags["masters.folder"]: stage.data.tags["masters.digest"]
-            for stage in stages
+            for stage in sorted(stages, key=lambda stage: stage.info.start_time)
             if "masters.folder" in stage.data.tags
         }
         if not folders:
