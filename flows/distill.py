@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from prefect import flow
+from prefect import Flow, State, flow
+from prefect.client.schemas.objects import FlowRun
 from prefect.runtime import flow_run
 
 from masters.artifacts import Artifact
@@ -12,6 +13,7 @@ from masters.config import Config
 from masters.errors import StoreError
 from masters.preflight import LocalModel, preflight
 from masters.stages import Stage
+from masters.storage import Storage
 from masters.summary import Summary
 from masters.tasks.data import data
 from masters.tasks.evaluate import ahead, before, evaluate
@@ -22,10 +24,17 @@ from masters.tasks.report import reported
 from masters.tasks.score import score
 from masters.tasks.stage import Context, Round, Run
 from masters.tasks.train import train
-from masters.tracking import Tracker
+from masters.tracking import Tracker, close_lost, tracking_uri
 
 
-@flow(name="distill", flow_run_name="{config.name}")
+def crashed(_: Flow, flow_run: FlowRun, __: State) -> None:
+    """Runs in the worker: nothing of a run whose process is gone is left RUNNING in MLflow."""
+    config = Config.model_validate(flow_run.parameters["config"])
+    storage = Storage(config.store.root)
+    close_lost(tracking_uri(config, storage), storage)
+
+
+@flow(name="distill", flow_run_name="{config.name}", on_crashed=[crashed])
 def distill(config: Config, rebuild: list[Stage] | None = None, until: Stage = Stage.REGISTER) -> dict:
     """Distil the student of a configuration; what is built already is reused. Returns the summary.
 

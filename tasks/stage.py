@@ -16,12 +16,19 @@ from masters.models.schedule import mask_stages
 from masters.preflight import LocalModel, Ready
 from masters.reuse import Earlier
 from masters.stages import Stage
+from masters.storage import Storage
 from masters.tasks.log import log
 from masters.tasks.progress import Progress
 from masters.tracking import Tracker
 
 CONSOLE = Console(stderr=True)
 Build = Callable[[], tuple[dict[str, str], dict, dict]]  # files with digests, facts, how it ran
+
+
+def work_folder(storage: Storage) -> Path:
+    """Where this machine works on a store. The jobs in it name the store: two stores must not share it."""
+    remote = cache() / "work" / digest(storage.uri("").encode())[:16]
+    return Path(storage.path(".work")) if storage.local else remote
 
 
 @dataclass(frozen=True)
@@ -76,10 +83,7 @@ class Run(Context):
 
     def work(self, identity: Identity) -> Path:
         """A local folder for a stage's job files, logs and downloads; not part of the store's artifacts."""
-        # the jobs in it name the store: two stores must not share it
-        remote = cache() / "work" / digest(self.storage.uri("").encode())[:16]
-        base = Path(self.storage.path(".work")) if self.storage.local else remote
-        folder = base / f"{identity.kind}-{identity.fingerprint}"
+        folder = work_folder(self.storage) / f"{identity.kind}-{identity.fingerprint}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 

@@ -6,16 +6,13 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from masters import artifacts, machine, tracking
-from masters.artifacts import Artifact, External, Identity, Upstream
-from masters.config import Config
+from masters import machine, tracking
+from masters.artifacts import Identity
 from masters.errors import InputError
 from masters.identity import digest
 from masters.storage import Storage
 from masters.tracking import Tracker
-
-NAME = "tracked"
-TABLES = {"data": "questions"}
+from tests.tracked import NAME, configured, registered
 
 
 @pytest.fixture(autouse=True)
@@ -24,31 +21,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     return tmp_path / "home"
-
-
-def configured(root: Path, **runtime) -> Config:
-    models = {"student": {"model": "s"}, "teachers": [{"model": "t"}]}
-    tree = {"name": NAME, "store": {"root": str(root)}, "data": {"source": "d"}, "runtime": runtime}
-    return Config.model_validate(tree | models)
-
-
-def made(storage: Storage, stage: str, upstream: Upstream | None = None, content: bytes = b"rows") -> Artifact:
-    """An artifact of one table and a model."""
-    identity = Identity(stage, 1, {}, {"content": digest(content)}, NAME)
-    files = {}
-    for name in (f"{TABLES.get(stage, stage)}/0.parquet", "model/README.md"):
-        text = f"{stage} {name} ".encode() + content
-        storage.write(f"{identity.folder}/{name}", text)
-        files[name] = digest(text)
-    scores = {"student-after": {"accuracy": 0.5}, "t": {"accuracy": 1.0}}
-    return artifacts.commit(storage, identity, files, dict(scores=scores), upstream)
-
-
-def staged(tracker: Tracker, storage: Storage, stage: str, upstream: Upstream, content: bytes = b"rows") -> Artifact:
-    with tracker.stage(Identity(stage, 1, {}, {"content": digest(content)}, NAME), upstream) as tracked:
-        artifact = made(storage, stage, upstream, content)
-        tracked(artifact, dict(outcome="built", rows=1, seconds=0.1))
-    return artifact
 
 
 @pytest.fixture
@@ -64,18 +36,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tracker, int]:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
         return registered(Storage(str(tmp_path_factory.mktemp("finished"))))
-
-
-def registered(storage: Storage, content: bytes = b"rows", key: str = "") -> tuple[Tracker, int]:
-    """A distillation of four stages, to its end."""
-    tracker = Tracker(configured(Path(storage.uri(""))), storage, key)
-    data = staged(tracker, storage, "data", {"source": External("source", "/q.jsonl", "5" * 64)})
-    trained = staged(tracker, storage, "train", {"data": data}, content)
-    evaluated = staged(tracker, storage, "evaluate", {"data": data, "student": trained}, content)
-    exported = staged(tracker, storage, "register", {"train": trained, "evaluate": evaluated}, content)
-    version = tracker.register_model(NAME, exported, trained, evaluated)
-    tracker.finish("FINISHED")
-    return tracker, version
 
 
 def stage_run(tracker: Tracker, stage: str) -> Run:

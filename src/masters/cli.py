@@ -4,19 +4,18 @@ Heavy libraries are imported by the commands, after their arguments are understo
 """
 
 import json
-import logging
-import os
 import sys
-import warnings
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from masters import cli_models
 from masters.benchmarks import Benchmark, benchmark
 from masters.config import Config, load
 from masters.errors import InputError, MastersError
+from masters.options import ConfigPath, Json, Overrides, Rebuild
+from masters.quiet import quiet
 from masters.stages import Stage
 
 if TYPE_CHECKING:
@@ -30,13 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Distil large vision-language models with masked teachers.",
 )
-
-ConfigPath = Annotated[Path, typer.Argument(help="A TOML configuration, e.g. configs/demo.toml")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value, e.g. train.epochs=2")
-]
-Rebuild = Annotated[list[Stage] | None, typer.Option("--rebuild", help="Build a stage again, in every round")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout")]
+app.add_typer(cli_models.app)  # without a name: its commands are masters' own
 
 
 @app.command()
@@ -136,7 +129,7 @@ def _run(name: str, settings: Config, as_json: bool, **arguments: object) -> Non
         from masters.preflight import preflight
 
         preflight(settings)  # while the server starts; the flow, which may be started elsewhere, does it again
-        _quiet()
+        quiet()
         flow = getattr(import_module(f"masters.flows.{name}"), name)
         wait_until_ready(url)
         summary = flow(settings, **arguments)
@@ -167,16 +160,6 @@ def _plan(settings: Config, as_json: bool) -> None:
     for line in lines if not as_json else []:
         changed = f"  changed: {', '.join(line['changed'])}" if line["changed"] else ""
         typer.echo(f"{line['name']:<10} {line['outcome']:<7} {line['fingerprint'] or '(after its inputs)'}{changed}")
-
-
-def _quiet() -> None:
-    """Progress and results are printed by us; libraries' logs go to their servers and log files."""
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "false")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-    warnings.filterwarnings("ignore")
-    for name in ("mlflow", "alembic", "httpx"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _table(summary: dict) -> None:

@@ -37,9 +37,6 @@ class Registry:
         mlflow.set_tracking_uri(uri)  # its functions for models take no client
         self._client = MlflowClient(uri)
 
-    def names(self) -> list[str]:
-        return [model.name for model in self._client.search_registered_models()]
-
     def has(self, name: str) -> bool:
         return bool(self._client.search_registered_models(f"name = '{name}'"))
 
@@ -150,7 +147,7 @@ class Registry:
         stages = [run] if parent else self.stages(run.info.experiment_id, run_id)
         folders = {
             stage.data.tags["masters.folder"]: stage.data.tags["masters.digest"]
-            for stage in stages
+            for stage in sorted(stages, key=lambda stage: stage.info.start_time)
             if "masters.folder" in stage.data.tags
         }
         if not folders:
@@ -165,6 +162,16 @@ class Registry:
         """Fingerprint to the run of a stage of this distillation."""
         experiment = self._client.get_run(parent).info.experiment_id
         return {run.data.tags["masters.fingerprint"]: run.info.run_id for run in self.stages(experiment, parent)}
+
+    def wanted(self) -> set[str]:
+        """Where the versions lie that some alias stands for, and those that `rollback` leads to."""
+        found = set()
+        for model in mlflow.search_registered_models():  # all pages of it
+            numbers = {int(version) for version in model.aliases.values()}
+            if before := self.previous(model.name):
+                numbers.add(before)
+            found |= {v.tags.get("masters.uri", "") for v in self.versions(model.name) if int(v.version) in numbers}
+        return found
 
     def _until_champion(self, name: str) -> list[int]:
         """The history up to today's champion, with it: what was rolled back is left out."""

@@ -1,5 +1,6 @@
 """One small door to files and S3: whole-object writes, exclusive creation, listings. Everything goes through fsspec."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -74,6 +75,12 @@ class Storage:
         return self.fs.cat_file(self.path(name))
 
     @_one_line
+    def digest(self, name: str) -> str:
+        """SHA-256 of an object, read in pieces."""
+        with self.fs.open(self.path(name), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]
+
+    @_one_line
     def write(self, name: str, data: bytes) -> None:
         """Write or replace a whole object."""
         if self.local:
@@ -103,6 +110,13 @@ class Storage:
             self.fs.rm_file(self.path(name))
 
     @_one_line
+    def prune(self, folder: str) -> None:
+        """Remove the empty folders that files leave behind, from `folder` down; object stores have none."""
+        for at, _, _ in os.walk(self.path(folder), topdown=False) if self.local else ():
+            with suppress(OSError):  # not empty
+                os.rmdir(at)
+
+    @_one_line
     def names(self, prefix: str) -> list[str]:
         """Names of all objects below the folder `prefix`, sorted; empty if there is none."""
         below = f"{self.path(prefix)}/"
@@ -113,6 +127,20 @@ class Storage:
             for f in found
             if f.startswith(below) and not f.endswith("/") and not TEMPORARY.search(f)
         )
+
+    @_one_line
+    def details(self, prefix: str) -> dict[str, tuple[int, float]]:
+        """Of all objects below the folder `prefix`: name to bytes and when it was last written, in Unix seconds."""
+        if not self.local:
+            found = self.fs.find(self.path(prefix), detail=True)
+            known = {f[len(self.base) + 1 :]: (i["size"], i["LastModified"].timestamp()) for f, i in found.items()}
+            return {name: known[name] for name in self.names(prefix) if name in known}
+        details = {}
+        for name in self.names(prefix):
+            with suppress(FileNotFoundError):  # gone meanwhile
+                found = os.stat(self.path(name))
+                details[name] = (found.st_size, found.st_mtime)
+        return details
 
     @_one_line
     def children(self, prefix: str) -> list[str]:

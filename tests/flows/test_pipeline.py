@@ -142,6 +142,34 @@ def test_running_again_reuses_everything(first: dict, place: Path) -> None:
     assert [s["fingerprint"] for s in again["stages"]] == [s["fingerprint"] for s in first["stages"]]
 
 
+READ = {
+    "data": {"source"}, "mask": {"teacher"}, "generate": {"data", "masks", "teacher", "student"},
+    "score": {"data", "responses"}, "train": {"data", "masks", "responses", "verdicts", "teacher", "student"},
+    "evaluate": {"data", "model teacher", "model student-before", "model student-after"},
+    "register": {"train", "evaluate"},
+}  # fmt: skip
+
+
+def test_lineage_leads_from_the_student_to_the_questions(first: dict, place: Path) -> None:
+    done = masters("lineage", "easyvqa", "--json", home=place / "home")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["verified"]
+    assert {stage["name"]: {read["role"] for read in stage["inputs"]} for stage in found["stages"]} == READ
+    made = {stage["name"]: (stage["fingerprint"], stage["uri"]) for stage in first["stages"]}
+    assert {stage["name"]: (stage["fingerprint"], stage["uri"]) for stage in found["stages"]} == made
+    assert {read["state"] for stage in found["stages"] for read in stage["inputs"] if "state" in read} == {"same"}
+    run = masters("lineage", first["mlflow"]["run_id"], home=place / "home")
+    assert run.returncode == 0 and "register" in run.stdout
+
+
+def test_gc_finds_nothing_to_remove_of_a_candidate(first: dict, place: Path) -> None:
+    done = masters("gc", "configs/demo.toml", *settings(place), "--json", home=place / "home")
+    assert done.returncode == 0, done.stderr[-3000:]
+    gone = {item["uri"] for item in json.loads(done.stdout.splitlines()[-1])["items"]}
+    assert not gone & {stage["uri"] for stage in first["stages"]}
+
+
 def processes_of(home: Path) -> list[str]:
     """Command lines of the processes that run with this home."""
     mark, found = f"HOME={home}".encode(), []

@@ -150,7 +150,15 @@ def test_the_tables_and_the_facts(tmp_path):
     ]
     train, test = len(ids(artifact, "train")), len(ids(artifact, "test"))
     reasons = {"answer is missing": 1, "answer is empty": 1, "image path leaves the data folder": 1}
-    assert artifact.facts == {"rows": 197, "rejected": 3, "read": 200, "train": train, "eval": test, "reasons": reasons}
+    assert artifact.facts == {
+        "rows": 197,
+        "rejected": 3,
+        "read": 200,
+        "train": train,
+        "eval": test,
+        "reasons": reasons,
+        "known": 0,
+    }
     for listed in artifact.record["files"]:
         assert digest(artifact.storage.read(f"{artifact.folder}/{listed['name']}")) == listed["digest"]
 

@@ -1,0 +1,197 @@
+"""What in a store no champion, candidate or live run reaches, and its removal.
+
+Spared are the artifacts behind every alias of every registered model, behind the champion before (a rollback leads
+there), behind the last run and behind runs that are under way, and the shards that these are made of. While a run is
+under way, shards and unfinished work stay altogether: nobody can say which of them it will want.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from masters import artifacts, chain, machine, tracking
+from masters.artifacts import RECORD
+from masters.config import Config
+from masters.errors import InputError
+from masters.identity import fingerprint
+from masters.preflight import open_storage
+from masters.registry import Registry, shown
+from masters.stages import Stage
+from masters.storage import Storage
+from masters.tasks.stage import work_folder
+from masters.trace import available, check_there
+
+FRESH = 24 * 3600  # seconds: what was written since is kept, though nothing reaches it
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that may go: a folder or a file of the store, or of the work folders on this machine."""
+
+    kind: str  # "artifact", "unfinished", "shard", "judgements", "work"
+    storage: Storage
+    name: str
+    bytes: int
+    why: str
+
+    @property
+    def fingerprint(self) -> str:
+        return _fingerprint(self.name)
+
+
+@dataclass
+class Spared:
+    """What is reached."""
+
+    folders: set[str]  # of artifacts
+    shards: set[str]  # files, and folders of judges' answers
+    live: set[str]  # fingerprints of what runs under way have or build
+    busy: bool  # a run is under way
+    notes: list[str]
+    everything: bool = False  # what some record read is not known: nothing finished may go
+
+
+def collect(config: Config, delete: bool = False) -> dict:
+    """List what may go, or remove it: `items` (kind, uri, bytes, why), `bytes`, `kept` artifacts, `notes`."""
+    storage = open_storage(config.store.root)
+    registries = [Registry(uri) for uri in _uris(config, storage)]
+    spared = reached(registries, storage)
+    items = [*_artifacts(storage, spared), *_shards(storage, spared), *_work(storage, spared)]
+    if delete:
+        items = [item for item in items if _removed(item, registries, storage)]
+    listed = [dict(kind=i.kind, uri=i.storage.uri(i.name), bytes=i.bytes, why=i.why) for i in items]
+    return dict(
+        items=listed, bytes=sum(i.bytes for i in items), kept=len(spared.folders), notes=spared.notes, deleted=delete
+    )
+
+
+def reached(registries: list[Registry], storage: Storage) -> Spared:
+    """Everything behind aliases, the last run and runs under way."""
+    live, notes = _under_way(registries, storage)
+    roots = _registered(registries, storage) | _last_run(storage) | _folders_of(storage, live)
+    links = chain.walk(storage, dict.fromkeys(roots, ""), prove=False)
+    spared = Spared({link.folder for link in links}, set(), live, bool(notes), notes)
+    for link in links:
+        if link.record is None or "upstream" not in link.record:
+            spared.everything = True
+            notes.append(f"{link.uri} does not say what it was made from: no finished artifact is removed")
+            continue
+        spared.shards |= {f"shards/{file['name']}" for file in link.record["files"]}
+        if link.record["stage"].startswith(Stage.SCORE):
+            said = {key: value for key, value in link.record["config"].items() if key != "judge"}
+            spared.shards.add(f"shards/judgements/{fingerprint(said)}")
+    return spared
+
+
+def _uris(config: Config, storage: Storage) -> list[str]:
+    """The configuration's MLflow, and those of this machine's other runs. The last run's must be among them."""
+    named = tracking.tracking_uri(config, storage)
+    check_there(named)
+    uris = list(dict.fromkeys([named, *available([*machine.remembered(), named])]))
+    last = _summary(storage).get("mlflow", {}).get("tracking_uri")
+    if last and last not in map(shown, uris):
+        raise InputError(
+            f"the last run into {storage.uri('')} was tracked at {last}, which is not known here: "
+            "set MLFLOW_TRACKING_URI to it; what its champion needs cannot be told without it"
+        )
+    return uris
+
+
+def _summary(storage: Storage) -> dict:
+    return json.loads(storage.read("summary.json")) if storage.exists("summary.json") else {}
+
+
+def _last_run(storage: Storage) -> set[str]:
+    root = f"{storage.uri('')}/"
+    return {stage["uri"].removeprefix(root) for stage in _summary(storage).get("stages", [])}
+
+
+def _registered(registries: list[Registry], storage: Storage) -> set[str]:
+    """Folders that an alias of a registered model stands for, or that a rollback would lead to."""
+    root = f"{storage.uri('')}/"
+    sources = {source for registry in registries for source in registry.wanted()}
+    return {source.removeprefix(root).removesuffix("/model") for source in sources if source.startswith(root)}
+
+
+def _under_way(registries: list[Registry], storage: Storage) -> tuple[set[str], list[str]]:
+    """Fingerprints of the stages of live runs, and a note a run."""
+    found, notes = set(), []
+    for registry in registries:
+        for run in tracking.live(registry.uri, storage):
+            process = run.data.tags.get("masters.process", "")
+            if machine.ended(process):
+                continue
+            stages = registry.stages(run.info.experiment_id, run.info.run_id)
+            found |= {stage.data.tags["masters.fingerprint"] for stage in stages}
+            notes.append(
+                f"run {run.info.run_id} is under way ({process or 'of an unknown process'}): what it has, all shards "
+                "and all unfinished work are kept; if it is not, end it in MLflow"
+            )
+    return found, notes
+
+
+def _folders_of(storage: Storage, fingerprints: set[str]) -> set[str]:
+    """Finished artifacts with one of these fingerprints."""
+    folders = (f"{kind}/{name}" for kind in Stage for name in storage.children(kind))
+    return {f for f in folders if _fingerprint(f) in fingerprints and storage.exists(f"{f}/{RECORD}")}
+
+
+def _artifacts(storage: Storage, spared: Spared) -> Iterator[Item]:
+    for kind in Stage:
+        folders: dict[str, dict[str, tuple[int, float]]] = {}
+        for name, found in storage.details(kind).items():
+            folders.setdefault("/".join(name.split("/")[:2]), {})[name] = found
+        for folder, files in folders.items():
+            finished = f"{folder}/{RECORD}" in files
+            if folder in spared.folders or _fingerprint(folder) in spared.live or (finished and spared.everything):
+                continue
+            size, written = sum(size for size, _ in files.values()), max(at for _, at in files.values())
+            if finished:
+                yield Item("artifact", storage, folder, size, "nothing reaches it")
+            elif _old(written) and not spared.busy:
+                yield Item("unfinished", storage, folder, size, "unfinished for more than a day")
+
+
+def _shards(storage: Storage, spared: Spared) -> Iterator[Item]:
+    """Files of responses and predictions, and judges' answers."""
+    if spared.busy or spared.everything:
+        return
+    for name, (size, written) in storage.details("shards").items():
+        group = str(PurePosixPath(name).parent)
+        if name not in spared.shards and group not in spared.shards and _old(written):
+            kind = "judgements" if name.startswith("shards/judgements/") else "shard"
+            yield Item(kind, storage, name, size, "no reached artifact holds it")
+
+
+def _work(storage: Storage, spared: Spared) -> Iterator[Item]:
+    """Job files, logs and copies of this machine's runs."""
+    if spared.busy or not (folder := work_folder(storage)).is_dir():
+        return
+    here = Storage(str(folder))
+    for name in here.children(""):
+        files = here.details(name).values()
+        if all(_old(written) for _, written in files):
+            yield Item("work", here, name, sum(size for size, _ in files), "not written to for more than a day")
+
+
+def _removed(item: Item, registries: list[Registry], storage: Storage) -> bool:
+    """Remove it, unless a run that began meanwhile came upon it."""
+    live, notes = _under_way(registries, storage)
+    if item.fingerprint in live or (notes and item.kind != "artifact"):
+        return False
+    if item.kind in ("shard", "judgements"):
+        item.storage.remove(item.name)
+    else:
+        artifacts.remove(item.storage, item.name)
+        item.storage.prune(item.name)
+    return True
+
+
+def _fingerprint(name: str) -> str:
+    return name.rsplit("-", 1)[-1]
+
+
+def _old(written: float) -> bool:
+    return time.time() - written > FRESH

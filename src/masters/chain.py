@@ -1,0 +1,131 @@
+"""The chain behind artifacts, walked and proven from the store alone: records upstream, and every file they list.
+
+A record says what its stage read: folder, fingerprint and a digest over the files' digests. So each artifact is held
+to its own record, and its record to that of whoever used it.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from masters.artifacts import RECORD, listing_digest
+from masters.config import Data
+from masters.errors import MastersError
+from masters.identity import fingerprint
+from masters.storage import Storage
+
+
+@dataclass
+class Link:
+    """An artifact of the chain: where it lies, its record (None: it cannot be read), and what is wrong with it."""
+
+    folder: str
+    uri: str
+    record: dict | None
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def upstream(self) -> dict[str, dict]:
+        return (self.record or {}).get("upstream", {})
+
+
+def walk(storage: Storage, folders: dict[str, str], prove: bool = True) -> list[Link]:
+    """The artifacts in `folders` (to the digest expected of each) and everything upstream, the first inputs first.
+
+    `prove` reads every listed file again. Raises nothing about what is missing or changed: that is in the links.
+    """
+    links: dict[str, Link] = {}
+
+    def visit(folder: str, expected: str, wanted_by: str) -> None:
+        if folder not in links:
+            link = _link(storage, folder)
+            for made in _artifacts(link):
+                visit(made["folder"], made["digest"], f"{folder}/{RECORD}")
+            link.faults += _changed(storage, link) if prove else []
+            links[folder] = link
+        link = links[folder]
+        if link.record and link.record["digest"] != expected:
+            found = link.record["digest"]
+            link.faults.append(f"{link.uri}: {wanted_by} was made from content {expected[:16]}, found {found[:16]}")
+
+    for folder, expected in folders.items():
+        visit(folder, expected, "MLflow's run")
+    return list(links.values())
+
+
+def outside(link: Link) -> Iterator[tuple[str, dict]]:
+    """Role and note of the inputs from outside the store."""
+    return ((role, made) for role, made in link.upstream.items() if made["kind"] != "artifact")
+
+
+def state(made: dict) -> str:
+    """What became of an input from outside the store: "same", "changed since", "not here", or "not checked"."""
+    digests: dict[str, Callable[[str], str]] = {"model": _model_digest, "source": _source_digest}
+    if made["digest"] is None or made["kind"] not in digests:
+        return "not checked"
+    if not Path(made["uri"]).exists() and made["uri"] != "easyvqa":
+        return "not here"
+    try:
+        return "same" if digests[made["kind"]](made["uri"]) == made["digest"] else "changed since"
+    except (MastersError, OSError):
+        return "changed since"
+
+
+def _artifacts(link: Link) -> list[dict]:
+    return [made for made in link.upstream.values() if made["kind"] == "artifact"]
+
+
+def _link(storage: Storage, folder: str) -> Link:
+    """The record, if it is one and is that of its folder."""
+    link = Link(folder, storage.uri(folder), None)
+    name = f"{folder}/{RECORD}"
+    try:
+        record = json.loads(storage.read(name))
+        link.faults += [f"{storage.uri(name)}: {fault}" for fault in _inconsistent(folder, record)]
+        link.record = record
+    except FileNotFoundError:
+        link.faults.append(f"{storage.uri(name)} is missing")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        link.faults.append(f"{storage.uri(name)} is no record ({type(error).__name__}: {error})")
+    return link
+
+
+def _inconsistent(folder: str, record: dict) -> Iterator[str]:
+    """Where a record contradicts itself or its folder."""
+    made_of = dict(stage=record["stage"].split("-")[0]) | {key: record[key] for key in ("version", "config", "inputs")}
+    if fingerprint(made_of) != record["fingerprint"]:
+        yield f"its configuration and inputs do not give its fingerprint {record['fingerprint']}"
+    if not folder.endswith(f"-{record['fingerprint']}"):
+        yield f"it is of {record['fingerprint']}, which is not its folder's name"
+    if listing_digest({file["name"]: file["digest"] for file in record["files"]}) != record["digest"]:
+        yield "its list of files does not give its digest"
+    for made in record.get("upstream", {}).values():
+        _ = made["digest"], made["folder"] if made["kind"] == "artifact" else made["uri"]  # KeyError: no record
+    if "upstream" not in record:
+        yield f"it does not say what was read: an earlier version made it; --rebuild {made_of['stage']}"
+
+
+def _changed(storage: Storage, link: Link) -> Iterator[str]:
+    """Listed files that are missing or are not what the record says."""
+    for file in link.record["files"] if link.record else []:
+        name = f"{link.folder}/{file['name']}"
+        try:
+            found = storage.digest(name)
+        except FileNotFoundError:
+            yield f"{storage.uri(name)} is missing"
+            continue
+        if found != file["digest"]:
+            yield f"{storage.uri(name)} changed: SHA-256 {file['digest'][:16]} expected, {found[:16]} found"
+
+
+def _model_digest(folder: str) -> str:
+    from masters.models.checkpoints import model_digest
+
+    return model_digest(Path(folder))
+
+
+def _source_digest(place: str) -> str:
+    from masters.sources import open_source
+
+    return open_source(Data(source=place)).digest()

@@ -1,0 +1,15 @@
+"""Progress and results are printed by us; libraries' logs go to their servers and log files."""
+
+import logging
+import os
+import warnings
+
+
+def quiet() -> None:
+    """Call before Prefect and MLflow are imported."""
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "false")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore")
+    for name in ("mlflow", "alembic", "httpx"):
+        logging.getLogger(name).setLevel(logging.ERROR)

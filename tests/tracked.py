@@ -1,0 +1,50 @@
+"""A distillation of four stages, its artifacts written by hand: what tracking, lineage and gc need of one."""
+
+from pathlib import Path
+
+from masters import artifacts
+from masters.artifacts import Artifact, External, Identity, Upstream
+from masters.config import Config
+from masters.identity import digest
+from masters.storage import Storage
+from masters.tracking import Tracker
+
+NAME = "tracked"
+TABLES = {"data": "questions"}
+
+
+def configured(root: Path | str, **runtime) -> Config:
+    models = {"student": {"model": "s"}, "teachers": [{"model": "t"}]}
+    tree = {"name": NAME, "store": {"root": str(root)}, "data": {"source": "d"}, "runtime": runtime}
+    return Config.model_validate(tree | models)
+
+
+def made(storage: Storage, stage: str, upstream: Upstream | None = None, content: bytes = b"rows") -> Artifact:
+    """An artifact of one table and a model."""
+    identity = Identity(stage, 1, {}, {"content": digest(content)}, NAME)
+    files = {}
+    for name in (f"{TABLES.get(stage, stage)}/0.parquet", "model/README.md"):
+        text = f"{stage} {name} ".encode() + content
+        storage.write(f"{identity.folder}/{name}", text)
+        files[name] = digest(text)
+    scores = {"student-after": {"accuracy": 0.5}, "t": {"accuracy": 1.0}}
+    return artifacts.commit(storage, identity, files, dict(scores=scores), upstream)
+
+
+def staged(tracker: Tracker, storage: Storage, stage: str, upstream: Upstream, content: bytes = b"rows") -> Artifact:
+    with tracker.stage(Identity(stage, 1, {}, {"content": digest(content)}, NAME), upstream) as tracked:
+        artifact = made(storage, stage, upstream, content)
+        tracked(artifact, dict(outcome="built", rows=1, seconds=0.1))
+    return artifact
+
+
+def registered(storage: Storage, content: bytes = b"rows", key: str = "") -> tuple[Tracker, int]:
+    """A distillation of four stages, to its end."""
+    tracker = Tracker(configured(storage.uri("")), storage, key)
+    data = staged(tracker, storage, "data", {"source": External("source", "/q.jsonl", "5" * 64)})
+    trained = staged(tracker, storage, "train", {"data": data}, content)
+    evaluated = staged(tracker, storage, "evaluate", {"data": data, "student": trained}, content)
+    exported = staged(tracker, storage, "register", {"train": trained, "evaluate": evaluated}, content)
+    version = tracker.register_model(NAME, exported, trained, evaluated)
+    tracker.finish("FINISHED")
+    return tracker, version
