@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from masters import schemas
 from masters.artifacts import Artifact, Identity
@@ -22,7 +21,7 @@ from masters.identity import digest
 from masters.ingest import Reject, Rejected, reread, validated
 from masters.sources import Source
 from masters.storage import Storage
-from masters.tasks.stage import Run, build_or_reuse
+from masters.tasks.stage import STAGE, Run, build_or_reuse
 
 VERSION = 2
 
@@ -40,7 +39,7 @@ def identity(config: Config, source: Source, special_tokens: tuple[str, ...] = (
     return Identity("data", VERSION, semantic, {"source": source.digest()}, slug=config.name)
 
 
-@task(name="data", cache_policy=NO_CACHE)
+@task(name="data", **STAGE)
 def data(run: Run) -> Artifact:
     """Tables `questions` and `rejected`. Raises InputError if the source is at fault."""
     config, source, special_tokens = run.config, run.ready.source, run.ready.special_tokens

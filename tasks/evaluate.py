@@ -3,14 +3,13 @@
 import math
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from masters import schemas, shards
 from masters.answering import Answerer, Order
 from masters.artifacts import Artifact, Identity
 from masters.preflight import LocalModel, Ready
 from masters.tasks.answers import answered
-from masters.tasks.stage import Context, Round, Run, build_or_reuse
+from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse
 
 VERSION = 1
 GREEDY = dict(temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, seed=0)
@@ -43,7 +42,7 @@ def identity(context: Context, asked: list[Order]) -> Identity:
     return Identity("evaluate", VERSION, dict(metric="exact_match"), inputs, slug=context.config.name)
 
 
-@task(name="evaluate", cache_policy=NO_CACHE)
+@task(name="evaluate", **STAGE)
 def evaluate(run: Run, data: Artifact, models: list[LocalModel]) -> Artifact:
     """Table `predictions`; facts `scores`: per model `accuracy` (exact match), `n` and `standard_error`."""
     asked = orders(run, data, models)

@@ -5,14 +5,13 @@ import os
 from pathlib import Path
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 from rich.progress import Progress
 
 from masters import processes, shards
 from masters.artifacts import Artifact, Identity
 from masters.identity import file_digest
 from masters.tasks.mask import thresholds
-from masters.tasks.stage import Context, Round, Run, build_or_reuse, progress_bar
+from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse, progress_bar
 
 VERSION = 3  # 3: identical responses are read once, questions of one image share its tokens: rounded otherwise
 PROBE = 128  # evaluation questions watched while it trains; nothing is chosen by them
@@ -31,10 +30,10 @@ def identity(context: Context, current: Round, inputs: Inputs) -> Identity:
     return Identity(f"train{current.suffix}", VERSION, config, made_from, slug=context.config.name)
 
 
-@task(name="train", task_run_name="train{current.suffix}", cache_policy=NO_CACHE)
+@task(name="train", task_run_name="train{current.suffix}", **STAGE)
 def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
     """The trained student as a Hugging Face folder under `model/`."""
-    made_of = identity(run, current, inputs)
+    made_of, runtime = identity(run, current, inputs), run.config.runtime
 
     def build() -> tuple[dict[str, str], dict, dict]:
         checkpoints = f"{made_of.folder}/checkpoints"
@@ -42,13 +41,13 @@ def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
         job = _job(run, current, inputs, checkpoints, work / "model")
         with progress_bar(made_of.stage) as bar:
             watch = _Watch(run, bar, current.ratios)
-            processes.run(_ranks(run, job, work), run.config.runtime.train_processes, watch)
+            processes.run(_ranks(run, job, work), runtime.train_processes, watch, runtime.silence_minutes * 60)
         run.storage.upload(work / "model", f"{made_of.folder}/model")
         files = {f"model/{p.name}": file_digest(p) for p in sorted((work / "model").iterdir())}
         for name in run.storage.names(checkpoints):
             run.storage.remove(name)
         how = dict(
-            processes=run.config.runtime.train_processes, steps=watch.steps, resumed_at_step=watch.resumed,
+            processes=runtime.train_processes, steps=watch.steps, resumed_at_step=watch.resumed,
             remask_seconds=watch.remasks,
         )  # fmt: skip
         facts = dict(

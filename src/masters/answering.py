@@ -91,7 +91,7 @@ def fulfil(
 
     on_progress(0, questions)
     children = [_child(part, data, runtime, folder) for part in jobs.values()]
-    processes.run(children, runtime.generate_workers, count)
+    processes.run(children, runtime.generate_workers, count, runtime.silence_minutes * 60)
     return dict(engines=len(children), workers=min(runtime.generate_workers, len(children)))
 
 
