@@ -26,7 +26,10 @@ from masters.tracking import Tracker
 def distill(config: Config, rebuild: list[Stage] | None = None, until: Stage = Stage.REGISTER) -> dict:
     """Distil the student of a configuration; what is built already is reused. Returns the summary.
 
-    `rebuild` names stages to build again, `until` the last stage to run.
+    Args:
+        config: What a TOML file holds; what this form accepts is what the file accepts.
+        rebuild: Stages to build again, in every round.
+        until: The last stage to run.
     """
     ready = preflight(config)
     tracker = Tracker(config, ready.storage)

@@ -248,10 +248,22 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise InputError(f"configuration {path} cannot be read: {error}") from None
     for override in overrides or []:
         _set(tree, override)
+    return _validated(tree, f"configuration {path}")
+
+
+def changed(config: Config, values: dict[str, object]) -> Config:
+    """The configuration with other values, by key, e.g. {"train.beta": 0.1}. Raises InputError as `load` does."""
+    tree = config.model_dump()
+    for key, value in values.items():
+        _put(tree, key, value, key)
+    return _validated(tree, ", ".join(f"{key} = {value!r}" for key, value in values.items()))
+
+
+def _validated(tree: dict, what: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise InputError(f"configuration {path}: {explain(error)}") from None
+        raise InputError(f"{what}: {explain(error)}") from None
 
 
 def explain(error: ValidationError) -> str:
@@ -277,24 +289,28 @@ def _set(tree: dict, override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    *parents, last = key.strip().split(".")
-    node = tree
+    _put(tree, key.strip(), value, f"--set {override!r}")
+
+
+def _put(tree: dict, key: str, value: object, what: str) -> None:
+    *parents, last = key.split(".")
+    node: dict | list = tree
     for part in parents:
-        node = _child(node, part, override)
+        node = _child(node, part, what)
     if isinstance(node, list):
-        node[_index(node, last, override)] = value
+        node[_index(node, last, what)] = value
     else:
         node[last] = value
 
 
-def _child(node: dict | list, part: str, override: str) -> dict | list:
-    child = node[_index(node, part, override)] if isinstance(node, list) else node.setdefault(part, {})
+def _child(node: dict | list, part: str, what: str) -> dict | list:
+    child = node[_index(node, part, what)] if isinstance(node, list) else node.setdefault(part, {})
     if not isinstance(child, dict | list):
-        raise InputError(f"--set {override!r}: {part} is a value, not a section")
+        raise InputError(f"{what}: {part} is a value, not a section")
     return child
 
 
-def _index(node: list, part: str, override: str) -> int:
+def _index(node: list, part: str, what: str) -> int:
     if not part.isdigit() or int(part) >= len(node):
-        raise InputError(f"--set {override!r}: expected a number below {len(node)}, found {part!r}")
+        raise InputError(f"{what}: expected a number below {len(node)}, found {part!r}")
     return int(part)

@@ -10,6 +10,7 @@ from urllib.request import urlopen
 import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
 
 from masters.artifacts import Artifact, Identity
 from masters.config import Config
@@ -61,10 +62,26 @@ def files_beside(storage: Storage) -> str:
     return storage.path("mlflow") if storage.local else str(Path("mlruns").absolute())
 
 
-class Tracker:
-    """Writes one distillation to MLflow."""
+def registered_uri(uri: str, model: str) -> str:
+    """Where the student of `models:/NAME@ALIAS` or `models:/NAME/VERSION` lies. Raises InputError if there is none."""
+    client, rest = MlflowClient(uri), model.removeprefix("models:/")
+    name, at, alias = rest.partition("@")
+    try:
+        if at:
+            version = client.get_model_version_by_alias(name, alias)
+        else:
+            version = client.get_model_version(*rest.rsplit("/", 1))
+        return version.tags["masters.uri"]
+    except (MlflowException, TypeError, KeyError) as error:
+        raise InputError(
+            f"{model}: expected models:/NAME@ALIAS or models:/NAME/VERSION of a student registered at {uri} ({error})"
+        ) from None
 
-    def __init__(self, config: Config, storage: Storage) -> None:
+
+class Tracker:
+    """Writes one run to MLflow, a distillation or what `flow` says."""
+
+    def __init__(self, config: Config, storage: Storage, flow: str = "distill") -> None:
         self.uri = tracking_uri(config, storage)
         check_answers(self.uri)
         if self.uri == beside(storage):
@@ -73,7 +90,7 @@ class Tracker:
         self._client = MlflowClient(self.uri)
         self._experiment = self._experiment_of(config.name, storage)
         self._pending: list[Metric] = []
-        run = self._client.create_run(self._experiment, run_name=config.name, tags={"masters.stage": "distill"})
+        run = self._client.create_run(self._experiment, run_name=config.name, tags={"masters.stage": flow})
         self.run_id = self._current = run.info.run_id
         for key, value in _flat(config.model_dump()).items():
             self._client.log_param(self.run_id, key, str(value)[:PARAMETER_LENGTH])
