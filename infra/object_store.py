@@ -81,6 +81,7 @@ def free_ports() -> dict[str, int]:
 def _keys(folder: Path) -> dict[str, str]:
     path = folder / "s3.json"
     if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         keys = dict(accessKey=secrets.token_hex(10), secretKey=secrets.token_hex(20))
         text = json.dumps(dict(identities=[dict(name="masters", credentials=[keys], actions=ACTIONS)]))
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

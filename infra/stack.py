@@ -59,8 +59,8 @@ class Stack:
             for run in live:
                 _goes_on(self.state["prefect_url"], run)
         shutil.rmtree(self.state["sockets"], ignore_errors=True)
-        (self.folder / "stack.json").unlink()
-        (self.folder / "env").unlink(missing_ok=True)
+        for name in ("stack.json", "env"):
+            (self.folder / name).unlink(missing_ok=True)
 
 
 def up(services: Services) -> tuple[Stack, bool]:
