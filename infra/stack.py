@@ -24,6 +24,7 @@ from masters.infra.settings import POOL, Services, Settings, home
 
 START_SECONDS = 120
 LIVE = ["RUNNING", "PENDING"]
+INTERRUPTED = [*LIVE, "CRASHED"]
 OWN = ("PREFECT_API_URL", "PREFECT_API_KEY", "PREFECT_PROFILE", "PREFECT_PROFILES_PATH", "PREFECT_HOME")
 
 
@@ -54,13 +55,23 @@ class Stack:
     def stop(self) -> None:
         """The worker first, while the server can still be told of its runs; the rest in the opposite of their order."""
         for service in reversed(self.services):
-            live = _live(self.state["prefect_url"]) if service.name == "worker" else []
+            live = self._runs(LIVE) if service.name == "worker" else set()
             stop(service)
-            for run in live:
-                _goes_on(self.state["prefect_url"], run)
+            for run in live & self._runs(INTERRUPTED) if live else ():
+                self._goes_on(run)
         shutil.rmtree(self.state["sockets"], ignore_errors=True)
         for name in ("stack.json", "env"):
             (self.folder / name).unlink(missing_ok=True)
+
+    def _runs(self, states: list[str]) -> set[str]:
+        """Ids of the pool's runs in one of these states; none if the server does not answer."""
+        wanted = {"flow_runs": {"state": {"type": {"any_": states}}}, "work_pools": {"name": {"any_": [POOL]}}}
+        return {run["id"] for run in post(f"{self.state['prefect_url']}/api/flow_runs/filter", wanted) or []}
+
+    def _goes_on(self, run: str) -> None:
+        """Its worker is gone and the run with it: the next worker takes it up."""
+        state = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "interrupted by `masters down`"}
+        post(f"{self.state['prefect_url']}/api/flow_runs/{run}/set_state", {"state": state, "force": True})
 
 
 def up(services: Services) -> tuple[Stack, bool]:
@@ -214,21 +225,6 @@ def _read(folder: Path) -> Stack | None:
         return Stack(folder, json.loads((folder / "stack.json").read_text()))
     except FileNotFoundError:
         return None
-
-
-def _live(prefect_url: str) -> list[str]:
-    """Runs of the pool that its worker has begun."""
-    runs = post(
-        f"{prefect_url}/api/flow_runs/filter",
-        {"flow_runs": {"state": {"type": {"any_": LIVE}}}, "work_pools": {"name": {"any_": [POOL]}}},
-    )
-    return [run["id"] for run in runs or []]
-
-
-def _goes_on(prefect_url: str, run: str) -> None:
-    """The worker is gone and the run with it: the next worker takes it up."""
-    state = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "interrupted by `masters down`"}
-    post(f"{prefect_url}/api/flow_runs/{run}/set_state", {"state": state, "force": True})
 
 
 def _write(path: Path, text: str) -> None:

@@ -196,6 +196,7 @@ def _plan(settings: Config, as_json: bool) -> None:
 def _quiet() -> None:
     """Progress and results are printed by us; libraries' logs go to their servers and log files."""
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")  # a stack takes a run without them for lost
     os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "false")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     warnings.filterwarnings("ignore")
