@@ -84,7 +84,8 @@ def test_a_crashed_run_goes_on_by_itself(stack: Stack, killed: str) -> None:
     until(lambda: stack.run(killed)["run_count"] == 2 and stack.children("train_worker"), 120, "second attempt")
 
 
-def test_down_leaves_no_process_and_up_takes_the_run_up_again(stack: Stack, killed: str) -> None:
+def test_down_leaves_no_process_and_up_takes_the_run_up_again(stack: Stack, killed: str, store: Storage) -> None:
+    until(lambda: any("/checkpoints/" in name for name in store.names("train")), 120, "a checkpoint")
     stack.down()
     assert stack.processes() == {}
     stack.up()
