@@ -21,7 +21,7 @@ PREFIX = "s3://lake/team"
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
-    with serve(resume_after=10) as running:
+    with serve(resume_after=10, lost_after=45) as running:
         write_questions(running.folder / "data", 48)
         yield running
 
@@ -113,6 +113,18 @@ def test_a_registered_student_is_evaluated_by_name(stack: Stack, killed: str, st
     assert state(stack, run) == "COMPLETED", stack.run(run)["state"]
     answers = [name for name in store.names("evaluate") if name.endswith("record.json")]
     assert len(answers) == 2  # the run's own, and this one
+
+
+def test_a_run_lost_with_its_worker_is_crashed_by_its_silence_and_goes_on_with_the_next(stack: Stack) -> None:
+    run = stack.start("distill", config=config(stack) | dict(train=dict(seed=1)))
+    until(lambda: stack.children("engine_worker") or stack.children("train_worker"), 180, "work")
+    for name in ("prefect worker", "prefect.engine"):
+        os.kill(next(pid for pid, line in stack.processes().items() if name in line), signal.SIGKILL)
+    until(lambda: state(stack, run) == "CRASHED", 120, "the automation")
+    until(lambda: state(stack, run) == "SCHEDULED", 60, "the other automation")
+    stack.up()  # a part of it has died: it starts anew
+    until(lambda: state(stack, run) in ("COMPLETED", "FAILED"), 240, "its end")
+    assert (state(stack, run), stack.run(run)["run_count"]) == ("COMPLETED", 2)
 
 
 def test_no_run_is_left_and_no_secret_told(stack: Stack, killed: str) -> None:
