@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRA ?= cpu
 
-.PHONY: demo test test-all setup check bench demo-models
+.PHONY: demo test test-all setup check bench demo-models up down
 
 demo: setup
 	$(BIN)/masters distill configs/demo.toml
@@ -20,6 +20,12 @@ check: setup
 	$(BIN)/pyright
 	$(BIN)/deptry flows tasks models rewards infra benchmarks src demo
 	$(BIN)/pip-audit --no-deps --disable-pip --progress-spinner off -r requirements/$(EXTRA).txt
+
+up: setup
+	$(BIN)/masters up
+
+down: setup
+	$(BIN)/masters down
 
 bench: setup
 	$(BIN)/masters bench mask

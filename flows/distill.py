@@ -38,7 +38,10 @@ def crashed(_: Flow, flow_run: FlowRun, __: State) -> None:
 def distill(config: Config, rebuild: list[Stage] | None = None, until: Stage = Stage.REGISTER) -> dict:
     """Distil the student of a configuration; what is built already is reused. Returns the summary.
 
-    `rebuild` names stages to build again, `until` the last stage to run.
+    Args:
+        config: What a TOML file holds; what this form accepts is what the file accepts.
+        rebuild: Stages to build again, in every round.
+        until: The last stage to run.
     """
     with tracked(Context(config, preflight(config)), frozenset(rebuild or [])) as (run, summary):
         pipeline(run, summary, until)

@@ -51,10 +51,6 @@ class Champion:
     trained: Artifact
     questions: Artifact
 
-    @property
-    def digest(self) -> str:
-        return self.registered.record["digest"]
-
 
 def night(config: Config) -> dict:
     """The night without its reports."""
@@ -62,7 +58,9 @@ def night(config: Config) -> dict:
     champion = champion_of(Registry(tracking_uri(config, storage)), config.name, storage)
     known = champion.questions if champion and config.nightly.start == "champion" else None
     if champion and known:
-        folder = storage.download(f"{champion.registered.folder}/model", cache() / "models" / champion.digest[:32])
+        folder = storage.download(
+            f"{champion.registered.folder}/model", cache() / "models" / champion.registered.parts["model"][:32]
+        )
         config = config.model_copy(update=dict(student=Model(model=str(folder))))
     earlier = Earlier(storage, last_night(storage, config.name))
     with tracked(Context(config, preflight(config), earlier, known)) as (run, summary):

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pyarrow as pa
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from masters import schemas
 from masters.artifacts import Artifact, External, Identity
@@ -23,7 +22,7 @@ from masters.identity import digest
 from masters.ingest import Reject, Rejected, reread, validated
 from masters.sources import Source
 from masters.storage import Storage
-from masters.tasks.stage import Context, Run, build_or_reuse
+from masters.tasks.stage import STAGE, Context, Run, build_or_reuse
 
 VERSION = 2
 
@@ -47,7 +46,7 @@ def identity(context: Context) -> Identity:
     return Identity("data", VERSION, semantic, inputs, slug=context.config.name)
 
 
-@task(name="data", cache_policy=NO_CACHE)
+@task(name="data", **STAGE)
 def data(run: Run) -> Artifact:
     """Tables `questions` and `rejected`. Raises InputError if the source is at fault."""
     config, source, special_tokens = run.config, run.ready.source, run.ready.special_tokens

@@ -3,14 +3,13 @@
 import math
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from masters import schemas, shards
 from masters.answering import NO_SHARD, Answerer, Order
 from masters.artifacts import Artifact, Identity
 from masters.preflight import LocalModel, Ready
 from masters.tasks.answers import answered
-from masters.tasks.stage import Context, Round, Run, build_or_reuse
+from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse
 
 VERSION = 1
 GREEDY = dict(temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, seed=0)
@@ -43,7 +42,7 @@ def identity(context: Context, asked: list[Order], name: str = "evaluate") -> Id
     return Identity(name, VERSION, dict(metric="exact_match"), inputs, slug=context.config.name)
 
 
-@task(name="evaluate", task_run_name="{name}", cache_policy=NO_CACHE)
+@task(name="evaluate", task_run_name="{name}", **STAGE)
 def evaluate(run: Run, data: Artifact, models: list[LocalModel], name: str = "evaluate") -> Artifact:
     """Table `predictions`; facts `scores`: per model `accuracy` (exact match), `n` and `standard_error`.
 

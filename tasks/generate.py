@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from masters import shards
 from masters.answering import NO_SHARD, Answerer, Order
@@ -12,7 +11,7 @@ from masters.config import Generate
 from masters.models.schedule import stage_of
 from masters.tasks.answers import answered
 from masters.tasks.mask import thresholds
-from masters.tasks.stage import Context, Round, Run, build_or_reuse
+from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse
 
 VERSION = 1
 
@@ -49,7 +48,7 @@ def identity(context: Context, current: Round, asked: list[Order]) -> Identity:
     return Identity(f"generate{current.suffix}", VERSION, made_of, inputs, slug=context.config.name)
 
 
-@task(name="generate", task_run_name="generate{current.suffix}", cache_policy=NO_CACHE)
+@task(name="generate", task_run_name="generate{current.suffix}", **STAGE)
 def generate(run: Run, current: Round, data: Artifact, masks: Artifact, ahead: Sequence[Order] = ()) -> Artifact:
     """Table `responses`. `ahead`: what a later stage asks of the same models, for one start of their engines."""
     asked = orders(run, current, data, masks)

@@ -1,12 +1,11 @@
 """mask: exact magnitude thresholds of a teacher's weights at every ratio of its schedule (Eq. 1-2)."""
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from masters import schemas
 from masters.artifacts import Artifact, Identity
 from masters.identity import digest
-from masters.tasks.stage import Context, Round, Run, build_or_reuse
+from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse
 
 VERSION = 1
 
@@ -17,7 +16,7 @@ def identity(context: Context, current: Round) -> Identity:
     return Identity(f"mask{current.suffix}", VERSION, config, {"teacher": teacher.digest}, slug=teacher.name)
 
 
-@task(name="mask", task_run_name="mask{current.suffix}", cache_policy=NO_CACHE)
+@task(name="mask", task_run_name="mask{current.suffix}", **STAGE)
 def mask(run: Run, current: Round) -> Artifact:
     """Table `thresholds`: one row per masked tensor and ratio, with the sparsity that the threshold gives."""
     made_of = identity(run, current)

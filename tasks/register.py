@@ -2,11 +2,10 @@
 
 import jinja2
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from masters.artifacts import Artifact, Identity
 from masters.identity import digest
-from masters.tasks.stage import Context, Run, build_or_reuse
+from masters.tasks.stage import STAGE, Context, Run, build_or_reuse
 
 VERSION = 1
 CARD = """---
@@ -39,7 +38,7 @@ def identity(context: Context, trained: Artifact, evaluated: Artifact) -> Identi
     return Identity("register", VERSION, dict(name=context.config.name), inputs, slug=context.config.name)
 
 
-@task(name="register", cache_policy=NO_CACHE)
+@task(name="register", **STAGE)
 def register(run: Run, trained: Artifact, evaluated: Artifact) -> tuple[Artifact, int]:
     """`model/` with weights, processor and card, and its version in the MLflow that tracks this run."""
     made_of = identity(run, trained, evaluated)

@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import PurePosixPath
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from masters import artifacts, judging, schemas
 from masters.artifacts import Artifact, External, Identity, Upstream
@@ -19,7 +18,7 @@ from masters.rewards import rule_accuracy
 from masters.rewards.verdict import FINAL, Triple, Verdict
 from masters.shards import split
 from masters.storage import Storage
-from masters.tasks.stage import Context, Round, Run, build_or_reuse
+from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse
 
 VERSION = 1
 RULES = "rules-1"  # the rules' name and version in the table; part of identity
@@ -59,7 +58,7 @@ def judge_of(context: Context, current: Round) -> Judge | None:
     return Judge(judge.name, dict(digest=judge.digest, dtype=dtype), dict(folder=str(judge.folder), dtype=dtype))
 
 
-@task(name="score", task_run_name="score{current.suffix}", cache_policy=NO_CACHE)
+@task(name="score", task_run_name="score{current.suffix}", **STAGE)
 def score(run: Run, current: Round, data: Artifact, responses: Artifact) -> Artifact:
     """Table `verdicts`, file for file beside `responses`; from an LLM also `judgements`, a row a distinct triple."""
     chain, judge, answers = attempts(run, current, responses), judge_of(run, current), _answers(data)

@@ -4,12 +4,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import TaskRun
+from prefect.states import State
+from prefect.tasks import Task, exponential_backoff
 from rich.console import Console
 
 from masters import artifacts
 from masters.artifacts import Artifact, Identity, Upstream
 from masters.config import Config, Teacher
+from masters.errors import StoreError, WorkerLost
 from masters.identity import digest
 from masters.machine import cache
 from masters.models.schedule import mask_stages
@@ -22,7 +28,21 @@ from masters.tasks.progress import Progress
 from masters.tracking import Tracker
 
 CONSOLE = Console(stderr=True)
+RETRIES = 2
+BACKOFF = 10  # seconds before the first retry, twice that before the second
 Build = Callable[[], tuple[dict[str, str], dict, dict]]  # files with digests, facts, how it ran
+
+
+def retryable(_task: Task, _run: TaskRun, state: State) -> bool:
+    """Whether another try may succeed: the store or a process failed, not the input or the code."""
+    return isinstance(state.result(raise_on_failure=False), StoreError | WorkerLost)
+
+
+# how every stage runs as a task; what a stage had finished before it failed is reused
+STAGE: dict[str, Any] = dict(
+    cache_policy=NO_CACHE, retries=RETRIES, retry_delay_seconds=exponential_backoff(BACKOFF),
+    retry_condition_fn=retryable,
+)  # fmt: skip
 
 
 def work_folder(storage: Storage) -> Path:

@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from masters import processes, shards
 from masters.artifacts import Artifact, Identity
@@ -13,7 +12,7 @@ from masters.identity import digest, file_digest
 from masters.models import history
 from masters.tasks.mask import thresholds
 from masters.tasks.progress import Progress
-from masters.tasks.stage import Context, Round, Run, build_or_reuse
+from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse
 
 VERSION = 4  # 3: identical responses are read once, questions of one image share its tokens; 4: history and rewards
 PROBE = 128  # evaluation questions watched while it trains; nothing is chosen by them
@@ -32,25 +31,25 @@ def identity(context: Context, current: Round, inputs: Inputs) -> Identity:
     return Identity(f"train{current.suffix}", VERSION, config, made_from, slug=context.config.name)
 
 
-@task(name="train", task_run_name="train{current.suffix}", cache_policy=NO_CACHE)
+@task(name="train", task_run_name="train{current.suffix}", **STAGE)
 def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
     """The trained student as a Hugging Face folder under `model/`; tables `history` and `rewards`."""
-    made_of = identity(run, current, inputs)
+    made_of, runtime = identity(run, current, inputs), run.config.runtime
 
     def build() -> tuple[dict[str, str], dict, dict]:
         checkpoints = f"{made_of.folder}/checkpoints"
         work = run.work(made_of)
         job = _job(run, current, inputs, checkpoints, work / "model")
         with run.progress(made_of, "steps") as progress:
-            watch = _Watch(run, progress, current.ratios)
-            started = processes.run(_ranks(run, job, work), run.config.runtime.train_processes, watch)
+            watch, silence = _Watch(run, progress, current.ratios), runtime.silence_minutes * 60
+            started = processes.run(_ranks(run, job, work), runtime.train_processes, watch, silence)
         run.storage.upload(work / "model", f"{made_of.folder}/model")
         files = {f"model/{p.name}": file_digest(p) for p in sorted((work / "model").iterdir())}
         files |= _tables(run, made_of, checkpoints)
         for name in run.storage.names(checkpoints):
             run.storage.remove(name)
         how = dict(
-            processes=run.config.runtime.train_processes, steps=watch.steps, resumed_at_step=watch.resumed,
+            processes=runtime.train_processes, steps=watch.steps, resumed_at_step=watch.resumed,
             remask_seconds=watch.remasks, startup_seconds=started,
         )  # fmt: skip
         facts = dict(

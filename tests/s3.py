@@ -6,10 +6,9 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,16 +16,10 @@ import botocore.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from masters.infra import object_store
+
 BUCKET = "lake"
 START_SECONDS = 60
-PORTS: tuple[str, ...] = (
-    "master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc",
-    "s3.port", "s3.port.grpc", "admin.port.grpc",
-)  # fmt: skip
-OPTIONS = (
-    "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0",
-    "-s3.port.lance=0", "-s3.autoCreateBucket=false", "-master.telemetry=false", f"-bucket={BUCKET}",
-)  # fmt: skip
 ACTIONS = {"owner": ["Admin", "Read", "Write", "List", "Tagging"], "reader": ["Read", "List"]}
 
 
@@ -60,7 +53,7 @@ def serve(folder: Path) -> Iterator[S3]:
         for user, actions in ACTIONS.items()
     ]
     (folder / "s3.json").write_text(json.dumps(dict(identities=identities)))
-    ports = _ports()
+    ports = object_store.free_ports()
     process = _start(folder, ports)
     url = f"http://127.0.0.1:{ports['s3.port']}"
     try:
@@ -85,21 +78,9 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def _ports() -> dict[str, int]:
-    while True:
-        ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
-        ports["admin.port"] = ports["admin.port.grpc"] - 10_000  # its own client counts on this distance
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", ports["admin.port"]))
-            return ports
-
-
 def _start(folder: Path, ports: dict[str, int]) -> subprocess.Popen:
-    command = [
-        str(Path(sys.executable).with_name("weed")), "mini", f"-dir={folder / 'data'}",
-        f"-s3.config={folder / 's3.json'}", *OPTIONS, *(f"-{name}={port}" for name, port in ports.items()),
-    ]  # fmt: skip
     (folder / "data").mkdir(exist_ok=True)
+    command = object_store.command(folder, ports, (BUCKET,))
     with open(folder / "log", "wb") as log:
         return subprocess.Popen(
             command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,

@@ -32,7 +32,7 @@ def modules() -> set[str]:
 def test_the_wheel_holds_every_module(built: Path) -> None:
     names = set(zipfile.ZipFile(next(built.glob("*.whl"))).namelist())
     assert len(modules()) > 50
-    assert modules() - names == set()
+    assert modules() | {"masters/prefect.yaml"} <= names
     assert not [name for name in names if name.startswith(("tests/", "demo/", "tasks/"))]
 
 

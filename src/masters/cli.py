@@ -14,6 +14,7 @@ from masters import cli_models
 from masters.benchmarks import Benchmark, benchmark
 from masters.config import Config, load
 from masters.errors import InputError, MastersError
+from masters.infra.settings import Services
 from masters.options import ConfigPath, Json, Overrides, Rebuild
 from masters.quiet import quiet
 from masters.stages import Stage
@@ -104,6 +105,36 @@ def check(
     if parity:
         _parity(settings, ready)
     typer.echo("ready")
+
+
+@app.command()
+def up(
+    services: Annotated[
+        Services, typer.Option(envvar="MASTERS_STACK", help="full: Postgres and an S3-compatible store too")
+    ] = Services.LIGHT,
+    as_json: Json = False,
+) -> None:
+    """The local stack: Prefect server and worker, MLflow server, deployments; on loopback."""
+    from masters.infra.stack import up as start
+
+    stack, new = start(services)
+    lines = [
+        f"Prefect  {stack.urls['prefect_url']}",
+        f"MLflow   {stack.urls['mlflow_url']}",
+        "started" if new else "runs already",
+        f"to track what this shell starts there too: source {stack.folder / 'env'}",
+    ]
+    typer.echo("\n".join(lines), err=as_json)
+    if as_json:
+        typer.echo(json.dumps(stack.urls))
+
+
+@app.command()
+def down() -> None:
+    """Stop what `masters up` started; its state stays, and runs that are interrupted go on after the next `up`."""
+    from masters.infra.stack import down as stop
+
+    typer.echo("stopped" if stop() else "nothing runs")
 
 
 def main() -> None:

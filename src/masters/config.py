@@ -14,20 +14,25 @@ from masters.errors import InputError
 from masters.judge_url import is_url
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
 class Section(BaseModel):
-    """Unknown keys are errors; values are not coerced from other types."""
+    """Unknown keys are errors; values are not coerced from other types. Descriptions are the run form's help texts."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Store(Section):
+    """Where everything that is built is kept."""
+
     root: str = Field(min_length=1, description="Folder or s3://bucket/prefix that holds every artifact")
 
 
 class Data(Section):
+    """The questions: images, questions and answers."""
+
     source: str = Field(
         min_length=1, description="easyvqa, a JSONL or Parquet file, a Parquet or datasets folder, a hub id"
     )
@@ -36,17 +41,25 @@ class Data(Section):
         default=None, ge=1, description="At most this many training questions, chosen by content hash"
     )
     eval_limit: int | None = Field(default=None, ge=1, description="At most this many evaluation questions")
-    max_rejected_share: Share = 0.05
+    max_rejected_share: Share = Field(default=0.05, description="The run stops if more of the rows than this are bad")
 
 
 class Model(Section):
+    """A model that transformers and vLLM load."""
+
     model: str = Field(min_length=1, description="A folder or a Hugging Face id")
-    revision: str | None = None
+    revision: str | None = Field(default=None, description="Revision of a Hugging Face id")
 
 
 class Teacher(Model):
-    r_max: Share = 0.2
-    step: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.05
+    """A teacher and how far it is masked when its round begins."""
+
+    r_max: Share = Field(
+        default=0.2, description="Mask ratio that training begins with; a multiple of step, 0 leaves the teacher whole"
+    )
+    step: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
+        default=0.05, description="How much of the mask is taken back from one stage to the next"
+    )
 
     @model_validator(mode="after")
     def _multiple(self) -> "Teacher":
@@ -57,25 +70,40 @@ class Teacher(Model):
 
 
 class Mask(Section):
-    granularity: Literal["matrix", "block", "global"] = "matrix"
+    """Which of a teacher's weights are masked: the smallest by magnitude."""
+
+    granularity: Literal["matrix", "block", "global"] = Field(
+        default="matrix", description="Where weights compete to be kept: in their matrix, their block, the whole model"
+    )
     exclude: list[str] = Field(
         default=[], description="Further tensor name patterns (regular expressions) never masked"
     )
 
 
 class Generate(Section):
+    """How teachers and student answer the training questions ahead of time."""
+
     responses: int = Field(
         default=8, ge=1, le=64, description="Responses per question, teacher's and student's together"
     )
-    student_share: Share = 0.5
-    temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.9
-    top_k: int = Field(default=50, ge=0, description="0 keeps every token")
-    repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = 1.05
-    max_tokens: int = Field(default=64, ge=1, le=32768)
-    coverage: Literal["partition", "full"] = "partition"
-    dtype: Dtype = "bfloat16"
-    seed: int = Field(default=0, ge=0, lt=2**31)
+    student_share: Share = Field(default=0.5, description="Share of the responses that are the student's own")
+    temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = Field(
+        default=1.0, description="Sampling temperature; 0 takes the likeliest token"
+    )
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
+        default=0.9, description="Sample from the likeliest tokens that have this probability together"
+    )
+    top_k: int = Field(default=50, ge=0, description="Sample from this many likeliest tokens; 0 keeps every token")
+    repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = Field(
+        default=1.05, description="Above 1, tokens that were said already become less likely"
+    )
+    max_tokens: int = Field(default=64, ge=1, le=32768, description="At most this many tokens a response")
+    coverage: Literal["partition", "full"] = Field(
+        default="partition",
+        description="partition: each question is answered at one mask ratio; full: at each of them",
+    )
+    dtype: Dtype = Field(default="bfloat16", description="Arithmetic of the engines")
+    seed: Seed = Field(default=0, description="Of the sampled responses")
 
     @property
     def student_responses(self) -> int:
@@ -95,7 +123,11 @@ class Generate(Section):
 
 
 class Rewards(Section):
-    accuracy: Literal["llm", "rules", "off"] = "llm"
+    """What a response is rewarded for."""
+
+    accuracy: Literal["llm", "rules", "off"] = Field(
+        default="llm", description="Whether it is right: judged by a language model, by exact match, or not at all"
+    )
     judge: str = Field(
         default="teacher",
         min_length=1,
@@ -105,7 +137,10 @@ class Rewards(Section):
     judge_model: str | None = Field(
         default=None, min_length=1, description="The model's name at the judge's URL; default: the first that it lists"
     )
-    distillation: Literal["minmax", "raw", "off"] = "minmax"
+    distillation: Literal["minmax", "raw", "off"] = Field(
+        default="minmax",
+        description="How easy it is to pass on: scaled to [0, 1] within its question, as it is, or not at all",
+    )
 
     @model_validator(mode="after")
     def _named(self) -> "Rewards":
@@ -115,15 +150,28 @@ class Rewards(Section):
 
 
 class Train(Section):
-    objective: Literal["masters", "kd", "sft"] = "masters"
-    targets: Literal["responses", "labels"] = "responses"
-    divergence: Literal["jsd", "kl"] = "jsd"
-    learning_rate: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 1e-6
-    beta: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.1
-    epochs: int = Field(default=1, ge=1, le=1000)
-    questions_per_step: int = Field(default=8, ge=1)
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    seed: int = Field(default=0, ge=0, lt=2**31)
+    """How the student learns from the responses."""
+
+    objective: Literal["masters", "kd", "sft"] = Field(
+        default="masters",
+        description="masters: distillation and rewards; kd: distillation alone; sft: fine-tuning on the labels",
+    )
+    targets: Literal["responses", "labels"] = Field(
+        default="responses", description="What is learnt from: generated responses, or the data's answers (kd, sft)"
+    )
+    divergence: Literal["jsd", "kl"] = Field(
+        default="jsd", description="Between teacher and student: Jensen-Shannon, or Kullback-Leibler"
+    )
+    learning_rate: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = Field(
+        default=1e-6, description="Of AdamW; 1e-6 is for models of billions of weights"
+    )
+    beta: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = Field(
+        default=0.1, description="Weight of the term that keeps the student near where it started"
+    )
+    epochs: int = Field(default=1, ge=1, le=1000, description="Passes over the questions of each mask stage")
+    questions_per_step: int = Field(default=8, ge=1, description="Questions that an optimiser step learns from")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Of the weights while it trains")
+    seed: Seed = Field(default=0, description="Of the order of the questions")
 
     @model_validator(mode="after")
     def _sensible(self) -> "Train":
@@ -138,16 +186,23 @@ class Runtime(Section):
     """How a run uses the machine. Never part of an artifact's identity."""
 
     generate_workers: int = Field(default=1, ge=1, le=64, description="Engine processes at a time")
-    train_processes: int = Field(default=1, ge=1, le=64)
+    train_processes: int = Field(default=1, ge=1, le=64, description="Training processes, one a device")
     token_budget: int = Field(
         default=16_384, ge=1, description="Tokens of a training forward pass; a step takes as many passes as it needs"
     )
     checkpoint_steps: int = Field(default=100, ge=1, description="Optimiser steps between checkpoints")
-    engine_memory_gib: Annotated[float, Field(gt=0)] = 1.0
+    engine_memory_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        default=1.0, description="GiB that an engine keeps for its cache of keys and values"
+    )
     max_model_len: int = Field(default=2048, ge=16, description="Prompt and response tokens an engine admits")
-    tensor_parallel_size: int = Field(default=1, ge=1)
+    tensor_parallel_size: int = Field(default=1, ge=1, description="Devices that an engine spreads a model over")
+    silence_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        default=120.0, description="An engine or trainer that says nothing for so long is ended"
+    )
     judge_requests: int = Field(default=16, ge=1, le=1024, description="Requests at a time to a judge's URL")
-    judge_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False, description="Seconds a request may take")] = 60.0
+    judge_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        default=60.0, description="Seconds a request to a judge's URL may take"
+    )
     mlflow_uri: str | None = Field(
         default=None, description="Default: MLFLOW_TRACKING_URI, else a SQLite file beside the artifacts"
     )
@@ -169,11 +224,16 @@ class Nightly(Section):
 
 
 class Config(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")
+    """A distillation, from the data to the student."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$",
+        description="Of the experiment and the registered model: letters, digits, - and _",
+    )
     store: Store
     data: Data
-    student: Model
-    teachers: list[Teacher] = Field(min_length=1)
+    student: Model = Field(description="The model that is taught")
+    teachers: list[Teacher] = Field(min_length=1, description="One round each, in this order")
     mask: Mask = Mask()
     generate: Generate = Generate()
     rewards: Rewards = Rewards()
@@ -205,10 +265,22 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise InputError(f"configuration {path} cannot be read: {error}") from None
     for override in overrides or []:
         _set(tree, override)
+    return _validated(tree, f"configuration {path}")
+
+
+def changed(config: Config, values: dict[str, object]) -> Config:
+    """The configuration with other values, by key, e.g. {"train.beta": 0.1}. Raises InputError as `load` does."""
+    tree = config.model_dump()
+    for key, value in values.items():
+        _put(tree, key, value, key)
+    return _validated(tree, ", ".join(f"{key} = {value!r}" for key, value in values.items()))
+
+
+def _validated(tree: dict, what: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise InputError(f"configuration {path}: {explain(error)}") from None
+        raise InputError(f"{what}: {explain(error)}") from None
 
 
 def explain(error: ValidationError) -> str:
@@ -234,24 +306,28 @@ def _set(tree: dict, override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    *parents, last = key.strip().split(".")
-    node = tree
+    _put(tree, key.strip(), value, f"--set {override!r}")
+
+
+def _put(tree: dict, key: str, value: object, what: str) -> None:
+    *parents, last = key.split(".")
+    node: dict | list = tree
     for part in parents:
-        node = _child(node, part, override)
+        node = _child(node, part, what)
     if isinstance(node, list):
-        node[_index(node, last, override)] = value
+        node[_index(node, last, what)] = value
     else:
         node[last] = value
 
 
-def _child(node: dict | list, part: str, override: str) -> dict | list:
-    child = node[_index(node, part, override)] if isinstance(node, list) else node.setdefault(part, {})
+def _child(node: dict | list, part: str, what: str) -> dict | list:
+    child = node[_index(node, part, what)] if isinstance(node, list) else node.setdefault(part, {})
     if not isinstance(child, dict | list):
-        raise InputError(f"--set {override!r}: {part} is a value, not a section")
+        raise InputError(f"{what}: {part} is a value, not a section")
     return child
 
 
-def _index(node: list, part: str, override: str) -> int:
+def _index(node: list, part: str, what: str) -> int:
     if not part.isdigit() or int(part) >= len(node):
-        raise InputError(f"--set {override!r}: expected a number below {len(node)}, found {part!r}")
+        raise InputError(f"{what}: expected a number below {len(node)}, found {part!r}")
     return int(part)

@@ -5,6 +5,7 @@ MastersError            something went wrong while it ran (exit 1)
 ├── ArtifactError       an artifact is missing, incomplete or not what its record says
 ├── StoreError          the store failed or stopped answering while it was used
 └── WorkerError         a child process (engine or trainer) failed
+    └── WorkerLost      it was ended from outside or fell silent: another try may succeed
 """
 
 
@@ -30,3 +31,7 @@ class StoreError(MastersError):
 
 class WorkerError(MastersError):
     """A child process ended with an error."""
+
+
+class WorkerLost(WorkerError):
+    """A child process was ended by a signal, or said nothing for too long."""

@@ -6,6 +6,7 @@ A child is `python -m MODULE JOB.json`. It writes one JSON object a line to `JOB
 
 import ctypes
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,10 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from masters.errors import InputError, MastersError, WorkerError
+from masters.errors import InputError, MastersError, WorkerError, WorkerLost
 
 PR_SET_PDEATHSIG = 1
 POLL = 0.2  # seconds
+POLITE = 5.0  # seconds to end in before being killed
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,20 @@ class Child:
     def progress(self) -> Path:
         return self.folder / f"{self.name}.progress"
 
+    def silent(self) -> float:
+        """Seconds since a sign of life: its start, a line of its log, of its progress."""
+        signs = [file.stat().st_mtime for file in (self.job_file, self.log, self.progress) if file.exists()]
+        return time.time() - max(signs)
 
-def run(children: list[Child], at_once: int, on_progress: Callable[[str, dict], None]) -> list[float]:
+
+def run(
+    children: list[Child], at_once: int, on_progress: Callable[[str, dict], None], silence: float = math.inf
+) -> list[float]:
     """Run all children, at most `at_once` together, passing on their progress lines.
 
     Returns how many seconds each took to its first line: imports and, of an engine, its start. If one fails the
-    others are ended and WorkerError says which and why. Also on any other exception, such as a cancellation, no child
-    is left.
+    others are ended and WorkerError says which and why; WorkerLost if a signal ended it, or if it wrote nothing for
+    `silence` seconds. Also on any other exception, such as a cancellation, no child is left.
     """
     waiting, running, began, started = list(children), {}, {}, {}
     try:
@@ -66,10 +75,11 @@ def run(children: list[Child], at_once: int, on_progress: Callable[[str, dict], 
                 if ended:
                     del running[child.name]
                     _judge(child, process.returncode)
+                elif child.silent() > silence:
+                    raise WorkerLost(f"{child.name} wrote nothing for {silence:.0f} s (log: {child.log})")
             time.sleep(POLL)
     finally:
-        for _, process, _ in running.values():
-            _end(process)
+        _end([process for _, process, _ in running.values()])
     return [round(seconds, 2) for seconds in started.values()]
 
 
@@ -117,17 +127,21 @@ def _judge(child: Child, code: int) -> None:
     lines = [line for line in child.log.read_text(errors="replace").splitlines() if line.strip()]
     said = lines[-1][:500] if lines else "it wrote nothing"
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    error = InputError if code == InputError.exit_code else WorkerError
+    error = InputError if code == InputError.exit_code else WorkerLost if code < 0 else WorkerError
     raise error(f"{child.name} ended with {how}: {said} (log: {child.log})")
 
 
-def _end(process: subprocess.Popen) -> None:
-    process.terminate()
-    try:
-        process.wait(5)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+def _end(running: list[subprocess.Popen]) -> None:
+    """All at once: together they have POLITE seconds."""
+    for process in running:
+        process.terminate()
+    deadline = time.monotonic() + POLITE
+    for process in running:
+        try:
+            process.wait(max(0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 class _Tail:

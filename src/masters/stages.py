@@ -4,6 +4,8 @@ from enum import StrEnum
 
 
 class Stage(StrEnum):
+    """A stage of the pipeline; each needs those before it."""
+
     DATA = "data"
     MASK = "mask"
     GENERATE = "generate"

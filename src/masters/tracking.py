@@ -80,13 +80,13 @@ def files_beside(storage: Storage) -> str:
 
 
 class Tracker:
-    """Writes one distillation to MLflow.
+    """Writes one run to MLflow, a distillation or what `flow` says.
 
     Everything has a key and is found again by it: a run that was cut short is opened again by who goes on with it,
     and a stage that was under way then is not left running.
     """
 
-    def __init__(self, config: Config, storage: Storage, key: str = "") -> None:
+    def __init__(self, config: Config, storage: Storage, key: str = "", flow: str = "distill") -> None:
         """`key`: what stays the same when a run is tried again, such as the flow run's id."""
         self.uri = tracking_uri(config, storage)
         check_answers(self.uri)
@@ -101,7 +101,7 @@ class Tracker:
         self._runs: dict[str, str] = {}  # by an artifact's folder: the run of its stage
         self._questions: dict[str, dict[str, str]] = {}  # by an artifact's folder: the data set its scores are on
         close_lost(self.uri, storage)
-        tags = {"masters.stage": "distill", "masters.process": machine.this_process()}
+        tags = {"masters.stage": flow, "masters.process": machine.this_process()}
         self.run_id = self._current = self._open(key or uuid.uuid4().hex, config.name, tags)
         machine.remember(config.name, self.uri)
         flat = _flat(config.model_dump()).items()

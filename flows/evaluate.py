@@ -1,0 +1,64 @@
+"""Models, given by name, on a configuration's evaluation split: greedy, through vLLM."""
+
+from pathlib import Path
+
+from prefect import flow
+from prefect.artifacts import create_table_artifact
+from prefect.runtime import flow_run
+
+from masters import artifacts
+from masters.config import Config, Model
+from masters.errors import InputError
+from masters.machine import cache
+from masters.preflight import LocalModel, local_model, preflight
+from masters.registry import shown
+from masters.storage import Storage
+from masters.tasks.data import data
+from masters.tasks.evaluate import evaluate as answer
+from masters.tasks.stage import Context, Run
+from masters.trace import find
+from masters.tracking import Tracker, tracking_uri
+
+
+@flow(name="evaluate", flow_run_name="{config.name}")
+def evaluate(config: Config, models: list[str]) -> dict:
+    """Exact match of each model, with `n` and `standard_error`; also as a table in the run's artifacts.
+
+    Args:
+        config: Whose evaluation split is asked; its student and teachers are not, unless they are named.
+        models: Folders, Hugging Face ids, or registered students: models:/NAME@ALIAS, models:/NAME/VERSION.
+    """
+    context = Context(config, preflight(config))
+    asked = found(models, tracking_uri(config, context.storage))
+    tracker = Tracker(config, context.storage, str(flow_run.id or ""), "evaluate")
+    status = "FAILED"
+    try:
+        run = Run(context, tracker)
+        scores = answer(run, data(run), asked).facts["scores"]
+        status = "FINISHED"
+    finally:
+        tracker.finish(status)
+    if flow_run.id:
+        create_table_artifact([dict(model=name, **score) for name, score in scores.items()], "evaluation")
+    return dict(scores=scores, mlflow=dict(run_id=tracker.run_id, tracking_uri=shown(tracker.uri)))
+
+
+def found(models: list[str], tracking: str) -> list[LocalModel]:
+    """The models on this machine, each under the name that it was given by."""
+    if not models or len(set(models)) < len(models):
+        raise InputError(f"models: expected at least one, each once, found {models}")
+    return [_found(model, tracking) for model in models]
+
+
+def _found(model: str, tracking: str) -> LocalModel:
+    folder = str(_student(model, tracking)) if model.startswith("models:/") else model
+    there = local_model(Model(model=folder))
+    return LocalModel(model, there.folder, there.digest)
+
+
+def _student(model: str, tracking: str) -> Path:
+    """A registered student's folder on this machine; a copy is named by its content."""
+    _, target = find(model, tracking)
+    (folder,) = target.folders
+    student = artifacts.load(Storage(target.store), folder)
+    return student.storage.download(f"{folder}/model", cache() / "models" / student.parts["model"][:32])

@@ -1,0 +1,127 @@
+"""`python -m masters.infra.deployments`: what the Prefect server must hold before a worker starts.
+
+The work pool, the deployments of prefect.yaml, and two automations for lost runs: one that has stopped to send
+heartbeats is marked Crashed, and a crashed run of a deployment is scheduled again, a set number of times. Scheduling
+waits for RESUME_AFTER: Crashed is proposed twice, seconds apart, and resuming at the first would run it twice.
+"""
+
+import asyncio
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelled, Crashed
+from prefect.workers.process import ProcessWorker
+
+import masters
+from masters.infra.settings import POOL, Settings
+
+RUN = "prefect.flow-run."
+ENDED = {f"{RUN}{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
+GOES_ON = {f"{RUN}{state}" for state in ("Scheduled", "AwaitingRetry", "Late", "Pending", "Running", "Cancelling")}
+DEFINITIONS = Path(masters.__file__).parent / "prefect.yaml"
+
+
+async def prepare(settings: Settings) -> None:
+    """Pool, automations, and an end to what a previous stack left running."""
+    async with get_client() as client:
+        await _pool(client, settings)
+        await _end_lost(client)
+    for automation in (lost(settings), resumed(settings)):
+        await _replace(automation)
+
+
+def deploy() -> int:
+    """Every deployment of prefect.yaml; its runs start in the present folder. Returns the exit code."""
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(DEFINITIONS)]
+    return subprocess.run(command).returncode
+
+
+def lost(settings: Settings) -> AutomationCore:
+    """A run that sent a heartbeat and then neither another nor an end."""
+    return AutomationCore(
+        name="masters: lost runs are crashed",
+        description="A run whose process or machine is gone sends no heartbeat and would stay Running for ever.",
+        trigger=EventTrigger(
+            match={"prefect.resource.id": f"{RUN}*"},
+            for_each={"prefect.resource.id"},
+            after={f"{RUN}heartbeat"},
+            expect={f"{RUN}heartbeat", f"{RUN}AwaitingRetry", *ENDED},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=timedelta(seconds=settings.lost_after),
+        ),
+        actions=[
+            ChangeFlowRunState(state=StateType.CRASHED, message=f"no heartbeat for {settings.lost_after} seconds")
+        ],
+    )  # fmt: skip
+
+
+def resumed(settings: Settings) -> AutomationCore:
+    """A crashed run of a deployment that nothing has scheduled since, if it began at most `resumes` times."""
+    return AutomationCore(
+        name="masters: crashed runs go on",
+        description=f"At most {settings.resumes} times; what is built already is reused.",
+        enabled=settings.resumes > 0,
+        trigger=EventTrigger(
+            match={
+                "prefect.resource.id": f"{RUN}*",
+                "prefect.run-count": [str(count) for count in range(1, settings.resumes + 1)] or ["none"],
+            },
+            match_related={"prefect.resource.role": "deployment"},
+            for_each={"prefect.resource.id"},
+            after={f"{RUN}Crashed"},
+            expect=GOES_ON,
+            posture=Posture.Proactive,
+            threshold=1,
+            within=timedelta(seconds=settings.resume_after),
+        ),
+        actions=[ChangeFlowRunState(state=StateType.SCHEDULED, name="AwaitingRetry", message="goes on after a crash")],
+    )
+
+
+async def _pool(client: PrefectClient, settings: Settings) -> None:
+    try:
+        await client.read_work_pool(POOL)
+    except ObjectNotFound:
+        template = ProcessWorker.get_default_base_job_template()
+        await client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
+    await client.update_work_pool(POOL, WorkPoolUpdate(concurrency_limit=settings.runs_at_once))
+
+
+async def _end_lost(client: PrefectClient) -> None:
+    """Runs of the pool that look alive before its worker was started: their processes went with the last one."""
+    alive = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
+    runs = await client.read_flow_runs(
+        flow_run_filter=FlowRunFilter.model_validate(dict(state=dict(type=dict(any_=alive)))),
+        work_pool_filter=WorkPoolFilter.model_validate(dict(name=dict(any_=[POOL]))),
+    )
+    for run in runs:
+        cancelling = run.state_type == StateType.CANCELLING
+        state = Cancelled() if cancelling else Crashed(message="its process ended with the stack")
+        await client.set_flow_run_state(run.id, state, force=True)
+
+
+async def _replace(automation: AutomationCore) -> None:
+    """The one of this name, as it is written here."""
+    async with get_client() as client:
+        found = await client.read_automations_by_name(automation.name)
+        for extra in found[1:]:
+            await client.delete_automation(extra.id)
+        if found:
+            await client.update_automation(found[0].id, automation)
+        else:
+            await client.create_automation(automation)
+
+
+if __name__ == "__main__":
+    asyncio.run(prepare(Settings.from_environment()))
+    sys.exit(deploy())

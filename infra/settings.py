@@ -1,0 +1,47 @@
+"""Settings of the local stack, from the environment: nothing here concerns what a run makes."""
+
+import os
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+
+from masters.errors import InputError
+
+POOL = "masters"  # the work pool of the stack's worker
+
+
+class Services(StrEnum):
+    """What a stack consists of."""
+
+    LIGHT = "light"
+    FULL = "full"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Each is read from MASTERS_NAME; the comment says what it is."""
+
+    prefect_port: int = 4200
+    mlflow_port: int = 5000
+    s3_port: int = 8333  # of the full stack
+    runs_at_once: int = 1  # runs of the pool at a time: the GPUs are one pool's
+    lost_after: int = 90  # seconds without a heartbeat after which a run is lost; they come every 30
+    resume_after: int = 15  # seconds after which a crashed run is scheduled again
+    resumes: int = 3  # times that a run is scheduled again
+
+    @classmethod
+    def from_environment(cls) -> "Settings":
+        """Raises InputError if a value is no whole number."""
+        return cls(**{f.name: _number(f"MASTERS_{f.name.upper()}", f.default) for f in fields(cls)})  # type: ignore
+
+
+def home() -> Path:
+    """Where the stack keeps its state: databases, files, logs. MASTERS_HOME, else ~/.local/share/masters."""
+    return Path(os.environ.get("MASTERS_HOME") or Path.home() / ".local/share/masters").absolute()
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise InputError(f"{name}: expected a whole number, found {text!r}")
+    return int(text)

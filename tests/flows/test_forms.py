@@ -1,0 +1,108 @@
+"""The forms that the Prefect UI makes of the flows: what they accept is what the TOML accepts."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prefect.flows import Flow
+from prefect.utilities.callables import parameter_schema
+from prefect.utilities.schema_tools.validation import is_valid, preprocess_schema
+from pydantic import ValidationError
+
+from masters.config import Config, load
+from masters.flows.ablate import ablate
+from masters.flows.distill import distill
+from masters.flows.evaluate import evaluate
+
+SCHEMA = preprocess_schema(parameter_schema(distill).model_dump())
+DEFINITIONS = parameter_schema(distill).model_dump()["definitions"]
+TREE = load(Path(__file__).parents[2] / "configs/demo.toml").model_dump()
+
+
+def form_accepts(tree: dict) -> bool:
+    return is_valid({"config": tree}, SCHEMA)
+
+
+def toml_accepts(tree: dict) -> bool:
+    """Whether every single value is; what values mean together (a share of 7 responses) no form can say."""
+    try:
+        Config.model_validate(tree)
+    except ValidationError as error:
+        return all(fault["type"] == "value_error" for fault in error.errors())
+    return True
+
+
+def fields() -> list[tuple[str, str, dict]]:
+    """Section, field and what the form asks for."""
+    return [
+        (section, name, of)
+        for section in TREE
+        if isinstance(TREE[section], dict)
+        for name, of in DEFINITIONS[section.capitalize() if section != "student" else "Model"]["properties"].items()
+    ]
+
+
+def edges(of: dict) -> list:
+    """Values on both sides of a field's bounds, and of other types."""
+    kinds = of.get("anyOf", [of])
+    bounds = [b for kind in kinds for key, b in kind.items() if "inimum" in key or "aximum" in key or "Length" in key]
+    near = [b + d for b in bounds for d in (-1, -1e-9, 0, 1e-9, 1)]
+    return [*near, *of.get("enum", []), "none of them", "", None, True, 3, 0.5, [], ["x"], {}, "3"]
+
+
+@pytest.mark.parametrize(("section", "name", "of"), fields(), ids=lambda value: value if isinstance(value, str) else "")
+def test_form_and_toml_agree_at_every_bound(section: str, name: str, of: dict) -> None:
+    for value in edges(of):
+        if isinstance(value, float) and value.is_integer():
+            continue  # 1.0 is JSON's 1, and no whole number to TOML
+        tree = TREE | {section: TREE[section] | {name: value}}
+        assert form_accepts(tree) == toml_accepts(tree), (section, name, value)
+
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**40), 2**40), st.text(max_size=5),
+    st.floats(allow_nan=False, allow_infinity=False).filter(lambda x: not x.is_integer()),
+)  # fmt: skip
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(fields()), VALUES)
+def test_form_and_toml_agree_on_any_value(field: tuple[str, str, dict], value: object) -> None:
+    section, name, _ = field
+    tree = TREE | {section: TREE[section] | {name: value}}
+    assert form_accepts(tree) == toml_accepts(tree), (section, name, value)
+
+
+@pytest.mark.parametrize("name", ["demo", "-demo", "de mo", "d" * 64, "d" * 65, "", 7, None])
+def test_form_and_toml_agree_on_names(name: object) -> None:
+    assert form_accepts(TREE | {"name": name}) == toml_accepts(TREE | {"name": name})
+
+
+def test_unknown_and_missing_keys_are_refused_by_both() -> None:
+    for tree in (
+        TREE | {"trian": {}}, TREE | {"train": {"lerning_rate": 1}}, TREE | {"teachers": []},
+        {k: v for k, v in TREE.items() if k != "student"}, TREE | {"teachers": [{"model": "t", "r_max": 1.5}]},
+    ):  # fmt: skip
+        assert (form_accepts(tree), toml_accepts(tree)) == (False, False)
+
+
+def test_a_section_that_is_left_out_has_its_defaults() -> None:
+    needed = {key: TREE[key] for key in ("name", "store", "data", "student", "teachers")}
+    assert form_accepts(needed) and toml_accepts(needed)
+
+
+def test_every_field_is_described() -> None:
+    silent = [
+        f"{kind}.{name}"
+        for kind, of in DEFINITIONS.items()
+        for name, field in of.get("properties", {}).items()
+        if not field.get("description") and "$ref" not in field
+    ]
+    assert silent == []
+    assert [kind for kind, of in DEFINITIONS.items() if not of.get("description")] == []
+
+
+@pytest.mark.parametrize("flow", [distill, evaluate, ablate], ids=lambda flow: flow.name)
+def test_every_parameter_is_described(flow: Flow) -> None:
+    assert all(of.get("description") for of in parameter_schema(flow).properties.values())

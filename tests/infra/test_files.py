@@ -1,0 +1,116 @@
+"""prefect.yaml, the container files and the Kubernetes template, as far as they can be judged without running them."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import uuid
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import kubernetes_asyncio.client as kubernetes
+import pytest
+import yaml
+from prefect.client.schemas.objects import FlowRun
+from prefect.flows import Flow
+from prefect.utilities.schema_tools.validation import ValidationError, validate
+from prefect.utilities.templating import apply_values
+from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
+
+from masters.infra.deployments import DEFINITIONS
+from masters.infra.settings import POOL
+
+INFRA = Path(__file__).parents[2] / "infra"
+TEMPLATE = json.loads((INFRA / "kubernetes-job-template.json").read_text())
+
+
+def tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    program = Path(sys.executable).with_name(name)
+    return subprocess.run([str(program), *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_every_deployment_is_a_flow_in_the_stacks_pool() -> None:
+    deployments = yaml.safe_load(DEFINITIONS.read_text())["deployments"]
+    assert {"distill", "evaluate", "ablate"} <= {deployment["name"] for deployment in deployments}
+    for deployment in deployments:
+        module, _, name = deployment["entrypoint"].rpartition(".")
+        assert isinstance(getattr(import_module(module), name), Flow)
+        assert deployment["work_pool"]["name"] == POOL and deployment["tags"]
+
+
+def test_the_container_file_is_clean() -> None:
+    done = tool("hadolint", INFRA / "Dockerfile")
+    assert done.returncode == 0, done.stdout
+
+
+def test_yaml_is_clean() -> None:
+    rules = (
+        "{extends: default, rules: {document-start: disable, line-length: {max: 120}, braces: disable, comments: {}}}"
+    )
+    done = tool("yamllint", "--strict", "-d", rules, INFRA / "compose.yaml", DEFINITIONS.resolve())
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_compose_file_follows_the_specification() -> None:
+    done = tool("check-jsonschema", "--builtin-schema", "vendor.compose-spec", INFRA / "compose.yaml")
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_compose_file_holds_no_secret_and_opens_loopback_alone() -> None:
+    services = yaml.safe_load((INFRA / "compose.yaml").read_text())["services"]
+    for name, service in services.items():
+        for variable, value in service.get("environment", {}).items():
+            if any(word in variable for word in ("PASSWORD", "SECRET", "ACCESS_KEY")):
+                assert value.startswith("${"), f"{name}: {variable}"
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
+    for service in services.values():
+        for needed in service.get("depends_on", {}):
+            assert needed in services
+
+
+def rendered(**values: object) -> KubernetesWorkerJobConfiguration:
+    """A run's job as a Kubernetes worker would submit it."""
+    properties = TEMPLATE["variables"]["properties"]
+    defaults = {name: of["default"] for name, of in properties.items() if "default" in of}
+    filled = apply_values(TEMPLATE["job_configuration"], defaults | values)
+    job = KubernetesWorkerJobConfiguration.model_validate(filled)
+    job.prepare_for_flow_run(FlowRun(id=uuid.uuid4(), flow_id=uuid.uuid4(), name="a-run"))
+    return job
+
+
+def test_a_job_asks_for_its_gpus() -> None:
+    pod = rendered(gpus=4, memory="256Gi").job_manifest["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    assert container["resources"]["limits"] == {"memory": "256Gi", "nvidia.com/gpu": 4}
+    assert container["resources"]["requests"] == {"cpu": "8", "memory": "256Gi", "nvidia.com/gpu": 4}
+    assert container["args"] == ["prefect", "flow-run", "execute"]
+    assert {"name", "value"} == set(container["env"][0])
+
+
+def test_a_job_holds_only_what_kubernetes_knows() -> None:
+    """Read into the API's own model and written again, nothing of it is lost."""
+
+    async def again(job: dict) -> dict:
+        async with kubernetes.ApiClient(kubernetes.Configuration()) as api:
+            answer = SimpleNamespace(data=json.dumps(job))
+            return api.sanitize_for_serialization(api.deserialize(answer, "V1Job"))
+
+    job = rendered().job_manifest
+    for name in ("parallelism", "completions"):  # Prefect demands them there, Kubernetes drops them
+        job["spec"]["template"]["spec"].pop(name)
+    for amounts in job["spec"]["template"]["spec"]["containers"][0]["resources"].values():
+        amounts.update({what: str(amount) for what, amount in amounts.items()})  # the model's quantities are texts
+    assert asyncio.run(again(job)) == job
+
+
+def test_the_template_names_every_variable_that_it_uses() -> None:
+    text = json.dumps(TEMPLATE["job_configuration"])
+    unused = [name for name in TEMPLATE["variables"]["properties"] if f"{{{{ {name} }}}}" not in text]
+    assert unused == []
+
+
+@pytest.mark.parametrize("wrong", [{"gpus": -1}, {"gpus": "two"}])
+def test_values_out_of_range_are_refused(wrong: dict) -> None:
+    with pytest.raises(ValidationError):
+        validate(wrong, TEMPLATE["variables"], raise_on_error=True)

@@ -1,0 +1,138 @@
+"""Runs through the local stack as the UI starts them: cancelled, killed, interrupted by `masters down`, finished.
+
+One run's life, in order: a test goes on where the one before it stopped.
+"""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from masters.infra.api import post
+from masters.storage import Storage
+from tests.drawn import write_questions
+from tests.stack import Stack, serve, until
+
+pytestmark = pytest.mark.slow
+PREFIX = "s3://lake/team"
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    with serve(resume_after=10, lost_after=45) as running:
+        write_questions(running.folder / "data", 48)
+        yield running
+
+
+@pytest.fixture
+def store(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    for name, value in stack.client_environment().items():
+        if name.startswith("AWS_"):
+            monkeypatch.setenv(name, value)
+    return Storage(PREFIX)
+
+
+def config(stack: Stack) -> dict:
+    """Two mask stages; training takes long enough to be met in it."""
+    return dict(
+        name="operated", store=dict(root=PREFIX),
+        data=dict(source=str(stack.folder / "data/questions.jsonl"), max_rejected_share=0.2),
+        student=dict(model="demo/models/student"), teachers=[dict(model="demo/models/teacher", r_max=0.2, step=0.2)],
+        generate=dict(responses=2, max_tokens=8, dtype="float32"), rewards=dict(accuracy="rules"),
+        train=dict(learning_rate=1e-4, questions_per_step=1, epochs=25),
+        runtime=dict(max_model_len=512, checkpoint_steps=20),
+    )  # fmt: skip
+
+
+def state(stack: Stack, run: str) -> str:
+    return stack.run(run)["state_type"]
+
+
+def test_a_value_out_of_range_is_refused(stack: Stack) -> None:
+    wrong = config(stack) | dict(train=dict(epochs=0))
+    with pytest.raises(AssertionError, match="refused"):
+        stack.start("distill", config=wrong)
+
+
+def test_a_run_cancelled_in_generate_leaves_no_child_and_nothing_half_written(stack: Stack, store: Storage) -> None:
+    run = stack.start("distill", config=config(stack))
+    until(lambda: stack.children("engine_worker"), 180, "engines")
+    stack.cancel(run)
+    assert until(lambda: not stack.children(), 15, "engines end") < 15
+    until(lambda: state(stack, run) == "CANCELLED", 60, "cancelled")
+    assert [p for p in stack.processes().values() if "prefect.engine" in p] == []
+    done = {kind for kind in store.children("") if any(n.endswith("record.json") for n in store.names(kind))}
+    assert done & {"generate", "score", "train"} == set() and {"data", "mask"} <= done
+
+
+@pytest.fixture(scope="module")
+def killed(stack: Stack) -> str:
+    """A run whose engine, and whose own process later, in train, are killed."""
+    run = stack.start("distill", config=config(stack))
+    until(lambda: stack.children("engine_worker"), 180, "engines")
+    os.kill(next(iter(stack.children("engine_worker"))), signal.SIGKILL)
+    until(lambda: stack.children("train_worker"), 240, "the generate task's second try, then training")
+    flow = next(pid for pid, line in stack.processes().items() if "prefect.engine" in line)
+    os.kill(flow, signal.SIGKILL)
+    until(lambda: not stack.children(), 15, "the trainer ends with its parent")
+    return run
+
+
+def test_a_crashed_run_goes_on_by_itself(stack: Stack, killed: str) -> None:
+    until(lambda: stack.run(killed)["run_count"] == 2 and stack.children("train_worker"), 120, "second attempt")
+
+
+def test_down_leaves_no_process_and_up_takes_the_run_up_again(stack: Stack, killed: str, store: Storage) -> None:
+    until(lambda: any("/checkpoints/" in name for name in store.names("train")), 120, "a checkpoint")
+    stack.down()
+    assert stack.processes() == {}
+    stack.up()
+    again = stack.masters("up")
+    assert "runs already" in again.stdout
+    until(lambda: state(stack, killed) in ("COMPLETED", "FAILED"), 300, "the run's end")
+    ended = stack.run(killed)
+    assert (ended["state_type"], ended["run_count"]) == ("COMPLETED", 3), ended["state"]
+
+
+def test_what_was_built_before_is_reused_and_tracked(stack: Stack, killed: str, store: Storage) -> None:
+    summary = json.loads(store.read("summary.json"))
+    outcomes = {stage["name"]: stage["outcome"] for stage in summary["stages"]}
+    assert outcomes == dict.fromkeys(("data", "mask", "generate", "score"), "reused") | dict.fromkeys(
+        ("train", "evaluate", "register"), "built"
+    )
+    assert next(s for s in summary["stages"] if s["name"] == "train")["resumed_at_step"] > 0
+    assert summary["mlflow"]["tracking_uri"] == stack.urls["mlflow_url"]
+    assert summary["prefect"]["flow_run_id"] == killed
+
+
+def test_a_registered_student_is_evaluated_by_name(stack: Stack, killed: str, store: Storage) -> None:
+    run = stack.start("evaluate", config=config(stack), models=["models:/operated@candidate"])
+    until(lambda: state(stack, run) in ("COMPLETED", "FAILED", "CRASHED"), 240, "evaluated")
+    assert state(stack, run) == "COMPLETED", stack.run(run)["state"]
+    answers = [name for name in store.names("evaluate") if name.endswith("record.json")]
+    assert len(answers) == 2  # the run's own, and this one
+
+
+def test_a_run_lost_with_its_worker_is_crashed_by_its_silence_and_goes_on_with_the_next(stack: Stack) -> None:
+    run = stack.start("distill", config=config(stack) | dict(train=dict(seed=1)))
+    until(lambda: stack.children("engine_worker") or stack.children("train_worker"), 180, "work")
+    for name in ("prefect worker", "prefect.engine"):
+        os.kill(next(pid for pid, line in stack.processes().items() if name in line), signal.SIGKILL)
+    until(lambda: state(stack, run) == "CRASHED", 120, "the automation")
+    until(lambda: state(stack, run) == "SCHEDULED", 60, "the other automation")
+    stack.up()  # a part of it has died: it starts anew
+    until(lambda: state(stack, run) in ("COMPLETED", "FAILED"), 240, "its end")
+    assert (state(stack, run), stack.run(run)["run_count"]) == ("COMPLETED", 2)
+
+
+def test_no_run_is_left_and_no_secret_told(stack: Stack, killed: str) -> None:
+    alive = {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING", "SCHEDULED"]}}}
+    assert post(f"{stack.api}/flow_runs/filter", {"flow_runs": alive}) == []
+    secret = stack.client_environment()["AWS_SECRET_ACCESS_KEY"]
+    assert secret not in stack.logs()
+    assert secret not in json.dumps(post(f"{stack.api}/logs/filter", {"limit": 200}))
+    stack.down()
+    assert stack.processes() == {}
+    assert stack.masters("down").stdout == "nothing runs\n"

@@ -1,0 +1,44 @@
+"""What `masters up` refuses, in a line, before anything is started."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def masters(*arguments: str, home: Path, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "masters.cli", *arguments],
+        env=os.environ | {"MASTERS_HOME": str(home)} | environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+def test_a_port_in_use_is_named_with_its_setting(tmp_path: Path) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = str(holder.getsockname()[1])
+        done = masters("up", home=tmp_path, MASTERS_PREFECT_PORT=port)
+    assert done.returncode == 2
+    assert f"port {port} cannot be had" in done.stderr and "MASTERS_PREFECT_PORT" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lock"]
+
+
+@pytest.mark.parametrize("setting", ["MASTERS_PREFECT_PORT", "MASTERS_RUNS_AT_ONCE", "MASTERS_RESUMES"])
+def test_a_setting_that_is_no_number_is_refused(setting: str, tmp_path: Path) -> None:
+    done = masters("up", home=tmp_path, **{setting: "many"})
+    assert (done.returncode, done.stderr) == (2, f"masters: {setting}: expected a whole number, found 'many'\n")
+
+
+def test_another_kind_of_stack_is_refused_as_usage(tmp_path: Path) -> None:
+    assert masters("up", home=tmp_path, MASTERS_STACK="huge").returncode == 2
+
+
+def test_down_without_a_stack_says_so_and_makes_no_folder(tmp_path: Path) -> None:
+    done = masters("down", home=tmp_path / "none")
+    assert (done.returncode, done.stdout) == (0, "nothing runs\n")
+    assert not (tmp_path / "none").exists()

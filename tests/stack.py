@@ -1,0 +1,116 @@
+"""The full local stack for tests, as a user starts it: Prefect and MLflow on Postgres, an S3 store, a worker."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from masters.infra.api import post
+from masters.infra.service import Started
+from tests.s3 import free_ports
+
+ROOT = Path(__file__).parents[1]
+PORTS = ("MASTERS_PREFECT_PORT", "MASTERS_MLFLOW_PORT", "MASTERS_S3_PORT")
+
+
+@dataclass
+class Stack:
+    """A stack in a folder of its own, up or down."""
+
+    folder: Path
+    environment: dict[str, str] = field(repr=False)
+    urls: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def api(self) -> str:
+        return f"{self.urls['prefect_url']}/api"
+
+    def masters(self, *arguments: str) -> subprocess.CompletedProcess:
+        """The command line, started in the checkout."""
+        command = [sys.executable, "-m", "masters.cli", *arguments]
+        return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=900)
+
+    def up(self) -> None:
+        done = self.masters("up", "--json")
+        assert done.returncode == 0, done.stderr[-2000:] + self.logs()
+        self.urls = json.loads(done.stdout.splitlines()[-1])
+
+    def down(self) -> None:
+        recorded = self.folder / "home/stack.json"
+        started = json.loads(recorded.read_text())["started"] if recorded.exists() else []
+        done = self.masters("down")
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert [service["name"] for service in started if Started(**service).alive()] == []
+
+    def client_environment(self) -> dict[str, str]:
+        """What `source MASTERS_HOME/env` gives a shell."""
+        lines = (self.folder / "home/env").read_text().splitlines()
+        return dict(line.removeprefix("export ").split("=", 1) for line in lines)
+
+    def start(self, deployment: str, **parameters: object) -> str:
+        """A run of it; its id."""
+        found = post(f"{self.api}/deployments/filter", {"deployments": {"name": {"any_": [deployment]}}})
+        run = post(f"{self.api}/deployments/{found[0]['id']}/create_flow_run", {"parameters": parameters})
+        assert run, f"{deployment} was refused"
+        return run["id"]
+
+    def run(self, identifier: str) -> dict:
+        return post(f"{self.api}/flow_runs/filter", {"flow_runs": {"id": {"any_": [identifier]}}})[0]
+
+    def cancel(self, identifier: str) -> None:
+        """What the UI's button does."""
+        state = {"type": "CANCELLING", "name": "Cancelling"}
+        post(f"{self.api}/flow_runs/{identifier}/set_state", {"state": state})
+
+    def processes(self) -> dict[int, str]:
+        """Pid to command line of whatever was started with this stack's home, by anyone."""
+        mark, found = f"MASTERS_HOME={self.folder / 'home'}".encode(), {}
+        for environment in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):
+                if mark in environment.read_bytes().split(b"\0"):
+                    line = (environment.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    found[int(environment.parent.name)] = line
+        return found
+
+    def children(self, module: str = "masters.models.") -> dict[int, str]:
+        """Engines and trainers among them."""
+        return {pid: line for pid, line in self.processes().items() if module in line}
+
+    def logs(self) -> str:
+        logs = sorted((self.folder / "home/logs").glob("*.log"))
+        return "".join(f"\n--- {log.name}\n{log.read_text(errors='replace')[-1500:]}" for log in logs)
+
+
+@contextmanager
+def serve(**settings: int) -> Iterator[Stack]:
+    """A full stack that is up; afterwards down, its folder gone. `settings` as in infra/settings.py."""
+    folder = Path(tempfile.mkdtemp(prefix="masters-stack-"))
+    folder.chmod(0o711)  # as root, Postgres runs as someone else, who must get through
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "AWS_", "MASTERS_"))}
+    (folder / "user").mkdir()
+    chosen = {f"MASTERS_{name.upper()}": str(value) for name, value in settings.items()}
+    ports = dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True))
+    own = {"MASTERS_HOME": str(folder / "home"), "MASTERS_STACK": "full", "HOME": str(folder / "user")}
+    stack = Stack(folder, kept | own | ports | chosen | {"VLLM_CACHE_ROOT": str(ROOT / ".venv/vllm")})
+    try:
+        stack.up()
+        yield stack
+    finally:
+        stack.down()
+        shutil.rmtree(folder)
+
+
+def until(condition: Callable[[], object], seconds: float, what: str = "") -> float:
+    """Wait for it; the seconds that it took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, f"not within {seconds} s: {what}"
+        time.sleep(0.3)
+    return time.monotonic() - began

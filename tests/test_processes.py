@@ -1,0 +1,70 @@
+"""Children that fail: which failures are worth another try, and that none is left."""
+
+import time
+from pathlib import Path
+
+import pytest
+from prefect.states import Failed
+
+from masters import processes
+from masters.errors import InputError, StoreError, WorkerError, WorkerLost
+from masters.processes import Child
+from masters.tasks.stage import retryable
+
+MODULES = {
+    "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+    "fails": "import sys; sys.exit('out of luck')",
+    "refuses": "import sys; print('bad input', file=sys.stderr); sys.exit(2)",
+    "silent": "import time; time.sleep(60)",
+}
+
+
+@pytest.fixture(autouse=True)
+def _modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, code in MODULES.items():
+        (tmp_path / f"child_{name}.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("module", "error", "again"),
+    [("killed", WorkerLost, True), ("fails", WorkerError, False), ("refuses", InputError, False)],
+)
+def test_only_a_lost_process_is_worth_another_try(module: str, error: type, again: bool, tmp_path: Path) -> None:
+    with pytest.raises(error) as raised:
+        processes.run([Child(module, f"child_{module}", {}, tmp_path, {})], 1, lambda *_: None)
+    assert type(raised.value) is error
+    assert retryable(None, None, Failed(data=raised.value)) is again  # type: ignore[arg-type]
+
+
+def test_a_store_that_failed_is_worth_another_try() -> None:
+    assert retryable(None, None, Failed(data=StoreError("gone"))) is True  # type: ignore[arg-type]
+    assert retryable(None, None, Failed(data=ValueError("a bug"))) is False  # type: ignore[arg-type]
+
+
+def test_a_child_that_says_nothing_is_ended(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(WorkerLost, match="silent wrote nothing for 1 s"):
+        processes.run([Child("silent", "child_silent", {}, tmp_path, {})], 1, lambda *_: None, silence=1)
+    assert time.monotonic() - began < 10
+
+
+def test_children_that_ignore_the_signal_are_ended_together(tmp_path: Path) -> None:
+    (tmp_path / "child_stubborn.py").write_text(
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('here', flush=True); time.sleep(60)"
+    )
+    stubborn = [Child(f"stubborn-{n}", "child_stubborn", {}, tmp_path, {}) for n in range(3)]
+    ended: list[float] = []
+
+    def interrupt(*_: object) -> None:
+        while not all(child.log.exists() and child.log.stat().st_size for child in stubborn):
+            time.sleep(0.1)
+        ended.append(time.monotonic())
+        raise KeyboardInterrupt
+
+    (tmp_path / "child_speaks.py").write_text(
+        "import sys, time; open(sys.argv[1].replace('.json', '.progress'), 'w').write('{}\\n'); time.sleep(60)"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        processes.run([*stubborn, Child("speaks", "child_speaks", {}, tmp_path, {})], 4, interrupt)
+    assert time.monotonic() - ended[0] < processes.POLITE + 2  # not that for each of them
