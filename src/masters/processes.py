@@ -1,7 +1,7 @@
 """Child processes for engines and trainers: memory comes back, a crash is an exit code, none outlives its parent.
 
-A child is MODULE, run with JOB.json as its argument. It writes one JSON object a line to `JOB.progress`, everything else to
-`JOB.log`, and ends with 0 or an error in the log's last lines.
+A child is MODULE, run with JOB.json as its argument. It writes one JSON object a line to `JOB.progress`, everything
+else to `JOB.log`, and ends with 0 or an error in the log's last lines.
 """
 
 import ctypes
