@@ -76,7 +76,7 @@ def _profile_url() -> str | None:
 def _start(port: int, log: Path) -> subprocess.Popen:
     with open(log, "wb") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "masters.infra.prefect_server", str(port)],
+            [sys.executable, "-m", "masters.infra.prefect_server", str(port), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -1,4 +1,4 @@
-"""`python -m masters.infra.prefect_server PORT`: Prefect's server on loopback, ended with its parent."""
+"""`python -m masters.infra.prefect_server PORT PARENT`: Prefect's server on loopback, ended with its parent."""
 
 import sys
 
@@ -14,5 +14,5 @@ def main(port: int) -> None:
 
 
 if __name__ == "__main__":
-    die_with_parent()
+    die_with_parent(int(sys.argv[2]))
     main(int(sys.argv[1]))

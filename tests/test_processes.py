@@ -1,5 +1,7 @@
 """Children that fail: which failures are worth another try, and that none is left."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -8,8 +10,10 @@ from prefect.states import Failed
 
 from masters import processes
 from masters.errors import InputError, StoreError, WorkerError, WorkerLost
+from masters.infra.service import birth
 from masters.processes import Child
 from masters.tasks.stage import retryable
+from tests.stack import until
 
 MODULES = {
     "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
@@ -68,3 +72,18 @@ def test_children_that_ignore_the_signal_are_ended_together(tmp_path: Path) -> N
     with pytest.raises(KeyboardInterrupt):
         processes.run([*stubborn, Child("speaks", "child_speaks", {}, tmp_path, {})], 4, interrupt)
     assert time.monotonic() - ended[0] < processes.POLITE + 2  # not that for each of them
+
+
+def test_a_child_ends_with_its_parent_even_before_it_has_imported_anything(tmp_path: Path) -> None:
+    """The parent is killed at once; the child would import for a minute first."""
+    (tmp_path / "child_slow.py").write_text("import time; time.sleep(60)")
+    parent = (
+        "import os, pathlib, signal\n"
+        "from masters import processes\n"
+        f"child = processes.Child('slow', 'child_slow', {{}}, pathlib.Path({str(tmp_path)!r}), {{}})\n"
+        "process = processes._start(child)\n"
+        "print(process.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True)
+    until(lambda: birth(int(done.stdout)) is None, 10, "the child ends")

@@ -1,13 +1,14 @@
 """Child processes for engines and trainers: memory comes back, a crash is an exit code, none outlives its parent.
 
-A child is `python -m MODULE JOB.json`. It writes one JSON object a line to `JOB.progress`, everything else to
-`JOB.log`, and ends with 0 or an error in the log's last lines.
+A child is MODULE, run with JOB.json as its argument. It writes one JSON object a line to `JOB.progress`, everything
+else to `JOB.log`, and ends with 0 or an error in the log's last lines.
 """
 
 import ctypes
 import json
 import math
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -91,7 +92,6 @@ def report(job_file: Path, **fields: object) -> None:
 
 def child_main(main: Callable[[Path], None]) -> None:
     """A child's entry: its job file is the first argument; an expected error is one line and its exit code."""
-    die_with_parent()
     try:
         main(Path(sys.argv[1]))
     except MastersError as error:
@@ -99,10 +99,10 @@ def child_main(main: Callable[[Path], None]) -> None:
         sys.exit(error.exit_code)
 
 
-def die_with_parent() -> None:
-    """Called first thing in the child: the kernel ends it when its parent is gone."""
+def die_with_parent(parent: int) -> None:
+    """Called first thing in the child: the kernel ends it when the process that started it is gone."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:
+    if os.getppid() != parent:
         sys.exit("the parent is gone")
 
 
@@ -112,7 +112,7 @@ def _start(child: Child) -> subprocess.Popen:
     child.job_file.write_text(json.dumps(child.job))
     with open(child.log, "ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", child.module, str(child.job_file)],
+            [sys.executable, "-m", "masters.processes", str(os.getpid()), child.module, str(child.job_file)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -159,3 +159,9 @@ class _Tail:
         whole = data[: data.rfind(b"\n") + 1]
         self._at += len(whole)
         return [json.loads(line) for line in whole.splitlines()]
+
+
+if __name__ == "__main__":
+    die_with_parent(int(sys.argv[1]))  # before the seconds that a module's imports take
+    sys.argv = sys.argv[2:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
