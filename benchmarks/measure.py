@@ -5,7 +5,8 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+
+from masters import memory
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,7 @@ def extra_mib(prepare: Callable[[], Callable[[], object]]) -> Callable[[], float
 
 def _peak(prepare: Callable[[], Callable[[], object]], send) -> None:
     work = prepare()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten: imports have one too
-    before = _resident_peak()
+    memory.forget_peak()  # imports have one too
+    before = memory.peak_mib()
     work()
-    send.send((_resident_peak() - before) / 1024)
-
-
-def _resident_peak() -> int:
-    """KiB."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0])
+    send.send(memory.peak_mib() - before)

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from masters import artifacts
+from masters import artifacts, memory
 from masters.artifacts import Artifact, Identity
 from masters.config import Config, Teacher
 from masters.identity import digest
@@ -79,8 +79,12 @@ class Run(Context):
 
 
 def build_or_reuse(run: Run, identity: Identity, build: Build) -> Artifact:
-    """The artifact of this identity: found, or built, committed and tracked. Its outcome joins the run's stages."""
+    """The artifact of this identity: found, or built, committed and tracked. Its outcome joins the run's stages.
+
+    `peak_mib` there is this process's while the stage ran, `children_peak_mib` that of the processes it started.
+    """
     began = time.monotonic()
+    memory.forget_peak()
     if run.rebuilds(identity):
         artifacts.discard(run.storage, identity)
     artifact, how, outcome = artifacts.find(run.storage, identity), {}, "reused"
@@ -91,7 +95,7 @@ def build_or_reuse(run: Run, identity: Identity, build: Build) -> Artifact:
         done = dict(
             name=identity.stage, fingerprint=artifact.fingerprint, uri=artifact.uri, outcome=outcome,
             rows=artifact.facts.get("rows", 0), rejected=artifact.facts.get("rejected", 0),
-            seconds=round(time.monotonic() - began, 2), **how,
+            seconds=round(time.monotonic() - began, 2), peak_mib=round(memory.peak_mib()), **how,
         )  # fmt: skip
         tracked(artifact, done)
     run.stages.append(done)

@@ -42,14 +42,14 @@ def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
         job = _job(run, current, inputs, checkpoints, work / "model")
         with progress_bar(made_of.stage) as bar:
             watch = _Watch(run, bar, current.ratios)
-            processes.run(_ranks(run, job, work), run.config.runtime.train_processes, watch)
+            peak = processes.run(_ranks(run, job, work), run.config.runtime.train_processes, watch)
         run.storage.upload(work / "model", f"{made_of.folder}/model")
         files = {f"model/{p.name}": file_digest(p) for p in sorted((work / "model").iterdir())}
         for name in run.storage.names(checkpoints):
             run.storage.remove(name)
         how = dict(
             processes=run.config.runtime.train_processes, steps=watch.steps, resumed_at_step=watch.resumed,
-            remask_seconds=watch.remasks,
+            remask_seconds=watch.remasks, children_peak_mib=round(peak),
         )  # fmt: skip
         facts = dict(
             rows=watch.groups, steps=watch.steps, empty_responses=watch.empty, last=watch.last, probes=watch.probes

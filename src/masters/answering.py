@@ -91,8 +91,9 @@ def fulfil(
 
     on_progress(0, questions)
     children = [_child(part, data, runtime, folder) for part in jobs.values()]
-    processes.run(children, runtime.generate_workers, count)
-    return dict(engines=len(children), workers=min(runtime.generate_workers, len(children)))
+    peak = processes.run(children, runtime.generate_workers, count)
+    workers = min(runtime.generate_workers, len(children))
+    return dict(engines=len(children), workers=workers, children_peak_mib=round(peak))
 
 
 def gather(storage: Storage, identity: artifacts.Identity, orders: list[Order]) -> dict[str, str]:

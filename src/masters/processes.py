@@ -1,7 +1,7 @@
 """Child processes for engines and trainers: memory comes back, a crash is an exit code, none outlives its parent.
 
 A child is `python -m MODULE JOB.json`. It writes one JSON object a line to `JOB.progress`, everything else to
-`JOB.log`, and ends with 0 or an error in the log's last lines.
+`JOB.log`, and ends with 0 or an error in the log's last lines. Its last line of progress is its peak memory.
 """
 
 import ctypes
@@ -15,10 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from masters import memory
 from masters.errors import InputError, MastersError, WorkerError
 
 PR_SET_PDEATHSIG = 1
 POLL = 0.2  # seconds
+PEAK = "peak"  # the event of a child's last line
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,16 @@ class Child:
         return self.folder / f"{self.name}.progress"
 
 
-def run(children: list[Child], at_once: int, on_progress: Callable[[str, dict], None]) -> None:
+def run(children: list[Child], at_once: int, on_progress: Callable[[str, dict], None]) -> float:
     """Run all children, at most `at_once` together, passing on their progress lines.
+
+    Returns MiB: the peaks of the `at_once` largest together, which bounds what all held at a time (pages that they
+    share count once each; processes that children start themselves do not count).
 
     If one fails the others are ended and WorkerError says which and why. Also on any other exception, such as a
     cancellation, no child is left.
     """
-    waiting, running = list(children), {}
+    waiting, running, peaks = list(children), {}, []
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
@@ -59,7 +64,10 @@ def run(children: list[Child], at_once: int, on_progress: Callable[[str, dict], 
             for child, process, tail in list(running.values()):
                 ended = process.poll() is not None
                 for line in tail.lines():
-                    on_progress(child.name, line)
+                    if line.get("event") == PEAK:
+                        peaks.append(line["mib"])
+                    else:
+                        on_progress(child.name, line)
                 if ended:
                     del running[child.name]
                     _judge(child, process.returncode)
@@ -67,6 +75,7 @@ def run(children: list[Child], at_once: int, on_progress: Callable[[str, dict], 
     finally:
         for _, process, _ in running.values():
             _end(process)
+    return sum(sorted(peaks)[-at_once:]) if peaks else 0.0
 
 
 def report(job_file: Path, **fields: object) -> None:
@@ -80,6 +89,7 @@ def child_main(main: Callable[[Path], None]) -> None:
     die_with_parent()
     try:
         main(Path(sys.argv[1]))
+        report(Path(sys.argv[1]), event=PEAK, mib=memory.peak_mib())
     except MastersError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)

@@ -51,13 +51,13 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(source, plain, tmp_path, m
     run = made_run(tmp_path, source, runtime=dict(checkpoint_steps=2))
     original = processes.run
 
-    def interrupted(children, at_once, on_progress) -> None:
+    def interrupted(children, at_once, on_progress) -> float:
         def stop(name: str, line: dict) -> None:
             if line.get("event") == "step" and line["step"] >= 5:
                 raise KeyboardInterrupt
             on_progress(name, dict(line))
 
-        original(children, at_once, stop)
+        return original(children, at_once, stop)
 
     with monkeypatch.context() as patch:
         patch.setattr(processes, "run", interrupted)
