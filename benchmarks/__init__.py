@@ -8,11 +8,16 @@ from masters.benchmarks.measure import Row
 
 
 class Benchmark(StrEnum):
-    HEAD = "head"
+    """From the quickest to the longest."""
+
     MASK = "mask"
+    HEAD = "head"
     STEP = "step"
+    ENGINE = "engine"
+    END_TO_END = "end-to-end"
+    SCALE = "scale"
 
 
 def benchmark(name: Benchmark) -> Callable[[], list[Row]]:
     """The function that measures; its libraries are imported now."""
-    return import_module(f"masters.benchmarks.{name}").measured
+    return import_module(f"masters.benchmarks.{name.replace('-', '_')}").measured

@@ -34,6 +34,11 @@ def compare(case: str, unit: str, ours: Callable[[], float], baseline: Callable[
     return Row(case, statistics.median(mine), statistics.median(theirs), unit, spread)
 
 
+def once(case: str, unit: str, ours: float, baseline: float) -> Row:
+    """A row of what was measured one time."""
+    return compare(case, unit, lambda: ours, lambda: baseline, 1)
+
+
 def seconds(work: Callable[[], object]) -> Callable[[], float]:
     """Wall seconds of one call. It is called once before, unmeasured."""
     work()
