@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from masters import memory
 
 
@@ -40,15 +42,33 @@ def once(case: str, unit: str, ours: float, baseline: float) -> Row:
 
 
 def seconds(work: Callable[[], object]) -> Callable[[], float]:
-    """Wall seconds of one call. It is called once before, unmeasured."""
+    """Wall seconds of one call, a GPU's work included. It is called once before, unmeasured."""
     work()
 
     def measure() -> float:
+        _wait()
         began = time.perf_counter()
         work()
+        _wait()
         return time.perf_counter() - began
 
     return measure
+
+
+def gpu_mib(work: Callable[[], object]) -> Callable[[], float]:
+    """MiB that tensors hold on the GPU at the peak of one call, what was there before included."""
+
+    def measure() -> float:
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() / 2**20
+
+    return measure
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def extra_mib(prepare: Callable[[], Callable[[], object]]) -> Callable[[], float]:

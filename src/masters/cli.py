@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from masters.benchmarks import Benchmark, benchmark
+from masters.benchmarks import Benchmark, benchmark, gpu_rows
 from masters.config import Config, load
 from masters.errors import InputError, MastersError
 from masters.stages import Stage
@@ -70,7 +70,7 @@ def stage(
 def bench(name: Annotated[Benchmark, typer.Argument(help="What to measure")], as_json: Json = False) -> None:
     """Our fast paths against what one would write otherwise, on this machine."""
     try:
-        rows = [row.as_dict() for row in benchmark(name)()]
+        rows = [row.as_dict() for row in [*benchmark(name)(), *gpu_rows(name)]]
     except ImportError as error:
         raise InputError(f"expected the baselines' libraries (extra dev), found {error}: run `make setup`") from None
     for row in rows:
