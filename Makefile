@@ -31,6 +31,9 @@ bench: setup
 	$(BIN)/masters bench mask
 	$(BIN)/masters bench head
 	$(BIN)/masters bench step
+	$(BIN)/masters bench engine
+	$(BIN)/masters bench end-to-end
+	$(BIN)/masters bench scale
 
 demo-models: setup
 	$(BIN)/python -m demo.train teacher --threads 2

@@ -8,11 +8,27 @@ from masters.benchmarks.measure import Row
 
 
 class Benchmark(StrEnum):
-    HEAD = "head"
+    """From the quickest to the longest."""
+
     MASK = "mask"
+    HEAD = "head"
     STEP = "step"
+    ENGINE = "engine"
+    END_TO_END = "end-to-end"
+    SCALE = "scale"
 
 
 def benchmark(name: Benchmark) -> Callable[[], list[Row]]:
     """The function that measures; its libraries are imported now."""
-    return import_module(f"masters.benchmarks.{name}").measured
+    return import_module(f"masters.benchmarks.{name.replace('-', '_')}").measured
+
+
+def gpu_rows(name: Benchmark) -> list[Row]:
+    """Further rows on a machine with a CUDA device, none elsewhere."""
+    if name not in (Benchmark.HEAD, Benchmark.STEP):
+        return []
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    return import_module("masters.benchmarks.gpu").ROWS[name]()

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from masters.benchmarks.measure import Row, compare, extra_mib, seconds
+from masters.benchmarks.measure import Row, compare, extra_mib, gpu_mib, seconds
 from masters.models import head, losses
 from masters.models.head import Projection
 
@@ -20,12 +20,14 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Sizes:
-    """Response tokens, vocabulary, and the models' widths."""
+    """Response tokens, vocabulary, the models' widths; where and in what type the tensors are."""
 
     tokens: int = 1024
     vocabulary: int = 151_936
     student: int = 1024
     teacher: int = 2048
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
 
 
 Way = Callable[[Projection, Projection, torch.Tensor], torch.Tensor]
@@ -36,20 +38,26 @@ def measured(sizes: Sizes = Sizes()) -> list[Row]:
     others = {"dense": dense, "TRL": trl, "Liger": liger}
     ours = seconds(prepared(chunked, sizes))
     rows = [compare(f"time, {n}", "s", ours, seconds(prepared(way, sizes)), REPEATS) for n, way in others.items()]
-    mine = extra_mib(partial(prepared, chunked, sizes))
     return rows + [
-        compare(f"memory, {n}", "MiB", mine, extra_mib(partial(prepared, way, sizes)), 1) for n, way in others.items()
+        compare(f"memory, {n}", "MiB", peak(chunked, sizes), peak(way, sizes), 1) for n, way in others.items()
     ]
+
+
+def peak(way: Way, sizes: Sizes) -> Callable[[], float]:
+    """Measures MiB: in a fresh process above what was held before; of a GPU in all."""
+    work = partial(prepared, way, sizes)
+    return extra_mib(work) if sizes.device == "cpu" else gpu_mib(lambda: work()())
 
 
 def prepared(way: Way, sizes: Sizes) -> Callable[[], None]:
     """One forward and backward pass on random states. The gradients are there before: their memory does not count."""
     torch.manual_seed(0)
+    kind = dict(device=sizes.device, dtype=sizes.dtype)
     student, teacher = (
-        Projection(torch.randn(sizes.tokens, width), torch.randn(sizes.vocabulary, width) / width**0.5)
+        Projection(torch.randn(sizes.tokens, width, **kind), torch.randn(sizes.vocabulary, width, **kind) / width**0.5)
         for width in (sizes.student, sizes.teacher)
     )
-    token_T = torch.randint(sizes.vocabulary, (sizes.tokens,))
+    token_T = torch.randint(sizes.vocabulary, (sizes.tokens,), device=sizes.device)
     for part in (student.hidden_TH, student.weight_VH):
         part.requires_grad_()
         part.grad = torch.ones_like(part)

@@ -5,7 +5,10 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+
+import torch
+
+from masters import memory
 
 
 @dataclass(frozen=True)
@@ -33,16 +36,39 @@ def compare(case: str, unit: str, ours: Callable[[], float], baseline: Callable[
     return Row(case, statistics.median(mine), statistics.median(theirs), unit, spread)
 
 
+def once(case: str, unit: str, ours: float, baseline: float) -> Row:
+    """A row of what was measured one time."""
+    return compare(case, unit, lambda: ours, lambda: baseline, 1)
+
+
 def seconds(work: Callable[[], object]) -> Callable[[], float]:
-    """Wall seconds of one call. It is called once before, unmeasured."""
+    """Wall seconds of one call, a GPU's work included. It is called once before, unmeasured."""
     work()
 
     def measure() -> float:
+        _wait()
         began = time.perf_counter()
         work()
+        _wait()
         return time.perf_counter() - began
 
     return measure
+
+
+def gpu_mib(work: Callable[[], object]) -> Callable[[], float]:
+    """MiB that tensors hold on the GPU at the peak of one call, what was there before included."""
+
+    def measure() -> float:
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() / 2**20
+
+    return measure
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def extra_mib(prepare: Callable[[], Callable[[], object]]) -> Callable[[], float]:
@@ -63,13 +89,7 @@ def extra_mib(prepare: Callable[[], Callable[[], object]]) -> Callable[[], float
 
 def _peak(prepare: Callable[[], Callable[[], object]], send) -> None:
     work = prepare()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten: imports have one too
-    before = _resident_peak()
+    memory.forget_peak()  # imports have one too
+    before = memory.peak_mib()
     work()
-    send.send((_resident_peak() - before) / 1024)
-
-
-def _resident_peak() -> int:
-    """KiB."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0])
+    send.send(memory.peak_mib() - before)

@@ -76,8 +76,8 @@ def model(width: int, layers: int) -> torch.nn.Module:
     return Qwen3VLForConditionalGeneration(config).eval()
 
 
-def question(shape: Shape) -> Question:
-    draw = torch.Generator().manual_seed(0)
+def question(shape: Shape, seed: int = 0) -> Question:
+    draw = torch.Generator().manual_seed(seed)
     words = torch.randint(8, VOCABULARY, (shape.words + RESPONSES * shape.response,), generator=draw)
     image = torch.full((shape.prompt - shape.words,), IMAGE)
     prompt = {
@@ -96,8 +96,8 @@ def step(student: torch.nn.Module, teacher: torch.nn.Module, asked: Question, lo
     loss(student, teacher, asked).backward()
 
 
-def packed_loss(student: torch.nn.Module, teacher: torch.nn.Module, asked: Question) -> torch.Tensor:
-    batch = pack([asked], student, FAMILY)
+def packed_loss(student: torch.nn.Module, teacher: torch.nn.Module, *asked: Question) -> torch.Tensor:
+    batch = pack(list(asked), student, FAMILY)
     with torch.no_grad():
         taught = response_states(teacher, batch)
     states = response_states(student, batch)
@@ -121,7 +121,8 @@ def separate_states(model: torch.nn.Module, asked: Question) -> Projection:
     """As one writes it with plain transformers: a sequence a response, each with prompt and image."""
     prompt_GP = asked.ids_P.expand(RESPONSES, -1)
     ids_GL = torch.cat([prompt_GP, torch.tensor(asked.responses)], 1)
-    images = {key: torch.cat([asked.prompt[key]] * RESPONSES) for key in FAMILY.image_keys}
+    ids_GL = ids_GL.to(model.device)
+    images = {key: torch.cat([asked.prompt[key]] * RESPONSES).to(model.device) for key in FAMILY.image_keys}
     kinds = FAMILY.token_inputs(model, ids_GL)
     hidden = model.model(input_ids=ids_GL, attention_mask=torch.ones_like(ids_GL), **images, **kinds, use_cache=False)
     return Projection(hidden.last_hidden_state[:, len(asked.ids_P) - 1 : -1].flatten(0, 1), model.lm_head.weight)
@@ -130,5 +131,5 @@ def separate_states(model: torch.nn.Module, asked: Question) -> Projection:
 def _objective(terms: losses.Terms, batch: Pack) -> torch.Tensor:
     """The method's loss: half of the responses right, log pi_ref a little off."""
     terms = batch.spread(terms)
-    score_R = torch.arange(RESPONSES) % 2
+    score_R = torch.arange(batch.responses) % 2
     return objective.masters(terms, terms.logp_T.detach() - 0.1, score_R.float(), batch, Train(), REWARDS).loss

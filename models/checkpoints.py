@@ -60,11 +60,17 @@ def load_model(folder: Path, dtype: str, device: str = "cpu") -> torch.nn.Module
     """
     from transformers import AutoModelForImageTextToText
 
-    attention = {"": "sdpa", "text_config": "flex_attention"} if device.startswith("cuda") else "sdpa"
     model = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation=attention
+        folder, dtype=getattr(torch, dtype), attn_implementation=attention(device)
     )
     return model.to(device).eval()
+
+
+def attention(device: str) -> dict[str, str]:
+    """The model's attention, and its text model's, on a device."""
+    from masters.models import blocks
+
+    return {"": "sdpa", "text_config": blocks.NAME if device.startswith("cuda") else "sdpa"}
 
 
 def load_masked(folder: Path, thresholds: dict[str, float], dtype: str) -> torch.nn.Module:

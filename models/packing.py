@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from masters.models import blocks
 from masters.models.families.base import Family
 from masters.models.head import Projection
 from masters.models.losses import Terms
@@ -80,8 +81,8 @@ def pack(questions: list[Question], model: torch.nn.Module, family: Family, row:
     The image's token within a response (a model may sample it) would be taken for a place of the image: the model
     gets token 0 there, and `response_states` its true embedding.
     """
-    device, blocks = next(model.parameters()).device, _takes_blocks(model)
-    row = row if blocks else 0
+    device, sparse = next(model.parameters()).device, _takes_blocks(model)
+    row = row if sparse else 0
     rows = rows_of(trees_of(questions, family, model.config.image_token_id), row)
     laid, predictors = [Row(number) for number in range(len(rows))], {}
     for into, trees in zip(laid, rows, strict=True):
@@ -95,7 +96,7 @@ def pack(questions: list[Question], model: torch.nn.Module, family: Family, row:
     prompts = [tree.questions[tree.first].prompt for trees in rows for tree in trees]  # one an image
     inputs = {
         "input_ids": ids_BL,
-        "attention_mask": block_mask(place_3BL) if blocks else attention_mask(place_3BL),
+        "attention_mask": block_mask(place_3BL) if sparse else attention_mask(place_3BL),
         "position_ids": family.shaped(positions_ABL),
         **family.token_inputs(model, ids_BL),
         **{key: torch.cat([prompt[key] for prompt in prompts]).to(device) for key in family.image_keys},
@@ -170,7 +171,7 @@ def _targets(questions: list[Question], predictors: dict[int, Predictors]) -> tu
 
 
 def _takes_blocks(model: torch.nn.Module) -> bool:
-    return model.config.get_text_config()._attn_implementation == "flex_attention"
+    return model.config.get_text_config()._attn_implementation == blocks.NAME
 
 
 @contextmanager

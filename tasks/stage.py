@@ -12,7 +12,7 @@ from prefect.states import State
 from prefect.tasks import Task, exponential_backoff
 from rich.console import Console
 
-from masters import artifacts
+from masters import artifacts, memory
 from masters.artifacts import Artifact, Identity, Upstream
 from masters.config import Config, Teacher
 from masters.errors import StoreError, WorkerLost
@@ -118,9 +118,11 @@ class Run(Context):
 def build_or_reuse(run: Run, identity: Identity, upstream: Upstream, build: Build) -> Artifact:
     """The artifact of this identity: found, or built, committed and tracked. Its outcome joins the run's stages.
 
-    `upstream` is everything that the stage reads: it goes into the record and into MLflow.
+    `upstream` is everything that the stage reads: it goes into the record and into MLflow. Of the outcome, `peak_mib`
+    is this process's while the stage ran, `children_peak_mib` that of the processes it started.
     """
     began = time.monotonic()
+    memory.forget_peak()
     if run.rebuilds(identity):
         artifacts.discard(run.storage, identity)
     artifact, how, outcome = artifacts.find(run.storage, identity), {}, "reused"
@@ -131,7 +133,7 @@ def build_or_reuse(run: Run, identity: Identity, upstream: Upstream, build: Buil
         done = dict(
             name=identity.stage, fingerprint=artifact.fingerprint, uri=artifact.uri, outcome=outcome,
             rows=artifact.facts.get("rows", 0), rejected=artifact.facts.get("rejected", 0),
-            seconds=round(time.monotonic() - began, 2), **how,
+            seconds=round(time.monotonic() - began, 2), peak_mib=round(memory.peak_mib()), **how,
         )  # fmt: skip
         done["mlflow_run_id"] = tracked(artifact, done)
     run.stages.append(done)

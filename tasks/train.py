@@ -42,7 +42,7 @@ def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
         job = _job(run, current, inputs, checkpoints, work / "model")
         with run.progress(made_of, "steps") as progress:
             watch, silence = _Watch(run, progress, current.ratios), runtime.silence_minutes * 60
-            started = processes.run(_ranks(run, job, work), runtime.train_processes, watch, silence)
+            ran = processes.run(_ranks(run, job, work), runtime.train_processes, watch, silence)
         run.storage.upload(work / "model", f"{made_of.folder}/model")
         files = {f"model/{p.name}": file_digest(p) for p in sorted((work / "model").iterdir())}
         files |= _tables(run, made_of, checkpoints)
@@ -50,7 +50,7 @@ def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
             run.storage.remove(name)
         how = dict(
             processes=runtime.train_processes, steps=watch.steps, resumed_at_step=watch.resumed,
-            remask_seconds=watch.remasks, startup_seconds=started,
+            remask_seconds=watch.remasks, **ran.told(),
         )  # fmt: skip
         facts = dict(
             rows=watch.groups, steps=watch.steps, empty_responses=watch.empty, last=watch.last, probes=watch.probes

@@ -1,12 +1,14 @@
 """`masters bench` measures what it says, here at sizes that take a moment."""
 
 import time
+from dataclasses import replace
 from typing import Literal
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from masters.benchmarks import Benchmark, benchmark, head, mask, step
+from masters.benchmarks import Benchmark, benchmark, end_to_end, engine, gpu, gpu_rows, head, mask, scale, step
 from masters.benchmarks.measure import compare, extra_mib, seconds
 from masters.config import Rewards
 from masters.models import head as chunked_head
@@ -68,14 +70,83 @@ def test_a_packed_step_has_the_gradients_of_separate_sequences(
     assert found[1].norm() > 1
 
 
-@pytest.mark.parametrize("name", Benchmark)
-def test_rows_are_complete(name: Benchmark) -> None:
-    small = {"head": SMALL, "mask": (64, 256), "step": (SHAPE,)}[name]
-    rows = [row.as_dict() for row in benchmark(name)(small)]
-    assert len({row["case"] for row in rows}) == len(rows) >= 2
+def complete(name: Benchmark, sizes: object) -> list[dict]:
+    """The rows of a benchmark at a size."""
+    rows = [row.as_dict() for row in benchmark(name)(sizes)]  # pyright: ignore
+    assert len({row["case"] for row in rows}) == len(rows) >= 1
     for row in rows:
         assert row["unit"] in ("s", "MiB") and row["baseline"] >= 0 and row["ours"] >= 0
     assert all(row["baseline"] > 0 for row in rows if row["unit"] == "s")
+    return rows
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("head", SMALL), ("mask", (64, 256)), ("step", (SHAPE,))])
+def test_rows_are_complete(name: str, sizes: object) -> None:
+    assert len(complete(Benchmark(name), sizes)) >= 2
+
+
+@pytest.mark.slow
+def test_one_engine_answers_as_masked_checkpoints_do_and_sooner() -> None:
+    row = complete(Benchmark.ENGINE, engine.Sizes(prompts=4, ratios=3, repeats=1))[0]
+    assert row["ratio"] > 1.5
+
+
+@pytest.mark.slow
+def test_the_demo_and_the_plain_script_both_run_through() -> None:
+    rows = complete(Benchmark.END_TO_END, end_to_end.Sizes(questions=16, r_max=0.0))
+    assert [row["case"].rpartition(", ")[2] for row in rows] == ["whole", "generate", "train", "cpu"]
+    for way in ("ours", "baseline"):
+        whole, generate, train, cpu = (row[way] for row in rows)
+        assert whole > generate + train and min(generate, train, cpu) > 1
+
+
+def test_time_is_held_to_linear_growth_and_memory_to_none() -> None:
+    def stages(seconds: float, mib: int) -> dict:
+        train = dict(seconds=seconds, peak_mib=100, children_peak_mib=mib)
+        return dict(data=dict(seconds=1.0, peak_mib=50), train=train, whole=dict(seconds=9.0))
+
+    rows = [row.as_dict() for row in scale.rows({10: stages(2.0, 300), 40: stages(4.0, 700)})]
+    found = {row["case"]: (row["ours"], row["baseline"], row["ratio"]) for row in rows}
+    assert found["train, 40 questions, time"] == (4, 8, 2)
+    assert found["train, 40 questions, memory"] == (800, 400, 0.5)
+    assert found["data, 40 questions, memory"] == (50, 50, 1)
+    assert found["whole, 40 questions, time"] == (9, 36, 4)
+    assert len(rows) == 10
+
+
+TINY = gpu.Model(64, 2, 96, 4, 2, 16, vocabulary=step.VOCABULARY, eye_width=32, eye_layers=3, eye_heads=2)
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    """In full squares, as plain attention computes them; causal pairs are counted below."""
+    model, asked = gpu.model(TINY, "cpu", torch.float32), step.question(SHAPE)
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        step.separate_states(model, asked).logits()
+    square = replace(gpu.separate_work(SHAPE), pairs=8 * (SHAPE.prompt + SHAPE.response) ** 2)
+    assert gpu.forward_flops(model, square) == counter.get_total_flops()
+
+
+def test_pairs_are_those_that_the_mask_lets_see_each_other() -> None:
+    model = gpu.model(TINY, "cpu", torch.float32)
+    packed = step.pack([step.question(SHAPE)], model, step.FAMILY)
+    work = gpu.packed_work(SHAPE)
+    assert packed.inputs["input_ids"].numel() == work.tokens
+    assert int(packed.inputs["attention_mask"].sum()) == work.pairs
+    assert len(packed.token_U) == work.states
+    separate = gpu.separate_work(SHAPE)
+    assert (separate.tokens, separate.pairs) == (8 * 23, 8 * sum(range(1, 24)))
+
+
+def test_gpu_rows_of_a_step_at_a_size_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "peak_flops", lambda device: 1e9)
+    time_, tokens, share = gpu.step_rows(gpu.Sizes(TINY, TINY, SHAPE, 2, "cpu", torch.float32))
+    assert tokens.ours == pytest.approx(2 * 8 * 6 / time_.ours)
+    assert tokens.ours > tokens.spread[0][0] > 0 and tokens.spread[0][1] > tokens.ours
+    model = gpu.model(TINY, "cpu", torch.float32)
+    flops = 2 * 4 * gpu.forward_flops(model, gpu.packed_work(SHAPE))  # two questions, 3 + 1 passes of equal models
+    assert share.ours == pytest.approx(100 * flops / time_.ours / 1e9)
+    assert gpu_rows(Benchmark.STEP) == [] or torch.cuda.is_available()
 
 
 def test_a_baseline_that_finds_other_thresholds_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

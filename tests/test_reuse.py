@@ -14,6 +14,7 @@ from masters.answering import NO_SHARD, Answerer, Order
 from masters.artifacts import Artifact, Identity
 from masters.config import Runtime
 from masters.identity import digest
+from masters.processes import Ran
 from masters.reuse import Earlier
 from masters.shards import Ref
 from masters.storage import Storage
@@ -26,7 +27,7 @@ class Nights:
 
     def __init__(self, folder: str, patch: pytest.MonkeyPatch) -> None:
         self.storage, self.asked, self.last, self.answered = Storage(folder), ASKED, [], []
-        patch.setattr(answering.processes, "run", lambda *_: [])
+        patch.setattr(answering.processes, "run", lambda *_: Ran())
         patch.setattr(answering, "_child", lambda orders, *_: [self.answer(order) for order in orders])
 
     def answer(self, order: Order) -> None:

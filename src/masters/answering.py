@@ -111,9 +111,9 @@ def fulfil(
 
     on_progress(0, questions, f"0 of {len(todo):,} shards")
     children = [_child(part, data, runtime, folder) for part in jobs.values()]
-    started = processes.run(children, runtime.generate_workers, count, runtime.silence_minutes * 60)
+    ran = processes.run(children, runtime.generate_workers, count, runtime.silence_minutes * 60)
     workers = min(runtime.generate_workers, len(children))
-    return dict(engines=len(children), workers=workers, startup_seconds=started)
+    return dict(engines=len(children), workers=workers, **ran.told())
 
 
 def gather(storage: Storage, identity: artifacts.Identity, orders: list[Order]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from masters import cli_models
-from masters.benchmarks import Benchmark, benchmark
+from masters.benchmarks import Benchmark, benchmark, gpu_rows
 from masters.config import Config, load
 from masters.errors import InputError, MastersError
 from masters.infra.settings import Services
@@ -71,7 +71,7 @@ def nightly(config: ConfigPath, overrides: Overrides = None, as_json: Json = Fal
 def bench(name: Annotated[Benchmark, typer.Argument(help="What to measure")], as_json: Json = False) -> None:
     """Our fast paths against what one would write otherwise, on this machine."""
     try:
-        rows = [row.as_dict() for row in benchmark(name)()]
+        rows = [row.as_dict() for row in [*benchmark(name)(), *gpu_rows(name)]]
     except ImportError as error:
         raise InputError(f"expected the baselines' libraries (extra dev), found {error}: run `make setup`") from None
     for row in rows:

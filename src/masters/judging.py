@@ -77,9 +77,12 @@ def fulfil(
 
     on_progress(0, len(asked))
     children = _children(storage, judge, [part for part in parts if part], runtime, folder)
-    processes.run(children, len(children), follow, runtime.silence_minutes * 60)
+    ran = processes.run(children, len(children), follow, runtime.silence_minutes * 60)
     verdicts = others | (known(storage, judge, ordered) if children else before)
-    how = dict(triples=len(triples), asked=len(asked), answered=len(asked) - len(others), judges=len(children))
+    how = dict(
+        triples=len(triples), asked=len(asked), answered=len(asked) - len(others), judges=len(children),
+        **ran.told(),
+    )  # fmt: skip
     return verdicts, how
 
 

@@ -1,7 +1,7 @@
 """Child processes for engines and trainers: memory comes back, a crash is an exit code, none outlives its parent.
 
 A child is MODULE, run with JOB.json as its argument. It writes one JSON object a line to `JOB.progress`, everything
-else to `JOB.log`, and ends with 0 or an error in the log's last lines.
+else to `JOB.log`, and ends with 0 or an error in the log's last lines. Its last line of progress is its peak memory.
 """
 
 import ctypes
@@ -17,11 +17,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from masters import memory
 from masters.errors import InputError, MastersError, WorkerError, WorkerLost
 
 PR_SET_PDEATHSIG = 1
 POLL = 0.2  # seconds
 POLITE = 5.0  # seconds to end in before being killed
+PEAK = "peak"  # the event of a child's last line
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,32 @@ class Child:
         return time.time() - max(signs)
 
 
+@dataclass(frozen=True)
+class Ran:
+    """What children took: seconds to each one's first line (imports, an engine's start), and MiB at their peak.
+
+    `peak_mib` is that of the largest that may have run together, which bounds what all held at a time (pages that they
+    share count once each; processes that children start themselves do not count).
+    """
+
+    startup_seconds: tuple[float, ...] = ()
+    peak_mib: float = 0.0
+
+    def told(self) -> dict:
+        """For a stage's entry in the summary."""
+        return dict(startup_seconds=list(self.startup_seconds), children_peak_mib=round(self.peak_mib))
+
+
 def run(
     children: list[Child], at_once: int, on_progress: Callable[[str, dict], None], silence: float = math.inf
-) -> list[float]:
+) -> Ran:
     """Run all children, at most `at_once` together, passing on their progress lines.
 
-    Returns how many seconds each took to its first line: imports and, of an engine, its start. If one fails the
-    others are ended and WorkerError says which and why; WorkerLost if a signal ended it, or if it wrote nothing for
-    `silence` seconds. Also on any other exception, such as a cancellation, no child is left.
+    If one fails the others are ended and WorkerError says which and why; WorkerLost if a signal ended it, or if it
+    wrote nothing for `silence` seconds. Also on any other exception, such as a cancellation, no child is left.
     """
-    waiting, running, began, started = list(children), {}, {}, {}
+    waiting, running, peaks = list(children), {}, []
+    began, started = {}, {}
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
@@ -71,8 +89,11 @@ def run(
             for child, process, tail in list(running.values()):
                 ended = process.poll() is not None
                 for line in tail.lines():
-                    started.setdefault(child.name, time.monotonic() - began[child.name])
-                    on_progress(child.name, line)
+                    started.setdefault(child.name, round(time.monotonic() - began[child.name], 2))
+                    if line.get("event") == PEAK:
+                        peaks.append(line["mib"])
+                    else:
+                        on_progress(child.name, line)
                 if ended:
                     del running[child.name]
                     _judge(child, process.returncode)
@@ -81,7 +102,7 @@ def run(
             time.sleep(POLL)
     finally:
         _end([process for _, process, _ in running.values()])
-    return [round(seconds, 2) for seconds in started.values()]
+    return Ran(tuple(started.values()), float(sum(sorted(peaks)[-at_once:])) if peaks else 0.0)
 
 
 def report(job_file: Path, **fields: object) -> None:
@@ -94,6 +115,7 @@ def child_main(main: Callable[[Path], None]) -> None:
     """A child's entry: its job file is the first argument; an expected error is one line and its exit code."""
     try:
         main(Path(sys.argv[1]))
+        report(Path(sys.argv[1]), event=PEAK, mib=memory.peak_mib())
     except MastersError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)

@@ -76,6 +76,13 @@ def test_a_model_has_one_engine_a_run(first: dict) -> None:
     assert (stages["evaluate"]["shards"], stages["evaluate"]["shards_built"]) == (3, 1)
 
 
+def test_the_summary_says_what_memory_stages_took(first: dict) -> None:
+    """Engines and trainers hold PyTorch: no less than 200 MiB a process."""
+    stages = {stage["name"]: stage for stage in first["stages"]}
+    assert all(100 < stage["peak_mib"] < 24_000 for stage in first["stages"])
+    assert all(2 * 200 < stages[name]["children_peak_mib"] < 24_000 for name in ("generate", "train"))
+
+
 def test_bad_rows_are_set_aside_with_their_reason(first: dict) -> None:
     assert sorted(row["id"] for row in rows(first, "data", "rejected")) == [
         "broken",

@@ -27,7 +27,7 @@ DISTINCT = 3 + 3 + 2
 def in_process(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Children run here, one after the other: a process costs seconds of imports. A test may ask for real ones."""
 
-    def run(children: list[processes.Child], at_once: int, on_progress) -> None:
+    def run(children: list[processes.Child], at_once: int, on_progress, silence: float) -> processes.Ran:
         for child in children:
             child.folder.mkdir(parents=True, exist_ok=True)
             child.progress.unlink(missing_ok=True)
@@ -35,6 +35,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
             judge_worker.main(child.job_file)
             for line in child.progress.read_text().splitlines():
                 on_progress(child.name, json.loads(line))
+        return processes.Ran()
 
     if "real_process" not in request.fixturenames:
         monkeypatch.setattr(processes, "run", run)

@@ -34,13 +34,13 @@ def interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train until a few steps behind a checkpoint."""
     original = processes.run
 
-    def cut_short(children, at_once, on_progress) -> None:
+    def cut_short(children, at_once, on_progress, silence) -> None:
         def stop(name: str, line: dict) -> None:
             if line.get("event") == "step" and line["step"] >= 5:
                 raise KeyboardInterrupt
             on_progress(name, dict(line))
 
-        original(children, at_once, stop)
+        original(children, at_once, stop, silence)
 
     with monkeypatch.context() as patch:
         patch.setattr(processes, "run", cut_short)
