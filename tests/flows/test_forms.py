@@ -14,6 +14,7 @@ from masters.config import Config, load
 from masters.flows.ablate import ablate
 from masters.flows.distill import distill
 from masters.flows.evaluate import evaluate
+from masters.flows.nightly import nightly
 
 SCHEMA = preprocess_schema(parameter_schema(distill).model_dump())
 DEFINITIONS = parameter_schema(distill).model_dump()["definitions"]
@@ -103,6 +104,6 @@ def test_every_field_is_described() -> None:
     assert [kind for kind, of in DEFINITIONS.items() if not of.get("description")] == []
 
 
-@pytest.mark.parametrize("flow", [distill, evaluate, ablate], ids=lambda flow: flow.name)
+@pytest.mark.parametrize("flow", [distill, nightly, evaluate, ablate], ids=lambda flow: flow.name)
 def test_every_parameter_is_described(flow: Flow) -> None:
     assert all(of.get("description") for of in parameter_schema(flow).properties.values())

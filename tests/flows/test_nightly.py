@@ -92,7 +92,7 @@ def test_only_new_and_changed_questions_are_answered(nights: list[dict]) -> None
         found: dict = {}
         for row in rows(night, "generate", "responses"):
             found.setdefault(row["question_id"], []).append(row)
-        told[id(night)] = found
+        told[id(night)] = {q: sorted(given, key=lambda r: (r["source"], r["sample"])) for q, given in found.items()}
     first, _, third, fourth = told.values()
     new = third.keys() - first.keys()
     assert len(new) == 8 and stages(nights[2])["generate"]["shards_built"] > 0
