@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRA ?= cpu
 
-.PHONY: demo test test-all setup check bench demo-models up down
+.PHONY: demo test test-all setup check bench demo-models up down browser
 
 demo: setup
 	$(BIN)/masters distill configs/demo.toml
@@ -11,8 +11,12 @@ demo: setup
 test: setup
 	$(BIN)/pytest -m "not slow"
 
-test-all: setup
+test-all: setup browser
 	$(BIN)/pytest
+
+# of the tests that open the UIs; as another user than root, install it beforehand
+browser:
+	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 
 check: setup
 	$(BIN)/ruff check .
