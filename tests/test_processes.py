@@ -87,3 +87,9 @@ def test_a_child_ends_with_its_parent_even_before_it_has_imported_anything(tmp_p
     )
     done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True)
     until(lambda: birth(int(done.stdout)) is None, 10, "the child ends")
+
+
+def test_a_child_may_be_named_after_a_hub_id(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="models:/org/name@candidate-1 ended with exit code 2: bad input"):
+        processes.run([Child("models:/org/name@candidate-1", "child_refuses", {}, tmp_path, {})], 1, lambda *_: None)
+    assert (tmp_path / "models-org-name-candidate-1.json").exists()

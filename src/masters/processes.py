@@ -8,6 +8,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -28,7 +29,10 @@ PEAK = "peak"  # the event of a child's last line
 
 @dataclass(frozen=True)
 class Child:
-    """One process to run: its module, its job (written to `folder/name.json`) and its environment's additions."""
+    """One process to run: its module, its job (written to `folder/name.json`) and its environment's additions.
+
+    A name may hold what no file name may, such as a hub id's slash.
+    """
 
     name: str
     module: str
@@ -38,15 +42,18 @@ class Child:
 
     @property
     def job_file(self) -> Path:
-        return self.folder / f"{self.name}.json"
+        return self._file("json")
 
     @property
     def log(self) -> Path:
-        return self.folder / f"{self.name}.log"
+        return self._file("log")
 
     @property
     def progress(self) -> Path:
-        return self.folder / f"{self.name}.progress"
+        return self._file("progress")
+
+    def _file(self, kind: str) -> Path:
+        return self.folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', self.name)}.{kind}"
 
     def silent(self) -> float:
         """Seconds since a sign of life: its start, a line of its log, of its progress."""
