@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from enum import StrEnum
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from masters.benchmarks.measure import Row
+if TYPE_CHECKING:
+    from masters.benchmarks.measure import Row
 
 
 class Benchmark(StrEnum):
@@ -18,12 +20,12 @@ class Benchmark(StrEnum):
     SCALE = "scale"
 
 
-def benchmark(name: Benchmark) -> Callable[[], list[Row]]:
+def benchmark(name: Benchmark) -> "Callable[[], list[Row]]":
     """The function that measures; its libraries are imported now."""
     return import_module(f"masters.benchmarks.{name.replace('-', '_')}").measured
 
 
-def gpu_rows(name: Benchmark) -> list[Row]:
+def gpu_rows(name: Benchmark) -> "list[Row]":
     """Further rows on a machine with a CUDA device, none elsewhere."""
     if name not in (Benchmark.HEAD, Benchmark.STEP):
         return []

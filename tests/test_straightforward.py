@@ -102,11 +102,21 @@ def make_job(asked: list[plain.Group], store: Path) -> trainer.Job:
         prompt = model_inputs(processor, one.question.question, buffer.getvalue())
         return Question(str(group.ref.row), prompt, group.responses)
 
-    groups = [Group(Ref("", str(n), 0, n), 0, None, g.responses, np.array(g.scores)) for n, g in enumerate(asked)]
+    groups = [
+        Group(
+            Ref("", str(n), 0, n),
+            0,
+            None,
+            g.responses,
+            np.array(g.scores),
+            [("teacher", 0.2, n) for n in range(len(g.scores))],
+        )
+        for n, g in enumerate(asked)
+    ]
     return trainer.Job(
         student=checkpoints.load_model(STUDENT, "float32"), teacher=checkpoints.load_model(TEACHER, "float32"),
         remask=lambda stage: None, family=family_of("qwen3_vl"), train=TRAIN, rewards=Rewards(accuracy="rules"),
-        groups=groups, steps=[], question=question, storage=Storage(str(store)), checkpoints="reference",
+        ratios=[0.2], groups=groups, steps=[], question=question, storage=Storage(str(store)), checkpoints="reference",
         checkpoint_steps=1, token_budget=16_384, report=lambda **_: None,
     )  # fmt: skip
 

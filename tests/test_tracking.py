@@ -75,7 +75,7 @@ def test_a_stage_says_what_it_read_and_wrote(finished: tuple[Tracker, int]) -> N
     assert set(used) == {
         ("input", "questions"), ("input", "model"), ("output", "train"), ("output", "model"),
     }  # fmt: skip
-    assert "/finished0/data/" in used["input", "questions"].source
+    assert "/data/tracked-" in used["input", "questions"].source
     assert all(0 < len(dataset.digest) <= 36 for dataset in used.values())
     read = stage_run(tracker, "data").inputs.dataset_inputs
     assert ("questions", used["input", "questions"].digest) in {(e.dataset.name, e.dataset.digest) for e in read}
