@@ -19,6 +19,7 @@ from masters.reuse import Earlier
 from masters.stages import Stage
 from masters.storage import Storage
 from masters.tasks.evaluate import evaluate
+from masters.tasks.report import night_reported
 from masters.tasks.stage import Context, Run
 from masters.tracking import tracking_uri
 
@@ -37,6 +38,7 @@ def nightly(config: Config) -> dict:
         webhook.report(config.name, "failed", str(error))
         raise
     told = summary["nightly"]
+    night_reported(config.name, told)
     if told["regressions"]:
         webhook.report(config.name, "regression", "; ".join(told["regressions"]))
     return summary

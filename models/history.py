@@ -25,6 +25,7 @@ class Ledger:
     def __init__(self) -> None:
         self._rows: dict[str, list[dict]] = {table: [] for table in SCHEMAS}
         self._step: dict = {}
+        self._ratio = 0.0
 
     @property
     def full(self) -> bool:

@@ -1,6 +1,7 @@
 """report: what a run found out, as artifacts in Prefect's UI, and its plots in MLflow. Nothing is decided by it."""
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from prefect import task
@@ -23,9 +24,20 @@ CAPTIONS = {
 
 
 def reported(run: Run, version: int | None) -> None:
-    """Report on a run, finished or failed. What goes wrong here is said and fails nothing."""
+    """Report on a run, finished or failed."""
+    _harmless(lambda: report(run, version))
+
+
+def night_reported(name: str, told: dict) -> None:
+    """What a night came to, as a table."""
+    row = {what: inert(str(told.get(what, "")), 300) for what in ("outcome", "champion", "candidate", "reasons")}
+    _harmless(lambda: create_table_artifact([row], key=key(name, "night"), description="The gate's verdict"))
+
+
+def _harmless(work: Callable[[], object]) -> None:
+    """What goes wrong in a report is said and fails nothing."""
     try:
-        report(run, version)
+        work()
     except Exception as error:  # drawing, stores and servers raise what they like
         line = f"the run's report is incomplete: {type(error).__name__}: {error}"
         log("warning", line)

@@ -109,15 +109,15 @@ def make_job(asked: list[plain.Group], store: Path) -> trainer.Job:
             None,
             g.responses,
             np.array(g.scores),
-            [("teacher", 0.2, n) for n in range(len(g.scores))],
+            [("teacher", RATIO, n) for n in range(len(g.scores))],
         )
         for n, g in enumerate(asked)
     ]
     return trainer.Job(
         student=checkpoints.load_model(STUDENT, "float32"), teacher=checkpoints.load_model(TEACHER, "float32"),
         remask=lambda stage: None, family=family_of("qwen3_vl"), train=TRAIN, rewards=Rewards(accuracy="rules"),
-        ratios=[0.2], groups=groups, steps=[], question=question, storage=Storage(str(store)), checkpoints="reference",
-        checkpoint_steps=1, token_budget=16_384, report=lambda **_: None,
+        ratios=[RATIO], groups=groups, steps=[], question=question, storage=Storage(str(store)),
+        checkpoints="reference", checkpoint_steps=1, token_budget=16_384, report=lambda **_: None,
     )  # fmt: skip
 
 
