@@ -16,7 +16,7 @@ test-all: setup browser
 
 # of the tests that open the UIs; as another user than root, install it beforehand
 browser:
-	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
+	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; }
 
 check: setup
 	$(BIN)/ruff check .
