@@ -146,7 +146,8 @@ def _full(stack: Stack, settings: Settings, environment: dict[str, str]) -> dict
 def _prefect(settings: Settings, environment: dict[str, str], database: str) -> Service:
     port = str(settings.prefect_port)
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
-    chosen = {"PREFECT_API_DATABASE_CONNECTION_URL": database} if database else {}
+    chosen = {"PREFECT_UI_API_URL": f"http://127.0.0.1:{port}/api"}  # else the pages ask the default port
+    chosen |= {"PREFECT_API_DATABASE_CONNECTION_URL": database} if database else {}
     return Service("prefect", command, environment | chosen, lambda: answers(f"http://127.0.0.1:{port}/api/health"))
 
 

@@ -54,6 +54,10 @@ def named(page: Page, name: str, nth: int = 0) -> Locator:
     return inner.filter(has=label).nth(nth)
 
 
+def tab(page: Page, name: str) -> None:
+    page.get_by_role("tablist").get_by_text(name, exact=True).click()
+
+
 def choose(page: Page, name: str, value: str) -> None:
     named(page, name).locator(".p-select button").first.focus()
     page.keyboard.press("Space")
@@ -86,18 +90,19 @@ def run(stack: Stack, page: Page) -> str:
 
 def test_a_run_started_from_the_form_is_watched_to_its_end(stack: Stack, page: Page, run: str) -> None:
     page.goto(f"{stack.urls['prefect_url']}/runs/flow-run/{run}")
-    for stage in ("data", "mask", "generate"):
-        expect(page.get_by_text(stage).first).to_be_visible()
+    tab(page, "Task Runs")
+    expect(page.get_by_role("link", name="generate").first).to_be_visible(timeout=2 * SECONDS)
     until(lambda: stack.run(run)["state_type"] in ("COMPLETED", "FAILED", "CRASHED"), 400, "the run's end")
     page.reload()
     expect(page.get_by_text("Completed").first).to_be_visible()
-    expect(page.get_by_text("register").first).to_be_visible()
     seen(page, "run")
+    tab(page, "Task Runs")
+    expect(page.get_by_role("link", name="register").first).to_be_visible()
 
 
 def test_its_artifacts_open(stack: Stack, page: Page, run: str) -> None:
     page.goto(f"{stack.urls['prefect_url']}/runs/flow-run/{run}")
-    page.get_by_role("tab", name="Artifacts").or_(page.get_by_text("Artifacts", exact=True)).first.click()
+    tab(page, "Artifacts")
     for key in ("seen-result", "seen-plots", "seen-gallery", "seen-mlflow-run"):
         expect(page.get_by_text(key).first).to_be_visible()
     found = post(f"{stack.api}/artifacts/filter", {"artifacts": {"key": {"any_": ["seen-gallery"]}}})
