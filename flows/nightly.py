@@ -31,6 +31,9 @@ def nightly(config: Config) -> dict:
     """Distil what changed since the last night; promote the student only if it is better. Returns the summary.
 
     A failure and a regression are reported to the webhook that MASTERS_WEBHOOK_URL names.
+
+    Args:
+        config: What a TOML file holds; what this form accepts is what the file accepts.
     """
     try:
         summary = night(config)

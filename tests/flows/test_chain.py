@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from masters.artifacts import Artifact
+from masters.storage import Storage
 from tests.drawn import write_questions
 from tests.flows.test_pipeline import ROOT, masters, rows
 
@@ -57,7 +59,8 @@ def test_the_second_round_starts_from_the_first_rounds_student(tmp_path: Path) -
     assert {s["outcome"] for s in summary["stages"]} == {"built"}
     first, second = ({r["mask_ratio"] for r in rows(summary, name, "responses")} for name in ("generate", "generate-2"))
     assert (first, second) == ({0.1, 0.0, None}, {0.2, 0.0, None})
-    assert record(summary, "train-2")["inputs"]["student"] == record(summary, "train")["digest"]
+    student = Artifact(Storage(str(tmp_path)), "", record(summary, "train")).parts["model"]
+    assert record(summary, "train-2")["inputs"]["student"] == student
     assert len(summary["teachers"]) == 2
     lines = masters("distill", str(config), "--plan", home=home).stdout.splitlines()
     assert {line.split()[1] for line in lines} == {"reused"} and len(lines) == len(summary["stages"])

@@ -157,7 +157,7 @@ def test_a_student_built_again_is_fetched_again(tmp_path: Path, context: Callabl
     run, folders = context(f"s3://{BUCKET}/again"), []
     for weights in (b"first", b"second"):
         run.storage.write("train/x-1/model/weights", weights)
-        trained = Artifact(run.storage, "train/x-1", {"fingerprint": "1", "digest": digest(weights)})
+        trained = Artifact(run.storage, "train/x-1", {"files": [dict(name="model/weights", digest=digest(weights))]})
         folders.append(run.fetched(trained))
     assert [(folder / "weights").read_bytes() for folder in folders] == [b"first", b"second"]
     assert all(folder.is_relative_to(tmp_path / ".cache") for folder in folders)
