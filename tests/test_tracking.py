@@ -1,5 +1,6 @@
 """Where a run is tracked, and what it says about a stage's inputs and outputs. MLflow on SQLite."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,14 @@ def test_by_default_everything_lies_beside_the_artifacts(storage: Storage, tmp_p
     assert registered(storage, b"other")[1] == 2
     assert (tmp_path / "store/mlflow.db").exists()
     assert {p.name for p in tmp_path.iterdir()} == {"store", "home"}  # nothing in the working folder
+
+
+def test_one_run_does_not_choose_where_the_next_one_is_tracked(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        storage = Storage(str(tmp_path / name))
+        (tmp_path / name).mkdir()
+        assert Tracker(configured(tmp_path / name), storage).uri == f"sqlite:///{tmp_path / name}/mlflow.db"
+    assert "MLFLOW_TRACKING_URI" not in os.environ
 
 
 def test_a_stage_says_what_it_read_and_wrote(finished: tuple[Tracker, int]) -> None:

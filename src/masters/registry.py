@@ -1,6 +1,7 @@
 """The registered models in MLflow: versions, who is candidate and champion, who was, and what a version leads to."""
 
 import json
+import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from urllib.parse import urlsplit
@@ -34,7 +35,7 @@ class Registry:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        mlflow.set_tracking_uri(uri)  # its functions for models take no client
+        _point_mlflow_at(uri)
         self._client = MlflowClient(uri)
 
     def has(self, name: str) -> bool:
@@ -191,6 +192,18 @@ class Registry:
                 f"model {version.name}: version {version.version} is no longer in its store "
                 f"({tags['masters.uri']}): it cannot be champion"
             )
+
+
+def _point_mlflow_at(uri: str) -> None:
+    """For MLflow's functions that take no client.
+
+    MLflow also writes the address into the environment, where it would pass for the user's wish in a later run.
+    """
+    named = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    if named is not None:
+        os.environ["MLFLOW_TRACKING_URI"] = named
 
 
 def shown(uri: str) -> str:
