@@ -63,7 +63,7 @@ class Child:
 
 @dataclass(frozen=True)
 class Ran:
-    """What children took: seconds to the first line of each that says any (imports, an engine's start), MiB at their peak.
+    """What children took: seconds to each one's first line (imports, an engine's start), and MiB at their peak.
 
     `peak_mib` is that of the largest that may have run together, which bounds what all held at a time (pages that they
     share count once each; processes that children start themselves do not count).
