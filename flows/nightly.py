@@ -21,7 +21,7 @@ from masters.storage import Storage
 from masters.tasks.evaluate import evaluate
 from masters.tasks.report import night_reported
 from masters.tasks.stage import Context, Run
-from masters.tracking import tracking_uri
+from masters.tracking import check_answers, tracking_uri
 
 NOTHING = dict(reasons=[], regressions=[])
 
@@ -60,7 +60,9 @@ class Champion:
 def night(config: Config) -> dict:
     """The night without its reports."""
     storage = open_storage(config.store.root)
-    champion = champion_of(Registry(tracking_uri(config, storage)), config.name, storage)
+    uri = tracking_uri(config, storage)
+    check_answers(uri)
+    champion = champion_of(Registry(uri), config.name, storage)
     known = champion.questions if champion and config.nightly.start == "champion" else None
     if champion and known:
         folder = storage.download(

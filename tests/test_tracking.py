@@ -1,6 +1,7 @@
 """Where a run is tracked, and what it says about a stage's inputs and outputs. MLflow on SQLite."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from mlflow.entities import Run
 from masters import machine, tracking
 from masters.artifacts import Identity
 from masters.errors import InputError
+from masters.flows.nightly import night
 from masters.identity import digest
 from masters.storage import Storage
 from masters.tracking import Tracker
@@ -47,6 +49,13 @@ def stage_run(tracker: Tracker, stage: str) -> Run:
 def test_a_server_that_does_not_answer_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"127\.0\.0\.1:9 does not answer.*runtime\.mlflow_uri"):
         Tracker(configured(tmp_path, mlflow_uri="http://127.0.0.1:9"), Storage(str(tmp_path)))
+
+
+def test_so_is_it_by_a_night_which_asks_for_the_champion_first(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(InputError, match=r"127\.0\.0\.1:9 does not answer"):
+        night(configured(tmp_path, mlflow_uri="http://127.0.0.1:9"))
+    assert time.monotonic() - began < 20
 
 
 def test_a_password_in_the_configuration_is_refused(tmp_path: Path) -> None:
