@@ -85,7 +85,7 @@ def test_a_crashed_run_goes_on_by_itself(stack: Stack, killed: str) -> None:
 
 
 def test_down_leaves_no_process_and_up_takes_the_run_up_again(stack: Stack, killed: str, store: Storage) -> None:
-    until(lambda: any("/checkpoints/" in name for name in store.names("train")), 120, "a checkpoint")
+    until(lambda: any("/checkpoints/step-" in name for name in store.names("train")), 120, "a checkpoint")
     stack.down()
     assert stack.processes() == {}
     stack.up()
