@@ -30,7 +30,7 @@ from masters.sources.easyvqa import EasyVqa
 class Sizes:
     prompts: int = 64
     ratios: int = 5  # the demo's first ones
-    repeats: int = 1
+    repeats: int = 3
 
 
 @dataclass(frozen=True)
