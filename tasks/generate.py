@@ -4,13 +4,16 @@ from collections.abc import Sequence
 
 from prefect import task
 
-from masters import shards
+from masters import judging, shards
 from masters.answering import NO_SHARD, Answerer, Order
 from masters.artifacts import Artifact, Identity
 from masters.config import Generate
 from masters.models.schedule import stage_of
+from masters.processes import Child
+from masters.stages import Stage
 from masters.tasks.answers import answered
 from masters.tasks.mask import thresholds
+from masters.tasks.score import judge_of
 from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse
 
 VERSION = 1
@@ -55,9 +58,17 @@ def generate(run: Run, current: Round, data: Artifact, masks: Artifact, ahead: S
     made_of = identity(run, current, asked)
 
     def build() -> tuple[dict[str, str], dict, dict]:
-        files, how = answered(run, made_of, data, asked, ahead)
+        files, how = answered(run, made_of, data, asked, ahead, _judge_beside(run, current, made_of, data, asked))
         rows = sum(order.samples * len(order.shard.refs) for order in asked)
         return files, dict(rows=rows), how
 
     upstream = dict(data=data, masks=masks, teacher=current.teacher.origin, student=current.student.origin)
     return build_or_reuse(run, made_of, upstream, build)
+
+
+def _judge_beside(run: Run, current: Round, made_of: Identity, data: Artifact, asked: list[Order]) -> Child | None:
+    """A judge that is a server gives its verdicts while the engines answer; `score` finds them."""
+    judge = judge_of(run, current)
+    if judge is None or Stage.SCORE in run.rebuild:  # which forgets what was judged
+        return None
+    return judging.ahead(data, judge, [order.file for order in asked], run.config.runtime, run.work(made_of))

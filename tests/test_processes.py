@@ -93,3 +93,18 @@ def test_a_child_may_be_named_after_a_hub_id(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="models:/org/name@candidate-1 ended with exit code 2: bad input"):
         processes.run([Child("models:/org/name@candidate-1", "child_refuses", {}, tmp_path, {})], 1, lambda *_: None)
     assert (tmp_path / "models-org-name-candidate-1.json").exists()
+
+
+def test_what_runs_beside_takes_nobodys_place(tmp_path: Path) -> None:
+    """The others run one at a time, also when it has ended."""
+    (tmp_path / "child_brief.py").write_text("import time; time.sleep(0.2)")
+    (tmp_path / "child_noted.py").write_text(
+        "import json, sys, time; begun = time.monotonic(); time.sleep(0.5);"
+        "print(json.dumps(dict(begun=begun, ended=time.monotonic())),"
+        "file=open(sys.argv[1].replace('json', 'progress'), 'a'))"
+    )
+    told = {}
+    children = [Child(f"one-{n}", "child_noted", {}, tmp_path, {}) for n in range(2)]
+    beside = [Child("beside", "child_brief", {}, tmp_path, {})]
+    processes.run(children, 1, told.__setitem__, beside=beside)
+    assert told["one-0"]["ended"] <= told["one-1"]["begun"]

@@ -87,10 +87,12 @@ def fulfil(
     runtime: Runtime,
     folder: Path,
     on_progress: Callable[[int, int, str], None],
+    beside: processes.Child | None = None,
 ) -> dict:
     """Answer what is missing, one engine process per model. Returns how it ran, for the summary.
 
-    `on_progress` hears questions done, questions in all, and the shards as a note.
+    `on_progress` hears questions done, questions in all, and the shards as a note. `beside`: runs with the engines,
+    if there are any, and is waited for; what it says it `judged` is counted.
     """
     todo = []
     for order in missing(data.storage, orders):
@@ -101,19 +103,21 @@ def fulfil(
     jobs: dict[tuple[str, str], list[Order]] = {}
     for order in todo:
         jobs.setdefault((order.answerer.digest, order.sampling["dtype"]), []).append(order)
-    done, shards, questions = 0, 0, sum(len(order.shard.refs) for order in todo)
+    done, shards, judged, questions = 0, 0, 0, sum(len(order.shard.refs) for order in todo)
 
     def count(_: str, line: dict) -> None:
-        nonlocal done, shards
+        nonlocal done, shards, judged
+        judged += line.get("judged", 0)
         done += line.get("questions", 0)
         shards += "questions" in line
         on_progress(done, questions, f"{shards:,} of {len(todo):,} shards")
 
     on_progress(0, questions, f"0 of {len(todo):,} shards")
     children = [_child(part, data, runtime, folder) for part in jobs.values()]
-    ran = processes.run(children, runtime.generate_workers, count, runtime.silence_minutes * 60)
+    beside_them = [beside] if beside and children else []
+    ran = processes.run(children, runtime.generate_workers, count, runtime.silence_minutes * 60, beside_them)
     workers = min(runtime.generate_workers, len(children))
-    return dict(engines=len(children), workers=workers, **ran.told())
+    return dict(engines=len(children), workers=workers, **({"judged_ahead": judged} if beside else {}), **ran.told())
 
 
 def gather(storage: Storage, identity: artifacts.Identity, orders: list[Order]) -> dict[str, str]:

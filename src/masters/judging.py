@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from masters import processes, schemas
+from masters.artifacts import Artifact
 from masters.config import Runtime
 from masters.identity import fingerprint
 from masters.rewards import judge_prompts
@@ -51,6 +52,27 @@ def known(storage: Storage, judge: Judge, triples: list[Triple]) -> dict[Triple,
             if triple := wanted.get(row.pop("triple_digest")):
                 found.setdefault(triple, Verdict(**row))
     return found
+
+
+def known_digests(storage: Storage, folder: str) -> set[str]:
+    """Of the triples that a judge gave verdicts on earlier; `folder` is the judge's."""
+    columns = ["triple_digest"]
+    return {d for name in storage.names(folder) for d in schemas.decode(storage.read(name), columns)[0].to_pylist()}
+
+
+def ahead(data: Artifact, judge: Judge, shards: list[str], runtime: Runtime, folder: Path) -> processes.Child | None:
+    """A process that asks a server about shards of responses as engines finish them; None for a judge of our own.
+
+    An engine would take the processor from those that answer; a server has its own. What the process judges is found
+    by `fulfil`.
+    """
+    if "url" not in judge.reach:
+        return None
+    job = dict(
+        store=data.storage.uri(""), data=data.folder, responses="shards/responses", shards=shards, folder=judge.folder,
+        reach=judge.reach, runtime=runtime.model_dump(),
+    )  # fmt: skip
+    return processes.Child("judge-ahead", "masters.models.judge_ahead", job, folder, {})
 
 
 def fulfil(

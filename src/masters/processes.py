@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,18 +78,23 @@ class Ran:
 
 
 def run(
-    children: list[Child], at_once: int, on_progress: Callable[[str, dict], None], silence: float = math.inf
+    children: list[Child],
+    at_once: int,
+    on_progress: Callable[[str, dict], None],
+    silence: float = math.inf,
+    beside: Sequence[Child] = (),
 ) -> Ran:
-    """Run all children, at most `at_once` together, passing on their progress lines.
+    """Run all children, at most `at_once` together and `beside` next to them, passing on their progress lines.
 
     If one fails the others are ended and WorkerError says which and why; WorkerLost if a signal ended it, or if it
     wrote nothing for `silence` seconds. Also on any other exception, such as a cancellation, no child is left.
     """
-    waiting, running, peaks = list(children), {}, []
+    waiting, running, peaks = [*beside, *children], {}, []
+    uncounted = {child.name for child in beside}
     began, started = {}, {}
     try:
         while waiting or running:
-            while waiting and len(running) < at_once:
+            while waiting and (waiting[0].name in uncounted or len(running.keys() - uncounted) < at_once):
                 child = waiting.pop(0)
                 began[child.name] = time.monotonic()
                 running[child.name] = (child, _start(child), _Tail(child.progress))
@@ -109,7 +114,7 @@ def run(
             time.sleep(POLL)
     finally:
         _end([process for _, process, _ in running.values()])
-    return Ran(tuple(started.values()), float(sum(sorted(peaks)[-at_once:])) if peaks else 0.0)
+    return Ran(tuple(started.values()), float(sum(sorted(peaks)[-at_once - len(beside) :])) if peaks else 0.0)
 
 
 def report(job_file: Path, **fields: object) -> None:

@@ -1,0 +1,70 @@
+"""A judge's process beside the engines: a server gives verdicts on shards as they come, so that `score` finds them.
+
+`python -m masters.models.judge_ahead JOB.json`; the job is made by `masters.judging.ahead`. Whatever goes wrong here
+is left to `score`, which asks for the verdicts that are missing and says why they cannot be had.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from masters import artifacts, judging, processes, schemas
+from masters.config import Runtime
+from masters.errors import MastersError
+from masters.identity import fingerprint
+from masters.models.judge_worker import voice_of
+from masters.rewards.judge import Voice, judge
+from masters.rewards.verdict import FINAL, Triple
+from masters.storage import Storage
+
+PAUSE = 2.0  # seconds between two looks at the store
+
+
+def main(job_file: Path) -> None:
+    job = json.loads(job_file.read_text())
+    storage = Storage(job["store"])
+    try:
+        with voice_of(job["reach"], Runtime(**job["runtime"])) as voice:
+            for triples in _coming(storage, job, job_file):
+                if not _judged(storage, voice, triples, job["folder"]):
+                    print("the judge gave no verdict: the stage score will ask again", file=sys.stderr)
+                    return
+                processes.report(job_file, event="judged", judged=len(triples))
+    except MastersError as error:
+        print(f"judging ahead ended: {error}", file=sys.stderr)
+
+
+def _coming(storage: Storage, job: dict, job_file: Path) -> Iterator[list[Triple]]:
+    """Triples that have no verdict, batch by batch, of each shard when it is there. Waits for the last of them."""
+    data = artifacts.load(storage, job["data"])
+    columns = ["question_id", "question", "answer"]
+    asked = {row["question_id"]: (row["question"], row["answer"]) for row in data.rows("questions", columns)}
+    known, waiting = judging.known_digests(storage, job["folder"]), set(job["shards"])
+    while waiting:
+        processes.report(job_file, event="waiting")  # a sign of life
+        ready = waiting & set(storage.names(job["responses"]))
+        for shard in sorted(ready):
+            rows = schemas.decode(storage.read(shard), ["question_id", "text"]).to_pylist()
+            triples = {Triple(*asked[row["question_id"]], row["text"]) for row in rows}
+            new = sorted((t for t in triples if t.digest not in known), key=lambda triple: triple.digest)
+            known.update(triple.digest for triple in new)
+            yield from (new[at : at + judging.BATCH] for at in range(0, len(new), judging.BATCH))
+        waiting -= ready
+        if waiting:
+            time.sleep(PAUSE)
+
+
+def _judged(storage: Storage, voice: Voice, triples: list[Triple], folder: str) -> bool:
+    """Keep the final verdicts on a batch. Returns whether there was any."""
+    judged = zip(triples, judge(voice, triples), strict=True)
+    rows = [judging.row(triple, verdict) for triple, verdict in judged if verdict.status in FINAL]
+    if rows:
+        name = fingerprint([triple.digest for triple in triples])
+        storage.create(f"{folder}/{name}.parquet", schemas.encode(rows, schemas.JUDGEMENTS))
+    return bool(rows)
+
+
+if __name__ == "__main__":
+    processes.child_main(main)
