@@ -33,6 +33,7 @@ def shards(run: Run) -> dict[str, bytes]:
 
 def child(run: Run, names: list[str], folder: Path) -> processes.Child:
     judge = judge_of(run, first_round(run))
+    assert judge is not None
     made = judging.ahead(question_table(run, QUESTIONS), judge, names, run.config.runtime, folder)
     assert made is not None
     return made
