@@ -6,7 +6,8 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.runtime import flow_run
 
-from masters import artifacts
+from masters import allowed, artifacts
+from masters.allowed import Setting
 from masters.config import Config, Model
 from masters.errors import InputError
 from masters.machine import cache
@@ -51,14 +52,16 @@ def found(models: list[str], tracking: str) -> list[LocalModel]:
 
 
 def _found(model: str, tracking: str) -> LocalModel:
-    folder = str(_student(model, tracking)) if model.startswith("models:/") else model
-    there = local_model(Model(model=folder))
+    folder, store = _student(model, tracking) if model.startswith("models:/") else (model, None)
+    there = local_model(Model(model=str(folder)), store)
     return LocalModel(model, there.folder, there.digest)
 
 
-def _student(model: str, tracking: str) -> Path:
-    """A registered student's folder on this machine; a copy is named by its content."""
+def _student(model: str, tracking: str) -> tuple[Path, str]:
+    """A registered student's folder on this machine, and its store; a copy is named by its content."""
     _, target = find(model, tracking)
     (folder,) = target.folders
+    allowed.check(Setting.STORES, f"the store of {target.title}", target.store)
     student = artifacts.load(Storage(target.store), folder)
-    return student.storage.download(f"{folder}/model", cache() / "models" / student.parts["model"][:32])
+    place = cache() / "models" / student.parts["model"][:32]
+    return student.storage.download(f"{folder}/model", place), target.store

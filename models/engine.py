@@ -67,17 +67,20 @@ class MaskExtension:
 class Engine:
     """A vLLM engine on one model folder. Use as a context manager; a process holds one at a time."""
 
-    def __init__(self, folder: Path, dtype: str, runtime: Runtime) -> None:
+    def __init__(self, folder: Path, dtype: str, runtime: Runtime, own_code: bool = False) -> None:
+        """`own_code`: the model runs code of its own; preflight has asked whether it may."""
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(runtime.engine_memory_gib)))
         from transformers import AutoProcessor
         from vllm import LLM
 
-        self.folder = folder
-        self.processor = AutoProcessor.from_pretrained(folder)
+        self.folder, self.own_code = folder, own_code
+        self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=own_code)
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)  # a model of text alone has no processor
         self.llm = LLM(
             model=str(folder),
             dtype=dtype,
+            load_format="safetensors",
+            trust_remote_code=own_code,
             enforce_eager=True,
             max_model_len=self._length(runtime),
             max_num_batched_tokens=max(BATCHED_TOKENS, self._length(runtime)),
@@ -104,7 +107,7 @@ class Engine:
     def _length(self, runtime: Runtime) -> int:
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(self.folder)
+        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.own_code)
         return min(runtime.max_model_len, config.get_text_config().max_position_embeddings)
 
     def remask(self, thresholds: dict[str, float]) -> None:

@@ -13,8 +13,8 @@ TOO_LONG = Answer("the prompt and the longest answer exceed runtime.max_model_le
 class EngineVoice:
     """Answers conversations with vLLM, each list as one batch."""
 
-    def __init__(self, folder: Path, dtype: str, runtime: Runtime) -> None:
-        self._engine = Engine(folder, dtype, runtime)
+    def __init__(self, folder: Path, dtype: str, runtime: Runtime, own_code: bool = False) -> None:
+        self._engine = Engine(folder, dtype, runtime, own_code)
 
     def __enter__(self) -> "EngineVoice":
         return self

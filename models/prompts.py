@@ -5,9 +5,11 @@ import io
 import torch
 from PIL import Image
 
+from masters.images import rgb
+
 
 def opened(image: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(image)).convert("RGB")
+    return rgb(Image.open(io.BytesIO(image)))
 
 
 def chat(processor, question: str) -> str:

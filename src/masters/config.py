@@ -23,7 +23,7 @@ SHOWN = 100  # characters of a value at fault
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST)]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
-Text = Annotated[str, Field(min_length=1, max_length=4096)]
+Text = Annotated[str, Field(min_length=1)]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
@@ -111,7 +111,9 @@ class Generate(Section):
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
         default=0.9, description="Sample from the likeliest tokens that have this probability together"
     )
-    top_k: int = Field(default=50, ge=0, le=LARGEST, description="Sample from this many likeliest tokens; 0 keeps every token")
+    top_k: int = Field(
+        default=50, ge=0, le=LARGEST, description="Sample from this many likeliest tokens; 0 keeps every token"
+    )
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10, allow_inf_nan=False)] = Field(
         default=1.05, description="Above 1, tokens that were said already become less likely"
     )
@@ -214,8 +216,12 @@ class Runtime(Section):
     engine_memory_gib: Annotated[float, Field(gt=0, le=2**20, allow_inf_nan=False)] = Field(
         default=1.0, description="GiB that an engine keeps for its cache of keys and values"
     )
-    max_model_len: int = Field(default=2048, ge=16, le=LARGEST, description="Prompt and response tokens an engine admits")
-    tensor_parallel_size: int = Field(default=1, ge=1, le=1024, description="Devices that an engine spreads a model over")
+    max_model_len: int = Field(
+        default=2048, ge=16, le=LARGEST, description="Prompt and response tokens an engine admits"
+    )
+    tensor_parallel_size: int = Field(
+        default=1, ge=1, le=1024, description="Devices that an engine spreads a model over"
+    )
     silence_minutes: Annotated[float, Field(gt=0, le=10**6, allow_inf_nan=False)] = Field(
         default=120.0, description="An engine or trainer that says nothing for so long is ended"
     )

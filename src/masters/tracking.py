@@ -18,7 +18,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
-from masters import lineage, machine
+from masters import allowed, lineage, machine
+from masters.allowed import Setting
 from masters.artifacts import Artifact, Identity, Upstream
 from masters.config import Config
 from masters.errors import InputError
@@ -42,7 +43,9 @@ def tracking_uri(config: Config, storage: Storage) -> str:
             "runtime.mlflow_uri holds a user or password, and a configuration is kept with the run: set it as "
             "MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD beside the plain address"
         )
-    return config.runtime.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI") or beside(storage)
+    if named:
+        allowed.check(Setting.MLFLOW, "runtime.mlflow_uri", named)
+    return named or os.environ.get("MLFLOW_TRACKING_URI") or beside(storage)
 
 
 def check_answers(uri: str) -> None:
