@@ -13,6 +13,7 @@ from masters.errors import InputError
 from masters.machine import cache
 from masters.preflight import LocalModel, local_model, preflight
 from masters.registry import shown
+from masters.secrets import mask_logs
 from masters.storage import Storage
 from masters.tasks.data import data
 from masters.tasks.evaluate import evaluate as answer
@@ -21,7 +22,7 @@ from masters.trace import find
 from masters.tracking import Tracker, tracking_uri
 
 
-@flow(name="evaluate", flow_run_name="{config.name}")
+@flow(name="evaluate", flow_run_name="{config.name}", persist_result=False)
 def evaluate(config: Config, models: list[str]) -> dict:
     """Exact match of each model, with `n` and `standard_error`; also as a table in the run's artifacts.
 
@@ -29,6 +30,7 @@ def evaluate(config: Config, models: list[str]) -> dict:
         config: Whose evaluation split is asked; its student and teachers are not, unless they are named.
         models: Folders, Hugging Face ids, or registered students: models:/NAME@ALIAS, models:/NAME/VERSION.
     """
+    mask_logs()
     context = Context(config, preflight(config))
     asked = found(models, tracking_uri(config, context.storage))
     tracker = Tracker(config, context.storage, str(flow_run.id or ""), "evaluate")

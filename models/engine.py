@@ -13,7 +13,7 @@ from typing import Any
 
 from masters.config import Generate, Runtime
 from masters.models.checkpoints import masked_tensors
-from masters.models.prompts import chat, opened
+from masters.models.prompts import chat, conversation_tokens, opened
 from masters.rewards.judge_prompts import Conversation
 
 # read by vLLM when it is imported: in-process engine (7 s to start instead of 40), threads left to the system
@@ -131,16 +131,17 @@ class Engine:
         return [_replies(out) for out in outputs]
 
     def converse(self, conversations: list[Conversation], max_tokens: int) -> list[Reply | None]:
-        """Continue each conversation, text alone, greedily, all as one batch; None where it does not fit."""
+        """Continue each conversation, text alone, greedily, all as one batch; None where it cannot be asked."""
         from vllm import SamplingParams
 
         self.reset()
         room = self.llm.llm_engine.model_config.max_model_len - max_tokens
-        prompts = [self._conversation(conversation) for conversation in conversations]
-        asked: list[Any] = [{"prompt_token_ids": ids} for ids in prompts if len(ids) <= room]
+        prompts = [conversation_tokens(self.processor, self.tokenizer, each) for each in conversations]
+        fits = [ids is not None and len(ids) <= room for ids in prompts]
+        asked: list[Any] = [{"prompt_token_ids": ids} for ids, fit in zip(prompts, fits, strict=True) if fit]
         greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens)
         outputs = iter(self.llm.generate(asked, greedy, use_tqdm=False) if asked else [])
-        return [_replies(next(outputs))[0] if len(ids) <= room else None for ids in prompts]
+        return [_replies(next(outputs))[0] if fit else None for fit in fits]
 
     def greedy(self, requests: list[Request], tokens: int) -> list[tuple[list[int], list[float]]]:
         """Greedy answers of at most `tokens` tokens: ids and their log-probabilities."""
@@ -167,10 +168,6 @@ class Engine:
     def _prompt(self, request: Request) -> Any:
         text, image = chat(self.processor, request.question), opened(request.image)
         return {"prompt": text, "multi_modal_data": {"image": image}}
-
-    def _conversation(self, conversation: Conversation) -> list[int]:
-        text = self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _sampling(self, request: Request, sampling: Generate):
         from vllm import SamplingParams

@@ -13,6 +13,7 @@ from masters.judge_url import base_url, is_url
 from masters.models.checkpoints import check_readable, model_digest, resolve
 from masters.models.families import FAMILIES, family_of
 from masters.models.soundness import check_sound
+from masters.secrets import looks_secret
 from masters.sources import EASYVQA, Source, open_source
 from masters.storage import Storage
 
@@ -73,6 +74,13 @@ def preflight(config: Config) -> Ready:
 
 def check_allowed(config: Config) -> None:
     """Raises InputError if the configuration names what this machine's owner does not allow. Opens nothing."""
+    named = [config.student.model, *(teacher.model for teacher in config.teachers)]
+    for value in (config.store.root, config.data.source, *named):
+        if looks_secret(value):
+            raise InputError(
+                f"{value!r:.200} holds a password or a key, and a configuration is kept with the run: take it out; "
+                "keys of stores and hubs are read from the environment (AWS_*, HF_TOKEN)"
+            )
     allowed.check(Setting.STORES, "store.root", config.store.root)
     if config.runtime.mlflow_uri:
         allowed.check(Setting.MLFLOW, "runtime.mlflow_uri", config.runtime.mlflow_uri)
@@ -81,7 +89,6 @@ def check_allowed(config: Config) -> None:
     judge = config.rewards.judge
     if is_url(judge):
         allowed.check_judge(base_url(judge))
-    named = [config.student.model, *(teacher.model for teacher in config.teachers)]
     for model in [*named, *([judge] if judge != TEACHER and not is_url(judge) else [])]:
         check_model(model, config.store.root)
 

@@ -12,7 +12,9 @@ import traceback
 
 MASK = "***"
 SHORTEST = 6  # characters: a shorter value is found in harmless words
-NAMED = re.compile(r"SECRET|PASSWORD|PASSWD|TOKEN|API_KEY|ACCESS_KEY|AUTH_STRING|CREDENTIAL|WEBHOOK_URL|CONNECTION_URL")
+NAMED = re.compile(
+    r"SECRET|PASSWORD|PASSWD|TOKEN|API_KEY|ACCESS_KEY(?!_ID)|AUTH_STRING|CREDENTIAL|WEBHOOK_URL|CONNECTION_URL"
+)
 HARMLESS = re.compile(r"TOKENIZERS_PARALLELISM|_FILE$|_PATH$")
 PLAIN = re.compile(r"true|false|none|[0-9.]+", re.IGNORECASE)  # settings, not secrets
 FORMS = (
@@ -24,10 +26,15 @@ FORMS = (
         ),
         rf"\1={MASK}",
     ),
-    (re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9+/=._~-]{8,}"), rf"\1 {MASK}"),
+    (re.compile(r"(?i)(authorization\W{1,4}(?:bearer|basic)|\bbearer)\s+[A-Za-z0-9+/=._~-]{16,}"), rf"\1 {MASK}"),
     (re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b"), MASK),
-    (re.compile(r"\b(hf_|sk-)[A-Za-z0-9_-]{16,}"), MASK),
+    (re.compile(r"\b(hf_[A-Za-z0-9]{30,}|sk-(proj-|ant-)?[A-Za-z0-9]{20,})"), MASK),
 )
+
+
+def looks_secret(text: str) -> bool:
+    """Whether a text holds what has the form of a secret, whatever this process knows."""
+    return any(form.search(text) for form, _ in FORMS)
 
 
 def masked(text: str) -> str:
@@ -54,8 +61,9 @@ def mask_logs() -> None:
         if (hidden := masked(said)) != said:
             made.msg, made.args = hidden, ()
         if made.exc_info and made.exc_info[0]:
-            # formatters take the text that is there; the exception itself stays for those who look at its type
-            made.exc_text = masked("".join(traceback.format_exception(*made.exc_info)).rstrip("\n"))
+            raised = "".join(traceback.format_exception(*made.exc_info)).rstrip("\n")
+            if (hidden := masked(raised)) != raised:
+                made.exc_text = hidden  # formatters take the text that is there
         return made
 
     record.masks = True  # pyright: ignore[reportFunctionMemberAccess]

@@ -24,6 +24,7 @@ from masters.artifacts import Artifact, Identity, Upstream
 from masters.config import Config
 from masters.errors import InputError
 from masters.registry import CANDIDATE, Registry, shown
+from masters.secrets import masked
 from masters.storage import Storage
 
 PARAMETER_LENGTH = 500
@@ -108,7 +109,9 @@ class Tracker:
         self.run_id = self._current = self._open(key or uuid.uuid4().hex, config.name, tags)
         machine.remember(config.name, self.uri)
         flat = _flat(config.model_dump()).items()
-        self._client.log_batch(self.run_id, params=[Param(key, str(value)[:PARAMETER_LENGTH]) for key, value in flat])
+        self._client.log_batch(
+            self.run_id, params=[Param(key, masked(str(value))[:PARAMETER_LENGTH]) for key, value in flat]
+        )
 
     def _experiment_of(self, name: str, storage: Storage) -> str:
         """Its id. A new experiment of the default database keeps its files there too."""
@@ -236,12 +239,12 @@ class Tracker:
 
     def page(self, run_id: str) -> str | None:
         """Where a browser finds a run; None without a server."""
-        base = self.uri.rstrip("/")
+        base = shown(self.uri).rstrip("/")
         return f"{base}/#/experiments/{self._experiment}/runs/{run_id}" if base.startswith("http") else None
 
     def model_page(self, name: str, version: int) -> str | None:
         """Where a browser finds a version of a registered model; None without a server."""
-        base = self.uri.rstrip("/")
+        base = shown(self.uri).rstrip("/")
         return f"{base}/#/models/{quote(name)}/versions/{version}" if base.startswith("http") else None
 
     def finish(self, status: str) -> None:
