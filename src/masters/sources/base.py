@@ -106,5 +106,5 @@ def _image_digest(root: Path, path: str | Path) -> str:
     try:
         target = resolve_inside(root, path)
         return file_digest(target) if target and target.is_file() else "none"
-    except (OSError, ValueError):  # unreadable, or no possible file name
+    except (OSError, ValueError, RuntimeError):  # unreadable, no possible file name, a loop of links
         return "none"
