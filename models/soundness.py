@@ -14,10 +14,13 @@ from safetensors import safe_open
 from masters.errors import InputError
 from masters.machine import cache
 from masters.models.checkpoints import parameter_names
+from masters.models.masking import is_masked
 
 VERSION = 1  # of the checks
 LAYERS = ("num_hidden_layers", "num_layers", "depth", "n_layer")  # what configurations call the number of blocks
 INDEX = "model.safetensors.index.json"
+
+MASKABLE = {"BF16", "F16", "F32"}  # as files call them
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -68,6 +71,29 @@ def check_shapes(folder: Path) -> None:
     if missing:
         raise InputError(
             f"model {folder}: its weights lack {len(missing)} tensors that config.json asks for (first: {missing[0]})"
+        )
+
+
+def check_maskable(folder: Path, exclude: tuple[str, ...]) -> None:
+    """Something can be masked, and thresholds of it can be taken. Raises InputError."""
+    kinds: dict[str, str] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for name in sorted(opened.keys()):
+                part = opened.get_slice(name)
+                if is_masked(name, len(part.get_shape()), exclude):
+                    kinds.setdefault(part.get_dtype(), name)
+    if not kinds:
+        raise InputError(f"model {folder}: no tensor is left to mask (mask.exclude: {list(exclude)}); set r_max = 0")
+    if strange := kinds.keys() - MASKABLE:
+        kind = min(strange)
+        raise InputError(
+            f"model {folder}: tensor {kinds[kind]} is of type {kind}, masks are taken of {', '.join(sorted(MASKABLE))}; "
+            "save it in one of these, or add it to mask.exclude"
+        )
+    if len(kinds) > 1:
+        raise InputError(
+            f"model {folder}: tensors to be masked are of several types ({', '.join(sorted(kinds))}): save it in one"
         )
 
 

@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator
 
 import httpx
-import openai
 
 LARGEST = 1 << 20  # bytes of an answer
 
@@ -39,6 +38,7 @@ def client(seconds: float) -> httpx.Client:
             response.stream = Limited(response.stream, seconds)
 
     headers = {"Accept-Encoding": "identity"}  # what is small when packed may be without end
-    return openai.DefaultHttpxClient(
-        timeout=seconds, follow_redirects=False, headers=headers, event_hooks=dict(response=[limit])
-    )
+    return httpx.Client(
+        timeout=seconds, follow_redirects=False, headers=headers, event_hooks=dict(response=[limit]),
+        limits=httpx.Limits(max_connections=None),
+    )  # fmt: skip

@@ -12,7 +12,7 @@ from masters.errors import InputError
 from masters.judge_url import base_url, is_url
 from masters.models.checkpoints import check_readable, model_digest, resolve
 from masters.models.families import FAMILIES, family_of
-from masters.models.soundness import check_sound
+from masters.models.soundness import check_maskable, check_sound
 from masters.secrets import looks_secret
 from masters.sources import EASYVQA, Source, open_source
 from masters.storage import Storage
@@ -66,8 +66,10 @@ def preflight(config: Config) -> Ready:
     source = open_source(config.data)
     student = local_model(config.student, config.store.root)
     teachers = [local_model(teacher, config.store.root) for teacher in config.teachers]
-    for teacher in teachers:
+    for teacher, wanted in zip(teachers, config.teachers, strict=True):
         check_pair(teacher, student)
+        if wanted.r_max > 0:
+            check_maskable(teacher.folder, tuple(config.mask.exclude))
     storage = open_storage(config.store.root)
     return Ready(storage, source, student, teachers, special_tokens(student.folder), judge)
 

@@ -61,6 +61,4 @@ def rgb16() -> bytes:
     """A PNG of 2 x 2 pixels with 16 bits a channel."""
     rows = b"".join(b"\0" + struct.pack(">6H", 0, 30_000, 65_535, 1000, 2000, 3000) for _ in range(2))
     header = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")

@@ -37,8 +37,8 @@ PICTURES: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "cmyk": (lambda: encoded(plain("CMYK"), "JPEG"), "a.jpg", ACCEPTED),
     "16 bits of grey": (lambda: encoded(Image.fromarray(pictures.grey16())), "grey16.png", ACCEPTED),
     "16 bits a channel": (pictures.rgb16, "rgb16.png", ACCEPTED),
-    "32-bit samples": (lambda: encoded(plain("I"), "TIFF"), "a.tif", f"{UNDECODABLE} (samples of mode I have no state"),
-    "floating-point samples": (lambda: encoded(plain("F"), "TIFF"), "a.tif", f"{UNDECODABLE} (samples of mode F have no"),
+    "32-bit samples": (lambda: encoded(plain("I"), "TIFF"), "a.tif", f"{UNDECODABLE} (samples of mode I have no"),
+    "samples with a point": (lambda: encoded(plain("F"), "TIFF"), "a.tif", f"{UNDECODABLE} (samples of mode F have no"),
     "animated gif": (
         lambda: encoded(pictures.frames()[0], "GIF", save_all=True, append_images=pictures.frames()[1:]),
         "animated.gif", ACCEPTED,
@@ -51,7 +51,8 @@ PICTURES: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "jpeg named png": (lambda: encoded(plain(), "JPEG"), "really-a-jpeg.png", ACCEPTED),
     "text named png": (lambda: b"not a picture at all", "a.png", f"{UNDECODABLE} (no known format)"),
     "program of postscript": (
-        lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "a.png", f"{UNDECODABLE} (no known format)",
+        lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
+        "a.png", f"{UNDECODABLE} (no known format)",
     ),
     "svg": (lambda: b"<svg xmlns='http://www.w3.org/2000/svg'><script/></svg>", "a.svg", f"{UNDECODABLE} (no known"),
     "zip named jpg": (lambda: b"PK\x03\x04" + bytes(200), "a.jpg", f"{UNDECODABLE} (no known format)"),
