@@ -88,8 +88,8 @@ def check_maskable(folder: Path, exclude: tuple[str, ...]) -> None:
     if strange := kinds.keys() - MASKABLE:
         kind = min(strange)
         raise InputError(
-            f"model {folder}: tensor {kinds[kind]} is of type {kind}, masks are taken of {', '.join(sorted(MASKABLE))}; "
-            "save it in one of these, or add it to mask.exclude"
+            f"model {folder}: tensor {kinds[kind]} is of type {kind}, masks are taken of "
+            f"{', '.join(sorted(MASKABLE))}; save it in one of these, or add it to mask.exclude"
         )
     if len(kinds) > 1:
         raise InputError(

@@ -334,7 +334,8 @@ def explain(error: ValidationError) -> str:
             if fault["type"] == "missing" or isinstance(fault["input"], dict | list)
             else f" (found {_shown(fault['input'])})"
         )
-        faults.append(f"{key:.{SHOWN}}: {message.removeprefix('Value error, ')}{found}")
+        named = key if key.isprintable() and len(key) <= SHOWN else _shown(key)
+        faults.append(f"{named}: {message.removeprefix('Value error, ')}{found}")
     return "; ".join(faults)
 
 

@@ -56,7 +56,7 @@ def test_overrides(key: str, value: str) -> None:
     try:
         load(DEMO, [f"{key}={value}"])
     except InputError as error:
-        assert "\n" not in str(error).replace(repr(value), "") and len(str(error)) < 2000
+        assert "\n" not in str(error) and len(str(error)) < 2000
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])

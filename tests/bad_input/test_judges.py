@@ -89,7 +89,7 @@ def verdicts(says: dict[str, tuple[int, object]], first: str | None = None) -> d
             return 200, f"{fake_judge.inside(user, 'generated_text')} {first}"
         return next(answer for case, answer in says.items() if f"[{case}]" in html.unescape(user))
 
-    with fake_judge.serve(say=say) as server, Server(server.url, "m", timeout=5.0, retries=0) as voice:
+    with fake_judge.serve(say=say) as server, Server(server.url, "m", timeout=60.0, retries=0) as voice:
         found = judge(voice, [Triple("what color?", "teal", f"[{case}]") for case in says])
     return dict(zip(says, found, strict=True))
 
