@@ -8,10 +8,11 @@ from prefect import Flow, State, flow
 from prefect.client.schemas.objects import FlowRun
 from prefect.runtime import flow_run
 
+from masters.allowed import check_config
 from masters.artifacts import Artifact
 from masters.config import Config
 from masters.errors import StoreError
-from masters.preflight import LocalModel, check_allowed, preflight
+from masters.preflight import LocalModel, preflight
 from masters.secrets import mask_logs
 from masters.stages import Stage
 from masters.storage import Storage
@@ -31,7 +32,7 @@ from masters.tracking import Tracker, close_lost, tracking_uri
 def crashed(_: Flow, flow_run: FlowRun, __: State) -> None:
     """Runs in the worker: nothing of a run whose process is gone is left RUNNING in MLflow."""
     config = Config.model_validate(flow_run.parameters["config"])
-    check_allowed(config)  # a run that was refused touches nothing at its end either
+    check_config(config)  # a run that was refused touches nothing at its end either
     storage = Storage(config.store.root)
     close_lost(tracking_uri(config, storage), storage)
 

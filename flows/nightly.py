@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from prefect import flow
 
 from masters import artifacts, webhook
+from masters.allowed import check_config
 from masters.artifacts import RECORD, Artifact
 from masters.config import Config, Model
 from masters.errors import InputError
 from masters.flows.distill import Distilled, pipeline, tracked
 from masters.gate import Comparison, compare, objections, regressions
 from masters.machine import cache
-from masters.preflight import LocalModel, check_allowed, open_storage, preflight
+from masters.preflight import LocalModel, open_storage, preflight
 from masters.registry import Registry
 from masters.reuse import Earlier
 from masters.secrets import mask_logs
@@ -61,7 +62,7 @@ class Champion:
 
 def night(config: Config) -> dict:
     """The night without its reports."""
-    check_allowed(config)
+    check_config(config)
     storage = open_storage(config.store.root)
     uri = tracking_uri(config, storage)
     check_answers(uri)

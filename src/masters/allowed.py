@@ -20,7 +20,11 @@ from enum import StrEnum
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from masters.config import EASYVQA, TEACHER, Config
 from masters.errors import InputError
+from masters.judge_url import base_url, is_url
+from masters.machine import cache
+from masters.secrets import looks_secret
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 ON_DISK = re.compile(r"(sqlite:///|(file|local):(//(?=/))?)", re.IGNORECASE)
@@ -46,6 +50,35 @@ def check(setting: Setting, field: str, value: str, *also: Path) -> None:
     entries = setting.entries
     if entries and not any(_matches(value, entry) for entry in [*entries, *map(str, also)]):
         raise _refused(setting, field, value)
+
+
+def check_config(config: Config) -> None:
+    """Raises InputError if a configuration names what is not allowed, or a secret. Opens nothing."""
+    models = [config.student.model, *(teacher.model for teacher in config.teachers)]
+    for value in (config.store.root, config.data.source, *models):
+        if looks_secret(value):
+            raise InputError(
+                f"{value!r:.200} holds a password or a key, and a configuration is kept with the run: take it out; "
+                "keys of stores and hubs are read from the environment (AWS_*, HF_TOKEN)"
+            )
+    check(Setting.STORES, "store.root", config.store.root)
+    if config.runtime.mlflow_uri:
+        check(Setting.MLFLOW, "runtime.mlflow_uri", config.runtime.mlflow_uri)
+    if config.data.source != EASYVQA:
+        check(Setting.DATA, "data.source", config.data.source)
+    judge = config.rewards.judge
+    if is_url(judge):
+        check_judge(base_url(judge))
+    elif judge != TEACHER:
+        models.append(judge)
+    for model in models:
+        check_model(model, config.store.root)
+
+
+def check_model(model: str, store: str | None = None) -> None:
+    """Raises InputError if a model is not allowed; students that our own runs made in an allowed store are."""
+    own = [cache() / "models", *([Path(store).absolute()] if store and not URL.match(store) else [])]
+    check(Setting.MODELS, "model", model, *own)
 
 
 def check_judge(url: str) -> None:

@@ -18,6 +18,8 @@ LARGEST = 2**31 - 1  # of whole numbers: what engines, tables and the flow's JSO
 STAGES = 1000  # of a teacher's mask
 COLDEST = 0.01  # what vLLM would silently make of a temperature between 0 and it
 BYTES = 1 << 20  # of a configuration file
+TEACHER = "teacher"  # rewards.judge: the round's own teacher, unmasked
+EASYVQA = "easyvqa"  # data.source: what ships with us
 SHOWN = 100  # characters of a value at fault
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -151,7 +153,7 @@ class Rewards(Section):
         default="llm", description="Whether it is right: judged by a language model, by exact match, or not at all"
     )
     judge: str = Field(
-        default="teacher",
+        default=TEACHER,
         min_length=1,
         description="teacher (the round's, unmasked), a model's folder or Hugging Face id, "
         "or the URL of an OpenAI-compatible server",

@@ -4,20 +4,17 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from masters import allowed, machine
-from masters.allowed import Setting
+from masters import allowed
+from masters.allowed import Setting, check_config, check_model
 from masters.artifacts import Artifact, External
-from masters.config import Config, Model
+from masters.config import TEACHER, Config, Model
 from masters.errors import InputError
 from masters.judge_url import base_url, is_url
 from masters.models.checkpoints import check_readable, model_digest, resolve
 from masters.models.families import FAMILIES, family_of
 from masters.models.soundness import check_maskable, check_sound
-from masters.secrets import looks_secret
-from masters.sources import EASYVQA, Source, open_source
+from masters.sources import Source, open_source
 from masters.storage import Storage
-
-TEACHER = "teacher"  # rewards.judge: the round's own teacher, unmasked
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class Ready:
 
 def preflight(config: Config) -> Ready:
     """Check all parts together. Raises InputError with what was expected, what was found and what to do."""
-    check_allowed(config)
+    check_config(config)
     judge = judge_of(config)
     source = open_source(config.data)
     student = local_model(config.student, config.store.root)
@@ -72,33 +69,6 @@ def preflight(config: Config) -> Ready:
             check_maskable(teacher.folder, tuple(config.mask.exclude))
     storage = open_storage(config.store.root)
     return Ready(storage, source, student, teachers, special_tokens(student.folder), judge)
-
-
-def check_allowed(config: Config) -> None:
-    """Raises InputError if the configuration names what this machine's owner does not allow. Opens nothing."""
-    named = [config.student.model, *(teacher.model for teacher in config.teachers)]
-    for value in (config.store.root, config.data.source, *named):
-        if looks_secret(value):
-            raise InputError(
-                f"{value!r:.200} holds a password or a key, and a configuration is kept with the run: take it out; "
-                "keys of stores and hubs are read from the environment (AWS_*, HF_TOKEN)"
-            )
-    allowed.check(Setting.STORES, "store.root", config.store.root)
-    if config.runtime.mlflow_uri:
-        allowed.check(Setting.MLFLOW, "runtime.mlflow_uri", config.runtime.mlflow_uri)
-    if config.data.source != EASYVQA:
-        allowed.check(Setting.DATA, "data.source", config.data.source)
-    judge = config.rewards.judge
-    if is_url(judge):
-        allowed.check_judge(base_url(judge))
-    for model in [*named, *([judge] if judge != TEACHER and not is_url(judge) else [])]:
-        check_model(model, config.store.root)
-
-
-def check_model(model: str, store: str | None = None) -> None:
-    """Raises InputError if a model is not allowed; students that our own runs made in an allowed store are."""
-    own = [machine.cache() / "models", *([Path(store).absolute()] if store and "://" not in store else [])]
-    allowed.check(Setting.MODELS, "model", model, *own)
 
 
 def judge_of(config: Config) -> LocalModel | Server | None:

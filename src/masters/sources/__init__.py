@@ -2,13 +2,11 @@
 
 from pathlib import Path
 
-from masters.config import Data
+from masters.config import EASYVQA, Data
 from masters.errors import InputError
 from masters.sources.base import RawRow, Source
 
-__all__ = ["EASYVQA", "RawRow", "Source", "open_source"]
-
-EASYVQA = "easyvqa"  # the data set that ships with us
+__all__ = ["RawRow", "Source", "open_source"]
 
 FILE_SUFFIXES = (".jsonl", ".parquet", ".json", ".csv", ".tsv", ".arrow", ".zip")
 
