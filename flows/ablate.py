@@ -12,6 +12,7 @@ from masters.config import Config, changed
 from masters.errors import InputError, MastersError
 from masters.flows.distill import distill
 from masters.preflight import preflight
+from masters.secrets import mask_logs
 
 GIVEN = ("name", "store")  # each combination gets its own name; equal stages are shared through one store
 
@@ -24,7 +25,7 @@ class Cell:
     config: Config
 
 
-@flow(name="ablate", flow_run_name="{config.name}")
+@flow(name="ablate", flow_run_name="{config.name}", persist_result=False)
 def ablate(config: Config, grid: dict[str, list[Any]]) -> list[dict]:
     """Compare what switches do to the student. Returns a row a combination, also as a table artifact.
 
@@ -34,6 +35,7 @@ def ablate(config: Config, grid: dict[str, list[Any]]) -> list[dict]:
         config: What every combination shares.
         grid: Values by key, e.g. {"train.beta": [0, 0.1], "rewards.distillation": ["minmax", "off"]}.
     """
+    mask_logs()
     every = cells(config, grid)
     for cell in every:
         preflight(cell.config)

@@ -8,10 +8,12 @@ from prefect import Flow, State, flow
 from prefect.client.schemas.objects import FlowRun
 from prefect.runtime import flow_run
 
+from masters.allowed import check_config
 from masters.artifacts import Artifact
 from masters.config import Config
 from masters.errors import StoreError
 from masters.preflight import LocalModel, preflight
+from masters.secrets import mask_logs
 from masters.stages import Stage
 from masters.storage import Storage
 from masters.summary import Summary
@@ -30,11 +32,12 @@ from masters.tracking import Tracker, close_lost, tracking_uri
 def crashed(_: Flow, flow_run: FlowRun, __: State) -> None:
     """Runs in the worker: nothing of a run whose process is gone is left RUNNING in MLflow."""
     config = Config.model_validate(flow_run.parameters["config"])
+    check_config(config)  # a run that was refused touches nothing at its end either
     storage = Storage(config.store.root)
     close_lost(tracking_uri(config, storage), storage)
 
 
-@flow(name="distill", flow_run_name="{config.name}", on_crashed=[crashed])
+@flow(name="distill", flow_run_name="{config.name}", on_crashed=[crashed], persist_result=False)
 def distill(config: Config, rebuild: list[Stage] | None = None, until: Stage = Stage.REGISTER) -> dict:
     """Distil the student of a configuration; what is built already is reused. Returns the summary.
 
@@ -43,6 +46,7 @@ def distill(config: Config, rebuild: list[Stage] | None = None, until: Stage = S
         rebuild: Stages to build again, in every round.
         until: The last stage to run.
     """
+    mask_logs()
     with tracked(Context(config, preflight(config)), frozenset(rebuild or [])) as (run, summary):
         pipeline(run, summary, until)
     return summary.written

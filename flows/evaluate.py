@@ -6,12 +6,14 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.runtime import flow_run
 
-from masters import artifacts
+from masters import allowed, artifacts
+from masters.allowed import Setting
 from masters.config import Config, Model
 from masters.errors import InputError
 from masters.machine import cache
 from masters.preflight import LocalModel, local_model, preflight
 from masters.registry import shown
+from masters.secrets import mask_logs
 from masters.storage import Storage
 from masters.tasks.data import data
 from masters.tasks.evaluate import evaluate as answer
@@ -20,7 +22,7 @@ from masters.trace import find
 from masters.tracking import Tracker, tracking_uri
 
 
-@flow(name="evaluate", flow_run_name="{config.name}")
+@flow(name="evaluate", flow_run_name="{config.name}", persist_result=False)
 def evaluate(config: Config, models: list[str]) -> dict:
     """Exact match of each model, with `n` and `standard_error`; also as a table in the run's artifacts.
 
@@ -28,6 +30,7 @@ def evaluate(config: Config, models: list[str]) -> dict:
         config: Whose evaluation split is asked; its student and teachers are not, unless they are named.
         models: Folders, Hugging Face ids, or registered students: models:/NAME@ALIAS, models:/NAME/VERSION.
     """
+    mask_logs()
     context = Context(config, preflight(config))
     asked = found(models, tracking_uri(config, context.storage))
     tracker = Tracker(config, context.storage, str(flow_run.id or ""), "evaluate")
@@ -51,14 +54,16 @@ def found(models: list[str], tracking: str) -> list[LocalModel]:
 
 
 def _found(model: str, tracking: str) -> LocalModel:
-    folder = str(_student(model, tracking)) if model.startswith("models:/") else model
-    there = local_model(Model(model=folder))
+    folder, store = _student(model, tracking) if model.startswith("models:/") else (model, None)
+    there = local_model(Model(model=str(folder)), store)
     return LocalModel(model, there.folder, there.digest)
 
 
-def _student(model: str, tracking: str) -> Path:
-    """A registered student's folder on this machine; a copy is named by its content."""
+def _student(model: str, tracking: str) -> tuple[Path, str]:
+    """A registered student's folder on this machine, and its store; a copy is named by its content."""
     _, target = find(model, tracking)
     (folder,) = target.folders
+    allowed.check(Setting.STORES, f"the store of {target.title}", target.store)
     student = artifacts.load(Storage(target.store), folder)
-    return student.storage.download(f"{folder}/model", cache() / "models" / student.parts["model"][:32])
+    place = cache() / "models" / student.parts["model"][:32]
+    return student.storage.download(f"{folder}/model", place), target.store

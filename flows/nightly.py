@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from prefect import flow
 
 from masters import artifacts, webhook
+from masters.allowed import check_config
 from masters.artifacts import RECORD, Artifact
 from masters.config import Config, Model
 from masters.errors import InputError
@@ -16,6 +17,7 @@ from masters.machine import cache
 from masters.preflight import LocalModel, open_storage, preflight
 from masters.registry import Registry
 from masters.reuse import Earlier
+from masters.secrets import mask_logs
 from masters.stages import Stage
 from masters.storage import Storage
 from masters.tasks.evaluate import evaluate
@@ -26,7 +28,7 @@ from masters.tracking import check_answers, tracking_uri
 NOTHING = dict(reasons=[], regressions=[])
 
 
-@flow(name="nightly", flow_run_name="{config.name}")
+@flow(name="nightly", flow_run_name="{config.name}", persist_result=False)
 def nightly(config: Config) -> dict:
     """Distil what changed since the last night; promote the student only if it is better. Returns the summary.
 
@@ -35,6 +37,7 @@ def nightly(config: Config) -> dict:
     Args:
         config: What a TOML file holds; what this form accepts is what the file accepts.
     """
+    mask_logs()
     try:
         summary = night(config)
     except Exception as error:
@@ -59,6 +62,7 @@ class Champion:
 
 def night(config: Config) -> dict:
     """The night without its reports."""
+    check_config(config)
     storage = open_storage(config.store.root)
     uri = tracking_uri(config, storage)
     check_answers(uri)

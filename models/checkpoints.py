@@ -10,8 +10,10 @@ from masters.errors import InputError
 from masters.identity import folder_digest
 from masters.models.masking import apply_mask, safetensors_tensors
 
-# what changes a model's answers: weights, configuration, tokenizer, processor, chat template
-IDENTITY_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")
+# what changes a model's answers: weights, configuration, tokenizer, processor, chat template, code of its own
+IDENTITY_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".py")
+# never fetched from the hub: formats that run code when they are opened, or that nothing here reads
+UNWANTED = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]
 
 
 def resolve(model: str, revision: str | None) -> Path:
@@ -31,7 +33,7 @@ def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, ignore_patterns=["*.bin", "*.pth", "*.gguf"]))
+        return Path(snapshot_download(model, revision=revision, ignore_patterns=UNWANTED))
     except Exception as error:  # the hub client raises many kinds; each means the same to the user
         raise InputError(
             f"model {model} is neither a folder nor reachable on the hub ({type(error).__name__})"
@@ -61,8 +63,9 @@ def load_model(folder: Path, dtype: str, device: str = "cpu") -> torch.nn.Module
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation=attention(device)
-    )
+        folder, dtype=getattr(torch, dtype), attn_implementation=attention(device),
+        use_safetensors=True, trust_remote_code=False,
+    )  # fmt: skip
     return model.to(device).eval()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from masters.config import Generate, Runtime
 from masters.models.checkpoints import masked_tensors
-from masters.models.prompts import chat, opened
+from masters.models.prompts import chat, conversation_tokens, opened
 from masters.rewards.judge_prompts import Conversation
 
 # read by vLLM when it is imported: in-process engine (7 s to start instead of 40), threads left to the system
@@ -67,17 +67,20 @@ class MaskExtension:
 class Engine:
     """A vLLM engine on one model folder. Use as a context manager; a process holds one at a time."""
 
-    def __init__(self, folder: Path, dtype: str, runtime: Runtime) -> None:
+    def __init__(self, folder: Path, dtype: str, runtime: Runtime, own_code: bool = False) -> None:
+        """`own_code`: the model runs code of its own; preflight has asked whether it may."""
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(runtime.engine_memory_gib)))
         from transformers import AutoProcessor
         from vllm import LLM
 
-        self.folder = folder
-        self.processor = AutoProcessor.from_pretrained(folder)
+        self.folder, self.own_code = folder, own_code
+        self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=own_code)
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)  # a model of text alone has no processor
         self.llm = LLM(
             model=str(folder),
             dtype=dtype,
+            load_format="safetensors",
+            trust_remote_code=own_code,
             enforce_eager=True,
             max_model_len=self._length(runtime),
             max_num_batched_tokens=max(BATCHED_TOKENS, self._length(runtime)),
@@ -104,7 +107,7 @@ class Engine:
     def _length(self, runtime: Runtime) -> int:
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(self.folder)
+        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.own_code)
         return min(runtime.max_model_len, config.get_text_config().max_position_embeddings)
 
     def remask(self, thresholds: dict[str, float]) -> None:
@@ -128,16 +131,17 @@ class Engine:
         return [_replies(out) for out in outputs]
 
     def converse(self, conversations: list[Conversation], max_tokens: int) -> list[Reply | None]:
-        """Continue each conversation, text alone, greedily, all as one batch; None where it does not fit."""
+        """Continue each conversation, text alone, greedily, all as one batch; None where it cannot be asked."""
         from vllm import SamplingParams
 
         self.reset()
         room = self.llm.llm_engine.model_config.max_model_len - max_tokens
-        prompts = [self._conversation(conversation) for conversation in conversations]
-        asked: list[Any] = [{"prompt_token_ids": ids} for ids in prompts if len(ids) <= room]
+        prompts = [conversation_tokens(self.processor, self.tokenizer, each) for each in conversations]
+        fits = [ids is not None and len(ids) <= room for ids in prompts]
+        asked: list[Any] = [{"prompt_token_ids": ids} for ids, fit in zip(prompts, fits, strict=True) if fit]
         greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens)
         outputs = iter(self.llm.generate(asked, greedy, use_tqdm=False) if asked else [])
-        return [_replies(next(outputs))[0] if len(ids) <= room else None for ids in prompts]
+        return [_replies(next(outputs))[0] if fit else None for fit in fits]
 
     def greedy(self, requests: list[Request], tokens: int) -> list[tuple[list[int], list[float]]]:
         """Greedy answers of at most `tokens` tokens: ids and their log-probabilities."""
@@ -164,10 +168,6 @@ class Engine:
     def _prompt(self, request: Request) -> Any:
         text, image = chat(self.processor, request.question), opened(request.image)
         return {"prompt": text, "multi_modal_data": {"image": image}}
-
-    def _conversation(self, conversation: Conversation) -> list[int]:
-        text = self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _sampling(self, request: Request, sampling: Generate):
         from vllm import SamplingParams

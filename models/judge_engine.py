@@ -7,14 +7,17 @@ from masters.models.engine import Engine, Reply
 from masters.rewards.judge import Answer
 from masters.rewards.judge_prompts import Conversation
 
-TOO_LONG = Answer("the prompt and the longest answer exceed runtime.max_model_len", "refused")
+UNASKED = Answer(
+    "the prompt and the longest answer exceed runtime.max_model_len, or it quotes a control token of the judge's",
+    "refused",
+)
 
 
 class EngineVoice:
     """Answers conversations with vLLM, each list as one batch."""
 
-    def __init__(self, folder: Path, dtype: str, runtime: Runtime) -> None:
-        self._engine = Engine(folder, dtype, runtime)
+    def __init__(self, folder: Path, dtype: str, runtime: Runtime, own_code: bool = False) -> None:
+        self._engine = Engine(folder, dtype, runtime, own_code)
 
     def __enter__(self) -> "EngineVoice":
         return self
@@ -28,5 +31,5 @@ class EngineVoice:
 
 def _answer(reply: Reply | None) -> Answer:
     if reply is None:
-        return TOO_LONG
+        return UNASKED
     return Answer(reply.text, "cut_off" if reply.finish_reason == "length" else "ok")

@@ -38,7 +38,7 @@ def voice_of(reach: dict, runtime: Runtime) -> AbstractContextManager[Voice]:
         return Server(reach["url"], reach["model"], runtime.judge_requests, runtime.judge_timeout)
     from masters.models.judge_engine import EngineVoice
 
-    return EngineVoice(Path(reach["folder"]), reach["dtype"], runtime)
+    return EngineVoice(Path(reach["folder"]), reach["dtype"], runtime, reach["own_code"])
 
 
 if __name__ == "__main__":

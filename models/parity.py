@@ -47,7 +47,7 @@ def differences(job: dict) -> list[Difference]:
     model, rows = job["model"], job["rows"]
     folder = Path(model["folder"])
     images = [bytes.fromhex(row["image"]) for row in rows]
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     inputs = [prompts.model_inputs(processor, r["question"], i) for r, i in zip(rows, images, strict=True)]
     answers = [prompts.label_tokens(processor.tokenizer, row["answer"]) for row in rows]
     masked, family = checkpoints.load_model(folder, "float32"), _family(folder)
@@ -115,7 +115,7 @@ def _dense_terms(student: Projection, teacher: Projection, token_T: torch.Tensor
 
 
 def _family(folder: Path):
-    return family_of(AutoConfig.from_pretrained(folder).model_type)
+    return family_of(AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type)
 
 
 if __name__ == "__main__":

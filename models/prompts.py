@@ -5,15 +5,35 @@ import io
 import torch
 from PIL import Image
 
+from masters.images import rgb
+from masters.rewards.judge_prompts import TAGS, Conversation
+
 
 def opened(image: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(image)).convert("RGB")
+    return rgb(Image.open(io.BytesIO(image)))
 
 
 def chat(processor, question: str) -> str:
     """The prompt's text, one image token in it."""
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
     return processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+
+
+def conversation_tokens(processor, tokenizer, conversation: Conversation) -> list[int] | None:
+    """A conversation's tokens up to where the model goes on; None where what it quotes holds a control token.
+
+    Tags keep quoted text in its place only as long as it cannot end the turn or begin another.
+    """
+    ids = _rendered(processor, tokenizer, conversation)
+    bare = [turn | {"content": "".join(TAGS.findall(turn["content"]))} for turn in conversation]
+    control = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ours, expected = (sum(token in control for token in of) for of in (ids, _rendered(processor, tokenizer, bare)))
+    return ids if ours == expected else None
+
+
+def _rendered(processor, tokenizer, conversation: Conversation) -> list[int]:
+    text = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def label_tokens(tokenizer, answer: str) -> list[int]:

@@ -37,7 +37,7 @@ class Prompts:
     CACHE_BYTES = 512 << 20
 
     def __init__(self, folder: Path, data: artifacts.Artifact, work: Path) -> None:
-        self.processor = AutoProcessor.from_pretrained(folder)
+        self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         # a copy is named by its content, and whole: the other ranks and an interrupted run's successor use it too
         local = data.storage.download(f"{data.folder}/questions", work / f"questions-{data.record['digest'][:16]}")
         parts = [str(local / name.rsplit("/", 1)[1]) for name in data.files("questions")]
@@ -110,7 +110,7 @@ def prepare(job: dict, job_file: Path, rank: int, world: int) -> trainer.Job:
         student=checkpoints.load_model(Path(job["student"]), train.dtype, device),
         teacher=teacher,
         remask=lambda stage: _remask(teacher, job, stage),
-        family=family_of(AutoConfig.from_pretrained(job["student"]).model_type),
+        family=family_of(AutoConfig.from_pretrained(job["student"], trust_remote_code=False).model_type),
         train=train,
         rewards=Rewards(**job["rewards"]),
         groups=groups,
@@ -132,7 +132,7 @@ def export(student: torch.nn.Module, source: Path, out: Path) -> None:
     """A Hugging Face folder in the data type of the student it came from, with its processor and tokenizer."""
     dtype = next(tensor.dtype for _, tensor in safetensors_tensors(source) if tensor.is_floating_point())
     student.to(dtype).save_pretrained(out)
-    AutoProcessor.from_pretrained(source).save_pretrained(out)
+    AutoProcessor.from_pretrained(source, trust_remote_code=False).save_pretrained(out)
 
 
 def _groups(job: dict, storage: Storage, train: Train, data: artifacts.Artifact, prompts: Prompts, refs: list[Ref]):

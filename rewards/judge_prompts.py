@@ -26,6 +26,7 @@ READ = (
     "The summary in the user's turn ends with a score in an answer tag. Reply with that score alone, as a bare integer."
 )
 
+TAGS = re.compile(r"</?(?:question|ground_truth|generated_text|overall_summary|answer)>")  # ours, as we write them
 _VERDICT = re.compile(r"<answer>\s*([01])\s*</answer>\s*\Z")
 _TAG = re.compile(r"<\s*/?\s*answer\b", re.IGNORECASE)
 _SUMMARY_TAG = re.compile(r"<(?=\s*/?\s*overall_summary\b)", re.IGNORECASE)

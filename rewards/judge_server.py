@@ -9,10 +9,12 @@ import openai
 
 from masters.judge_url import KEY
 from masters.rewards.judge import Answer
+from masters.rewards.judge_limits import client
 from masters.rewards.judge_prompts import Conversation
 
 RETRIES = 8  # a request, 0.5 s to 8 s apart (a server may ask for more): about 40 s without an answer
 GIVE_UP = 32  # requests in a row without an answer, each after its retries
+LONGEST_NAME = 1000  # characters
 UNNAMED = "default"  # asked for where the server lists no model; servers of one model ignore the name
 NOT_THIS_PROMPT = (400, 413, 422)
 
@@ -24,7 +26,9 @@ class Server:
         self, url: str, model: str | None, requests: int = 16, timeout: float = 60.0, retries: int = RETRIES
     ) -> None:
         key = os.environ.get(KEY, "").strip() or "none"
-        self._client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
+        self._client = openai.OpenAI(
+            base_url=url, api_key=key, timeout=timeout, max_retries=retries, http_client=client(timeout)
+        )
         self._model, self._requests = model, requests
         self._lock, self._failures, self._reason = Lock(), 0, ""
 
@@ -54,23 +58,33 @@ class Server:
                 model=self._named(), messages=messages, temperature=0, max_tokens=max_tokens
             )
             choice = completion.choices[0]
-            return Answer(choice.message.content or "", "cut_off" if choice.finish_reason == "length" else "ok")
+            return Answer(_text(choice.message.content), "cut_off" if choice.finish_reason == "length" else "ok")
         except openai.APIStatusError as error:
             status = "refused" if error.status_code in NOT_THIS_PROMPT else "judge_failed"
             return Answer(f"HTTP {error.status_code}: {_line(error.message)}", status)
         except openai.OpenAIError as error:
             return Answer(_line(f"{type(error).__name__}: {error}"), "judge_failed")
-        except (ValueError, TypeError, AttributeError, LookupError) as error:
+        except Exception as error:  # whatever was sent instead of a chat completion
             return Answer(f"no chat completion ({_line(f'{type(error).__name__}: {error}')})", "judge_failed")
 
     def _named(self) -> str:
         """The model's name: as configured, else the first that the server lists."""
         if self._model is None:
             try:
-                self._model = self._client.with_options(max_retries=0).models.list().data[0].id
-            except (openai.OpenAIError, ValueError, TypeError, AttributeError, LookupError):
+                listed = self._client.with_options(max_retries=0).models.list().data[0].id
+                if not isinstance(listed, str) or not 0 < len(listed) <= LONGEST_NAME:
+                    return UNNAMED
+                self._model = listed
+            except Exception:  # whatever was sent instead of a list
                 return UNNAMED
         return self._model
+
+
+def _text(content: object) -> str:
+    """What a judge said, fit for a table. Raises TypeError if that is no text."""
+    if content is not None and not isinstance(content, str):
+        raise TypeError(f"its content is no text but {type(content).__name__}")
+    return (content or "").encode(errors="replace").decode()
 
 
 def _line(text: str) -> str:

@@ -8,6 +8,7 @@ from PIL import Image
 
 from masters import shards
 from masters.artifacts import Artifact
+from masters.images import rgb
 from masters.tasks.markdown import inert, picture, table
 
 EACH = 2  # questions of each kind
@@ -102,7 +103,7 @@ def _number(value: float | None) -> str:
 def thumbnail(image: bytes) -> bytes:
     """A PNG that fits into a square of `PIXELS`."""
     with Image.open(io.BytesIO(image)) as opened:
-        small = opened.convert("RGB")
+        small = rgb(opened)
     scale = PIXELS / max(small.size)
     width, height = (max(1, round(side * scale)) for side in small.size)
     sink = io.BytesIO()

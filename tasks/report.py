@@ -8,6 +8,7 @@ from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
+from masters.secrets import masked
 from masters.stages import Stage
 from masters.tasks.gallery import gallery
 from masters.tasks.log import log
@@ -39,12 +40,12 @@ def _harmless(work: Callable[[], object]) -> None:
     try:
         work()
     except Exception as error:  # drawing, stores and servers raise what they like
-        line = f"the run's report is incomplete: {type(error).__name__}: {error}"
+        line = f"the run's report is incomplete: {type(error).__name__}: {masked(str(error))}"
         log("warning", line)
         CONSOLE.print(f"warning: {line}", style="yellow", highlight=False, markup=False)
 
 
-@task(name="report", cache_policy=NO_CACHE)
+@task(name="report", cache_policy=NO_CACHE, persist_result=False)
 def report(run: Run, version: int | None) -> None:
     """Artifacts for everything that `run` has made so far. `version`: of the registered model."""
     _links(run, version)

@@ -55,7 +55,8 @@ def judge_of(context: Context, current: Round) -> Judge | None:
         model = dict(url=judge.url, model=judge.model)
         return Judge(judge.model or judge.url, model, model)
     dtype = context.config.generate.dtype
-    return Judge(judge.name, dict(digest=judge.digest, dtype=dtype), dict(folder=str(judge.folder), dtype=dtype))
+    reach = dict(folder=str(judge.folder), dtype=dtype, own_code=judge.own_code)
+    return Judge(judge.name, dict(digest=judge.digest, dtype=dtype), reach)
 
 
 @task(name="score", task_run_name="score{current.suffix}", **STAGE)

@@ -38,10 +38,10 @@ def retryable(_task: Task, _run: TaskRun, state: State) -> bool:
     return isinstance(state.result(raise_on_failure=False), StoreError | WorkerLost)
 
 
-# how every stage runs as a task; what a stage had finished before it failed is reused
+# how every stage runs as a task: nothing of it is pickled; what a stage had finished before it failed is reused
 STAGE: dict[str, Any] = dict(
     cache_policy=NO_CACHE, retries=RETRIES, retry_delay_seconds=exponential_backoff(BACKOFF),
-    retry_condition_fn=retryable,
+    retry_condition_fn=retryable, persist_result=False,
 )  # fmt: skip
 
 

@@ -119,7 +119,7 @@ def test_png_modes(mode):
     ("kind", "mode", "options"),
     [
         ("JPEG", "RGB", {}), ("JPEG", "CMYK", {}), ("JPEG", "L", {}),
-        ("WEBP", "RGBA", {}), ("BMP", "RGB", {}), ("TIFF", "F", {}),
+        ("WEBP", "RGBA", {}), ("BMP", "RGB", {}), ("TIFF", "I;16", {}), ("PPM", "L", {}),
         ("GIF", "P", {"save_all": True, "append_images": [Image.new("P", (6, 5), 1)]}),
     ],
 )  # fmt: skip

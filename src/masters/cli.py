@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from masters import cli_models
+from masters.allowed import check_config
 from masters.benchmarks import Benchmark, benchmark, gpu_rows
 from masters.config import Config, load
 from masters.errors import InputError, MastersError
@@ -91,9 +92,11 @@ def check(
     ] = False,
 ) -> None:
     """Before hours are spent: configuration, source, models, families and tokenizers, store."""
+    settings = load(config, overrides)
+    check_config(settings)
+
     from masters.preflight import preflight, warnings_of
 
-    settings = load(config, overrides)
     ready = preflight(settings)
     for line in warnings_of(settings):
         typer.echo(f"warning: {line}", err=True)
@@ -156,6 +159,7 @@ def _run(name: str, settings: Config, as_json: bool, **arguments: object) -> Non
     """The flow of this name, and what it came to."""
     from masters.infra.local_prefect import prefect_api, wait_until_ready
 
+    check_config(settings)  # at once: the rest of preflight needs seconds of imports
     with prefect_api() as url:
         from masters.preflight import preflight
 

@@ -4,6 +4,7 @@ Everything but `[runtime]`, `[nightly]`, `[store]` and `name` is semantic: it ta
 built.
 """
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,8 +14,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from masters.errors import InputError
 from masters.judge_url import is_url
 
+LARGEST = 2**31 - 1  # of whole numbers: what engines, tables and the flow's JSON take
+STAGES = 1000  # of a teacher's mask
+COLDEST = 0.01  # what vLLM would silently make of a temperature between 0 and it
+BYTES = 1 << 20  # of a configuration file
+TEACHER = "teacher"  # rewards.judge: the round's own teacher, unmasked
+EASYVQA = "easyvqa"  # data.source: what ships with us
+SHOWN = 100  # characters of a value at fault
+
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, le=LARGEST)]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Text = Annotated[str, Field(min_length=1)]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
@@ -27,27 +38,25 @@ class Section(BaseModel):
 class Store(Section):
     """Where everything that is built is kept."""
 
-    root: str = Field(min_length=1, description="Folder or s3://bucket/prefix that holds every artifact")
+    root: Text = Field(description="Folder or s3://bucket/prefix that holds every artifact")
 
 
 class Data(Section):
     """The questions: images, questions and answers."""
 
-    source: str = Field(
-        min_length=1, description="easyvqa, a JSONL or Parquet file, a Parquet or datasets folder, a hub id"
-    )
+    source: Text = Field(description="easyvqa, a JSONL or Parquet file, a Parquet or datasets folder, a hub id")
     revision: str | None = Field(default=None, description="Revision of a hub data set")
-    train_limit: int | None = Field(
-        default=None, ge=1, description="At most this many training questions, chosen by content hash"
+    train_limit: Count | None = Field(
+        default=None, description="At most this many training questions, chosen by content hash"
     )
-    eval_limit: int | None = Field(default=None, ge=1, description="At most this many evaluation questions")
+    eval_limit: Count | None = Field(default=None, description="At most this many evaluation questions")
     max_rejected_share: Share = Field(default=0.05, description="The run stops if more of the rows than this are bad")
 
 
 class Model(Section):
     """A model that transformers and vLLM load."""
 
-    model: str = Field(min_length=1, description="A folder or a Hugging Face id")
+    model: Text = Field(description="A folder or a Hugging Face id")
     revision: str | None = Field(default=None, description="Revision of a Hugging Face id")
 
 
@@ -64,6 +73,8 @@ class Teacher(Model):
     @model_validator(mode="after")
     def _multiple(self) -> "Teacher":
         stages = self.r_max / self.step
+        if stages > STAGES:
+            raise ValueError(f"step ({self.step}) takes r_max ({self.r_max}) back in more than {STAGES} stages")
         if abs(stages - round(stages)) > 1e-6:
             raise ValueError(f"r_max ({self.r_max}) must be a multiple of step ({self.step})")
         return self
@@ -79,6 +90,15 @@ class Mask(Section):
         default=[], description="Further tensor name patterns (regular expressions) never masked"
     )
 
+    @model_validator(mode="after")
+    def _patterns(self) -> "Mask":
+        for pattern in self.exclude:
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"exclude: {pattern!r:.{SHOWN}} is no regular expression ({error})") from None
+        return self
+
 
 class Generate(Section):
     """How teachers and student answer the training questions ahead of time."""
@@ -93,8 +113,10 @@ class Generate(Section):
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
         default=0.9, description="Sample from the likeliest tokens that have this probability together"
     )
-    top_k: int = Field(default=50, ge=0, description="Sample from this many likeliest tokens; 0 keeps every token")
-    repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = Field(
+    top_k: int = Field(
+        default=50, ge=0, le=LARGEST, description="Sample from this many likeliest tokens; 0 keeps every token"
+    )
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10, allow_inf_nan=False)] = Field(
         default=1.05, description="Above 1, tokens that were said already become less likely"
     )
     max_tokens: int = Field(default=64, ge=1, le=32768, description="At most this many tokens a response")
@@ -115,6 +137,8 @@ class Generate(Section):
 
     @model_validator(mode="after")
     def _whole(self) -> "Generate":
+        if 0 < self.temperature < COLDEST:
+            raise ValueError(f"engines take a temperature of 0 or from {COLDEST}, found {self.temperature}")
         if abs(self.responses * self.student_share - self.student_responses) > 1e-6:
             raise ValueError(
                 f"student_share ({self.student_share}) of {self.responses} responses is not a whole number"
@@ -129,7 +153,7 @@ class Rewards(Section):
         default="llm", description="Whether it is right: judged by a language model, by exact match, or not at all"
     )
     judge: str = Field(
-        default="teacher",
+        default=TEACHER,
         min_length=1,
         description="teacher (the round's, unmasked), a model's folder or Hugging Face id, "
         "or the URL of an OpenAI-compatible server",
@@ -169,7 +193,7 @@ class Train(Section):
         default=0.1, description="Weight of the term that keeps the student near where it started"
     )
     epochs: int = Field(default=1, ge=1, le=1000, description="Passes over the questions of each mask stage")
-    questions_per_step: int = Field(default=8, ge=1, description="Questions that an optimiser step learns from")
+    questions_per_step: Count = Field(default=8, description="Questions that an optimiser step learns from")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Of the weights while it trains")
     seed: Seed = Field(default=0, description="Of the order of the questions")
 
@@ -187,20 +211,24 @@ class Runtime(Section):
 
     generate_workers: int = Field(default=1, ge=1, le=64, description="Engine processes at a time")
     train_processes: int = Field(default=1, ge=1, le=64, description="Training processes, one a device")
-    token_budget: int = Field(
-        default=16_384, ge=1, description="Tokens of a training forward pass; a step takes as many passes as it needs"
+    token_budget: Count = Field(
+        default=16_384, description="Tokens of a training forward pass; a step takes as many passes as it needs"
     )
-    checkpoint_steps: int = Field(default=100, ge=1, description="Optimiser steps between checkpoints")
-    engine_memory_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+    checkpoint_steps: Count = Field(default=100, description="Optimiser steps between checkpoints")
+    engine_memory_gib: Annotated[float, Field(gt=0, le=2**20, allow_inf_nan=False)] = Field(
         default=1.0, description="GiB that an engine keeps for its cache of keys and values"
     )
-    max_model_len: int = Field(default=2048, ge=16, description="Prompt and response tokens an engine admits")
-    tensor_parallel_size: int = Field(default=1, ge=1, description="Devices that an engine spreads a model over")
-    silence_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+    max_model_len: int = Field(
+        default=2048, ge=16, le=LARGEST, description="Prompt and response tokens an engine admits"
+    )
+    tensor_parallel_size: int = Field(
+        default=1, ge=1, le=1024, description="Devices that an engine spreads a model over"
+    )
+    silence_minutes: Annotated[float, Field(gt=0, le=10**6, allow_inf_nan=False)] = Field(
         default=120.0, description="An engine or trainer that says nothing for so long is ended"
     )
     judge_requests: int = Field(default=16, ge=1, le=1024, description="Requests at a time to a judge's URL")
-    judge_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+    judge_timeout: Annotated[float, Field(gt=0, le=10**6, allow_inf_nan=False)] = Field(
         default=60.0, description="Seconds a request to a judge's URL may take"
     )
     mlflow_uri: str | None = Field(
@@ -249,6 +277,11 @@ class Config(Section):
             raise ValueError(
                 'objective "masters" compares the responses of a question: generate.responses must be >= 2'
             )
+        if self.generate.max_tokens >= self.runtime.max_model_len:
+            raise ValueError(
+                f"generate.max_tokens ({self.generate.max_tokens}) leaves no room for a prompt in "
+                f"runtime.max_model_len ({self.runtime.max_model_len})"
+            )
         return self
 
 
@@ -257,15 +290,24 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
 
     Raises InputError with one line that names every key at fault.
     """
-    try:
-        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"configuration not found: {path}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"configuration {path} cannot be read: {error}") from None
+    tree = _read(path)
     for override in overrides or []:
         _set(tree, override)
     return _validated(tree, f"configuration {path}")
+
+
+def _read(path: str | Path) -> dict:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(BYTES + 1)
+        if len(data) > BYTES:
+            raise InputError(f"configuration {path} is longer than {BYTES} bytes: is it the right file?")
+        return tomllib.loads(data.decode())
+    except FileNotFoundError:
+        raise InputError(f"configuration not found: {path}") from None
+    # ValueError: no UTF-8, no TOML, or a number of thousands of digits
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"configuration {path} cannot be read: {error}") from None
 
 
 def changed(config: Config, values: dict[str, object]) -> Config:
@@ -273,7 +315,7 @@ def changed(config: Config, values: dict[str, object]) -> Config:
     tree = config.model_dump()
     for key, value in values.items():
         _put(tree, key, value, key)
-    return _validated(tree, ", ".join(f"{key} = {value!r}" for key, value in values.items()))
+    return _validated(tree, ", ".join(f"{key} = {_shown(value)}" for key, value in values.items()))
 
 
 def _validated(tree: dict, what: str) -> Config:
@@ -292,21 +334,30 @@ def explain(error: ValidationError) -> str:
         found = (
             ""
             if fault["type"] == "missing" or isinstance(fault["input"], dict | list)
-            else f" (found {fault['input']!r})"
+            else f" (found {_shown(fault['input'])})"
         )
-        faults.append(f"{key}: {message.removeprefix('Value error, ')}{found}")
+        named = key if key.isprintable() and len(key) <= SHOWN else _shown(key)
+        faults.append(f"{named}: {message.removeprefix('Value error, ')}{found}")
     return "; ".join(faults)
+
+
+def _shown(value: object) -> str:
+    """A value at fault, not at any length. Python refuses to write out numbers of thousands of digits."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
 
 
 def _set(tree: dict, override: str) -> None:
     key, found, text = override.partition("=")
     if not found or not key.strip():
-        raise InputError(f"--set expects KEY=VALUE, found {override!r}")
+        raise InputError(f"--set expects KEY=VALUE, found {_shown(override)}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text
-    _put(tree, key.strip(), value, f"--set {override!r}")
+    _put(tree, key.strip(), value, f"--set {_shown(override)}")
 
 
 def _put(tree: dict, key: str, value: object, what: str) -> None:
@@ -323,11 +374,11 @@ def _put(tree: dict, key: str, value: object, what: str) -> None:
 def _child(node: dict | list, part: str, what: str) -> dict | list:
     child = node[_index(node, part, what)] if isinstance(node, list) else node.setdefault(part, {})
     if not isinstance(child, dict | list):
-        raise InputError(f"{what}: {part} is a value, not a section")
+        raise InputError(f"{what}: {_shown(part)} is a value, not a section")
     return child
 
 
 def _index(node: list, part: str, what: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
-        raise InputError(f"{what}: expected a number below {len(node)}, found {part!r}")
+    if not re.fullmatch("[0-9]{1,9}", part) or int(part) >= len(node):
+        raise InputError(f"{what}: expected a number below {len(node)}, found {_shown(part)}")
     return int(part)

@@ -8,11 +8,16 @@ MastersError            something went wrong while it ran (exit 1)
     └── WorkerLost      it was ended from outside or fell silent: another try may succeed
 """
 
+from masters.secrets import masked
+
 
 class MastersError(Exception):
-    """A failure with one clear line for the user."""
+    """A failure with one clear line for the user, without the secrets that the libraries beneath put into theirs."""
 
     exit_code = 1
+
+    def __init__(self, said: object = "") -> None:
+        super().__init__(masked(str(said)))
 
 
 class InputError(MastersError):

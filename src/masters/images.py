@@ -4,6 +4,7 @@ import io
 import warnings
 from functools import cache
 
+import numpy as np
 from PIL import Image
 
 MAX_BYTES = 64 << 20  # of one image file
@@ -11,6 +12,7 @@ MAX_PIXELS = 64_000_000  # decoded, 192 MB
 MAX_ASPECT = 200  # long to short side; Qwen's image processors refuse more
 # No PostScript, PDF or vector formats: decoding those runs programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000", "TGA", "ICO")
+DEEP = ("I;16", "I;16B", "I;16L", "I;16N")  # 16 bits of grey; Pillow would make all but the darkest of it white
 REMEMBERED = 4096
 
 Fault = tuple[str, object]
@@ -26,16 +28,30 @@ def image_fault(data: bytes, digest: str) -> Fault | None:
     return _verdicts[digest]
 
 
+def rgb(image: Image.Image) -> Image.Image:
+    """The picture as models see it: the first frame, 8 bits a channel, of 16 bits the upper 8 (as Pillow reads colour).
+
+    Raises ValueError where samples have no range that says what is white.
+    """
+    image.load()
+    if image.mode in DEEP:
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"samples of mode {image.mode} have no stated range; save it with 8 or 16 bits a channel")
+    return image.convert("RGB")
+
+
 def _examine(data: bytes) -> Fault | None:
     if not data:
         return "image is empty", None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # of what lies inside: an icon's pictures
         try:
             with Image.open(io.BytesIO(data), formats=_formats()) as image:
                 # the header alone: nothing is decoded yet
-                return _size_fault(*image.size) or _decoded(image)
-        except Image.DecompressionBombError:
+                return _size_fault(*image.size) or _size_fault(*_decoded(image).size)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             return "image has too many pixels", f"limit {MAX_PIXELS}"
         except Exception as error:  # decoders raise what they like
             said = (
@@ -56,10 +72,9 @@ def _size_fault(width: int, height: int) -> Fault | None:
     return None
 
 
-def _decoded(image: Image.Image) -> None:
+def _decoded(image: Image.Image) -> Image.Image:
     """Decode in full, as training will: frames, depths, palettes and CMYK are fine if they convert. Raises if not."""
-    image.load()
-    image.convert("RGB")
+    return rgb(image)
 
 
 @cache

@@ -20,10 +20,21 @@ def base_url(url: str) -> str:
         raise _malformed(url) from None
     if "@" in parts.netloc:
         raise InputError(f"rewards.judge: the URL holds a user name or key, which records would keep; use {KEY}")
-    if not right or any(c.isspace() for c in url) or parts.query or parts.fragment:
+    if not right or any(c.isspace() or not c.isprintable() for c in url) or parts.query or parts.fragment:
         raise _malformed(url)
+    _check_takes(url)
     path = parts.path.rstrip("/").removesuffix("/chat/completions").rstrip("/")
     return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
+
+
+def _check_takes(url: str) -> None:
+    """Raises InputError for what the HTTP client will not take, as a host that no name service knows."""
+    import httpx  # only here: every command reads this module
+
+    try:
+        httpx.URL(url)
+    except (httpx.InvalidURL, ValueError):
+        raise _malformed(url) from None
 
 
 def _malformed(url: str) -> InputError:

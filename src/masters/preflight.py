@@ -4,16 +4,17 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from masters import allowed
+from masters.allowed import Setting, check_config, check_model
 from masters.artifacts import Artifact, External
-from masters.config import Config, Model
+from masters.config import TEACHER, Config, Model
 from masters.errors import InputError
 from masters.judge_url import base_url, is_url
 from masters.models.checkpoints import check_readable, model_digest, resolve
-from masters.models.families import family_of
+from masters.models.families import FAMILIES, family_of
+from masters.models.soundness import check_maskable, check_sound
 from masters.sources import Source, open_source
 from masters.storage import Storage
-
-TEACHER = "teacher"  # rewards.judge: the round's own teacher, unmasked
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class LocalModel:
     folder: Path
     digest: str
     made: Artifact | None = None  # the artifact that it was fetched from; None: it came from outside
+    own_code: bool = False  # whether it runs code of its own, which this machine's owner trusts
 
     @property
     def origin(self) -> Artifact | External:
@@ -56,12 +58,15 @@ class Ready:
 
 def preflight(config: Config) -> Ready:
     """Check all parts together. Raises InputError with what was expected, what was found and what to do."""
+    check_config(config)
     judge = judge_of(config)
     source = open_source(config.data)
-    student = local_model(config.student)
-    teachers = [local_model(teacher) for teacher in config.teachers]
-    for teacher in teachers:
+    student = local_model(config.student, config.store.root)
+    teachers = [local_model(teacher, config.store.root) for teacher in config.teachers]
+    for teacher, wanted in zip(teachers, config.teachers, strict=True):
         check_pair(teacher, student)
+        if wanted.r_max > 0:
+            check_maskable(teacher.folder, tuple(config.mask.exclude))
     storage = open_storage(config.store.root)
     return Ready(storage, source, student, teachers, special_tokens(student.folder), judge)
 
@@ -74,13 +79,14 @@ def judge_of(config: Config) -> LocalModel | Server | None:
     if is_url(rewards.judge):
         return Server(base_url(rewards.judge), rewards.judge_model)
     try:
-        return local_model(Model(model=rewards.judge))
+        return local_model(Model(model=rewards.judge), config.store.root)
     except InputError as error:
         raise InputError(f"rewards.judge: {error}") from error
 
 
 def open_storage(root: str) -> Storage:
-    """The store, proven to work."""
+    """The store, allowed and proven to work."""
+    allowed.check(Setting.STORES, "store.root", root)
     try:
         storage = Storage(root)
     except (ValueError, ImportError, OSError) as error:
@@ -89,11 +95,21 @@ def open_storage(root: str) -> Storage:
     return storage
 
 
-def local_model(model: Model) -> LocalModel:
+def local_model(model: Model, store: str | None = None) -> LocalModel:
+    """A model that is allowed, here and sound. `store`: whose students are allowed too."""
+    check_model(model.model, store)
     folder = resolve(model.model, model.revision)
     check_readable(folder)
     name = model.model if not Path(model.model).is_dir() else folder.name
-    return LocalModel(name, folder, model_digest(folder))
+    digest, kind = model_digest(folder), model_type(folder)
+    own_code = kind not in FAMILIES and brings_code(folder)
+    if own_code and not allowed.may_run_code(model.model, str(folder)):
+        raise InputError(
+            f"model {model.model} ({kind}) wants to run code of its own, which is off; whoever runs this machine can "
+            f"name it in {Setting.CODE} after reading that code"
+        )
+    check_sound(folder, digest, shaped=kind in FAMILIES)
+    return LocalModel(name, folder, digest, own_code=own_code)
 
 
 def check_pair(teacher: LocalModel, student: LocalModel) -> None:
@@ -117,8 +133,13 @@ def check_pair(teacher: LocalModel, student: LocalModel) -> None:
 def model_type(folder: Path) -> str:
     try:
         return str(json.loads((folder / "config.json").read_text())["model_type"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise InputError(f"{folder / 'config.json'} names no model_type: {error}") from error
+
+
+def brings_code(folder: Path) -> bool:
+    """Whether a model's configuration names Python code of its own."""
+    return any('"auto_map"' in file.read_text(errors="replace") for file in folder.glob("*config.json"))
 
 
 def special_tokens(folder: Path) -> tuple[str, ...]:
@@ -133,7 +154,7 @@ def tokenizer(folder: Path):
     else:
         from transformers import AutoTokenizer as Tokenizer
     try:
-        return Tokenizer.from_pretrained(folder)
+        return Tokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
 

@@ -14,12 +14,14 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from masters import memory
 from masters.errors import InputError, MastersError, WorkerError, WorkerLost
+from masters.secrets import mask_logs, masked
 
 PR_SET_PDEATHSIG = 1
 POLL = 0.2  # seconds
@@ -125,12 +127,16 @@ def report(job_file: Path, **fields: object) -> None:
 
 def child_main(main: Callable[[Path], None]) -> None:
     """A child's entry: its job file is the first argument; an expected error is one line and its exit code."""
+    mask_logs()
     try:
         main(Path(sys.argv[1]))
         report(Path(sys.argv[1]), event=PEAK, mib=memory.peak_mib())
     except MastersError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception:
+        print(masked(traceback.format_exc()), file=sys.stderr)
+        sys.exit(1)
 
 
 def die_with_parent(parent: int) -> None:

@@ -116,7 +116,7 @@ class Registry:
     def chosen(self, name: str, selector: str | None = None) -> ModelVersion:
         """A version by number or by "@alias"; without either champion, else candidate, else the newest."""
         if selector and not selector.startswith("@"):
-            if not selector.isdigit():
+            if not selector.isascii() or not selector.isdigit():
                 raise InputError(f"model {name}: expected a version's number or @alias, found {selector!r}")
             return self.version(name, int(selector))
         if selector:

@@ -4,6 +4,7 @@ import json
 
 from masters.artifacts import Artifact
 from masters.registry import shown
+from masters.secrets import masked
 from masters.tasks.stage import Run
 
 
@@ -48,6 +49,6 @@ class Summary:
         self.written = dict(
             run_id=run_id, name=self._run.config.name, status=status, stages=self._run.stages, **self._scores,
             **self._night, mlflow=dict(run_id=run_id, tracking_uri=shown(self._run.tracker.uri), **self._model),
-            prefect=dict(flow_run_id=self._flow_run_id), **({"error": error} if error else {}),
+            prefect=dict(flow_run_id=self._flow_run_id), **({"error": masked(error)} if error else {}),
         )  # fmt: skip
         self._run.storage.write("summary.json", json.dumps(self.written, indent=1).encode())

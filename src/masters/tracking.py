@@ -18,11 +18,13 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
-from masters import lineage, machine
+from masters import allowed, lineage, machine
+from masters.allowed import Setting
 from masters.artifacts import Artifact, Identity, Upstream
 from masters.config import Config
 from masters.errors import InputError
 from masters.registry import CANDIDATE, Registry, shown
+from masters.secrets import masked
 from masters.storage import Storage
 
 PARAMETER_LENGTH = 500
@@ -42,7 +44,9 @@ def tracking_uri(config: Config, storage: Storage) -> str:
             "runtime.mlflow_uri holds a user or password, and a configuration is kept with the run: set it as "
             "MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD beside the plain address"
         )
-    return config.runtime.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI") or beside(storage)
+    if named:
+        allowed.check(Setting.MLFLOW, "runtime.mlflow_uri", named)
+    return named or os.environ.get("MLFLOW_TRACKING_URI") or beside(storage)
 
 
 def check_answers(uri: str) -> None:
@@ -105,7 +109,9 @@ class Tracker:
         self.run_id = self._current = self._open(key or uuid.uuid4().hex, config.name, tags)
         machine.remember(config.name, self.uri)
         flat = _flat(config.model_dump()).items()
-        self._client.log_batch(self.run_id, params=[Param(key, str(value)[:PARAMETER_LENGTH]) for key, value in flat])
+        self._client.log_batch(
+            self.run_id, params=[Param(key, masked(str(value))[:PARAMETER_LENGTH]) for key, value in flat]
+        )
 
     def _experiment_of(self, name: str, storage: Storage) -> str:
         """Its id. A new experiment of the default database keeps its files there too."""
@@ -233,12 +239,12 @@ class Tracker:
 
     def page(self, run_id: str) -> str | None:
         """Where a browser finds a run; None without a server."""
-        base = self.uri.rstrip("/")
+        base = shown(self.uri).rstrip("/")
         return f"{base}/#/experiments/{self._experiment}/runs/{run_id}" if base.startswith("http") else None
 
     def model_page(self, name: str, version: int) -> str | None:
         """Where a browser finds a version of a registered model; None without a server."""
-        base = self.uri.rstrip("/")
+        base = shown(self.uri).rstrip("/")
         return f"{base}/#/models/{quote(name)}/versions/{version}" if base.startswith("http") else None
 
     def finish(self, status: str) -> None:

@@ -8,6 +8,8 @@ import os
 
 import httpx
 
+from masters.secrets import masked
+
 ADDRESS = "MASTERS_WEBHOOK_URL"
 SECONDS = 10.0
 
@@ -22,6 +24,7 @@ def report(name: str, status: str, reason: str) -> bool:
     url = os.environ.get(ADDRESS)
     if not url:
         return False
+    reason = masked(reason)  # it may be any library's error
     body = dict(text=f"masters {name}: {status}: {reason}", name=name, status=status, reason=reason)
     try:
         with httpx.Client(transport=httpx.HTTPTransport(retries=2), timeout=SECONDS) as client:

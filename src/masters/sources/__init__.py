@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from masters.config import Data
+from masters.config import EASYVQA, Data
 from masters.errors import InputError
 from masters.sources.base import RawRow, Source
 
@@ -17,10 +17,10 @@ def open_source(data: Data) -> Source:
     Raises InputError if it is not there, is empty or lacks columns.
     """
     name = data.source
-    local = name == "easyvqa" or _exists(name)
+    local = name == EASYVQA or _exists(name)
     if local and data.revision:
         raise InputError(f"data.revision applies to hub data sets only; source {name} is local: remove data.revision")
-    if name == "easyvqa":
+    if name == EASYVQA:
         from masters.sources.easyvqa import EasyVqa
 
         return EasyVqa()

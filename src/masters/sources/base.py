@@ -69,6 +69,14 @@ def need_columns(columns: Iterable[str], where: str) -> None:
         )
 
 
+def once_each(columns: Iterable[str], where: str) -> None:
+    """Raises InputError if a column that is read is there more than once: which one is meant?"""
+    found = list(columns)
+    twice = [name for name in COLUMNS if found.count(name) > 1]
+    if twice:
+        raise InputError(f"{where}: expected each column once, found several named {', '.join(twice)}; drop the others")
+
+
 def one_line(error: BaseException) -> str:
     """What a library says went wrong, fit for an error line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
@@ -98,5 +106,5 @@ def _image_digest(root: Path, path: str | Path) -> str:
     try:
         target = resolve_inside(root, path)
         return file_digest(target) if target and target.is_file() else "none"
-    except (OSError, ValueError):  # unreadable, or no possible file name
+    except (OSError, ValueError, RuntimeError):  # unreadable, no possible file name, a loop of links
         return "none"

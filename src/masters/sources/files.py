@@ -3,15 +3,19 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from masters import allowed
+from masters.allowed import Setting
 from masters.errors import InputError
 from masters.identity import file_digest
-from masters.sources.base import COLUMNS, REQUIRED, RawRow, content_digest, need_columns, one_line, raw_row
+from masters.sources.base import COLUMNS, REQUIRED, RawRow, content_digest, need_columns, once_each, one_line, raw_row
 
 BATCH = 64  # rows held at a time; they carry images
+LINE = 16 << 20  # bytes of a JSONL line: images are files of their own
 PEEK = 100  # JSONL objects looked at before a column counts as absent
 
 
@@ -46,6 +50,9 @@ class Jsonl:
     def _objects(self) -> Iterator[tuple[int, dict | str]]:
         """Line numbers with objects, or with what is wrong with the line."""
         for number, line in self._lines():
+            if len(line) > LINE:
+                yield number, f"line is too long (limit {LINE} bytes)"
+                continue
             try:
                 found = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError:
@@ -61,7 +68,7 @@ class Jsonl:
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         try:
             with self.path.open("rb") as file:
-                for number, line in enumerate(file, start=1):
+                for number, line in enumerate(iter(lambda: _line(file), b""), start=1):
                     if line.strip():
                         yield number, line
         except OSError as error:
@@ -75,11 +82,14 @@ class Parquet:
         self.path = path
         self.base = path if path.is_dir() else path.parent
         self.files = parquet_files(path) if path.is_dir() else [path]
+        for file in self.files:  # a folder that is allowed may hold links that lead elsewhere
+            allowed.check(Setting.DATA, "data.source", str(file.absolute()))
         rows = 0
         self.paths = False  # whether images may be files of their own
         for file in self.files:
             schema, count = self._footer(file)
             need_columns(schema.names, f"source {file}")
+            once_each(schema.names, f"source {file}")
             kind = schema.field("image").type
             self.paths |= not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
             rows += count
@@ -96,7 +106,7 @@ class Parquet:
                 with pq.ParquetFile(file) as table:
                     columns = [name for name in COLUMNS if name in table.schema_arrow.names]
                     for batch in table.iter_batches(BATCH, columns=columns):
-                        yield from (raw_row(found, file.parent) for found in batch.to_pylist())
+                        yield from _rows(batch, file.parent)
             except (pa.ArrowException, OSError) as error:
                 raise InputError(f"source {file} is damaged: {one_line(error)}") from None
 
@@ -109,6 +119,35 @@ class Parquet:
             raise InputError(
                 f"source {file}: expected a Parquet file, found something else ({one_line(error)})"
             ) from None
+
+
+def _line(file: BinaryIO) -> bytes:
+    """The next line; of one beyond LINE its beginning, a byte too long, the rest passed over."""
+    line = file.readline(LINE + 1)
+    rest = line
+    while len(rest) > LINE and not rest.endswith(b"\n"):
+        rest = file.readline(LINE + 1)
+    return line
+
+
+def _rows(batch: pa.RecordBatch, root: Path) -> Iterator[RawRow]:
+    """Rows of a batch. A value that Python cannot hold (no UTF-8, a date of another age) costs its row alone."""
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError):
+        rows = (_row(batch, number) for number in range(len(batch)))
+    for found in rows:
+        yield found if isinstance(found, RawRow) else raw_row(found, root)
+
+
+def _row(batch: pa.RecordBatch, number: int) -> dict | RawRow:
+    found, faults = {}, []
+    for name in batch.schema.names:
+        try:
+            found[name] = batch[name][number].as_py()
+        except (ValueError, OverflowError) as error:
+            faults.append(f"{name} cannot be read ({one_line(error)})")
+    return RawRow(found.get("id"), fault=faults[0]) if faults else found
 
 
 def parquet_files(folder: Path) -> list[Path]:

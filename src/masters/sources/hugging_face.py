@@ -1,12 +1,22 @@
 """Data sets of the `datasets` library: folders from `save_to_disk`, and the hub (streamed)."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from masters.errors import InputError
 from masters.identity import canonical, digest, folder_digest
-from masters.sources.base import COLUMNS, REQUIRED, RawRow, content_digest, need_columns, one_line, raw_row
+from masters.sources.base import (
+    COLUMNS,
+    REQUIRED,
+    RawRow,
+    content_digest,
+    need_columns,
+    one_line,
+    raw_row,
+    resolve_inside,
+)
 
 SPLITS = {"train": "train", "test": "test", "validation": "test"}
 MARKS = ("dataset_dict.json", "dataset_info.json")  # what save_to_disk leaves in a folder
@@ -20,6 +30,7 @@ class Saved:
         import datasets
 
         self.folder = folder
+        _check_inside(folder)
         try:
             loaded: Any = datasets.load_from_disk(str(folder))
         except Exception as error:  # the library raises what it likes, also over a data set without rows
@@ -83,6 +94,20 @@ class Hub:
 
 def is_saved(folder: Path) -> bool:
     return any((folder / mark).is_file() for mark in MARKS)
+
+
+def _check_inside(folder: Path) -> None:
+    """Raises InputError if the data set's own lists name files outside its folder: its digest would not hold them."""
+    for state in folder.rglob("state.json"):
+        try:
+            listed = [str(part["filename"]) for part in json.loads(state.read_bytes())["_data_files"]]
+            outside = [
+                name for name in listed if resolve_inside(folder, state.parent.relative_to(folder) / name) is None
+            ]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError, RuntimeError) as error:
+            raise InputError(f"source {folder}: {state.name} lists no data files ({one_line(error)})") from None
+        if outside:
+            raise InputError(f"source {folder}: {state.name} names a file outside the folder ({outside[0]!r:.200})")
 
 
 def _parts(loaded: Any, where: str) -> list[tuple[str | None, Any]]:

@@ -1,0 +1,108 @@
+"""What a person sees: exit code 2 and one line on stderr, before anything is written to the store."""
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.bad_input.test_weights import GATE, one
+from tests.drawn import write_questions
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "configs/demo.toml"
+STUDENT = ROOT / "demo/models/student"
+
+
+def masters(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MASTERS_", "MLFLOW_"))}
+    return subprocess.run(
+        [sys.executable, "-m", "masters.cli", *arguments],
+        env=kept | environment, cwd=ROOT, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+class Case:
+    """A command on the demo's configuration with one thing at fault, and what its line says."""
+
+    def __init__(self, says: str, *values: str, command: str = "check", **environment: str) -> None:
+        self.says, self.values, self.command, self.environment = says, values, command, environment
+
+
+CASES = {
+    "NaN": Case("train.beta: Input should be a finite number", "train.beta=nan", command="distill"),
+    "stages without end": Case("in more than 1000 stages", "teachers.0.step=1e-9", command="distill"),
+    "NaN weights": Case(f"tensor {GATE} holds NaN", "student.model=nan", command="distill"),
+    "a parquet that is none": Case("expected a Parquet file, found something else", "data.source=bad.parquet"),
+    "a store that is not allowed": Case(
+        "store.root", "store.root=/elsewhere/store", MASTERS_ALLOWED_STORES="/srv/masters", command="distill"
+    ),
+    "a link to a source that is not allowed": Case(
+        "data.source", "data.source=link.jsonl", MASTERS_ALLOWED_DATA="{top}"
+    ),
+    "a judge that is not allowed": Case(
+        "MASTERS_ALLOWED_JUDGES allows 127.0.0.1:1", "rewards.accuracy=llm", "rewards.judge=http://127.0.0.1:2/v1",
+        MASTERS_ALLOWED_JUDGES="127.0.0.1:1",
+    ),
+    "a password in a source": Case("holds a password or a key", "data.source=https://me:hunter22@host/x.jsonl"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def top(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models and sources at fault, by the names that the cases use."""
+    top = tmp_path_factory.mktemp("cases")
+    shutil.copytree(STUDENT, top / "nan")
+    one(GATE, float("nan"))(top / "nan")
+    (top / "bad.parquet").write_bytes(b"PAR1 nothing")
+    outside = tmp_path_factory.mktemp("outside")
+    (top / "link.jsonl").symlink_to(write_questions(outside / "data", 8))
+    return top
+
+
+@pytest.fixture(scope="module")
+def done(top: Path) -> dict[str, subprocess.CompletedProcess]:
+    """Every case's command, two at a time."""
+
+    def run(name: str) -> subprocess.CompletedProcess:
+        case = CASES[name]
+        values = [f"store.root={top / 'store'}", f"data.source={write_source(top)}"] + [
+            f"{key}={top / value}"
+            if key.split(".")[-1] in ("model", "source") and "://" not in value
+            else f"{key}={value}"
+            for key, _, value in (each.partition("=") for each in case.values)
+        ]
+        options = [part for value in values for part in ("--set", value)]
+        environment = {key: value.format(top=top) for key, value in case.environment.items()}
+        return masters(case.command, str(DEMO), *options, **environment)
+
+    write_source(top)
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(CASES, pool.map(run, CASES), strict=True))
+
+
+def write_source(top: Path) -> Path:
+    return top / "good/questions.jsonl" if (top / "good").exists() else write_questions(top / "good", 8, bad=False)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_clear_line_and_exit_code_2(done: dict[str, subprocess.CompletedProcess], name: str) -> None:
+    ran = done[name]
+    lines = ran.stderr.strip().splitlines()
+    assert (ran.returncode, len(lines)) == (2, 1), ran.stderr
+    assert lines[0].startswith("masters: ") and CASES[name].says in lines[0]
+    assert "hunter22" not in ran.stderr + ran.stdout
+
+
+def test_nothing_was_written(done: dict[str, subprocess.CompletedProcess], top: Path) -> None:
+    assert not list((top / "store").rglob("*record.json")) and not (top / "store/mlflow.db").exists()
+
+
+def test_the_same_without_a_fault_is_ready(top: Path) -> None:
+    values = [f"store.root={top / 'store'}", f"data.source={write_source(top)}"]
+    ran = masters("check", str(DEMO), *(part for value in values for part in ("--set", value)))
+    assert ran.returncode == 0 and ran.stdout.endswith("ready\n"), ran.stderr

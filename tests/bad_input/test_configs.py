@@ -1,0 +1,101 @@
+"""Configurations with values of no sense: one line that names the key, whatever was written."""
+
+from pathlib import Path
+
+import pytest
+
+from masters.config import Config, changed, load
+from masters.errors import InputError
+
+DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
+LONGEST = 1000  # characters of an error: it is read in a terminal
+
+# an override, and what the line says
+VALUES: dict[str, tuple[str, str]] = {
+    "NaN learning rate": ("train.learning_rate=nan", "train.learning_rate: Input should be"),
+    "infinite beta": ("train.beta=inf", "train.beta: Input should be a finite number"),
+    "negative beta": ("train.beta=-0.1", "train.beta: Input should be greater than or equal to 0"),
+    "NaN share": ("generate.student_share=nan", "generate.student_share: Input should be a finite number"),
+    "NaN rejected share": ("data.max_rejected_share=nan", "data.max_rejected_share: Input should be a finite number"),
+    "NaN mask": ("teachers.0.r_max=nan", "teachers.0.r_max: Input should be a finite number"),
+    "negative mask": ("teachers.0.r_max=-0.2", "teachers.0.r_max: Input should be greater than or equal to 0"),
+    "stages without end": ("teachers.0.step=1e-9", "takes r_max (0.2) back in more than 1000 stages"),
+    "smallest step": ("teachers.0.step=5e-324", "takes r_max (0.2) back in more than 1000 stages"),
+    "negative seed": ("generate.seed=-1", "generate.seed: Input should be greater than or equal to 0"),
+    "seed of 40 digits": ("train.seed=" + "9" * 40, "train.seed: Input should be less than or equal to 2147483647"),
+    "number of 5000 digits": ("train.epochs=" + "1" * 5000, "train.epochs: Input should be a valid integer"),
+    "number of 5000 hexadecimal digits": ("train.epochs=0x" + "f" * 5000, "found a number of 20000 bits"),
+    "more questions than an integer": ("train.questions_per_step=10000000000000", "train.questions_per_step: Input"),
+    "more tokens than an integer": ("runtime.token_budget=" + "9" * 30, "runtime.token_budget: Input should be less"),
+    "top k beyond the engine's integers": ("generate.top_k=99999999999", "generate.top_k: Input should be less"),
+    "temperature that engines would change": ("generate.temperature=1e-5", "engines take a temperature of 0 or from"),
+    "penalty that makes infinities": ("generate.repetition_penalty=1e-300", "generate.repetition_penalty: Input"),
+    "answers longer than the model takes": ("generate.max_tokens=512", "leaves no room for a prompt in runtime.max_mo"),
+    "all memory there is": ("runtime.engine_memory_gib=1e300", "runtime.engine_memory_gib: Input should be less"),
+    "time without end": ("runtime.judge_timeout=1e300", "runtime.judge_timeout: Input should be less"),
+    "silence without end": ("runtime.silence_minutes=inf", "runtime.silence_minutes: Input should be"),
+    "a million devices": ("runtime.tensor_parallel_size=1000000", "runtime.tensor_parallel_size: Input should be"),
+    "broken pattern": ("mask.exclude=['(']", "is no regular expression"),
+    "infinite limit": ("data.train_limit=inf", "data.train_limit: Input should be"),
+    "text for a number": ("train.epochs='2'", "train.epochs: Input should be a valid integer (found '2')"),
+    "truth for a number": ("train.epochs=true", "train.epochs: Input should be a valid integer"),
+    "date for a number": ("train.epochs=2026-01-01", "train.epochs: Input should be a valid integer"),
+    "name that is a path": ("name='../x'", "name: String should match pattern"),
+    "name with a line": ("name='a\\n'", "name: String should match pattern"),
+    "another digit": ("teachers.²=1", "expected a number below 1, found '²'"),
+    "position of 5000 digits": ("teachers." + "1" * 5000 + "=1", "expected a number below 1"),
+    "list without end": ("train.epochs=" + "[" * 5000, "train.epochs: Input should be a valid integer"),
+    "megabyte of a name": ("data." + "x" * 1_000_000 + "=1", "unknown key"),
+    "megabyte of a value": ("train.divergence='" + "x" * 1_000_000 + "'", "train.divergence: Input should be"),
+}  # fmt: skip
+
+FILES: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "name: missing"),
+    "no toml": (b"{not toml", "cannot be read"),
+    "no utf-8": (b"name = '\xff'", "cannot be read"),
+    "utf-16": ("name = 'a'".encode("utf-16"), "cannot be read"),
+    "nulls": (bytes(100), "cannot be read"),
+    "nested without end": (b"a = " + b"[" * 20_000, "cannot be read"),
+    "tables without end": (b"[" + b".".join([b"a"] * 20_000) + b"]", "unknown key"),
+    "number of 5000 digits": (b"a = " + b"1" * 5000, "cannot be read"),
+    "a key twice": (b"name = 'a'\nname = 'b'", "cannot be read"),
+    "model weights": (bytes(2 << 20), "is it the right file?"),
+}
+
+
+def line_of(refused: pytest.ExceptionInfo) -> str:
+    line = str(refused.value)
+    assert "\n" not in line and len(line) < LONGEST
+    return line
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values(name: str) -> None:
+    override, says = VALUES[name]
+    with pytest.raises(InputError) as refused:
+        load(DEMO, [override])
+    assert says in line_of(refused)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files(tmp_path: Path, name: str) -> None:
+    content, says = FILES[name]
+    path = tmp_path / "config.toml"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as refused:
+        load(path)
+    assert says in line_of(refused)
+
+
+def test_a_file_without_end_is_not_read_to_it() -> None:
+    with pytest.raises(InputError, match="is it the right file"):
+        load("/dev/zero")
+
+
+def test_a_grid_with_such_values_is_refused_alike() -> None:
+    """What `ablate` makes of its grid, from a form."""
+    config: Config = load(DEMO)
+    for value in (10**5000, "x" * 10**6, [[]] * 1000, {"a": 1}, None, float("nan"), -1):
+        with pytest.raises(InputError) as refused:
+            changed(config, {"train.beta": value})
+        assert "train.beta" in line_of(refused)

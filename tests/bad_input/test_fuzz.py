@@ -1,0 +1,114 @@
+"""Parsers under anything at all: only the errors that they declare escape."""
+
+import io
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from masters import config as configuration
+from masters.config import load
+from masters.errors import InputError
+from masters.ingest import Rejected, validated
+from masters.judge_url import base_url
+from masters.rewards.judge import Answer, judge
+from masters.rewards.verdict import Triple
+from masters.sources.base import COLUMNS
+from masters.sources.files import Jsonl
+
+DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
+KEYS = [
+    f"{section}.{name}" if section not in ("name", "teachers") else section
+    for section, of in load(DEMO).model_dump().items()
+    for name in (of if isinstance(of, dict) else [section])
+]
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.integers(2**62, 2**80), st.floats(), st.text(),
+    st.sampled_from(["teacher", "1e999", "-0", "nan", "../x", "/", "\0", "http://[", "http://a:99999999", "s3://"]),
+)  # fmt: skip
+JSON = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
+LINES = st.one_of(
+    st.binary(),
+    JSON.map(json.dumps).map(str.encode),
+    st.fixed_dictionaries({}, optional=dict.fromkeys(COLUMNS, JSON)).map(json.dumps).map(str.encode),
+)  # fmt: skip
+FRAGMENTS = st.sampled_from(
+    ["<answer>", "</answer>", "0", "1", "0.5", "-1", "2", "NaN", "<ANSWER>", "\n", " ", "<", ">", "\u0661", "\0", "."]
+)
+SAID = st.one_of(st.text(), st.lists(FRAGMENTS, max_size=12).map("".join))
+
+
+@settings(max_examples=300)
+@given(st.one_of(st.binary(max_size=200), st.text(max_size=200).map(str.encode)))
+def test_files(content: bytes) -> None:
+    with pytest.MonkeyPatch.context() as patch, suppress(InputError):
+        patch.setattr(configuration, "open", lambda path, mode: io.BytesIO(content), raising=False)
+        load("x.toml")
+
+
+@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(KEYS) | st.text(max_size=20), st.one_of(st.text(max_size=40), JSON.map(json.dumps)))
+def test_overrides(key: str, value: str) -> None:
+    try:
+        load(DEMO, [f"{key}={value}"])
+    except InputError as error:
+        assert "\n" not in str(error) and len(str(error)) < 2000
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(KEYS), JSON)
+def test_values_of_a_form_or_a_grid(key: str, value: object) -> None:
+    with suppress(InputError):
+        configuration.changed(load(DEMO), {key: value})
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(st.lists(LINES, min_size=1, max_size=5))
+def test_jsonl(tmp_path: Path, lines: list[bytes]) -> None:
+    """Every line that is not blank is a question or a rejection with a reason, and nothing else happens."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    with suppress(InputError):
+        source = Jsonl(path)
+        source.digest()
+        found = list(validated(source))
+        assert len(found) == sum(bool(line.strip()) for line in path.read_bytes().split(b"\n"))
+        for row in found:
+            assert isinstance(row, Rejected) and row.reason, row  # no picture lies beside the file
+            row.id.encode(), row.reason.encode(errors="surrogatepass")
+
+
+class Says:
+    """Answers the same to every conversation of a call."""
+
+    def __init__(self, *calls: str) -> None:
+        self.calls = list(calls)
+
+    def ask(self, conversations: list, max_tokens: int) -> list[Answer]:
+        return [Answer(self.calls.pop(0))] * len(conversations) if conversations else []
+
+
+@settings(max_examples=500)
+@given(SAID, SAID)
+def test_judges(first: str, second: str) -> None:
+    """A score is 0 or 1, and only where both answers say it; all else is no verdict, and never a 0."""
+    (found,) = judge(Says(first, second), [Triple("q", "a", "t")])
+    if found.status == "ok":
+        assert found.score in (0.0, 1.0) and second.strip() == str(int(found.score))
+        assert first.rstrip().endswith(("</answer>",)) and str(int(found.score)) in first
+    else:
+        assert found.score is None and found.status == "parse_failed"
+
+
+@settings(max_examples=300)
+@given(st.text(max_size=60).map(lambda text: f"http://{text}") | st.text(max_size=60))
+def test_judge_urls(url: str) -> None:
+    """What is accepted, the client takes."""
+    with suppress(InputError):
+        base = base_url(url)
+        assert base.isprintable()
+        httpx.URL(base)

@@ -1,0 +1,209 @@
+"""Judges that answer nonsense, over HTTP: a verdict that could not be had is a status, never a score, never a crash."""
+
+import gzip
+import html
+import json
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Thread
+
+import pytest
+
+from masters.rewards import judge_limits
+from masters.rewards.judge import judge
+from masters.rewards.judge_server import UNNAMED, Server
+from masters.rewards.verdict import Triple, Verdict
+from tests import fake_judge
+from tests.fake_judge import FakeJudge
+
+TRIPLE = Triple("what color?", "teal", "Teal.")
+FIRST = "It compares. <answer>1</answer>"
+
+
+def completion(content: object, **changes: object) -> bytes:
+    choice = dict(index=0, message=dict(role="assistant", content=content), finish_reason="stop") | changes
+    return json.dumps(dict(id="1", object="chat.completion", created=0, model="m", choices=[choice])).encode()
+
+
+# HTTP status and what is sent in the first call; status of the verdict, and what its explanation says
+FIRSTS: dict[str, tuple[object, str, str]] = {
+    "nothing": ("", "parse_failed", ""),
+    "prose": ("I would say that it is right.", "parse_failed", "I would say"),
+    "a bare number": ("1", "parse_failed", "1"),
+    "above one": ("<answer>2</answer>", "parse_failed", "2"),
+    "far above one": ("<answer>1e308</answer>", "parse_failed", "1e308"),
+    "below zero": ("<answer>-1</answer>", "parse_failed", "-1"),
+    "a fraction": ("<answer>0.5</answer>", "parse_failed", "0.5"),
+    "one, as a fraction": ("<answer>1.0</answer>", "parse_failed", "1.0"),
+    "NaN": ("<answer>NaN</answer>", "parse_failed", "NaN"),
+    "infinity": ("<answer>inf</answer>", "parse_failed", "inf"),
+    "null": ("<answer>null</answer>", "parse_failed", "null"),
+    "an empty tag": ("<answer></answer>", "parse_failed", "<answer>"),
+    "both scores": ("<answer>0</answer> <answer>1</answer>", "parse_failed", "<answer>0"),
+    "more after the tag": ("<answer>1</answer> unless it is 0", "parse_failed", "unless"),
+    "another alphabet's one": ("<answer>١</answer>", "parse_failed", "<answer>"),
+    "100 KB": ("so " * 33_000, "parse_failed", "so so"),
+    "right-to-left": ("\u202e<answer>1</answer>\u202c", "parse_failed", "<answer>"),
+    "a refusal": (completion(None), "parse_failed", ""),
+    "half a surrogate": (completion("\ud800"), "parse_failed", "?"),
+    "a number for a text": (completion(1), "judge_failed", "no text but int"),
+    "NaN for a text": (completion(float("nan")), "judge_failed", "no text but float"),
+    "parts for a text": (completion([dict(type="text", text=FIRST)]), "judge_failed", "no text but list"),
+    "truth for a text": (completion(True), "judge_failed", "no text but bool"),
+    "no choices": (b'{"choices": []}', "judge_failed", "no chat completion"),
+    "null choices": (b'{"choices": null}', "judge_failed", "no chat completion"),
+    "choices of no kind": (b'{"choices": [1]}', "judge_failed", "no chat completion"),
+    "a list": (b"[]", "judge_failed", "no chat completion"),
+    "null as json": (b"null", "judge_failed", "no chat completion"),
+    "no json": (b"<html>busy</html>", "judge_failed", ""),
+    "no utf-8": (b'{"choices": "\xff"}', "judge_failed", ""),
+    "nested without end": (b"[" * 200_000, "judge_failed", ""),
+    "number of 5000 digits": (b'{"choices": ' + b"1" * 5000 + b"}", "judge_failed", ""),
+    "two megabytes": (completion("x" * (2 << 20)), "judge_failed", ""),
+}  # fmt: skip
+
+
+SECONDS = {
+    repr(said)[:40]: said
+    for said in (
+        "", "0", "2", "-1", "1.0", "NaN", "yes", "1\n0", "<answer>1</answer>", "１", completion(1), completion(None),
+        b"{}",
+    )
+}  # fmt: skip
+STATUSES = (204, 301, 307, 400, 401, 403, 404, 418, 422, 429, 500, 503, 599)
+
+
+def verdict(server: FakeJudge, timeout: float = 5.0) -> Verdict:
+    with Server(server.url, "m", timeout=timeout, retries=0) as voice:
+        (found,) = judge(voice, [TRIPLE])
+    return found
+
+
+def verdicts(says: dict[str, tuple[int, object]], first: str | None = None) -> dict[str, Verdict]:
+    """By case: what comes of an answer in the first call, or in the second after `first`. All asked at once."""
+
+    def say(user: str) -> tuple[int, object]:
+        if first and "<question>" in user:
+            return 200, f"{fake_judge.inside(user, 'generated_text')} {first}"
+        return next(answer for case, answer in says.items() if f"[{case}]" in html.unescape(user))
+
+    with fake_judge.serve(say=say) as server, Server(server.url, "m", timeout=60.0, retries=0) as voice:
+        found = judge(voice, [Triple("what color?", "teal", f"[{case}]") for case in says])
+    return dict(zip(says, found, strict=True))
+
+
+@pytest.fixture(scope="module")
+def firsts() -> dict[str, Verdict]:
+    return verdicts({case: (200, said) for case, (said, _, _) in FIRSTS.items()})
+
+
+@pytest.fixture(scope="module")
+def seconds() -> dict[str, Verdict]:
+    return verdicts({case: (200, said) for case, said in SECONDS.items()}, FIRST)
+
+
+@pytest.fixture(scope="module")
+def refusals() -> dict[str, Verdict]:
+    return verdicts({str(status): (status, FIRST) for status in STATUSES})
+
+
+@pytest.mark.parametrize("name", FIRSTS)
+def test_first_answers(firsts: dict[str, Verdict], name: str) -> None:
+    found, (_, status, explanation) = firsts[name], FIRSTS[name]
+    assert (found.score, found.status) == (None, status)
+    assert explanation in found.explanation
+    found.explanation.encode()  # a table holds it
+
+
+@pytest.mark.parametrize("said", SECONDS)
+def test_second_answers(seconds: dict[str, Verdict], said: str) -> None:
+    assert seconds[said].score is None and seconds[said].status in ("parse_failed", "judge_failed")
+
+
+def test_the_same_score_in_both_answers_is_a_verdict() -> None:
+    assert verdicts({"right": (200, "1")}, FIRST)["right"].score == 1.0
+
+
+@pytest.mark.parametrize("status", STATUSES)
+def test_every_other_http_status_is_no_verdict(refusals: dict[str, Verdict], status: int) -> None:
+    found = refusals[str(status)]
+    assert found.score is None and found.status in ("judge_failed", "refused")
+
+
+@contextmanager
+def raw(answer: bytes, slowly: int = 0) -> Iterator[FakeJudge]:
+    """A server that sends these bytes to whoever connects, the last `slowly` of them one after the other."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    ended = []
+
+    def serve() -> None:
+        while not ended:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection:
+                try:
+                    connection.recv(1 << 16)
+                    connection.sendall(answer[: len(answer) - slowly])
+                    for place in range(len(answer) - slowly, len(answer)):
+                        time.sleep(0.1)
+                        connection.sendall(answer[place : place + 1])
+                except OSError:
+                    pass
+
+    thread = Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield FakeJudge(url=f"http://127.0.0.1:{listener.getsockname()[1]}/v1")
+    finally:
+        ended.append(True)
+        listener.close()
+
+
+def http(body: bytes, *headers: str, status: str = "200 OK") -> bytes:
+    lines = [f"HTTP/1.1 {status}", "Content-Type: application/json", f"Content-Length: {len(body)}", *headers]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def test_an_answer_that_comes_in_drops_ends_at_the_time_limit() -> None:
+    """Every byte comes in time; all of them together would take a quarter of an hour."""
+    began = time.monotonic()
+    with raw(http(b" " * 9000), slowly=9000) as server:
+        found = verdict(server, timeout=1.0)
+    assert found.status == "judge_failed" and time.monotonic() - began < 10
+
+
+def test_an_answer_without_end_ends_at_the_size_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge_limits, "LARGEST", 1000)
+    with raw(http(completion(FIRST) + b" " * 100_000)) as server:
+        assert verdict(server).status == "judge_failed"
+
+
+def test_a_packed_answer_is_not_unpacked() -> None:
+    bomb = gzip.compress(bytes(20 << 20))
+    with raw(http(bomb, "Content-Encoding: gzip")) as server:
+        assert verdict(server).status == "judge_failed"
+
+
+@pytest.mark.parametrize("answer", [b"", b"\0" * 100, b"HTTP/1.1 200", b"SSH-2.0-OpenSSH\r\n", http(b"{}")[:-1]])
+def test_what_is_no_http_is_no_verdict(answer: bytes) -> None:
+    with raw(answer) as server:
+        assert verdict(server).status == "judge_failed"
+
+
+def test_a_redirect_leads_nowhere() -> None:
+    """A host that is allowed cannot send us, or our key, to one that is not."""
+    with fake_judge.serve() as other:
+        with raw(http(b"", f"Location: {other.url}/chat/completions", status="307 Temporary Redirect")) as server:
+            assert verdict(server).status == "judge_failed"
+        assert other.asked == []
+
+
+@pytest.mark.parametrize("listed", [None, 7, "", [], {}, "x" * 2000], ids=lambda value: repr(value)[:20])
+def test_a_model_that_is_listed_without_a_name_is_asked_by_none(listed: object) -> None:
+    with fake_judge.serve(models=(listed,)) as server, Server(server.url, None, retries=0) as voice:
+        (found,) = judge(voice, [TRIPLE])
+        assert found.status == "ok" and server.asked[0]["model"] == UNNAMED

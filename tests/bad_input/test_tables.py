@@ -1,0 +1,149 @@
+"""Parquet files and saved data sets at fault: rows that are rejected, or one line before any row is read."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from masters.errors import InputError
+from tests.bad_input.pictures import encoded, plain
+from tests.bad_input.stage import built, outcomes
+
+PICTURE = encoded(plain())
+
+
+def columns(**changes: pa.Array) -> dict[str, pa.Array]:
+    """Three good rows a split, or rows with other columns."""
+    count = 6
+    good = dict(
+        id=pa.array([f"q{n}" for n in range(count)]), image=pa.array([PICTURE] * count, pa.binary()),
+        question=pa.array(["what?"] * count), answer=pa.array(["that"] * count),
+        split=pa.array(["train", "test"] * 3),
+    )  # fmt: skip
+    return good | {name: pa.concat_arrays([of, of]) for name, of in changes.items()}
+
+
+def stored(table: pa.Table, **options: object) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, **options)
+    return sink.getvalue()
+
+
+def named(names: list[str], arrays: list[pa.Array]) -> bytes:
+    return stored(pa.Table.from_arrays(arrays, names=names))
+
+
+def not_utf8() -> pa.Array:
+    """Three texts, the first of which is none."""
+    return pa.Array.from_buffers(
+        pa.string(), 3, [None, pa.array(["abc", "def", "ghi"]).buffers()[1], pa.py_buffer(b"a\xffcdefghi")]
+    )
+
+
+def old_dates() -> pa.Array:
+    """The first of another age than Python's."""
+    return pa.array([10**7, 1, 2], pa.int32()).cast(pa.date32())
+
+
+# what the first three rows come to, where one column is another
+ROWS: dict[str, tuple[dict[str, pa.Array], list[str]]] = {
+    "numbers as text": (dict(question=pa.array([1, 2, 3])), ["question is not text (found int)"] * 3),
+    "numbers with NaN": (
+        dict(answer=pa.array([1.0, float("nan"), None])),
+        ["answer is not text (found float)", "answer is not text (found float)", "answer is missing"],
+    ),
+    "nulls": (dict(question=pa.array(["a", None, "b"])), ["accepted", "question is missing", "accepted"]),
+    "nothing but nulls": (dict(answer=pa.nulls(3)), ["answer is missing"] * 3),
+    "no utf-8": (dict(question=not_utf8()), ["question cannot be read", "accepted", "accepted"]),
+    "dates as ids": (dict(id=old_dates()), ["id cannot be read", "id is not text (found date)", "id is not text"]),
+    "whole numbers as ids": (dict(id=pa.array([7, -7, 2**62])), ["accepted"] * 3),
+    "lists as images": (dict(image=pa.array([[1], [2], []])), ["image is neither bytes nor a path"] * 3),
+    "numbers as images": (dict(image=pa.array([1, 2, 3])), ["image is neither bytes nor a path"] * 3),
+    "objects without bytes": (dict(image=pa.array([{"size": 1}] * 3)), ["image is missing"] * 3),
+    "objects with neither": (
+        dict(image=pa.array([dict(bytes=None, path=None), dict(bytes=b"", path=None), dict(bytes=None, path="../x")])),
+        ["image is missing", "image is empty", "image path leaves the data folder"],
+    ),
+    "paths that leave": (
+        dict(image=pa.array(["/etc/passwd", "../x.png", "none.png"])),
+        ["image path leaves the data folder", "image path leaves the data folder", "image file not found"],
+    ),
+    "numbers as splits": (dict(split=pa.array([0, 1, 2])), ["unknown split"] * 3),
+    "dictionaries of texts": (dict(question=pa.array(["a", "b", "a"]).dictionary_encode()), ["accepted"] * 3),
+    "large texts": (dict(question=pa.array(["a", "b", "a"], pa.large_string())), ["accepted"] * 3),
+}  # fmt: skip
+
+# what is said of the file as a whole
+WHOLE = stored(pa.table(columns()), compression="none")
+FILES: dict[str, tuple[Callable[[], bytes], str]] = {
+    "empty": (lambda: b"", "expected a Parquet file, found something else"),
+    "truncated": (lambda: WHOLE[: len(WHOLE) // 2], "expected a Parquet file, found something else"),
+    "without its end": (lambda: WHOLE[:-8], "expected a Parquet file, found something else"),
+    "nothing but marks": (lambda: b"PAR1" * 5, "expected a Parquet file, found something else"),
+    "text": (lambda: b"id,image,question,answer\n", "expected a Parquet file, found something else"),
+    "overwritten inside": (lambda: WHOLE[:4] + b"\xff" * 400 + WHOLE[404:], "is damaged"),
+    "without a column": (
+        lambda: stored(pa.table(columns()).drop_columns(["answer"])), "add or rename: answer",
+    ),
+    "another case": (
+        lambda: stored(pa.table(columns()).rename_columns(["ID", "Image", "Question", "Answer", "Split"])),
+        "found Answer, ID, Image, Question, Split",
+    ),
+    "a column twice": (
+        lambda: named([*columns(), "answer"], [*columns().values(), pa.array(["this"] * 6)]),
+        "found several named answer",
+    ),
+    "without rows": (lambda: stored(pa.table(columns()).slice(0, 0)), "is empty"),
+    "without columns": (lambda: stored(pa.table({"x": [1]})), "found x"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows(tmp_path: Path, name: str) -> None:
+    changes, expected = ROWS[name]
+    (tmp_path / "data").mkdir()
+    good = columns() | dict(id=pa.array([f"good{n}" for n in range(6)]))  # leaves something to build
+    pq.write_table(pa.table(good), tmp_path / "data/b.parquet")
+    pq.write_table(pa.table(columns(**changes)).slice(0, 3), tmp_path / "data/a.parquet")
+    found = outcomes(built(tmp_path / "store", tmp_path / "data"))
+    own = [outcome for key, outcome in found.items() if not key.startswith("good")]
+    assert len(own) == 3
+    for outcome, start in zip(sorted(own), sorted(expected), strict=True):
+        assert outcome.startswith(start)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files(tmp_path: Path, name: str) -> None:
+    make, says = FILES[name]
+    (tmp_path / "rows.parquet").write_bytes(make())
+    with pytest.raises(InputError) as caught:
+        built(tmp_path / "store", tmp_path / "rows.parquet")
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert not list((tmp_path / "store").rglob("record.json"))
+
+
+SAVED: dict[str, tuple[object, str]] = {
+    "a file outside": (dict(_data_files=[dict(filename="../../other.arrow")]), "names a file outside the folder"),
+    "an absolute file": (dict(_data_files=[dict(filename="/etc/passwd")]), "names a file outside the folder"),
+    "no list": (dict(), "lists no data files"),
+    "a text for a list": (dict(_data_files="abc"), "lists no data files"),
+    "no object": ([1], "lists no data files"),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_saved_data_sets(tmp_path: Path, name: str) -> None:
+    """A saved data set lists its own files: what it may name lies in its folder."""
+    state, says = SAVED[name]
+    rows = dict(id=["a", "b"], image=[PICTURE] * 2, question=["q"] * 2, answer=["a"] * 2, split=["train", "test"])
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
+    assert built(tmp_path / "store", tmp_path / "saved").facts["rows"] == 2
+    (tmp_path / "other.arrow").write_bytes((tmp_path / "saved/data-00000-of-00001.arrow").read_bytes())
+    (tmp_path / "saved/state.json").write_text(json.dumps(state))
+    with pytest.raises(InputError, match=says):
+        built(tmp_path / "store", tmp_path / "saved")

@@ -1,0 +1,203 @@
+"""Model folders at fault: refused by preflight, in a line that names what is wrong, before an engine starts."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from masters import preflight
+from masters.config import Model
+from masters.errors import InputError
+from masters.models import soundness
+
+DEMO = Path(__file__).parents[2] / "demo/models/student"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+GATE = "model.language_model.layers.0.mlp.gate_proj.weight"
+NORM = "model.visual.blocks.0.norm1.weight"
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What this machine found sound before is not asked."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(DEMO, tmp_path / "model"))
+
+
+def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
+    """A change of the tensors by name."""
+
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    return apply
+
+
+def one(name: str, value: float) -> Callable[[Path], object]:
+    """A single element of a tensor set."""
+    return weights(lambda tensors: tensors[name].view(-1)[-1].fill_(value))
+
+
+def config(**changes: object) -> Callable[[Path], object]:
+    """Changes of config.json's text model."""
+
+    def apply(folder: Path) -> None:
+        found = json.loads((folder / CONFIG).read_text())
+        found["text_config"] |= changes
+        (folder / CONFIG).write_text(json.dumps(found))
+
+    return apply
+
+
+def cut(name: str, keep: Callable[[int], int]) -> Callable[[Path], object]:
+    def apply(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: keep(len(data))])
+
+    return apply
+
+
+def index(*files: str) -> Callable[[Path], object]:
+    content = json.dumps(dict(metadata={}, weight_map={f"tensor{n}": file for n, file in enumerate(files)}))
+    return lambda folder: (folder / soundness.INDEX).write_text(content)
+
+
+def written(name: str, content: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(content)
+
+
+FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "NaN in a matrix": (one(GATE, float("nan")), [WEIGHTS, GATE, "NaN"]),
+    "NaN in a norm, which is never masked": (one(NORM, float("nan")), [WEIGHTS, NORM, "NaN"]),
+    "infinity": (one(GATE, float("inf")), [WEIGHTS, GATE, "infinity"]),
+    "negative infinity": (one(NORM, float("-inf")), [WEIGHTS, NORM, "infinity"]),
+    "another shape": (
+        weights(lambda tensors: tensors.update({GATE: torch.zeros(3, 64)})), [GATE, "shape [192, 64]", "hold [3, 64]"],
+    ),
+    "transposed": (
+        weights(lambda tensors: tensors.update({GATE: tensors[GATE].T.contiguous()})), [GATE, "hold [64, 192]"],
+    ),
+    "one dimension": (weights(lambda tensors: tensors.update({GATE: torch.zeros(12_288)})), [GATE, "hold [12288]"]),
+    "a tensor missing": (weights(lambda tensors: tensors.pop(GATE)), ["lack 1 tensors", GATE]),
+    "no tensor at all": (lambda folder: save_file({}, folder / WEIGHTS), ["describes no model", "0 tensors"]),
+    "truncated": (cut(WEIGHTS, lambda size: size // 2), [WEIGHTS, "cannot be read"]),
+    "a byte short": (cut(WEIGHTS, lambda size: size - 1), [WEIGHTS, "cannot be read"]),
+    "header cut": (cut(WEIGHTS, lambda size: 20), [WEIGHTS, "cannot be read"]),
+    "empty weights": (cut(WEIGHTS, lambda size: 0), [WEIGHTS, "cannot be read"]),
+    "text named safetensors": (written(WEIGHTS, "not weights"), [WEIGHTS, "cannot be read"]),
+    "a pickle named safetensors": (lambda folder: torch.save({}, folder / WEIGHTS), [WEIGHTS, "cannot be read"]),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), ["expected safetensors weights"]),
+    "wider than its weights": (config(hidden_size=128), ["asks for", "shape"]),
+    "more layers than its weights": (config(num_hidden_layers=5), ["lack", "layers.3"]),
+    "layers without end": (config(num_hidden_layers=10**9), ["describes no model", "1000000000 layers"]),
+    "negative size": (config(hidden_size=-64), ["describes no model"]),
+    "size as text": (config(hidden_size="many"), ["describes no model"]),
+    "no config": (lambda folder: (folder / CONFIG).unlink(), ["expected config.json"]),
+    "config is no json": (written(CONFIG, "{"), ["names no model_type"]),
+    "config is a list": (written(CONFIG, "[1]"), ["names no model_type"]),
+    "config without end": (written(CONFIG, "[" * 100_000), ["names no model_type"]),
+    "index that leaves": (index(WEIGHTS, "../other.safetensors"), ["'../other.safetensors'", "not a weights file"]),
+    "index of a file that is not there": (index("model-00001-of-00002.safetensors"), ["not a weights file"]),
+    "index that is none": (written(soundness.INDEX, "[]"), ["is no index of weights"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folders(model: Path, home: Path, name: str) -> None:
+    change, says = FOLDERS[name]
+    change(model)
+    with pytest.raises(InputError) as refused:
+        preflight.local_model(Model(model=str(model)))
+    line = str(refused.value)
+    assert all(part in line for part in says) and "\n" not in line, line
+    assert not (home / ".cache/masters/sound").exists()  # what is at fault is looked at again
+
+
+def test_a_tensor_that_no_model_asks_for_harms_nothing(model: Path) -> None:
+    weights(lambda tensors: tensors.update(extra=torch.zeros(2)))(model)
+    preflight.local_model(Model(model=str(model)))
+
+
+def test_what_is_sound_is_looked_at_once_and_again_when_it_changes(model: Path, monkeypatch) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(soundness, "check_finite", asked.append)
+    for _ in range(2):
+        preflight.local_model(Model(model=str(model)))
+    assert asked == [model]
+    one(GATE, 0.5)(model)
+    preflight.local_model(Model(model=str(model)))
+    assert asked == [model, model]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn])
+def test_every_type_is_looked_through(tmp_path: Path, dtype: torch.dtype) -> None:
+    good = torch.linspace(-2, 2, 1000).to(dtype)
+    save_file({"good": good, "ids": torch.arange(3), "none": torch.zeros(0)}, tmp_path / "a.safetensors")
+    soundness.check_finite(tmp_path)
+    bad = good.to(torch.float32)
+    bad[500] = float("nan")
+    save_file({"bad": bad.to(dtype)}, tmp_path / "b.safetensors")
+    with pytest.raises(InputError, match="b.safetensors: tensor bad holds NaN"):
+        soundness.check_finite(tmp_path)
+
+
+def test_code_that_a_model_brings_is_not_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor asked about on a terminal, as transformers would; only the machine's own settings can allow it."""
+    marker = tmp_path / "ran"
+    (model / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass C: pass\n")
+    found = json.loads((model / CONFIG).read_text()) | dict(model_type="evil", auto_map={"AutoConfig": "evil.C"})
+    (model / CONFIG).write_text(json.dumps(found))
+    with pytest.raises(InputError, match="code of its own, which is off.*MASTERS_TRUST_REMOTE_CODE"):
+        preflight.local_model(Model(model=str(model)))
+    monkeypatch.setenv("MASTERS_TRUST_REMOTE_CODE", f"/elsewhere,{model}")
+    assert preflight.local_model(Model(model=str(model))).own_code
+    assert not marker.exists()
+
+
+def test_code_of_our_families_is_transformers_own(model: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    (model / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass C: pass\n")
+    found = json.loads((model / CONFIG).read_text()) | dict(
+        auto_map={"AutoConfig": "evil.C", "AutoModelForImageTextToText": "evil.C"}
+    )
+    (model / CONFIG).write_text(json.dumps(found))
+    ready = preflight.local_model(Model(model=str(model)))
+    assert not ready.own_code and not marker.exists()
+
+
+def test_a_models_code_is_part_of_its_identity(model: Path) -> None:
+    before = preflight.model_digest(model)
+    (model / "modeling.py").write_text("x = 1")
+    assert preflight.model_digest(model) != before
+
+
+def gate_as(dtype: torch.dtype) -> Callable[[Path], object]:
+    return weights(lambda tensors: tensors.update({GATE: tensors[GATE].to(dtype)}))
+
+
+UNMASKABLE: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
+    "nothing is left to mask": (lambda folder: None, (".*",), "no tensor is left to mask"),
+    "8-bit weights": (gate_as(torch.float8_e4m3fn), (), f"{GATE} is of type F8"),
+    "64-bit weights": (gate_as(torch.float64), (), f"{GATE} is of type F64"),
+    "several types": (gate_as(torch.float32), (), "of several types (BF16, F32)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNMASKABLE)
+def test_teachers_that_cannot_be_masked(model: Path, name: str) -> None:
+    change, exclude, says = UNMASKABLE[name]
+    change(model)
+    with pytest.raises(InputError) as refused:
+        soundness.check_maskable(model, exclude)
+    assert says in str(refused.value)
+    soundness.check_maskable(DEMO, ())
