@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
+from masters.errors import MastersError
 from masters.models import head
 from masters.models.fitting import each_pass, within_memory
 from masters.models.job import Job
@@ -43,8 +44,16 @@ def _computed(job: Job, asked: list[list[int]]) -> dict[str, torch.Tensor]:
         logp_U = head.chosen_log_probs(response_states(job.student, packed), packed.token_U)
         groups = [g for own in parts for g in own]
         lengths = [sum(len(r) for r in job.groups[g].responses) for g in groups]
-        logp_T = logp_U[packed.distinct_T].cpu()
-        found.update(zip(map(str, groups), (part.clone() for part in logp_T.split(lengths)), strict=True))
+        parts_T = [part.clone() for part in logp_U[packed.distinct_T].cpu().split(lengths)]
+        bad = [
+            job.groups[g].ref.question_id for g, part in zip(groups, parts_T, strict=True) if not part.isfinite().all()
+        ]
+        if bad:
+            raise MastersError(
+                f"reference log-probabilities of question {', '.join(dict.fromkeys(bad))} are no finite numbers: "
+                "look at the question and at the student's weights"
+            )
+        found.update(zip(map(str, groups), parts_T, strict=True))
         job.report(event="reference", done=len(found) * job.world, of=len(job.groups))
 
     def rest() -> None:
@@ -52,6 +61,17 @@ def _computed(job: Job, asked: list[list[int]]) -> dict[str, torch.Tensor]:
 
     within_memory(job, rest)
     return found
+
+
+def _check(job: Job, groups: list[int], parts_T: list[torch.Tensor]) -> None:
+    """Raises MastersError where a number is none: of the question at fault, perhaps of one that shares its row."""
+    bad = [g for g, part_T in zip(groups, parts_T, strict=True) if not part_T.isfinite().all()]
+    if bad:
+        names = ", ".join(dict.fromkeys(job.groups[g].ref.question_id for g in bad))
+        raise MastersError(
+            f"reference log-probabilities of question {names} are no finite numbers: "
+            "look at the question, and at the student's weights"
+        )
 
 
 def _together(job: Job, groups: list[int]) -> Question:
