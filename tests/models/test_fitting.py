@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
@@ -40,8 +41,11 @@ def job(budgets: list[int]) -> trainer.Job:
 
 
 @contextmanager
-def memory_of(model: torch.nn.Module, tokens: int, kind: str = "gpu", backward: bool = False) -> Iterator[None]:
-    """An allocator that fails in passes of more tokens than these, in the forward or the backward pass."""
+def memory_of(
+    model: torch.nn.Module, tokens: int, kind: str = "gpu", backward: bool = False, spared: int = 0
+) -> Iterator[None]:
+    """An allocator that fails in passes of more tokens than these, forward or backward; not in the first `spared`."""
+    passes = count(1)
 
     def fail(*_: object) -> None:
         error = ERRORS[kind]()
@@ -49,7 +53,7 @@ def memory_of(model: torch.nn.Module, tokens: int, kind: str = "gpu", backward: 
             raise error
 
     def forward(_: torch.nn.Module, __: tuple, inputs: dict, out) -> None:
-        if inputs["input_ids"].numel() > tokens:
+        if next(passes) > spared and inputs["input_ids"].numel() > tokens:
             if not backward:
                 fail()
             elif out.last_hidden_state.requires_grad:
@@ -89,6 +93,17 @@ def test_a_step_that_memory_does_not_hold_is_the_same_step(
     trainer.run_step(again, STEP, known)
     assert torch.equal(gradient(job.student), small)  # bit for bit what that budget gives without a failure
     job.student.zero_grad()
+
+
+def test_gradients_of_passes_before_the_failure_are_not_kept(job: trainer.Job, budgets: list[int]) -> None:
+    known, found = references(job), []
+    for spared in (2, 10_000):
+        with memory_of(job.student, 40, spared=spared):
+            trainer.run_step(replace(job, token_budget=60), STEP, known)
+        found.append(gradient(job.student))
+        job.student.zero_grad()
+    assert len(budgets) == 1
+    assert (found[0] - found[1]).norm() / found[1].norm() < 2e-5
 
 
 def test_what_was_taken_twice_is_recorded_once(job: trainer.Job) -> None:
