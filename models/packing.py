@@ -8,10 +8,10 @@ A token sees the earlier tokens of its own branch, root to tip; positions of a r
 every response is computed as if it stood alone behind its prompt.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -20,9 +20,7 @@ from masters.models import blocks
 from masters.models.families.base import Family
 from masters.models.head import Projection
 from masters.models.losses import Terms
-from masters.models.trees import Predictors, Question, Row, lay, rows_of, trees_of
-
-T = TypeVar("T")
+from masters.models.trees import Predictors, Question, Row, Sizes, lay, rows_of, trees_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,7 @@ class Pack:
     distinct_T: torch.Tensor
     response_T: torch.Tensor
     question_R: torch.Tensor
+    sizes: Sizes = Sizes()
 
     @property
     def responses(self) -> int:
@@ -57,21 +56,6 @@ class Pack:
     def spread(self, terms: Terms) -> Terms:
         """Terms of distinct tokens, [U], as terms of all response tokens, [T]."""
         return Terms(terms.logp_T[self.distinct_T], terms.divergence_T[self.distinct_T])
-
-
-def batches(asked: Iterable[tuple[T, Question]], tokens: int) -> Iterator[list[tuple[T, Question]]]:
-    """Consecutive questions that take at most `tokens` tokens together; one that takes more comes alone."""
-    batch: list[tuple[T, Question]] = []
-    room = tokens
-    for name, question in asked:
-        size = len(question.ids_P) + question.response_tokens
-        if batch and size > room:
-            yield batch
-            batch, room = [], tokens
-        batch.append((name, question))
-        room -= size
-    if batch:
-        yield batch
 
 
 def pack(questions: list[Question], model: torch.nn.Module, family: Family, row: int = 0) -> Pack:
@@ -102,7 +86,9 @@ def pack(questions: list[Question], model: torch.nn.Module, family: Family, row:
         **{key: torch.cat([prompt[key] for prompt in prompts]).to(device) for key in family.image_keys},
     }
     targets = _targets(questions, predictors)
-    return Pack(inputs, image_word_BL, *(part.to(device) for part in targets))
+    separate = sum(len(q.ids_P) + len(response) for q in questions for response in q.responses)
+    sizes = Sizes(1, separate, sum(one.length for one in laid), len(laid) * length)
+    return Pack(inputs, image_word_BL, *(part.to(device) for part in targets), sizes=sizes)
 
 
 def visible(place_3BL: torch.Tensor, row: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoProcessor
 from masters import artifacts, processes
 from masters.config import Rewards, Train
 from masters.errors import MastersError
-from masters.models import checkpoints, trainer
+from masters.models import checkpoints, passes, trainer
 from masters.models.families import family_of
 from masters.models.masking import safetensors_tensors
 from masters.models.prompts import label_tokens, model_inputs
@@ -26,6 +26,8 @@ from masters.models.training_data import Group, label_groups, plan_steps, respon
 from masters.models.trees import Question
 from masters.shards import Ref
 from masters.storage import Storage
+
+EVERY_RANK = {"token_budget"}  # events that each rank tells of itself; rank 0 speaks for all otherwise
 
 
 class Prompts:
@@ -99,11 +101,14 @@ def prepare(job: dict, job_file: Path, rank: int, world: int) -> trainer.Job:
     groups, empty = _groups(job, storage, train, data, prompts, refs)
     steps = plan_steps(groups, len(job["ratios"]), train.epochs, train.questions_per_step, train.seed)
 
+    planned = passes.plan(steps, [passes.size_of(group) for group in groups], job["token_budget"], world)
+
     def report(**fields: object) -> None:
-        if rank == 0:
+        if rank == 0 or fields["event"] in EVERY_RANK:
             processes.report(job_file, **fields)
 
-    report(event="start", groups=len(groups), steps=len(steps), empty_responses=empty)
+    told = {} if planned is None else dict(passes=planned.passes, largest_pass=planned.largest_tokens)
+    report(event="start", groups=len(groups), steps=len(steps), empty_responses=empty, planned=told)
     device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     teacher = None if train.objective == "sft" else checkpoints.load_model(Path(job["teacher"]), train.dtype, device)
     return trainer.Job(

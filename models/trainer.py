@@ -4,118 +4,110 @@ Everything is passed; nothing here knows MLflow, Prefect or the store's layout b
 """
 
 import json
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from dataclasses import asdict
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
-from masters.config import Rewards, Train
 from masters.errors import MastersError
-from masters.models import head, losses, objective
-from masters.models.families.base import Family
-from masters.models.history import Ledger, drop_after
-from masters.models.packing import Pack, batches, pack, response_logits, response_states
-from masters.models.training_data import Group, Step
-from masters.models.trees import Question
-from masters.shards import Ref
-from masters.storage import Storage
+from masters.models import head, objective
+from masters.models.fitting import each_pass, within_memory
+from masters.models.guards import ProbeGuard, gradient_size, not_finite
+from masters.models.history import drop_after
+from masters.models.job import Job
+from masters.models.packing import Pack, pack, response_states
+from masters.models.passes import dealt
+from masters.models.ranks import gathered, reduced
+from masters.models.reference import reference_log_probs
+from masters.models.training_data import Step
+from masters.models.trees import Sizes
 
 KEPT_CHECKPOINTS = 2
-
-T = TypeVar("T")
-
-
-@dataclass
-class Job:
-    """All that a training run needs. `question` makes a group ready to pack.
-
-    `teacher` is None where the objective has none; `remask` masks it for a stage, in place, at that one of `ratios`.
-    `token_budget`: tokens of a forward pass. `ledger` collects the rows of the tables.
-    """
-
-    student: torch.nn.Module
-    teacher: torch.nn.Module | None
-    remask: Callable[[int], None]
-    family: Family
-    train: Train
-    rewards: Rewards
-    groups: list[Group]
-    steps: list[Step]
-    ratios: list[float]
-    question: Callable[[Group], Question]
-    storage: Storage
-    checkpoints: str  # prefix in the store
-    checkpoint_steps: int
-    token_budget: int
-    report: Callable[..., None]
-    probe: list[Question] = field(default_factory=list)
-    rank: int = 0
-    world: int = 1
-    ledger: Ledger = field(default_factory=Ledger)
+NAMED = 5  # questions in an error
+Taken = tuple[list[int], Sizes, dict[str, list[float]]]  # of a pass: its groups, its sizes, the ledger's columns
 
 
 def fit(job: Job) -> None:
-    """Run all steps, from the last checkpoint if there is one."""
+    """Run all steps, from the last checkpoint if there is one; fewer where the student falls and is put back."""
     parameters = dict(job.student.named_parameters())
     optimiser = torch.optim.AdamW(parameters.values(), lr=job.train.learning_rate, weight_decay=0.0)
     references = reference_log_probs(job) if job.train.objective == "masters" and job.train.beta else {}
     done = resume(job, parameters, optimiser)
+    guard = ProbeGuard(job, done)
     stage, every = None, max(1, len(job.steps) // 10)
     for number, step in enumerate(job.steps[done:], done + 1):
         if step.stage != stage and job.teacher is not None:
             began, stage = time.monotonic(), step.stage
             job.remask(stage)
             job.report(event="remask", stage=stage, seconds=time.monotonic() - began)
-        began = time.monotonic()
-        job.ledger.begin(number, step.epoch, step.stage, job.ratios[step.stage])
-        sums = run_step(job, step, references)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        means = {name: value / len(step.groups) for name, value in sums.items()}
-        job.report(
-            event="step",
-            step=number,
-            of=len(job.steps),
-            stage=step.stage,
-            epoch=step.epoch,
-            seconds=time.monotonic() - began,
-            **means,
-        )
-        last, probe = number == len(job.steps), {}
-        if number % every == 0 or last:
-            probe = {"probe_accuracy": probe_accuracy(job)}
-            job.report(event="probe", step=number, accuracy=probe["probe_accuracy"])
+        means = _take(job, number, step, references, optimiser)
+        last, probe, fell = number == len(job.steps), {}, False
+        probed = number % every == 0 or last
+        if probed:
+            probe["probe_accuracy"], fell = guard.look(number)
         if job.rank == 0:
             job.ledger.end(len(step.groups), means | probe)
-        due = number % job.checkpoint_steps == 0 and not last
-        if due or last or job.ledger.full:
+        due = not (last or fell) and (number % job.checkpoint_steps == 0 or (probed and guard.on))
+        if due or last or fell or job.ledger.full:
             job.ledger.write(job.storage, job.checkpoints, job.rank)
         if due:
-            _gathered(job, None)  # every rank's rows are there before the checkpoint that they belong to
+            gathered(job, None)  # every rank's rows are there before the checkpoint that they belong to
             if job.rank == 0:
                 save_checkpoint(job, number, parameters, optimiser)
+        if fell:
+            guard.roll_back()
+            break
+    job.report(event="packed", **asdict(sum(gathered(job, job.tally), Sizes())))
+
+
+def _take(
+    job: Job, number: int, step: Step, references: dict[int, torch.Tensor], optimiser: torch.optim.Optimizer
+) -> dict[str, float]:
+    """One optimiser step and its report. Returns the means over its questions. Raises before the update if a number
+    is none."""
+    began = time.monotonic()
+    job.ledger.begin(number, step.epoch, step.stage, job.ratios[step.stage])
+    sums = run_step(job, step, references)
+    if not (math.isfinite(sums["loss"]) and math.isfinite(gradient_size(job.student))):
+        raise _no_number(job, number, step, references, sums["loss"])
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    means = {name: value / len(step.groups) for name, value in sums.items()}
+    told = dict(step=number, of=len(job.steps), stage=step.stage, epoch=step.epoch)
+    job.report(event="step", **told, seconds=time.monotonic() - began, **means)
+    return means
 
 
 def run_step(job: Job, step: Step, references: dict[int, torch.Tensor]) -> dict[str, float]:
     """Forward and backward of one step; gradients are of the mean over the step's questions on all processes."""
-    mine = step.groups[job.rank :: job.world]
+    mine = dealt(step.groups, job.sizes, job.world)[job.rank]
+    sums, taken = within_memory(job, lambda: _passes(job, step, mine, references))
+    for groups, sizes, responses in taken:
+        job.ledger.responses([job.groups[g] for g in groups], responses)
+        job.tally += sizes
+    return reduced(job, sums)
+
+
+def _passes(
+    job: Job, step: Step, mine: list[int], references: dict[int, torch.Tensor]
+) -> tuple[dict[str, float], list[Taken]]:
+    """This rank's passes. Returns sums over its questions, and what is kept of each pass."""
     sums: dict[str, float] = {}
-    for groups, packed in _packs(job, ((g, job.question(job.groups[g])) for g in mine)):
+    taken: list[Taken] = []
+
+    def learn(groups: list[int], packed: Pack) -> None:
         outcome = batch_outcome(job, packed, groups, references)
-        if not torch.isfinite(outcome.loss):
-            raise MastersError(f"the loss is {outcome.loss.item()} in stage {step.stage}: lower train.learning_rate")
         (outcome.loss / len(step.groups)).backward()
-        job.ledger.responses([job.groups[g] for g in groups], outcome.responses)
-        sums = {name: sums.get(name, 0.0) + value for name, value in outcome.sums.items()}
-    if job.world > 1:
-        sums = _reduce(job, sums)
-    return sums
+        taken.append((groups, packed.sizes, outcome.responses))
+        for name, value in outcome.sums.items():
+            sums[name] = sums.get(name, 0.0) + value
+
+    each_pass(job, ((g, job.question(job.groups[g])) for g in mine), learn)
+    return sums, taken
 
 
 def batch_outcome(job: Job, packed: Pack, groups: list[int], references: dict[int, torch.Tensor]) -> objective.Outcome:
@@ -133,55 +125,23 @@ def batch_outcome(job: Job, packed: Pack, groups: list[int], references: dict[in
     return objective.masters(terms, reference_T, score_R, packed, job.train, job.rewards)
 
 
-@torch.no_grad()
-def reference_log_probs(job: Job) -> dict[int, torch.Tensor]:
-    """log pi_ref of every response token, by group: constants, computed once with the round's first student.
+def _no_number(job: Job, number: int, step: Step, references: dict[int, torch.Tensor], loss: float) -> MastersError:
+    """What to say of a step whose loss or gradient is no finite number: each of its questions is taken again, alone."""
+    gradient = gradient_size(job.student)
 
-    A question's groups (of several mask stages) are read together, questions in the order of the table, where those
-    of one image lie together. The numbers are kept beside the checkpoints, so that a resumed run uses the very same.
-    """
-    name = f"{job.checkpoints}/reference.safetensors"
-    if not job.storage.exists(name):
-        asked: dict[Ref, list[int]] = {}
-        for g in sorted(range(len(job.groups)), key=lambda g: (job.groups[g].ref.file, job.groups[g].ref.row)):
-            asked.setdefault(job.groups[g].ref, []).append(g)
-        mine = list(asked.values())[len(asked) * job.rank // job.world : len(asked) * (job.rank + 1) // job.world]
-        found: dict[str, torch.Tensor] = {}
-        for parts, packed in _packs(job, ((own, _together(job, own)) for own in mine)):
-            logp_U = head.chosen_log_probs(response_states(job.student, packed), packed.token_U)
-            groups = [g for own in parts for g in own]
-            lengths = [sum(len(r) for r in job.groups[g].responses) for g in groups]
-            logp_T = logp_U[packed.distinct_T].cpu()
-            found |= dict(zip(map(str, groups), (part.clone() for part in logp_T.split(lengths)), strict=True))
-            job.report(event="reference", done=len(found) * job.world, of=len(job.groups))
-        everyone = _gathered(job, found)
-        if job.rank == 0:
-            job.storage.create(name, save_safetensors({group: part[group] for part in everyone for group in part}))
-        _gathered(job, None)  # no rank reads before it is written
-    return {int(group): values for group, values in load_safetensors(job.storage.read(name)).items()}
+    def loss_of(g: int) -> torch.Tensor:
+        return batch_outcome(job, pack([job.question(job.groups[g])], job.student, job.family), [g], references).loss
 
-
-def _together(job: Job, groups: list[int]) -> Question:
-    """A question with the responses of all its groups."""
-    first = job.question(job.groups[groups[0]])
-    return replace(first, responses=[r for g in groups for r in job.groups[g].responses])
-
-
-def _packs(job: Job, asked: Iterable[tuple[T, Question]]) -> Iterator[tuple[list[T], Pack]]:
-    """Questions with what they are called, packed within the token budget."""
-    for batch in batches(asked, job.token_budget):
-        names, questions = zip(*batch, strict=True)
-        yield list(names), pack(list(questions), job.student, job.family, job.token_budget)
-
-
-@torch.no_grad()
-def probe_accuracy(job: Job) -> float:
-    """Share of probe questions whose every label token (end token included) is the student's greedy choice."""
-    right = 0
-    for _, packed in _packs(job, ((q.question_id, q) for q in job.probe)):
-        hit_T = response_logits(job.student, packed).argmax(-1) == packed.token_T
-        right += int((losses.response_means(hit_T.float(), packed.response_T, packed.responses) == 1).sum())
-    return right / max(1, len(job.probe))
+    mine = dealt(step.groups, job.sizes, job.world)[job.rank]
+    found = [name for own in gathered(job, not_finite(job, mine, loss_of)) for name in own]
+    asked = found or [job.groups[g].ref.question_id for g in step.groups]
+    names = ", ".join(asked[:NAMED]) + (f" and {len(asked) - NAMED} more" if len(asked) > NAMED else "")
+    which = f"question{'s' * (len(asked) > 1)} {names}" if found else f"none of its questions alone ({names})"
+    return MastersError(
+        f"step {number}, mask stage {step.stage} (ratio {job.ratios[step.stage]}), {which}: the loss is "
+        f"{loss / len(step.groups)}, the largest gradient {gradient}. No weight was changed by it: "
+        "lower train.learning_rate, or look at the question"
+    )
 
 
 def save_checkpoint(
@@ -219,23 +179,3 @@ def resume(job: Job, parameters: dict[str, torch.nn.Parameter], optimiser: torch
 
 def _checkpoint_names(job: Job) -> list[str]:
     return [n for n in job.storage.names(job.checkpoints) if n.rsplit("/", 1)[1].startswith("step-")]
-
-
-def _reduce(job: Job, sums: dict[str, float]) -> dict[str, float]:
-    """Sum gradients and metrics over the processes: each already divided by the step's questions on all of them."""
-    parameters = list(job.student.parameters())
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-    dist.all_reduce(flat)  # all at once: a message a parameter costs more than the step of a small model
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter)
-    everyone = _gathered(job, sums)
-    return {name: sum(one.get(name, 0.0) for one in everyone) for one in everyone for name in one}
-
-
-def _gathered(job: Job, own: T) -> list[T]:
-    """What every process has, in order of rank, on all of them."""
-    if job.world == 1:
-        return [own]
-    everyone = [own] * job.world
-    dist.all_gather_object(everyone, own)
-    return everyone

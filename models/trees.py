@@ -3,7 +3,7 @@
 Shapes: P prompt tokens, L tokens of a row.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,25 @@ class Question:
     @property
     def response_tokens(self) -> int:
         return sum(map(len, self.distinct))
+
+    @property
+    def tokens(self) -> int:
+        """What it takes by itself."""
+        return len(self.ids_P) + self.response_tokens
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What forward passes were made of, in tokens: `separate` has a sequence a response, `laid` is what is left of
+    them behind shared prompts and images, `padded` what the rows take."""
+
+    passes: int = 0
+    separate: int = 0
+    laid: int = 0
+    padded: int = 0
+
+    def __add__(self, other: "Sizes") -> "Sizes":
+        return Sizes(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass

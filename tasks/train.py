@@ -8,6 +8,7 @@ from prefect import task
 
 from masters import processes, shards
 from masters.artifacts import Artifact, Identity
+from masters.errors import InputError
 from masters.identity import digest, file_digest
 from masters.models import history
 from masters.tasks.mask import thresholds
@@ -15,7 +16,9 @@ from masters.tasks.progress import Progress
 from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse
 
 VERSION = 4  # 3: identical responses are read once, questions of one image share its tokens; 4: history and rewards
-PROBE = 128  # evaluation questions watched while it trains; nothing is chosen by them
+PROBE = 128  # questions watched while it trains: of the evaluation split, as long as nothing is chosen by them
+HELD_OUT = 10  # with `train.probe_drop` they are training questions instead, at most one in so many
+GUARD = {"probe_drop", "on_drop"}
 
 
 Inputs = dict[str, Artifact]  # data, masks and, where the configuration needs them, responses and verdicts
@@ -23,7 +26,10 @@ Inputs = dict[str, Artifact]  # data, masks and, where the configuration needs t
 
 def identity(context: Context, current: Round, inputs: Inputs) -> Identity:
     train, rewards = context.config.train, context.config.rewards
-    config = dict(train=train.model_dump(), ratios=current.ratios, coverage=context.config.generate.coverage)
+    guard = set() if train.probe_drop is not None else GUARD  # without it, no part in what is made
+    config = dict(
+        train=train.model_dump(exclude=guard), ratios=current.ratios, coverage=context.config.generate.coverage
+    )
     if train.objective == "masters":
         config["rewards"] = dict(accuracy=rewards.accuracy, distillation=rewards.distillation)
     made_from = {"teacher": current.teacher.digest, "student": current.student.digest}
@@ -50,11 +56,14 @@ def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
             run.storage.remove(name)
         how = dict(
             processes=runtime.train_processes, steps=watch.steps, resumed_at_step=watch.resumed,
-            remask_seconds=watch.remasks, **ran.told(),
+            remask_seconds=watch.remasks, planned=watch.planned, packed=watch.packed,
+            token_budgets=watch.budgets, **ran.told(),
         )  # fmt: skip
         facts = dict(
             rows=watch.groups, steps=watch.steps, empty_responses=watch.empty, last=watch.last, probes=watch.probes
         )
+        if run.config.train.probe_drop is not None:
+            facts |= dict(held_out=len(job["probe"]), rolled_back=watch.rolled_back)
         return files, facts, how
 
     models = dict(teacher=current.teacher.origin, student=current.student.origin)
@@ -62,10 +71,12 @@ def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
 
 
 def _job(run: Run, current: Round, inputs: Inputs, checkpoints: str, out: Path) -> dict:
-    data = inputs["data"]
+    refs, probe = shards.references(inputs["data"], "train"), shards.references(inputs["data"], "test")[:PROBE]
+    if run.config.train.probe_drop is not None:
+        refs, probe = held_out(refs)
     return dict(
         store=run.storage.uri(""), tables={name: artifact.folder for name, artifact in inputs.items()},
-        refs=_refs(shards.references(data, "train")), probe=_refs(shards.references(data, "test")[:PROBE]),
+        refs=_refs(refs), probe=_refs(probe),
         teacher=str(current.teacher.folder), student=str(current.student.folder), ratios=current.ratios,
         thresholds={str(ratio): values for ratio, values in thresholds(inputs["masks"]).items()},
         coverage=run.config.generate.coverage,
@@ -73,6 +84,22 @@ def _job(run: Run, current: Round, inputs: Inputs, checkpoints: str, out: Path) 
         checkpoints=checkpoints, checkpoint_steps=run.config.runtime.checkpoint_steps, out=str(out),
         token_budget=run.config.runtime.token_budget,
     )  # fmt: skip
+
+
+def held_out(refs: list[shards.Ref]) -> tuple[list[shards.Ref], list[shards.Ref]]:
+    """Training questions to learn from, and those that only the probe looks at, of whatever mask stage.
+
+    Raises InputError where there are too few to hold any out.
+    """
+    count = min(PROBE, len(refs) // HELD_OUT)
+    if not count:
+        raise InputError(
+            f"train.probe_drop holds one training question in {HELD_OUT} out: expected {HELD_OUT} or more, "
+            f"found {len(refs)}; leave it out"
+        )
+    # not the digest itself: its leading bits choose the mask stage
+    probe = set(sorted(refs, key=lambda ref: digest(f"probe {ref.digest}".encode()))[:count])
+    return [ref for ref in refs if ref not in probe], [ref for ref in refs if ref in probe]
 
 
 def _ranks(run: Run, job: dict, work: Path) -> list[processes.Child]:
@@ -106,6 +133,15 @@ def _refs(refs: list[shards.Ref]) -> list[list]:
     return [[r.digest, r.question_id, r.file, r.row] for r in refs]
 
 
+def _shares(sizes: dict) -> dict:
+    """What the passes of this run were made of, beside a sequence a response."""
+    separate, laid, padded = (sizes[name] for name in ("separate", "laid", "padded"))
+    return dict(
+        passes=sizes["passes"], tokens=laid, padding_share=round(1 - laid / max(1, padded), 4),
+        saved_share=round(1 - laid / max(1, separate), 4),
+    )  # fmt: skip
+
+
 class _Watch:
     """Follows the trainer's progress lines: the progress shown, metrics, and what the record keeps."""
 
@@ -115,11 +151,16 @@ class _Watch:
         self.last: dict = {}
         self.probes: list[dict] = []
         self.remasks: list[float] = []  # seconds, a mask stage each
+        self.planned: dict = {}
+        self.packed: dict = {}
+        self.budgets: list[dict] = []  # where memory did not hold a pass: the rank, and its budget from then on
+        self.rolled_back: dict | None = None
 
     def __call__(self, _: str, line: dict) -> None:
         event = line.pop("event")
         if event == "start":
             self.groups, self.steps, self.empty = line["groups"], line["steps"], line["empty_responses"]
+            self.planned = line["planned"]
         elif event == "resumed":
             self.resumed = line["step"]
         elif event == "reference":
@@ -129,6 +170,12 @@ class _Watch:
             self._step(line)
         elif event == "remask":
             self.remasks.append(round(line["seconds"], 3))
+        elif event == "packed":
+            self.packed = _shares(line)
+        elif event == "token_budget":
+            self.budgets.append(line)
+        elif event == "rolled_back":
+            self.rolled_back = line
         elif event == "probe":
             self.probes.append(line)
             self._run.tracker.metrics({"probe_accuracy": line["accuracy"]}, line["step"])

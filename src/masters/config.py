@@ -196,6 +196,14 @@ class Train(Section):
     questions_per_step: Count = Field(default=8, description="Questions that an optimiser step learns from")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Of the weights while it trains")
     seed: Seed = Field(default=0, description="Of the order of the questions")
+    probe_drop: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="Hold 128 training questions out (at most a tenth) and end when the share of them that the student "
+        "has right falls by more than this below its best; default: no such guard",
+    )
+    on_drop: Literal["stop", "rollback"] = Field(
+        default="stop", description="After such a fall: stop with an error, or end with the best weights until then"
+    )
 
     @model_validator(mode="after")
     def _sensible(self) -> "Train":

@@ -7,10 +7,10 @@ from types import ModuleType
 
 import pytest
 
-from masters.models import losses, masking, objective, packing, schedule, trainer, trees
+from masters.models import fitting, losses, masking, objective, packing, schedule, trainer, trees
 from masters.rewards import advantages, distillation
 
-MODULES = (losses, masking, objective, packing, schedule, trainer, trees, advantages, distillation)
+MODULES = (fitting, losses, masking, objective, packing, schedule, trainer, trees, advantages, distillation)
 Edit = tuple[ModuleType, str, str, str]  # module, function, piece of its source, what takes its place
 
 

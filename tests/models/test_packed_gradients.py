@@ -5,92 +5,28 @@ B rows, L packed length, H width of the model, R responses.
 
 import copy
 from dataclasses import replace
-from functools import cache
 from typing import Any, cast
 
-import numpy as np
 import pytest
 import torch
 
 from demo import families
-from masters.config import Rewards, Train
+from masters.config import Train
 from masters.models import head, losses, objective, packing, trainer, trees
-from masters.models.families import family_of
-from masters.models.packing import Pack, pack, response_logits, response_states
-from masters.models.training_data import Group, Step
+from masters.models.packing import pack, response_logits, response_states
+from masters.models.training_data import Step
 from masters.models.trees import Question
-from masters.shards import Ref
 from masters.storage import Storage
 from tests.models import reference, tiny
 from tests.models.compare import close
+from tests.models.jobs import LENGTHS, gradient, make_job, packed, references
 from tests.models.mutation import Edit, mutate
 from tests.models.reference import Batch
-
-NAN = float("nan")
-LENGTHS = [[3, 1, 5], [2, 2], [4], [1, 2, 3, 1], [2, 2, 2], [6, 1], [1, 1, 1, 1, 1], [3, 4]]
-SCORES = [[1, 0, 1], [0, 1], [1], [1, NAN, 0, 0], [NAN, NAN, NAN], [1, NAN], [1, 0, 1, 0, 1], [1, 1]]
-
-SHARED_IMAGE = 5  # the questions from this number on are about one image
-
-
-@cache
-def make_job(name: str) -> trainer.Job:
-    """Eight questions on a family's student and its masked teacher; no store, no optimiser."""
-    student, teacher = tiny.model(name, seed=0), tiny.model(name, seed=1, ratio=0.2)
-    groups = []
-    for number, (lengths, scores) in enumerate(zip(LENGTHS, SCORES, strict=True)):
-        responses = tiny.random_responses(number, lengths)
-        if number in (1, 4):
-            responses[1] = responses[0]
-        keys = [("teacher", 0.2, sample) for sample in range(len(responses))]
-        ref = Ref("", f"q{number}", 0, number)
-        groups.append(Group(ref, 0, None, responses, np.array(scores, dtype=float), keys))
-    return trainer.Job(
-        student=student,
-        family=family_of(student.config.model_type),
-        train=Train(),
-        rewards=Rewards(),
-        groups=groups,
-        steps=[],
-        ratios=[0.2],
-        question=lambda group: tiny.question(
-            student, group.ref.row, 3 + group.ref.row, group.responses, min(group.ref.row, SHARED_IMAGE)
-        ),
-        teacher=teacher,
-        remask=lambda stage: None,
-        storage=cast(Any, None),
-        checkpoints="",
-        checkpoint_steps=1,
-        token_budget=10_000,
-        report=lambda **fields: None,
-    )
 
 
 @pytest.fixture(params=families.NAMES)
 def job(request: pytest.FixtureRequest) -> trainer.Job:
     return make_job(request.param)
-
-
-def packed(job: trainer.Job, groups: list[int]) -> Pack:
-    return pack([job.question(job.groups[g]) for g in groups], job.student, job.family)
-
-
-@torch.no_grad()
-def references(job: trainer.Job) -> dict[int, torch.Tensor]:
-    """log pi_ref of a reference that is not the student, so that the KL term has a gradient."""
-    made = {}
-    for g in range(len(job.groups)):
-        one = packed(job, [g])
-        logits_TV = response_logits(job.student, one)
-        noise = torch.randn(logits_TV.shape, generator=torch.Generator().manual_seed(g))
-        made[g] = losses.chosen_log_probs(logits_TV + 0.3 * noise, one.token_T)
-    return made
-
-
-def gradient(model: torch.nn.Module) -> torch.Tensor:
-    return torch.cat(
-        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in model.parameters()]
-    )
 
 
 def alone(model: torch.nn.Module, question: Question, response: list[int]) -> torch.Tensor:
@@ -115,7 +51,7 @@ def check_logits(job: trainer.Job) -> None:
 
 def check_accumulation(job: trainer.Job, monkeypatch: pytest.MonkeyPatch, worlds: tuple[int, ...] = (1, 8, 3)) -> None:
     """One process with eight questions = eight processes with one each, gradients summed: same denominators."""
-    monkeypatch.setattr(trainer, "_reduce", lambda job, sums: sums)  # gradients add up in the one student instead
+    monkeypatch.setattr(trainer, "reduced", lambda job, sums: sums)  # gradients add up in the one student instead
     step, ref, found = Step(0, 0, tuple(range(8))), references(job), []
     for world in worlds:
         job.student.zero_grad()
@@ -164,7 +100,7 @@ FAULTS: dict[str, Edit] = {
     "positions run on from response to response": (trees, "lay", "(positions.max() + 1", "(into.length"),
     "a first token predicted by the token before it in the pack": (trees, "lay", "[last, *", "[at - 1, *"),
     "a wrong image taken for the same": (trees, "_shared", "if not all(", "if False and not all("),
-    "a mean over one process's questions": (trainer, "run_step", "len(step.groups)).backward", "len(mine)).backward"),
+    "a mean over one process's questions": (trainer, "_passes", "len(step.groups)).backward", "len(mine)).backward"),
 }
 
 

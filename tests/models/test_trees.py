@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from demo import families
-from masters.models import packing
+from masters.models import passes
 from masters.models.families import family_of
 from masters.models.packing import attention_mask, block_mask, pack
 from masters.models.trees import Question
@@ -78,8 +78,8 @@ def test_batches_keep_the_order_and_the_budget(budget: int) -> None:
     model = MODELS[families.NAMES[0]]
     questions = [tiny.question(model, n, 3 + n, tiny.random_responses(n, [n + 1, 2])) for n in range(9)]
     sizes = {q.question_id: len(q.ids_P) + q.response_tokens for q in questions}
-    found = list(packing.batches([(q.question_id, q) for q in questions], budget))
-    assert [q.question_id for batch in found for _, q in batch] == [q.question_id for q in questions]
-    totals = [sum(sizes[name] for name, _ in batch) for batch in found]
+    found = list(passes.batches([q.question_id for q in questions], sizes.__getitem__, budget))
+    assert [name for batch in found for name in batch] == [q.question_id for q in questions]
+    totals = [sum(sizes[name] for name in batch) for batch in found]
     assert all(total <= budget or len(batch) == 1 for total, batch in zip(totals, found, strict=True))
-    assert all(a + sizes[b[0][0]] > budget for a, b in zip(totals, found[1:], strict=False))  # no batch too soon
+    assert all(a + sizes[b[0]] > budget for a, b in zip(totals, found[1:], strict=False))  # no batch too soon

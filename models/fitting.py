@@ -1,0 +1,81 @@
+"""Forward passes that memory holds: within the token budget, and within a smaller one where that was too much."""
+
+import gc
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+from masters.errors import MastersError
+from masters.models.job import Job
+from masters.models.packing import Pack, pack
+from masters.models.passes import batches
+from masters.models.trees import Question
+
+T = TypeVar("T")
+
+# what PyTorch says on a CPU, and what CUDA's libraries say that allocate by themselves
+NO_MEMORY = re.compile(r"can't allocate memory|bad_alloc|CUDA out of memory|_ALLOC_FAILED")
+
+
+class PassTooLarge(MastersError):
+    """Memory did not hold a forward pass of these questions."""
+
+    def __init__(self, questions: list[Question]) -> None:
+        self.questions, self.tokens = questions, sum(question.tokens for question in questions)
+        super().__init__(f"memory does not hold a pass of {self.tokens} tokens")
+
+
+def each_pass(job: Job, asked: Iterable[tuple[T, Question]], work: Callable[[list[T], Pack], None]) -> None:
+    """Give questions to `work` with what they are called, packed within the token budget. Raises PassTooLarge."""
+    for batch in batches(asked, lambda one: one[1].tokens, job.token_budget):
+        names, questions = map(list, zip(*batch, strict=True))
+        with one_pass(questions):
+            work(names, pack(questions, job.student, job.family, job.token_budget))
+
+
+@contextmanager
+def one_pass(questions: list[Question]) -> Iterator[None]:
+    """Raises PassTooLarge where an allocation fails within."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise PassTooLarge(questions) from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(NO_MEMORY.search(str(error)))
+
+
+def within_memory(job: Job, work: Callable[[], T]) -> T:
+    """The result of `work`, done again with a smaller token budget whenever memory does not hold one of its passes.
+
+    Gradients are none when it begins again, and a question's weight does not depend on the budget, so it is the same
+    step. The budget stays for the rest of the run. Raises MastersError if one question alone does not fit.
+    """
+    while True:
+        try:
+            return work()
+        except PassTooLarge as error:
+            job.token_budget = _smaller(error)
+        # out of the handler: the error held on to the pass's tensors
+        job.student.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        job.report(event="token_budget", rank=job.rank, tokens=job.token_budget)
+
+
+def _smaller(error: PassTooLarge) -> int:
+    """Half of what failed: less than any two questions of it that came together take."""
+    if len(error.questions) > 1:
+        return error.tokens // 2
+    alone = error.questions[0]
+    raise MastersError(
+        f"question {alone.question_id}: memory does not hold a pass of it alone ({error.tokens} tokens, "
+        f"{len(alone.responses)} responses): lower generate.max_tokens or generate.responses, or take a larger machine"
+    ) from error

@@ -1,0 +1,49 @@
+"""All that a training run needs, in one place, so that its parts are free functions."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from masters.config import Rewards, Train
+from masters.models.families.base import Family
+from masters.models.history import Ledger
+from masters.models.passes import size_of
+from masters.models.training_data import Group, Step
+from masters.models.trees import Question, Sizes
+from masters.storage import Storage
+
+
+@dataclass
+class Job:
+    """All that a training run needs. `question` makes a group ready to pack.
+
+    `teacher` is None where the objective has none; `remask` masks it for a stage, in place, at that one of `ratios`.
+    `token_budget`: tokens of a forward pass; it becomes less where memory does not hold one. `probe`: questions that
+    are looked at while it trains. `ledger` collects the rows of the tables, `tally` the sizes of
+    this rank's training passes.
+    """
+
+    student: torch.nn.Module
+    teacher: torch.nn.Module | None
+    remask: Callable[[int], None]
+    family: Family
+    train: Train
+    rewards: Rewards
+    groups: list[Group]
+    steps: list[Step]
+    ratios: list[float]
+    question: Callable[[Group], Question]
+    storage: Storage
+    checkpoints: str  # prefix in the store
+    checkpoint_steps: int
+    token_budget: int
+    report: Callable[..., None]
+    probe: list[Question] = field(default_factory=list)
+    rank: int = 0
+    world: int = 1
+    ledger: Ledger = field(default_factory=Ledger)
+    tally: Sizes = Sizes()
+
+    def __post_init__(self) -> None:
+        self.sizes = [size_of(group) for group in self.groups]  # tokens of each, as the tables say

@@ -1,0 +1,80 @@
+"""The reference pass: log pi_ref of every response token, constants of a round (Eq. 8-11)."""
+
+from dataclasses import replace
+
+import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+
+from masters.errors import MastersError
+from masters.models import head
+from masters.models.fitting import each_pass, within_memory
+from masters.models.job import Job
+from masters.models.packing import Pack, response_states
+from masters.models.ranks import gathered
+from masters.models.trees import Question
+from masters.shards import Ref
+
+
+@torch.no_grad()
+def reference_log_probs(job: Job) -> dict[int, torch.Tensor]:
+    """log pi_ref of every response token, by group: constants, computed once with the round's first student.
+
+    A question's groups (of several mask stages) are read together, questions in the order of the table, where those
+    of one image lie together. The numbers are kept beside the checkpoints, so that a resumed run uses the very same.
+    """
+    name = f"{job.checkpoints}/reference.safetensors"
+    if not job.storage.exists(name):
+        asked: dict[Ref, list[int]] = {}
+        for g in sorted(range(len(job.groups)), key=lambda g: (job.groups[g].ref.file, job.groups[g].ref.row)):
+            asked.setdefault(job.groups[g].ref, []).append(g)
+        mine = list(asked.values())[len(asked) * job.rank // job.world : len(asked) * (job.rank + 1) // job.world]
+        everyone = gathered(job, _computed(job, mine))
+        if job.rank == 0:
+            job.storage.create(name, save_safetensors({group: part[group] for part in everyone for group in part}))
+        gathered(job, None)  # no rank reads before it is written
+    return {int(group): values for group, values in load_safetensors(job.storage.read(name)).items()}
+
+
+def _computed(job: Job, asked: list[list[int]]) -> dict[str, torch.Tensor]:
+    """log pi_ref by group, of groups that are read together."""
+    found: dict[str, torch.Tensor] = {}
+
+    def read(parts: list[list[int]], packed: Pack) -> None:
+        logp_U = head.chosen_log_probs(response_states(job.student, packed), packed.token_U)
+        groups = [g for own in parts for g in own]
+        lengths = [sum(len(r) for r in job.groups[g].responses) for g in groups]
+        parts_T = [part.clone() for part in logp_U[packed.distinct_T].cpu().split(lengths)]
+        bad = [
+            job.groups[g].ref.question_id for g, part in zip(groups, parts_T, strict=True) if not part.isfinite().all()
+        ]
+        if bad:
+            raise MastersError(
+                f"reference log-probabilities of question {', '.join(dict.fromkeys(bad))} are no finite numbers: "
+                "look at the question and at the student's weights"
+            )
+        found.update(zip(map(str, groups), parts_T, strict=True))
+        job.report(event="reference", done=len(found) * job.world, of=len(job.groups))
+
+    def rest() -> None:
+        each_pass(job, ((own, _together(job, own)) for own in asked if str(own[0]) not in found), read)
+
+    within_memory(job, rest)
+    return found
+
+
+def _check(job: Job, groups: list[int], parts_T: list[torch.Tensor]) -> None:
+    """Raises MastersError where a number is none: of the question at fault, perhaps of one that shares its row."""
+    bad = [g for g, part_T in zip(groups, parts_T, strict=True) if not part_T.isfinite().all()]
+    if bad:
+        names = ", ".join(dict.fromkeys(job.groups[g].ref.question_id for g in bad))
+        raise MastersError(
+            f"reference log-probabilities of question {names} are no finite numbers: "
+            "look at the question, and at the student's weights"
+        )
+
+
+def _together(job: Job, groups: list[int]) -> Question:
+    """A question with the responses of all its groups."""
+    first = job.question(job.groups[groups[0]])
+    return replace(first, responses=[r for g in groups for r in job.groups[g].responses])
