@@ -3,7 +3,6 @@
 Everything is passed; nothing here knows MLflow, Prefect or the store's layout beyond the checkpoint names.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from safetensors.torch import save as save_safetensors
 
 from masters.config import Rewards, Train
 from masters.errors import MastersError
-from masters.models import head, losses, objective
+from masters.models import head, losses, objective, resume
 from masters.models.families.base import Family
 from masters.models.history import Ledger, drop_after
 from masters.models.packing import Pack, batches, pack, response_logits, response_states
@@ -25,8 +24,6 @@ from masters.models.training_data import Group, Step
 from masters.models.trees import Question
 from masters.shards import Ref
 from masters.storage import Storage
-
-KEPT_CHECKPOINTS = 2
 
 T = TypeVar("T")
 
@@ -65,7 +62,7 @@ def fit(job: Job) -> None:
     parameters = dict(job.student.named_parameters())
     optimiser = torch.optim.AdamW(parameters.values(), lr=job.train.learning_rate, weight_decay=0.0)
     references = reference_log_probs(job) if job.train.objective == "masters" and job.train.beta else {}
-    done = resume(job, parameters, optimiser)
+    done = start(job, parameters, optimiser)
     stage, every = None, max(1, len(job.steps) // 10)
     for number, step in enumerate(job.steps[done:], done + 1):
         if step.stage != stage and job.teacher is not None:
@@ -99,7 +96,7 @@ def fit(job: Job) -> None:
         if due:
             _gathered(job, None)  # every rank's rows are there before the checkpoint that they belong to
             if job.rank == 0:
-                save_checkpoint(job, number, parameters, optimiser)
+                resume.save(job.storage, job.checkpoints, number, parameters, optimiser)
 
 
 def run_step(job: Job, step: Step, references: dict[int, torch.Tensor]) -> dict[str, float]:
@@ -184,41 +181,21 @@ def probe_accuracy(job: Job) -> float:
     return right / max(1, len(job.probe))
 
 
-def save_checkpoint(
-    job: Job, step: int, parameters: dict[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer
-) -> None:
-    """One safetensors object (weights and optimiser state), so it is there whole or not at all; the last two stay."""
-    tensors = {f"weight/{name}": p.detach() for name, p in parameters.items()}
-    for name, parameter in parameters.items():
-        for key in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{key}/{name}"] = optimiser.state[parameter][key]
-    metadata = {"masters": json.dumps({"step": step})}
-    job.storage.write(f"{job.checkpoints}/step-{step:08d}.safetensors", save_safetensors(tensors, metadata))
-    for old in _checkpoint_names(job)[:-KEPT_CHECKPOINTS]:
-        job.storage.remove(old)
-
-
-def resume(job: Job, parameters: dict[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> int:
-    """Restore the newest checkpoint. Returns the steps it has behind it, 0 without one."""
-    names = _checkpoint_names(job)
-    step = int(names[-1].rsplit("-", 1)[1].removesuffix(".safetensors")) if names else 0
+def start(job: Job, parameters: dict[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> int:
+    """Go on from the newest good checkpoint. Returns the steps it has behind it, 0 without one."""
+    found, refused = resume.newest(job.storage, job.checkpoints) if job.rank == 0 else (None, [])
+    for why in refused:
+        job.report(event="refused_checkpoint", why=why)
+    name = _gathered(job, found and found.name)[0]  # one rank decides for all
+    checkpoint = found or (resume.read(job.storage, name) if name else None)
+    done = checkpoint.step if checkpoint else 0
     if job.rank == 0:
         # no rank writes before its first step is done, in which this one takes part
-        drop_after(job.storage, job.checkpoints, step)
-    if not names:
-        return 0
-    tensors = load_safetensors(job.storage.read(names[-1]))
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"weight/{name}"])
-            state = {key: tensors[f"{key}/{name}"].to(parameter.device, copy=True) for key in ("exp_avg", "exp_avg_sq")}
-            optimiser.state[parameter] = {"step": torch.tensor(float(step)), **state}
-    job.report(event="resumed", step=step, of=len(job.steps))
-    return step
-
-
-def _checkpoint_names(job: Job) -> list[str]:
-    return [n for n in job.storage.names(job.checkpoints) if n.rsplit("/", 1)[1].startswith("step-")]
+        drop_after(job.storage, job.checkpoints, done)
+    if checkpoint:
+        resume.restore(checkpoint, parameters, optimiser)
+        job.report(event="resumed", step=done, of=len(job.steps))
+    return done
 
 
 def _reduce(job: Job, sums: dict[str, float]) -> dict[str, float]:
