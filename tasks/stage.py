@@ -1,7 +1,9 @@
 """What all stages share: a run's context, and building or reusing an artifact with its timing and tracking."""
 
+import fcntl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from masters.tracking import Tracker
 
 CONSOLE = Console(stderr=True)
 RETRIES = 2
+LOCK_POLL = 0.5  # seconds
 BACKOFF = 10  # seconds before the first retry, twice that before the second
 Build = Callable[[], tuple[dict[str, str], dict, dict]]  # files with digests, facts, how it ran
 
@@ -115,6 +118,36 @@ class Run(Context):
         return identity.kind in self.rebuild
 
 
+@contextmanager
+def alone(folder: Path, what: str) -> Iterator[None]:
+    """The only run on this machine that works in a folder: job files, logs and progress have fixed names in it.
+
+    Whoever comes second waits, and says so. The kernel lets go of the lock when its holder dies.
+    """
+    with open(folder / "lock", "ab") as lock:
+        waited = 0.0
+        while not _locked(lock.fileno()):
+            if not waited:
+                warn(f"another run on this machine builds {what}: waiting for it ({folder / 'lock'})")
+            time.sleep(LOCK_POLL)
+            waited += LOCK_POLL
+        yield
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def warn(line: str) -> None:
+    """On the terminal and in the log of Prefect's UI."""
+    log("warning", line)
+    CONSOLE.print(f"warning: {line}", style="yellow", highlight=False, markup=False)
+
+
 def build_or_reuse(run: Run, identity: Identity, upstream: Upstream, build: Build) -> Artifact:
     """The artifact of this identity: found, or built, committed and tracked. Its outcome joins the run's stages.
 
@@ -128,8 +161,12 @@ def build_or_reuse(run: Run, identity: Identity, upstream: Upstream, build: Buil
     artifact, how, outcome = artifacts.find(run.storage, identity), {}, "reused"
     with run.tracker.stage(identity, upstream) as tracked:
         if artifact is None:
-            files, facts, how = build()
-            artifact, outcome = artifacts.commit(run.storage, identity, files, facts, upstream), "built"
+            with alone(run.work(identity), f"{identity.stage} of {run.config.name}"):
+                # another run may have built it while this one waited
+                artifact = artifacts.find(run.storage, identity)
+                if artifact is None:
+                    files, facts, how = build()
+                    artifact, outcome = artifacts.commit(run.storage, identity, files, facts, upstream), "built"
         done = dict(
             name=identity.stage, fingerprint=artifact.fingerprint, uri=artifact.uri, outcome=outcome,
             rows=artifact.facts.get("rows", 0), rejected=artifact.facts.get("rejected", 0),

@@ -55,10 +55,9 @@ class Child:
     def _file(self, kind: str) -> Path:
         return self.folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', self.name)}.{kind}"
 
-    def silent(self) -> float:
-        """Seconds since a sign of life: its start, a line of its log, of its progress."""
-        signs = [file.stat().st_mtime for file in (self.job_file, self.log, self.progress) if file.exists()]
-        return time.time() - max(signs)
+    def said(self) -> int:
+        """Bytes in its log and its progress: more of them is a sign of life."""
+        return sum(file.stat().st_size for file in (self.log, self.progress) if file.exists())
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,8 @@ def run(
             while waiting and len(running) < at_once:
                 child = waiting.pop(0)
                 began[child.name] = time.monotonic()
-                running[child.name] = (child, _start(child), _Tail(child.progress))
-            for child, process, tail in list(running.values()):
+                running[child.name] = (child, _start(child), _Tail(child.progress), _Silence(child))
+            for child, process, tail, quiet in list(running.values()):
                 ended = process.poll() is not None
                 for line in tail.lines():
                     if line.get("event") == PEAK:
@@ -104,11 +103,11 @@ def run(
                 if ended:
                     del running[child.name]
                     _judge(child, process.returncode)
-                elif child.silent() > silence:
+                elif quiet.seconds() > silence:
                     raise WorkerLost(f"{child.name} wrote nothing for {silence:.0f} s (log: {child.log})")
             time.sleep(POLL)
     finally:
-        _end([process for _, process, _ in running.values()])
+        _end([process for _, process, _, _ in running.values()])
     return Ran(tuple(started.values()), float(sum(sorted(peaks)[-at_once:])) if peaks else 0.0)
 
 
@@ -188,6 +187,18 @@ class _Tail:
         whole = data[: data.rfind(b"\n") + 1]
         self._at += len(whole)
         return [json.loads(line) for line in whole.splitlines()]
+
+
+class _Silence:
+    """How long a child has said nothing, by a clock that nobody sets: a machine's time of day may jump."""
+
+    def __init__(self, child: Child) -> None:
+        self._child, self._said, self._since = child, child.said(), time.monotonic()
+
+    def seconds(self) -> float:
+        if (said := self._child.said()) != self._said:
+            self._said, self._since = said, time.monotonic()
+        return time.monotonic() - self._since
 
 
 if __name__ == "__main__":
