@@ -1,4 +1,4 @@
-"""What a store holds against what an undisturbed run left: rows lost, twice, different; files that are not what is said."""
+"""What a store holds against what an undisturbed run left: rows lost, twice, different; files not as recorded."""
 
 import json
 from collections import Counter

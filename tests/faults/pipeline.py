@@ -1,4 +1,4 @@
-"""The stages that need no engine, in the order of the flow, as one process: data, mask, responses by hand, score, train."""
+"""The stages that need no engine, as one process: data, mask, responses by hand, score, train."""
 
 import sys
 import traceback

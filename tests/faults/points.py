@@ -56,9 +56,9 @@ class _Points:
 
     def wrap(self) -> None:
         write_bytes, write_text, copyfile = pathlib.Path.write_bytes, pathlib.Path.write_text, shutil.copyfile
-        setattr(pathlib.Path, "write_bytes", self._point("write", write_bytes, lambda p, d: write_bytes(p, d[: len(d) // 2])))
-        setattr(pathlib.Path, "write_text", self._point("write", write_text, lambda p, d: write_text(p, d[: len(d) // 2])))
-        setattr(shutil, "copyfile", self._point("copy", copyfile, _half_copied, 1))
+        pathlib.Path.write_bytes = self._point("write", write_bytes, lambda p, d: write_bytes(p, d[: len(d) // 2]))
+        pathlib.Path.write_text = self._point("write", write_text, lambda p, d: write_text(p, d[: len(d) // 2]))
+        shutil.copyfile = self._point("copy", copyfile, _half_copied, 1)
         for module, name, place in ((os, "replace", 1), (os, "link", 1), (os, "unlink", 0), (os, "remove", 0)):
             setattr(module, name, self._point(name, getattr(module, name), None, place))
         real = builtins.open
@@ -67,7 +67,7 @@ class _Points:
             report = isinstance(file, str | os.PathLike) and mode == "a" and str(file).endswith(".progress")
             return (self._point("report", real, None) if report else real)(file, mode, *rest, **named)
 
-        setattr(builtins, "open", opened)
+        builtins.open = opened
 
     def _point(self, name: str, real: Callable, half: Callable | None, place: int = 0) -> Callable:
         """`real`, with the fault where it is due. `place`: the argument that says which file is made or goes."""
@@ -98,7 +98,7 @@ class _Points:
         """A disk without room, a store that no longer lets write, a clock that was set."""
         if self.fault.what == "clock" and self.done == self.fault.at:
             now = time.time
-            setattr(time, "time", lambda: now() + self.fault.jump)
+            time.time = lambda: now() + self.fault.jump
         if self.fault.what == "full" and name in ("write", "copy", "report"):
             if half:
                 half(*args)

@@ -159,7 +159,11 @@ def _relay(client: BaseHTTPRequestHandler, status: int, headers: list, data: byt
     for name, value in headers:
         if name.lower() not in ("connection", "transfer-encoding"):
             client.send_header(name, value)
-    if client.command != "HEAD" and status not in (204, 304) and not any(n.lower() == "content-length" for n, _ in headers):
+    if (
+        client.command != "HEAD"
+        and status not in (204, 304)
+        and not any(n.lower() == "content-length" for n, _ in headers)
+    ):
         client.send_header("Content-Length", str(len(data)))
     client.end_headers()
     client.wfile.write(data[: len(data) // 2] if cut else data)

@@ -201,6 +201,7 @@ class Remote:
     server: S3
     proxy: Proxy
     stores: int = 0
+    writes: int = 0  # of an undisturbed run
 
     def store(self) -> str:
         self.stores += 1

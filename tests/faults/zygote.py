@@ -8,7 +8,6 @@ import json
 import os
 import select
 import sys
-from pathlib import Path
 
 from tests.faults import pipeline, points
 
