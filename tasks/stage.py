@@ -107,7 +107,10 @@ class Run(Context):
     def work(self, identity: Identity) -> Path:
         """A local folder for a stage's job files, logs and downloads; not part of the store's artifacts."""
         folder = work_folder(self.storage) / f"{identity.kind}-{identity.fingerprint}"
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"work folder {folder} cannot be made: {error}") from error
         return folder
 
     def progress(self, identity: Identity, unit: str) -> Progress:
@@ -124,13 +127,17 @@ def alone(folder: Path, what: str) -> Iterator[None]:
 
     Whoever comes second waits, and says so. The kernel lets go of the lock when its holder dies.
     """
+    try:
+        (folder / "lock").touch()
+    except OSError as error:
+        raise StoreError(f"work folder {folder} cannot be written: {error}") from error
     with open(folder / "lock", "ab") as lock:
-        waited = 0.0
+        waited = False
         while not _locked(lock.fileno()):
             if not waited:
                 warn(f"another run on this machine builds {what}: waiting for it ({folder / 'lock'})")
+            waited = True
             time.sleep(LOCK_POLL)
-            waited += LOCK_POLL
         yield
 
 

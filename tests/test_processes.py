@@ -47,6 +47,13 @@ def test_a_store_that_failed_is_worth_another_try() -> None:
     assert retryable(None, None, Failed(data=ValueError("a bug"))) is False  # type: ignore[arg-type]
 
 
+def test_a_work_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
+    """As on a disk that is full: no traceback, and another try may succeed."""
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="work folder .* cannot be written"):
+        processes.run([Child("killed", "child_killed", {}, tmp_path / "file", {})], 1, lambda *_: None)
+
+
 def test_a_child_that_says_nothing_is_ended(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(WorkerLost, match="silent wrote nothing for 1 s"):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from masters import memory
-from masters.errors import InputError, MastersError, WorkerError, WorkerLost
+from masters.errors import InputError, MastersError, StoreError, WorkerError, WorkerLost
 
 PR_SET_PDEATHSIG = 1
 POLL = 0.2  # seconds
@@ -135,9 +135,13 @@ def die_with_parent(parent: int) -> None:
 
 
 def _start(child: Child) -> subprocess.Popen:
-    child.folder.mkdir(parents=True, exist_ok=True)
-    child.progress.unlink(missing_ok=True)
-    child.job_file.write_text(json.dumps(child.job))
+    try:
+        child.folder.mkdir(parents=True, exist_ok=True)
+        child.progress.unlink(missing_ok=True)
+        child.job_file.write_text(json.dumps(child.job))
+        child.log.touch()
+    except OSError as error:
+        raise StoreError(f"work folder {child.folder} cannot be written: {error}") from error
     with open(child.log, "ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "masters.processes", str(os.getpid()), child.module, str(child.job_file)],

@@ -22,10 +22,13 @@ line and exit code 1. "Run went on": it needed no second start.
 
 
 def keep(seed: int, seen: list[Seen]) -> str:
-    """Write a seed's results down and give its report."""
+    """Write a seed's results down and give its report; of tests that did not run now what was kept before stays."""
     KEPT.mkdir(parents=True, exist_ok=True)
-    rows = told(seen)
-    (KEPT / f"{seed}.json").write_text(json.dumps(rows, indent=1))
+    file, rows = KEPT / f"{seed}.json", told(seen)
+    ran = {row["test"] for row in rows}
+    before = json.loads(file.read_text()) if file.exists() else []
+    rows = [row for row in before if row["test"] not in ran] + rows
+    file.write_text(json.dumps(rows, indent=1))
     return "\n" + table(seed, rows)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults import cases, proxy, report
+from tests.faults import cases, proxy, report, served
 from tests.faults.world import Remote, Seen, World
 from tests.s3 import S3
 
@@ -32,6 +32,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 def remote(s3: S3) -> Iterator[Remote]:
     with proxy.serve(s3.url) as between:
         yield Remote(s3, between)
+
+
+@pytest.fixture(scope="module")
+def commands(world: World) -> Iterator[served.Commands]:
+    servers = served.Servers(world.folder / "servers")
+    try:
+        yield served.Commands(world, servers)
+    finally:
+        servers.close()
 
 
 @pytest.fixture
@@ -102,6 +111,19 @@ def test_the_one_that_builds_is_killed(world: World) -> None:
 
 def test_the_newest_checkpoint_is_damaged(world: World, rng: random.Random) -> None:
     right(cases.damaged_checkpoint(world, rng))
+
+
+@pytest.mark.parametrize(("name", "seconds"), [("prefect", 15.0), ("mlflow", 60.0)])
+def test_a_server_is_away(commands: served.Commands, name: str, seconds: float) -> None:
+    right(served.server_away(commands, name, seconds))
+    known, steps = served.metrics_kept(commands)
+    assert known == steps  # none is lost, though some come late
+
+
+def test_a_whole_distillation_is_killed(commands: served.Commands, rng: random.Random) -> None:
+    seen = served.with_engines(commands, rng)
+    right(seen)
+    assert len(seen) == 3  # the run, an engine, the trainer
 
 
 def test_enough_was_injected(world: World) -> None:

@@ -40,6 +40,7 @@ class Seen:
     seconds: float
     verdict: Verdict
     left: int  # processes
+    test: str = field(default_factory=lambda: os.environ.get("PYTEST_CURRENT_TEST", "").split(" ")[0].split("::")[-1])
 
 
 @dataclass
@@ -159,21 +160,24 @@ class World:
             time.sleep(0.05)
         return len(found)
 
-    def disturbed(self, kind: str, store: Path | str, disturb: Callable[[], tuple[int, list[str]]], **again) -> Seen:
-        """A run with a fault, then the same command without one; both are judged.
+    def disturbed(
+        self, kind: str, store: Path | str, disturb: Callable[[], tuple[int, list[str]]], train: bool = False,
+        aws: dict[str, str] | None = None, again: Callable[[], Running] | None = None, expected: Finished | None = None,
+    ) -> Seen:  # fmt: skip
+        """A run with a fault, then the same command without one (`again`); both are judged.
 
         `disturb` gives the exit code and where the fault came ("operation path"; none: it did not come).
         """
-        train, aws = again.get("train", False), again.get("aws")
-        expected, began = self.expected(train), time.monotonic()
+        expected, began = expected or self.expected(train), time.monotonic()
+        again = again or (lambda: self.start(store, train, aws=aws))
         code, fired = disturb()
         assert fired, f"{kind}: the fault never came"
         left = self.left(store)
         outcome = "killed" if code == -signal.SIGKILL else "went on" if code == 0 else "failed"
         assert code in (-signal.SIGKILL, 0, 1), f"{kind} at {fired[0]}: exit code {code}: {self._said()}"
         if code:
-            running = self.start(store, **again)
-            code = running.wait()
+            running = again()
+            code = running.wait(LIMIT * 2)
             assert code == 0, f"after {kind} at {fired[0]}: {running.said()}"
         with _environment(aws or {}):
             verdict = judge.compare(expected, Storage(str(store)))
@@ -188,7 +192,7 @@ class World:
         return seen
 
     def _said(self) -> str:
-        return self.zygote.known[self.zygote.number].said()
+        return self.zygote.known[self.zygote.number].said() if self.zygote.number else ""
 
     def close(self) -> None:
         self.zygote.close()
