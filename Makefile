@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRA ?= cpu
 
-.PHONY: demo test test-all setup check bench demo-models up down browser
+.PHONY: demo test test-all test-faults setup check bench demo-models up down browser
 
 demo: setup
 	$(BIN)/masters distill configs/demo.toml
@@ -13,6 +13,12 @@ test: setup
 
 test-all: setup browser
 	$(BIN)/pytest
+
+# kills and disturbs real pipelines at moments that SEED chooses; prints what became of them
+SEED ?= 0
+test-faults: setup
+	rm -f runs/faults/$(SEED).json
+	SEED=$(SEED) $(BIN)/pytest -s tests/faults/suite.py
 
 # of the tests that open the UIs; as another user than root, install it beforehand
 browser:

@@ -76,6 +76,11 @@ def files(storage: Storage, prefix: str, table: str) -> Iterator[bytes]:
         yield schemas.encode_table(pa.concat_tables(held))
 
 
+def parts(storage: Storage, prefix: str) -> list[str]:
+    """Names of all parts of all tables, sorted."""
+    return sorted(name for table in SCHEMAS for name in _parts(storage, prefix, table))
+
+
 def _parts(storage: Storage, prefix: str, table: str) -> list[str]:
     return [n for n in storage.names(prefix) if n.startswith(f"{prefix}/{table}-")]
 

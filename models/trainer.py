@@ -3,18 +3,15 @@
 Everything is passed; nothing here knows MLflow, Prefect or the store's layout beyond the checkpoint names.
 """
 
-import json
 import math
 import time
 from dataclasses import asdict
 
 import numpy as np
 import torch
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 
 from masters.errors import MastersError
-from masters.models import head, objective
+from masters.models import head, objective, resume
 from masters.models.fitting import each_pass, within_memory
 from masters.models.guards import ProbeGuard, gradient_size, not_finite
 from masters.models.history import drop_after
@@ -26,7 +23,6 @@ from masters.models.reference import reference_log_probs
 from masters.models.training_data import Step
 from masters.models.trees import Sizes
 
-KEPT_CHECKPOINTS = 2
 NAMED = 5  # questions in an error
 Taken = tuple[list[int], Sizes, dict[str, list[float]]]  # of a pass: its groups, its sizes, the ledger's columns
 
@@ -36,7 +32,7 @@ def fit(job: Job) -> None:
     parameters = dict(job.student.named_parameters())
     optimiser = torch.optim.AdamW(parameters.values(), lr=job.train.learning_rate, weight_decay=0.0)
     references = reference_log_probs(job) if job.train.objective == "masters" and job.train.beta else {}
-    done = resume(job, parameters, optimiser)
+    done = start(job, parameters, optimiser)
     guard = ProbeGuard(job, done)
     stage, every = None, max(1, len(job.steps) // 10)
     for number, step in enumerate(job.steps[done:], done + 1):
@@ -57,7 +53,7 @@ def fit(job: Job) -> None:
         if due:
             gathered(job, None)  # every rank's rows are there before the checkpoint that they belong to
             if job.rank == 0:
-                save_checkpoint(job, number, parameters, optimiser)
+                resume.save(job.storage, job.checkpoints, number, parameters, optimiser)
         if fell:
             guard.roll_back()
             break
@@ -144,38 +140,18 @@ def _no_number(job: Job, number: int, step: Step, references: dict[int, torch.Te
     )
 
 
-def save_checkpoint(
-    job: Job, step: int, parameters: dict[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer
-) -> None:
-    """One safetensors object (weights and optimiser state), so it is there whole or not at all; the last two stay."""
-    tensors = {f"weight/{name}": p.detach() for name, p in parameters.items()}
-    for name, parameter in parameters.items():
-        for key in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{key}/{name}"] = optimiser.state[parameter][key]
-    metadata = {"masters": json.dumps({"step": step})}
-    job.storage.write(f"{job.checkpoints}/step-{step:08d}.safetensors", save_safetensors(tensors, metadata))
-    for old in _checkpoint_names(job)[:-KEPT_CHECKPOINTS]:
-        job.storage.remove(old)
-
-
-def resume(job: Job, parameters: dict[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> int:
-    """Restore the newest checkpoint. Returns the steps it has behind it, 0 without one."""
-    names = _checkpoint_names(job)
-    step = int(names[-1].rsplit("-", 1)[1].removesuffix(".safetensors")) if names else 0
+def start(job: Job, parameters: dict[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> int:
+    """Go on from the newest good checkpoint. Returns the steps it has behind it, 0 without one."""
+    found, refused = resume.newest(job.storage, job.checkpoints) if job.rank == 0 else (None, [])
+    for why in refused:
+        job.report(event="refused_checkpoint", why=why)
+    name = gathered(job, found and found.name)[0]  # one rank decides for all
+    checkpoint = found or (resume.read(job.storage, name) if name else None)
+    done = checkpoint.step if checkpoint else 0
     if job.rank == 0:
         # no rank writes before its first step is done, in which this one takes part
-        drop_after(job.storage, job.checkpoints, step)
-    if not names:
-        return 0
-    tensors = load_safetensors(job.storage.read(names[-1]))
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"weight/{name}"])
-            state = {key: tensors[f"{key}/{name}"].to(parameter.device, copy=True) for key in ("exp_avg", "exp_avg_sq")}
-            optimiser.state[parameter] = {"step": torch.tensor(float(step)), **state}
-    job.report(event="resumed", step=step, of=len(job.steps))
-    return step
-
-
-def _checkpoint_names(job: Job) -> list[str]:
-    return [n for n in job.storage.names(job.checkpoints) if n.rsplit("/", 1)[1].startswith("step-")]
+        drop_after(job.storage, job.checkpoints, done)
+    if checkpoint:
+        resume.restore(checkpoint, parameters, optimiser)
+        job.report(event="resumed", step=done, of=len(job.steps))
+    return done

@@ -1,7 +1,9 @@
 """What all stages share: a run's context, and building or reusing an artifact with its timing and tracking."""
 
+import fcntl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from masters.tracking import Tracker
 
 CONSOLE = Console(stderr=True)
 RETRIES = 2
+LOCK_POLL = 0.5  # seconds
 BACKOFF = 10  # seconds before the first retry, twice that before the second
 Build = Callable[[], tuple[dict[str, str], dict, dict]]  # files with digests, facts, how it ran
 
@@ -104,7 +107,10 @@ class Run(Context):
     def work(self, identity: Identity) -> Path:
         """A local folder for a stage's job files, logs and downloads; not part of the store's artifacts."""
         folder = work_folder(self.storage) / f"{identity.kind}-{identity.fingerprint}"
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"work folder {folder} cannot be made: {error}") from error
         return folder
 
     def progress(self, identity: Identity, unit: str) -> Progress:
@@ -113,6 +119,40 @@ class Run(Context):
 
     def rebuilds(self, identity: Identity) -> bool:
         return identity.kind in self.rebuild
+
+
+@contextmanager
+def alone(folder: Path, what: str) -> Iterator[None]:
+    """The only run on this machine that works in a folder: job files, logs and progress have fixed names in it.
+
+    Whoever comes second waits, and says so. The kernel lets go of the lock when its holder dies.
+    """
+    try:
+        (folder / "lock").touch()
+    except OSError as error:
+        raise StoreError(f"work folder {folder} cannot be written: {error}") from error
+    with open(folder / "lock", "ab") as lock:
+        waited = False
+        while not _locked(lock.fileno()):
+            if not waited:
+                warn(f"another run on this machine builds {what}: waiting for it ({folder / 'lock'})")
+            waited = True
+            time.sleep(LOCK_POLL)
+        yield
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def warn(line: str) -> None:
+    """On the terminal and in the log of Prefect's UI."""
+    log("warning", line)
+    CONSOLE.print(f"warning: {line}", style="yellow", highlight=False, markup=False)
 
 
 def build_or_reuse(run: Run, identity: Identity, upstream: Upstream, build: Build) -> Artifact:
@@ -128,8 +168,12 @@ def build_or_reuse(run: Run, identity: Identity, upstream: Upstream, build: Buil
     artifact, how, outcome = artifacts.find(run.storage, identity), {}, "reused"
     with run.tracker.stage(identity, upstream) as tracked:
         if artifact is None:
-            files, facts, how = build()
-            artifact, outcome = artifacts.commit(run.storage, identity, files, facts, upstream), "built"
+            with alone(run.work(identity), f"{identity.stage} of {run.config.name}"):
+                # another run may have built it while this one waited
+                artifact = artifacts.find(run.storage, identity)
+                if artifact is None:
+                    files, facts, how = build()
+                    artifact, outcome = artifacts.commit(run.storage, identity, files, facts, upstream), "built"
         done = dict(
             name=identity.stage, fingerprint=artifact.fingerprint, uri=artifact.uri, outcome=outcome,
             rows=artifact.facts.get("rows", 0), rejected=artifact.facts.get("rejected", 0),

@@ -13,7 +13,7 @@ from masters.identity import digest, file_digest
 from masters.models import history
 from masters.tasks.mask import thresholds
 from masters.tasks.progress import Progress
-from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse
+from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse, warn
 
 VERSION = 4  # 3: identical responses are read once, questions of one image share its tokens; 4: history and rewards
 PROBE = 128  # questions watched while it trains: of the evaluation split, as long as nothing is chosen by them
@@ -41,9 +41,9 @@ def identity(context: Context, current: Round, inputs: Inputs) -> Identity:
 def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
     """The trained student as a Hugging Face folder under `model/`; tables `history` and `rewards`."""
     made_of, runtime = identity(run, current, inputs), run.config.runtime
+    checkpoints = f"{made_of.folder}/checkpoints"
 
     def build() -> tuple[dict[str, str], dict, dict]:
-        checkpoints = f"{made_of.folder}/checkpoints"
         work = run.work(made_of)
         job = _job(run, current, inputs, checkpoints, work / "model")
         with run.progress(made_of, "steps") as progress:
@@ -52,12 +52,10 @@ def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
         run.storage.upload(work / "model", f"{made_of.folder}/model")
         files = {f"model/{p.name}": file_digest(p) for p in sorted((work / "model").iterdir())}
         files |= _tables(run, made_of, checkpoints)
-        for name in run.storage.names(checkpoints):
-            run.storage.remove(name)
         how = dict(
             processes=runtime.train_processes, steps=watch.steps, resumed_at_step=watch.resumed,
             remask_seconds=watch.remasks, planned=watch.planned, packed=watch.packed,
-            token_budgets=watch.budgets, **ran.told(),
+            token_budgets=watch.budgets, refused_checkpoints=watch.refused, **ran.told(),
         )  # fmt: skip
         facts = dict(
             rows=watch.groups, steps=watch.steps, empty_responses=watch.empty, last=watch.last, probes=watch.probes
@@ -67,7 +65,11 @@ def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
         return files, facts, how
 
     models = dict(teacher=current.teacher.origin, student=current.student.origin)
-    return build_or_reuse(run, made_of, inputs | models, build)
+    artifact = build_or_reuse(run, made_of, inputs | models, build)
+    # not before the record is there: without the rows beside it a checkpoint that is still there would lose them
+    for name in run.storage.names(checkpoints):
+        run.storage.remove(name)
+    return artifact
 
 
 def _job(run: Run, current: Round, inputs: Inputs, checkpoints: str, out: Path) -> dict:
@@ -155,6 +157,7 @@ class _Watch:
         self.packed: dict = {}
         self.budgets: list[dict] = []  # where memory did not hold a pass: the rank, and its budget from then on
         self.rolled_back: dict | None = None
+        self.refused: list[str] = []  # checkpoints that could not be gone on with, and why
 
     def __call__(self, _: str, line: dict) -> None:
         event = line.pop("event")
@@ -163,6 +166,9 @@ class _Watch:
             self.planned = line["planned"]
         elif event == "resumed":
             self.resumed = line["step"]
+        elif event == "refused_checkpoint":
+            self.refused.append(line["why"])
+            warn(f"{line['why']}; going on from the one before")
         elif event == "reference":
             share = line["done"] / line["of"]
             self._progress.update(0, self.steps, f"reference log-probabilities {share:.0%}")

@@ -20,6 +20,7 @@ MODULES = {
     "fails": "import sys; sys.exit('out of luck')",
     "refuses": "import sys; print('bad input', file=sys.stderr); sys.exit(2)",
     "silent": "import time; time.sleep(60)",
+    "busy": "import time; time.sleep(1)",
 }
 
 
@@ -46,11 +47,30 @@ def test_a_store_that_failed_is_worth_another_try() -> None:
     assert retryable(None, None, Failed(data=ValueError("a bug"))) is False  # type: ignore[arg-type]
 
 
+def test_a_work_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
+    """As on a disk that is full: no traceback, and another try may succeed."""
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="work folder .* cannot be written"):
+        processes.run([Child("killed", "child_killed", {}, tmp_path / "file", {})], 1, lambda *_: None)
+
+
 def test_a_child_that_says_nothing_is_ended(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(WorkerLost, match="silent wrote nothing for 1 s"):
         processes.run([Child("silent", "child_silent", {}, tmp_path, {})], 1, lambda *_: None, silence=1)
     assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("jump", [-86_400.0, 86_400.0])
+def test_a_clock_that_jumps_ends_no_child_and_hides_no_silence(
+    jump: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A day forward, a child that works is not taken for silent; a day back, a silent one still is."""
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + jump)
+    processes.run([Child("busy", "child_busy", {}, tmp_path, {})], 1, lambda *_: None, silence=5)
+    with pytest.raises(WorkerLost, match="silent wrote nothing for 1 s"):
+        processes.run([Child("silent", "child_silent", {}, tmp_path, {})], 1, lambda *_: None, silence=1)
 
 
 def test_children_that_ignore_the_signal_are_ended_together(tmp_path: Path) -> None:

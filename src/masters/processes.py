@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from masters import memory
-from masters.errors import InputError, MastersError, WorkerError, WorkerLost
+from masters.errors import InputError, MastersError, StoreError, WorkerError, WorkerLost
 from masters.secrets import mask_logs, masked
 
 PR_SET_PDEATHSIG = 1
@@ -57,10 +57,9 @@ class Child:
     def _file(self, kind: str) -> Path:
         return self.folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', self.name)}.{kind}"
 
-    def silent(self) -> float:
-        """Seconds since a sign of life: its start, a line of its log, of its progress."""
-        signs = [file.stat().st_mtime for file in (self.job_file, self.log, self.progress) if file.exists()]
-        return time.time() - max(signs)
+    def said(self) -> int:
+        """Bytes in its log and its progress: more of them is a sign of life."""
+        return sum(file.stat().st_size for file in (self.log, self.progress) if file.exists())
 
 
 @dataclass(frozen=True)
@@ -99,8 +98,8 @@ def run(
             while waiting and (waiting[0].name in uncounted or len(running.keys() - uncounted) < at_once):
                 child = waiting.pop(0)
                 began[child.name] = time.monotonic()
-                running[child.name] = (child, _start(child), _Tail(child.progress))
-            for child, process, tail in list(running.values()):
+                running[child.name] = (child, _start(child), _Tail(child.progress), _Silence(child))
+            for child, process, tail, quiet in list(running.values()):
                 ended = process.poll() is not None
                 for line in tail.lines():
                     if line.get("event") == PEAK:
@@ -111,11 +110,11 @@ def run(
                 if ended:
                     del running[child.name]
                     _judge(child, process.returncode)
-                elif child.silent() > silence:
+                elif quiet.seconds() > silence:
                     raise WorkerLost(f"{child.name} wrote nothing for {silence:.0f} s (log: {child.log})")
             time.sleep(POLL)
     finally:
-        _end([process for _, process, _ in running.values()])
+        _end([process for _, process, _, _ in running.values()])
     return Ran(tuple(started.values()), float(sum(sorted(peaks)[-at_once - len(beside) :])) if peaks else 0.0)
 
 
@@ -147,9 +146,13 @@ def die_with_parent(parent: int) -> None:
 
 
 def _start(child: Child) -> subprocess.Popen:
-    child.folder.mkdir(parents=True, exist_ok=True)
-    child.progress.unlink(missing_ok=True)
-    child.job_file.write_text(json.dumps(child.job))
+    try:
+        child.folder.mkdir(parents=True, exist_ok=True)
+        child.progress.unlink(missing_ok=True)
+        child.job_file.write_text(json.dumps(child.job))
+        child.log.touch()
+    except OSError as error:
+        raise StoreError(f"work folder {child.folder} cannot be written: {error}") from error
     with open(child.log, "ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "masters.processes", str(os.getpid()), child.module, str(child.job_file)],
@@ -199,6 +202,18 @@ class _Tail:
         whole = data[: data.rfind(b"\n") + 1]
         self._at += len(whole)
         return [json.loads(line) for line in whole.splitlines()]
+
+
+class _Silence:
+    """How long a child has said nothing, by a clock that nobody sets: a machine's time of day may jump."""
+
+    def __init__(self, child: Child) -> None:
+        self._child, self._said, self._since = child, child.said(), time.monotonic()
+
+    def seconds(self) -> float:
+        if (said := self._child.said()) != self._said:
+            self._said, self._since = said, time.monotonic()
+        return time.monotonic() - self._since
 
 
 if __name__ == "__main__":

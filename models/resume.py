@@ -1,0 +1,106 @@
+"""Checkpoints of a training run: one object each, so whole or not there, named after its step and its SHA-256.
+
+A checkpoint holds all that the steps behind it depend on: weights, AdamW's state of every parameter with its own count
+of steps, torch's random state. The position in the data is its step, as steps are planned from the seed alone. It also
+names the parts of the tables that it stands on: without one of them rows would be missing, and it is refused.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+
+from masters.errors import ArtifactError
+from masters.identity import digest
+from masters.models import history
+from masters.storage import Storage
+
+KEPT = 2
+NAME = re.compile(r"/step-(\d{8})-([0-9a-f]{64})\.safetensors$")
+HEADER = "masters"  # the entry of a safetensors file's metadata
+Parameters = Mapping[str, torch.nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read and is what its name says."""
+
+    name: str
+    step: int
+    tensors: dict[str, torch.Tensor]
+
+
+def save(storage: Storage, prefix: str, step: int, parameters: Parameters, optimiser: torch.optim.Optimizer) -> None:
+    """Keep the state after `step` steps; of all checkpoints the last two stay."""
+    tensors = {f"weight/{name}": parameter.detach().contiguous() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        # none for a parameter that never had a gradient; counts differ where some steps had none
+        for key, value in optimiser.state.get(parameter, {}).items():
+            tensors[f"adamw/{key}/{name}"] = value.detach().contiguous()
+    tensors["random/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random/cuda"] = torch.cuda.get_rng_state()
+    data = save_safetensors(tensors, {HEADER: json.dumps(dict(step=step, parts=history.parts(storage, prefix)))})
+    storage.write(f"{prefix}/step-{step:08d}-{digest(data)}.safetensors", data)
+    for old in _names(storage, prefix)[:-KEPT]:
+        storage.remove(old)
+
+
+def newest(storage: Storage, prefix: str) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that can be gone on with, and of the newer ones why each is refused."""
+    refused = []
+    for name in reversed(_names(storage, prefix)):
+        try:
+            return read(storage, name), refused
+        except ArtifactError as error:
+            refused.append(str(error))
+            storage.remove(name)
+    return None, refused
+
+
+def read(storage: Storage, name: str) -> Checkpoint:
+    """A checkpoint, proven. Raises ArtifactError if it is not what was written, or lacks what it stands on."""
+    data, found = storage.read(name), NAME.search(name)
+    assert found
+    step, written = int(found[1]), found[2]
+    if (now := digest(data)) != written:
+        raise ArtifactError(f"checkpoint {storage.uri(name)} is damaged: expected SHA-256 {written}, found {now}")
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][HEADER])
+    there = set(history.parts(storage, name.rsplit("/", 1)[0]))
+    if lost := [part for part in header["parts"] if part not in there]:
+        raise ArtifactError(
+            f"checkpoint {storage.uri(name)} is refused: of the rows before it {len(lost)} files are gone "
+            f"(first: {lost[0]})"
+        )
+    return Checkpoint(name, step, load_safetensors(data))
+
+
+def restore(checkpoint: Checkpoint, parameters: Parameters, optimiser: torch.optim.Optimizer) -> None:
+    """Put its state back, bit for bit."""
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in checkpoint.tensors.items():
+        if name.startswith("adamw/"):
+            _, key, parameter = name.split("/", 2)
+            state.setdefault(parameter, {})[key] = value
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(checkpoint.tensors[f"weight/{name}"])
+            if name in state:
+                # AdamW keeps its count of steps on the CPU
+                optimiser.state[parameter] = {
+                    key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                    for key, value in state[name].items()
+                }
+    torch.set_rng_state(checkpoint.tensors["random/cpu"])
+    if "random/cuda" in checkpoint.tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(checkpoint.tensors["random/cuda"])
+
+
+def _names(storage: Storage, prefix: str) -> list[str]:
+    """By step. What has another name, such as an earlier version's, is none."""
+    return [name for name in storage.names(prefix) if NAME.search(name)]

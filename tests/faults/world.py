@@ -1,0 +1,258 @@
+"""Where faults happen: one process that forks pipelines, a source, a tracking database, and what each run came to."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from masters.storage import Storage
+from tests.drawn import write_questions
+from tests.faults import judge
+from tests.faults.judge import Finished, Verdict
+from tests.faults.points import Fault
+from tests.faults.proxy import Plan, Proxy
+from tests.s3 import BUCKET, S3
+
+ROOT = Path(__file__).parents[2]
+MARK = "MASTERS_FAULTS"
+QUESTIONS = 24
+LIMIT = 180.0  # seconds that a run may take before it counts as hanging
+
+
+@dataclass
+class Seen:
+    """One fault as it came, and what became of the run: a line of the report."""
+
+    kind: str
+    stage: str
+    where: str
+    signal: bool  # a process was ended by SIGKILL
+    outcome: str  # "killed", "failed" (one line), "went on"
+    recovered: bool
+    seconds: float
+    verdict: Verdict
+    left: int  # processes
+    test: str = field(default_factory=lambda: os.environ.get("PYTEST_CURRENT_TEST", "").split(" ")[0].split("::")[-1])
+
+
+@dataclass
+class Running:
+    id: int
+    pid: int
+    log: Path
+    ended: threading.Event = field(default_factory=threading.Event)
+    code: int | None = None
+
+    def wait(self, seconds: float = LIMIT) -> int:
+        if not self.ended.wait(seconds):
+            self.kill()
+            raise AssertionError(f"hangs for {seconds:.0f} s: {self.said()}")
+        assert self.code is not None
+        return self.code
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")[-3000:] if self.log.exists() else ""
+
+
+class Zygote:
+    """The other end of `tests.faults.zygote`."""
+
+    def __init__(self, folder: Path) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HOME": str(folder / "home")}
+        self.folder, self.number, self.known, self.lock = folder, 0, {}, threading.Condition()
+        with open(folder / "zygote.log", "wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.faults.zygote"], cwd=ROOT, env=environment, stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=log,
+            )  # fmt: skip
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            told = json.loads(line)
+            with self.lock:
+                if "pid" in told:
+                    self.known[told["id"]] = Running(told["id"], told["pid"], self._log(told["id"]))
+                else:
+                    self.known[told["id"]].code = told["code"]
+                    self.known[told["id"]].ended.set()
+                self.lock.notify_all()
+
+    def _log(self, number: int) -> Path:
+        return self.folder / f"run-{number}.log"
+
+    def fork(self, job: dict, environment: dict[str, str]) -> Running:
+        with self.lock:
+            self.number += 1
+            number = self.number
+            order = dict(id=number, log=str(self._log(number)), environment=environment, job=job)
+            assert self.process.stdin
+            self.process.stdin.write(json.dumps(order).encode() + b"\n")
+            self.process.stdin.flush()
+            began = self.lock.wait_for(lambda: number in self.known, 120)
+        assert began, (self.folder / "zygote.log").read_text()[-2000:]
+        return self.known[number]
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait(10)
+
+
+class World:
+    """Runs pipelines, disturbed and not, and keeps what was seen."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.stores, self.seen = folder, 0, []
+        (folder / "home").mkdir(parents=True)
+        self.source = write_questions(folder / "source", QUESTIONS)
+        self.mlflow = f"sqlite:///{folder / 'mlflow.db'}"
+        self.zygote = Zygote(folder)
+        self._expected: dict[bool, Finished] = {}
+        self._points: dict[str, list[str]] = {}
+
+    def store(self) -> Path:
+        self.stores += 1
+        return self.folder / f"store-{self.stores}"
+
+    def start(
+        self, store: Path | str, train: bool = False, fault: Fault | None = None, aws: dict | None = None, **runtime
+    ) -> Running:
+        job = dict(store=str(store), source=str(self.source), mlflow=self.mlflow, with_train=train)
+        variables = {MARK: str(store)} | (aws or {}) | (fault.variables() if fault else {})
+        return self.zygote.fork(job | dict(runtime=dict(checkpoint_steps=2) | runtime), variables)
+
+    def expected(self, train: bool) -> Finished:
+        """What an undisturbed run leaves; its operations are counted meanwhile."""
+        if train not in self._expected:
+            store, log = self.store(), self.folder / f"points-{train}"
+            running = self.start(store, train, Fault(str(store), str(log), role="any"))
+            assert running.wait() == 0, running.said()
+            self._expected[train], wrong = judge.finished(Storage(str(store)))
+            assert not wrong and self.left(store) == 0
+            for line in log.read_text().splitlines():
+                _, role, operation, path = line.split("\t")
+                self._points.setdefault(f"{role}-{train}", []).append(f"{operation} {path}")
+        return self._expected[train]
+
+    def points(self, role: str, train: bool) -> list[str]:
+        """What a process of this role does to the store, in order: the places where a fault may be put."""
+        self.expected(train)
+        return self._points[f"{role}-{train}"]
+
+    def left(self, store: Path | str, patience: float = 5.0) -> int:
+        """Processes of a store's runs that are there still, a moment after their parent's end."""
+        deadline = time.monotonic() + patience
+        while (found := _marked(f"{MARK}={store}")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return len(found)
+
+    def disturbed(
+        self, kind: str, store: Path | str, disturb: Callable[[], tuple[int, list[str]]], train: bool = False,
+        aws: dict[str, str] | None = None, again: Callable[[], Running] | None = None, expected: Finished | None = None,
+    ) -> Seen:  # fmt: skip
+        """A run with a fault, then the same command without one (`again`); both are judged.
+
+        `disturb` gives the exit code and where the fault came ("operation path"; none: it did not come).
+        """
+        expected, began = expected or self.expected(train), time.monotonic()
+        again = again or (lambda: self.start(store, train, aws=aws))
+        code, fired = disturb()
+        assert fired, f"{kind}: the fault never came"
+        left = self.left(store)
+        outcome = "killed" if code == -signal.SIGKILL else "went on" if code == 0 else "failed"
+        assert code in (-signal.SIGKILL, 0, 1), f"{kind} at {fired[0]}: exit code {code}: {self._said()}"
+        if code:
+            running = again()
+            code = running.wait(LIMIT * 2)
+            assert code == 0, f"after {kind} at {fired[0]}: {running.said()}"
+        with _environment(aws or {}):
+            verdict = judge.compare(expected, Storage(str(store)))
+        left += self.left(store)
+        seen = Seen(
+            kind, stage_of(fired[0]), fired[0], outcome == "killed", outcome, code == 0,
+            time.monotonic() - began, verdict, left,
+        )  # fmt: skip
+        self.seen.append(seen)
+        if not isinstance(store, str):
+            shutil.rmtree(store, ignore_errors=True)
+        return seen
+
+    def _said(self) -> str:
+        return self.zygote.known[self.zygote.number].said() if self.zygote.number else ""
+
+    def close(self) -> None:
+        self.zygote.close()
+
+
+@dataclass
+class Remote:
+    """A world's S3: the real server, and the proxy that the runs speak to."""
+
+    server: S3
+    proxy: Proxy
+    stores: int = 0
+    writes: int = 0  # of an undisturbed run
+
+    def store(self) -> str:
+        self.stores += 1
+        return f"s3://{BUCKET}/store-{self.stores}"
+
+    def aws(self) -> dict[str, str]:
+        return self.server.environment() | {"AWS_ENDPOINT_URL": self.proxy.url}
+
+    def plan(self, plan: Plan) -> Plan:
+        with self.proxy.lock:
+            self.proxy.plan = plan
+        return plan
+
+
+def stage_of(where: str) -> str:
+    """The stage in whose folder a fault came; work folders are called after theirs."""
+    path = where.split(" ", 1)[1].removeprefix(f"/{BUCKET}/")
+    parts = [part for part in path.split("/") if not part.startswith("store-")]
+    name = parts[1] if parts[0] == ".work" and len(parts) > 1 else parts[0]
+    return name.split("-")[0]
+
+
+def told(seen: list[Seen]) -> list[dict]:
+    return [asdict(one) for one in seen]
+
+
+def _marked(entry: str) -> set[int]:
+    """Pids with this entry in their environment that still run. A forked pipeline is found by its session."""
+    found = set()
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if entry.encode() in environment.read_bytes().split(b"\0"):
+                state = (environment.parent / "stat").read_text().rpartition(")")[2].split()[0]
+                if state not in "ZX":
+                    found.add(int(environment.parent.name))
+    return found
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
