@@ -1,12 +1,13 @@
 """Models, given by name, on a configuration's evaluation split: greedy, through vLLM."""
 
-from pathlib import Path
+from dataclasses import replace
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.runtime import flow_run
 
 from masters import artifacts
+from masters.artifacts import Artifact
 from masters.config import Config, Model
 from masters.errors import InputError
 from masters.machine import cache
@@ -29,7 +30,7 @@ def evaluate(config: Config, models: list[str]) -> dict:
         models: Folders, Hugging Face ids, or registered students: models:/NAME@ALIAS, models:/NAME/VERSION.
     """
     context = Context(config, preflight(config))
-    asked = found(models, tracking_uri(config, context.storage))
+    asked = found(models, tracking_uri(config, context.storage), context.storage)
     tracker = Tracker(config, context.storage, str(flow_run.id or ""), "evaluate")
     status = "FAILED"
     try:
@@ -43,22 +44,25 @@ def evaluate(config: Config, models: list[str]) -> dict:
     return dict(scores=scores, mlflow=dict(run_id=tracker.run_id, tracking_uri=shown(tracker.uri)))
 
 
-def found(models: list[str], tracking: str) -> list[LocalModel]:
-    """The models on this machine, each under the name that it was given by."""
+def found(models: list[str], tracking: str, storage: Storage) -> list[LocalModel]:
+    """The models on this machine, each under the name that it was given by. `storage`: of the run."""
     if not models or len(set(models)) < len(models):
         raise InputError(f"models: expected at least one, each once, found {models}")
-    return [_found(model, tracking) for model in models]
+    return [_found(model, tracking, storage) for model in models]
 
 
-def _found(model: str, tracking: str) -> LocalModel:
-    folder = str(_student(model, tracking)) if model.startswith("models:/") else model
-    there = local_model(Model(model=folder))
-    return LocalModel(model, there.folder, there.digest)
+def _found(model: str, tracking: str, storage: Storage) -> LocalModel:
+    if not model.startswith("models:/"):
+        return replace(local_model(Model(model=model)), name=model)
+    student = _student(model, tracking)
+    # a copy is named by its content
+    folder = student.storage.download(f"{student.folder}/model", cache() / "models" / student.parts["model"][:32])
+    made = student if student.storage.uri("") == storage.uri("") else None  # a record names only its own store
+    return replace(local_model(Model(model=str(folder))), name=model, made=made)
 
 
-def _student(model: str, tracking: str) -> Path:
-    """A registered student's folder on this machine; a copy is named by its content."""
+def _student(model: str, tracking: str) -> Artifact:
+    """What a version of a registered model stands for."""
     _, target = find(model, tracking)
     (folder,) = target.folders
-    student = artifacts.load(Storage(target.store), folder)
-    return student.storage.download(f"{folder}/model", cache() / "models" / student.parts["model"][:32])
+    return artifacts.load(Storage(target.store), folder)
