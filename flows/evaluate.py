@@ -1,6 +1,6 @@
 """Models, given by name, on a configuration's evaluation split: greedy, through vLLM."""
 
-from pathlib import Path
+from dataclasses import replace
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
@@ -8,6 +8,7 @@ from prefect.runtime import flow_run
 
 from masters import allowed, artifacts
 from masters.allowed import Setting
+from masters.artifacts import Artifact
 from masters.config import Config, Model
 from masters.errors import InputError
 from masters.machine import cache
@@ -32,7 +33,7 @@ def evaluate(config: Config, models: list[str]) -> dict:
     """
     mask_logs()
     context = Context(config, preflight(config))
-    asked = found(models, tracking_uri(config, context.storage))
+    asked = found(models, tracking_uri(config, context.storage), context.storage)
     tracker = Tracker(config, context.storage, str(flow_run.id or ""), "evaluate")
     status = "FAILED"
     try:
@@ -46,24 +47,27 @@ def evaluate(config: Config, models: list[str]) -> dict:
     return dict(scores=scores, mlflow=dict(run_id=tracker.run_id, tracking_uri=shown(tracker.uri)))
 
 
-def found(models: list[str], tracking: str) -> list[LocalModel]:
-    """The models on this machine, each under the name that it was given by."""
+def found(models: list[str], tracking: str, storage: Storage) -> list[LocalModel]:
+    """The models on this machine, each under the name that it was given by. `storage`: of the run."""
     if not models or len(set(models)) < len(models):
         raise InputError(f"models: expected at least one, each once, found {models}")
-    return [_found(model, tracking) for model in models]
+    return [_found(model, tracking, storage) for model in models]
 
 
-def _found(model: str, tracking: str) -> LocalModel:
-    folder, store = _student(model, tracking) if model.startswith("models:/") else (model, None)
-    there = local_model(Model(model=str(folder)), store)
-    return LocalModel(model, there.folder, there.digest)
+def _found(model: str, tracking: str, storage: Storage) -> LocalModel:
+    if not model.startswith("models:/"):
+        return replace(local_model(Model(model=model)), name=model)
+    student = _student(model, tracking)
+    # a copy is named by its content
+    folder = student.storage.download(f"{student.folder}/model", cache() / "models" / student.parts["model"][:32])
+    store = student.storage.uri("")
+    made = student if store == storage.uri("") else None  # a record names only its own store
+    return replace(local_model(Model(model=str(folder)), store), name=model, made=made)
 
 
-def _student(model: str, tracking: str) -> tuple[Path, str]:
-    """A registered student's folder on this machine, and its store; a copy is named by its content."""
+def _student(model: str, tracking: str) -> Artifact:
+    """What a version of a registered model stands for."""
     _, target = find(model, tracking)
     (folder,) = target.folders
     allowed.check(Setting.STORES, f"the store of {target.title}", target.store)
-    student = artifacts.load(Storage(target.store), folder)
-    place = cache() / "models" / student.parts["model"][:32]
-    return student.storage.download(f"{folder}/model", place), target.store
+    return artifacts.load(Storage(target.store), folder)

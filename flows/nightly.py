@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prefect import flow
 
@@ -14,7 +14,7 @@ from masters.errors import InputError
 from masters.flows.distill import Distilled, pipeline, tracked
 from masters.gate import Comparison, compare, objections, regressions
 from masters.machine import cache
-from masters.preflight import LocalModel, open_storage, preflight
+from masters.preflight import LocalModel, Ready, open_storage, preflight
 from masters.registry import Registry
 from masters.reuse import Earlier
 from masters.secrets import mask_logs
@@ -55,9 +55,17 @@ class Champion:
     """The registered version that has the alias, and what it was made from."""
 
     version: int
-    registered: Artifact
     trained: Artifact
     questions: Artifact
+
+
+def from_champion(config: Config, champion: Champion) -> Ready:
+    """What preflight finds with the champion as the student: its train artifact, so that lineage goes on into it."""
+    trained = champion.trained
+    folder = trained.storage.download(f"{trained.folder}/model", cache() / "models" / trained.parts["model"][:32])
+    ready = preflight(config.model_copy(update=dict(student=Model(model=str(folder)))))
+    student = replace(ready.student, name=f"models:/{config.name}/{champion.version}", made=trained)
+    return replace(ready, student=student)
 
 
 def night(config: Config) -> dict:
@@ -67,14 +75,12 @@ def night(config: Config) -> dict:
     uri = tracking_uri(config, storage)
     check_answers(uri)
     champion = champion_of(Registry(uri), config.name, storage)
-    known = champion.questions if champion and config.nightly.start == "champion" else None
-    if champion and known:
-        folder = storage.download(
-            f"{champion.registered.folder}/model", cache() / "models" / champion.registered.parts["model"][:32]
-        )
-        config = config.model_copy(update=dict(student=Model(model=str(folder))))
     earlier = Earlier(storage, last_night(storage, config.name))
-    with tracked(Context(config, preflight(config), earlier, known)) as (run, summary):
+    if champion and config.nightly.start == "champion":
+        context = Context(config, from_champion(config, champion), earlier, champion.questions)
+    else:
+        context = Context(config, preflight(config), earlier)
+    with tracked(context) as (run, summary):
         done = pipeline(run, summary)
         if done:
             summary.night(judged(run, done, champion))
@@ -125,8 +131,7 @@ def champion_of(registry: Registry, name: str, storage: Storage) -> Champion | N
         raise InputError(f"{target.title}, the champion, lies in {target.store}, not in store.root {storage.uri('')}")
     try:
         (folder,) = target.folders
-        registered = artifacts.load(storage, folder)
-        trained = registered.upstream("train")
+        trained = artifacts.load(storage, folder).upstream("train")
         questions = trained.upstream("data") if trained else None
     except FileNotFoundError as error:
         raise InputError(
@@ -134,7 +139,7 @@ def champion_of(registry: Registry, name: str, storage: Storage) -> Champion | N
         ) from error
     if trained is None or questions is None:
         raise InputError(f"{target.title}, the champion, does not say what it was made from")
-    return Champion(number, registered, trained, questions)
+    return Champion(number, trained, questions)
 
 
 def last_night(storage: Storage, name: str) -> Iterator[Artifact]:

@@ -1,6 +1,7 @@
 """evaluate: teachers, student before and student after on the evaluation split, greedy, through vLLM."""
 
 import math
+from dataclasses import replace
 
 from prefect import task
 
@@ -23,7 +24,7 @@ def ahead(context: Context, current: Round, data: Artifact) -> list[Order]:
 
 def before(ready: Ready) -> LocalModel:
     """The student as it came, under its name in the predictions table."""
-    return LocalModel("student-before", ready.student.folder, ready.student.digest)
+    return replace(ready.student, name="student-before")
 
 
 def orders(context: Context, data: Artifact, models: list[LocalModel]) -> list[Order]:

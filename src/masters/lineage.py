@@ -44,13 +44,17 @@ def stage_tags(identity: Identity, upstream: Upstream, reached: dict[str, dict[s
 
 
 def behind(upstream: Upstream, reached: dict[str, dict[str, str]]) -> dict[str, str]:
-    """Stage, or role of what lies outside the store, to the fingerprint or digest: everything that led here."""
+    """Everything that led here, its fingerprint or digest by stage; by role what this run did not make: what lies
+    outside the store, and what an earlier run left there, such as the champion that a night's student starts from.
+    """
     found: dict[str, str] = {}
     for role, made in upstream.items():
         if isinstance(made, External):
             found[role] = made.digest or made.uri
+        elif made.folder in reached:
+            found |= reached[made.folder] | {made.record["stage"]: made.fingerprint}
         else:
-            found |= reached.get(made.folder, {}) | {made.record["stage"]: made.fingerprint}
+            found[role] = made.fingerprint
     return found
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from urllib.parse import urlsplit
@@ -159,10 +160,17 @@ class Registry:
         """The runs of a distillation's stages."""
         return list(self._client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'", max_results=1000))
 
-    def run_ids(self, parent: str) -> dict[str, str]:
-        """Fingerprint to the run of a stage of this distillation."""
+    def run_ids(self, parent: str, fingerprints: Iterable[str]) -> dict[str, str | None]:
+        """By fingerprint the run of a stage: this distillation's, else that which built what it took over."""
         experiment = self._client.get_run(parent).info.experiment_id
-        return {run.data.tags["masters.fingerprint"]: run.info.run_id for run in self.stages(experiment, parent)}
+        own = {run.data.tags["masters.fingerprint"]: run.info.run_id for run in self.stages(experiment, parent)}
+        return {made: own.get(made) or self.built(experiment, made) for made in fingerprints}
+
+    def built(self, experiment: str, fingerprint: str) -> str | None:
+        """The run that built an artifact of this experiment, whichever distillation it belonged to."""
+        query = f"tags.`masters.fingerprint` = '{fingerprint}' and tags.`masters.outcome` = 'built'"
+        found = self._client.search_runs([experiment], query, max_results=1)
+        return found[0].info.run_id if found else None
 
     def wanted(self) -> set[str]:
         """Where the versions lie that some alias stands for, and those that `rollback` leads to."""

@@ -18,7 +18,8 @@ def trace(reference: str, mlflow_uri: str | None = None) -> dict:
     """The chain behind a model or run, every listed file read again: `verified`, `stages` and `faults`, as JSON."""
     registry, target = find(reference, mlflow_uri)
     links = chain.walk(Storage(target.store), target.folders)
-    runs = registry.run_ids(target.parent) if target.parent else {}
+    made = [_fingerprint(link) for link in links]
+    runs = registry.run_ids(target.parent, made) if target.parent else dict.fromkeys(made)
     faults = [fault for link in links for fault in link.faults]
     return dict(
         of=target.title, mlflow=shown(registry.uri), store=target.store, verified=not faults, faults=faults,
@@ -87,9 +88,12 @@ def parse(reference: str) -> tuple[str, str | None]:
     return name, f"@{alias}" if at else None
 
 
-def _stage(link: Link, links: list[Link], runs: dict[str, str]) -> dict:
-    record = link.record or {}
-    fingerprint = record.get("fingerprint") or link.folder.rsplit("-", 1)[-1]
+def _fingerprint(link: Link) -> str:
+    return (link.record or {}).get("fingerprint") or link.folder.rsplit("-", 1)[-1]
+
+
+def _stage(link: Link, links: list[Link], runs: dict[str, str | None]) -> dict:
+    record, fingerprint = link.record or {}, _fingerprint(link)
     uri = {other.folder: other.uri for other in links}
     inputs = [
         dict(
@@ -115,6 +119,6 @@ def _stage(link: Link, links: list[Link], runs: dict[str, str]) -> dict:
     ]
     return dict(
         name=record.get("stage") or link.folder.split("/")[0], fingerprint=fingerprint, uri=link.uri,
-        digest=record.get("digest"), mlflow_run_id=runs.get(fingerprint), inputs=inputs,
+        digest=record.get("digest"), mlflow_run_id=runs[fingerprint], inputs=inputs,
         files=len(record.get("files", [])), verified=not link.faults,
     )  # fmt: skip

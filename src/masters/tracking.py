@@ -149,6 +149,7 @@ class Tracker:
             self._reached[artifact.folder] = lineage.behind(upstream, self._reached)
             self._runs[artifact.folder] = child
             self._questions[artifact.folder] = lineage.questions(upstream)
+            self._earlier(upstream)
             self._client.log_inputs(child, lineage.outputs(artifact))
             self._tag(child, {"masters.outcome": done["outcome"]} | where(artifact))
             names = {"fingerprint": artifact.fingerprint, "run_id": child}
@@ -164,6 +165,14 @@ class Tracker:
             self.flush()
             self._client.set_terminated(child, status)
             self._current = self.run_id
+
+    def _earlier(self, upstream: Upstream) -> None:
+        """Note on the distillation's run which runs built what it took over: a page's way on from here."""
+        for role, made in upstream.items():
+            if isinstance(made, Artifact) and made.folder not in self._runs and (run_id := self._built(made)):
+                self._runs[made.folder] = run_id
+                names = {"fingerprint": made.fingerprint, "run_id": run_id}
+                self._tag(self.run_id, {f"earlier.{role}.{name}": value for name, value in names.items()})
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         """Metrics of the current stage; written in batches."""
@@ -203,19 +212,27 @@ class Tracker:
 
     def _builder(self, artifact: Artifact) -> str:
         """The run that built an artifact, with its metrics; this distillation's where no other is known."""
-        query = f"tags.`masters.fingerprint` = '{artifact.fingerprint}' and tags.`masters.outcome` = 'built'"
-        found = self._client.search_runs([self._experiment], query, max_results=1)
-        return found[0].info.run_id if found else self._runs.get(artifact.folder, self.run_id)
+        return self._built(artifact) or self._runs.get(artifact.folder, self.run_id)
+
+    def _built(self, artifact: Artifact) -> str | None:
+        return self.registry.built(self._experiment, artifact.fingerprint)
 
     def _describe(self, name: str, version: str, registered: Artifact) -> None:
         """From the version's page a person reaches every stage: a list of links, as MLflow has no graph of them."""
         tags = self._client.get_run(self.run_id).data.tags
-        stages = {key.split(".")[1]: run for key, run in tags.items() if re.fullmatch(r"stage\..+\.run_id", key)}
+        stages, earlier = (
+            {key.split(".")[1]: run for key, run in tags.items() if re.fullmatch(rf"{kind}\..+\.run_id", key)}
+            for kind in ("stage", "earlier")
+        )
         ordered = sorted(stages, key=lambda stage: self._client.get_run(stages[stage]).info.start_time)
         lines = [f"Student of the distillation {self._link(name, self.run_id)}, built by its stages:", ""]
         for stage in ordered:
             self._client.set_model_version_tag(name, version, f"stage.{stage}.run_id", stages[stage])
             lines.append(f"- {self._link(stage, stages[stage])} `{tags[f'stage.{stage}.fingerprint']}`")
+        if earlier:
+            lines += ["", "It took over what earlier runs had built:", ""]
+        for role, run in earlier.items():
+            lines.append(f"- {self._link(role, run)} `{tags[f'earlier.{role}.fingerprint']}`")
         lines += ["", f"Files: `{registered.uri}/model`"]
         self._client.update_model_version(name, version, "\n".join(lines))
         self._client.log_text(self.run_id, self._storage.read(f"{registered.folder}/model/README.md").decode(), CARD)
