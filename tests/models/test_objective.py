@@ -148,7 +148,7 @@ def test_degenerate_groups_have_no_advantage_and_no_nan(case: str, variant: str)
 @pytest.mark.parametrize("divergence", get_args(Train.model_fields["divergence"].annotation))
 @pytest.mark.parametrize("kind", get_args(Train.model_fields["objective"].annotation))
 def test_no_configuration_leaves_a_question_without_a_gradient(kind: str, divergence: str) -> None:
-    """Not even with equal rewards and beta = 0: so no question is skipped. One that could turn D off would change it."""
+    """Not even with equal rewards and beta = 0: so no question is skipped. A way to turn D off would change that."""
     train = Train.model_validate(
         dict(objective=kind, divergence=divergence, beta=0.0, targets="labels" if kind == "sft" else "responses")
     )
