@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoProcessor
 from masters import artifacts, processes
 from masters.config import Rewards, Train
 from masters.errors import MastersError
-from masters.models import checkpoints, passes, trainer
+from masters.models import checkpoints, footprint, passes, trainer
 from masters.models.families import family_of
 from masters.models.masking import safetensors_tensors
 from masters.models.prompts import label_tokens, model_inputs
@@ -100,7 +100,6 @@ def prepare(job: dict, job_file: Path, rank: int, world: int) -> trainer.Job:
     refs = [Ref(*ref) for ref in job["refs"]]
     groups, empty = _groups(job, storage, train, data, prompts, refs)
     steps = plan_steps(groups, len(job["ratios"]), train.epochs, train.questions_per_step, train.seed)
-
     planned = passes.plan(steps, [passes.size_of(group) for group in groups], job["token_budget"], world)
 
     def report(**fields: object) -> None:
@@ -110,6 +109,7 @@ def prepare(job: dict, job_file: Path, rank: int, world: int) -> trainer.Job:
     told = {} if planned is None else dict(passes=planned.passes, largest_pass=planned.largest_tokens)
     report(event="start", groups=len(groups), steps=len(steps), empty_responses=empty, planned=told)
     device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    _check_memory(job, train, planned, groups, len(steps), device, world)
     teacher = None if train.objective == "sft" else checkpoints.load_model(Path(job["teacher"]), train.dtype, device)
     return trainer.Job(
         student=checkpoints.load_model(Path(job["student"]), train.dtype, device),
@@ -131,6 +131,24 @@ def prepare(job: dict, job_file: Path, rank: int, world: int) -> trainer.Job:
         rank=rank,
         world=world,
     )
+
+
+def _check_memory(
+    job: dict, train: Train, planned: passes.Plan | None, groups: list[Group], steps: int, device: str, world: int
+) -> None:
+    """Raises InputError, before any model is loaded, if this machine does not have what training needs."""
+    available, ranks = footprint.free(device, world)
+    if world > 1:
+        dist.barrier()  # nobody loads a model before everyone has looked
+    tokens = planned.largest_tokens if planned else 0
+    image_token = AutoConfig.from_pretrained(job["student"]).image_token_id
+    images = sum(int((groups[g].prompt == image_token).sum()) for g in planned.largest) if planned else 0
+    # FlexAttention's rows have the budget's length
+    length = tokens if device == "cpu" else max(tokens, job["token_budget"])
+    saves = device == "cpu" and steps > job["checkpoint_steps"]
+    teacher = None if train.objective == "sft" else Path(job["teacher"])
+    needed = footprint.footprint(Path(job["student"]), teacher, train, (length, images), world, saves)
+    footprint.check(needed, available, ranks, device, length)
 
 
 def export(student: torch.nn.Module, source: Path, out: Path) -> None:

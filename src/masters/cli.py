@@ -105,6 +105,7 @@ def check(
     for teacher in ready.teachers:
         typer.echo(f"teacher    {teacher.folder} ({teacher.digest[:16]})")
     typer.echo(f"store      {ready.storage.uri('')}: read, write, conditional write")
+    typer.echo(f"memory     {_memory(settings, ready)}")
     if parity:
         _parity(settings, ready)
     typer.echo("ready")
@@ -172,6 +173,24 @@ def _run(name: str, settings: Config, as_json: bool, **arguments: object) -> Non
         typer.echo(json.dumps(summary))
     else:
         _table(summary)
+
+
+def _memory(settings: Config, ready: "Ready") -> str:
+    """What training needs at least, with the largest teacher, whatever its token budget. Raises InputError."""
+    import torch
+
+    from masters.models import footprint
+
+    train, ranks = settings.train, settings.runtime.train_processes
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    teachers = [None] if train.objective == "sft" else [teacher.folder for teacher in ready.teachers]
+    needs = [footprint.footprint(ready.student.folder, one, train, (0, 0), ranks, False) for one in teachers]
+    largest, (available, sharing) = max(needs, key=lambda one: one.total), footprint.free(device, ranks)
+    footprint.check(largest, available, sharing, device, 0)
+    needed = sharing * largest.total / footprint.GIB
+    return (
+        f"training takes {needed:.2f} GiB and its activations, {available / footprint.GIB:.2f} GiB are free on {device}"
+    )
 
 
 def _parity(settings: Config, ready: "Ready") -> None:

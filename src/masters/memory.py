@@ -1,9 +1,15 @@
-"""How much memory a process held at its peak, as Linux counts it: resident pages, shared ones too."""
+"""How much memory a process held at its peak, as Linux counts it: resident pages, shared ones too. What is free."""
 
 import re
 from contextlib import suppress
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
+
+CGROUP = Path("/sys/fs/cgroup")
+GROUPS = (  # a limit, what is used of it, and what of that can be taken back
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 def peak_mib() -> float:
@@ -17,3 +23,15 @@ def forget_peak() -> None:
     """Let the peak begin anew at what is held now. Where the kernel does not offer that, it goes on."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def available() -> int:
+    """Bytes that this machine can still give, within what the container (control groups, version 2 or 1) may take."""
+    found = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+    free = [int(found.group(1)) * 1024] if found else []
+    for limit, used, reclaimable in GROUPS:
+        with suppress(OSError, ValueError):  # no such group, or "max"
+            cached = re.search(rf"^{reclaimable} (\d+)", (CGROUP / limit).with_name("memory.stat").read_text(), re.M)
+            taken = int((CGROUP / used).read_text()) - (int(cached.group(1)) if cached else 0)
+            free.append(int((CGROUP / limit).read_text()) - taken)
+    return max(0, min(free)) if free else 0

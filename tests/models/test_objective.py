@@ -1,6 +1,7 @@
 """The whole objective against the float64 reference, and what must hold of it whatever the numbers."""
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -142,6 +143,27 @@ def test_degenerate_groups_have_no_advantage_and_no_nan(case: str, variant: str)
     assert student.grad.isfinite().all()
     assert student.grad.abs().sum(-1).gt(0).all()  # the divergence still pulls at every token
     assert all(map(math.isfinite, outcome.sums.values()))
+
+
+@pytest.mark.parametrize("divergence", get_args(Train.model_fields["divergence"].annotation))
+@pytest.mark.parametrize("kind", get_args(Train.model_fields["objective"].annotation))
+def test_no_configuration_leaves_a_question_without_a_gradient(kind: str, divergence: str) -> None:
+    """Not even with equal rewards and beta = 0: so no question is skipped. A way to turn D off would change that."""
+    train = Train.model_validate(
+        dict(objective=kind, divergence=divergence, beta=0.0, targets="labels" if kind == "sft" else "responses")
+    )
+    batch = draw([[(3, 1.0), (2, 1.0)], [(2, 0.0), (1, 0.0)]], set(), seed=4)
+    (student, teacher, _, score_R), pack = tensors(batch), packed(batch)
+    terms = dense_terms(student, teacher, pack, train)
+    if kind == "masters":
+        outcome = objective.masters(terms, None, score_R, pack, train, Rewards(distillation="off"))
+        assert outcome.sums["questions_with_advantage"] == 0
+    elif kind == "kd":
+        outcome = objective.distillation(terms, pack)
+    else:
+        outcome = objective.supervised(terms.logp_T, pack)
+    outcome.loss.backward()
+    assert student.grad is not None and student.grad.abs().sum(-1).gt(1e-6).all()
 
 
 @pytest.mark.parametrize(("scores", "shared"), [([1.0] * 8, False), ([0.0] * 8, True)])

@@ -6,11 +6,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from masters import processes
+from masters import memory, processes
+from masters.errors import InputError
+from masters.identity import digest
+from masters.models import checkpoints, train_worker
+from masters.models.schedule import stage_of
+from masters.shards import Ref
 from masters.tasks.data import data
 from masters.tasks.mask import mask
 from masters.tasks.stage import Run
-from masters.tasks.train import train
+from masters.tasks.train import GUARD, PROBE, _job, held_out, identity, train
 from tests.drawn import write_questions
 from tests.trained import ROOT, by_hand, first_round, made_run
 
@@ -58,6 +63,9 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[
     weights, done, tables = trained(made_run(tmp_path_factory.mktemp("plain"), source))
     assert done["steps"] in (STEPS, STEPS + 1) and done["resumed_at_step"] == 0
     assert len(done["remask_seconds"]) == 2  # mask stages
+    assert done["planned"]["passes"] == done["packed"]["passes"] == done["steps"] and done["token_budgets"] == []
+    assert done["planned"]["largest_pass"] > 0 and 0 < done["packed"]["saved_share"] < 1
+    assert 0 <= done["packed"]["padding_share"] < 1
     return weights, tables
 
 
@@ -117,3 +125,46 @@ def test_two_processes_train_like_one(source, plain, recorded, tmp_path, monkeyp
     assert sorted(row["step"] for row in tables["history"]) == sorted(row["step"] for row in recorded["history"])
     for name, expected in plain.items():  # exported in bfloat16: up to one unit in the last place may differ
         torch.testing.assert_close(weights[name].float(), expected.float(), rtol=2**-7, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_fall_on_held_out_questions_ends_with_the_best_weights(source: Path, tmp_path: Path) -> None:
+    wild = dict(learning_rate=0.1, probe_drop=0.1, on_drop="rollback")
+    run = made_run(tmp_path, source, train=wild)
+    weights, _, tables = trained(run)
+    facts = run.made["train"].facts
+    assert facts["held_out"] == 3 and facts["rows"] == 36  # one in ten of 39
+    assert facts["rolled_back"]["to"] == 0 < facts["rolled_back"]["at"] == len(tables["history"])
+    assert facts["rolled_back"]["accuracy"] < facts["rolled_back"]["best"] == facts["probes"][0]["accuracy"]
+    before = load_file(ROOT / "demo/models/student/model.safetensors")
+    assert {name for name in before if not torch.equal(before[name], weights[name])} == set()
+
+
+def test_held_out_questions_come_from_all_mask_stages() -> None:
+    refs = sorted(Ref(digest(str(n).encode()), f"q{n}", 0, n) for n in range(3000))
+    learnt, probe = held_out(refs)
+    assert sorted([*learnt, *probe]) == refs and len(probe) == PROBE
+    assert all(sum(stage_of(ref.digest, 5) == stage for ref in probe) > PROBE / 10 for stage in range(5))
+    assert len(held_out(refs[:55])[1]) == 5
+    with pytest.raises(InputError, match="expected 10 or more, found 9"):
+        held_out(refs[:9])
+
+
+def test_a_guard_that_is_off_has_no_part_in_identity(source: Path, tmp_path: Path) -> None:
+    def config(**train: object) -> dict:
+        run = made_run(tmp_path, source, train=train)
+        return identity(run, first_round(run), {}).config["train"]
+
+    assert config().keys() & GUARD == set() and config(on_drop="rollback") == config()
+    assert config(probe_drop=0.1) == config() | dict(probe_drop=0.1, on_drop="stop")
+
+
+def test_too_little_memory_is_refused_before_a_model_is_loaded(source, tmp_path, monkeypatch) -> None:
+    run = made_run(tmp_path, source)
+    current, questions = first_round(run), data.fn(run)
+    inputs = {"data": questions, "masks": mask.fn(run, current), **by_hand(run, current, questions)}
+    job = _job(run, current, inputs, "checkpoints", tmp_path / "out")
+    monkeypatch.setattr(checkpoints, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(memory, "available", lambda: 8 << 20)
+    with pytest.raises(InputError, match=r"0.01 GiB are free \(weights .* pass: \d{2,} tokens\): take a smaller"):
+        train_worker.prepare(job, tmp_path / "job.json", 0, 1)
