@@ -130,7 +130,7 @@ def child_main(main: Callable[[Path], None]) -> None:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     except Exception:
-        print(masked(traceback.format_exc()), file=sys.stderr)
+        print(masked(traceback.format_exc()), file=sys.stderr, end="")
         sys.exit(1)
 
 
