@@ -15,7 +15,6 @@ from masters.tasks.progress import Progress
 from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse
 
 VERSION = 4  # 3: identical responses are read once, questions of one image share its tokens; 4: history and rewards
-LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # ranks of one machine
 PROBE = 128  # evaluation questions watched while it trains; nothing is chosen by them
 
 
@@ -81,7 +80,7 @@ def _ranks(run: Run, job: dict, work: Path) -> list[processes.Child]:
     world = run.config.runtime.train_processes
     meeting = work / "rendezvous"
     meeting.unlink(missing_ok=True)
-    shared = {"WORLD_SIZE": str(world), "MASTERS_RENDEZVOUS": str(meeting)} | LOOPBACK
+    shared = {"WORLD_SIZE": str(world), "MASTERS_RENDEZVOUS": str(meeting)}
     # with spinning barriers one busy neighbour on a core stalls every step (measured: 0.08 s a step became 2.5 s)
     shared["OMP_WAIT_POLICY"] = "PASSIVE"
     shared["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // world))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from masters.processes import LOOPBACK
 from tests.listening import addresses, reachable
 
 
@@ -45,9 +46,7 @@ time.sleep(60)
 
 @pytest.mark.slow
 def test_ranks_that_met_listen_on_loopback(tmp_path: Path) -> None:
-    """With the environment that the train stage gives its processes, on a machine with a network of its own or not."""
-    from masters.tasks.train import LOOPBACK
-
+    """With the environment that all our children get, on a machine with a network of its own or not."""
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANK, str(tmp_path / "meeting"), str(rank)],
