@@ -27,6 +27,7 @@ from masters.infra.settings import POOL, Settings
 RUN = "prefect.flow-run."
 ENDED = {f"{RUN}{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
 GOES_ON = {f"{RUN}{state}" for state in ("Scheduled", "AwaitingRetry", "Late", "Pending", "Running", "Cancelling")}
+OWNERS = ("command", "env", "working_dir")  # of a run's job: what the machine's owner decides
 DEFINITIONS = Path(masters.__file__).parent / "prefect.yaml"
 
 
@@ -92,9 +93,21 @@ async def _pool(client: PrefectClient, settings: Settings) -> None:
     try:
         await client.read_work_pool(POOL)
     except ObjectNotFound:
-        template = ProcessWorker.get_default_base_job_template()
-        await client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
-    await client.update_work_pool(POOL, WorkPoolUpdate(concurrency_limit=settings.runs_at_once))
+        await client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=job_template()))
+    changes = dict(concurrency_limit=settings.runs_at_once, base_job_template=job_template())
+    await client.update_work_pool(POOL, WorkPoolUpdate(**changes))
+
+
+def job_template() -> dict:
+    """Of the pool's runs: whoever starts one chooses its parameters, not its command, environment or folder.
+
+    The environment holds what bounds parameters (MASTERS_ALLOWED_*), so a form must not reach it.
+    """
+    template = ProcessWorker.get_default_base_job_template()
+    for name in OWNERS:
+        template["job_configuration"].pop(name, None)
+        template["variables"]["properties"].pop(name, None)
+    return template
 
 
 async def _end_lost(client: PrefectClient) -> None:

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event, Thread
 
 from masters.infra.api import post
 from masters.infra.service import Started
+from tests.listening import addresses, reachable
 from tests.s3 import free_ports
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +29,8 @@ class Stack:
     folder: Path
     environment: dict[str, str] = field(repr=False)
     urls: dict[str, str] = field(default_factory=dict)
+    listened: set[str] = field(default_factory=set)  # programs that were seen listening
+    reached: set[tuple[str, int, str]] = field(default_factory=set)  # address, port and program of others' reach
 
     @property
     def api(self) -> str:
@@ -83,6 +87,14 @@ class Stack:
         """Engines and trainers among them."""
         return {pid: line for pid, line in self.processes().items() if module in line}
 
+    def look(self, ended: Event) -> None:
+        """Until `ended`: what listens of all that belongs to the stack, engines and trainers included."""
+        while not ended.wait(1.0):
+            for pid, line in self.processes().items():
+                if addresses({pid}):
+                    self.listened.add(line)
+                self.reached |= {(address, port, line) for address, port in reachable({pid})}
+
     def logs(self) -> str:
         logs = sorted((self.folder / "home/logs").glob("*.log"))
         return "".join(f"\n--- {log.name}\n{log.read_text(errors='replace')[-1500:]}" for log in logs)
@@ -99,12 +111,20 @@ def serve(**settings: int) -> Iterator[Stack]:
     ports = dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True))
     own = {"MASTERS_HOME": str(folder / "home"), "MASTERS_STACK": "full", "HOME": str(folder / "user")}
     stack = Stack(folder, kept | own | ports | chosen | {"VLLM_CACHE_ROOT": str(ROOT / ".venv/vllm")})
+    ended = Event()
+    watch = Thread(target=stack.look, args=(ended,), daemon=True)
+    watch.start()
     try:
         stack.up()
         yield stack
     finally:
+        ended.set()
+        watch.join()
         stack.down()
         shutil.rmtree(folder)
+    assert stack.reached == set()
+    missing = [name for name in ("prefect", "mlflow", "weed") if not any(name in line for line in stack.listened)]
+    assert missing == []  # else nothing was looked at
 
 
 def until(condition: Callable[[], object], seconds: float, what: str = "") -> float:

@@ -26,6 +26,8 @@ from masters.secrets import mask_logs, masked
 PR_SET_PDEATHSIG = 1
 POLL = 0.2  # seconds
 POLITE = 5.0  # seconds to end in before being killed
+# what children open to find each other, torch's and vLLM's sockets, stays on this machine
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
 PEAK = "peak"  # the event of a child's last line
 
 
@@ -134,7 +136,7 @@ def child_main(main: Callable[[Path], None]) -> None:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     except Exception:
-        print(masked(traceback.format_exc()), file=sys.stderr)
+        print(masked(traceback.format_exc()), file=sys.stderr, end="")
         sys.exit(1)
 
 
@@ -159,7 +161,7 @@ def _start(child: Child) -> subprocess.Popen:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=os.environ | child.environment,
+            env=os.environ | LOOPBACK | child.environment,
             start_new_session=True,  # a terminal's Ctrl-C is the parent's to handle
         )
 

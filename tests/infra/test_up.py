@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from masters.infra import object_store, stack
+from masters.infra.settings import Settings
+
 
 def masters(*arguments: str, home: Path, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
@@ -42,3 +45,25 @@ def test_down_without_a_stack_says_so_and_makes_no_folder(tmp_path: Path) -> Non
     done = masters("down", home=tmp_path / "none")
     assert (done.returncode, done.stdout) == (0, "nothing runs\n")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("option", ["--host", "--bind", "--address"])
+def test_there_is_no_option_to_listen_elsewhere(option: str, tmp_path: Path) -> None:
+    """Neither Prefect nor MLflow asks who calls: they stay on loopback, a reverse proxy that asks may stand before."""
+    done = masters("up", option, "0.0.0.0", home=tmp_path)
+    assert done.returncode == 2 and "No such option" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_setting_makes_it_listen_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment says, the commands name the address."""
+    for name in ("PREFECT_SERVER_API_HOST", "MLFLOW_HOST", "MASTERS_HOST", "HOST"):
+        monkeypatch.setenv(name, "0.0.0.0")
+    environment = stack._environment(tmp_path)
+    services = [
+        stack._prefect(Settings(), environment, ""), stack._mlflow(Settings(), environment, "sqlite://", "files"),
+    ]  # fmt: skip
+    for service in services:
+        assert service.command[service.command.index("--host") + 1] == "127.0.0.1"
+    store = object_store.command(tmp_path, object_store.free_ports(), ())
+    assert "-ip.bind=127.0.0.1" in store and "-ip=127.0.0.1" in store

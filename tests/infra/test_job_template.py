@@ -1,0 +1,35 @@
+"""What a run of the pool `masters` can be given besides its parameters."""
+
+import uuid
+
+from prefect.client.schemas.objects import FlowRun
+from prefect.utilities.templating import apply_values
+from prefect.workers.process import ProcessJobConfiguration
+
+from masters.infra.deployments import OWNERS, job_template
+
+
+def configured(**values: object) -> ProcessJobConfiguration:
+    """A run's job as the process worker makes it from the form's job variables."""
+    template = job_template()
+    properties = template["variables"]["properties"]
+    defaults = {name: of["default"] for name, of in properties.items() if "default" in of}
+    job = ProcessJobConfiguration.model_validate(apply_values(template["job_configuration"], defaults | values))
+    job.prepare_for_flow_run(FlowRun(id=uuid.uuid4(), flow_id=uuid.uuid4(), name="a-run"))
+    return job
+
+
+def test_command_environment_and_folder_are_the_owners() -> None:
+    hostile = configured(
+        command="touch /tmp/owned",
+        env={"MASTERS_ALLOWED_STORES": "/", "PYTHONPATH": "/tmp/evil"},
+        working_dir="/tmp/evil",
+    )
+    plain = configured()
+    assert (hostile.command, hostile.working_dir) == (plain.command, plain.working_dir)
+    assert not {"MASTERS_ALLOWED_STORES", "PYTHONPATH"} & hostile.env.keys()
+    assert set(OWNERS).isdisjoint(job_template()["variables"]["properties"])
+
+
+def test_what_our_deployments_ask_for_is_kept() -> None:
+    assert configured(stream_output=False).stream_output is False

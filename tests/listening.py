@@ -1,0 +1,47 @@
+"""Which sockets processes listen on, from /proc: every TCP and UDP socket that others could reach."""
+
+from contextlib import suppress
+from ipaddress import ip_address
+from pathlib import Path
+
+LISTEN = "0A"
+
+
+def addresses(pids: set[int]) -> set[tuple[str, int]]:
+    """(address, port) of these processes' listening TCP sockets and bound UDP sockets."""
+    owned = {inode for pid in pids for inode in _inodes(pid)}
+    found = set()
+    for kind in ("tcp", "tcp6", "udp", "udp6"):
+        for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]:
+            parts = line.split()
+            listens = parts[3] == LISTEN if kind.startswith("tcp") else parts[2].endswith(":0000")
+            if parts[9] in owned and listens:
+                found.add(_address(parts[1]))
+    return found
+
+
+def reachable(pids: set[int]) -> set[tuple[str, int]]:
+    """Those that are not on loopback."""
+    return {(address, port) for address, port in addresses(pids) if not _is_loopback(address)}
+
+
+def _is_loopback(address: str) -> bool:
+    found = ip_address(address)
+    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
+
+
+def _inodes(pid: int) -> set[str]:
+    found = set()
+    with suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                target = str(link.readlink())
+                if target.startswith("socket:["):
+                    found.add(target[8:-1])
+    return found
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, port = text.split(":")
+    words = b"".join(bytes.fromhex(host[at : at + 8])[::-1] for at in range(0, len(host), 8))
+    return str(ip_address(words)), int(port, 16)
