@@ -61,6 +61,7 @@ def collect(config: Config, delete: bool = False) -> dict:
     items = [*_artifacts(storage, spared), *_shards(storage, spared), *_work(storage, spared)]
     if delete:
         items = [item for item in items if _removed(item, registries, storage)]
+        storage.sweep("")
     listed = [dict(kind=i.kind, uri=i.storage.uri(i.name), bytes=i.bytes, why=i.why) for i in items]
     return dict(
         items=listed, bytes=sum(i.bytes for i in items), kept=len(spared.folders), notes=spared.notes, deleted=delete

@@ -172,6 +172,7 @@ def build_or_reuse(run: Run, identity: Identity, upstream: Upstream, build: Buil
                 # another run may have built it while this one waited
                 artifact = artifacts.find(run.storage, identity)
                 if artifact is None:
+                    run.storage.sweep(identity.folder)
                     files, facts, how = build()
                     artifact, outcome = artifacts.commit(run.storage, identity, files, facts, upstream), "built"
         done = dict(

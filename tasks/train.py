@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prefect import task
 
-from masters import processes, shards
+from masters import artifacts, processes, shards
 from masters.artifacts import Artifact, Identity
 from masters.errors import InputError
 from masters.identity import digest, file_digest
@@ -49,6 +49,8 @@ def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
         with run.progress(made_of, "steps") as progress:
             watch, silence = _Watch(run, progress, current.ratios), runtime.silence_minutes * 60
             ran = processes.run(_ranks(run, job, work), runtime.train_processes, watch, silence)
+        if artifacts.find(run.storage, made_of):  # another machine was first: its files stay what its record says
+            return {}, {}, {}
         run.storage.upload(work / "model", f"{made_of.folder}/model")
         files = {f"model/{p.name}": file_digest(p) for p in sorted((work / "model").iterdir())}
         files |= _tables(run, made_of, checkpoints)

@@ -84,11 +84,12 @@ def _start(folder: Path, ports: dict[str, int]) -> subprocess.Popen:
     with open(folder / "log", "wb") as log:
         return subprocess.Popen(
             command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            env=os.environ | {"GOMEMLIMIT": "200MiB", "HOME": str(folder)}, preexec_fn=_die_with_parent,
+            env=os.environ | {"GOMEMLIMIT": "200MiB", "HOME": str(folder)}, preexec_fn=die_with_parent,
         )  # fmt: skip
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """What `preexec_fn` takes: the kernel ends the process with the thread that starts it."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 

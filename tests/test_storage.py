@@ -410,3 +410,17 @@ def test_roots() -> None:
     assert Storage("some/folder").uri("x") == str(Path.cwd() / "some/folder/x")
     assert Storage("s3://bucket/prefix/").uri("x") == "s3://bucket/prefix/x"
     assert Storage("s3://bucket").uri("x") == "s3://bucket/x"
+
+
+def test_what_killed_writers_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    """A checkpoint that was being written is as large as the model; nothing else would ever remove it."""
+    storage = Storage(str(tmp_path))
+    left, fresh = "train/x/.step-1.0a1b2c3d.tmp", "train/x/.step-2.0a1b2c3d.tmp"
+    for name in (left, fresh, "train/x/step-0", "train/x/named.tmp", "other/.y.0a1b2c3d.tmp"):
+        storage.write(name, b"data")
+        if name != fresh:
+            os.utime(tmp_path / name, (0, 0))
+    storage.sweep("train/x")
+    there = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+    assert there == sorted([fresh, "train/x/step-0", "train/x/named.tmp", "other/.y.0a1b2c3d.tmp"])
+    storage.sweep("nowhere")

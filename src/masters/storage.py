@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from masters.errors import InputError, MastersError, StoreError
 TEMPORARY = re.compile(r"(^|/)\.[^/]+\.[0-9a-f]{8}\.tmp$")  # a local write that is under way
 ATTEMPTS = 8  # with growing pauses: a store that is away for half a minute costs that time only
 CONFLICTS = 20
+ABANDONED = 3600.0  # seconds
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -115,6 +117,14 @@ class Storage:
         for at, _, _ in os.walk(self.path(folder), topdown=False) if self.local else ():
             with suppress(OSError):  # not empty
                 os.rmdir(at)
+
+    @_one_line
+    def sweep(self, folder: str) -> None:
+        """Remove what killed writers left unfinished below `folder`: no write goes an hour without a byte."""
+        for path in _walk(self.path(folder)) if self.local else ():
+            with suppress(FileNotFoundError):
+                if TEMPORARY.search(path) and time.time() - os.stat(path).st_mtime > ABANDONED:
+                    os.unlink(path)
 
     @_one_line
     def names(self, prefix: str) -> list[str]:

@@ -15,7 +15,7 @@ from masters.storage import Storage
 from tests.faults import judge
 from tests.faults.judge import Finished
 from tests.faults.world import MARK, ROOT, Running, Seen, World
-from tests.s3 import free_ports
+from tests.s3 import die_with_parent, free_ports
 
 STEPS_ALONE = ("stage", "train")  # with labels as targets no engine is started
 MANY_STEPS = {"train.objective": "kd", "train.targets": "labels", "train.epochs": 60, "runtime.checkpoint_steps": 20}
@@ -46,7 +46,7 @@ class Servers:
         with open(self.folder / f"{name}.log", "ab") as log:
             self.running[name] = subprocess.Popen(
                 [sys.executable, *self.commands[name]], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                env=kept | small | {"HOME": str(self.folder)}, start_new_session=True,
+                env=kept | small | {"HOME": str(self.folder)}, start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
 
     def wait(self, name: str) -> None:
@@ -94,6 +94,7 @@ class Commands:
             process = subprocess.Popen(
                 [sys.executable, "-m", "masters.cli", *command, "configs/demo.toml", *settings], cwd=ROOT,
                 env=kept | ours, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+                preexec_fn=die_with_parent,
             )  # fmt: skip
         return _watched(process, log)
 

@@ -28,6 +28,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         print(report.keep(SEED, made.seen))
 
 
+@pytest.fixture(autouse=True)
+def _kept(world: World) -> Iterator[None]:
+    """What was seen is written down after each test: a suite that is ended early has told the truth so far."""
+    yield
+    report.keep(SEED, world.seen)
+
+
 @pytest.fixture(scope="module")
 def remote(s3: S3) -> Iterator[Remote]:
     with proxy.serve(s3.url) as between:

@@ -1,4 +1,4 @@
-"""Runs that want the same work folder on one machine: one after the other, and the second one's own."""
+"""Two runs that build the same: on one machine one after the other, on two the second overwrites nothing."""
 
 import subprocess
 import sys
@@ -8,8 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from masters import artifacts, processes
+from masters.identity import digest
+from masters.processes import Ran
+from masters.tasks import train as stage
+from masters.tasks.data import data
+from masters.tasks.mask import mask
 from masters.tasks.stage import alone
+from tests.drawn import write_questions
 from tests.stack import until
+from tests.trained import by_hand, first_round, made_run
 
 HOLDER = """
 import sys, time
@@ -49,3 +57,23 @@ def test_one_folder_after_the_other_is_no_wait(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     with alone(tmp_path / "one", "one"), alone(tmp_path / "two", "two"):
         pass
+
+
+def test_a_machine_that_comes_second_overwrites_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are another machine's roundings away: under the first one's record they would be no match."""
+    run = made_run(tmp_path / "store", write_questions(tmp_path / "source", 12, bad=False))
+    current, questions = first_round(run), data.fn(run)
+    inputs = {"data": questions, "masks": mask.fn(run, current), **by_hand(run, current, questions)}
+    made_of, weights = stage.identity(run, current, inputs), "model/model.safetensors"
+
+    def meanwhile(*_: object) -> Ran:
+        (run.work(made_of) / "model").mkdir()
+        (run.work(made_of) / weights).write_bytes(b"second")
+        run.storage.write(f"{made_of.folder}/{weights}", b"first")
+        artifacts.commit(run.storage, made_of, {weights: digest(b"first")}, {})
+        return Ran()
+
+    monkeypatch.setattr(processes, "run", meanwhile)
+    trained = stage.train.fn(run, current, inputs)
+    assert trained.record["files"] == [dict(name=weights, digest=digest(b"first"))]
+    assert run.storage.read(f"{made_of.folder}/{weights}") == b"first"
