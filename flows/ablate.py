@@ -10,6 +10,7 @@ from prefect.artifacts import create_table_artifact
 
 from masters.config import Config, changed
 from masters.errors import InputError, MastersError
+from masters.flows.attempts import end_stale_tasks
 from masters.flows.distill import distill
 from masters.preflight import preflight
 
@@ -34,6 +35,7 @@ def ablate(config: Config, grid: dict[str, list[Any]]) -> list[dict]:
         config: What every combination shares.
         grid: Values by key, e.g. {"train.beta": [0, 0.1], "rewards.distillation": ["minmax", "off"]}.
     """
+    end_stale_tasks()
     every = cells(config, grid)
     for cell in every:
         preflight(cell.config)
