@@ -10,6 +10,7 @@ from prefect.artifacts import create_table_artifact
 
 from masters.config import Config, changed
 from masters.errors import InputError, MastersError
+from masters.flows.attempts import end_stale_tasks
 from masters.flows.distill import distill
 from masters.preflight import preflight
 from masters.secrets import mask_logs
@@ -36,6 +37,7 @@ def ablate(config: Config, grid: dict[str, list[Any]]) -> list[dict]:
         grid: Values by key, e.g. {"train.beta": [0, 0.1], "rewards.distillation": ["minmax", "off"]}.
     """
     mask_logs()
+    end_stale_tasks()
     every = cells(config, grid)
     for cell in every:
         preflight(cell.config)

@@ -12,6 +12,7 @@ from masters.allowed import check_config
 from masters.artifacts import Artifact
 from masters.config import Config
 from masters.errors import StoreError
+from masters.flows.attempts import end_stale_tasks
 from masters.preflight import LocalModel, preflight
 from masters.secrets import mask_logs
 from masters.stages import Stage
@@ -55,6 +56,7 @@ def distill(config: Config, rebuild: list[Stage] | None = None, until: Stage = S
 @contextmanager
 def tracked(context: Context, rebuild: frozenset[Stage] = frozenset()) -> Iterator[tuple[Run, Summary]]:
     """A run in MLflow and its summary, both ended as the body ends."""
+    end_stale_tasks()
     key = str(flow_run.id or "")
     run = Run(context, Tracker(context.config, context.storage, key), rebuild)
     summary = Summary(run, key)

@@ -11,6 +11,7 @@ from masters.allowed import Setting
 from masters.artifacts import Artifact
 from masters.config import Config, Model
 from masters.errors import InputError
+from masters.flows.attempts import end_stale_tasks
 from masters.machine import cache
 from masters.preflight import LocalModel, local_model, preflight
 from masters.registry import shown
@@ -32,6 +33,7 @@ def evaluate(config: Config, models: list[str]) -> dict:
         models: Folders, Hugging Face ids, or registered students: models:/NAME@ALIAS, models:/NAME/VERSION.
     """
     mask_logs()
+    end_stale_tasks()
     context = Context(config, preflight(config))
     asked = found(models, tracking_uri(config, context.storage), context.storage)
     tracker = Tracker(config, context.storage, str(flow_run.id or ""), "evaluate")

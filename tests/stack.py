@@ -101,8 +101,8 @@ class Stack:
 
 
 @contextmanager
-def serve(**settings: int) -> Iterator[Stack]:
-    """A full stack that is up; afterwards down, its folder gone. `settings` as in infra/settings.py."""
+def serve(**settings: int | str) -> Iterator[Stack]:
+    """A full stack (`stack`: "light") that is up; afterwards down, its folder gone. Settings: infra/settings.py."""
     folder = Path(tempfile.mkdtemp(prefix="masters-stack-"))
     folder.chmod(0o711)  # as root, Postgres runs as someone else, who must get through
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "AWS_", "MASTERS_"))}

@@ -50,6 +50,14 @@ def state(stack: Stack, run: str) -> str:
     return stack.run(run)["state_type"]
 
 
+def task_states(stack: Stack, run: str) -> dict[str, list[str]]:
+    """By stage, of its attempts."""
+    found: dict[str, list[str]] = {}
+    for task in post(f"{stack.api}/task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}, "limit": 200}):
+        found.setdefault(task["name"], []).append(task["state_type"])
+    return found
+
+
 def test_a_value_out_of_range_is_refused(stack: Stack) -> None:
     wrong = config(stack) | dict(train=dict(epochs=0))
     with pytest.raises(AssertionError, match="refused"):
@@ -105,6 +113,34 @@ def test_what_was_built_before_is_reused_and_tracked(stack: Stack, killed: str, 
     assert next(s for s in summary["stages"] if s["name"] == "train")["resumed_at_step"] > 0
     assert summary["mlflow"]["tracking_uri"] == stack.urls["mlflow_url"]
     assert summary["prefect"]["flow_run_id"] == killed
+
+
+def test_no_task_of_an_attempt_that_was_cut_short_looks_alive(stack: Stack, killed: str) -> None:
+    told = task_states(stack, killed)
+    assert {one for states in told.values() for one in states} == {"COMPLETED", "CRASHED"}, told
+    assert sorted(told["train"]) == ["COMPLETED", "CRASHED", "CRASHED"]
+
+
+def test_a_run_cancelled_in_train_takes_nothing_half_written_for_done_and_goes_on(
+    stack: Stack, killed: str, store: Storage
+) -> None:
+    """Responses and verdicts are those of the run before: it comes to training at once."""
+    wanted = config(stack) | dict(train=config(stack)["train"] | dict(seed=2))
+    before = set(store.names("train"))
+    run = stack.start("distill", config=wanted)
+    until(lambda: any("/checkpoints/step-" in name for name in store.names("train")), 240, "a checkpoint")
+    stack.cancel(run)
+    assert until(lambda: not stack.children(), 15, "the trainer ends") < 15
+    until(lambda: state(stack, run) == "CANCELLED", 60, "cancelled")
+    assert [p for p in stack.processes().values() if "prefect.engine" in p] == []
+    left = set(store.names("train")) - before
+    assert left and all("/checkpoints/" in name for name in left)
+    run = stack.start("distill", config=wanted, until="train")
+    until(lambda: state(stack, run) in ("COMPLETED", "FAILED", "CRASHED"), 300, "the next run's end")
+    summary = json.loads(store.read("summary.json"))
+    train = next(stage for stage in summary["stages"] if stage["name"] == "train")
+    assert (summary["prefect"]["flow_run_id"], train["outcome"]) == (run, "built") and train["resumed_at_step"] > 0
+    assert not any("/checkpoints/" in name for name in store.names("train"))
 
 
 def test_a_registered_student_is_evaluated_by_name(stack: Stack, killed: str, store: Storage) -> None:
