@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.faults.points import Fault
 from tests.faults.proxy import WRITES, Plan
-from tests.faults.world import Remote, Seen, World, stage_of
+from tests.faults.world import LIMIT, Remote, Seen, World, stage_of
 
 HOWS = ("before", "half", "after")
 CHECKED = "check"  # operations of the store's probe, before a run begins
@@ -227,7 +227,7 @@ def _log(world: World) -> Path:
     return world.folder / "fault.log"
 
 
-def _until(condition, what: str, seconds: float = 120.0) -> None:
+def _until(condition, what: str, seconds: float = LIMIT) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"

@@ -14,7 +14,7 @@ from urllib.request import urlopen
 from masters.storage import Storage
 from tests.faults import judge
 from tests.faults.judge import Finished
-from tests.faults.world import MARK, ROOT, Running, Seen, World
+from tests.faults.world import LIMIT, MARK, ROOT, Running, Seen, World
 from tests.s3 import die_with_parent, free_ports
 
 STEPS_ALONE = ("stage", "train")  # with labels as targets no engine is started
@@ -57,7 +57,7 @@ class Servers:
             except OSError:
                 return False
 
-        until(answers, name, 120)
+        until(answers, name, LIMIT)
 
     def kill(self, name: str) -> None:
         """With all that it started: its session."""
@@ -103,7 +103,7 @@ class Commands:
         if key not in self._expected:
             store = self.world.store()
             running = self.start(store, *command, **values)
-            assert running.wait(400) == 0, running.said()
+            assert running.wait(2 * LIMIT) == 0, running.said()
             self._expected[key], wrong = judge.finished(Storage(str(store)))
             assert not wrong
         return self._expected[key]
@@ -122,7 +122,7 @@ def server_away(commands: Commands, name: str, seconds: float) -> Seen:
         time.sleep(seconds)
         servers.start(name)
         servers.wait(name)
-        return running.wait(300), [f"server train/{name}"]
+        return running.wait(LIMIT), [f"server train/{name}"]
 
     kind = f"{name} away for {seconds:.0f} s"
     return world.disturbed(
@@ -151,21 +151,21 @@ def with_engines(commands: Commands, rng: random.Random) -> list[Seen]:
 
     def disturb() -> tuple[int, list[str]]:
         first = commands.start(store, "distill")
-        until(lambda: _children(store, "engine_worker") or first.code is not None, "an engine", 200)
+        until(lambda: _children(store, "engine_worker") or first.code is not None, "an engine", LIMIT)
         time.sleep(kill_flow)
         first.kill()
         killed.append(("SIGKILL of the run while an engine starts", "kill generate/flow"))
         assert first.wait(30) == -signal.SIGKILL and world.left(store) == 0
         second = commands.start(store, "distill")
-        until(lambda: list(store.glob("shards/responses/*.parquet")) or second.code is not None, "a shard", 200)
+        until(lambda: list(store.glob("shards/responses/*.parquet")) or second.code is not None, "a shard", LIMIT)
         time.sleep(kill_engine / 10)
         if (engine := _one(store, "engine_worker")) and _kill(engine):
             killed.append(("SIGKILL of an engine", "kill generate/engine"))
-        until(lambda: _lines(store, "train-*/rank-0.progress", '"step"') or second.code is not None, "a step", 300)
+        until(lambda: _lines(store, "train-*/rank-0.progress", '"step"') or second.code is not None, "a step", LIMIT)
         time.sleep(kill_trainer / 10)
         if (trainer := _one(store, "train_worker")) and _kill(trainer):
             killed.append(("SIGKILL of the trainer in a whole run", "kill train/trainer"))
-        return second.wait(400), [killed[0][1]]
+        return second.wait(2 * LIMIT), [killed[0][1]]
 
     seen = world.disturbed(
         killed[0][0] if killed else "SIGKILL of the run while an engine starts", store, disturb, expected=expected,
@@ -180,7 +180,7 @@ def with_engines(commands: Commands, rng: random.Random) -> list[Seen]:
     return [seen, *more]
 
 
-def until(condition: Callable[[], object], what: str, seconds: float = 120.0) -> None:
+def until(condition: Callable[[], object], what: str, seconds: float = LIMIT) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"

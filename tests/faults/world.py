@@ -24,7 +24,7 @@ from tests.s3 import BUCKET, S3
 ROOT = Path(__file__).parents[2]
 MARK = "MASTERS_FAULTS"
 QUESTIONS = 24
-LIMIT = 180.0  # seconds that a run may take before it counts as hanging
+LIMIT = 600.0  # seconds that a run may take before it counts as hanging; machines are slow and shared
 
 
 @dataclass
@@ -109,7 +109,11 @@ class Zygote:
     def close(self) -> None:
         assert self.process.stdin
         self.process.stdin.close()
-        self.process.wait(10)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
 class World:
@@ -177,7 +181,7 @@ class World:
         assert code in (-signal.SIGKILL, 0, 1), f"{kind} at {fired[0]}: exit code {code}: {self._said()}"
         if code:
             running = again()
-            code = running.wait(LIMIT * 2)
+            code = running.wait()
             assert code == 0, f"after {kind} at {fired[0]}: {running.said()}"
         with _environment(aws or {}):
             verdict = judge.compare(expected, Storage(str(store)))
