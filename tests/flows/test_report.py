@@ -41,7 +41,7 @@ HOSTILE = "</td><script>alert(1)</script> | **b** ![x](http://e.example/x) \u202
 def server() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PREFECT_API_URL", raising=False)
-        with prefect_test_harness():
+        with prefect_test_harness(server_startup_timeout=180):
             yield
 
 
