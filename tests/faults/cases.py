@@ -108,7 +108,7 @@ def disk(world: World, rng: random.Random, what: str, role: str) -> Seen:
 
 def small_disk(world: World, rng: random.Random) -> Seen | None:
     """A real file system that is too small; then it is made larger. None where it may not be mounted."""
-    with _mounted(world.store(), rng.randint(24, 72)) as store:
+    with _mounted(world.store(), rng.randint(12, 48)) as store:
         if store is None:
             return None
 

@@ -9,6 +9,7 @@ KEPT = ROOT / "runs" / "faults"
 DOC = ROOT / "docs" / "reliability.md"
 COLUMNS = ("fault", "stage", "injected", "run killed", "run failed", "run went on", "recovered", "rows lost",
            "rows twice", "rows different", "processes left")  # fmt: skip
+KILLS = 60  # at least, in a whole suite
 INTRODUCTION = """# Reliability
 
 Written by `python -m tests.faults.report` from what `make test-faults` saw; not edited by hand.
@@ -43,7 +44,8 @@ def table(seed: int, rows: list[dict]) -> str:
     kills = sum(row["signal"] for row in rows)
     kinds = len({row["kind"].split(",")[0] for row in rows})
     seconds = sum(row["seconds"] for row in rows)
-    head = f"## Seed {seed}: {len(rows)} faults, {kills} of them kills, {kinds} kinds, {seconds:.0f} s"
+    part = "" if kills >= KILLS else " (only a part of the suite was run)"
+    head = f"## Seed {seed}: {len(rows)} faults, {kills} of them kills, {kinds} kinds, {seconds:.0f} s{part}"
     return "\n".join([head, "", *lines, ""])
 
 

@@ -135,5 +135,5 @@ def test_a_whole_distillation_is_killed(commands: served.Commands, rng: random.R
 
 def test_enough_was_injected(world: World) -> None:
     """The contract of `make test-faults`."""
-    assert sum(seen.signal for seen in world.seen) >= 60
+    assert sum(seen.signal for seen in world.seen) >= report.KILLS
     assert len({seen.kind.split(",")[0] for seen in world.seen}) >= 12
