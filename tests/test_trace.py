@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from masters import chain, machine
+from masters import artifacts, chain, machine
 from masters.artifacts import Identity
 from masters.cli import app
 from masters.errors import InputError
@@ -298,3 +299,28 @@ def test_on_s3_too(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     name = listed(storage, find(NAME, None)[1].folders)[0]
     storage.write(name, b"other")
     assert f"{root}/{name} changed" in trace(NAME)["faults"][0]
+
+
+def test_a_student_that_starts_from_a_champion_leads_on_to_what_made_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "store").mkdir()
+    storage = Storage(str(tmp_path / "store"))
+    registered(storage, b"first")
+    _, first = find(f"{NAME}@candidate", None)
+    champion = artifacts.load(storage, next(iter(first.folders))).upstream("train")
+    tracker, version = registered(storage, b"second", student=champion)
+    told = trace(f"{NAME}@candidate")
+    assert champion and told["verified"] and len(told["stages"]) == 5
+    own = next(stage for stage in told["stages"] if stage["fingerprint"] == champion.fingerprint)
+    client = MlflowClient(tracker.uri)
+    parent = client.get_run(own["mlflow_run_id"]).data.tags["mlflow.parentRunId"]
+    assert parent == first.parent != tracker.run_id
+    found = client.get_model_version(NAME, str(version))
+    assert f"/runs/{own['mlflow_run_id']})" in (found.description or "").partition("earlier runs")[2]
+    reached = client.get_run(client.get_run(tracker.run_id).data.tags["stage.register.run_id"]).data.tags
+    assert reached["upstream.student"] == champion.fingerprint != reached["upstream.train"]
+    storage.write(f"{champion.folder}/model/README.md", b"changed")
+    assert any(champion.folder in fault for fault in trace(f"{NAME}@candidate")["faults"])

@@ -38,11 +38,13 @@ def staged(tracker: Tracker, storage: Storage, stage: str, upstream: Upstream, c
     return artifact
 
 
-def registered(storage: Storage, content: bytes = b"rows", key: str = "") -> tuple[Tracker, int]:
-    """A distillation of four stages, to its end."""
+def registered(
+    storage: Storage, content: bytes = b"rows", key: str = "", student: Artifact | None = None
+) -> tuple[Tracker, int]:
+    """A distillation of four stages, to its end. `student`: what it starts from, if that was trained before."""
     tracker = Tracker(configured(storage.uri("")), storage, key)
     data = staged(tracker, storage, "data", {"source": External("source", "/q.jsonl", "5" * 64)})
-    trained = staged(tracker, storage, "train", {"data": data}, content)
+    trained = staged(tracker, storage, "train", {"data": data} | ({"student": student} if student else {}), content)
     evaluated = staged(tracker, storage, "evaluate", {"data": data, "student": trained}, content)
     exported = staged(tracker, storage, "register", {"train": trained, "evaluate": evaluated}, content)
     version = tracker.register_model(NAME, exported, trained, evaluated)

@@ -28,11 +28,11 @@ from masters.tasks.mask import mask
 from masters.tasks.plots import sampled
 from masters.tasks.progress import LAST_SECONDS, Progress
 from masters.tasks.report import reported
-from masters.tasks.stage import CONSOLE, Run
+from masters.tasks.stage import CONSOLE, Round, Run
 from masters.tasks.train import train
 from tests.drawn import write_questions
 from tests.scored import table
-from tests.trained import by_hand, first_round, made_run
+from tests.trained import ROOT, by_hand, first_round, made_run
 
 HOSTILE = "</td><script>alert(1)</script> | **b** ![x](http://e.example/x) \u202e\x1b[31m"
 
@@ -41,7 +41,7 @@ HOSTILE = "</td><script>alert(1)</script> | **b** ![x](http://e.example/x) \u202
 def server() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PREFECT_API_URL", raising=False)
-        with prefect_test_harness():
+        with prefect_test_harness(server_startup_timeout=180):
             yield
 
 
@@ -100,6 +100,52 @@ def test_plots_are_pictures_with_something_on_them_and_the_same_in_mlflow(finish
     client = MlflowClient(run.tracker.uri)
     listed = {file.path for file in client.list_artifacts(run.tracker.run_id, "figures")}
     assert listed == {f"figures/{name}.png" for name in ("training", "rewards", "divergences")}
+
+
+@flow
+def rounds(run: Run, responses: bool) -> str:
+    """A round a teacher and the report; responses, where the objective asks for them, are written by hand."""
+    questions, student = data(run), run.ready.student
+    for number, (teacher, model) in enumerate(zip(run.config.teachers, run.ready.teachers, strict=True), 1):
+        current = Round(number, teacher, model, student)
+        inputs = {"data": questions, "masks": mask(run, current)}
+        if responses:
+            inputs["responses"] = run.made[f"generate{current.suffix}"] = by_hand(run, current, questions)["responses"]
+        student = run.trained(train(run, current, inputs))
+    reported(run, None)
+    return flow_run_id()
+
+
+TEACHER = dict(model=str(ROOT / "demo/models/teacher"), r_max=0.2, step=0.2)
+
+
+@pytest.mark.parametrize(
+    ("objective", "teachers", "drawn"),
+    [
+        ("kd", [TEACHER | dict(model=str(ROOT / "demo/models/student")), TEACHER], ["training", "divergences"]),
+        ("sft", [TEACHER], ["training"]),
+    ],
+)
+def test_pages_of_other_objectives_and_of_a_second_teacher(
+    objective: str, teachers: list[dict], drawn: list[str], tmp_path: Path
+) -> None:
+    """What an objective does not have, rewards or divergences or responses, has no picture and no page."""
+    source, targets = write_questions(tmp_path / "data", 12, bad=False), "labels" if objective == "sft" else "responses"
+    run = made_run(tmp_path / "store", source, teachers=teachers, train=dict(objective=objective, targets=targets))
+    shown = artifacts_of(rounds(run, targets == "responses"))
+    suffixes = ["", "-2"][: len(teachers)]
+    pages = {f"trained-{page}{suffix}" for page in ("train", "plots") for suffix in suffixes} | {"trained-stages"}
+    galleries = {f"trained-gallery{suffix}" for suffix in suffixes if targets == "responses"}
+    assert shown.keys() == pages | galleries
+    client = MlflowClient(run.tracker.uri)
+    for suffix in suffixes:
+        found = pictures(shown[f"trained-plots{suffix}"].data)
+        assert len(found) == len(drawn)
+        assert all(len(image.convert("RGB").getcolors(1 << 24) or []) > 20 for image in found)
+        listed = {file.path for file in client.list_artifacts(run.tracker.run_id, f"figures{suffix}")}
+        assert listed == {f"figures{suffix}/{name}.png" for name in drawn}
+    for page in galleries:
+        assert "**no verdict**" in str(shown[page].data) and inert("red circle") in str(shown[page].data)
 
 
 def test_the_gallery_shows_what_the_tables_say(finished) -> None:

@@ -83,7 +83,7 @@ def config(stack: Stack) -> dict:
 def ended(stack: Stack, deployment: str, **parameters: object) -> dict:
     """A run of a deployment, at its end."""
     run = stack.start(deployment, **parameters)
-    until(lambda: stack.run(run)["state_type"] in ENDED, 500, deployment)
+    until(lambda: stack.run(run)["state_type"] in ENDED, 900, deployment)
     return stack.run(run)
 
 
