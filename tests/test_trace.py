@@ -324,3 +324,23 @@ def test_a_student_that_starts_from_a_champion_leads_on_to_what_made_that(
     assert reached["upstream.student"] == champion.fingerprint != reached["upstream.train"]
     storage.write(f"{champion.folder}/model/README.md", b"changed")
     assert any(champion.folder in fault for fault in trace(f"{NAME}@candidate")["faults"])
+
+
+def test_gc_asks_every_mlflow_that_is_known_for_its_own_aliases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one version 1 is candidate, in the other version 2: each is spared where it lies."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "store").mkdir()
+    storage = Storage(str(tmp_path / "store"))
+    registered(storage, b"first")
+    kept = set(find(NAME, None)[1].folders)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
+    registered(storage, b"second")
+    registered(storage, b"third")
+    kept |= set(find(f"{NAME}@candidate", None)[1].folders)
+    age(storage)
+    gone = {item["uri"] for item in collect(configured(storage.uri("")))["items"]}
+    spared = {link.uri for link in chain.walk(storage, dict.fromkeys(kept, ""))}
+    assert len(spared) == 7 and not gone & spared and gone

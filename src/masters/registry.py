@@ -2,14 +2,14 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from urllib.parse import urlsplit
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from masters.artifacts import RECORD
@@ -175,12 +175,20 @@ class Registry:
     def wanted(self) -> set[str]:
         """Where the versions lie that some alias stands for, and those that `rollback` leads to."""
         found = set()
-        for model in mlflow.search_registered_models():  # all pages of it
+        for model in self._models():
             numbers = {int(version) for version in model.aliases.values()}
             if before := self.previous(model.name):
                 numbers.add(before)
             found |= {v.tags.get("masters.uri", "") for v in self.versions(model.name) if int(v.version) in numbers}
         return found
+
+    def _models(self) -> Iterator[RegisteredModel]:
+        """All of them. By this client: MLflow's own function for it asks whichever MLflow was named last."""
+        token = ""
+        while token is not None:
+            page = self._client.search_registered_models(page_token=token or None)
+            yield from page
+            token = page.token or None
 
     def _until_champion(self, name: str) -> list[int]:
         """The history up to today's champion, with it: what was rolled back is left out."""
