@@ -15,12 +15,12 @@ from masters.tracking import Tracker
 ROOT = Path(__file__).parents[1]
 
 
-def made_run(folder: Path, source: Path, **sections: dict) -> Run:
+def made_run(folder: Path, source: Path, teachers: list[dict] | None = None, **sections: dict) -> Run:
     """A run of two mask stages on a store of its own; `sections` override the configuration's values."""
     values: dict = dict(
         name="trained", store=dict(root=str(folder)), data=dict(source=str(source)),
         student=dict(model=str(ROOT / "demo/models/student")),
-        teachers=[dict(model=str(ROOT / "demo/models/teacher"), r_max=0.2, step=0.2)],
+        teachers=teachers or [dict(model=str(ROOT / "demo/models/teacher"), r_max=0.2, step=0.2)],
         generate=dict(responses=2, max_tokens=8), rewards=dict(accuracy="rules"),
         train=dict(learning_rate=1e-3, questions_per_step=4),
     )  # fmt: skip
