@@ -47,14 +47,14 @@ def early(rows: list[dict]) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def webhook(stack: Stack) -> Iterator[Webhook]:
-    """Its address is in a block, and the work pool names the block: what the UI's forms do."""
+    """Its address is in a block, and the work pool's template names the block, as its owner writes it in the UI."""
     hook = Webhook()
     client = stack.environment | stack.client_environment()
     subprocess.run([sys.executable, "-c", KEEP, hook.url], env=client, cwd=ROOT, check=True, timeout=120)
     pool = f"{stack.api}/work_pools/{POOL}"
     template = httpx.get(pool).json()["base_job_template"]
     named = {"MASTERS_WEBHOOK_URL": "{{ prefect.blocks.secret.masters-webhook }}"}
-    template["variables"]["properties"]["env"]["default"] = named
+    template["job_configuration"]["env"] = named
     httpx.patch(pool, json=dict(base_job_template=template)).raise_for_status()
     yield hook
     hook.server.shutdown()
