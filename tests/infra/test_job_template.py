@@ -27,7 +27,7 @@ def test_command_environment_and_folder_are_the_owners() -> None:
     )
     plain = configured()
     assert (hostile.command, hostile.working_dir) == (plain.command, plain.working_dir)
-    assert not {"MASTERS_ALLOWED_STORES", "PYTHONPATH"} & hostile.env.keys()
+    assert hostile.env == plain.env | {name: hostile.env[name] for name in ("PREFECT__FLOW_RUN_ID", "PREFECT__FLOW_ID")}
     assert set(OWNERS).isdisjoint(job_template()["variables"]["properties"])
 
 
