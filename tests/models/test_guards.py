@@ -12,7 +12,7 @@ import torch
 
 from masters.config import Train
 from masters.errors import MastersError
-from masters.models import guards, trainer
+from masters.models import guards, resume, trainer
 from masters.models.history import Ledger
 from masters.models.packing import pack, response_states
 from masters.models.training_data import Group, Step
@@ -171,18 +171,18 @@ def test_a_run_cut_short_falls_like_a_whole_one(tmp_path: Path, monkeypatch, cut
     """Cut right before and right after a checkpoint is there; the best weights of its step are written by then."""
     right = {0: 4, 1: 4, 2: 3, 3: 4, 4: 2}  # of four: a fall by more than 0.3 at step 4, the best weights at step 3
     monkeypatch.setattr(guards, "probe_right", lambda job: right[job.ledger._step.get("step", 0)])
-    original, ends = trainer.save_checkpoint, []
+    original, ends = resume.save, []
 
-    def cut_short(job: trainer.Job, step: int, *state: Any) -> None:
+    def cut_short(storage: Storage, prefix: str, step: int, *state: Any) -> None:
         if step != cut or after:
-            original(job, step, *state)
+            original(storage, prefix, step, *state)
         if step == cut:
             raise KeyboardInterrupt
 
     for name in ("whole", "cut"):
         if name == "cut":
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(trainer, "save_checkpoint", cut_short)
+                patch.setattr(resume, "save", cut_short)
                 trainer.fit(run_of(tmp_path / name, probe_drop=0.3, on_drop="rollback")[0])
         job, told = run_of(tmp_path / name, probe_drop=0.3, on_drop="rollback")
         trainer.fit(job)
