@@ -141,7 +141,7 @@ def _check_memory(
     if world > 1:
         dist.barrier()  # nobody loads a model before everyone has looked
     tokens = planned.largest_tokens if planned else 0
-    image_token = AutoConfig.from_pretrained(job["student"]).image_token_id
+    image_token = AutoConfig.from_pretrained(job["student"], trust_remote_code=False).image_token_id
     images = sum(int((groups[g].prompt == image_token).sum()) for g in planned.largest) if planned else 0
     # FlexAttention's rows have the budget's length
     length = tokens if device == "cpu" else max(tokens, job["token_budget"])
