@@ -91,26 +91,22 @@ def resumed(settings: Settings) -> AutomationCore:
 
 async def _pool(client: PrefectClient, settings: Settings) -> None:
     try:
-        there = (await client.read_work_pool(POOL)).base_job_template
+        await client.read_work_pool(POOL)
     except ObjectNotFound:
-        there = job_template()
-        await client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=there))
-    template = job_template(there.get("job_configuration", {}).get("env"))
-    changes = dict(concurrency_limit=settings.runs_at_once, base_job_template=template)
+        await client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=job_template()))
+    changes = dict(concurrency_limit=settings.runs_at_once, base_job_template=job_template())
     await client.update_work_pool(POOL, WorkPoolUpdate(**changes))
 
 
-def job_template(environment: object = None) -> dict:
+def job_template() -> dict:
     """Of the pool's runs: whoever starts one chooses its parameters, not its command, environment or folder.
 
-    The environment holds what bounds parameters (MASTERS_ALLOWED_*), so a form must not reach it. `environment`: what
-    the pool's owner wrote into its template, such as references to Prefect's secrets; a template's variable is none.
+    The environment holds what bounds parameters (MASTERS_ALLOWED_*), so a form must not reach it.
     """
     template = ProcessWorker.get_default_base_job_template()
     for name in OWNERS:
         template["job_configuration"].pop(name, None)
         template["variables"]["properties"].pop(name, None)
-    template["job_configuration"]["env"] = environment if isinstance(environment, dict) else {}
     return template
 
 

@@ -9,9 +9,9 @@ from prefect.workers.process import ProcessJobConfiguration
 from masters.infra.deployments import OWNERS, job_template
 
 
-def configured(owners: object = None, **values: object) -> ProcessJobConfiguration:
-    """A run's job as the process worker makes it from the form's job variables; `owners`: the pool's environment."""
-    template = job_template(owners)
+def configured(**values: object) -> ProcessJobConfiguration:
+    """A run's job as the process worker makes it from the form's job variables."""
+    template = job_template()
     properties = template["variables"]["properties"]
     defaults = {name: of["default"] for name, of in properties.items() if "default" in of}
     job = ProcessJobConfiguration.model_validate(apply_values(template["job_configuration"], defaults | values))
@@ -33,10 +33,3 @@ def test_command_environment_and_folder_are_the_owners() -> None:
 
 def test_what_our_deployments_ask_for_is_kept() -> None:
     assert configured(stream_output=False).stream_output is False
-
-
-def test_what_the_owner_names_reaches_a_run_and_a_form_does_not_change_it() -> None:
-    named = {"MASTERS_WEBHOOK_URL": "{{ prefect.blocks.secret.masters-webhook }}"}
-    job = configured(named, env={"MASTERS_WEBHOOK_URL": "http://elsewhere"})
-    assert job.env["MASTERS_WEBHOOK_URL"] == named["MASTERS_WEBHOOK_URL"]  # the worker puts the block's value there
-    assert "MASTERS_WEBHOOK_URL" not in configured("{{ env }}", env={"MASTERS_WEBHOOK_URL": "http://elsewhere"}).env
