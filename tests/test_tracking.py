@@ -9,13 +9,13 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from masters import machine, tracking
-from masters.artifacts import Identity
+from masters.artifacts import Identity, load
 from masters.errors import InputError
 from masters.flows.nightly import night
 from masters.identity import digest
 from masters.storage import Storage
 from masters.tracking import Tracker
-from tests.tracked import NAME, configured, registered
+from tests.tracked import NAME, configured, registered, staged
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +97,17 @@ def test_a_stage_says_what_it_read_and_wrote(finished: tuple[Tracker, int]) -> N
     assert all(0 < len(dataset.digest) <= 36 for dataset in used.values())
     read = stage_run(tracker, "data").inputs.dataset_inputs
     assert ("questions", used["input", "questions"].digest) in {(e.dataset.name, e.dataset.digest) for e in read}
+
+
+def test_a_student_asked_by_its_alias_is_tracked(storage: Storage) -> None:
+    """MLflow takes no "@" in a tag's name."""
+    tracker, _ = registered(storage)
+    trained = next(found for found in storage.children("train"))
+    student = load(storage, f"train/{trained}")
+    later = Tracker(configured(storage.uri("")), storage, "later", "evaluate")
+    staged(later, storage, "evaluate", {f"models:/{NAME}@candidate": student}, b"asked by name")
+    tags = MlflowClient(tracker.uri).get_run(later.run_id).data.tags
+    assert tags[f"earlier.models:/{NAME}-candidate.fingerprint"] == student.fingerprint
 
 
 def test_tags_name_everything_behind_a_stage(finished: tuple[Tracker, int]) -> None:

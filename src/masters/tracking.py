@@ -172,7 +172,10 @@ class Tracker:
             if isinstance(made, Artifact) and made.folder not in self._runs and (run_id := self._built(made)):
                 self._runs[made.folder] = run_id
                 names = {"fingerprint": made.fingerprint, "run_id": run_id}
-                self._tag(self.run_id, {f"earlier.{role}.{name}": value for name, value in names.items()})
+                kept = re.sub(
+                    r"[^\w. :/-]", "-", role
+                )  # what MLflow takes: a role may be a model's name, as NAME@champion
+                self._tag(self.run_id, {f"earlier.{kept}.{name}": value for name, value in names.items()})
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         """Metrics of the current stage; written in batches."""
