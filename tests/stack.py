@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -61,7 +62,8 @@ class Stack:
     def start(self, deployment: str, **parameters: object) -> str:
         """A run of it; its id."""
         found = post(f"{self.api}/deployments/filter", {"deployments": {"name": {"any_": [deployment]}}})
-        run = post(f"{self.api}/deployments/{found[0]['id']}/create_flow_run", {"parameters": parameters})
+        body = {"parameters": parameters, "idempotency_key": secrets.token_hex(8)}  # a lost answer is asked for again
+        run = post(f"{self.api}/deployments/{found[0]['id']}/create_flow_run", body)
         assert run, f"{deployment} was refused"
         return run["id"]
 

@@ -1,0 +1,80 @@
+"""A server that is too busy is asked again; one that refuses, or is not there, is not."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+
+from masters.infra import api
+from tests.s3 import free_ports
+
+Serve = Callable[[list[int]], tuple[str, list[int]]]
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Starts a server that answers with these codes in turn (0: not within the client's time); what it answered."""
+    running = []
+
+    def start(codes: list[int]) -> tuple[str, list[int]]:
+        answered: list[int] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                code = codes[len(answered)]
+                answered.append(code)
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if not code:
+                    time.sleep(2)
+                    return
+                self.send_response(code)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        running.append(server)
+        Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}", answered
+
+    yield start
+    for server in running:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_busy_server_is_asked_again(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "SECONDS", 0.5)
+    url, answered = serve([503, 0, 503, 200])
+    assert api.post(url, {"a": [1]}) == {"a": [1]}
+    assert answered == [503, 0, 503, 200]
+
+
+@pytest.mark.parametrize("code", [404, 409, 422])
+def test_a_refusal_is_final(code: int, serve: Serve) -> None:
+    url, answered = serve([code, 200])
+    assert api.post(url, {}) is None
+    assert answered == [code]
+
+
+def test_a_server_that_stays_busy_is_given_up(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "PATIENCE", 1)
+    url, answered = serve([503] * 20)
+    assert api.post(url, {}) is None
+    assert len(answered) > 1
+
+
+def test_where_no_server_is_nobody_waits() -> None:
+    began = time.monotonic()
+    assert api.post(f"http://127.0.0.1:{free_ports(1)[0]}", {}) is None
+    assert time.monotonic() - began < 1
+
+
+def test_json_that_is_none_is_none(serve: Serve) -> None:
+    url, _ = serve([200])
+    assert api.post(url, json.loads("null")) is None
