@@ -9,7 +9,9 @@ from safetensors import safe_open
 from masters.errors import InputError
 from masters.identity import folder_digest
 from masters.models.masking import apply_mask, safetensors_tensors
+from masters.models.sharding import Replicate, Sharding
 
+REPLICATE = Replicate()
 # what changes a model's answers: weights, configuration, tokenizer, processor, chat template, code of its own
 IDENTITY_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".py")
 # never fetched from the hub: formats that run code when they are opened, or that nothing here reads
@@ -55,10 +57,11 @@ def check_readable(folder: Path) -> None:
             raise InputError(f"weights {file} cannot be read: {error}") from error
 
 
-def load_model(folder: Path, dtype: str, device: str = "cpu") -> torch.nn.Module:
+def load_model(folder: Path, dtype: str, device: str = "cpu", sharding: Sharding | None = None) -> torch.nn.Module:
     """The model in `dtype`, in evaluation mode (nothing in these families' training depends on the mode).
 
-    Text attention on a GPU skips the blocks that a packed row's mask leaves empty.
+    Text attention on a GPU skips the blocks that a packed row's mask leaves empty. `sharding`: how ranks hold it, whole
+    on the device without.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -66,7 +69,7 @@ def load_model(folder: Path, dtype: str, device: str = "cpu") -> torch.nn.Module
         folder, dtype=getattr(torch, dtype), attn_implementation=attention(device),
         use_safetensors=True, trust_remote_code=False,
     )  # fmt: skip
-    return model.to(device).eval()
+    return (sharding or Replicate(device)).hold(model).eval()
 
 
 def attention(device: str) -> dict[str, str]:
@@ -84,13 +87,14 @@ def load_masked(folder: Path, thresholds: dict[str, float], dtype: str) -> torch
 
 
 @torch.no_grad()
-def remask(model: torch.nn.Module, folder: Path, thresholds: dict[str, float]) -> None:
+def remask(model: torch.nn.Module, folder: Path, thresholds: dict[str, float], sharding: Sharding = REPLICATE) -> None:
     """Set every tensor of `thresholds` again, masked below its threshold (Eq. 1-2), in the model's own storage.
 
     The checkpoint's tensors are read one by one. Masks are taken on their values there, before any change of type,
-    as the engine takes them. Raises InputError for a tensor that the model does not have.
+    as the engine takes them; each rank keeps what it holds of them. Raises InputError for a tensor that the model does
+    not have.
     """
-    parameters, named = dict(model.named_parameters()), parameter_names(model, thresholds.keys())
+    parameters, named = sharding.held(model), parameter_names(model, thresholds.keys())
     unknown = {name for name in thresholds if named[name] not in parameters}
     if unknown:
         raise InputError(
@@ -98,7 +102,7 @@ def remask(model: torch.nn.Module, folder: Path, thresholds: dict[str, float]) -
         )
     for name, tensor in masked_tensors(folder, thresholds):
         if name in thresholds:
-            parameters[named[name]].copy_(tensor)
+            parameters[named[name]].copy_(sharding.part(tensor, parameters[named[name]]))
 
 
 def parameter_names(model: torch.nn.Module, saved: Iterable[str]) -> dict[str, str]:

@@ -4,6 +4,7 @@ import gc
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -12,11 +13,13 @@ from masters.errors import MastersError
 from masters.models.job import Job
 from masters.models.packing import Pack, pack
 from masters.models.passes import batches
+from masters.models.ranks import in_step
 from masters.models.trees import Question
 
 T = TypeVar("T")
 
 # what PyTorch says on a CPU, and what CUDA's libraries say that allocate by themselves
+AGAIN = "again"  # the event: all ranks are to begin again, with a smaller token budget
 NO_MEMORY = re.compile(r"can't allocate memory|bad_alloc|CUDA out of memory|_ALLOC_FAILED")
 
 
@@ -28,9 +31,24 @@ class PassTooLarge(MastersError):
         super().__init__(f"memory does not hold a pass of {self.tokens} tokens")
 
 
-def each_pass(job: Job, asked: Iterable[tuple[T, Question]], work: Callable[[list[T], Pack], None]) -> None:
+@dataclass(frozen=True)
+class Spare:
+    """What a rank that has no question left does, to no effect, in a pass that needs all ranks."""
+
+    question: Callable[[], Question]
+    work: Callable[[Pack], object]
+
+
+def each_pass(
+    job: Job, asked: Iterable[tuple[T, Question]], work: Callable[[list[T], Pack], None], spare: Spare
+) -> None:
     """Give questions to `work` with what they are called, packed within the token budget. Raises PassTooLarge."""
-    for batch in batches(asked, lambda one: one[1].tokens, job.token_budget):
+    for batch in in_step(job, batches(asked, lambda one: one[1].tokens, job.token_budget)):
+        if batch is None:
+            idle = spare.question()
+            with one_pass([idle]):
+                spare.work(pack([idle], job.student, job.family, job.token_budget))
+            continue
         names, questions = map(list, zip(*batch, strict=True))
         with one_pass(questions):
             work(names, pack(questions, job.student, job.family, job.token_budget))
@@ -56,13 +74,20 @@ def within_memory(job: Job, work: Callable[[], T]) -> T:
     """The result of `work`, done again with a smaller token budget whenever memory does not hold one of its passes.
 
     Gradients are none when it begins again, and a question's weight does not depend on the budget, so it is the same
-    step. The budget stays for the rest of the run. Raises MastersError if one question alone does not fit.
+    step. The budget stays for the rest of the run. Raises MastersError if one question alone does not fit; and where
+    passes need all ranks, which wait for this one within theirs: then whoever started them begins again.
     """
     while True:
         try:
             return work()
         except PassTooLarge as error:
-            job.token_budget = _smaller(error)
+            tokens = _smaller(error)
+            if job.sharding.lockstep:
+                job.report(event=AGAIN, rank=job.rank, tokens=tokens)
+                raise MastersError(
+                    f"{error}: all processes begin again from the last checkpoint, with passes of {tokens}"
+                ) from error
+            job.token_budget = tokens
         # out of the handler: the error held on to the pass's tensors
         job.student.zero_grad(set_to_none=True)
         gc.collect()

@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from masters import memory
-from masters.config import Train
+from masters.config import Runtime, Train
 from masters.errors import InputError
 from masters.models.head import CHUNK_BYTES
+from masters.models.masking import BLOCK, mask_group
 
 # kept for the backward pass, against a value for every input and output of every linear module: of five models, all
 # families, between 1.12 and 1.43 were counted
@@ -21,23 +22,30 @@ CHUNKS = 5  # buffers of the vocabulary's pass that are held at a time
 COPIES = 2  # of weights and optimiser states, in memory while a checkpoint is written
 VISION = ("visual", "vision", "projector", "aligner")
 GIB = 2**30
+REPLICATED = Runtime()
+Shapes = dict[str, list[int]]
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes, as they add up while a step runs; `saving`: how much more a checkpoint takes than a step."""
+    """Bytes, as they add up while a step runs; `saving`, `loading`: how much more these take than a step."""
 
     weights: int
     gradients: int
     optimiser: int
     teacher: int
     activations: int
-    exchange: int  # of gradients, between ranks
+    exchange: int  # of gradients and of what is gathered, between ranks
     saving: int
+    loading: int = 0
 
     @property
     def total(self) -> int:
         return sum(getattr(self, field.name) for field in fields(self))
+
+    def on(self, device: str) -> "Footprint":
+        """What of it is taken on a device: checkpoints and models that are being read lie in the CPU's memory."""
+        return self if device == "cpu" else replace(self, saving=0, loading=0)
 
     def __str__(self) -> str:
         parts = {field.name: getattr(self, field.name) / GIB for field in fields(self)}
@@ -45,31 +53,62 @@ class Footprint:
 
 
 def footprint(
-    student: Path, teacher: Path | None, train: Train, tokens: tuple[int, int], ranks: int, saves: bool
+    student: Path,
+    teacher: Path | None,
+    train: Train,
+    tokens: tuple[int, int],
+    ranks: int,
+    saves: bool,
+    runtime: Runtime = REPLICATED,
 ) -> Footprint:
     """Of one rank. `tokens`: of its largest forward pass, and how many of them are an image's; `saves`: into memory of
     this kind, that is, on a CPU."""
+    width, own, taught = getattr(torch, train.dtype).itemsize, shapes(student), shapes(teacher) if teacher else {}
+    weights, teachers = width * _numbers(own.values()), width * _numbers(taught.values())
+    activations = _activations(own, train, tokens, runtime.activation_checkpointing)
+    if runtime.sharding == "replicate":
+        exchange = weights if ranks > 1 else 0
+        saving = max(0, COPIES * 3 * weights - weights - activations) if saves else 0
+        return Footprint(weights, weights, 2 * weights, teachers, activations, exchange, saving)
+    share, shared_teacher = weights // ranks, teachers // ranks
+    exchange = width * (2 * _gathered(own) + _gathered(taught))
+    step = 4 * share + shared_teacher + activations + exchange
+    # one rank alone writes all of it: its part of what the ranks need together
+    saving = COPIES * 3 * weights // ranks - share - activations - exchange if saves else 0
+    # every rank reads a model as a whole before it keeps its share, one model after the other
+    loading = max(weights, share + teachers) - step
+    parts = share, share, 2 * share, shared_teacher, activations, exchange
+    return Footprint(*parts, saving=max(0, saving), loading=max(0, loading - max(0, saving)))
+
+
+def _activations(own: Shapes, train: Train, tokens: tuple[int, int], computed_again: bool) -> int:
+    """Bytes that the student's forward pass keeps for its backward pass, its pass over the vocabulary included."""
     text_tokens, image_tokens = tokens
-    width = getattr(torch, train.dtype).itemsize
-    own = shapes(student)
-    weights = width * _numbers(own.values())
+    width = getattr(torch, train.compute_dtype or train.dtype).itemsize
     vocabulary = max((shape for name, shape in own.items() if "embed_tokens" in name), default=[0, 0])
     head = CHUNKS * min(CHUNK_BYTES, 4 * text_tokens * vocabulary[0]) + 4 * math.prod(vocabulary)
-    kept = sum(
-        sum(shape) * (PATCHES * image_tokens if any(part in name for part in VISION) else text_tokens)
-        for name, shape in own.items()
-        if len(shape) == 2 and "embed" not in name and "lm_head" not in name
-    )
-    activations = int(KEPT * width * kept) + (head if text_tokens else 0)
-    return Footprint(
-        weights=weights,
-        gradients=weights,
-        optimiser=2 * weights,
-        teacher=width * _numbers(shapes(teacher).values()) if teacher else 0,
-        activations=activations,
-        exchange=weights if ranks > 1 else 0,
-        saving=max(0, COPIES * 3 * weights - weights - activations) if saves else 0,
-    )
+    kept: dict[str, int] = {}  # by transformer block
+    inputs: dict[str, int] = {}
+    for name, shape in own.items():
+        if len(shape) == 2 and "embed" not in name and "lm_head" not in name:
+            seen = PATCHES * image_tokens if any(part in name for part in VISION) else text_tokens
+            block = mask_group(name, "block")
+            kept[block] = kept.get(block, 0) + sum(shape) * seen
+            inputs[block] = min(inputs.get(block, shape[1] * seen), shape[1] * seen)
+    numbers = sum(kept.values())
+    if computed_again:
+        numbers = sum(inputs.values()) + max(kept.values(), default=0)
+    return int(KEPT * width * numbers) + (head if text_tokens else 0)
+
+
+def _gathered(own: Shapes) -> int:
+    """Numbers of what is whole at a time where weights are sharded: what is in no block, and two blocks."""
+    blocks: dict[str, int] = {}
+    for name, shape in own.items():
+        found = BLOCK.match(name)
+        blocks[found[1] if found else ""] = blocks.get(found[1] if found else "", 0) + math.prod(shape)
+    rest = blocks.pop("", 0)
+    return rest + sum(sorted(blocks.values())[-2:])
 
 
 def free(device: str, ranks: int) -> tuple[int, int]:
@@ -84,7 +123,7 @@ def check(needed: Footprint, available: int, ranks: int, device: str, tokens: in
     total = ranks * needed.total
     if total <= available:
         return
-    by_budget = ranks * (needed.total - needed.activations) <= available and needed.saving == 0
+    by_budget = ranks * (needed.total - needed.activations) <= available and needed.saving + needed.loading == 0
     lower = "runtime.token_budget" if by_budget else "runtime.train_processes" if ranks > 1 else ""
     advice = f"lower {lower}" if lower else 'take a smaller model, train.dtype = "bfloat16", or a larger machine'
     raise InputError(
@@ -93,7 +132,7 @@ def check(needed: Footprint, available: int, ranks: int, device: str, tokens: in
     )
 
 
-def shapes(folder: Path) -> dict[str, list[int]]:
+def shapes(folder: Path) -> Shapes:
     """Shapes of a checkpoint's tensors, from its headers alone."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):

@@ -10,21 +10,31 @@ from collections.abc import Callable
 import torch
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
+from torch.distributed.tensor import DTensor
 
 from masters.errors import MastersError
 from masters.models import losses
-from masters.models.fitting import each_pass, within_memory
+from masters.models.fitting import Spare, each_pass, within_memory
 from masters.models.job import Job
 from masters.models.packing import Pack, response_logits
-from masters.models.ranks import gathered
+from masters.models.ranks import collected, gathered, spread
 
 KEPT = 2  # best weights: the ones before are what a checkpoint older than the new ones goes on with
 
 
 def gradient_size(model: torch.nn.Module) -> float:
-    """The largest magnitude in a model's gradients; NaN if one is."""
+    """The largest magnitude in the gradients that this rank holds; NaN if one is."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients, norm_type=math.inf).item()  # a sum of squares overflows sooner
+    parts = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    # a sum of squares overflows sooner
+    return torch.nn.utils.get_total_norm([part for part in parts if part.numel()], norm_type=math.inf).item()
+
+
+def largest_gradient(job: Job) -> float:
+    """The largest magnitude in the student's gradients, the same on all ranks; NaN if one is."""
+    own = gradient_size(job.student)
+    sizes = gathered(job, own) if job.sharding.lockstep else [own]
+    return math.nan if any(map(math.isnan, sizes)) else max(sizes)
 
 
 def not_finite(job: Job, groups: list[int], loss_of: Callable[[int], torch.Tensor]) -> list[str]:
@@ -34,7 +44,7 @@ def not_finite(job: Job, groups: list[int], loss_of: Callable[[int], torch.Tenso
         job.student.zero_grad(set_to_none=True)
         loss = loss_of(g)
         loss.backward()
-        if not (math.isfinite(loss.item()) and math.isfinite(gradient_size(job.student))):
+        if not (math.isfinite(loss.item()) and math.isfinite(largest_gradient(job))):
             found.append(job.groups[g].ref.question_id)
     job.student.zero_grad(set_to_none=True)
     return found
@@ -48,13 +58,20 @@ def probe_right(job: Job) -> int:
         right: list[int] = []
 
         def look(_: list[None], packed: Pack) -> None:
-            hit_T = response_logits(job.student, packed).argmax(-1) == packed.token_T
+            hit_T = _greedy(job, packed) == packed.token_T
             right.append(int((losses.response_means(hit_T.float(), packed.response_T, packed.responses) == 1).sum()))
 
-        each_pass(job, ((None, question) for question in job.probe), look)
+        # every rank looks at all of them
+        spare = Spare(lambda: job.probe[0], lambda packed: _greedy(job, packed))
+        each_pass(job, ((None, question) for question in job.probe), look, spare)
         return sum(right)
 
     return within_memory(job, count)
+
+
+def _greedy(job: Job, packed: Pack) -> torch.Tensor:
+    """The student's likeliest token for each response token, [T]."""
+    return job.sharding.within(job.student, lambda student: response_logits(student, packed).argmax(-1))
 
 
 class ProbeGuard:
@@ -97,10 +114,11 @@ class ProbeGuard:
 
     def roll_back(self) -> None:
         """The student's best weights put back."""
-        tensors = load_safetensors(self.job.storage.read(self._name()))
+        job, held = self.job, self.job.sharding.held(self.job.student)
+        tensors = load_safetensors(job.storage.read(self._name())) if job.rank == 0 else {}
         with torch.no_grad():
-            for name, parameter in self.job.student.named_parameters():
-                parameter.copy_(tensors[name])
+            for name, whole in spread(tensors):
+                held[name].copy_(job.sharding.part(whole, held[name]))
 
     def _fell(self, number: int, accuracy: float) -> None:
         best = self.right / len(self.job.probe)
@@ -113,9 +131,9 @@ class ProbeGuard:
         self.job.report(event="rolled_back", at=number, accuracy=accuracy, to=self.step, best=best)
 
     def _keep(self) -> None:
+        tensors = collected(self.job.sharding, self.job.sharding.held(self.job.student))
         if self.job.rank != 0:
             return
-        tensors = {name: p.detach().contiguous() for name, p in self.job.student.named_parameters()}
         self.job.storage.write(self._name(), save_safetensors(tensors))
         self._remove(self._names()[:-KEPT])
 

@@ -9,6 +9,7 @@ from masters.config import Rewards, Train
 from masters.models.families.base import Family
 from masters.models.history import Ledger
 from masters.models.passes import size_of
+from masters.models.sharding import Replicate, Sharding
 from masters.models.training_data import Group, Step
 from masters.models.trees import Question, Sizes
 from masters.storage import Storage
@@ -20,8 +21,8 @@ class Job:
 
     `teacher` is None where the objective has none; `remask` masks it for a stage, in place, at that one of `ratios`.
     `token_budget`: tokens of a forward pass; it becomes less where memory does not hold one. `probe`: questions that
-    are looked at while it trains. `ledger` collects the rows of the tables, `tally` the sizes of
-    this rank's training passes.
+    are looked at while it trains. `sharding`: how student and teacher are held over the ranks. `ledger` collects the
+    rows of the tables, `tally` the sizes of this rank's training passes.
     """
 
     student: torch.nn.Module
@@ -42,6 +43,7 @@ class Job:
     probe: list[Question] = field(default_factory=list)
     rank: int = 0
     world: int = 1
+    sharding: Sharding = field(default_factory=Replicate)
     ledger: Ledger = field(default_factory=Ledger)
     tally: Sizes = Sizes()
 

@@ -1,11 +1,13 @@
 """What the ranks of a training run tell each other."""
 
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from masters.models.job import Job
+from masters.models.sharding import Sharding
 
 T = TypeVar("T")
 
@@ -23,10 +25,48 @@ def reduced(job: Job, sums: dict[str, float]) -> dict[str, float]:
     """Sum gradients and metrics over the processes: each already divided by the step's questions on all of them."""
     if job.world == 1:
         return sums
-    parameters = list(job.student.parameters())
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-    dist.all_reduce(flat)  # all at once: a message a parameter costs more than the step of a small model
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter)
+    job.sharding.sum_gradients(job.student)
     everyone = gathered(job, sums)
     return {name: sum(one.get(name, 0.0) for one in everyone) for one in everyone for name in one}
+
+
+def in_step(job: Job, own: Iterable[T]) -> Iterator[T | None]:
+    """This rank's items; where a pass needs all ranks, None as long as another rank still has one."""
+    if not job.sharding.lockstep or job.world == 1:
+        yield from own
+        return
+    waiting = iter(own)
+    while True:
+        item = next(waiting, None)
+        left = torch.tensor(int(item is not None))
+        dist.all_reduce(left)
+        if not left:
+            return
+        yield item
+
+
+def collected(sharding: Sharding, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Whole tensors on the CPU, on rank 0; none on the others, which hold one at a time. All ranks call it together."""
+    first, found = _rank() == 0, {}
+    for name, tensor in held.items():
+        whole = sharding.whole(tensor.detach())
+        if first:
+            found[name] = whole.cpu().contiguous()
+    return found
+
+
+def spread(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of what rank 0 has, on every rank, one at a time. The others' own is not looked at."""
+    if not dist.is_initialized():
+        yield from tensors.items()
+        return
+    first, box = _rank() == 0, [[(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]]
+    dist.broadcast_object_list(box, 0)
+    for name, shape, dtype in box[0]:
+        tensor = tensors[name].contiguous() if first else torch.empty(shape, dtype=dtype)
+        dist.broadcast(tensor.reshape(-1).view(torch.uint8), 0)  # bytes: of whatever type, bit for bit
+        yield name, tensor
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0

@@ -8,7 +8,7 @@ from safetensors.torch import save as save_safetensors
 
 from masters.errors import MastersError
 from masters.models import head
-from masters.models.fitting import each_pass, within_memory
+from masters.models.fitting import Spare, each_pass, within_memory
 from masters.models.job import Job
 from masters.models.packing import Pack, response_states
 from masters.models.ranks import gathered
@@ -29,19 +29,24 @@ def reference_log_probs(job: Job) -> dict[int, torch.Tensor]:
         for g in sorted(range(len(job.groups)), key=lambda g: (job.groups[g].ref.file, job.groups[g].ref.row)):
             asked.setdefault(job.groups[g].ref, []).append(g)
         mine = list(asked.values())[len(asked) * job.rank // job.world : len(asked) * (job.rank + 1) // job.world]
-        everyone = gathered(job, _computed(job, mine))
+        everyone = gathered(job, _computed(job, mine, next(iter(asked.values()), [])))
         if job.rank == 0:
             job.storage.create(name, save_safetensors({group: part[group] for part in everyone for group in part}))
         gathered(job, None)  # no rank reads before it is written
     return {int(group): values for group, values in load_safetensors(job.storage.read(name)).items()}
 
 
-def _computed(job: Job, asked: list[list[int]]) -> dict[str, torch.Tensor]:
-    """log pi_ref by group, of groups that are read together."""
+def _computed(job: Job, asked: list[list[int]], spare: list[int]) -> dict[str, torch.Tensor]:
+    """log pi_ref by group, of groups that are read together; `spare`: such groups, for passes of other ranks alone."""
     found: dict[str, torch.Tensor] = {}
 
+    def log_probs(packed: Pack) -> torch.Tensor:
+        return job.sharding.within(
+            job.student, lambda student: head.chosen_log_probs(response_states(student, packed), packed.token_U)
+        )
+
     def read(parts: list[list[int]], packed: Pack) -> None:
-        logp_U = head.chosen_log_probs(response_states(job.student, packed), packed.token_U)
+        logp_U = log_probs(packed)
         groups = [g for own in parts for g in own]
         lengths = [sum(len(r) for r in job.groups[g].responses) for g in groups]
         parts_T = [part.clone() for part in logp_U[packed.distinct_T].cpu().split(lengths)]
@@ -57,7 +62,8 @@ def _computed(job: Job, asked: list[list[int]]) -> dict[str, torch.Tensor]:
         job.report(event="reference", done=len(found) * job.world, of=len(job.groups))
 
     def rest() -> None:
-        each_pass(job, ((own, _together(job, own)) for own in asked if str(own[0]) not in found), read)
+        left = ((own, _together(job, own)) for own in asked if str(own[0]) not in found)
+        each_pass(job, left, read, Spare(lambda: _together(job, spare), log_probs))
 
     within_memory(job, rest)
     return found

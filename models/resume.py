@@ -3,6 +3,8 @@
 A checkpoint holds all that the steps behind it depend on: weights, AdamW's state of every parameter with its own count
 of steps, torch's random state. The position in the data is its step, as steps are planned from the seed alone. It also
 names the parts of the tables that it stands on: without one of them rows would be missing, and it is refused.
+
+Tensors are whole in it, however the ranks hold them: any number of ranks, of any way of holding, goes on from it.
 """
 
 import json
@@ -17,10 +19,13 @@ from safetensors.torch import save as save_safetensors
 from masters.errors import ArtifactError
 from masters.identity import digest
 from masters.models import history
+from masters.models.ranks import collected, spread
+from masters.models.sharding import Replicate, Sharding
 from masters.storage import Storage
 
 KEPT = 2
 NAME = re.compile(r"/step-(\d{8})-([0-9a-f]{64})\.safetensors$")
+REPLICATE = Replicate()
 HEADER = "masters"  # the entry of a safetensors file's metadata
 Parameters = Mapping[str, torch.nn.Parameter]
 
@@ -34,13 +39,23 @@ class Checkpoint:
     tensors: dict[str, torch.Tensor]
 
 
-def save(storage: Storage, prefix: str, step: int, parameters: Parameters, optimiser: torch.optim.Optimizer) -> None:
-    """Keep the state after `step` steps; of all checkpoints the last two stay."""
-    tensors = {f"weight/{name}": parameter.detach().contiguous() for name, parameter in parameters.items()}
+def save(
+    storage: Storage,
+    prefix: str,
+    step: int,
+    parameters: Parameters,
+    optimiser: torch.optim.Optimizer,
+    sharding: Sharding = REPLICATE,
+) -> None:
+    """Keep the state after `step` steps; of all checkpoints the last two stay. All ranks call it, one writes."""
+    held: dict[str, torch.Tensor] = {f"weight/{name}": parameter for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         # none for a parameter that never had a gradient; counts differ where some steps had none
         for key, value in optimiser.state.get(parameter, {}).items():
-            tensors[f"adamw/{key}/{name}"] = value.detach().contiguous()
+            held[f"adamw/{key}/{name}"] = value
+    tensors = collected(sharding, held)
+    if not tensors:
+        return
     tensors["random/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.get_rng_state()
@@ -80,25 +95,28 @@ def read(storage: Storage, name: str) -> Checkpoint:
     return Checkpoint(name, step, load_safetensors(data))
 
 
-def restore(checkpoint: Checkpoint, parameters: Parameters, optimiser: torch.optim.Optimizer) -> None:
-    """Put its state back, bit for bit."""
-    state: dict[str, dict[str, torch.Tensor]] = {}
-    for name, value in checkpoint.tensors.items():
-        if name.startswith("adamw/"):
-            _, key, parameter = name.split("/", 2)
-            state.setdefault(parameter, {})[key] = value
+def restore(
+    checkpoint: Checkpoint | None,
+    parameters: Parameters,
+    optimiser: torch.optim.Optimizer,
+    sharding: Sharding = REPLICATE,
+) -> None:
+    """Put its state back, bit for bit. All ranks call it; rank 0 has the checkpoint and hands its tensors out."""
+    optimiser.state.clear()
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(checkpoint.tensors[f"weight/{name}"])
-            if name in state:
-                # AdamW keeps its count of steps on the CPU
-                optimiser.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
-                    for key, value in state[name].items()
-                }
-    torch.set_rng_state(checkpoint.tensors["random/cpu"])
-    if "random/cuda" in checkpoint.tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(checkpoint.tensors["random/cuda"])
+        for name, value in spread(checkpoint.tensors if checkpoint else {}):
+            kind, _, rest = name.partition("/")
+            if kind == "weight":
+                parameters[rest].copy_(sharding.part(value, parameters[rest]))
+            elif kind == "adamw":
+                key, _, of = rest.partition("/")
+                # AdamW keeps its count of steps on the CPU, whole
+                own = value.clone() if key == "step" else sharding.part(value, parameters[of]).clone()
+                optimiser.state[parameters[of]][key] = own
+            elif rest == "cpu":
+                torch.set_rng_state(value)
+            elif torch.cuda.is_available():
+                torch.cuda.set_rng_state(value)
 
 
 def _names(storage: Storage, prefix: str) -> list[str]:

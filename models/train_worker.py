@@ -13,21 +13,26 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar as disable_progress_bars
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoProcessor
 
 from masters import artifacts, processes
-from masters.config import Rewards, Train
+from masters.config import Rewards, Runtime, Train
 from masters.errors import MastersError
 from masters.models import checkpoints, footprint, passes, trainer
+from masters.models.activations import checkpoint_activations
 from masters.models.families import family_of
+from masters.models.fitting import AGAIN
 from masters.models.masking import safetensors_tensors
 from masters.models.prompts import label_tokens, model_inputs
+from masters.models.ranks import collected
+from masters.models.sharding import Sharding, sharding_of
 from masters.models.training_data import Group, label_groups, plan_steps, response_groups
 from masters.models.trees import Question
 from masters.shards import Ref
 from masters.storage import Storage
 
-EVERY_RANK = {"token_budget"}  # events that each rank tells of itself; rank 0 speaks for all otherwise
+EVERY_RANK = {"token_budget", AGAIN}  # events that each rank tells of itself; rank 0 speaks for all otherwise
 
 
 class Prompts:
@@ -79,16 +84,17 @@ class Prompts:
 def main(job_file: Path) -> None:
     job = json.loads(job_file.read_text())
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if world > 1:
+    if world > 1 or job["sharding"] != "replicate":
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         meeting = f"file://{os.environ['MASTERS_RENDEZVOUS']}"
         dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world)
     ready = prepare(job, job_file, rank, world)
     trainer.fit(ready)
+    trained = collected(ready.sharding, ready.sharding.held(ready.student))
     if rank == 0:
-        export(ready.student, Path(job["student"]), Path(job["out"]))
+        export(trained, Path(job["student"]), Path(job["out"]))
         ready.report(event="exported")
-    if world > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -110,11 +116,13 @@ def prepare(job: dict, job_file: Path, rank: int, world: int) -> trainer.Job:
     report(event="start", groups=len(groups), steps=len(steps), empty_responses=empty, planned=told)
     device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     _check_memory(job, train, planned, groups, len(steps), device, world)
-    teacher = None if train.objective == "sft" else checkpoints.load_model(Path(job["teacher"]), train.dtype, device)
+    sharding = sharding_of(job["sharding"], device, train.compute_dtype)
+    student, teacher = _models(job, train, device, sharding)
+    report(event="held", **_held(student, sharding, world), sharding=job["sharding"])
     return trainer.Job(
-        student=checkpoints.load_model(Path(job["student"]), train.dtype, device),
+        student=student,
         teacher=teacher,
-        remask=lambda stage: _remask(teacher, job, stage),
+        remask=lambda stage: _remask(teacher, job, stage, sharding),
         family=family_of(AutoConfig.from_pretrained(job["student"], trust_remote_code=False).model_type),
         train=train,
         rewards=Rewards(**job["rewards"]),
@@ -130,6 +138,7 @@ def prepare(job: dict, job_file: Path, rank: int, world: int) -> trainer.Job:
         probe=_probe(prompts, [Ref(*ref) for ref in job["probe"]]),
         rank=rank,
         world=world,
+        sharding=sharding,
     )
 
 
@@ -147,14 +156,39 @@ def _check_memory(
     length = tokens if device == "cpu" else max(tokens, job["token_budget"])
     saves = device == "cpu" and steps > job["checkpoint_steps"]
     teacher = None if train.objective == "sft" else Path(job["teacher"])
-    needed = footprint.footprint(Path(job["student"]), teacher, train, (length, images), world, saves)
-    footprint.check(needed, available, ranks, device, length)
+    runtime = Runtime(sharding=job["sharding"], activation_checkpointing=job["activation_checkpointing"])
+    needed = footprint.footprint(Path(job["student"]), teacher, train, (length, images), world, saves, runtime)
+    footprint.check(needed.on(device), available, ranks, device, length)
 
 
-def export(student: torch.nn.Module, source: Path, out: Path) -> None:
-    """A Hugging Face folder in the data type of the student it came from, with its processor and tokenizer."""
+def _models(job: dict, train: Train, device: str, sharding: Sharding) -> tuple[torch.nn.Module, torch.nn.Module | None]:
+    """Student and teacher, the one let go of as a whole before the other is loaded."""
+    student = checkpoints.load_model(Path(job["student"]), train.dtype, device, sharding)
+    if job["activation_checkpointing"]:
+        checkpoint_activations(student)
+    if train.objective == "sft":
+        return student, None
+    return student, checkpoints.load_model(Path(job["teacher"]), train.dtype, device, sharding)
+
+
+def _held(student: torch.nn.Module, sharding: Sharding, world: int) -> dict[str, float]:
+    """How many processes there are, and what share of the student's weights this one holds."""
+    parts = [part.to_local() if isinstance(part, DTensor) else part for part in sharding.held(student).values()]
+    whole = sum(part.numel() for part in sharding.held(student).values())
+    return dict(processes=world, weights_share=round(sum(part.numel() for part in parts) / whole, 4))
+
+
+def export(trained: dict[str, torch.Tensor], source: Path, out: Path) -> None:
+    """A Hugging Face folder in the data type of the student it came from, with its processor and tokenizer.
+
+    `trained`: the student's parameters, whole.
+    """
     dtype = next(tensor.dtype for _, tensor in safetensors_tensors(source) if tensor.is_floating_point())
-    student.to(dtype).save_pretrained(out)
+    student = checkpoints.load_model(source, str(dtype).removeprefix("torch."))
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            parameter.copy_(trained.pop(name))
+    student.save_pretrained(out)
     AutoProcessor.from_pretrained(source, trust_remote_code=False).save_pretrained(out)
 
 
@@ -174,8 +208,8 @@ def _probe(prompts: Prompts, refs: list[Ref]) -> list[Question]:
     return [Question(ref.question_id, prompts.prompt(ref), [prompts.label(prompts.row(ref)["answer"])]) for ref in refs]
 
 
-def _remask(teacher: torch.nn.Module, job: dict, stage: int) -> None:
-    checkpoints.remask(teacher, Path(job["teacher"]), job["thresholds"][str(job["ratios"][stage])])
+def _remask(teacher: torch.nn.Module, job: dict, stage: int, sharding: Sharding) -> None:
+    checkpoints.remask(teacher, Path(job["teacher"]), job["thresholds"][str(job["ratios"][stage])], sharding)
 
 
 if __name__ == "__main__":

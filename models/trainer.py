@@ -12,10 +12,11 @@ import torch
 
 from masters.errors import MastersError
 from masters.models import head, objective, resume
-from masters.models.fitting import each_pass, within_memory
-from masters.models.guards import ProbeGuard, gradient_size, not_finite
+from masters.models.fitting import Spare, each_pass, within_memory
+from masters.models.guards import ProbeGuard, largest_gradient, not_finite
 from masters.models.history import drop_after
 from masters.models.job import Job
+from masters.models.losses import Terms
 from masters.models.packing import Pack, pack, response_states
 from masters.models.passes import dealt
 from masters.models.ranks import gathered, reduced
@@ -29,7 +30,7 @@ Taken = tuple[list[int], Sizes, dict[str, list[float]]]  # of a pass: its groups
 
 def fit(job: Job) -> None:
     """Run all steps, from the last checkpoint if there is one; fewer where the student falls and is put back."""
-    parameters = dict(job.student.named_parameters())
+    parameters = job.sharding.held(job.student)
     optimiser = torch.optim.AdamW(parameters.values(), lr=job.train.learning_rate, weight_decay=0.0)
     references = reference_log_probs(job) if job.train.objective == "masters" and job.train.beta else {}
     done = start(job, parameters, optimiser)
@@ -52,8 +53,7 @@ def fit(job: Job) -> None:
             job.ledger.write(job.storage, job.checkpoints, job.rank)
         if due:
             gathered(job, None)  # every rank's rows are there before the checkpoint that they belong to
-            if job.rank == 0:
-                resume.save(job.storage, job.checkpoints, number, parameters, optimiser)
+            resume.save(job.storage, job.checkpoints, number, parameters, optimiser, job.sharding)
         if fell:
             guard.roll_back()
             break
@@ -68,7 +68,7 @@ def _take(
     began = time.monotonic()
     job.ledger.begin(number, step.epoch, step.stage, job.ratios[step.stage])
     sums = run_step(job, step, references)
-    if not (math.isfinite(sums["loss"]) and math.isfinite(gradient_size(job.student))):
+    if not (math.isfinite(sums["loss"]) and math.isfinite(largest_gradient(job))):
         raise _no_number(job, number, step, references, sums["loss"])
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
@@ -92,6 +92,7 @@ def _passes(
     job: Job, step: Step, mine: list[int], references: dict[int, torch.Tensor]
 ) -> tuple[dict[str, float], list[Taken]]:
     """This rank's passes. Returns sums over its questions, and what is kept of each pass."""
+    smallest = min(step.groups, key=lambda g: job.sizes[g] or 0)
     sums: dict[str, float] = {}
     taken: list[Taken] = []
 
@@ -102,18 +103,22 @@ def _passes(
         for name, value in outcome.sums.items():
             sums[name] = sums.get(name, 0.0) + value
 
-    each_pass(job, ((g, job.question(job.groups[g])) for g in mine), learn)
+    def idle(packed: Pack) -> None:
+        (batch_outcome(job, packed, [smallest], references).loss * 0).backward()
+
+    spare = Spare(lambda: job.question(job.groups[smallest]), idle)
+    each_pass(job, ((g, job.question(job.groups[g])) for g in mine), learn, spare)
     return sums, taken
 
 
 def batch_outcome(job: Job, packed: Pack, groups: list[int], references: dict[int, torch.Tensor]) -> objective.Outcome:
     """The objective of packed groups; `references` is empty where log pi_ref has no part in it."""
-    student = response_states(job.student, packed)
     if job.teacher is None:
-        return objective.supervised(head.chosen_log_probs(student, packed.token_U)[packed.distinct_T], packed)
-    with torch.no_grad():
-        taught = response_states(job.teacher, packed)
-    terms = packed.spread(head.terms(student, taught, packed.token_U, job.train.divergence))
+        logp_U = job.sharding.within(
+            job.student, lambda student: head.chosen_log_probs(response_states(student, packed), packed.token_U)
+        )
+        return objective.supervised(logp_U[packed.distinct_T], packed)
+    terms = packed.spread(Terms(*_terms(job, job.teacher, packed)))
     if job.train.objective == "kd":
         return objective.distillation(terms, packed)
     reference_T = torch.cat([references[g] for g in groups]).to(terms.logp_T.device) if references else None
@@ -121,15 +126,29 @@ def batch_outcome(job: Job, packed: Pack, groups: list[int], references: dict[in
     return objective.masters(terms, reference_T, score_R, packed, job.train, job.rewards)
 
 
+def _terms(job: Job, teacher: torch.nn.Module, packed: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+    """`head.terms` of distinct tokens, [U] each."""
+    with torch.no_grad():
+        taught = job.sharding.within(teacher, lambda model: response_states(model, packed))
+
+    def compared(student: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        terms = head.terms(response_states(student, packed), taught, packed.token_U, job.train.divergence)
+        return terms.logp_T, terms.divergence_T
+
+    return job.sharding.within(job.student, compared)
+
+
 def _no_number(job: Job, number: int, step: Step, references: dict[int, torch.Tensor], loss: float) -> MastersError:
     """What to say of a step whose loss or gradient is no finite number: each of its questions is taken again, alone."""
-    gradient = gradient_size(job.student)
+    gradient = largest_gradient(job)
 
     def loss_of(g: int) -> torch.Tensor:
         return batch_outcome(job, pack([job.question(job.groups[g])], job.student, job.family), [g], references).loss
 
-    mine = dealt(step.groups, job.sizes, job.world)[job.rank]
-    found = [name for own in gathered(job, not_finite(job, mine, loss_of)) for name in own]
+    # where gradients are summed pass by pass, a question is alone if all ranks take it
+    mine = list(step.groups) if job.sharding.lockstep else dealt(step.groups, job.sizes, job.world)[job.rank]
+    everyone = gathered(job, not_finite(job, mine, loss_of))
+    found = list(dict.fromkeys(name for own in everyone for name in own))
     asked = found or [job.groups[g].ref.question_id for g in step.groups]
     names = ", ".join(asked[:NAMED]) + (f" and {len(asked) - NAMED} more" if len(asked) > NAMED else "")
     which = f"question{'s' * (len(asked) > 1)} {names}" if found else f"none of its questions alone ({names})"
@@ -145,13 +164,11 @@ def start(job: Job, parameters: dict[str, torch.nn.Parameter], optimiser: torch.
     found, refused = resume.newest(job.storage, job.checkpoints) if job.rank == 0 else (None, [])
     for why in refused:
         job.report(event="refused_checkpoint", why=why)
-    name = gathered(job, found and found.name)[0]  # one rank decides for all
-    checkpoint = found or (resume.read(job.storage, name) if name else None)
-    done = checkpoint.step if checkpoint else 0
+    done = gathered(job, found.step if found else 0)[0]  # one rank decides for all
     if job.rank == 0:
         # no rank writes before its first step is done, in which this one takes part
         drop_after(job.storage, job.checkpoints, done)
-    if checkpoint:
-        resume.restore(checkpoint, parameters, optimiser)
+    if done:
+        resume.restore(found, parameters, optimiser, job.sharding)
         job.report(event="resumed", step=done, of=len(job.steps))
     return done

@@ -8,7 +8,7 @@ from prefect import task
 
 from masters import artifacts, processes, shards
 from masters.artifacts import Artifact, Identity
-from masters.errors import InputError
+from masters.errors import InputError, WorkerError
 from masters.identity import digest, file_digest
 from masters.models import history
 from masters.tasks.mask import thresholds
@@ -26,9 +26,10 @@ Inputs = dict[str, Artifact]  # data, masks and, where the configuration needs t
 
 def identity(context: Context, current: Round, inputs: Inputs) -> Identity:
     train, rewards = context.config.train, context.config.rewards
-    guard = set() if train.probe_drop is not None else GUARD  # without it, no part in what is made
+    unused = set() if train.probe_drop is not None else GUARD  # without it, no part in what is made
+    unused = unused | ({"compute_dtype"} if train.compute_dtype is None else set())
     config = dict(
-        train=train.model_dump(exclude=guard), ratios=current.ratios, coverage=context.config.generate.coverage
+        train=train.model_dump(exclude=unused), ratios=current.ratios, coverage=context.config.generate.coverage
     )
     if train.objective == "masters":
         config["rewards"] = dict(accuracy=rewards.accuracy, distillation=rewards.distillation)
@@ -40,22 +41,22 @@ def identity(context: Context, current: Round, inputs: Inputs) -> Identity:
 @task(name="train", task_run_name="train{current.suffix}", **STAGE)
 def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
     """The trained student as a Hugging Face folder under `model/`; tables `history` and `rewards`."""
-    made_of, runtime = identity(run, current, inputs), run.config.runtime
+    made_of = identity(run, current, inputs)
     checkpoints = f"{made_of.folder}/checkpoints"
 
     def build() -> tuple[dict[str, str], dict, dict]:
         work = run.work(made_of)
         job = _job(run, current, inputs, checkpoints, work / "model")
         with run.progress(made_of, "steps") as progress:
-            watch, silence = _Watch(run, progress, current.ratios), runtime.silence_minutes * 60
-            ran = processes.run(_ranks(run, job, work), runtime.train_processes, watch, silence)
+            watch = _Watch(run, progress, current.ratios)
+            ran = _ran(run, job, work, watch)
         if artifacts.find(run.storage, made_of):  # another machine was first: its files stay what its record says
             return {}, {}, {}
         run.storage.upload(work / "model", f"{made_of.folder}/model")
         files = {f"model/{p.name}": file_digest(p) for p in sorted((work / "model").iterdir())}
         files |= _tables(run, made_of, checkpoints)
         how = dict(
-            processes=runtime.train_processes, steps=watch.steps, resumed_at_step=watch.resumed,
+            **watch.held, steps=watch.steps, resumed_at_step=watch.resumed,
             remask_seconds=watch.remasks, planned=watch.planned, packed=watch.packed,
             token_budgets=watch.budgets, refused_checkpoints=watch.refused, **ran.told(),
         )  # fmt: skip
@@ -86,7 +87,8 @@ def _job(run: Run, current: Round, inputs: Inputs, checkpoints: str, out: Path) 
         coverage=run.config.generate.coverage,
         train=run.config.train.model_dump(), rewards=run.config.rewards.model_dump(),
         checkpoints=checkpoints, checkpoint_steps=run.config.runtime.checkpoint_steps, out=str(out),
-        token_budget=run.config.runtime.token_budget,
+        token_budget=run.config.runtime.token_budget, sharding=run.config.runtime.sharding,
+        activation_checkpointing=run.config.runtime.activation_checkpointing,
     )  # fmt: skip
 
 
@@ -104,6 +106,20 @@ def held_out(refs: list[shards.Ref]) -> tuple[list[shards.Ref], list[shards.Ref]
     # not the digest itself: its leading bits choose the mask stage
     probe = set(sorted(refs, key=lambda ref: digest(f"probe {ref.digest}".encode()))[:count])
     return [ref for ref in refs if ref not in probe], [ref for ref in refs if ref in probe]
+
+
+def _ran(run: Run, job: dict, work: Path, watch: "_Watch") -> processes.Ran:
+    """The trainers' work. Where one ran out of memory in a pass that needs all of them, all begin again with less."""
+    runtime = run.config.runtime
+    while True:
+        try:
+            return processes.run(_ranks(run, job, work), runtime.train_processes, watch, runtime.silence_minutes * 60)
+        except WorkerError as error:
+            if not watch.smaller:
+                raise
+            warn(str(error))
+            job = job | dict(token_budget=min(watch.smaller))
+            watch.smaller.clear()
 
 
 def _ranks(run: Run, job: dict, work: Path) -> list[processes.Child]:
@@ -157,6 +173,8 @@ class _Watch:
         self.planned: dict = {}
         self.packed: dict = {}
         self.budgets: list[dict] = []  # where memory did not hold a pass: the rank, and its budget from then on
+        self.smaller: list[int] = []  # budgets with which all are to begin again
+        self.held: dict = {}  # processes, and how they hold the weights
         self.rolled_back: dict | None = None
         self.refused: list[str] = []  # checkpoints that could not be gone on with, and why
 
@@ -179,8 +197,11 @@ class _Watch:
             self.remasks.append(round(line["seconds"], 3))
         elif event == "packed":
             self.packed = _shares(line)
-        elif event == "token_budget":
+        elif event == "held":
+            self.held = line
+        elif event in ("token_budget", "again"):
             self.budgets.append(line)
+            self.smaller += [line["tokens"]] if event == "again" else []
         elif event == "rolled_back":
             self.rolled_back = line
         elif event == "probe":

@@ -184,7 +184,10 @@ def _memory(settings: Config, ready: "Ready") -> str:
     train, ranks = settings.train, settings.runtime.train_processes
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     teachers = [None] if train.objective == "sft" else [teacher.folder for teacher in ready.teachers]
-    needs = [footprint.footprint(ready.student.folder, one, train, (0, 0), ranks, False) for one in teachers]
+    needs = [
+        footprint.footprint(ready.student.folder, one, train, (0, 0), ranks, False, settings.runtime).on(device)
+        for one in teachers
+    ]
     largest, (available, sharing) = max(needs, key=lambda one: one.total), footprint.free(device, ranks)
     footprint.check(largest, available, sharing, device, 0)
     needed = sharing * largest.total / footprint.GIB

@@ -195,6 +195,10 @@ class Train(Section):
     epochs: int = Field(default=1, ge=1, le=1000, description="Passes over the questions of each mask stage")
     questions_per_step: Count = Field(default=8, description="Questions that an optimiser step learns from")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Of the weights while it trains")
+    compute_dtype: Literal["bfloat16"] | None = Field(
+        default=None,
+        description="Of forward and backward passes, over float32 weights (mixed precision); default: dtype",
+    )
     seed: Seed = Field(default=0, description="Of the order of the questions")
     probe_drop: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
         default=None,
@@ -211,6 +215,8 @@ class Train(Section):
             raise ValueError('objective "masters" rewards sampled responses; with targets = "labels" use "kd" or "sft"')
         if self.targets == "responses" and self.objective == "sft":
             raise ValueError('objective "sft" is fine-tuning on the labels; set targets = "labels"')
+        if self.compute_dtype and self.dtype != "float32":
+            raise ValueError(f'compute_dtype is for weights of dtype "float32", found "{self.dtype}"; leave it out')
         return self
 
 
@@ -219,6 +225,14 @@ class Runtime(Section):
 
     generate_workers: int = Field(default=1, ge=1, le=64, description="Engine processes at a time")
     train_processes: int = Field(default=1, ge=1, le=64, description="Training processes, one a device")
+    sharding: Literal["replicate", "fsdp2"] = Field(
+        default="replicate",
+        description="What a training process holds: replicate: all weights; fsdp2: its share of student and teacher",
+    )
+    activation_checkpointing: bool = Field(
+        default=False,
+        description="Compute the student's blocks again in the backward pass instead of keeping their values",
+    )
     token_budget: Count = Field(
         default=16_384, description="Tokens of a training forward pass; a step takes as many passes as it needs"
     )
@@ -284,6 +298,11 @@ class Config(Section):
         if self.train.targets == "responses" and self.train.objective == "masters" and self.generate.responses < 2:
             raise ValueError(
                 'objective "masters" compares the responses of a question: generate.responses must be >= 2'
+            )
+        if self.train.compute_dtype and self.runtime.sharding != "fsdp2":
+            raise ValueError(
+                f'train.compute_dtype = "{self.train.compute_dtype}" needs runtime.sharding = "fsdp2" (one process is '
+                f'enough), found "{self.runtime.sharding}"'
             )
         if self.generate.max_tokens >= self.runtime.max_model_len:
             raise ValueError(

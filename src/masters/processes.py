@@ -63,6 +63,10 @@ class Child:
         """Bytes in its log and its progress: more of them is a sign of life."""
         return sum(file.stat().st_size for file in (self.log, self.progress) if file.exists())
 
+    def last_word(self) -> int:
+        """When it last wrote to its log, in nanoseconds."""
+        return self.log.stat().st_mtime_ns
+
 
 @dataclass(frozen=True)
 class Ran:
@@ -101,18 +105,20 @@ def run(
                 child = waiting.pop(0)
                 began[child.name] = time.monotonic()
                 running[child.name] = (child, _start(child), _Tail(child.progress), _Silence(child))
-            for child, process, tail, quiet in list(running.values()):
-                ended = process.poll() is not None
+            ended = {name for name, (_, process, _, _) in running.items() if process.poll() is not None}
+            for child, _, tail, _ in running.values():
                 for line in tail.lines():
                     if line.get("event") == PEAK:
                         peaks.append(line["mib"])
                     else:
                         started.setdefault(child.name, round(time.monotonic() - began[child.name], 2))
                         on_progress(child.name, line)
-                if ended:
-                    del running[child.name]
-                    _judge(child, process.returncode)
-                elif quiet.seconds() > silence:
+            # a child that lost its peer ends too: whoever spoke last before is the cause
+            for child, process, _, _ in sorted((running[name] for name in ended), key=lambda one: one[0].last_word()):
+                del running[child.name]
+                _judge(child, process.returncode)
+            for child, _, _, quiet in running.values():
+                if quiet.seconds() > silence:
                     raise WorkerLost(f"{child.name} wrote nothing for {silence:.0f} s (log: {child.log})")
             time.sleep(POLL)
     finally:

@@ -1,0 +1,16 @@
+"""How weights are held over the ranks of a training run: chosen by `runtime.sharding`, no part of any identity.
+
+A way is one file with a class that does what `base.Sharding` says.
+"""
+
+from masters.models.sharding.base import Sharding
+from masters.models.sharding.replicate import Replicate
+
+
+def sharding_of(way: str, device: str, compute_dtype: str | None) -> Sharding:
+    """The way of that name, on this rank's device. `compute_dtype`: of passes, where it is not the weights'."""
+    if way == "replicate":
+        return Replicate(device)
+    from masters.models.sharding.fsdp2 import Fsdp2
+
+    return Fsdp2(device, compute_dtype)

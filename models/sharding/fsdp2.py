@@ -1,0 +1,92 @@
+"""FSDP2: every rank holds a share of each weight, gradient and optimiser state, blocks are gathered while they run.
+
+What would go wrong silently, and is not done here: sharding `model.model` and then the model (tied heads come apart);
+calling a part of the model outside of its root's forward (tensors and shares mix); leaving the mean over ranks to a
+backend (some sum where a mean is wanted: gradients are summed here, which `_prove` shows before anything is trained).
+"""
+
+from collections.abc import Callable
+from types import MethodType
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from masters.errors import MastersError
+from masters.models.sharding.base import transformer_blocks
+
+T = TypeVar("T")
+FORWARD = "within_forward"  # the method of a root in which its weights are whole
+
+
+class Fsdp2:
+    """Shares of weights on a process group that is there already (see `base.Sharding`).
+
+    `compute_dtype`: weights are gathered and multiplied in it; gradients are summed, and weights kept, in their own.
+    """
+
+    lockstep = True
+
+    def __init__(self, device: str, compute_dtype: str | None = None) -> None:
+        kind = torch.device(device).type
+        if kind == "cuda":
+            torch.cuda.set_device(device)
+        self._mesh = init_device_mesh(kind, (dist.get_world_size(),))
+        self._dtype = getattr(torch, compute_dtype) if compute_dtype else None
+        _prove(self._shard(torch.nn.Linear(1, 2 * dist.get_world_size(), bias=False)), device)
+
+    def hold(self, model: torch.nn.Module) -> torch.nn.Module:
+        for block in transformer_blocks(model):
+            self._shard(block)
+        return self._shard(model)  # and what is in no block: embeddings, the head, norms, as one
+
+    def held(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+        # a root keeps its own weights gathered after a forward pass without gradients, and would go on with them
+        cast(FSDPModule, model).reshard()
+        return dict(model.named_parameters())
+
+    def within(self, model: torch.nn.Module, work: Callable[[torch.nn.Module], T]) -> T:
+        return getattr(model, FORWARD)(work)
+
+    def sum_gradients(self, model: torch.nn.Module) -> None:
+        """They are: every backward pass sums what it adds."""
+
+    def whole(self, part: torch.Tensor) -> torch.Tensor:
+        return part.full_tensor() if isinstance(part, DTensor) else part
+
+    def part(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        shared = cast(DTensor, like)
+        # every rank has the whole, so that nothing is sent
+        return distribute_tensor(whole, shared.device_mesh, shared.placements, src_data_rank=None)
+
+    def _shard(self, module: torch.nn.Module) -> torch.nn.Module:
+        policy = MixedPrecisionPolicy(param_dtype=self._dtype, reduce_dtype=torch.float32 if self._dtype else None)
+        fully_shard(module, mesh=self._mesh, mp_policy=policy)
+        shared = cast(FSDPModule, module)
+        # losses are divided by the questions of all ranks already, so gradients are to be summed. By a plain sum: what a
+        # backend makes of "mean" differs
+        shared.set_force_sum_reduction_for_comms(True)
+        shared.set_gradient_divide_factor(1.0)
+        setattr(module, FORWARD, MethodType(lambda itself, work: work(itself), module))
+        register_fsdp_forward_method(module, FORWARD)
+        return module
+
+
+def _prove(linear: torch.nn.Module, device: str) -> None:
+    """Raises MastersError unless a gradient that differs by rank comes out as the sum over the ranks."""
+    world, own = dist.get_world_size(), dist.get_rank() + 1
+    out = getattr(linear, FORWARD)(
+        lambda itself: itself(torch.full((1, 1), own, device=device).to(itself.weight.dtype))
+    )
+    out.sum().backward()
+    found = cast(DTensor, cast(torch.nn.Linear, linear).weight.grad).to_local()
+    expected = torch.full_like(found, world * (world + 1) / 2)
+    if not torch.equal(found, expected):
+        raise MastersError(
+            f"gradients of {world} ranks are to be summed: of 1 to {world} expected {expected.flatten()[0]:g}, found "
+            f"{found.flatten().tolist()[:2]}: this backend ({dist.get_backend()}) cannot be trained on with "
+            'runtime.sharding = "fsdp2"; set it to "replicate"'
+        )
