@@ -140,7 +140,10 @@ def test_a_mean_for_a_sum_is_caught_before_training_and_by_the_gradients(whole: 
 def test_blocks_that_are_computed_twice_have_the_same_gradients(one: Trained, whole: dict, two: dict) -> None:
     job = one.job("tied")
     sharded.checkpoint_activations(job.student)
-    for once, again in ((two["gradients"]["tied"], two["again"]), (whole["gradients"]["tied"], one.gradients("tied", job))):
+    for once, again in (
+        (two["gradients"]["tied"], two["again"]),
+        (whole["gradients"]["tied"], one.gradients("tied", job)),
+    ):
         for a, b in zip(once, again, strict=True):
             assert a["gradients"].keys() == b["gradients"].keys()
             assert all(torch.equal(a["gradients"][name], b["gradients"][name]) for name in a["gradients"])
