@@ -63,17 +63,6 @@ def _computed(job: Job, asked: list[list[int]]) -> dict[str, torch.Tensor]:
     return found
 
 
-def _check(job: Job, groups: list[int], parts_T: list[torch.Tensor]) -> None:
-    """Raises MastersError where a number is none: of the question at fault, perhaps of one that shares its row."""
-    bad = [g for g, part_T in zip(groups, parts_T, strict=True) if not part_T.isfinite().all()]
-    if bad:
-        names = ", ".join(dict.fromkeys(job.groups[g].ref.question_id for g in bad))
-        raise MastersError(
-            f"reference log-probabilities of question {names} are no finite numbers: "
-            "look at the question, and at the student's weights"
-        )
-
-
 def _together(job: Job, groups: list[int]) -> Question:
     """A question with the responses of all its groups."""
     first = job.question(job.groups[groups[0]])
