@@ -1,12 +1,18 @@
-"""What generate and evaluate share: their shards answered by engines, with a bar, and gathered into the artifact."""
+"""What generate and evaluate share: their shards answered by engines, with a bar, and gathered into the artifact, and
+what is said of questions that could not be asked.
+"""
 
 from collections.abc import Sequence
 
-from masters import answering
+from masters import answering, schemas
 from masters.answering import Order
 from masters.artifacts import Artifact, Identity
+from masters.errors import MastersError
 from masters.processes import Child
-from masters.tasks.stage import Run
+from masters.storage import Storage
+from masters.tasks.stage import Run, warn
+
+REMEDY = "raise runtime.max_model_len (a model's max_position_embeddings bounds it too) or shrink images and questions"
 
 
 def answered(
@@ -33,3 +39,27 @@ def answered(
         )  # fmt: skip
     how |= dict(shards=len(asked), shards_built=built, shards_reused=len(asked) - built)
     return answering.gather(run.storage, made_of, asked), how
+
+
+def set_aside(storage: Storage, asked: list[Order]) -> dict[str, int]:
+    """Facts on what could not be asked, none if all could: `rejected` rows and `prompts_too_long`.
+
+    Raises MastersError where no prompt fits.
+    """
+    rows = prompts = 0
+    for order in asked:
+        reasons = schemas.decode(storage.read(order.file), ["finish_reason"])["finish_reason"].to_pylist()
+        rows += (refused := reasons.count(schemas.PROMPT_TOO_LONG))
+        prompts += refused // order.samples
+    if asked and prompts == sum(len(order.shard.refs) for order in asked):
+        raise MastersError(f"every prompt, of {prompts:,}, is longer than what the engine admits: {REMEDY}")
+    return dict(rejected=rows, prompts_too_long=prompts) if rows else {}
+
+
+def tell_set_aside(run: Run, artifact: Artifact, consequence: str) -> Artifact:
+    """Counts in the stage's entry and a warning, whether the artifact was built or reused. Returns it."""
+    if prompts := artifact.facts.get("prompts_too_long"):
+        entry = run.stages[-1]
+        entry["prompts_too_long"] = prompts
+        warn(f"{entry['name']}: {prompts:,} prompts are longer than what the engine admits, {consequence}; {REMEDY}")
+    return artifact

@@ -9,7 +9,7 @@ from masters import schemas, shards
 from masters.answering import NO_SHARD, Answerer, Order
 from masters.artifacts import Artifact, Identity
 from masters.preflight import LocalModel, Ready
-from masters.tasks.answers import answered
+from masters.tasks.answers import answered, set_aside, tell_set_aside
 from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse
 
 VERSION = 1
@@ -56,10 +56,11 @@ def evaluate(run: Run, data: Artifact, models: list[LocalModel], name: str = "ev
         files, how = answered(run, made_of, data, asked)
         right = _right(run, asked)
         scores = {model: score(hits) for model, hits in right.items()}
-        return files, dict(rows=sum(len(h) for h in right.values()), scores=scores), how
+        rows = sum(len(hits) for hits in right.values())
+        return files, dict(rows=rows, scores=scores) | set_aside(run.storage, asked), how
 
     upstream = {"data": data} | {f"model {model.name}": model.origin for model in models}
-    return build_or_reuse(run, made_of, upstream, build)
+    return tell_set_aside(run, build_or_reuse(run, made_of, upstream, build), "and count as wrong")
 
 
 def score(hits: list[bool]) -> dict[str, float]:

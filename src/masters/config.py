@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from masters import patterns
 from masters.errors import InputError
 from masters.judge_url import is_url
 
@@ -20,6 +21,7 @@ COLDEST = 0.01  # what vLLM would silently make of a temperature between 0 and i
 BYTES = 1 << 20  # of a configuration file
 TEACHER = "teacher"  # rewards.judge: the round's own teacher, unmasked
 EASYVQA = "easyvqa"  # data.source: what ships with us
+STORES = ("file", "local", "s3", "s3a")  # protocols
 SHOWN = 100  # characters of a value at fault
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -39,6 +41,15 @@ class Store(Section):
     """Where everything that is built is kept."""
 
     root: Text = Field(description="Folder or s3://bucket/prefix that holds every artifact")
+
+    @model_validator(mode="after")
+    def _shared(self) -> "Store":
+        """Other file systems are not seen by the processes that a run starts, or know no conditional write."""
+        protocol, found, _ = self.root.partition("://")
+        chained = "::" in self.root or self.root.startswith("data:")  # as fsspec reads it
+        if chained or (found and protocol not in STORES):
+            raise ValueError(f"root is a folder or s3://bucket/prefix, found the protocol {protocol!r:.20}")
+        return self
 
 
 class Data(Section):
@@ -87,16 +98,16 @@ class Mask(Section):
         default="matrix", description="Where weights compete to be kept: in their matrix, their block, the whole model"
     )
     exclude: list[str] = Field(
-        default=[], description="Further tensor name patterns (regular expressions) never masked"
+        default=[], description="Further tensor name patterns (regular expressions in RE2's syntax) never masked"
     )
 
     @model_validator(mode="after")
     def _patterns(self) -> "Mask":
         for pattern in self.exclude:
             try:
-                re.compile(pattern)
-            except (re.error, RecursionError, OverflowError) as error:
-                raise ValueError(f"exclude: {pattern!r:.{SHOWN}} is no regular expression ({error})") from None
+                patterns.check(pattern)
+            except ValueError as error:
+                raise ValueError(f"exclude: {error}") from None
         return self
 
 
