@@ -44,11 +44,9 @@ def probe(folder: Path) -> Probed:
 
 def check_image(folder: Path, config: Any, processor: Any, inputs: dict[str, Any]) -> None:
     """The picture has one place in the prompt, as long as what the model makes of it. Raises InputError."""
-    if processor.image_token_id != config.image_token_id:
-        raise _refused(
-            folder, f"config.json's image_token_id is {config.image_token_id}, its processor's {processor.image_token_id}"
-        )
-    runs = [len(list(run)) for token, run in groupby(inputs["input_ids"][0].tolist()) if token == config.image_token_id]
+    if (token := processor.image_token_id) != config.image_token_id:
+        raise _refused(folder, f"config.json's image_token_id is {config.image_token_id}, its processor's {token}")
+    runs = [len(list(run)) for each, run in groupby(inputs["input_ids"][0].tolist()) if each == token]
     if len(runs) != 1:
         raise _refused(folder, f"its chat template gives a picture {len(runs)} places in the prompt, expected one")
     if runs[0] != (made := family_of(config.model_type).image_tokens(config, inputs)):

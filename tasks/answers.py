@@ -23,14 +23,11 @@ def answered(
     ahead: Sequence[Order] = (),
     beside: Child | None = None,
 ) -> tuple[dict[str, str], dict]:
-    """Files of the artifact with digests, and how it ran. Rebuilding answers every shard again.
+    """Files of the artifact with digests, and how it ran.
 
     `ahead`: orders of a later stage, answered while the engines of their models are up; `beside`: a process that runs
     with them.
     """
-    if run.rebuilds(made_of):
-        for order in asked:
-            run.storage.remove(order.file)
     built = len(answering.missing(run.storage, asked))
     with run.progress(made_of, "questions") as progress:
         how = answering.fulfil(
@@ -48,7 +45,7 @@ def set_aside(storage: Storage, asked: list[Order]) -> dict[str, int]:
     """
     rows = prompts = 0
     for order in asked:
-        reasons = schemas.decode(storage.read(order.file), ["finish_reason"])["finish_reason"].to_pylist()
+        reasons = schemas.read(storage, order.file, ["finish_reason"])["finish_reason"].to_pylist()
         rows += (refused := reasons.count(schemas.PROMPT_TOO_LONG))
         prompts += refused // order.samples
     if asked and prompts == sum(len(order.shard.refs) for order in asked):
@@ -63,3 +60,9 @@ def tell_set_aside(run: Run, artifact: Artifact, consequence: str) -> Artifact:
         entry["prompts_too_long"] = prompts
         warn(f"{entry['name']}: {prompts:,} prompts are longer than what the engine admits, {consequence}; {REMEDY}")
     return artifact
+
+
+def forget(run: Run, asked: list[Order]) -> None:
+    """Remove the shards of these orders: rebuilding answers every one again."""
+    for order in asked:
+        run.storage.remove(order.file)

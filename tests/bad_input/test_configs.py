@@ -39,7 +39,7 @@ VALUES: dict[str, tuple[str, str]] = {
     "broken pattern": ("mask.exclude=['(']", "is no regular expression"),
     "pattern that looks ahead": ("mask.exclude=['(?=layers)']", "is no regular expression (invalid perl operator"),
     "pattern that looks back": ("mask.exclude=['(a)\\1']", "is no regular expression (invalid escape sequence"),
-    "pattern without end": ("mask.exclude=['" + "(a|b)?" * 100_000 + "']", "is no regular expression (pattern too large"),
+    "pattern without end": (f"mask.exclude=['{'(a|b)?' * 100_000}']", "is no regular expression (pattern too large"),
     "repetitions without end": ("mask.exclude=['((a{999}){999}){999}']", "is no regular expression"),
     "store in memory": ("store.root='memory://x'", "found the protocol 'memory'"),
     "store of references": ("store.root='reference://x'", "found the protocol 'reference'"),
