@@ -9,9 +9,9 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from masters import patterns
+from masters import patterns, store_root
 from masters.errors import InputError
 from masters.judge_url import is_url
 
@@ -21,7 +21,6 @@ COLDEST = 0.01  # what vLLM would silently make of a temperature between 0 and i
 BYTES = 1 << 20  # of a configuration file
 TEACHER = "teacher"  # rewards.judge: the round's own teacher, unmasked
 EASYVQA = "easyvqa"  # data.source: what ships with us
-STORES = ("file", "local", "s3", "s3a")  # protocols
 SHOWN = 100  # characters of a value at fault
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -40,16 +39,9 @@ class Section(BaseModel):
 class Store(Section):
     """Where everything that is built is kept."""
 
-    root: Text = Field(description="Folder or s3://bucket/prefix that holds every artifact")
-
-    @model_validator(mode="after")
-    def _shared(self) -> "Store":
-        """Other file systems are not seen by the processes that a run starts, or know no conditional write."""
-        protocol, found, _ = self.root.partition("://")
-        chained = "::" in self.root or self.root.startswith("data:")  # as fsspec reads it
-        if chained or (found and protocol not in STORES):
-            raise ValueError(f"root is a folder or s3://bucket/prefix, found the protocol {protocol!r:.20}")
-        return self
+    root: Annotated[Text, AfterValidator(store_root.checked)] = Field(
+        description="Folder or s3://bucket/prefix that holds every artifact"
+    )
 
 
 class Data(Section):
@@ -97,18 +89,9 @@ class Mask(Section):
     granularity: Literal["matrix", "block", "global"] = Field(
         default="matrix", description="Where weights compete to be kept: in their matrix, their block, the whole model"
     )
-    exclude: list[str] = Field(
-        default=[], description="Further tensor name patterns (regular expressions in RE2's syntax) never masked"
+    exclude: list[Annotated[str, AfterValidator(patterns.checked)]] = Field(
+        default=[], max_length=100, description="Further tensor name patterns (RE2's syntax) that are never masked"
     )
-
-    @model_validator(mode="after")
-    def _patterns(self) -> "Mask":
-        for pattern in self.exclude:
-            try:
-                patterns.check(pattern)
-            except ValueError as error:
-                raise ValueError(f"exclude: {error}") from None
-        return self
 
 
 class Generate(Section):

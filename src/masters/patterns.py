@@ -7,16 +7,21 @@ from functools import lru_cache
 
 import re2
 
+LONGEST = 1000  # characters: time is linear in them too
+MEMORY = 1 << 20  # bytes of a compiled pattern: repetitions of repetitions are short to write
 SHOWN = 100  # characters of a pattern at fault
 
 
-def check(pattern: str) -> None:
-    """Raises ValueError, with what is wrong, if a pattern is none."""
+def checked(pattern: str) -> str:
+    """The pattern. Raises ValueError, with what is wrong, if it is none."""
+    if len(pattern) > LONGEST:
+        raise ValueError(f"expected at most {LONGEST} characters, found {len(pattern)}: {pattern!r:.{SHOWN}}")
     try:
         _compiled(pattern)
     except (re2.error, UnicodeEncodeError) as error:
         said = error.args[0].decode(errors="replace") if isinstance(error, re2.error) else "not valid Unicode"
         raise ValueError(f"{pattern!r:.{SHOWN}} is no regular expression ({said:.{SHOWN}}); see RE2's syntax") from None
+    return pattern
 
 
 def found(pattern: str, text: str) -> bool:
@@ -28,4 +33,5 @@ def found(pattern: str, text: str) -> bool:
 def _compiled(pattern: str):
     options = re2.Options()
     options.log_errors = False
+    options.max_mem = MEMORY
     return re2.compile(pattern, options)
