@@ -41,7 +41,7 @@ def answered(
 def set_aside(storage: Storage, asked: list[Order]) -> dict[str, int]:
     """Facts on what could not be asked, none if all could: `rejected` rows and `prompts_too_long`.
 
-    Raises MastersError where no prompt fits.
+    Raises MastersError where no prompt fits; the shards are removed, so that another length can be tried.
     """
     rows = prompts = 0
     for order in asked:
@@ -49,20 +49,23 @@ def set_aside(storage: Storage, asked: list[Order]) -> dict[str, int]:
         rows += (refused := reasons.count(schemas.PROMPT_TOO_LONG))
         prompts += refused // order.samples
     if asked and prompts == sum(len(order.shard.refs) for order in asked):
+        forget(storage, asked)
         raise MastersError(f"every prompt, of {prompts:,}, is longer than what the engine admits: {REMEDY}")
     return dict(rejected=rows, prompts_too_long=prompts) if rows else {}
 
 
-def tell_set_aside(run: Run, artifact: Artifact, consequence: str) -> Artifact:
+def tell_set_aside(run: Run, made_of: Identity, artifact: Artifact, consequence: str) -> Artifact:
     """Counts in the stage's entry and a warning, whether the artifact was built or reused. Returns it."""
     if prompts := artifact.facts.get("prompts_too_long"):
-        entry = run.stages[-1]
-        entry["prompts_too_long"] = prompts
-        warn(f"{entry['name']}: {prompts:,} prompts are longer than what the engine admits, {consequence}; {REMEDY}")
+        run.stages[-1]["prompts_too_long"] = prompts
+        warn(
+            f"{made_of.stage}: prompts longer than what the engine admits: {prompts:,}; {consequence}; "
+            f"{REMEDY}, then ask again with --rebuild {made_of.kind}"
+        )
     return artifact
 
 
-def forget(run: Run, asked: list[Order]) -> None:
+def forget(storage: Storage, asked: list[Order]) -> None:
     """Remove the shards of these orders: rebuilding answers every one again."""
     for order in asked:
-        run.storage.remove(order.file)
+        storage.remove(order.file)

@@ -60,8 +60,8 @@ def evaluate(run: Run, data: Artifact, models: list[LocalModel], name: str = "ev
         return files, dict(rows=rows, scores=scores) | set_aside(run.storage, asked), how
 
     upstream = {"data": data} | {f"model {model.name}": model.origin for model in models}
-    made = build_or_reuse(run, made_of, upstream, build, lambda: forget(run, asked))
-    return tell_set_aside(run, made, "and count as wrong")
+    made = build_or_reuse(run, made_of, upstream, build, lambda: forget(run.storage, asked))
+    return tell_set_aside(run, made_of, made, "they count as wrong")
 
 
 def score(hits: list[bool]) -> dict[str, float]:

@@ -63,8 +63,8 @@ def generate(run: Run, current: Round, data: Artifact, masks: Artifact, ahead: S
         return files, dict(rows=rows) | set_aside(run.storage, asked), how
 
     upstream = dict(data=data, masks=masks, teacher=current.teacher.origin, student=current.student.origin)
-    made = build_or_reuse(run, made_of, upstream, build, lambda: forget(run, asked))
-    return tell_set_aside(run, made, "their responses are empty and are not learnt from")
+    made = build_or_reuse(run, made_of, upstream, build, lambda: forget(run.storage, asked))
+    return tell_set_aside(run, made_of, made, "their responses are empty and are not learnt from")
 
 
 def _judge_beside(run: Run, current: Round, made_of: Identity, data: Artifact, asked: list[Order]) -> Child | None:
