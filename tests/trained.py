@@ -16,8 +16,13 @@ from masters.tracking import Tracker
 ROOT = Path(__file__).parents[1]
 
 
-def made_run(folder: Path | str, source: Path | str, teachers: list[dict] | None = None, **sections: dict) -> Run:
-    """A run of two mask stages on a store of its own; `sections` override the configuration's values."""
+def made_run(
+    folder: Path | str, source: Path | str, teachers: list[dict] | None = None, key: str = "", **sections: dict
+) -> Run:
+    """A run of two mask stages on a store of its own; `sections` override the configuration's values.
+
+    `key`: what stays the same when it is tried again.
+    """
     values: dict = dict(
         name="trained", store=dict(root=str(folder)), data=dict(source=str(source)),
         student=dict(model=str(ROOT / "demo/models/student")),
@@ -27,7 +32,7 @@ def made_run(folder: Path | str, source: Path | str, teachers: list[dict] | None
     )  # fmt: skip
     config = Config.model_validate(values | {name: values.get(name, {}) | own for name, own in sections.items()})
     ready = preflight(config)
-    return Run(Context(config, ready), Tracker(config, ready.storage))
+    return Run(Context(config, ready), Tracker(config, ready.storage, key))
 
 
 def first_round(context: Context) -> Round:

@@ -109,7 +109,7 @@ def clock(world: World, rng: random.Random, jump: float, role: str, shape: Shape
     """The time of day is another for a process from a seeded operation on; of the flow that trains, when it starts
     the trainer."""
     wanted = _unchecked(
-        world.points(role, shape), lambda point: shape == SCORE or role != "flow" or "rank-0.json" in point
+        world.points(role, shape), lambda point: shape != TRAIN or role != "flow" or "rank-0.json" in point
     )
     store = world.store()
     fault = _fault(world, store, At(role, "clock", rng.choice(wanted), jump=jump))

@@ -41,7 +41,9 @@ def main(store: str, source: str, mlflow: str, shape: dict) -> int:
 def _run(store: str, source: str, mlflow: str, shape: Shape) -> None:
     rewards = dict(accuracy="llm", judge=shape.judge) if shape.judge else dict(accuracy="rules")
     runtime = dict(mlflow_uri=mlflow, checkpoint_steps=CHECKPOINT_STEPS, train_processes=shape.ranks)
-    run = made_run(store, source, data=dict(max_rejected_share=0.2), rewards=rewards, runtime=runtime)
+    run = made_run(
+        store, source, key=shape.key, data=dict(max_rejected_share=0.2), rewards=rewards, runtime=runtime
+    )  # fmt: skip
     run.rebuild = frozenset([Stage(shape.rebuild)] if shape.rebuild else [])
     current, questions = first_round(run), data.fn(run)
     inputs = {"data": questions, "masks": mask.fn(run, current), **by_hand(run, current, questions)}

@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 ANSWERS = {"500": (500, "InternalError"), "503": (503, "SlowDown"), "denied": (403, "AccessDenied")}
 WRITES = ("PUT", "POST", "DELETE")
 CHECK = "/.check/"  # the probe before a run, which is meant to fail soon
+LEASES = "/leases/"  # how many signs of life a run gives depends on the time it takes
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Plan:
     times: int = 1
     seconds: float = 0.0
     conditional: bool = False  # only creates that must not replace
-    within: str = ""  # only requests whose path holds it
+    within: str = ""  # only requests whose path holds it; leases are left out unless it is theirs
     call: Callable[[], None] = lambda: None
     seen: int = 0
     fired: list[str] = field(default_factory=list)
@@ -43,7 +44,7 @@ class Plan:
             return True
         if method not in self.methods or CHECK in path or (self.conditional and not conditional):
             return False
-        if self.within not in path:
+        if self.within not in path or (LEASES in path and self.within != LEASES):
             return False
         self.seen += 1
         due = self.at <= self.seen < self.at + self.times

@@ -7,15 +7,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from masters.identity import digest
 from masters.stages import Stage
 from masters.storage import Storage
 from tests.faults.judge import Verdict
-from tests.faults.proxy import WRITES, Plan, Proxy
+from tests.faults.proxy import LEASES, WRITES, Plan, Proxy
 from tests.faults.shape import Shape
-from tests.faults.world import MARK, ROOT, SCORE, TRAIN, Running, Seen, World, environment, stage_of, started
+from tests.faults.world import MARK, ROOT, SCORE, TRAIN, Running, Seen, World, environment, stage_of, started, until
 from tests.s3 import BUCKET, S3
 
 PARTS = 101 << 20  # bytes of a file that s3fs sends in parts, of 50 MiB each
@@ -25,6 +25,11 @@ from masters.storage import Storage
 Storage(sys.argv[1]).upload(pathlib.Path(sys.argv[2]), "large")
 """
 WENT_ON, FAILED = "went on", "failed"
+WAITS = "another machine builds"
+LEASE_FAULTS = {
+    "S3 answers 500 to a lease": lambda at: Plan("500", at=at, times=3, within=LEASES),
+    "S3 lease taken, answer lost": lambda at: Plan("lost", at=at, conditional=True, within=LEASES),
+}
 
 
 @dataclass
@@ -155,20 +160,73 @@ def upload_in_parts(world: World, remote: Remote, rng: random.Random, kind: str)
 
 
 def two_machines(world: World, remote: Remote) -> Seen:
-    """The same command at once on two machines, which share the store and nothing else: whoever is later takes what
-    is there, and both end well."""
+    """The same command at once on two machines, which share the store and nothing else: one builds, the other waits
+    for its lease and takes what is there."""
     store = remote.store()
 
     def disturb() -> tuple[int, list[str]]:
-        homes = [world.folder / f"home-{name}" for name in ("a", "b")]
-        for home in homes:
-            home.mkdir(exist_ok=True)
-        runs = [world.start(store, TRAIN, aws=remote.aws(), home=home) for home in homes]
+        runs = [_on_a_machine(world, remote, store, name) for name in ("a", "b")]
         codes = [running.wait() for running in runs]
         assert codes == [0, 0], [running.said() for running in runs]
+        assert any(WAITS in running.said() for running in runs), [running.said() for running in runs]
+        outcomes = sorted(running.outcome("train") for running in runs)
+        assert outcomes == ["built", "reused"], outcomes
         return max(codes), ["start train/both"]
 
     return world.disturbed("two machines at once", store, disturb, TRAIN, aws=remote.aws())
+
+
+def rebuilt_elsewhere(world: World, remote: Remote) -> Seen:
+    """While one machine trains, another is told to build training again: both end well."""
+    store = remote.store()
+
+    def disturb() -> tuple[int, list[str]]:
+        first = _on_a_machine(world, remote, store, "a")
+        _trains(remote, store)
+        second = _on_a_machine(world, remote, store, "b", replace(TRAIN, rebuild=Stage.TRAIN))
+        codes = [first.wait(), second.wait()]
+        assert codes == [0, 0], [first.said(), second.said()]
+        return max(codes), ["start train/rebuild"]
+
+    return world.disturbed("--rebuild while another machine builds", store, disturb, TRAIN, aws=remote.aws())
+
+
+def lease_holder_killed(world: World, remote: Remote) -> Seen:
+    """Of two machines the one that trains is killed once the other waits for its lease: that one goes on from there."""
+    store = remote.store()
+
+    def disturb() -> tuple[int, list[str]]:
+        first = _on_a_machine(world, remote, store, "a")
+        _trains(remote, store)
+        second = _on_a_machine(world, remote, store, "b")
+        until(lambda: WAITS in second.said() or first.code is not None, "the second waits")
+        assert first.code is None, first.said()
+        first.kill()
+        assert first.wait() == -signal.SIGKILL
+        return second.wait(), ["kill train/lease"]
+
+    kind = "SIGKILL of the one of two machines that builds"
+    return world.disturbed(kind, store, disturb, TRAIN, aws=remote.aws())
+
+
+def lease_fails(world: World, remote: Remote, rng: random.Random, kind: str) -> Seen:
+    """Something happens to a request for a lease."""
+    store, at = remote.store(), rng.randint(1, 4)  # each of four stages takes one
+    plan = LEASE_FAULTS[kind](at)
+    return world.disturbed(kind, store, lambda: _run(world, remote, store, plan, SCORE, []), aws=remote.aws())
+
+
+def _on_a_machine(world: World, remote: Remote, store: str, name: str, shape: Shape = TRAIN) -> Running:
+    home = world.folder / f"home-{name}"
+    home.mkdir(exist_ok=True)
+    return world.start(store, shape, aws=remote.aws(), home=home)
+
+
+def _trains(remote: Remote, store: str) -> None:
+    """Wait for a checkpoint."""
+    with environment(remote.server.environment()):
+        storage = Storage(store)
+        until(lambda: any("/checkpoints/" in name for name in storage.names("train")), "a checkpoint")
 
 
 def _chosen(

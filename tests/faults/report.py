@@ -23,9 +23,12 @@ that was trained in. The judge is a small server of the tests. A whole distillat
 engines, a Prefect server and an MLflow server, is killed by its engine at the write of a shard; then it loses two
 engines and a trainer and goes on. Runs that train lose each server for a while.
 
-Not at the N-th operation but on a condition start: two runs at once (two commands, two machines, one that rebuilds), a
-server that goes away once training has begun, a Prefect worker that is killed, alone and with its run, while the run
-trains.
+A run that rebuilds is killed and tried again under its own name: what it had built again stays. A shard that a power
+cut left empty or cut short is found, removed and made again.
+
+Not at the N-th operation but on a condition start: two runs at once (two commands, two machines, one that rebuilds, one
+that is killed while the other waits), a server that goes away once training has begun, a Prefect worker that is killed,
+alone and with its run, while the run trains.
 
 After each fault the same command runs again, undisturbed, unless the run ended well by itself. Then every file of
 every finished artifact must have the SHA-256 of its record, every table every key of an undisturbed run's once with an
@@ -58,6 +61,11 @@ def kinds(rows: list[dict]) -> int:
 
 def kills(rows: list[dict]) -> int:
     return sum(row["signal"] for row in rows)
+
+
+def wrong(rows: list[dict]) -> list[dict]:
+    """Faults after which something was not as an undisturbed run leaves it."""
+    return [row for row in rows if not row["recovered"] or any(row["verdict"].values()) or row["left"]]
 
 
 def table(seed: int, rows: list[dict]) -> str:

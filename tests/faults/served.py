@@ -1,5 +1,6 @@
 """Faults around the command line: its servers go away, its engines, trainer and the run itself are killed."""
 
+import json
 import os
 import random
 import signal
@@ -130,7 +131,9 @@ def server_away(commands: Commands, name: str, seconds: float) -> Seen:
         time.sleep(seconds)
         servers.start(name)
         servers.wait(name)
-        return running.wait(LIMIT), [f"server train/{name}"]
+        code = running.wait(LIMIT)
+        assert json.loads((store / "summary.json").read_text())["mlflow"]["metrics_lost"] == 0
+        return code, [f"server train/{name}"]
 
     kind = f"{name} away for {seconds:.0f} s"
     return world.disturbed(

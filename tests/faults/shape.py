@@ -7,9 +7,13 @@ from masters.stages import Stage
 
 @dataclass(frozen=True)
 class Shape:
-    """How far a run goes, and with what: `ranks` trainers, a judge's URL (none: the rules judge)."""
+    """How far a run goes, and with what: `ranks` trainers, a judge's URL (none: the rules judge).
+
+    `key`: of a run that is tried again; without one each start is a run of its own.
+    """
 
     until: Stage = Stage.SCORE
     ranks: int = 1
     judge: str = ""
     rebuild: Stage | None = None
+    key: str = ""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests import fake_judge
-from tests.faults import cases, proxy, remote, report, served, stacked, together
+from tests.faults import again, cases, proxy, remote, report, served, stacked, together
 from tests.faults.remote import Remote
 from tests.faults.shape import Shape
 from tests.faults.world import REGISTER, SCORE, TRAIN, TWO_RANKS, Seen, World
@@ -160,11 +160,19 @@ def test_a_small_disk_is_full(world: World, rng: random.Random) -> None:
 
 @pytest.mark.parametrize(
     ("jump", "role", "shape"),
-    [(cases.DAY, "flow", TRAIN), (-cases.DAY, "flow", SCORE), (-cases.DAY, "trainer", TRAIN)],
-    ids=["flow and its trainer", "flow", "trainer"],
-)
+    [
+        (cases.DAY, "flow", TRAIN), (-cases.DAY, "flow", SCORE), (-cases.DAY, "trainer", TRAIN),
+        (cases.DAY, "second trainer", TWO_RANKS), (cases.DAY, "flow", REGISTER), (-cases.DAY, "flow", REGISTER),
+    ],
+    ids=["flow and its trainer", "flow", "trainer", "second trainer", "forward at the end", "back at the end"],
+)  # fmt: skip
 def test_the_clock_jumps(world: World, rng: random.Random, jump: float, role: str, shape: Shape) -> None:
     right(cases.clock(world, rng, jump, role, shape), "went on")
+
+
+@pytest.mark.parametrize("jump", [cases.DAY, -cases.DAY], ids=["forward", "back"])
+def test_the_judges_clock_jumps(world: World, judged: Shape, rng: random.Random, jump: float) -> None:
+    right(cases.clock(world, rng, jump, "judge", judged), "went on")
 
 
 def test_two_runs_at_once(world: World) -> None:
@@ -173,6 +181,19 @@ def test_two_runs_at_once(world: World) -> None:
 
 def test_two_machines_at_once(world: World, far: Remote) -> None:
     right(remote.two_machines(world, far), "went on")
+
+
+def test_one_machine_rebuilds_while_the_other_builds(world: World, far: Remote) -> None:
+    right(remote.rebuilt_elsewhere(world, far), "went on")
+
+
+def test_the_machine_that_builds_is_killed(world: World, far: Remote) -> None:
+    right(remote.lease_holder_killed(world, far), "went on")
+
+
+@pytest.mark.parametrize("kind", remote.LEASE_FAULTS)
+def test_a_lease_fails(world: World, far: Remote, rng: random.Random, kind: str) -> None:
+    right(remote.lease_fails(world, far, rng, kind), "went on")
 
 
 def test_one_rebuilds_while_the_other_builds(world: World) -> None:
@@ -185,6 +206,16 @@ def test_the_one_that_builds_is_killed(world: World) -> None:
 
 def test_the_newest_checkpoint_is_damaged(world: World, rng: random.Random) -> None:
     right(cases.damaged_checkpoint(world, rng), "went on")
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_one_that_rebuilds_is_killed(world: World, rng: random.Random, number: int) -> None:
+    right(again.rebuild_killed(world, rng, number), "killed")
+
+
+@pytest.mark.parametrize("how", ["empty", "cut short"])
+def test_a_shard_is_damaged(world: World, rng: random.Random, how: str) -> None:
+    right(again.damaged_shard(world, rng, how), "failed")
 
 
 @pytest.mark.parametrize(("name", "seconds"), [("prefect", 15.0), ("mlflow", 60.0)])
@@ -208,3 +239,4 @@ def test_enough_was_injected(world: World) -> None:
     """The contract of `make test-faults`; of a suite that is run in parts it holds with the last."""
     rows = report.kept(SEED)
     assert report.kills(rows) >= report.KILLS and report.kinds(rows) >= report.KINDS
+    assert not report.wrong(rows)

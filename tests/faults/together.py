@@ -4,7 +4,7 @@ import signal
 from dataclasses import replace
 
 from masters.stages import Stage
-from tests.faults.world import TRAIN, Running, Seen, World, until
+from tests.faults.world import TRAIN, Seen, World, until
 
 
 def two_at_once(world: World) -> Seen:
@@ -15,7 +15,7 @@ def two_at_once(world: World) -> Seen:
         runs = [world.start(store, TRAIN) for _ in range(2)]
         codes = [running.wait() for running in runs]
         assert any("waiting for it" in running.said() for running in runs)
-        outcomes = sorted(_outcome(running, "train") for running in runs)
+        outcomes = sorted(running.outcome("train") for running in runs)
         assert outcomes == ["built", "reused"], outcomes
         return max(codes), ["start train/both"]
 
@@ -51,7 +51,3 @@ def holder_killed(world: World) -> Seen:
         return second.wait(), ["kill train/holder"]
 
     return world.disturbed("SIGKILL of the one of two runs that builds", store, disturb, TRAIN)
-
-
-def _outcome(running: Running, stage: str) -> str:
-    return next(line.split()[1] for line in running.said().splitlines() if line.startswith(f"{stage} "))

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from masters.stages import Stage
@@ -43,9 +43,7 @@ class Seen:
     seconds: float
     verdict: Verdict
     left: int  # processes
-    test: str = field(
-        default_factory=lambda: os.environ.get("PYTEST_CURRENT_TEST", "").split("::")[-1].rpartition(" ")[0]
-    )
+    test: str = field(default_factory=lambda: _test())
 
 
 @dataclass
@@ -69,6 +67,10 @@ class Running:
 
     def said(self) -> str:
         return self.log.read_text(errors="replace")[-3000:] if self.log.exists() else ""
+
+    def outcome(self, stage: str) -> str:
+        """ "built" or "reused"."""
+        return next(line.split()[1] for line in self.said().splitlines() if line.startswith(f"{stage} "))
 
 
 class Zygote:
@@ -133,12 +135,15 @@ class World:
         self._made: dict[Shape, tuple[Path, Finished, list[tuple[str, str]]]] = {}
 
     def store(self, shape: Shape = SCORE) -> Path:
-        """A new one: empty, but for what comes after training a copy of one that was trained in."""
+        """A new one: empty, but for what comes after training, or builds again, a copy of one where that was done."""
         self.stores += 1
         store = self.folder / f"store-{self.stores}"
-        if shape.until == Stage.REGISTER:
-            self.expected(TRAIN)
-            shutil.copytree(self._made[TRAIN][0], store)
+        done = (
+            TRAIN if shape.until == Stage.REGISTER else replace(shape, rebuild=None, key="") if shape.rebuild else None
+        )
+        if done:
+            self.expected(done)
+            shutil.copytree(self._made[done][0], store)
         return store
 
     def start(
