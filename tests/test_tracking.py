@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,44 @@ def test_a_registration_cut_short_is_finished(storage: Storage, monkeypatch: pyt
     tracker, number = registered(storage)
     assert number == 1 and tracker.registry.candidate(NAME) == 1
     assert len(tracker.registry.versions(NAME)) == 1
+
+
+@pytest.fixture
+def gone() -> Iterator[pytest.MonkeyPatch]:
+    """MLflow takes no metrics until it is undone."""
+    real = MlflowClient.log_batch
+
+    def away(self: MlflowClient, run_id: str, metrics=(), params=(), tags=(), **named):
+        if metrics:
+            raise ConnectionError("away")
+        return real(self, run_id, metrics, params, tags, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", away)
+        yield patch
+
+
+def test_metrics_are_told_later_where_mlflow_is_away(storage: Storage, gone: pytest.MonkeyPatch) -> None:
+    tracker, steps = Tracker(configured(Path(storage.uri(""))), storage), 2 * tracking.METRICS_AT_ONCE + 1
+    for step in range(steps):
+        tracker.metrics({"loss": float(step)}, step)
+    client = MlflowClient(tracker.uri)
+    assert not client.get_metric_history(tracker.run_id, "loss")
+    gone.undo()
+    assert tracker.finish("FINISHED") is None and tracker.lost == 0
+    history = MlflowClient(tracker.uri).get_metric_history(tracker.run_id, "loss")
+    assert sorted((m.step, m.value) for m in history) == [(step, float(step)) for step in range(steps)]
+
+
+def test_what_mlflow_never_got_is_counted(storage: Storage, gone: pytest.MonkeyPatch) -> None:
+    tracker = Tracker(configured(Path(storage.uri(""))), storage)
+    gone.setattr(tracking, "METRICS_KEPT", 10)
+    for step in range(25):
+        tracker.metrics({"loss": 1.0}, step)
+    tracker.flush()
+    assert tracker.lost == 15  # more than are kept
+    assert tracker.finish("FINISHED") == "25 metrics could not be written to MLflow"
+    assert tracker.lost == 25 and MlflowClient(tracker.uri).get_run(tracker.run_id).info.status == "FINISHED"
 
 
 def test_runs_whose_process_is_gone_are_ended(storage: Storage) -> None:
