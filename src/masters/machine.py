@@ -1,5 +1,6 @@
 """What this machine keeps for itself, and which of its processes still run."""
 
+import fcntl
 import json
 import os
 import socket
@@ -29,14 +30,20 @@ def ended(process: str) -> bool | None:
 
 def remember(name: str, tracking_uri: str) -> None:
     """Keep where runs of this name are tracked, for commands that are given a name alone."""
-    uris = [tracking_uri, *(uri for uri in remembered(name) if uri != tracking_uri)][:KEPT]
     file = _state()
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     with suppress(OSError):  # a home that cannot be written costs an option on the command line, not a run
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch(mode=0o600)  # the address of a database may hold its password
-        temporary.write_text(json.dumps(_remembered() | {name: uris}, indent=1))
-        os.replace(temporary, file)
+        with open(file.with_name(f".{file.name}.lock"), "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # let go of as the file is closed
+            _remember(name, tracking_uri, file, temporary)
+
+
+def _remember(name: str, tracking_uri: str, file: Path, temporary: Path) -> None:
+    uris = [tracking_uri, *(uri for uri in remembered(name) if uri != tracking_uri)][:KEPT]
+    temporary.touch(mode=0o600)  # the address of a database may hold its password
+    temporary.write_text(json.dumps(_remembered() | {name: uris}, indent=1))
+    os.replace(temporary, file)
 
 
 def remembered(name: str | None = None) -> list[str]:
