@@ -12,6 +12,7 @@ from masters.artifacts import Artifact
 from masters.config import Config, Model
 from masters.errors import InputError
 from masters.flows.attempts import end_stale_tasks
+from masters.flows.distill import crashed
 from masters.machine import cache
 from masters.preflight import LocalModel, local_model, preflight
 from masters.registry import shown
@@ -24,7 +25,7 @@ from masters.trace import find
 from masters.tracking import Tracker, tracking_uri
 
 
-@flow(name="evaluate", flow_run_name="{config.name}", persist_result=False)
+@flow(name="evaluate", flow_run_name="{config.name}", on_crashed=[crashed], persist_result=False)
 def evaluate(config: Config, models: list[str]) -> dict:
     """Exact match of each model, with `n` and `standard_error`; also as a table in the run's artifacts.
 

@@ -4,8 +4,12 @@ import fcntl
 import json
 import os
 import socket
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from masters.errors import StoreError
+from masters.identity import fingerprint
 
 KEPT = 20  # tracking URIs a name
 
@@ -18,6 +22,27 @@ def cache() -> Path:
 def this_process() -> str:
     """Names the running process for good: host, boot, process id and when it started."""
     return _named(os.getpid())
+
+
+@contextmanager
+def turn(what: str, waiting: Callable[[], None]) -> Iterator[None]:
+    """One process of this machine at a time for the same `what`. Who must wait says so first: `waiting`.
+
+    The kernel lets go of the lock when its holder dies. Raises StoreError if the home cannot be written.
+    """
+    file = cache() / "locks" / fingerprint(what)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(file, "ab")
+    except OSError as error:
+        raise StoreError(f"expected to write {file}, found: {error}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def ended(process: str) -> bool | None:
