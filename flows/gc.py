@@ -61,7 +61,9 @@ def collect(config: Config, delete: bool = False) -> dict:
     storage = open_storage(config.store.root)
     registries, silent = _registries(config, storage)
     if delete and silent:
-        raise InputError(f"nothing is removed while an MLflow that knows this store cannot be asked: {'; '.join(silent)}")
+        raise InputError(
+            f"nothing is removed while an MLflow that knows this store cannot be asked: {'; '.join(silent)}"
+        )
     spared = reached(registries, storage)
     spared.notes += [f"{why}; --delete is refused" for why in silent]
     items = [*_artifacts(storage, spared), *_shards(storage, spared), *_work(storage, spared)]

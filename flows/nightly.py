@@ -11,14 +11,14 @@ from masters import artifacts, webhook
 from masters.allowed import check_config
 from masters.artifacts import RECORD, Artifact
 from masters.config import Config, Model
-from masters.errors import InputError
+from masters.errors import ArtifactError, InputError
+from masters.flows.attempts import attempt, patient
 from masters.flows.distill import Distilled, crashed, pipeline, tracked
 from masters.gate import Comparison, compare, objections, regressions
 from masters.machine import cache, turn
 from masters.preflight import LocalModel, Ready, open_storage, preflight
 from masters.registry import Registry
 from masters.reuse import Earlier
-from masters.secrets import mask_logs
 from masters.stages import Stage
 from masters.storage import Storage
 from masters.tasks.evaluate import evaluate
@@ -54,16 +54,16 @@ def nightly(config: Config) -> dict:
     Args:
         config: What a TOML file holds; what this form accepts is what the file accepts.
     """
-    mask_logs()
-    try:
-        summary = night(config)
-    except Exception as error:
-        webhook.report(config.name, "failed", str(error))
-        raise
-    told = summary["nightly"]
-    night_reported(config.name, told)
-    if told["regressions"]:
-        tell(Registry(tracking_uri(config, open_storage(config.store.root))), config.name, told)
+    with attempt():
+        try:
+            summary = night(config)
+        except Exception as error:
+            webhook.report(config.name, "failed", str(error))
+            raise
+        told = summary["nightly"]
+        night_reported(config.name, told)
+        if told["regressions"]:
+            tell(Registry(tracking_uri(config, open_storage(config.store.root))), config.name, told)
     return summary
 
 
@@ -96,7 +96,7 @@ def from_champion(config: Config, champion: Champion) -> Ready:
 def night(config: Config) -> dict:
     """The night without its reports. A second one of this name waits: its champion is what the first one makes."""
     check_config(config)
-    storage = open_storage(config.store.root)
+    storage = patient(lambda: open_storage(config.store.root))
     waiting = f"another night of {config.name} is under way on this machine: waiting for its end"
     with turn(f"night {config.name} {storage.uri('')}", lambda: warn(waiting)):
         return _night(config, storage)
@@ -104,7 +104,7 @@ def night(config: Config) -> dict:
 
 def _night(config: Config, storage: Storage) -> dict:
     uri = tracking_uri(config, storage)
-    check_answers(uri)
+    patient(lambda: check_answers(uri))
     champion = champion_of(Registry(uri), config.name, storage)
     earlier = Earlier(storage, last_night(storage, config.name))
     if champion and config.nightly.start == "champion":
@@ -166,9 +166,12 @@ def champion_of(registry: Registry, name: str, storage: Storage) -> Champion | N
         raise InputError(f"{target.title}, the champion, lies in {target.store}, not in store.root {storage.uri('')}")
     try:
         (folder,) = target.folders
-        trained = artifacts.load(storage, folder).upstream("train")
+        registered = artifacts.load(storage, folder)
+        if registered.record["digest"] != target.folders[folder]:
+            raise ArtifactError(f"{registered.uri} was built again since: it is another student")
+        trained = registered.upstream("train")
         questions = trained.upstream("data") if trained else None
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ArtifactError) as error:
         raise InputError(
             f"{target.title}, the champion, is not whole: {error}; try `masters rollback {name}`"
         ) from error

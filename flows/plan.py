@@ -1,6 +1,7 @@
 """What a run would build or reuse, and which fields changed since the stage was last built. Builds nothing."""
 
 import json
+import re
 from contextlib import suppress
 
 from masters import artifacts
@@ -49,7 +50,8 @@ def plan(config: Config) -> list[dict]:
 def changes(storage: Storage, identity: Identity) -> list[str]:
     """Fields of config and names of inputs that differ from the newest artifact of the stage under the same slug."""
     slug = identity.folder.removesuffix(identity.fingerprint).split("/")[1]
-    names = [n for n in storage.children(identity.kind) if n.startswith(slug)]
+    known = re.compile(rf"{re.escape(slug)}[0-9a-f]{{{len(identity.fingerprint)}}}")
+    names = [n for n in storage.children(identity.kind) if known.fullmatch(n)]
     paths = [f"{identity.kind}/{name}/record.json" for name in names]
     records = [json.loads(storage.read(path)) for path in paths if storage.exists(path)]
     if not records:

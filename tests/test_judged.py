@@ -67,9 +67,7 @@ def test_what_was_rolled_back_stays_so_until_a_person_promotes_it(
     assert not registry.rolled_back(NAME, 2) and registry.rolled_back(NAME, 1)
 
 
-def test_without_the_alias_a_past_champion_is_no_first_one(
-    registry: Registry, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_alias_a_past_champion_is_no_first_one(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     assert verdict(registry, 1, BETTER, True, monkeypatch)["reasons"] == ["the first champion"]
     MlflowClient(registry.uri).delete_registered_model_alias(NAME, "champion")
     told = verdict(registry, 2, BETTER, True, monkeypatch)

@@ -15,7 +15,7 @@ from mlflow.utils.validation import _validate_metric_name, _validate_tag_name
 
 from masters import lineage, machine, tracking
 from masters.artifacts import External, Identity, load
-from masters.errors import InputError
+from masters.errors import InputError, TrackingError
 from masters.flows.nightly import night
 from masters.identity import digest
 from masters.storage import Storage
@@ -214,7 +214,7 @@ def test_a_run_cut_short_is_opened_again(storage: Storage) -> None:
 def test_a_registration_cut_short_is_finished(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "set_registered_model_alias", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(TrackingError, match="MLflow: division by zero"):
             registered(storage)
     tracker, number = registered(storage)
     assert number == 1 and tracker.registry.candidate(NAME) == 1
@@ -248,7 +248,9 @@ def test_a_run_whose_process_was_on_another_machine_is_ended_by_its_key(storage:
     assert client.get_run(other.run_id).info.status == "RUNNING"
 
 
-def test_a_live_run_is_found_behind_any_number_of_experiments(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_live_run_is_found_behind_any_number_of_experiments(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tracker = Tracker(configured(Path(storage.uri(""))), storage)
     client = MlflowClient(tracker.uri)
     for number in range(4):

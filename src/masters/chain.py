@@ -15,7 +15,6 @@ from masters.errors import MastersError
 from masters.identity import fingerprint
 from masters.storage import Storage
 
-
 # what a record says of an input: by whether it is an artifact
 NOTED = {True: {"stage", "folder", "fingerprint", "digest"}, False: {"uri", "digest"}}
 

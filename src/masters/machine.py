@@ -33,10 +33,10 @@ def turn(what: str, waiting: Callable[[], None]) -> Iterator[None]:
     file = cache() / "locks" / fingerprint(what)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(file, "ab")
+        file.touch()
     except OSError as error:
         raise StoreError(f"expected to write {file}, found: {error}") from error
-    with lock:
+    with file.open("ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

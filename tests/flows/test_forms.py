@@ -73,7 +73,9 @@ def test_form_and_toml_agree_on_any_value(field: tuple[str, str, dict], value: o
     assert form_accepts(tree) == toml_accepts(tree), (section, name, value)
 
 
-@pytest.mark.parametrize("name", ["demo", "demo\n", "demo\n\n", "\ndemo", "-demo", "de mo", "d" * 64, "d" * 65, "", 7, None])
+@pytest.mark.parametrize(
+    "name", ["demo", "demo\n", "demo\n\n", "\ndemo", "-demo", "de mo", "d" * 64, "d" * 65, "", 7, None]
+)
 def test_form_and_toml_agree_on_names(name: object) -> None:
     assert form_accepts(TREE | {"name": name}) == toml_accepts(TREE | {"name": name})
 

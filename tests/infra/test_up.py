@@ -37,6 +37,22 @@ def test_a_setting_that_is_no_number_is_refused(setting: str, tmp_path: Path) ->
     assert (done.returncode, done.stderr) == (2, f"masters: {setting}: expected a whole number, found 'many'\n")
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("PREFECT_PORT", "0"),
+        ("MLFLOW_PORT", "65536"),
+        ("RUNS_AT_ONCE", "0"),
+        ("LOST_AFTER", "9"),
+        ("RESUME_AFTER", "9"),
+    ],
+)
+def test_a_setting_outside_its_range_is_refused(setting: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"MASTERS_{setting}", value)
+    with pytest.raises(InputError, match=rf"MASTERS_{setting}: expected a whole number from \d+ to \d+, found {value}"):
+        Settings.from_environment()
+
+
 def test_another_kind_of_stack_is_refused_as_usage(tmp_path: Path) -> None:
     assert masters("up", home=tmp_path, MASTERS_STACK="huge").returncode == 2
 
