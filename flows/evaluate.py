@@ -74,7 +74,5 @@ def _student(model: str, tracking: str) -> Artifact:
     allowed.check(Setting.STORES, f"the store of {target.title}", target.store)
     student = artifacts.load(Storage(target.store), folder)
     if student.record["digest"] != target.folders[folder]:
-        raise InputError(
-            f"{target.title}: {student.uri} was built again since, it is another student: register it anew"
-        )
+        raise InputError(f"{target.title}: {student.uri} was built again since, it is another student")
     return student

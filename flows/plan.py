@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Collection
 from contextlib import suppress
 
 from masters import artifacts
@@ -22,11 +23,11 @@ class Unknown(Exception):
 class Plan:
     """Lines of the plan; `find` adds one and gives the finished artifact, or raises Unknown."""
 
-    def __init__(self, storage: Storage) -> None:
-        self.storage, self.lines = storage, []
+    def __init__(self, storage: Storage, rebuild: frozenset[Stage]) -> None:
+        self.storage, self.rebuild, self.lines = storage, rebuild, []
 
     def find(self, identity: Identity) -> Artifact:
-        artifact = artifacts.find(self.storage, identity)
+        artifact = None if identity.kind in self.rebuild else artifacts.find(self.storage, identity)
         outcome = "reused" if artifact else "built"
         changed = [] if artifact else changes(self.storage, identity)
         self.lines.append(dict(name=identity.stage, outcome=outcome, fingerprint=identity.fingerprint, changed=changed))
@@ -35,11 +36,14 @@ class Plan:
         return artifact
 
 
-def plan(config: Config) -> list[dict]:
-    """Per stage: `name`, `outcome` ("built", "reused"), `fingerprint` (None until its inputs are built), `changed`."""
+def plan(config: Config, rebuild: Collection[Stage] = ()) -> list[dict]:
+    """Per stage: `name`, `outcome` ("built", "reused"), `fingerprint` (None until its inputs are built), `changed`.
+
+    `rebuild`: stages that the run would build again; what those behind them are made from is then not known either.
+    """
     ready = preflight(config)
     context = Context(config, ready)
-    found, expected = Plan(ready.storage), _expected(config)
+    found, expected = Plan(ready.storage, frozenset(rebuild)), _expected(config)
     with suppress(Unknown):
         _walk(context, found)
     named = {line["name"] for line in found.lines}

@@ -11,7 +11,7 @@ from masters.errors import InputError
 PORTS = (1, 65535)
 RANGES = {
     "MASTERS_RUNS_AT_ONCE": (1, 1000),
-    "MASTERS_LOST_AFTER": (10, 86400),
+    "MASTERS_LOST_AFTER": (31, 86400),  # a heartbeat comes every 30 s
     "MASTERS_RESUME_AFTER": (10, 86400),  # what Prefect takes of a trigger, and Crashed is proposed twice
     "MASTERS_RESUMES": (0, 1000),
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from masters.errors import InputError
 from masters.infra import object_store, stack
 from masters.infra.settings import Settings
 
@@ -43,7 +44,7 @@ def test_a_setting_that_is_no_number_is_refused(setting: str, tmp_path: Path) ->
         ("PREFECT_PORT", "0"),
         ("MLFLOW_PORT", "65536"),
         ("RUNS_AT_ONCE", "0"),
-        ("LOST_AFTER", "9"),
+        ("LOST_AFTER", "30"),
         ("RESUME_AFTER", "9"),
     ],
 )
