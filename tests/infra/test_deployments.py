@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.objects import Deployment, FlowRun, StateType
+from prefect.client.schemas.objects import Deployment, FlowRun, State, StateType
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Cancelling, Running, State
+from prefect.states import Cancelling, Running
 
 from masters.infra.deployments import POOL, deploy, prepare
 from masters.infra.local_prefect import prefect_api, wait_until_ready
