@@ -5,6 +5,8 @@ Heavy libraries are imported by the commands, after their arguments are understo
 
 import json
 import sys
+import traceback
+from datetime import datetime
 from importlib import import_module
 from typing import Annotated
 
@@ -16,8 +18,10 @@ from masters.benchmarks import Benchmark, benchmark, gpu_rows
 from masters.config import Config, load
 from masters.errors import InputError, MastersError
 from masters.infra.settings import Services
+from masters.machine import cache
 from masters.options import ConfigPath, Json, Overrides, Rebuild
 from masters.quiet import quiet
+from masters.secrets import masked
 from masters.stages import Stage
 
 INTERRUPTED = 130  # what Typer makes of a KeyboardInterrupt
@@ -118,9 +122,24 @@ def main() -> None:
     except MastersError as error:
         typer.echo(f"masters: {error}", err=True)
         sys.exit(error.exit_code)
+    except Exception as error:  # ours to mend: the line says where the rest is
+        typer.echo(f"masters: unexpected {type(error).__name__}: {_kept(error)}", err=True)
+        sys.exit(1)
     if code == INTERRUPTED:
         typer.echo("masters: interrupted; run again to go on from here", err=True)
     sys.exit(1 if code else 0)
+
+
+def _kept(error: Exception) -> str:
+    """An error's line, and the file that its traceback was written to."""
+    said = " ".join(masked(str(error)).split())[:300]
+    try:
+        file = cache() / "errors" / f"{datetime.now():%Y-%m-%d-%H%M%S}.log"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(masked("".join(traceback.format_exception(error))))
+    except OSError:
+        return said
+    return f"{said} (traceback: {file}; please report it)"
 
 
 def _run(name: str, settings: Config, as_json: bool, **arguments: object) -> None:
