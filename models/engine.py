@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from masters.config import Generate, Runtime
+from masters.models import devices
 from masters.models.checkpoints import masked_tensors
 from masters.models.prompts import chat, conversation_tokens, opened
 from masters.rewards.judge_prompts import Conversation
@@ -73,6 +74,7 @@ class Engine:
     def __init__(self, folder: Path, dtype: str, runtime: Runtime, own_code: bool = False) -> None:
         """`own_code`: the model runs code of its own; preflight has asked whether it may."""
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(runtime.engine_memory_gib)))
+        devices.claim(runtime.tensor_parallel_size)  # before vLLM looks
         from transformers import AutoProcessor
         from vllm import LLM
         from vllm.platforms import current_platform

@@ -235,9 +235,7 @@ def _shared_rows(masked: Callable[[], Iterator[tuple[str, str, torch.Tensor]]], 
     ]
 
 
-def safetensors_tensors(
-    folder: Path, wanted: Container[str] | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
+def safetensors_tensors(folder: Path, wanted: Container[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of every safetensors file of a folder (or of those `wanted`), one at a time, in a fixed order."""
     for file in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(file, "pt") as opened:

@@ -31,12 +31,12 @@ class Pack:
     token, `token_U` these tokens; `distinct_T` which of them each response token is; `response_T` which response
     (0..R-1) it is of; `question_R` which question a response is of, in the order in which they were given.
     `asked`: the responses of each question, and `same_R`: a number a response, equal where a question's are identical;
-    both known without asking a device. `image_word_BL`: where a response itself wrote the image's token, which is a word
-    like any other there.
+    both known without asking a device. `image_word_BL`: where a response itself wrote the image's token, which is a
+    word like any other there; None where none did.
     """
 
     inputs: dict[str, Any]
-    image_word_BL: torch.Tensor
+    image_word_BL: torch.Tensor | None
     predictors_U2: torch.Tensor
     token_U: torch.Tensor
     distinct_T: torch.Tensor
@@ -62,9 +62,9 @@ class Pack:
 def pack(questions: list[Question], model: torch.nn.Module, family: Family, row: int = 0) -> Pack:
     """Pack questions into rows as long as the largest tree, on the model's device.
 
-    Where attention skips the mask's empty blocks, another tree in a row costs nothing: rows then hold up to `row` tokens,
-    in whole blocks. The image's token within a response (a model may sample it) would be taken for a place of the
-    image: the model gets token 0 there, and `response_states` its true embedding.
+    Where attention skips the mask's empty blocks, another tree in a row costs nothing: rows then hold up to `row`
+    tokens, in whole blocks. The image's token within a response (a model may sample it) would be taken for a place of
+    the image: the model gets token 0 there, and `response_states` its true embedding.
     """
     device, sparse = next(model.parameters()).device, _takes_blocks(model)
     rows = rows_of(trees_of(questions, family, model.config.image_token_id), row if sparse else 0)
@@ -75,9 +75,11 @@ def pack(questions: list[Question], model: torch.nn.Module, family: Family, row:
     longest = max(one.length for one in laid)
     length = blocks.whole(longest) if sparse else longest
     padded = [one.padded(length) for one in laid]
-    ids_BL, place_3BL, positions_ABL = (torch.stack(parts, -2).to(device) for parts in zip(*padded, strict=True))
+    ids_BL, place_3BL, positions_ABL = (torch.stack(parts, -2) for parts in zip(*padded, strict=True))
     image_word_BL = (ids_BL == model.config.image_token_id) & (place_3BL[2] > 0)
+    image_words = image_word_BL.to(device) if image_word_BL.any() else None
     ids_BL = ids_BL.masked_fill(image_word_BL, 0)
+    ids_BL, place_3BL, positions_ABL = (part.to(device) for part in (ids_BL, place_3BL, positions_ABL))
     prompts = [tree.questions[tree.first].prompt for trees in rows for tree in trees]  # one an image
     inputs = {
         "input_ids": ids_BL,
@@ -89,7 +91,7 @@ def pack(questions: list[Question], model: torch.nn.Module, family: Family, row:
     targets, asked, same_R = _targets(questions, predictors)
     separate = sum(len(q.ids_P) + len(response) for q in questions for response in q.responses)
     sizes = Sizes(1, separate, sum(one.length for one in laid), len(laid) * length)
-    return Pack(inputs, image_word_BL, *(part.to(device) for part in targets), asked, same_R, sizes)
+    return Pack(inputs, image_words, *(part.to(device) for part in targets), asked, same_R, sizes)
 
 
 def visible(place_3BL: torch.Tensor, row: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -166,13 +168,13 @@ def _takes_blocks(model: torch.nn.Module) -> bool:
 
 
 @contextmanager
-def _image_words(model: torch.nn.Module, image_word_BL: torch.Tensor) -> Iterator[None]:
+def _image_words(model: torch.nn.Module, image_word_BL: torch.Tensor | None) -> Iterator[None]:
     """Embed the image's token as a word where a response wrote it, as the engine that sampled it did."""
 
     def embed(words: torch.nn.Module, _: object, embedded_BLH: torch.Tensor) -> torch.Tensor:
         return torch.where(image_word_BL[..., None], words.weight[model.config.image_token_id], embedded_BLH)
 
-    if not image_word_BL.any():
+    if image_word_BL is None:
         yield
         return
     hook = model.get_input_embeddings().register_forward_hook(embed)

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoProcessor
 
 from masters import artifacts, processes
 from masters.config import Rewards, Train
-from masters.errors import InputError, MastersError
-from masters.models import blocks, checkpoints, footprint, passes, precision, trainer
+from masters.errors import MastersError
+from masters.models import blocks, checkpoints, devices, footprint, passes, precision, trainer
 from masters.models.families import family_of
 from masters.models.masking import safetensors_tensors
 from masters.models.prompts import label_tokens, model_inputs
@@ -108,7 +108,7 @@ def prepare(job: dict, job_file: Path, rank: int, world: int) -> trainer.Job:
 
     told = {} if planned is None else dict(passes=planned.passes, largest_pass=planned.largest_tokens)
     report(event="start", groups=len(groups), steps=len(steps), empty_responses=empty, planned=told)
-    device = _device(rank, world)
+    device = devices.of_rank(rank, world)
     _check_memory(job, train, planned, groups, len(steps), device, world)
     teacher = None if train.objective == "sft" else _teacher(job, train, device)
     return trainer.Job(
@@ -131,18 +131,6 @@ def prepare(job: dict, job_file: Path, rank: int, world: int) -> trainer.Job:
         rank=rank,
         world=world,
     )
-
-
-def _device(rank: int, world: int) -> str:
-    """Whose device a rank computes on. Raises InputError where ranks outnumber the GPUs: NCCL takes one rank a GPU."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    if world > (count := torch.cuda.device_count()):
-        raise InputError(
-            f"runtime.train_processes is {world}, expected one a GPU at most, found {count} GPUs: lower it to {count}"
-        )
-    torch.cuda.set_device(rank)
-    return f"cuda:{rank}"
 
 
 def _check_memory(

@@ -3,6 +3,7 @@
 Shapes: P prompt tokens, L tokens of a row.
 """
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from functools import cached_property
 
@@ -20,7 +21,7 @@ class Question:
 
     question_id: str
     prompt: dict[str, torch.Tensor]  # input_ids [1, P], pixel_values, ...
-    responses: list[list[int]]
+    responses: Sequence[Sequence[int]]
 
     @property
     def ids_P(self) -> torch.Tensor:

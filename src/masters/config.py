@@ -231,7 +231,7 @@ class Runtime(Section):
     checkpoint_steps: Count = Field(default=100, description="Optimiser steps between checkpoints")
     engine_memory_gib: Annotated[float, Field(gt=0, le=2**20, allow_inf_nan=False)] = Field(
         default=1.0,
-        description="GiB that an engine keeps for its cache of keys and values on a CPU; on a GPU vLLM takes what is free",
+        description="GiB of an engine's cache of keys and values on a CPU; on a GPU vLLM takes what is free",
     )
     max_model_len: int = Field(
         default=2048, ge=16, le=LARGEST, description="Prompt and response tokens an engine admits"

@@ -59,7 +59,7 @@ def packed(batch: Batch) -> Pack:
     asked = [[r for r, of in enumerate(question_R) if of == q] for q in range(len(batch.questions))]
     token_T, *others = map(torch.tensor, (batch.token_T.tolist(), response_T, question_R))
     same_R = [responses.index(tokens) for tokens in responses]
-    return Pack({}, torch.empty(0), torch.empty(0), token_T, torch.arange(len(token_T)), *others, asked, same_R)
+    return Pack({}, None, torch.empty(0), token_T, torch.arange(len(token_T)), *others, asked, same_R)
 
 
 def dense_terms(student: torch.Tensor, teacher: torch.Tensor, pack: Pack, train: Train) -> losses.Terms:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoProcessor
 
 from demo import shapes
-from masters.models import losses, packing, parity, prompts
+from masters.models import checkpoints, losses, packing, parity, prompts
 from masters.models.families import family_of
 from masters.models.masking import group_thresholds, safetensors_tensors
 from masters.models.packing import pack, response_logits
