@@ -147,6 +147,7 @@ def test_pairs_are_those_that_the_mask_lets_see_each_other() -> None:
 @pytest.mark.parametrize("train", [Train(), Train(compute_dtype="bfloat16")], ids=["float32", "bfloat16"])
 def test_gpu_rows_of_a_step_at_a_size_for_a_cpu(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "peak_flops", lambda device: 1e9)
+    monkeypatch.setattr(gpu, "REPEATS", 2)
     time_, tokens, share = gpu.step_rows(gpu.Sizes(TINY, TINY, SHAPE, 2, "cpu", train))
     assert tokens.ours == pytest.approx(2 * 8 * 6 / time_.ours)
     assert tokens.ours > tokens.spread[0][0] > 0 and tokens.spread[0][1] > tokens.ours
