@@ -1,6 +1,6 @@
 """Local model folders: what they hold, their identity, and loading them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -8,9 +8,10 @@ from safetensors import safe_open
 
 from masters.errors import InputError
 from masters.identity import folder_digest
-from masters.models.masking import apply_mask, safetensors_tensors
-from masters.models.sharding import Replicate, Sharding
+from masters.models.masking import apply_mask, copy_masked, safetensors_tensors
+from masters.models.sharding import Replicate, Sharding, own
 
+Hold = Callable[[torch.nn.Module], torch.nn.Module]
 REPLICATE = Replicate()
 # what changes a model's answers: weights, configuration, tokenizer, processor, chat template, code of its own
 IDENTITY_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".py")
@@ -57,11 +58,11 @@ def check_readable(folder: Path) -> None:
             raise InputError(f"weights {file} cannot be read: {error}") from error
 
 
-def load_model(folder: Path, dtype: str, device: str = "cpu", sharding: Sharding | None = None) -> torch.nn.Module:
+def load_model(folder: Path, dtype: str, device: str = "cpu", hold: Hold | None = None) -> torch.nn.Module:
     """The model in `dtype`, in evaluation mode (nothing in these families' training depends on the mode).
 
-    Text attention on a GPU skips the blocks that a packed row's mask leaves empty. `sharding`: how ranks hold it, whole
-    on the device without.
+    Text attention on a GPU skips the blocks that a packed row's mask leaves empty. `hold`: puts it on the device, as a
+    way of sharding does; as a whole without.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -69,7 +70,7 @@ def load_model(folder: Path, dtype: str, device: str = "cpu", sharding: Sharding
         folder, dtype=getattr(torch, dtype), attn_implementation=attention(device),
         use_safetensors=True, trust_remote_code=False,
     )  # fmt: skip
-    return (sharding or Replicate(device)).hold(model).eval()
+    return (hold or Replicate(device).hold)(model).eval()
 
 
 def attention(device: str) -> dict[str, str]:
@@ -79,20 +80,13 @@ def attention(device: str) -> dict[str, str]:
     return {"": "sdpa", "text_config": blocks.NAME if device.startswith("cuda") else "sdpa"}
 
 
-def load_masked(folder: Path, thresholds: dict[str, float], dtype: str) -> torch.nn.Module:
-    """The model with every tensor of `thresholds` masked below its threshold (Eq. 1-2)."""
-    model = load_model(folder, dtype)
-    remask(model, folder, thresholds)
-    return model
-
-
 @torch.no_grad()
 def remask(model: torch.nn.Module, folder: Path, thresholds: dict[str, float], sharding: Sharding = REPLICATE) -> None:
     """Set every tensor of `thresholds` again, masked below its threshold (Eq. 1-2), in the model's own storage.
 
-    The checkpoint's tensors are read one by one. Masks are taken on their values there, before any change of type,
-    as the engine takes them; each rank keeps what it holds of them. Raises InputError for a tensor that the model does
-    not have.
+    The checkpoint's tensors are read one by one and copied in slices: at no time is more than one of them held beside
+    the model. Masks are taken on their values there, before any change of type, as the engine takes them; each rank
+    takes those of what it holds. Raises InputError for a tensor that the model does not have.
     """
     parameters, named = sharding.held(model), parameter_names(model, thresholds.keys())
     unknown = {name for name in thresholds if named[name] not in parameters}
@@ -100,9 +94,9 @@ def remask(model: torch.nn.Module, folder: Path, thresholds: dict[str, float], s
         raise InputError(
             f"model {folder}: {len(unknown)} masked tensors are no parameters of it (first: {min(unknown)})"
         )
-    for name, tensor in masked_tensors(folder, thresholds):
-        if name in thresholds:
-            parameters[named[name]].copy_(sharding.part(tensor, parameters[named[name]]))
+    for name, tensor in safetensors_tensors(folder, thresholds.keys()):
+        parameter = parameters[named[name]]
+        copy_masked(own(parameter), own(sharding.part(tensor, parameter)), thresholds[name])
 
 
 def parameter_names(model: torch.nn.Module, saved: Iterable[str]) -> dict[str, str]:

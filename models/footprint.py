@@ -11,8 +11,9 @@ from safetensors import safe_open
 from masters import memory
 from masters.config import Runtime, Train
 from masters.errors import InputError
-from masters.models.head import CHUNK_BYTES
+from masters.models.head import chunk_bytes
 from masters.models.masking import BLOCK, mask_group
+from masters.models.precision import teacher_dtype
 
 # kept for the backward pass, against a value for every input and output of every linear module: of five models, all
 # families, between 1.12 and 1.43 were counted
@@ -59,19 +60,26 @@ def footprint(
     tokens: tuple[int, int],
     ranks: int,
     saves: bool,
+    device: str = "cpu",
     runtime: Runtime = REPLICATED,
 ) -> Footprint:
-    """Of one rank. `tokens`: of its largest forward pass, and how many of them are an image's; `saves`: into memory of
-    this kind, that is, on a CPU."""
-    width, own, taught = getattr(torch, train.dtype).itemsize, shapes(student), shapes(teacher) if teacher else {}
-    weights, teachers = width * _numbers(own.values()), width * _numbers(taught.values())
-    activations = _activations(own, train, tokens, runtime.activation_checkpointing)
+    """Of one rank. `tokens`: of its largest forward pass, padding included, and how many of them are an image's;
+    `saves`: into memory of this kind, that is, on a CPU.
+
+    With products in bfloat16 a pass also keeps a copy of the weights in it (of shares it has none: they are gathered
+    in it), and at most as much as in float32 else.
+    """
+    own, taught = shapes(student), shapes(teacher) if teacher else {}
+    width, product = getattr(torch, train.dtype).itemsize, getattr(torch, teacher_dtype(train)).itemsize
+    weights, teachers = width * _numbers(own.values()), product * _numbers(taught.values())
+    activations = _activations(own, width, tokens, device, runtime.activation_checkpointing)
     if runtime.sharding == "replicate":
+        activations += product * _numbers(own.values()) if tokens[0] and product != width else 0
         exchange = weights if ranks > 1 else 0
         saving = max(0, COPIES * 3 * weights - weights - activations) if saves else 0
         return Footprint(weights, weights, 2 * weights, teachers, activations, exchange, saving)
     share, shared_teacher = weights // ranks, teachers // ranks
-    exchange = width * (2 * _gathered(own) + _gathered(taught))
+    exchange = (width + product) * _gathered(own) + product * _gathered(taught)
     step = 4 * share + shared_teacher + activations + exchange
     # one rank alone writes all of it: its part of what the ranks need together
     saving = COPIES * 3 * weights // ranks - share - activations - exchange if saves else 0
@@ -81,12 +89,11 @@ def footprint(
     return Footprint(*parts, saving=max(0, saving), loading=max(0, loading - max(0, saving)))
 
 
-def _activations(own: Shapes, train: Train, tokens: tuple[int, int], computed_again: bool) -> int:
+def _activations(own: Shapes, width: int, tokens: tuple[int, int], device: str, computed_again: bool) -> int:
     """Bytes that the student's forward pass keeps for its backward pass, its pass over the vocabulary included."""
     text_tokens, image_tokens = tokens
-    width = getattr(torch, train.compute_dtype or train.dtype).itemsize
     vocabulary = max((shape for name, shape in own.items() if "embed_tokens" in name), default=[0, 0])
-    head = CHUNKS * min(CHUNK_BYTES, 4 * text_tokens * vocabulary[0]) + 4 * math.prod(vocabulary)
+    head = CHUNKS * min(chunk_bytes(device), 4 * text_tokens * vocabulary[0]) + 4 * math.prod(vocabulary)
     kept: dict[str, int] = {}  # by transformer block
     inputs: dict[str, int] = {}
     for name, shape in own.items():

@@ -1,7 +1,7 @@
 """What a training run must not do: update weights by what is no number, or go on where the student falls.
 
-The fall is seen on the probe; the best weights so far lie beside the checkpoints, under a name that says their step
-and how many of the probe's questions they had right.
+The fall is seen on the probe; the best weights so far lie beside the checkpoints, under a name that says their step,
+how many of the probe's questions they had right, and their SHA-256.
 """
 
 import math
@@ -10,14 +10,15 @@ from collections.abc import Callable
 import torch
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
-from torch.distributed.tensor import DTensor
 
-from masters.errors import MastersError
+from masters.errors import ArtifactError, MastersError
+from masters.identity import digest
 from masters.models import losses
 from masters.models.fitting import Spare, each_pass, within_memory
 from masters.models.job import Job
-from masters.models.packing import Pack, response_logits
+from masters.models.packing import Pack, response_states
 from masters.models.ranks import collected, gathered, spread
+from masters.models.sharding import own
 
 KEPT = 2  # best weights: the ones before are what a checkpoint older than the new ones goes on with
 
@@ -25,20 +26,22 @@ KEPT = 2  # best weights: the ones before are what a checkpoint older than the n
 def gradient_size(model: torch.nn.Module) -> float:
     """The largest magnitude in the gradients that this rank holds; NaN if one is."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    parts = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-    # a sum of squares overflows sooner
-    return torch.nn.utils.get_total_norm([part for part in parts if part.numel()], norm_type=math.inf).item()
+    parts = [part for part in map(own, gradients) if part.numel()]
+    return torch.nn.utils.get_total_norm(parts, norm_type=math.inf).item()  # a sum of squares overflows sooner
 
 
 def largest_gradient(job: Job) -> float:
     """The largest magnitude in the student's gradients, the same on all ranks; NaN if one is."""
-    own = gradient_size(job.student)
-    sizes = gathered(job, own) if job.sharding.lockstep else [own]
+    size = gradient_size(job.student)
+    sizes = gathered(job, size) if job.sharding.lockstep else [size]
     return math.nan if any(map(math.isnan, sizes)) else max(sizes)
 
 
 def not_finite(job: Job, groups: list[int], loss_of: Callable[[int], torch.Tensor]) -> list[str]:
-    """Which of these groups' questions, each by itself, have a loss or a gradient that is no finite number."""
+    """Which of these groups' questions, each by itself, have a loss or a gradient that is no finite number.
+
+    Memory holds each: it held the passes of which they were part.
+    """
     found = []
     for g in groups:
         job.student.zero_grad(set_to_none=True)
@@ -58,7 +61,7 @@ def probe_right(job: Job) -> int:
         right: list[int] = []
 
         def look(_: list[None], packed: Pack) -> None:
-            hit_T = _greedy(job, packed) == packed.token_T
+            hit_T = (_greedy(job, packed) == packed.token_U)[packed.distinct_T]
             right.append(int((losses.response_means(hit_T.float(), packed.response_T, packed.responses) == 1).sum()))
 
         # every rank looks at all of them
@@ -70,8 +73,8 @@ def probe_right(job: Job) -> int:
 
 
 def _greedy(job: Job, packed: Pack) -> torch.Tensor:
-    """The student's likeliest token for each response token, [T]."""
-    return job.sharding.within(job.student, lambda student: response_logits(student, packed).argmax(-1))
+    """The student's likeliest token for each distinct response token, [U]."""
+    return job.sharding.within(job.student, lambda student: response_states(student, packed).likeliest())
 
 
 class ProbeGuard:
@@ -114,8 +117,14 @@ class ProbeGuard:
 
     def roll_back(self) -> None:
         """The student's best weights put back."""
-        job, held = self.job, self.job.sharding.held(self.job.student)
-        tensors = load_safetensors(job.storage.read(self._name())) if job.rank == 0 else {}
+        job, tensors = self.job, {}
+        if job.rank == 0:
+            name = next(name for name in self._names() if (_step(name), _right(name)) == (self.step, self.right))
+            data = job.storage.read(name)
+            if (now := digest(data)) not in name:
+                raise ArtifactError(f"best weights {job.storage.uri(name)} are damaged: found SHA-256 {now}")
+            tensors = load_safetensors(data)
+        held = job.sharding.held(job.student)
         with torch.no_grad():
             for name, whole in spread(tensors):
                 held[name].copy_(job.sharding.part(whole, held[name]))
@@ -134,15 +143,14 @@ class ProbeGuard:
         tensors = collected(self.job.sharding, self.job.sharding.held(self.job.student))
         if self.job.rank != 0:
             return
-        self.job.storage.write(self._name(), save_safetensors(tensors))
+        data = save_safetensors(tensors)
+        name = f"best-{self.step:08d}-{self.right:04d}-{digest(data)}.safetensors"
+        self.job.storage.write(f"{self.job.checkpoints}/{name}", data)
         self._remove(self._names()[:-KEPT])
 
     def _remove(self, names: list[str]) -> None:
         for name in names:
             self.job.storage.remove(name)
-
-    def _name(self) -> str:
-        return f"{self.job.checkpoints}/best-{self.step:08d}-{self.right:04d}.safetensors"
 
     def _names(self) -> list[str]:
         prefix = f"{self.job.checkpoints}/best-"
@@ -150,8 +158,8 @@ class ProbeGuard:
 
 
 def _step(name: str) -> int:
-    return int(name.rsplit("-", 2)[1])
+    return int(name.rsplit("-", 3)[1])
 
 
 def _right(name: str) -> int:
-    return int(name.rsplit("-", 1)[1].removesuffix(".safetensors"))
+    return int(name.rsplit("-", 2)[1])

@@ -110,9 +110,10 @@ def restore(
                 parameters[rest].copy_(sharding.part(value, parameters[rest]))
             elif kind == "adamw":
                 key, _, of = rest.partition("/")
+                like = parameters[of]
                 # AdamW keeps its count of steps on the CPU, whole
-                own = value.clone() if key == "step" else sharding.part(value, parameters[of]).clone()
-                optimiser.state[parameters[of]][key] = own
+                state = value if key == "step" else sharding.part(value, like).to(like.device)
+                optimiser.state[like][key] = state.clone()
             elif rest == "cpu":
                 torch.set_rng_state(value)
             elif torch.cuda.is_available():

@@ -5,6 +5,7 @@ Ranks meet through a file (no socket listens beyond loopback); rank 0 reports, s
 
 import json
 import os
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -13,20 +14,19 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar as disable_progress_bars
-from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoProcessor
 
 from masters import artifacts, processes
 from masters.config import Rewards, Runtime, Train
 from masters.errors import MastersError
-from masters.models import checkpoints, footprint, passes, trainer
+from masters.models import blocks, checkpoints, devices, footprint, passes, precision, trainer
 from masters.models.activations import checkpoint_activations
 from masters.models.families import family_of
 from masters.models.fitting import AGAIN
 from masters.models.masking import safetensors_tensors
 from masters.models.prompts import label_tokens, model_inputs
 from masters.models.ranks import collected
-from masters.models.sharding import Sharding, sharding_of
+from masters.models.sharding import Sharding, own, sharding_of
 from masters.models.training_data import Group, label_groups, plan_steps, response_groups
 from masters.models.trees import Question
 from masters.shards import Ref
@@ -114,9 +114,9 @@ def prepare(job: dict, job_file: Path, rank: int, world: int) -> trainer.Job:
 
     told = {} if planned is None else dict(passes=planned.passes, largest_pass=planned.largest_tokens)
     report(event="start", groups=len(groups), steps=len(steps), empty_responses=empty, planned=told)
-    device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    device = devices.of_rank(rank, world)
     _check_memory(job, train, planned, groups, len(steps), device, world)
-    sharding = sharding_of(job["sharding"], device, train.compute_dtype)
+    sharding = sharding_of(job["sharding"], device)
     student, teacher = _models(job, train, device, sharding)
     report(event="held", **_held(student, sharding, world), sharding=job["sharding"])
     return trainer.Job(
@@ -152,30 +152,30 @@ def _check_memory(
     tokens = planned.largest_tokens if planned else 0
     image_token = AutoConfig.from_pretrained(job["student"], trust_remote_code=False).image_token_id
     images = sum(int((groups[g].prompt == image_token).sum()) for g in planned.largest) if planned else 0
-    # FlexAttention's rows have the budget's length
-    length = tokens if device == "cpu" else max(tokens, job["token_budget"])
+    length = tokens if device == "cpu" else blocks.whole(tokens)
     saves = device == "cpu" and steps > job["checkpoint_steps"]
     teacher = None if train.objective == "sft" else Path(job["teacher"])
     runtime = Runtime(sharding=job["sharding"], activation_checkpointing=job["activation_checkpointing"])
-    needed = footprint.footprint(Path(job["student"]), teacher, train, (length, images), world, saves, runtime)
+    needed = footprint.footprint(Path(job["student"]), teacher, train, (length, images), world, saves, device, runtime)
     footprint.check(needed.on(device), available, ranks, device, length)
 
 
 def _models(job: dict, train: Train, device: str, sharding: Sharding) -> tuple[torch.nn.Module, torch.nn.Module | None]:
     """Student and teacher, the one let go of as a whole before the other is loaded."""
-    student = checkpoints.load_model(Path(job["student"]), train.dtype, device, sharding)
+    hold = partial(sharding.hold, train=train)
+    student = checkpoints.load_model(Path(job["student"]), train.dtype, device, hold)
     if job["activation_checkpointing"]:
         checkpoint_activations(student)
     if train.objective == "sft":
         return student, None
-    return student, checkpoints.load_model(Path(job["teacher"]), train.dtype, device, sharding)
+    return student, checkpoints.load_model(Path(job["teacher"]), precision.teacher_dtype(train), device, sharding.hold)
 
 
 def _held(student: torch.nn.Module, sharding: Sharding, world: int) -> dict[str, float]:
     """How many processes there are, and what share of the student's weights this one holds."""
-    parts = [part.to_local() if isinstance(part, DTensor) else part for part in sharding.held(student).values()]
-    whole = sum(part.numel() for part in sharding.held(student).values())
-    return dict(processes=world, weights_share=round(sum(part.numel() for part in parts) / whole, 4))
+    parameters = sharding.held(student).values()
+    mine, whole = (sum(p.numel() for p in parts) for parts in (map(own, parameters), parameters))
+    return dict(processes=world, weights_share=round(mine / whole, 4))
 
 
 def export(trained: dict[str, torch.Tensor], source: Path, out: Path) -> None:

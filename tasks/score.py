@@ -18,7 +18,7 @@ from masters.rewards import rule_accuracy
 from masters.rewards.verdict import FINAL, Triple, Verdict
 from masters.shards import split
 from masters.storage import Storage
-from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse
+from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse, warn
 
 VERSION = 1
 RULES = "rules-1"  # the rules' name and version in the table; part of identity
@@ -80,7 +80,19 @@ def score(run: Run, current: Round, data: Artifact, responses: Artifact) -> Arti
         rows = statuses.total()
         return files, dict(rows=rows, rejected=rows - statuses["ok"], statuses=dict(statuses)), how
 
-    return build_or_reuse(run, made_of, _upstream(run, current, data, responses, chain[: chain.index(made_of)]), build)
+    upstream = _upstream(run, current, data, responses, chain[: chain.index(made_of)])
+    return _told(run, build_or_reuse(run, made_of, upstream, build, lambda: _forget(run.storage, judge)))
+
+
+def _told(run: Run, scored: Artifact) -> Artifact:
+    """How many responses have no verdict, by status: in the stage's entry, and as a warning, built or reused."""
+    lost = {status: count for status, count in sorted(scored.facts["statuses"].items()) if status != "ok"}
+    if lost:
+        entry, listed = run.stages[-1], ", ".join(f"{status} {count:,}" for status, count in lost.items())
+        entry["no_verdict"] = lost
+        of = f"{sum(lost.values()):,} of {scored.facts['rows']:,} responses"
+        warn(f"{entry['name']}: {of} have no verdict and get no reward ({listed})")
+    return scored
 
 
 def _upstream(run: Run, current: Round, data: Artifact, responses: Artifact, before: list[Identity]) -> Upstream:
@@ -94,14 +106,17 @@ def _upstream(run: Run, current: Round, data: Artifact, responses: Artifact, bef
 
 
 def _judged(run: Run, made_of: Identity, judge: Judge | None, triples: set[Triple]) -> tuple[Verdicts, dict]:
-    """A verdict on each triple, and how it ran. Rebuilding asks an LLM everything again."""
+    """A verdict on each triple, and how it ran."""
     if judge is None:
         return {t: rule_accuracy(t.question, t.reference, t.text) for t in triples}, dict(triples=len(triples))
-    if run.rebuilds(made_of):
-        for name in run.storage.names(judge.folder):
-            run.storage.remove(name)
     with run.progress(made_of, "texts judged") as progress:
         return judging.fulfil(run.storage, judge, list(triples), run.config.runtime, run.work(made_of), progress.update)
+
+
+def _forget(storage: Storage, judge: Judge | None) -> None:
+    """Remove what an LLM said: rebuilding asks it everything again."""
+    for name in storage.names(judge.folder) if judge else ():
+        storage.remove(name)
 
 
 def _answers(data: Artifact) -> Answers:
@@ -121,7 +136,7 @@ def _verdict_files(
     files, statuses = {}, Counter()
     for name in responses.files("responses"):
         rows = []
-        for row in schemas.decode(storage.read(name), [*KEY, "text"]).to_pylist():
+        for row in schemas.read(storage, name, [*KEY, "text"]).to_pylist():
             verdict = verdicts[Triple(*answers[row["question_id"]], row.pop("text"))]
             said = dict(score=verdict.score, status=verdict.status, explanation=verdict.explanation)
             rows.append(row | said | dict(judge=made_of.config["judge"]))

@@ -3,14 +3,16 @@
 A way is one file with a class that does what `base.Sharding` says.
 """
 
-from masters.models.sharding.base import Sharding
+from masters.models.sharding.base import Sharding, own
 from masters.models.sharding.replicate import Replicate
 
+__all__ = ["Replicate", "Sharding", "own", "sharding_of"]
 
-def sharding_of(way: str, device: str, compute_dtype: str | None) -> Sharding:
-    """The way of that name, on this rank's device. `compute_dtype`: of passes, where it is not the weights'."""
+
+def sharding_of(way: str, device: str) -> Sharding:
+    """The way of that name, on this rank's device."""
     if way == "replicate":
         return Replicate(device)
     from masters.models.sharding.fsdp2 import Fsdp2
 
-    return Fsdp2(device, compute_dtype)
+    return Fsdp2(device)

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import torch
+from torch.distributed.tensor import DTensor
 
+from masters.config import Train
 from masters.models.masking import BLOCK
 
 T = TypeVar("T")
@@ -18,8 +20,11 @@ class Sharding(Protocol):
 
     lockstep: bool
 
-    def hold(self, model: torch.nn.Module) -> torch.nn.Module:
-        """A model that every rank has whole, on the CPU, from now on held this way on the ranks' devices."""
+    def hold(self, model: torch.nn.Module, train: Train | None = None) -> torch.nn.Module:
+        """A model that every rank has whole, on the CPU, from now on held this way on the ranks' devices.
+
+        With `train` its products are in `train.compute_dtype`, else in the type of its weights.
+        """
         ...
 
     def held(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -43,11 +48,16 @@ class Sharding(Protocol):
         ...
 
     def part(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """What this rank holds of a whole tensor that is held as `like` is, on its device; it may share the whole's
-        memory. No rank waits for another."""
+        """What this rank holds of a whole tensor that is held as `like` is; it may share the whole's memory, and be
+        where that is. No rank waits for another."""
         ...
 
 
 def transformer_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The blocks of the text model and of the vision tower."""
     return [module for name, module in model.named_modules() if BLOCK.fullmatch(f"{name}.")]
+
+
+def own(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank has of a tensor, as a plain one of the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

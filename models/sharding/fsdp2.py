@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from masters.config import Train
 from masters.errors import MastersError
 from masters.models.sharding.base import transformer_blocks
 
@@ -25,23 +26,26 @@ FORWARD = "within_forward"  # the method of a root in which its weights are whol
 class Fsdp2:
     """Shares of weights on a process group that is there already (see `base.Sharding`).
 
-    `compute_dtype`: weights are gathered and multiplied in it; gradients are summed, and weights kept, in their own.
+    With products in bfloat16, weights are gathered in it: autocast, which replicas take, would keep a copy of all of
+    them until the backward pass. Shares of weights and sums of gradients stay in float32.
     """
 
     lockstep = True
 
-    def __init__(self, device: str, compute_dtype: str | None = None) -> None:
+    def __init__(self, device: str) -> None:
         kind = torch.device(device).type
         if kind == "cuda":
             torch.cuda.set_device(device)
         self._mesh = init_device_mesh(kind, (dist.get_world_size(),))
-        self._dtype = getattr(torch, compute_dtype) if compute_dtype else None
-        _prove(self._shard(torch.nn.Linear(1, 2 * dist.get_world_size(), bias=False)), device)
+        _prove(self._shard(torch.nn.Linear(1, 2 * dist.get_world_size(), bias=False), MixedPrecisionPolicy()), device)
 
-    def hold(self, model: torch.nn.Module) -> torch.nn.Module:
+    def hold(self, model: torch.nn.Module, train: Train | None = None) -> torch.nn.Module:
+        policy = MixedPrecisionPolicy()
+        if train and train.compute_dtype != "float32":
+            policy = MixedPrecisionPolicy(getattr(torch, train.compute_dtype), reduce_dtype=torch.float32)
         for block in transformer_blocks(model):
-            self._shard(block)
-        return self._shard(model)  # and what is in no block: embeddings, the head, norms, as one
+            self._shard(block, policy)
+        return self._shard(model, policy)  # and what is in no block: embeddings, the head, norms, as one
 
     def held(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         # a root keeps its own weights gathered after a forward pass without gradients, and would go on with them
@@ -62,12 +66,11 @@ class Fsdp2:
         # every rank has the whole, so that nothing is sent
         return distribute_tensor(whole, shared.device_mesh, shared.placements, src_data_rank=None)
 
-    def _shard(self, module: torch.nn.Module) -> torch.nn.Module:
-        policy = MixedPrecisionPolicy(param_dtype=self._dtype, reduce_dtype=torch.float32 if self._dtype else None)
+    def _shard(self, module: torch.nn.Module, policy: MixedPrecisionPolicy) -> torch.nn.Module:
         fully_shard(module, mesh=self._mesh, mp_policy=policy)
         shared = cast(FSDPModule, module)
-        # losses are divided by the questions of all ranks already, so gradients are to be summed. By a plain sum: what a
-        # backend makes of "mean" differs
+        # losses are divided by the questions of all ranks already, so gradients are to be summed: by a plain sum, as
+        # what a backend makes of "mean" differs
         shared.set_force_sum_reduction_for_comms(True)
         shared.set_gradient_divide_factor(1.0)
         setattr(module, FORWARD, MethodType(lambda itself, work: work(itself), module))

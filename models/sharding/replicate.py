@@ -6,6 +6,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from masters.config import Train
+from masters.models import precision
+
 T = TypeVar("T")
 
 
@@ -17,8 +20,9 @@ class Replicate:
     def __init__(self, device: str = "cpu") -> None:
         self._device = device
 
-    def hold(self, model: torch.nn.Module) -> torch.nn.Module:
-        return model.to(self._device)
+    def hold(self, model: torch.nn.Module, train: Train | None = None) -> torch.nn.Module:
+        model.to(self._device)
+        return precision.computing(model, train) if train else model
 
     def held(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         return dict(model.named_parameters())
@@ -37,4 +41,4 @@ class Replicate:
         return part
 
     def part(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        return whole.to(like.device)
+        return whole

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 import pyarrow as pa
 
 from masters import __version__, schemas
-from masters.errors import ArtifactError
+from masters.errors import ArtifactError, StoreError
 from masters.identity import digest, fingerprint
 from masters.provenance import commit as code_commit
 from masters.storage import Storage
@@ -64,6 +64,11 @@ class Artifact:
         return self.storage.uri(self.folder)
 
     @property
+    def created(self) -> datetime:
+        """When its record was written, by the clock of who wrote it."""
+        return datetime.fromisoformat(self.record["provenance"]["created"])
+
+    @property
     def facts(self) -> dict:
         """What the stage found out: counts, scores and the like."""
         return self.record["facts"]
@@ -79,7 +84,12 @@ class Artifact:
     def upstream(self, role: str) -> "Artifact | None":
         """The artifact that its stage read in this role, None if there is none."""
         note = self.record.get("upstream", {}).get(role)
-        return load(self.storage, note["folder"]) if note and "folder" in note else None
+        if not note or "folder" not in note:
+            return None
+        read = load(self.storage, note["folder"])
+        if read.record["digest"] != note["digest"]:
+            raise ArtifactError(f"{read.uri} was built again: it is not the {role} that {self.uri} was made from")
+        return read
 
     def files(self, table: str) -> list[str]:
         """Names in the store of a table's Parquet files, in order."""
@@ -88,7 +98,7 @@ class Artifact:
     def batches(self, table: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """A table file by file; memory holds one file."""
         for name in self.files(table):
-            yield schemas.decode(self.storage.read(name), columns)
+            yield schemas.read(self.storage, name, columns)
 
     def rows(self, table: str, columns: list[str] | None = None) -> Iterator[dict]:
         for batch in self.batches(table, columns):
@@ -112,6 +122,15 @@ def listing_digest(files: dict[str, str]) -> str:
     return digest(json.dumps(sorted(files.items())).encode())
 
 
+def record_digest(record: dict) -> str:
+    """SHA-256 over what a record says of its artifact: all but when and by which code it was built.
+
+    What it says of each input holds this digest of that input's record: so one digest covers the whole chain.
+    """
+    held = {name: value for name, value in record.items() if name != "provenance"}
+    return digest(json.dumps(held, sort_keys=True).encode())
+
+
 def load(storage: Storage, folder: str) -> Artifact:
     """The finished artifact in a folder that is known to hold one."""
     return Artifact(storage, folder, json.loads(storage.read(f"{folder}/{RECORD}")))
@@ -125,18 +144,23 @@ def find(storage: Storage, identity: Identity) -> Artifact | None:
     try:
         record = json.loads(storage.read(name))
     except ValueError as error:
-        raise ArtifactError(f"{storage.uri(name)} cannot be read ({error}); {_again(identity)}") from error
-    there = set(storage.names(identity.folder))
-    lost = [f["name"] for f in record["files"] if f"{identity.folder}/{f['name']}" not in there]
+        raise ArtifactError(
+            f"{storage.uri(name)} cannot be read ({error}); build it again with --rebuild {identity.kind}"
+        ) from error
+    there = _sizes(storage, identity)
+    lost = [f["name"] for f in record["files"] if there.get(f["name"], -1) != f["size"]]
     if lost:
         raise ArtifactError(
-            f"{storage.uri(identity.folder)} lacks {len(lost)} of its files (first: {lost[0]}); {_again(identity)}"
+            f"{storage.uri(identity.folder)} lacks {len(lost)} of its files, or has them in another size (first: "
+            f"{lost[0]}); build it again with --rebuild {identity.kind}"
         )
     return Artifact(storage, identity.folder, record)
 
 
-def _again(identity: Identity) -> str:
-    return f"build it again with --rebuild {identity.kind}"
+def _sizes(storage: Storage, identity: Identity) -> dict[str, int]:
+    """Bytes of what lies in an artifact's folder, by name below it, from one listing."""
+    found = storage.details(identity.folder).items()
+    return {name[len(identity.folder) + 1 :]: size for name, (size, _) in found}
 
 
 def commit(
@@ -145,11 +169,15 @@ def commit(
     """Write the record, last. `files` maps names below the artifact's folder to their SHA-256.
 
     `upstream` is where its inputs lie and what they held, so that the chain can be walked from the store alone. It
-    is no part of the identity. If another builder was first, its record is the artifact.
+    is no part of the identity. If another builder was first, its record is the artifact. Raises StoreError if a file
+    is not there.
     """
+    there = _sizes(storage, identity)
+    if gone := sorted(files.keys() - there.keys()):
+        raise StoreError(f"{storage.uri(identity.folder)}: {gone[0]} was written and is gone ({len(gone)} files)")
     record = dict(
         stage=identity.stage, fingerprint=identity.fingerprint, version=identity.version, config=identity.config,
-        inputs=identity.inputs, files=[dict(name=n, digest=d) for n, d in sorted(files.items())],
+        inputs=identity.inputs, files=[dict(name=n, digest=d, size=there[n]) for n, d in sorted(files.items())],
         digest=listing_digest(files), facts=facts,
         upstream={role: _note(made) for role, made in (upstream or {}).items()},
         provenance=dict(
@@ -179,5 +207,5 @@ def _note(made: Artifact | External) -> dict:
         return dict(kind=made.kind, uri=made.uri, digest=made.digest)
     return dict(
         kind="artifact", stage=made.record.get("stage"), folder=made.folder, fingerprint=made.fingerprint,
-        digest=made.record["digest"],
+        digest=made.record["digest"], record=record_digest(made.record),
     )  # fmt: skip

@@ -5,7 +5,12 @@ import io
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from masters.errors import ArtifactError
+from masters.storage import Storage
+
 text = pa.string()
+
+PROMPT_TOO_LONG = "prompt_too_long"  # finish_reason: with its longest answer it exceeds what an engine admits
 
 QUESTIONS = pa.schema([
     ("question_id", text), ("question_digest", text), ("image", pa.binary()), ("question", text),
@@ -50,7 +55,9 @@ REWARDS = pa.schema([
     *RESPONSE_KEY, *REWARD, ("reward", pa.float64()), ("advantage", pa.float64()),
 ])  # fmt: skip
 
-PREDICTIONS = pa.schema([("question_id", text), ("model", text), ("text", text), ("correct", pa.bool_())])
+PREDICTIONS = pa.schema([
+    ("question_id", text), ("model", text), ("text", text), ("correct", pa.bool_()), ("finish_reason", text),
+])  # fmt: skip
 
 PLAN = pa.schema([
     ("asker", text), ("kind", text), ("shard", text), ("question_id", text), ("question_digest", text),
@@ -73,3 +80,21 @@ def decode(data: bytes, columns: list[str] | None = None) -> pa.Table:
     """A Parquet file as a table."""
     # on Arrow's own threads a buffer of Python's can be freed after the interpreter is gone, which aborts the process
     return pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(columns=columns, use_threads=False)
+
+
+def read(storage: Storage, name: str, columns: list[str] | None = None) -> pa.Table:
+    """A Parquet file of the store as a table. Raises ArtifactError if it is none, or lacks a column."""
+    data = storage.read(name)
+    try:
+        return decode(data, columns)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ArtifactError(f"{storage.uri(name)} ({len(data)} bytes) cannot be read as Parquet: {said}") from error
+
+
+def rows_in(data: bytes) -> int | None:
+    """How many rows a Parquet file holds, by its footer; None where it is damaged."""
+    try:
+        return pq.read_metadata(pa.BufferReader(data)).num_rows
+    except (pa.ArrowException, OSError):
+        return None

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from demo import families
 from masters.config import Train
 from masters.errors import MastersError
-from masters.models import checkpoints, resume, trainer
+from masters.models import checkpoints, trainer
 from masters.models.activations import checkpoint_activations
 from masters.models.history import Ledger
 from masters.models.masking import is_masked, magnitude_thresholds
@@ -62,15 +62,16 @@ class Trained:
             torch.manual_seed(0)
             return families.build(family, tied)[1]
 
-    def job(self, case: str, store: str = "", compute_dtype: str | None = None, **train: Any) -> trainer.Job:
+    def job(self, case: str, store: str = "", **train: Any) -> trainer.Job:
         """Six steps, the teacher masked anew at each stage; a store of its own."""
         family, _, values = CASES[case]
-        base, sharding = make_job(family), self.sharded(compute_dtype)
+        base, sharding = make_job(family), self.sharded()
+        config = Train.model_validate(dict(learning_rate=1e-4) | values | train)
         teacher = sharding.hold(copy.deepcopy(base.teacher)) if values.get("objective") != "sft" else None
         told: list[dict] = []
         made = replace(
-            base, student=sharding.hold(self.student(case)), teacher=teacher, steps=STEPS, ratios=RATIOS,
-            train=Train.model_validate(dict(learning_rate=1e-4) | values | train), token_budget=BUDGET,
+            base, student=sharding.hold(self.student(case), config), teacher=teacher, steps=STEPS, ratios=RATIOS,
+            train=config, token_budget=BUDGET,
             storage=Storage(str(self.folder / store)), checkpoints=case, checkpoint_steps=CUT, probe=[],
             report=lambda **fields: told.append(fields), rank=self.rank, world=self.world, sharding=sharding,
             remask=lambda stage: remask(self.folder, teacher, stage, sharding) if family == FAMILY else None,
@@ -199,7 +200,7 @@ def unproven(world: Trained) -> list[dict]:
 
 def refused(world: Trained, factor: float) -> str:
     with gradients_times(factor):
-        return said(lambda: world.sharded(None))
+        return said(lambda: world.sharded())
 
 
 def found_by(world: Trained) -> dict:
