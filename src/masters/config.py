@@ -53,8 +53,9 @@ class Section(BaseModel):
     @classmethod
     def _integral(cls, value: object, info: ValidationInfo) -> object:
         """To a form, whose numbers are JSON's, 1.0 is a whole number: so it is in a file."""
-        whole = isinstance(value, float) and value.is_integer()
-        return int(value) if whole and _takes_whole(cls.model_fields[info.field_name or ""].annotation) else value
+        if isinstance(value, float) and value.is_integer():
+            return int(value) if _takes_whole(cls.model_fields[info.field_name or ""].annotation) else value
+        return value
 
 
 class Store(Section):
