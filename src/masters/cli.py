@@ -69,6 +69,27 @@ def nightly(config: ConfigPath, overrides: Overrides = None, as_json: Json = Fal
 
 
 @app.command()
+def evaluate(
+    config: ConfigPath,
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders, hub ids, models:/NAME@ALIAS")],
+    benchmarks: Annotated[
+        list[str] | None,
+        typer.Option("--benchmark", help="Also this one: paper (all 13), e.g. MMStar, or a task of lmms-eval's"),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Only so many documents of each benchmark")] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Models on the evaluation split, and on the field's benchmarks."""
+    settings = load(config, overrides)
+    if benchmarks:
+        from masters.lmms_tasks import understood
+
+        understood(benchmarks)  # at once; the flow, which may be started elsewhere, does it again
+    _run("evaluate", settings, as_json, models=models, benchmarks=benchmarks, benchmark_limit=limit)
+
+
+@app.command()
 def bench(name: Annotated[Benchmark, typer.Argument(help="What to measure")], as_json: Json = False) -> None:
     """Our fast paths against what one would write otherwise, on this machine."""
     try:
@@ -232,6 +253,15 @@ def _table(summary: dict) -> None:
         ]
         for name, s in rows:
             scores.add_row(name, f"{s['accuracy']:.2%}", f"{s['standard_error']:.2%}", str(s["n"]))
+        console.print(scores)
+    for model, score in summary.get("scores", {}).items():
+        console.print(f"{model}: {score['accuracy']:.2%} ({score['standard_error']:.2%}) of {score['n']}", soft_wrap=True)
+    for model, rows in summary.get("benchmarks", {}).items():
+        scores = Table("task", "version", "metric", "filter", "value", "standard error", "documents", title=model)
+        for row in rows:
+            error = "" if row["standard_error"] is None else f"{row['standard_error']:.2g}"
+            told = (row["task"], row["version"], row["metric"], row["filter"], f"{row['value']:.4g}", error, row["n"])
+            scores.add_row(*map(str, told))
         console.print(scores)
     stages = Table("stage", "outcome", "rows", "rejected", "seconds")
     for s in summary["stages"]:

@@ -29,6 +29,7 @@ from masters.storage import Storage
 
 PARAMETER_LENGTH = 500
 METRICS_AT_ONCE = 200
+METRIC_LENGTH = 230  # characters: MLflow keeps 250, of which an ending may need some
 CARD = "model_card.md"
 STUDENT = "student-after"
 LIVE = "attributes.status = 'RUNNING'"
@@ -252,6 +253,24 @@ class Tracker:
                 bound = dict(model_id=model_id, **asked) if model == STUDENT else asked
                 metric = Metric(f"accuracy_{model}", score["accuracy"], now, 0, run_id=run_id, **bound)
                 self._client.log_batch(run_id, metrics=[metric])
+
+    def benchmarks(self, artifact: Artifact, model: str) -> None:
+        """A model's scores of an artifact `benchmarks`: `MODEL/TASK/METRIC`, versions of the tasks as tags.
+
+        On this run and on the stage's, whether it was built or reused. MLflow's names take letters, digits and ` .:/-_`.
+        """
+        now, metrics, tags = time.time_ns() // 1_000_000, [], {"benchmark.lmms-eval": artifact.facts["lmms_eval"]}
+        for row in artifact.facts["scores"]:
+            kind = "" if row["filter"] == "none" else f"/{row['filter']}"
+            name = re.sub(r"[^\w. :/-]", "-", f"{model}/{row['task']}/{row['metric']}{kind}")[-METRIC_LENGTH:]
+            metrics.append(Metric(name, row["value"], now, 0))
+            if row["standard_error"] is not None:
+                metrics.append(Metric(f"{name}/standard_error", row["standard_error"], now, 0))
+            tags["benchmark." + re.sub(r"[^\w. :/-]", "-", row["task"]) + ".version"] = row["version"]
+        for run_id in (self.run_id, self._runs[artifact.folder]):
+            for at in range(0, len(metrics), METRICS_AT_ONCE):
+                self._client.log_batch(run_id, metrics=metrics[at : at + METRICS_AT_ONCE])
+            self._tag(run_id, tags)
 
     def files(self, folder: Path) -> None:
         """Show the files of a local folder among the artifacts of the distillation's run, under its name."""
