@@ -1,7 +1,8 @@
 """easy-VQA's test split as a task of lmms-eval: `python -m demo.benchmark FOLDER [--limit N]`.
 
-With MASTERS_BENCHMARK_TASKS=FOLDER, `masters evaluate ... --benchmark easyvqa_test` runs it. Like `demo.evaluate` it shares
-nothing with `masters`: questions come from the package, the metric is lmms-eval's own exact match.
+With MASTERS_BENCHMARK_TASKS=FOLDER, `masters evaluate ... --benchmark easyvqa_test` runs it. Like `demo.evaluate` it
+shares nothing with `masters`: questions come from the package, the metric is lmms-eval's own exact match. Its Parquet
+file is also a `data.source` of ours, so that both can be asked the same questions.
 """
 
 import argparse
@@ -36,7 +37,7 @@ metric_list:
 metadata:
   - version: 1.0
 """
-UTILS = '''\
+UTILS = """\
 import io
 
 from PIL import Image
@@ -44,20 +45,24 @@ from PIL import Image
 
 def image(doc):
     return [Image.open(io.BytesIO(doc["image"])).convert("RGB")]
-'''
+"""
 
 
 def write(folder: Path, limit: int | None = None) -> None:
-    """The task's YAML, its code and its data, a Parquet file of `id`, `image`, `question`, `answer`."""
+    """The task's YAML, its code and its data, a Parquet file of `id`, `image`, `question`, `answer`, `split`.
+
+    `limit`: of questions, spread evenly over the split.
+    """
     questions, answers, images = easy_vqa.get_test_questions()
     paths = easy_vqa.get_test_image_paths()
     rows = [
-        dict(id=f"test-{n}", image=Path(paths[image]).read_bytes(), question=question, answer=answer)
+        dict(id=f"test-{n}", image=Path(paths[image]).read_bytes(), question=question, answer=answer, split="test")
         for n, (question, answer, image) in enumerate(zip(questions, answers, images, strict=True))
     ]
+    chosen = rows[:: len(rows) // limit][:limit] if limit else rows
     folder.mkdir(parents=True, exist_ok=True)
     data = folder.resolve() / "test.parquet"
-    pq.write_table(pa.Table.from_pylist(rows[:limit]), data)
+    pq.write_table(pa.Table.from_pylist(chosen), data)
     (folder / "utils.py").write_text(UTILS)
     (folder / f"{TASK}.yaml").write_text(YAML.format(task=TASK, data=data))
 
@@ -65,7 +70,7 @@ def write(folder: Path, limit: int | None = None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--limit", type=int, help="only the first questions")
+    parser.add_argument("--limit", type=int, help="only so many questions, spread evenly")
     arguments = parser.parse_args()
     write(arguments.folder, arguments.limit)
     print(f"task {TASK} is in {arguments.folder}")

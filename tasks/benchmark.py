@@ -34,7 +34,9 @@ def identity(context: Context, model: LocalModel, asked: Asked, limit: int | Non
 
 
 @task(name="benchmarks", task_run_name="{name}", **STAGE)
-def benchmark(run: Run, model: LocalModel, asked: Asked, limit: int | None = None, name: str = "benchmarks") -> Artifact:
+def benchmark(
+    run: Run, model: LocalModel, asked: Asked, limit: int | None = None, name: str = "benchmarks"
+) -> Artifact:
     """Tables `scores` and `samples`, files `results/N.json`; facts `scores`: the rows of that table.
 
     `limit`: of documents a task, None for all; `name`: of the stage, another one for every model. Raises WorkerError

@@ -9,8 +9,8 @@ MASTERS_ALLOWED_MODELS      folders, hub ids                                stud
 MASTERS_ALLOWED_JUDGES      host, host:port, or the beginning of a URL      rewards.judge where it is a URL
 MASTERS_ALLOWED_MLFLOW      URLs, folders of SQLite files                   runtime.mlflow_uri
 MASTERS_TRUST_REMOTE_CODE   folders, hub ids                                judges that may run code of their own
-MASTERS_BENCHMARK_TASKS     folders                                         lmms-eval tasks of one's own; they may run code
-MASTERS_JUDGED_BENCHMARKS   names of lmms-eval tasks                        whose scoring may send answers to a judge's API
+MASTERS_BENCHMARK_TASKS     folders                                         lmms-eval tasks of one's own, code and all
+MASTERS_JUDGED_BENCHMARKS   names of lmms-eval tasks                        tasks that may ask a judge's API for scores
 
 Folders are absolute; links are followed first, and what lies below a folder is allowed with it.
 """

@@ -255,7 +255,8 @@ def _table(summary: dict) -> None:
             scores.add_row(name, f"{s['accuracy']:.2%}", f"{s['standard_error']:.2%}", str(s["n"]))
         console.print(scores)
     for model, score in summary.get("scores", {}).items():
-        console.print(f"{model}: {score['accuracy']:.2%} ({score['standard_error']:.2%}) of {score['n']}", soft_wrap=True)
+        told = f"{score['accuracy']:.2%} ({score['standard_error']:.2%}) of {score['n']}"
+        console.print(f"{model}: exact match {told}", soft_wrap=True)
     for model, rows in summary.get("benchmarks", {}).items():
         scores = Table("task", "version", "metric", "filter", "value", "standard error", "documents", title=model)
         for row in rows:

@@ -54,10 +54,15 @@ def sample_rows(benchmark: str, results: dict) -> Iterator[dict]:
         for sample in samples:
             scores = {name: value for name, value in sample.items() if name not in SAMPLE_FIELDS}
             yield dict(
-                benchmark=benchmark, task=task, doc_id=sample["doc_id"], doc_hash=sample["doc_hash"],
+                benchmark=benchmark, task=task, doc_id=sample["doc_id"], prompt=_prompt(sample),
                 target=_text(sample["target"]), response=_text(sample["resps"]),
                 filtered=_text(sample["filtered_resps"]), scores=json.dumps(scores, ensure_ascii=False),
             )  # fmt: skip
+
+
+def _prompt(sample: dict) -> str:
+    """The text that came with the images: of what a request holds, lmms-eval's first text."""
+    return next((part for part in sample["arguments"] if isinstance(part, str)), "")
 
 
 def _version(results: dict, task: str) -> str:

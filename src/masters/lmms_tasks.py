@@ -72,8 +72,8 @@ def understood(names: list[str]) -> Asked:
         near = difflib.get_close_matches(unknown[0], [*PAPER, *index], 3)
         raise InputError(
             f"benchmarks: lmms-eval {found.version} has no task {unknown[0]!r:.200}"
-            f"{'; near it: ' + ', '.join(near) if near else ''}; expected {SET!r}, one of {', '.join(PAPER)}, or a name "
-            f"of lmms-eval's or of a task in the folders of {Setting.BENCHMARK_TASKS}"
+            f"{' (near it: ' + ', '.join(near) + ')' if near else ''}; expected {SET!r}, one of {', '.join(PAPER)}, a "
+            f"name of lmms-eval's, or of a task in the folders of {Setting.BENCHMARK_TASKS}"
         )
     folders = {task: _folders(index, task) for task in tasks}
     judged = [task for task in tasks if _asks(folders[task], theirs) and task not in Setting.JUDGED_BENCHMARKS.entries]

@@ -58,9 +58,10 @@ BENCHMARK_SCORES = pa.schema([
     ("standard_error", pa.float64()), ("n", pa.int64()),
 ])  # fmt: skip
 
-# `response`: as the model gave it; `filtered`: what was scored; `scores`: JSON, metric to what the task noted of the row
+# `doc_id`: its place in the task's data; `response`: as the model gave it; `filtered`: what was scored; `scores`: JSON,
+# by metric what the task noted of the row
 BENCHMARK_SAMPLES = pa.schema([
-    ("benchmark", text), ("task", text), ("doc_id", pa.int64()), ("doc_hash", text), ("target", text),
+    ("benchmark", text), ("task", text), ("doc_id", pa.int64()), ("prompt", text), ("target", text),
     ("response", text), ("filtered", text), ("scores", text),
 ])  # fmt: skip
 

@@ -257,7 +257,7 @@ class Tracker:
     def benchmarks(self, artifact: Artifact, model: str) -> None:
         """A model's scores of an artifact `benchmarks`: `MODEL/TASK/METRIC`, versions of the tasks as tags.
 
-        On this run and on the stage's, whether it was built or reused. MLflow's names take letters, digits and ` .:/-_`.
+        On this run and on the stage's, whether it was built or reused. What MLflow takes in no name becomes a dash.
         """
         now, metrics, tags = time.time_ns() // 1_000_000, [], {"benchmark.lmms-eval": artifact.facts["lmms_eval"]}
         for row in artifact.facts["scores"]:
