@@ -24,7 +24,7 @@ def evaluate(place: Path, *options: str) -> subprocess.CompletedProcess:
         "HOME": str(place / "home"), "VLLM_CACHE_ROOT": str(ROOT / ".venv/vllm"),
         "MASTERS_BENCHMARK_TASKS": str(place / "tasks"), "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
-    settings = [f"data.source={place / 'tasks' / 'test.parquet'}", f"store.root={place / 'store'}"]
+    settings = [f"data.source={place / 'tasks' / 'data'}", f"store.root={place / 'store'}"]
     chosen = [part for setting in settings for part in ("--set", setting)]
     command = [sys.executable, "-m", "masters.cli", "evaluate", "configs/demo.toml", STUDENT, *chosen, *options]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
@@ -51,7 +51,7 @@ def test_lmms_eval_and_our_evaluation_agree_to_the_row(tmp_path: Path) -> None:
     assert [stage["outcome"] for stage in first["stages"]] == ["built"] * 3
 
     ours = {row["question_id"]: (row["text"], row["correct"]) for row in table(stages["evaluate"], "predictions")}
-    asked_of_both = parquet.read_table(tmp_path / "tasks/test.parquet").to_pylist()
+    asked_of_both = parquet.read_table(tmp_path / "tasks/data/test.parquet").to_pylist()
     samples = table(stages["benchmarks"], "samples")
     theirs = {
         asked_of_both[row["doc_id"]]["id"]: (row["response"], json.loads(row["scores"])["exact_match"] == 1)
