@@ -4,6 +4,7 @@
 """
 
 import os
+import posixpath
 import re
 import time
 import uuid
@@ -29,7 +30,7 @@ from masters.storage import Storage
 
 PARAMETER_LENGTH = 500
 METRICS_AT_ONCE = 200
-METRIC_LENGTH = 230  # characters: MLflow keeps 250, of which an ending may need some
+NAME_LENGTH = 200  # characters of what a metric or a tag is about: MLflow takes 250 of its whole name
 CARD = "model_card.md"
 STUDENT = "student-after"
 LIVE = "attributes.status = 'RUNNING'"
@@ -257,16 +258,16 @@ class Tracker:
     def benchmarks(self, artifact: Artifact, model: str) -> None:
         """A model's scores of an artifact `benchmarks`: `MODEL/TASK/METRIC`, versions of the tasks as tags.
 
-        On this run and on the stage's, whether it was built or reused. What MLflow takes in no name becomes a dash.
+        On this run and on the stage's, whether it was built or reused.
         """
         now, metrics, tags = time.time_ns() // 1_000_000, [], {"benchmark.lmms-eval": artifact.facts["lmms_eval"]}
         for row in artifact.facts["scores"]:
             kind = "" if row["filter"] == "none" else f"/{row['filter']}"
-            name = re.sub(r"[^\w. :/-]", "-", f"{model}/{row['task']}/{row['metric']}{kind}")[-METRIC_LENGTH:]
+            name = _name(f"{model}/{row['task']}/{row['metric']}{kind}")
             metrics.append(Metric(name, row["value"], now, 0))
             if row["standard_error"] is not None:
                 metrics.append(Metric(f"{name}/standard_error", row["standard_error"], now, 0))
-            tags["benchmark." + re.sub(r"[^\w. :/-]", "-", row["task"]) + ".version"] = row["version"]
+            tags[f"benchmark.{_name(row['task'])}.version"] = row["version"]
         for run_id in (self.run_id, self._runs[artifact.folder]):
             for at in range(0, len(metrics), METRICS_AT_ONCE):
                 self._client.log_batch(run_id, metrics=metrics[at : at + METRICS_AT_ONCE])
@@ -327,6 +328,11 @@ def close(client: MlflowClient, run: Run) -> None:
     query = f"{LIVE} and tags.`mlflow.parentRunId` = '{run.info.run_id}'"
     for each in [*client.search_runs([run.info.experiment_id], query, max_results=1000), run]:
         client.set_terminated(each.info.run_id, "KILLED")
+
+
+def _name(text: str) -> str:
+    """A name that MLflow takes, its end if it is long: a relative path without detours, a dash for what it refuses."""
+    return posixpath.normpath(re.sub(r"[^\w. :/-]", "-", text)[-NAME_LENGTH:]).lstrip("./")
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
