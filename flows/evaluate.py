@@ -11,17 +11,16 @@ from masters.allowed import Setting
 from masters.artifacts import Artifact
 from masters.config import Config, Model
 from masters.errors import InputError
-from masters.flows.attempts import end_stale_tasks
+from masters.flows.attempts import attempt, patient
 from masters.machine import cache
 from masters.preflight import LocalModel, local_model, preflight
 from masters.registry import shown
-from masters.secrets import mask_logs
 from masters.storage import Storage
 from masters.tasks.benchmark import benchmark
 from masters.tasks.data import data
 from masters.tasks.evaluate import evaluate as answer
 from masters.tasks.report import benchmarks_reported
-from masters.tasks.stage import Context, Run
+from masters.tasks.stage import Context, Run, warn
 from masters.trace import find
 from masters.tracking import Tracker, tracking_uri
 
@@ -38,22 +37,22 @@ def evaluate(
         benchmarks: Also these: "paper" (all 13 of the paper), one of them, such as MMStar, or a task of lmms-eval's.
         benchmark_limit: Only so many documents of each task, to try it; default: all.
     """
-    mask_logs()
-    end_stale_tasks()
-    wanted = understood(benchmarks, benchmark_limit)
-    context = Context(config, preflight(config))
-    asked = found(models, tracking_uri(config, context.storage), context.storage)
-    tracker = Tracker(config, context.storage, str(flow_run.id or ""), "evaluate")
-    status = "FAILED"
-    try:
-        run = Run(context, tracker)
-        scores = answer(run, data(run), asked).facts["scores"]
-        if flow_run.id:
-            create_table_artifact([dict(model=name, **score) for name, score in scores.items()], "evaluation")
-        found_out = benchmarked(run, asked, wanted, benchmark_limit) if wanted else {}
-        status = "FINISHED"
-    finally:
-        tracker.finish(status)
+    with attempt():
+        wanted = understood(benchmarks, benchmark_limit)
+        context = Context(config, patient(lambda: preflight(config)))
+        asked = found(models, tracking_uri(config, context.storage), context.storage)
+        tracker = patient(lambda: Tracker(config, context.storage, str(flow_run.id or ""), "evaluate"))
+        status = "FAILED"
+        try:
+            run = Run(context, tracker)
+            scores = answer(run, data(run), asked).facts["scores"]
+            if flow_run.id:
+                create_table_artifact([dict(model=name, **score) for name, score in scores.items()], "evaluation")
+            found_out = benchmarked(run, asked, wanted, benchmark_limit) if wanted else {}
+            status = "FINISHED"
+        finally:
+            if untold := tracker.finish(status):
+                warn(untold)
     mlflow = dict(run_id=tracker.run_id, tracking_uri=shown(tracker.uri))
     return dict(scores=scores, benchmarks=found_out, stages=run.stages, mlflow=mlflow)
 
