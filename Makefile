@@ -56,7 +56,7 @@ setup: .venv/ready
 setup-benchmarks: .venv/benchmarks/ready
 
 .venv/benchmarks/ready: requirements/benchmarks.txt .venv/ready
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target .venv/benchmarks -r requirements/benchmarks.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode --target .venv/benchmarks -r requirements/benchmarks.txt
 	touch $@
 
 # bytecode is compiled here: where Python may not write beside the sources, every process would do it again (13 s each)

@@ -52,9 +52,10 @@ def _check(tasks: Any, name: str) -> None:
     try:
         found = list(_leaves(get_task_dict([name], tasks, "chat")))
     except Exception as error:  # of data sets, hubs and the task's own code
-        said = " ".join(str(error).split())[:300]
+        cause = error.__cause__ or error  # lmms-eval tries again and raises that it has
+        said = " ".join(str(cause).split())[:300]
         raise InputError(
-            f"benchmark {name} cannot be loaded ({type(error).__name__}: {said}); its data sets come from the Hugging "
+            f"benchmark {name} cannot be loaded ({type(cause).__name__}: {said}); its data sets come from the Hugging "
             "Face hub: this machine must reach it or have them in its cache, some want HF_TOKEN"
         ) from error
     for task in found:

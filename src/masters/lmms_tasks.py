@@ -26,7 +26,8 @@ PAPER = {  # the 13 benchmarks of arXiv 2512.22238 and what lmms-eval calls thei
     "BLINK": "blink", "SEED": "seedbench", "SEED2+": "seedbench_2_plus", "RealWorldQA": "realworldqa",
 }  # fmt: skip
 ASKS = re.compile(r"llm_judge|API_KEY|requests\.post|openai", re.IGNORECASE)  # in the code of a task that asks a judge
-USES = re.compile(r"lmms_eval\.tasks\.(\w+)")  # tasks whose code it takes over
+USES = re.compile(r"lmms_eval\.tasks\.([\w.]+)")  # modules of other tasks that it takes over
+ASKS_NOBODY = {"mmmu_val"}  # read, in 0.7.3: the verifier that its code speaks of serves mmmu_val_reasoning alone
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def understood(names: list[str]) -> Asked:
             f"name of lmms-eval's, or of a task in the folders of {Setting.BENCHMARK_TASKS}"
         )
     folders = {task: _folders(index, task) for task in tasks}
-    judged = [task for task in tasks if _asks(folders[task], theirs) and task not in Setting.JUDGED_BENCHMARKS.entries]
+    allowed = {*ASKS_NOBODY, *Setting.JUDGED_BENCHMARKS.entries}
+    judged = [task for task in tasks if task not in allowed and _asks(folders[task], theirs)]
     if judged:
         raise InputError(
             f"benchmarks: scoring {', '.join(judged)} sends questions and answers to a judge's API (OPENAI_API_URL), "
@@ -150,14 +152,15 @@ def _folders(index: dict[str, _Entry], name: str) -> set[Path]:
 
 def _asks(folders: set[Path], theirs: Path) -> bool:
     """Whether code beside the tasks, or code of lmms-eval's tasks that it takes over, speaks of a judge's API."""
-    todo, seen = list(folders), set()
+    todo, seen = [file for folder in folders for file in folder.glob("*.py")], set()
     while todo:
-        if (folder := todo.pop()) in seen:
+        if (file := todo.pop()) in seen:
             continue
-        seen.add(folder)
-        for file in folder.glob("*.py"):
-            code = file.read_text(errors="replace")
-            if ASKS.search(code):
-                return True
-            todo += [theirs / used for used in USES.findall(code)]
+        seen.add(file)
+        code = file.read_text(errors="replace")
+        if ASKS.search(code):
+            return True
+        for used in USES.findall(code):
+            place = theirs.joinpath(*used.split("."))
+            todo += place.glob("*.py") if place.is_dir() else [f for f in [place.with_suffix(".py")] if f.is_file()]
     return False
