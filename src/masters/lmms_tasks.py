@@ -82,7 +82,7 @@ def understood(names: list[str]) -> Asked:
     if judged:
         raise InputError(
             f"benchmarks: scoring {', '.join(judged)} sends questions and answers to a judge's API (OPENAI_API_URL), "
-            f"and scores 0 where none answers; whoever runs this machine can allow that by naming them in "
+            f"and scores 0 or at random where none answers; whoever runs this machine can allow that by naming them in "
             f"{Setting.JUDGED_BENCHMARKS}"
         )
     every = set().union(*folders.values())
