@@ -2,13 +2,13 @@
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from prefect import task
 
 from masters import processes, schemas
 from masters.artifacts import Artifact, External, Identity, Upstream
+from masters.config import Config
 from masters.identity import digest
 from masters.lmms_results import check_whole, sample_rows, score_rows
 from masters.lmms_tasks import PACKAGES, Asked
@@ -45,11 +45,11 @@ def benchmark(
     made_of = identity(run, model, asked, limit, name)
 
     def build() -> tuple[dict[str, str], dict, dict]:
-        folder = run.work(made_of) / "results"
-        how = _asked(run, made_of, model, asked, limit, folder)
+        folder = run.work(made_of)
+        how = _ran(run, made_of, child(run.config, model, asked, limit, folder))
         scores, samples, files = [], [], {}
         for number, benchmark in enumerate(asked.tasks):
-            results = json.loads((folder / f"{number}.json").read_text(encoding="utf-8"))
+            results = json.loads((folder / f"results/{number}.json").read_text(encoding="utf-8"))
             check_whole(benchmark, results)
             scores += score_rows(benchmark, results)
             samples += sample_rows(benchmark, results)
@@ -70,29 +70,28 @@ def benchmark(
     return artifact
 
 
-def _asked(
-    run: Run, made_of: Identity, model: LocalModel, asked: Asked, limit: int | None, results: Path
-) -> dict:  # fmt: skip
-    """Run lmms-eval; what a run that was cut short had finished is kept. Returns how it ran."""
-    own: Sequence[str] = sorted(asked.own)
+def child(config: Config, model: LocalModel, asked: Asked, limit: int | None, folder: Path) -> processes.Child:
+    """lmms-eval's process, which leaves `folder`/results/N.json of the N-th task and keeps those that are there."""
     job = dict(
-        folder=str(model.folder), tasks=list(asked.tasks), own=own, theirs=asked.theirs, limit=limit,
-        dtype=run.config.generate.dtype, max_tokens=run.config.generate.max_tokens, results=str(results),
-        runtime=run.config.runtime.model_dump(),
+        folder=str(model.folder), tasks=list(asked.tasks), own=sorted(asked.own), theirs=asked.theirs, limit=limit,
+        dtype=config.generate.dtype, max_tokens=config.generate.max_tokens, results=str(folder / "results"),
+        runtime=config.runtime.model_dump(),
     )  # fmt: skip
     path = os.pathsep.join(part for part in (str(PACKAGES), os.environ.get("PYTHONPATH")) if part)
     environment = ENVIRONMENT | {"PYTHONPATH": path}
-    child = processes.Child(
-        f"benchmarks-{model.name}", "masters.models.benchmark_worker", job, run.work(made_of), environment
-    )
-    done, documents = 0, 0
+    return processes.Child(f"benchmarks-{model.name}", "masters.models.benchmark_worker", job, folder, environment)
+
+
+def _ran(run: Run, made_of: Identity, process: processes.Child) -> dict:
+    """Run lmms-eval. Returns how it ran."""
+    total, done, documents = len(process.job["tasks"]), 0, 0
     with run.progress(made_of, "benchmarks") as progress:
 
         def count(_: str, line: dict) -> None:
             nonlocal done, documents
             done, documents = done + 1, documents + line["documents"]
-            progress.update(done, len(asked.tasks), f"{documents:,} documents, last: {line['task']}")
+            progress.update(done, total, f"{documents:,} documents, last: {line['task']}")
 
-        progress.update(0, len(asked.tasks))
-        ran = processes.run([child], 1, count, run.config.runtime.silence_minutes * 60)
+        progress.update(0, total)
+        ran = processes.run([process], 1, count, run.config.runtime.silence_minutes * 60)
     return dict(engines=1, documents=documents, **ran.told())

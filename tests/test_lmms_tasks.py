@@ -51,6 +51,16 @@ def test_tasks_tags_and_groups_of_lmms_eval_are_known(
     assert understood([name, "MMStar", name]).tasks == (name, "mmstar")
 
 
+def test_what_a_task_includes_is_its_own(theirs: Path) -> None:
+    """Its name too, and the code beside what it includes."""
+    write(theirs / "base", "base", "task: included\ntag: of_base\n", JUDGE)
+    (theirs / "heir").mkdir()
+    (theirs / "heir" / "heir.yaml").write_text("include: ../base/base.yaml\ntask: heir\n")
+    for name in ("heir", "of_base"):
+        with pytest.raises(InputError, match=f"scoring {name} sends"):
+            understood([name])
+
+
 def test_an_unknown_name_is_refused_with_what_is_near(theirs: Path) -> None:
     with pytest.raises(InputError, match=r"lmms-eval 9\.9 has no task 'mmstarr' \(near it: mmstar.*'paper'"):
         understood(["MMStar", "mmstarr"])

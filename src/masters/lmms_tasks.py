@@ -124,19 +124,29 @@ def _indexed(roots: list[Path]) -> dict[str, _Entry]:
 
 def _enter(index: dict[str, _Entry], file: Path) -> None:
     try:
-        config = yaml.load(file.read_bytes(), _Loader)
-    except (OSError, ValueError, yaml.YAMLError):  # one that lmms-eval could not use either
+        config, folders = _read(file)
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):  # one that lmms-eval could not use either
         return
-    task = config.get("task") if isinstance(config, dict) else None
+    task = config.get("task")
     if isinstance(task, list) and isinstance(config.get("group"), str):
         members = [m if isinstance(m, str) else str(m.get("task", m.get("group", ""))) for m in task]
-        index[config["group"]] = _Entry({file.parent}, members)
+        index[config["group"]] = _Entry(folders, members)
     elif isinstance(task, str):
-        index[task] = _Entry({file.parent})
+        index[task] = _Entry(folders)
         for key in ("tag", "group"):
             tags = config.get(key) or []
             for tag in [tags] if isinstance(tags, str) else tags:
                 index.setdefault(tag, _Entry()).members.append(task)
+
+
+def _read(file: Path) -> tuple[dict, set[Path]]:
+    """What a file says on top of the files that it includes, and the folders of all of them."""
+    config, folders = dict(yaml.load(file.read_bytes(), _Loader)), {file.parent}
+    included = config.pop("include", [])
+    for name in [included] if isinstance(included, str) else included:
+        base, theirs = _read((file.parent / name).resolve())
+        config, folders = base | config, folders | theirs
+    return config, folders
 
 
 def _folders(index: dict[str, _Entry], name: str) -> set[Path]:

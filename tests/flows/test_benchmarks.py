@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -11,7 +12,13 @@ import pyarrow.parquet as parquet
 import pytest
 
 from demo import benchmark
+from masters import artifacts, processes
+from masters.config import Config, Model, load
+from masters.errors import InputError
 from masters.lmms_tasks import PACKAGES, PAPER, understood
+from masters.preflight import LocalModel, local_model, preflight
+from masters.tasks.benchmark import child, identity
+from masters.tasks.stage import Context
 
 ROOT = Path(__file__).parents[2]
 STUDENT = "demo/models/student"
@@ -27,10 +34,21 @@ def evaluate(place: Path, *options: str) -> subprocess.CompletedProcess:
         "HOME": str(place / "home"), "VLLM_CACHE_ROOT": str(ROOT / ".venv/vllm"),
         "MASTERS_BENCHMARK_TASKS": str(place / "tasks"), "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
-    settings = [f"data.source={place / 'tasks' / 'data'}", f"store.root={place / 'store'}"]
-    chosen = [part for setting in settings for part in ("--set", setting)]
+    chosen = [part for setting in overridden(place) for part in ("--set", setting)]
     command = [sys.executable, "-m", "masters.cli", "evaluate", "configs/demo.toml", STUDENT, *chosen, *options]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def settings(place: Path) -> Config:
+    return load(ROOT / "configs/demo.toml", overridden(place))
+
+
+def overridden(place: Path) -> list[str]:
+    return [f"data.source={place / 'tasks/data'}", f"store.root={place / 'store'}"]
+
+
+def student() -> LocalModel:
+    return replace(local_model(Model(model=str(ROOT / STUDENT))), name=STUDENT)
 
 
 def said(done: subprocess.CompletedProcess) -> dict:
@@ -46,11 +64,10 @@ def table(stage: dict, name: str) -> list[dict]:
 
 @pytest.mark.slow
 @installed
-def test_lmms_eval_and_our_evaluation_agree_to_the_row(tmp_path: Path) -> None:
+def test_lmms_eval_and_our_evaluation_agree_to_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "home").mkdir()
     benchmark.write(tmp_path / "tasks", DOCUMENTS)
-    asked = ("--benchmark", benchmark.TASK, "--json")
-    first = said(evaluate(tmp_path, *asked))
+    first = said(evaluate(tmp_path, "--benchmark", benchmark.TASK, "--json"))
     stages = {stage["name"]: stage for stage in first["stages"]}
     assert [stage["outcome"] for stage in first["stages"]] == ["built"] * 3
 
@@ -78,16 +95,26 @@ def test_lmms_eval_and_our_evaluation_agree_to_the_row(tmp_path: Path) -> None:
         assert run.tags[f"benchmark.{benchmark.TASK}.version"] == "1.0"
         assert run.tags["benchmark.lmms-eval"] == "0.7.3"
 
-    again = said(evaluate(tmp_path, *asked))
-    assert [stage["outcome"] for stage in again["stages"]] == ["reused"] * 3
-    assert again["benchmarks"] == first["benchmarks"]
-    assert client.get_run(again["mlflow"]["run_id"]).data.metrics.keys() >= {f"{STUDENT}/{benchmark.TASK}/exact_match"}
+    monkeypatch.setenv("MASTERS_BENCHMARK_TASKS", str(tmp_path / "tasks"))
+    found = Context(settings(tmp_path), preflight(settings(tmp_path)))
+    made_of = identity(found, student(), understood([benchmark.TASK]), None, "benchmarks")
+    assert found.storage.uri(made_of.folder) == stages["benchmarks"]["uri"]  # another process finds it again
+    assert artifacts.find(found.storage, made_of)
 
-    task = tmp_path / "tasks" / f"{benchmark.TASK}.yaml"
-    task.write_text(task.read_text().replace("test.parquet", "none.parquet"))
-    failed = evaluate(tmp_path, *asked)
-    assert failed.returncode == 2  # before an engine is started, and in one line
-    assert f"benchmark {benchmark.TASK} cannot be loaded (FileNotFoundError" in failed.stderr.splitlines()[-1]
+
+@pytest.mark.slow
+@installed
+def test_a_benchmark_whose_data_cannot_be_had_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before an engine is started: here is no model that one could start with."""
+    benchmark.write(tmp_path / "tasks", 1)
+    (tmp_path / "tasks/data/test.parquet").unlink()
+    monkeypatch.setenv("MASTERS_BENCHMARK_TASKS", str(tmp_path / "tasks"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    no_engine = replace(student(), folder=tmp_path / "none")
+    process = child(settings(tmp_path), no_engine, understood([benchmark.TASK]), None, tmp_path)
+    with pytest.raises(InputError, match=rf"benchmark {benchmark.TASK} cannot be loaded \(FileNotFoundError.*HF_TOKEN"):
+        processes.run([process], 1, lambda *_: None)
 
 
 @installed
