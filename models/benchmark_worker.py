@@ -76,6 +76,8 @@ def _leaves(tasks: dict) -> Iterator[Any]:
 
 def _backend(job: dict) -> Any:
     """lmms-eval's vLLM backend, its engine set up as the pipeline's own engines are."""
+    folder = Path(job["folder"])
+    settings = engine.settings(folder, job["dtype"], Runtime(**job["runtime"]))  # before lmms-eval imports vLLM
     from lmms_eval.models.chat.vllm import VLLM  # pyright: ignore[reportMissingImports]
     from transformers import AutoProcessor
 
@@ -84,8 +86,6 @@ def _backend(job: dict) -> Any:
             """The task's own limit where it states one: lmms-eval would take the larger of the two."""
             return int(asked) if asked else self.max_new_tokens
 
-    folder = Path(job["folder"])
-    settings = engine.settings(folder, job["dtype"], Runtime(**job["runtime"]))
     backend = Backend(**settings, batch_size=BATCH, max_new_tokens=job["max_tokens"])
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     engine.only_words(backend.client, getattr(processor, "tokenizer", processor))
