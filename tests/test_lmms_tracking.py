@@ -22,8 +22,8 @@ SCORES = [
 
 
 NAMED = {
-    "demo/models/student": "demo/models/student", "/runs/../runs//student": "runs/student", "./here": "here",
-    "../there": "there", "models:/easyvqa@champion": "models:/easyvqa-champion",
+    "demo/models/student": "demo/models/student", "/runs/student": "runs/student", "../there": "-/there",
+    "models:/easyvqa@champion": "models:/easyvqa-champion",
 }  # fmt: skip
 LONG = "/".join(["a-long-folder"] * 40)
 
@@ -47,8 +47,7 @@ def test_every_score_has_a_name_that_mlflow_takes(tmp_path: Path, monkeypatch: p
                 f"{named}/one/exact_match": 0.75, f"{named}/one/exact_match/standard_error": 0.1,
                 f"{named}/one/exact_match/strict": 0.5, f"{named}/two-a-b-/judged": 0.0,
             }.items() <= run.metrics.items()  # fmt: skip
-        kept = [name.split("/")[-3:] for name in run.metrics if name.count("a-long-folder") > 1]
-        assert ["a-long-folder", "one", "exact_match"] in kept and len(kept) == 4
+        assert sum(name.startswith("a-long-folder") for name in run.metrics) == 4  # none hides another
         assert run.tags["benchmark.one.version"] == "1.0"
         assert run.tags["benchmark.two-a-b-.version"] == "unversioned"
         assert run.tags["benchmark.lmms-eval"] == "0.7.3"

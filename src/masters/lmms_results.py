@@ -60,6 +60,19 @@ def sample_rows(benchmark: str, results: dict) -> Iterator[dict]:
             )  # fmt: skip
 
 
+def logged(model: str, scores: list[dict], lmms_eval: str) -> tuple[dict[str, float], dict[str, str]]:
+    """A model's scores as metrics `MODEL/TASK/METRIC`, and the versions as tags."""
+    metrics, tags = {}, {"benchmark.lmms-eval": lmms_eval}
+    for row in scores:
+        kind = "" if row["filter"] == "none" else f"/{row['filter']}"
+        name = f"{model}/{row['task']}/{row['metric']}{kind}"
+        metrics[name] = row["value"]
+        if row["standard_error"] is not None:
+            metrics[f"{name}/standard_error"] = row["standard_error"]
+        tags[f"benchmark.{row['task']}.version"] = row["version"]
+    return metrics, tags
+
+
 def _prompt(sample: dict) -> str:
     """The text that came with the images: of what a request holds, lmms-eval's first text."""
     return next((part for part in sample["arguments"] if isinstance(part, str)), "")

@@ -4,7 +4,6 @@
 """
 
 import os
-import posixpath
 import re
 import time
 import uuid
@@ -21,7 +20,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.entities import PagedList
 
-from masters import allowed, lineage, machine, places
+from masters import allowed, lineage, lmms_results, machine, places
 from masters.allowed import Setting
 from masters.artifacts import Artifact, Identity, Upstream, record_digest
 from masters.config import Config
@@ -35,7 +34,6 @@ PARAMETER_LENGTH = 500
 METRICS_AT_ONCE = 200
 METRICS_KEPT = 100_000  # while MLflow is away
 PAUSE = 60.0  # seconds until it is tried again
-NAME_LENGTH = 200  # characters of what a metric or a tag is about: MLflow takes 250 of its whole name
 CARD = "model_card.md"
 STUDENT = "student-after"
 LIVE = "attributes.status = 'RUNNING'"
@@ -284,22 +282,14 @@ class Tracker:
                 self._client.log_batch(run_id, metrics=[metric])
 
     def benchmarks(self, artifact: Artifact, model: str) -> None:
-        """A model's scores of an artifact `benchmarks`: `MODEL/TASK/METRIC`, versions of the tasks as tags.
-
-        On this run and on the stage's, whether it was built or reused.
-        """
-        now, metrics, tags = time.time_ns() // 1_000_000, [], {"benchmark.lmms-eval": artifact.facts["lmms_eval"]}
-        for row in artifact.facts["scores"]:
-            kind = "" if row["filter"] == "none" else f"/{row['filter']}"
-            name = _name(f"{model}/{row['task']}/{row['metric']}{kind}")
-            metrics.append(Metric(name, row["value"], now, 0))
-            if row["standard_error"] is not None:
-                metrics.append(Metric(f"{name}/standard_error", row["standard_error"], now, 0))
-            tags[f"benchmark.{_name(row['task'])}.version"] = row["version"]
+        """A model's scores of an artifact `benchmarks`, on this run and on the stage's, whether built or reused."""
+        values, tags = lmms_results.logged(model, artifact.facts["scores"], artifact.facts["lmms_eval"])
+        now = time.time_ns() // 1_000_000
+        metrics = [Metric(lineage.key(name), value, now, 0) for name, value in values.items()]
         for run_id in (self.run_id, self._runs[artifact.folder]):
             for at in range(0, len(metrics), METRICS_AT_ONCE):
                 self._client.log_batch(run_id, metrics=metrics[at : at + METRICS_AT_ONCE])
-            self._tag(run_id, tags)
+            self._tag(run_id, {lineage.key(name): value for name, value in tags.items()})
 
     def files(self, folder: Path) -> None:
         """Show the files of a local folder among the artifacts of the distillation's run, under its name."""
@@ -388,11 +378,6 @@ def close(client: MlflowClient, run: Run) -> None:
     query = f"{LIVE} and tags.`mlflow.parentRunId` = '{run.info.run_id}'"
     for each in [*client.search_runs([run.info.experiment_id], query, max_results=1000), run]:
         client.set_terminated(each.info.run_id, "KILLED")
-
-
-def _name(text: str) -> str:
-    """A name that MLflow takes, its end if it is long: a relative path without detours, a dash for what it refuses."""
-    return posixpath.normpath(re.sub(r"[^\w. :/-]", "-", text)[-NAME_LENGTH:]).lstrip("./")
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
