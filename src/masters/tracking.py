@@ -20,7 +20,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.entities import PagedList
 
-from masters import allowed, lineage, machine, places
+from masters import allowed, lineage, lmms_results, machine, places
 from masters.allowed import Setting
 from masters.artifacts import Artifact, Identity, Upstream, record_digest
 from masters.config import Config
@@ -280,6 +280,16 @@ class Tracker:
                 bound = dict(model_id=model_id, **asked) if model == STUDENT else asked
                 metric = Metric(lineage.key(f"accuracy_{model}"), score["accuracy"], now, 0, run_id=run_id, **bound)
                 self._client.log_batch(run_id, metrics=[metric])
+
+    def benchmarks(self, artifact: Artifact, model: str) -> None:
+        """A model's scores of an artifact `benchmarks`, on this run and on the stage's, whether built or reused."""
+        values, tags = lmms_results.logged(model, artifact.facts["scores"], artifact.facts["lmms_eval"])
+        now = time.time_ns() // 1_000_000
+        metrics = [Metric(lineage.key(name), value, now, 0) for name, value in values.items()]
+        for run_id in (self.run_id, self._runs[artifact.folder]):
+            for at in range(0, len(metrics), METRICS_AT_ONCE):
+                self._client.log_batch(run_id, metrics=metrics[at : at + METRICS_AT_ONCE])
+            self._tag(run_id, {lineage.key(name): value for name, value in tags.items()})
 
     def files(self, folder: Path) -> None:
         """Show the files of a local folder among the artifacts of the distillation's run, under its name."""
