@@ -18,6 +18,7 @@ from masters.secrets import mask_logs
 from masters.stages import Stage
 from masters.storage import Storage
 from masters.summary import Summary
+from masters.tasks import pools
 from masters.tasks.data import data
 from masters.tasks.evaluate import ahead, before, evaluate
 from masters.tasks.generate import generate
@@ -57,6 +58,7 @@ def distill(config: Config, rebuild: list[Stage] | None = None, until: Stage = S
 def tracked(context: Context, rebuild: frozenset[Stage] = frozenset()) -> Iterator[tuple[Run, Summary]]:
     """A run in MLflow and its summary, both ended as the body ends."""
     end_stale_tasks()
+    pools.check(context.config, context.storage)
     key = str(flow_run.id or "")
     run = Run(context, Tracker(context.config, context.storage, key), rebuild)
     summary = Summary(run, key)

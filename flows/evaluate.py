@@ -9,6 +9,7 @@ from prefect.runtime import flow_run
 from masters import allowed, artifacts
 from masters.allowed import Setting
 from masters.artifacts import Artifact
+from masters.assignment import here
 from masters.config import Config, Model
 from masters.errors import InputError
 from masters.flows.attempts import end_stale_tasks
@@ -34,7 +35,7 @@ def evaluate(config: Config, models: list[str]) -> dict:
     """
     mask_logs()
     end_stale_tasks()
-    context = Context(config, preflight(config))
+    context = Context(here(config), preflight(config))
     asked = found(models, tracking_uri(config, context.storage), context.storage)
     tracker = Tracker(config, context.storage, str(flow_run.id or ""), "evaluate")
     status = "FAILED"

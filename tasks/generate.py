@@ -63,7 +63,7 @@ def generate(run: Run, current: Round, data: Artifact, masks: Artifact, ahead: S
         return files, dict(rows=rows), how
 
     upstream = dict(data=data, masks=masks, teacher=current.teacher.origin, student=current.student.origin)
-    return build_or_reuse(run, made_of, upstream, build)
+    return build_or_reuse(run, made_of, upstream, build, ahead=bool(ahead))
 
 
 def _judge_beside(run: Run, current: Round, made_of: Identity, data: Artifact, asked: list[Order]) -> Child | None:

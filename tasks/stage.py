@@ -12,24 +12,24 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
 from prefect.states import State
 from prefect.tasks import Task, exponential_backoff
-from rich.console import Console
 
 from masters import artifacts, memory
 from masters.artifacts import Artifact, Identity, Upstream
+from masters.assignment import Assignment, Student
 from masters.config import Config, Teacher
 from masters.errors import StoreError, WorkerLost
 from masters.identity import digest
 from masters.machine import cache
 from masters.models.schedule import mask_stages
-from masters.preflight import LocalModel, Ready
+from masters.preflight import LocalModel, Ready, Server
 from masters.reuse import Earlier
 from masters.stages import Stage
 from masters.storage import Storage
-from masters.tasks.log import log
+from masters.tasks.log import CONSOLE, log, warn
+from masters.tasks.pools import handed_over
 from masters.tasks.progress import Progress
 from masters.tracking import Tracker
 
-CONSOLE = Console(stderr=True)
 RETRIES = 2
 LOCK_POLL = 0.5  # seconds
 BACKOFF = 10  # seconds before the first retry, twice that before the second
@@ -120,6 +120,31 @@ class Run(Context):
     def rebuilds(self, identity: Identity) -> bool:
         return identity.kind in self.rebuild
 
+    def pool(self, kind: str) -> str:
+        """The work pool that a stage is handed on to; empty: it runs in this process."""
+        pools, judge = self.config.runtime.pools, self.ready.judge
+        by_a_model = self.config.rewards.accuracy == "llm" and not isinstance(judge, Server)
+        return {
+            Stage.DATA: pools.cpu,
+            Stage.MASK: pools.cpu,
+            Stage.GENERATE: pools.generate,
+            Stage.SCORE: pools.generate if by_a_model else pools.cpu,
+            Stage.TRAIN: pools.train,
+            Stage.EVALUATE: pools.generate,
+        }.get(Stage(kind), "")
+
+    def assignment(self, identity: Identity, upstream: Upstream, ahead: bool) -> Assignment:
+        """A stage of this run as references to what it is made from."""
+        made = self.ready.student.made
+        return Assignment(
+            key=digest(identity.folder.encode())[:32], tracked=self.tracker.current, stage=identity.stage,
+            inputs={role: made.folder for role, made in upstream.items() if isinstance(made, Artifact)},
+            models=[role.removeprefix("model ") for role in upstream if role.startswith("model ")],
+            ahead=ahead, rebuild=sorted(self.rebuild), earlier=self.earlier.folders,
+            known=self.known.folder if self.known else None,
+            student=Student(name=self.ready.student.name, folder=made.folder) if made else None,
+        )  # fmt: skip
+
 
 @contextmanager
 def alone(folder: Path, what: str) -> Iterator[None]:
@@ -149,17 +174,13 @@ def _locked(descriptor: int) -> bool:
     return True
 
 
-def warn(line: str) -> None:
-    """On the terminal and in the log of Prefect's UI."""
-    log("warning", line)
-    CONSOLE.print(f"warning: {line}", style="yellow", highlight=False, markup=False)
-
-
-def build_or_reuse(run: Run, identity: Identity, upstream: Upstream, build: Build) -> Artifact:
+def build_or_reuse(run: Run, identity: Identity, upstream: Upstream, build: Build, ahead: bool = False) -> Artifact:
     """The artifact of this identity: found, or built, committed and tracked. Its outcome joins the run's stages.
 
+    What is not there is built in this process, or by a worker of the stage's pool, which gets `ahead` passed on.
+
     `upstream` is everything that the stage reads: it goes into the record and into MLflow. Of the outcome, `peak_mib`
-    is this process's while the stage ran, `children_peak_mib` that of the processes it started.
+    is that of the building process while the stage ran, `children_peak_mib` that of the processes it started.
     """
     began = time.monotonic()
     memory.forget_peak()
@@ -167,19 +188,17 @@ def build_or_reuse(run: Run, identity: Identity, upstream: Upstream, build: Buil
         artifacts.discard(run.storage, identity)
     artifact, how, outcome = artifacts.find(run.storage, identity), {}, "reused"
     with run.tracker.stage(identity, upstream) as tracked:
-        if artifact is None:
-            with alone(run.work(identity), f"{identity.stage} of {run.config.name}"):
-                # another run may have built it while this one waited
-                artifact = artifacts.find(run.storage, identity)
-                if artifact is None:
-                    run.storage.sweep(identity.folder)
-                    files, facts, how = build()
-                    artifact, outcome = artifacts.commit(run.storage, identity, files, facts, upstream), "built"
+        if artifact is None and (pool := run.pool(identity.kind)):
+            wanted = run.assignment(identity, upstream, ahead)
+            folder, outcome, how = handed_over(run.config, run.storage, pool, wanted)
+            artifact = artifacts.load(run.storage, folder)
+        elif artifact is None:
+            artifact, outcome, how = _built(run, identity, upstream, build)
         done = dict(
             name=identity.stage, fingerprint=artifact.fingerprint, uri=artifact.uri, outcome=outcome,
             rows=artifact.facts.get("rows", 0), rejected=artifact.facts.get("rejected", 0),
-            seconds=round(time.monotonic() - began, 2), peak_mib=round(memory.peak_mib()), **how,
-        )  # fmt: skip
+            seconds=round(time.monotonic() - began, 2), peak_mib=round(memory.peak_mib()),
+        ) | how  # fmt: skip
         done["mlflow_run_id"] = tracked(artifact, done)
     run.stages.append(done)
     run.made[identity.stage] = artifact
@@ -187,3 +206,14 @@ def build_or_reuse(run: Run, identity: Identity, upstream: Upstream, build: Buil
     CONSOLE.print(line, highlight=False)
     log("info", f"{' '.join(line.split())}: {artifact.uri}")
     return artifact
+
+
+def _built(run: Run, identity: Identity, upstream: Upstream, build: Build) -> tuple[Artifact, str, dict]:
+    """The artifact, whether it was built or another run was first, and how it ran."""
+    with alone(run.work(identity), f"{identity.stage} of {run.config.name}"):
+        # another run may have built it while this one waited
+        if artifact := artifacts.find(run.storage, identity):
+            return artifact, "reused", {}
+        run.storage.sweep(identity.folder)
+        files, facts, how = build()
+        return artifacts.commit(run.storage, identity, files, facts, upstream), "built", how

@@ -137,6 +137,11 @@ class Tracker:
     def _tag(self, run_id: str, tags: dict[str, str]) -> None:
         self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
+    @property
+    def current(self) -> str:
+        """The run that metrics go to: the stage's under way, else the distillation's."""
+        return self._current
+
     @contextmanager
     def stage(self, identity: Identity, upstream: Upstream) -> Iterator[Tracked]:
         """A child run for a stage, ended as FAILED if the body raises; its metrics go there meanwhile."""
@@ -271,6 +276,31 @@ class Tracker:
         """End the parent run: FINISHED or FAILED."""
         self.flush()
         self._client.set_terminated(self.run_id, status)
+
+
+class StageTracker(Tracker):
+    """For a stage that another process opened a run for: metrics go there, the rest of it is the opener's to write."""
+
+    def __init__(self, config: Config, storage: Storage, run_id: str) -> None:
+        """Raises InputError if this process tracks elsewhere."""
+        self.uri = tracking_uri(config, storage)
+        check_answers(self.uri)
+        self._client, self._pending = MlflowClient(self.uri), []
+        try:
+            found = self._client.get_run(run_id)
+        except MlflowException as error:
+            raise InputError(
+                f"MLflow at {shown(self.uri)} holds no run {run_id}: a pool's workers must track where the run that "
+                "asks does; set runtime.mlflow_uri, or MLFLOW_TRACKING_URI for each of them"
+            ) from error
+        self.run_id, self._current = found.data.tags.get("mlflow.parentRunId", run_id), run_id
+
+    @contextmanager
+    def stage(self, identity: Identity, upstream: Upstream) -> Iterator[Tracked]:
+        try:
+            yield lambda artifact, done: self._current
+        finally:
+            self.flush()
 
 
 def where(artifact: Artifact) -> dict[str, str]:
