@@ -24,12 +24,12 @@ from prefect.states import Cancelled, Crashed
 from prefect.workers.process import ProcessWorker
 
 import masters
-from masters.flows.stage import stage
 from masters.infra.settings import POOL, Settings
 
 RUN = "prefect.flow-run."
 ENDED = {f"{RUN}{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
 GOES_ON = {f"{RUN}{state}" for state in ("Scheduled", "AwaitingRetry", "Late", "Pending", "Running", "Cancelling")}
+STAGE_FLOW = "stage"
 OWNERS = ("command", "env", "working_dir")  # of a run's job: what the machine's owner decides
 DEFINITIONS = Path(masters.__file__).parent / "prefect.yaml"
 
@@ -55,6 +55,10 @@ async def deploy_stages(settings: Settings) -> None:
 
     Unlike those of prefect.yaml it names no folder to start in: its workers may be on other machines.
     """
+    if not settings.pools:
+        return
+    from masters.flows.stage import stage  # seconds of imports that no other deployment needs
+
     for pool in settings.pools:
         deployment = await stage.ato_deployment(
             pool, description="One stage, handed on by a run that waits for it", tags=["masters"], work_pool_name=pool,
@@ -97,7 +101,7 @@ def resumed(settings: Settings) -> AutomationCore:
             match_related=[
                 {"prefect.resource.role": "deployment"},
                 # a stage on another pool is asked for again by the run that waits for it
-                {"prefect.resource.role": "flow", "prefect.resource.name": f"!{stage.name}"},
+                {"prefect.resource.role": "flow", "prefect.resource.name": f"!{STAGE_FLOW}"},
             ],
             for_each={"prefect.resource.id"},
             after={f"{RUN}Crashed"},
