@@ -60,17 +60,9 @@ def _check_pool(client: SyncPrefectClient, pool: str) -> None:
             f"runtime.pools: expected the deployment {FLOW}/{pool} at {client.api_url}, found none; name the pool in "
             "MASTERS_POOLS of `masters up`, and PREFECT_API_URL for this process"
         ) from None
-    if not _workers(client, pool):
-        warn(f"no worker of pool {pool} is online: its stages wait for one (prefect worker start --pool {pool})")
-
-
-def _workers(client: SyncPrefectClient, pool: str) -> bool:
     online = WorkerFilter.model_validate(dict(status=dict(any_=["ONLINE"])))
-    answer = client.request(
-        "POST", "/work_pools/{work_pool_name}/workers/filter", path_params=dict(work_pool_name=pool),
-        json=dict(workers=online.model_dump(mode="json", exclude_none=True)),
-    )  # fmt: skip
-    return bool(answer.json())
+    if not client.read_workers_for_work_pool(pool, worker_filter=online):
+        warn(f"no worker of pool {pool} is online: its stages wait for one (prefect worker start --pool {pool})")
 
 
 def handed_over(config: Config, storage: Storage, pool: str, wanted: Assignment) -> tuple[str, str, dict]:

@@ -120,23 +120,27 @@ def test_what_a_pools_worker_refuses_is_one_line_for_who_asked(
 
 
 @pytest.fixture(scope="module")
-def plain(stack: Stack) -> Iterator[subprocess.Popen]:
-    """The same in one process, into a store of its own."""
-    tree = config(stack, store=dict(root=str(stack.folder / "plain")), runtime=dict(max_model_len=512))
-    yield start(stack, toml(stack, tree | dict(name="plain")))
-
-
-@pytest.fixture(scope="module")
-def pooled(stack: Stack, workers: dict[str, subprocess.Popen]) -> dict:
-    """The summary of a run whose worker of the pool gpu-generate is gone in mid-stage, and another one comes."""
+def both(stack: Stack, workers: dict[str, subprocess.Popen]) -> tuple[dict, dict]:
+    """Summaries of a run whose worker of the pool gpu-generate is gone in mid-stage, and another one comes, and of the
+    same run in one process, into a store of its own.
+    """
     run = stack.start("distill", config=config(stack))
     until(lambda: stack.children("engine_worker"), 240, f"engines: {stack.run(run)['state']}")
     kill(workers["gpu-generate"])
     assert not stack.children("engine_worker")
     workers["gpu-generate"] = worker(stack, "gpu-generate")
+    tree = config(stack, store=dict(root=str(stack.folder / "plain")), runtime=dict(max_model_len=512))
+    plain = start(stack, toml(stack, tree | dict(name="plain")))  # while the loss is noticed
+    told = plain.communicate(timeout=420)[0]
+    assert plain.returncode == 0, (stack.folder / "plain.log").read_text()[-2000:]
     until(lambda: stack.run(run)["state_type"] in ENDED, 420, "its end")
     assert stack.run(run)["state_type"] == "COMPLETED", stack.run(run)["state"]
-    return json.loads((stack.folder / "store/summary.json").read_text())
+    return json.loads((stack.folder / "store/summary.json").read_text()), json.loads(told.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def pooled(both: tuple[dict, dict]) -> dict:
+    return both[0]
 
 
 def test_the_run_ends_right_though_a_worker_was_killed(pooled: dict) -> None:
@@ -154,9 +158,7 @@ def test_the_summary_says_where_each_stage_ran(pooled: dict) -> None:
 
 
 def test_the_killed_stage_was_asked_for_again_once(stack: Stack, pooled: dict) -> None:
-    body = {"flows": {"name": {"any_": ["stage"]}}, "flow_runs": {"name": {"any_": ["pooled generate"]}}}
-    found = httpx.post(f"{stack.api}/flow_runs/filter", json=body).json()
-    assert sorted(run["state_type"] for run in found) == ["COMPLETED", "CRASHED"]
+    assert sorted(run["state_type"] for run in stages(stack, "pooled generate")) == ["COMPLETED", "CRASHED"]
 
 
 def rows(store: Path, stage: str, table: str) -> list[dict]:
@@ -168,11 +170,8 @@ def rows(store: Path, stage: str, table: str) -> list[dict]:
     return sorted(found, key=json.dumps if stage != "data" else lambda row: row["question_id"])
 
 
-def test_the_rows_are_those_of_one_process(stack: Stack, plain: subprocess.Popen, pooled: dict) -> None:
-    told = plain.communicate(timeout=420)[0]
-    assert plain.returncode == 0, (stack.folder / "plain.log").read_text()[-2000:]
-    theirs = {stage["name"]: stage["fingerprint"] for stage in json.loads(told.splitlines()[-1])["stages"]}
-    ours = {stage["name"]: stage["fingerprint"] for stage in pooled["stages"]}
+def test_the_rows_are_those_of_one_process(stack: Stack, both: tuple[dict, dict]) -> None:
+    ours, theirs = ({stage["name"]: stage["fingerprint"] for stage in summary["stages"]} for summary in both)
     assert {name: ours[name] for name in PLACES} == {name: theirs[name] for name in PLACES}
     for stage, table in [
         ("data", "questions"),
@@ -208,12 +207,53 @@ def test_nothing_is_left_where_run_and_workers_met(stack: Stack, pooled: dict) -
     assert not [file for file in (stack.folder / "store/handed").rglob("*") if file.is_file()]
 
 
-def test_cancelling_a_run_cancels_the_stage_on_its_pool(stack: Stack, pooled: dict) -> None:
-    changed = config(stack) | dict(generate=config(stack)["generate"] | dict(seed=1))
-    run = stack.start("distill", config=changed)
-    until(lambda: stack.children("engine_worker"), 180, "engines")
-    stack.cancel(run)
-    until(lambda: not stack.children("engine_worker"), 30, "engines end")
-    until(lambda: stack.run(run)["state_type"] == "CANCELLED", 60, "cancelled")
+def stages(stack: Stack, name: str) -> list[dict]:
+    """The runs that were asked for of this name, on whatever pool."""
+    body = {"flows": {"name": {"any_": ["stage"]}}, "flow_runs": {"name": {"any_": [name]}}}
+    return httpx.post(f"{stack.api}/flow_runs/filter", json=body).json()
+
+
+def processes_of(run: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("PREFECT__FLOW_RUN_ID") == run and "prefect.engine" in process.cmdline():
+                found.append(process)
+    return found
+
+
+@pytest.fixture(scope="module")
+def resumed(stack: Stack, pooled: dict) -> str:
+    """A run that was killed while its pool trained, and that goes on."""
+    wanted = config(stack) | dict(train=dict(learning_rate=1e-4, questions_per_step=1, epochs=400))
+    run = stack.start("distill", config=wanted, until="train")
+    until(lambda: stack.children("train_worker"), 180, "the trainer")
+    for process in processes_of(run):
+        process.kill()
+    until(lambda: stack.run(run)["state_type"] in ("CRASHED", "SCHEDULED"), 60, "noticed")
+    until(lambda: stack.run(run)["run_count"] == 2, 120, "its second attempt")
+    return run
+
+
+def test_a_run_that_goes_on_waits_for_the_stage_that_it_had_asked_for(stack: Stack, resumed: str) -> None:
+    until(lambda: "train" in tasks(stack, resumed)["RUNNING"], 120, "it has come to train")
+    asked = [run for run in stages(stack, "pooled train") if run["state_type"] != "COMPLETED"]
+    assert [(run["state_type"], run["run_count"]) for run in asked] == [("RUNNING", 1)]
+
+
+def tasks(stack: Stack, run: str) -> dict[str, list[str]]:
+    """Names of a run's tasks by state."""
+    found: dict[str, list[str]] = {"RUNNING": []}
+    body = {"flow_runs": {"id": {"any_": [run]}}}
+    for task in httpx.post(f"{stack.api}/task_runs/filter", json=body).json():
+        found.setdefault(task["state_type"], []).append(task["name"])
+    return found
+
+
+def test_cancelling_a_run_cancels_the_stage_on_its_pool(stack: Stack, resumed: str) -> None:
+    assert stack.children("train_worker")
+    stack.cancel(resumed)
+    until(lambda: not stack.children("train_worker"), 30, "the trainer ends")
+    until(lambda: stack.run(resumed)["state_type"] == "CANCELLED", 60, "cancelled")
     body = {"flow_runs": {"state": {"type": {"any_": ["RUNNING", "PENDING", "SCHEDULED", "CANCELLING"]}}}}
     until(lambda: httpx.post(f"{stack.api}/flow_runs/filter", json=body).json() == [], 60, "the stage's run too")
