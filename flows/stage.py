@@ -12,15 +12,15 @@ from masters.artifacts import Artifact
 from masters.assignment import Assignment, here
 from masters.config import Config
 from masters.errors import InputError, MastersError
-from masters.flows.attempts import end_stale_tasks
+from masters.flows.attempts import attempt, patient
 from masters.preflight import LocalModel, open_storage, preflight, started_from
 from masters.reuse import Earlier
-from masters.secrets import mask_logs
 from masters.stages import Stage
 from masters.storage import Storage
 from masters.tasks.data import data
 from masters.tasks.evaluate import ahead, before, evaluate
 from masters.tasks.generate import generate
+from masters.tasks.log import warn
 from masters.tasks.mask import mask
 from masters.tasks.score import score
 from masters.tasks.stage import Context, Round, Run
@@ -41,10 +41,9 @@ def stage(config: Config, assignment: Assignment) -> State | None:
         config: Of the run that asks. What this worker allows holds for it, whatever the other machine allows.
         assignment: Which stage, and where in the store lies what it is made from.
     """
-    mask_logs()
-    end_stale_tasks()
     try:
-        _work(here(config), assignment)
+        with attempt():
+            _work(here(config), assignment)
     except MastersError as error:  # its kind is the state's name: the run that asked raises it again
         return Failed(name=type(error).__name__, message=str(error))
     return None
@@ -52,11 +51,15 @@ def stage(config: Config, assignment: Assignment) -> State | None:
 
 def _work(config: Config, wanted: Assignment) -> None:
     check_config(config)
-    storage = open_storage(config.store.root)
+    storage = patient(lambda: open_storage(config.store.root))
     meeting.check_asked(storage, wanted.key)
-    context = _context(config, wanted, storage)
-    run = Run(context, StageTracker(config, storage, wanted.tracked), frozenset(wanted.rebuild))
+    context = patient(lambda: _context(config, wanted, storage))
+    tracker = patient(lambda: StageTracker(config, storage, wanted.tracked, wanted.run))
+    run = Run(context, tracker, frozenset(wanted.rebuild))
+    run.began = wanted.began
     _build(run, wanted)
+    if tracker.lost:
+        warn(f"{tracker.lost} metrics of {wanted.stage} could not be written to MLflow")
     meeting.answer(storage, wanted.key, run.made[wanted.stage], run.stages[-1])
 
 

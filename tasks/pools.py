@@ -71,7 +71,8 @@ def handed_over(config: Config, storage: Storage, pool: str, wanted: Assignment)
     Raises what the stage raised there; WorkerLost if its process was lost, so that the task tries again.
     """
     with get_client(sync_client=True) as client:
-        key, live = _asked(client, wanted)
+        keys = [digest(f"{flow_run.id} {wanted.key} {number}".encode())[:32] for number in range(ASKED)]
+        key, live = _asked(_runs(client, keys), keys, wanted.stage)
         wanted = wanted.model_copy(update=dict(key=key))
         meeting.ask(storage, key)
         run = live or _start(config, storage, pool, wanted)
@@ -80,27 +81,32 @@ def handed_over(config: Config, storage: Storage, pool: str, wanted: Assignment)
             log("info", f"{wanted.stage} on pool {pool} ended as {run.state and run.state.name}")
             _judge(run.state, wanted.stage, pool)
             folder, done = meeting.answered(storage, key)
+            workers = sum(begun.start_time is not None for begun in _runs(client, keys).values())
         except BaseException:
             _cancel(client, run.id)
             raise
         finally:
             with suppress(errors.StoreError):
                 meeting.forget(storage, key)
-    where = dict(pool=run.work_pool_name or pool, flow_run_id=str(run.id), worker_seconds=done["seconds"])
+    where = dict(pool=pool, workers=workers, flow_run_id=str(run.id), worker_seconds=done["seconds"])
     return folder, done["outcome"], {name: value for name, value in done.items() if name not in ENTRY} | where
 
 
-def _asked(client: SyncPrefectClient, wanted: Assignment) -> tuple[str, FlowRun | None]:
-    """The key for this stage, and its run where an earlier attempt of ours asked for one that still goes on."""
-    keys = [digest(f"{flow_run.id} {wanted.key} {number}".encode())[:32] for number in range(ASKED)]
+def _runs(client: SyncPrefectClient, keys: list[str]) -> dict[str, FlowRun]:
+    """What was asked for under these keys, by this attempt of ours and by earlier ones."""
     ours = FlowRunFilter.model_validate(dict(idempotency_key=dict(any_=keys)))
-    found = {run.idempotency_key: run for run in client.read_flow_runs(flow_run_filter=ours, limit=ASKED)}
+    found = client.read_flow_runs(flow_run_filter=ours, limit=len(keys))
+    return {run.idempotency_key: run for run in found if run.idempotency_key}
+
+
+def _asked(found: dict[str, FlowRun], keys: list[str], stage: str) -> tuple[str, FlowRun | None]:
+    """The key for a stage, and its run where an earlier attempt of ours asked for one that still goes on."""
     for key, run in found.items():
-        if key and run.state and not run.state.is_final() and not run.state.is_cancelling():
+        if run.state and not run.state.is_final() and not run.state.is_cancelling():
             return key, run
     free = [key for key in keys if key not in found]
     if not free:
-        raise WorkerError(f"{wanted.stage} was asked for {ASKED} times: start another run")
+        raise WorkerError(f"{stage} was asked for {ASKED} times: start another run")
     return free[0], None
 
 

@@ -10,7 +10,7 @@ import socket
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from masters.artifacts import Artifact
 from masters.config import EASYVQA, TEACHER, Config, Model, Pools
@@ -39,6 +39,8 @@ class Assignment(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     key: Key = Field(description="Where in the store run and worker meet")
+    run: str = Field(pattern=r"^[0-9a-f-]{32,36}$", description="What the run that asks is known by in MLflow")
+    began: AwareDatetime = Field(description="When it did: what others built since is not built again")
     tracked: Key = Field(description="The stage's run in MLflow")
     stage: str = Field(pattern=r"^[a-z]+(-[a-z0-9]+)?$", description="generate, in a second round generate-2")
     inputs: dict[str, Folder] = Field(default={}, description="Artifacts that it reads, by their role")

@@ -17,6 +17,9 @@ from masters.models.soundness import check_maskable, check_sound
 from masters.sources import Source, open_source
 from masters.storage import Storage
 
+BEFORE, AFTER = "student-before", "student-after"  # the student's names in the predictions table
+STUDENTS = (BEFORE, AFTER)
+
 
 @dataclass(frozen=True)
 class LocalModel:
@@ -69,6 +72,7 @@ def preflight(config: Config) -> Ready:
         if wanted.r_max > 0:
             check_maskable(teacher.folder, tuple(config.mask.exclude))
     storage = open_storage(config.store.root)
+    student, *teachers = distinct([student, *teachers])
     return Ready(storage, source, student, teachers, special_tokens(student.folder), judge)
 
 
@@ -77,6 +81,19 @@ def started_from(config: Config, trained: Artifact, name: str) -> Ready:
     folder = trained.storage.download(f"{trained.folder}/model", cache() / "models" / trained.parts["model"][:32])
     ready = preflight(config.model_copy(update=dict(student=Model(model=str(folder)))))
     return replace(ready, student=replace(ready.student, name=name, made=trained))
+
+
+def distinct(models: list[LocalModel]) -> list[LocalModel]:
+    """Models under names that tell them apart in tables: folders are often called the same, such as `final`."""
+    digests: dict[str, set[str]] = {}
+    for model in models:
+        digests.setdefault(model.name, set()).add(model.digest)
+    return [
+        replace(model, name=f"{model.name}-{model.digest[:8]}")
+        if len(digests[model.name]) > 1 or model.name in STUDENTS
+        else model
+        for model in models
+    ]
 
 
 def judge_of(config: Config) -> LocalModel | Server | None:

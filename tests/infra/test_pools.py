@@ -22,12 +22,14 @@ from tests.stack import ROOT, Stack, serve, until
 pytestmark = pytest.mark.slow
 POOLS = dict(cpu="cpu", generate="gpu-generate", train="gpu-train")
 PLACES = dict(data="cpu", mask="cpu", generate="gpu-generate", score="cpu", train="gpu-train", evaluate="gpu-generate")
+SECRET = "open-sesame-0123456789"
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
-    with serve(stack="light", pools=",".join(POOLS.values()), resume_after=10, lost_after=45) as running:
+    pools = ",".join(POOLS.values())
+    with serve(stack="light", pools=pools, resume_after=10, lost_after=45, judge_api_key=SECRET) as running:
         write_questions(running.folder / "data", 24)
         write_questions(running.folder / "elsewhere", 8)
         yield running
@@ -155,6 +157,9 @@ def test_the_summary_says_where_each_stage_ran(pooled: dict) -> None:
     assert {stage["worker"] for stage in pooled["stages"] if stage.get("pool") == "cpu"} == {"machine-of-cpu"}
     generate = next(stage for stage in pooled["stages"] if stage["name"] == "generate")
     assert generate["engines"] == 2 and generate["worker"] == "machine-of-gpu-generate"
+    assert {stage["name"]: stage["workers"] for stage in pooled["stages"] if "pool" in stage} == dict.fromkeys(
+        PLACES, 1
+    ) | dict(generate=2)  # the one that was killed, and the one that ended it
 
 
 def test_the_killed_stage_was_asked_for_again_once(stack: Stack, pooled: dict) -> None:
@@ -201,6 +206,14 @@ def test_lineage_is_complete(stack: Stack, pooled: dict) -> None:
         )
         metrics = {metric["key"] for metric in answer["run"]["data"]["metrics"]}
         assert ("loss" in metrics) == (name == "train")  # written by the pool's worker
+
+
+def test_only_references_travel_and_no_secret(stack: Stack, pooled: dict) -> None:
+    asked = [*stages(stack, "pooled generate"), *stages(stack, "pooled train")]
+    assert len(asked) == 3 and all(set(run["parameters"]) == {"config", "assignment"} for run in asked)
+    assert SECRET not in json.dumps(asked) and max(len(json.dumps(run["parameters"])) for run in asked) < 10_000
+    reads = next(run["parameters"]["assignment"]["inputs"] for run in asked if run["name"] == "pooled train")
+    assert all((stack.folder / "store" / folder).is_dir() for folder in reads.values()) and "responses" in reads
 
 
 def test_nothing_is_left_where_run_and_workers_met(stack: Stack, pooled: dict) -> None:

@@ -1,6 +1,7 @@
 """What of a stage that is handed on can be said without a server: its references, its configuration, its pool."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,11 @@ from tests.scored import Quiet
 DEMO = Path(__file__).parents[2] / "configs/demo.toml"
 NAMED = ["runtime.pools.cpu=c", "runtime.pools.generate=g", "runtime.pools.train=t"]
 KEY = "0" * 32
+BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def wanted(**fields: object) -> Assignment:
-    return Assignment.model_validate(dict(key=KEY, tracked=KEY, stage="generate") | fields)
+    return Assignment.model_validate(dict(key=KEY, run=KEY, began=BEGAN, tracked=KEY, stage="generate") | fields)
 
 
 @pytest.mark.parametrize("folder", ["../../etc", "data/../../x-0123456789abcdef", "/data/x-0123456789abcdef", "data/x"])
