@@ -1,5 +1,6 @@
 """One stage of somebody's run, on the work pool of this deployment: built from references, answered in the store."""
 
+from dataclasses import replace
 from typing import Any
 
 from prefect import flow
@@ -54,7 +55,7 @@ def _work(config: Config, wanted: Assignment) -> None:
     storage = patient(lambda: open_storage(config.store.root))
     meeting.check_asked(storage, wanted.key)
     context = patient(lambda: _context(config, wanted, storage))
-    tracker = patient(lambda: StageTracker(config, storage, wanted.tracked, wanted.run))
+    tracker = patient(lambda: StageTracker(config, storage, wanted))
     run = Run(context, tracker, frozenset(wanted.rebuild))
     run.began = wanted.began
     _build(run, wanted)
@@ -107,4 +108,4 @@ def _round(run: Run, wanted: Assignment, given: Given) -> Round:
 def _model(run: Run, name: str, given: Given) -> LocalModel:
     """A model to evaluate, by its name in the predictions table."""
     known = {model.name: model for model in [*run.ready.teachers, before(run.ready)]}
-    return known[name] if name in known else run.trained(given[f"model {name}"])
+    return known[name] if name in known else replace(run.trained(given[f"model {name}"]), name=name)

@@ -15,7 +15,7 @@ from prefect.tasks import Task, exponential_backoff
 
 from masters import artifacts, memory
 from masters.artifacts import Artifact, Identity, Upstream
-from masters.assignment import Assignment, Student
+from masters.assignment import Assignment, Student, outside
 from masters.config import Config, Teacher
 from masters.errors import ArtifactError, StoreError, TrackingError, WorkerLost
 from masters.exclusive import alone
@@ -141,6 +141,7 @@ class Run(Context):
             key=digest(identity.folder.encode())[:32], tracked=self.tracker.current, stage=identity.stage,
             run=self.key, began=self.began,
             inputs={role: made.folder for role, made in upstream.items() if isinstance(made, Artifact)},
+            outside=outside(upstream),
             models=[role.removeprefix("model ") for role in upstream if role.startswith("model ")],
             ahead=ahead, rebuild=sorted(self.rebuild), earlier=self.earlier.folders,
             known=self.known.folder if self.known else None,

@@ -12,7 +12,7 @@ from typing import Annotated, TypeVar
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
-from masters.artifacts import Artifact
+from masters.artifacts import Artifact, External, Upstream
 from masters.config import EASYVQA, TEACHER, Config, Model, Pools
 from masters.errors import InputError
 from masters.judge_url import is_url
@@ -44,6 +44,7 @@ class Assignment(BaseModel):
     tracked: Key = Field(description="The stage's run in MLflow")
     stage: str = Field(pattern=r"^[a-z]+(-[a-z0-9]+)?$", description="generate, in a second round generate-2")
     inputs: dict[str, Folder] = Field(default={}, description="Artifacts that it reads, by their role")
+    outside: dict[str, str | None] = Field(default={}, description="Digests of what it reads from elsewhere, by role")
     models: list[str] = Field(default=[], description="Of evaluate: who is asked, in this order")
     ahead: bool = Field(default=False, description="Of generate: what evaluate asks of the same models, too")
     rebuild: list[Stage] = Field(default=[], description="Stages to build again")
@@ -59,6 +60,21 @@ class Assignment(BaseModel):
     def round(self) -> int:
         number = self.stage.rpartition("-")[2]
         return int(number) if number.isdigit() else 1
+
+    def check_reads(self, upstream: Upstream) -> None:
+        """Raises InputError if a model or the data on this machine is not what the run that asks has found."""
+        ours = outside(upstream)
+        other = [role for role in sorted({*ours, *self.outside}) if ours.get(role) != self.outside.get(role)]
+        if other:
+            raise InputError(
+                f"{self.stage} would read another {', '.join(other)} on {socket.gethostname()} than where the run was "
+                "started: what lies at a path, or behind a hub's id, must be the same on every machine"
+            )
+
+
+def outside(upstream: Upstream) -> dict[str, str | None]:
+    """By role, the digests of what a stage reads that lies in no store: machines may differ in it."""
+    return {role: made.digest for role, made in upstream.items() if isinstance(made, External)}
 
 
 def portable(config: Config, store: str) -> Config:

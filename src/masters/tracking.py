@@ -21,6 +21,7 @@ from mlflow.exceptions import MlflowException
 from masters import allowed, lineage, machine
 from masters.allowed import Setting
 from masters.artifacts import Artifact, Identity, Upstream
+from masters.assignment import Assignment
 from masters.config import Config
 from masters.errors import InputError, TrackingError, Unreachable
 from masters.mlflow_client import client as mlflow_client
@@ -315,23 +316,26 @@ class Tracker:
 class StageTracker(Tracker):
     """For a stage that another process opened a run for: metrics go there, the rest of it is the opener's to write."""
 
-    def __init__(self, config: Config, storage: Storage, run_id: str, key: str) -> None:
-        """`key`: of the run that asks. Raises InputError if this process tracks elsewhere."""
-        self.uri, self.key = tracking_uri(config, storage), key
+    def __init__(self, config: Config, storage: Storage, wanted: Assignment) -> None:
+        """Raises InputError if this process tracks elsewhere."""
+        self.uri, self.key, self._wanted = tracking_uri(config, storage), wanted.run, wanted
         check_answers(self.uri)
         self._client, self._pending = mlflow_client(self.uri), {}
         self.lost, self._pause = 0, 0.0
         try:
-            found = self._client.get_run(run_id)
+            found = self._client.get_run(wanted.tracked)
         except MlflowException as error:
             raise InputError(
-                f"MLflow at {shown(self.uri)} holds no run {run_id}: a pool's workers must track where the run that "
-                "asks does; set runtime.mlflow_uri, or MLFLOW_TRACKING_URI for each of them"
+                f"MLflow at {shown(self.uri)} holds no run {wanted.tracked}: a pool's workers must track where the run "
+                "that asks does; set runtime.mlflow_uri, or MLFLOW_TRACKING_URI for each of them"
             ) from error
-        self.run_id, self._current = found.data.tags.get("mlflow.parentRunId", run_id), run_id
+        self._current = wanted.tracked
+        self.run_id = found.data.tags.get("mlflow.parentRunId", wanted.tracked)
 
     @contextmanager
     def stage(self, identity: Identity, upstream: Upstream) -> Iterator[Tracked]:
+        """Raises InputError if the stage would read something else than the opener wrote down."""
+        self._wanted.check_reads(upstream)
         try:
             yield lambda artifact, done: self._current
         finally:

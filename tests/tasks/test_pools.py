@@ -5,12 +5,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from prefect.states import Cancelled, Completed, Crashed, Failed
 from pydantic import ValidationError
 
 from masters import assignment, errors
 from masters.allowed import check_config
-from masters.assignment import Assignment, portable
+from masters.artifacts import External, Identity
+from masters.assignment import Assignment, outside, portable
 from masters.config import Config, load
 from masters.errors import InputError, MastersError, WorkerError, WorkerLost
 from masters.infra.settings import Settings
@@ -18,7 +20,9 @@ from masters.preflight import Ready, Server
 from masters.storage import Storage
 from masters.tasks import pools
 from masters.tasks.stage import Context, Run
+from masters.tracking import StageTracker, Tracker
 from tests.scored import Quiet
+from tests.tracked import NAME, configured, made
 
 DEMO = Path(__file__).parents[2] / "configs/demo.toml"
 NAMED = ["runtime.pools.cpu=c", "runtime.pools.generate=g", "runtime.pools.train=t"]
@@ -129,3 +133,39 @@ def test_pools_of_the_stack_are_named_in_its_environment(monkeypatch: pytest.Mon
 def test_an_assignment_travels_as_json() -> None:
     told = wanted(rebuild=["score"], student=dict(name="models:/n/1", folder="train/n-0123456789abcdef"))
     assert Assignment.model_validate(json.loads(told.model_dump_json())) == told
+
+
+def test_what_differs_between_machines_is_told_before_it_is_built(tmp_path: Path) -> None:
+    ours = dict(
+        data=made(Storage(str(tmp_path)), "data"),
+        teacher=External("model", "/m/t", "a" * 64),
+        judge=External("server", "http://j", None),
+    )
+    asked = wanted(outside=outside(ours))
+    asked.check_reads(ours | dict(teacher=External("model", "/elsewhere/t", "a" * 64)))
+    with pytest.raises(InputError, match="another teacher on"):
+        asked.check_reads(ours | dict(teacher=External("model", "/m/t", "b" * 64)))
+    with pytest.raises(InputError, match="another student on"):
+        asked.check_reads(ours | dict(student=External("model", "/m/s", "a" * 64)))
+
+
+def test_a_workers_metrics_go_to_the_stages_run_and_nothing_else_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "store").mkdir()
+    config, storage = configured(tmp_path / "store"), Storage(str(tmp_path / "store"))
+    tracker, made_of = Tracker(config, storage), Identity("train", 1, {}, {}, NAME)
+    with tracker.stage(made_of, {}):
+        asked = wanted(stage="train", tracked=tracker.current, run=tracker.key)
+        there = StageTracker(config, storage, asked)
+        with there.stage(made_of, {}) as tracked:
+            there.metrics(dict(loss=0.5), 7)
+        client = MlflowClient(tracker.uri)
+        run = client.get_run(tracked(made(storage, "train"), {}))
+        assert run.info.status == "RUNNING" and there.run_id == tracker.run_id and there.lost == 0
+    (metric,) = client.get_metric_history(run.info.run_id, "loss")
+    assert (metric.value, metric.step) == (0.5, 7)
+    with pytest.raises(InputError, match="holds no run"):
+        StageTracker(config, storage, wanted(tracked="f" * 32))
