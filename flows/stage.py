@@ -16,6 +16,7 @@ from masters.errors import InputError, MastersError
 from masters.flows.attempts import attempt, patient
 from masters.preflight import LocalModel, open_storage, preflight, started_from
 from masters.reuse import Earlier
+from masters.stage_tracking import StageTracker
 from masters.stages import Stage
 from masters.storage import Storage
 from masters.tasks.data import data
@@ -26,7 +27,6 @@ from masters.tasks.mask import mask
 from masters.tasks.score import score
 from masters.tasks.stage import Context, Round, Run
 from masters.tasks.train import train
-from masters.tracking import StageTracker
 
 TABLES = ("data", "masks", "responses", "verdicts")  # what train reads
 ONCE: Any = dict(retries=0)  # whether it is tried again, the run that asked decides

@@ -7,10 +7,20 @@ built.
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from masters import patterns, store_root
 from masters.errors import InputError
 from masters.judge_url import is_url
 
@@ -20,6 +30,7 @@ COLDEST = 0.01  # what vLLM would silently make of a temperature between 0 and i
 BYTES = 1 << 20  # of a configuration file
 TEACHER = "teacher"  # rewards.judge: the round's own teacher, unmasked
 EASYVQA = "easyvqa"  # data.source: what ships with us
+NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 SHOWN = 100  # characters of a value at fault
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -30,16 +41,29 @@ PoolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{0,64}$")]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
+def _takes_whole(annotation: object) -> bool:
+    return annotation is int or any(_takes_whole(part) for part in get_args(annotation))
+
+
 class Section(BaseModel):
     """Unknown keys are errors; values are not coerced from other types. Descriptions are the run form's help texts."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _integral(cls, value: object, info: ValidationInfo) -> object:
+        """To a form, whose numbers are JSON's, 1.0 is a whole number: so it is in a file."""
+        whole = isinstance(value, float) and value.is_integer()
+        return int(value) if whole and _takes_whole(cls.model_fields[info.field_name or ""].annotation) else value
+
 
 class Store(Section):
     """Where everything that is built is kept."""
 
-    root: Text = Field(description="Folder or s3://bucket/prefix that holds every artifact")
+    root: Annotated[Text, AfterValidator(store_root.checked)] = Field(
+        description="Folder or s3://bucket/prefix that holds every artifact"
+    )
 
 
 class Data(Section):
@@ -87,18 +111,9 @@ class Mask(Section):
     granularity: Literal["matrix", "block", "global"] = Field(
         default="matrix", description="Where weights compete to be kept: in their matrix, their block, the whole model"
     )
-    exclude: list[str] = Field(
-        default=[], description="Further tensor name patterns (regular expressions) never masked"
+    exclude: list[Annotated[str, AfterValidator(patterns.checked)]] = Field(
+        default=[], max_length=100, description="Further tensor name patterns (RE2's syntax) that are never masked"
     )
-
-    @model_validator(mode="after")
-    def _patterns(self) -> "Mask":
-        for pattern in self.exclude:
-            try:
-                re.compile(pattern)
-            except (re.error, RecursionError, OverflowError) as error:
-                raise ValueError(f"exclude: {pattern!r:.{SHOWN}} is no regular expression ({error})") from None
-        return self
 
 
 class Generate(Section):
@@ -196,6 +211,10 @@ class Train(Section):
     epochs: int = Field(default=1, ge=1, le=1000, description="Passes over the questions of each mask stage")
     questions_per_step: Count = Field(default=8, description="Questions that an optimiser step learns from")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Of the weights while it trains")
+    compute_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="Of the products while it trains; bfloat16 is what GPUs are fast at, with float32 weights and sums",
+    )
     seed: Seed = Field(default=0, description="Of the order of the questions")
     probe_drop: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
         default=None,
@@ -212,6 +231,8 @@ class Train(Section):
             raise ValueError('objective "masters" rewards sampled responses; with targets = "labels" use "kd" or "sft"')
         if self.targets == "responses" and self.objective == "sft":
             raise ValueError('objective "sft" is fine-tuning on the labels; set targets = "labels"')
+        if self.dtype == self.compute_dtype == "bfloat16":
+            raise ValueError('weights of dtype "bfloat16" compute in it anyway; leave compute_dtype out')
         return self
 
 
@@ -238,7 +259,8 @@ class Runtime(Section):
     )
     checkpoint_steps: Count = Field(default=100, description="Optimiser steps between checkpoints")
     engine_memory_gib: Annotated[float, Field(gt=0, le=2**20, allow_inf_nan=False)] = Field(
-        default=1.0, description="GiB that an engine keeps for its cache of keys and values"
+        default=1.0,
+        description="GiB of an engine's cache of keys and values on a CPU; on a GPU vLLM takes what is free",
     )
     max_model_len: int = Field(
         default=2048, ge=16, le=LARGEST, description="Prompt and response tokens an engine admits"
@@ -278,7 +300,9 @@ class Config(Section):
     """A distillation, from the data to the student."""
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$",
+        pattern=f"^{NAME}$",
+        # Python's $, by which Prefect's server goes, also stands before a line's end
+        json_schema_extra={"pattern": rf"^{NAME}$(?!\n)"},
         description="Of the experiment and the registered model: letters, digits, - and _",
     )
     store: Store

@@ -17,10 +17,11 @@ from masters.config import Config, load
 from masters.errors import InputError, MastersError, WorkerError, WorkerLost
 from masters.infra.settings import Settings
 from masters.preflight import Ready, Server
+from masters.stage_tracking import StageTracker
 from masters.storage import Storage
 from masters.tasks import pools
 from masters.tasks.stage import Context, Run
-from masters.tracking import StageTracker, Tracker
+from masters.tracking import Tracker
 from tests.scored import Quiet
 from tests.tracked import NAME, configured, made
 
