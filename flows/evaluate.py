@@ -9,6 +9,7 @@ from prefect.runtime import flow_run
 from masters import allowed, artifacts, lmms_tasks
 from masters.allowed import Setting
 from masters.artifacts import Artifact
+from masters.assignment import here
 from masters.config import Config, Model
 from masters.errors import InputError
 from masters.flows.attempts import attempt, patient
@@ -40,7 +41,7 @@ def evaluate(
     """
     with attempt():
         wanted = understood(benchmarks, benchmark_limit)
-        context = Context(config, patient(lambda: preflight(config)))
+        context = Context(here(config), patient(lambda: preflight(config)))
         asked = found(models, tracking_uri(config, context.storage), context.storage)
         tracker = patient(lambda: Tracker(config, context.storage, str(flow_run.id or ""), "evaluate"))
         status = "FAILED"

@@ -1,6 +1,7 @@
 """A distillation in MLflow: one run, a child a stage with its lineage and metrics, the model's version at the end.
 
-`lineage` says what goes into a stage's run, `registry` what becomes of the versions; no other module imports MLflow.
+`lineage` says what goes into a stage's run, `registry` what becomes of the versions, `stage_tracking` writes for a
+stage that another process asked for; no other module imports MLflow.
 """
 
 import os
@@ -158,6 +159,11 @@ class Tracker:
 
     def _tag(self, run_id: str, tags: dict[str, str]) -> None:
         self._client.log_batch(run_id, tags=[RunTag(lineage.key(key), value) for key, value in tags.items()])
+
+    @property
+    def current(self) -> str:
+        """The run that metrics go to: the stage's under way, else the distillation's."""
+        return self._current
 
     @contextmanager
     def stage(self, identity: Identity, upstream: Upstream) -> Iterator[Tracked]:
