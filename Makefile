@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRA ?= cpu
 
-.PHONY: demo test test-all test-faults setup check bench demo-models up down browser
+.PHONY: demo test test-all test-faults setup setup-benchmarks check bench demo-models up down browser
 
 demo: setup
 	$(BIN)/masters distill configs/demo.toml
@@ -11,7 +11,7 @@ demo: setup
 test: setup
 	$(BIN)/pytest -m "not slow"
 
-test-all: setup browser
+test-all: setup setup-benchmarks browser
 	$(BIN)/pytest
 
 # kills and disturbs real pipelines at moments that SEED chooses; prints what became of them
@@ -51,6 +51,13 @@ demo-models: setup
 	$(BIN)/python -m demo.judge
 
 setup: .venv/ready
+
+# lmms-eval and what it needs beside the main environment, in a folder that only its own process sees
+setup-benchmarks: .venv/benchmarks/ready
+
+.venv/benchmarks/ready: requirements/benchmarks.txt .venv/ready
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode --target .venv/benchmarks -r requirements/benchmarks.txt
+	touch $@
 
 # bytecode is compiled here: where Python may not write beside the sources, every process would do it again (13 s each)
 .venv/ready: requirements/$(EXTRA).txt pyproject.toml

@@ -17,6 +17,7 @@ from masters.preflight import LocalModel, preflight
 from masters.stages import Stage
 from masters.storage import Storage
 from masters.summary import Summary
+from masters.tasks import pools
 from masters.tasks.data import data
 from masters.tasks.evaluate import ahead, before, evaluate
 from masters.tasks.generate import generate
@@ -58,6 +59,7 @@ def distill(config: Config, rebuild: list[Stage] | None = None, until: Stage = S
 @contextmanager
 def tracked(context: Context, rebuild: frozenset[Stage] = frozenset()) -> Iterator[tuple[Run, Summary]]:
     """A run in MLflow and its summary, both ended as the body ends."""
+    pools.check(context.config, context.storage)
     key = str(flow_run.id or "")
     run = Run(context, patient(lambda: Tracker(context.config, context.storage, key)), rebuild)
     summary = Summary(run, key)

@@ -1,4 +1,4 @@
-"""Models, given by name, on a configuration's evaluation split: greedy, through vLLM."""
+"""Models, given by name, on a configuration's evaluation split and on benchmarks: greedy, through vLLM."""
 
 from dataclasses import replace
 
@@ -6,9 +6,10 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.runtime import flow_run
 
-from masters import allowed, artifacts
+from masters import allowed, artifacts, lmms_tasks
 from masters.allowed import Setting
 from masters.artifacts import Artifact
+from masters.assignment import here
 from masters.config import Config, Model
 from masters.errors import InputError
 from masters.flows.attempts import attempt, patient
@@ -17,36 +18,62 @@ from masters.machine import cache
 from masters.preflight import LocalModel, local_model, preflight
 from masters.registry import shown
 from masters.storage import Storage
+from masters.tasks.benchmark import benchmark
 from masters.tasks.data import data
 from masters.tasks.evaluate import evaluate as answer
+from masters.tasks.report import benchmarks_reported
 from masters.tasks.stage import Context, Run, warn
 from masters.trace import find
 from masters.tracking import Tracker, tracking_uri
 
 
 @flow(name="evaluate", flow_run_name="{config.name}", on_crashed=[crashed], persist_result=False)
-def evaluate(config: Config, models: list[str]) -> dict:
+def evaluate(
+    config: Config, models: list[str], benchmarks: list[str] | None = None, benchmark_limit: int | None = None
+) -> dict:
     """Exact match of each model, with `n` and `standard_error`; also as a table in the run's artifacts.
 
     Args:
         config: Whose evaluation split is asked; its student and teachers are not, unless they are named.
         models: Folders, Hugging Face ids, or registered students: models:/NAME@ALIAS, models:/NAME/VERSION.
+        benchmarks: Also these: "paper" (all 13 of the paper), one of them, such as MMStar, or a task of lmms-eval's.
+        benchmark_limit: Only so many documents of each task, to try it; default: all.
     """
     with attempt():
-        context = Context(config, patient(lambda: preflight(config)))
+        wanted = understood(benchmarks, benchmark_limit)
+        context = Context(here(config), patient(lambda: preflight(config)))
         asked = found(models, tracking_uri(config, context.storage), context.storage)
         tracker = patient(lambda: Tracker(config, context.storage, str(flow_run.id or ""), "evaluate"))
         status = "FAILED"
         try:
             run = Run(context, tracker)
             scores = answer(run, data(run), asked).facts["scores"]
+            if flow_run.id:
+                create_table_artifact([dict(model=name, **score) for name, score in scores.items()], "evaluation")
+            found_out = benchmarked(run, asked, wanted, benchmark_limit) if wanted else {}
             status = "FINISHED"
         finally:
             if untold := tracker.finish(status):
                 warn(untold)
-        if flow_run.id:
-            create_table_artifact([dict(model=name, **score) for name, score in scores.items()], "evaluation")
-    return dict(scores=scores, mlflow=dict(run_id=tracker.run_id, tracking_uri=shown(tracker.uri)))
+    mlflow = dict(run_id=tracker.run_id, tracking_uri=shown(tracker.uri))
+    return dict(scores=scores, benchmarks=found_out, stages=run.stages, mlflow=mlflow)
+
+
+def understood(benchmarks: list[str] | None, limit: int | None) -> lmms_tasks.Asked | None:
+    """The tasks that are meant, None without any. Raises InputError before anything has run."""
+    if limit is not None and limit < 1:
+        raise InputError(f"benchmark_limit: expected at least 1, found {limit}")
+    return lmms_tasks.understood(benchmarks) if benchmarks else None
+
+
+def benchmarked(run: Run, models: list[LocalModel], wanted: lmms_tasks.Asked, limit: int | None) -> dict[str, list]:
+    """Scores of benchmarks by model: a row a task, metric and filter."""
+    scores = {}
+    for number, model in enumerate(models, 1):
+        name = "benchmarks" if number == 1 else f"benchmarks-{number}"
+        scores[model.name] = benchmark(run, model, wanted, limit, name).facts["scores"]
+        benchmarks_reported(run.config.name, scores)
+    return scores
 
 
 def found(models: list[str], tracking: str, storage: Storage) -> list[LocalModel]:

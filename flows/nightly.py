@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from prefect import Flow, State, flow
 from prefect.client.schemas.objects import FlowRun
@@ -10,13 +10,13 @@ from prefect.client.schemas.objects import FlowRun
 from masters import artifacts, webhook
 from masters.allowed import check_config
 from masters.artifacts import RECORD, Artifact
-from masters.config import Config, Model
+from masters.config import Config
 from masters.errors import ArtifactError, InputError
 from masters.flows.attempts import attempt, patient
 from masters.flows.distill import Distilled, crashed, pipeline, tracked
 from masters.gate import Comparison, compare, objections, regressions
-from masters.machine import cache, turn
-from masters.preflight import LocalModel, Ready, open_storage, preflight
+from masters.machine import turn
+from masters.preflight import LocalModel, Ready, open_storage, preflight, started_from
 from masters.registry import Registry
 from masters.reuse import Earlier
 from masters.stages import Stage
@@ -86,11 +86,7 @@ class Champion:
 
 def from_champion(config: Config, champion: Champion) -> Ready:
     """What preflight finds with the champion as the student: its train artifact, so that lineage goes on into it."""
-    trained = champion.trained
-    folder = trained.storage.download(f"{trained.folder}/model", cache() / "models" / trained.parts["model"][:32])
-    ready = preflight(config.model_copy(update=dict(student=Model(model=str(folder)))))
-    student = replace(ready.student, name=f"models:/{config.name}/{champion.version}", made=trained)
-    return replace(ready, student=student)
+    return started_from(config, champion.trained, f"models:/{config.name}/{champion.version}")
 
 
 def night(config: Config) -> dict:

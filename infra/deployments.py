@@ -1,9 +1,9 @@
 """`python -m masters.infra.deployments`: what the Prefect server must hold before a worker starts.
 
-The work pool, the deployments of prefect.yaml, and three automations for lost runs: one that has stopped to send
-heartbeats is marked Crashed, one that was being cancelled meanwhile is Cancelled, and a crashed run of a deployment is
-scheduled again, a set number of times. Scheduling waits for RESUME_AFTER: Crashed is proposed twice, seconds apart, and
-resuming at the first would run it twice.
+The work pools, the deployments of prefect.yaml and of single stages, and three automations for lost runs: one that has
+stopped to send heartbeats is marked Crashed, one that was being cancelled meanwhile is Cancelled, and a crashed run of
+a deployment is scheduled again, a set number of times. Scheduling waits for RESUME_AFTER: Crashed is proposed twice,
+seconds apart, and resuming at the first would run it twice.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter, WorkPoolFilter
 from prefect.client.schemas.objects import DeploymentSchedule, StateType
+from prefect.deployments.runner import EntrypointType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
@@ -31,6 +32,7 @@ from masters.infra.settings import POOL, Settings
 RUN = "prefect.flow-run."
 ENDED = {f"{RUN}{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
 GOES_ON = {f"{RUN}{state}" for state in ("Scheduled", "AwaitingRetry", "Late", "Pending", "Running", "Cancelling")}
+STAGE_FLOW = "stage"
 OWNERS = ("command", "env", "working_dir")  # of a run's job: what the machine's owner decides
 DEFINITIONS = Path(masters.__file__).parent / "prefect.yaml"
 
@@ -38,7 +40,8 @@ DEFINITIONS = Path(masters.__file__).parent / "prefect.yaml"
 async def prepare(settings: Settings) -> None:
     """Pool, automations, and an end to what a previous stack left running."""
     async with get_client() as client:
-        await _pool(client, settings)
+        for name in (POOL, *settings.pools):
+            await _pool(client, name, settings)
         for automation in (lost(settings), cancelled(settings), resumed(settings)):
             await _replace(client, automation)
         await _end_lost(client, settings)
@@ -78,6 +81,23 @@ def _scheduled(found: DeploymentSchedule) -> dict:
         told = dict(rrule=json.dumps(told))
     told |= dict(active=found.active, parameters=found.parameters, slug=found.slug)
     return {name: value for name, value in told.items() if value is not None}
+
+
+async def deploy_stages(settings: Settings) -> None:
+    """For each further pool the deployment `stage/POOL`, which runs one stage of somebody's run.
+
+    Unlike those of prefect.yaml it names no folder to start in: its workers may be on other machines.
+    """
+    if not settings.pools:
+        return
+    from masters.flows.stage import stage  # seconds of imports that no other deployment needs
+
+    for pool in settings.pools:
+        deployment = await stage.ato_deployment(
+            pool, description="One stage, handed on by a run that waits for it", tags=["masters"], work_pool_name=pool,
+            job_variables={"stream_output": False}, entrypoint_type=EntrypointType.MODULE_PATH,
+        )  # fmt: skip
+        await deployment.aapply()
 
 
 def lost(settings: Settings) -> AutomationCore:
@@ -129,7 +149,11 @@ def resumed(settings: Settings) -> AutomationCore:
                 "prefect.resource.id": f"{RUN}*",
                 "prefect.run-count": [str(count) for count in range(1, settings.resumes + 1)] or ["none"],
             },
-            match_related={"prefect.resource.role": "deployment"},
+            match_related=[
+                {"prefect.resource.role": "deployment"},
+                # a stage on another pool is asked for again by the run that waits for it
+                {"prefect.resource.role": "flow", "prefect.resource.name": f"!{STAGE_FLOW}"},
+            ],
             for_each={"prefect.resource.id"},
             after={f"{RUN}Crashed"},
             expect=GOES_ON,
@@ -141,13 +165,13 @@ def resumed(settings: Settings) -> AutomationCore:
     )
 
 
-async def _pool(client: PrefectClient, settings: Settings) -> None:
+async def _pool(client: PrefectClient, name: str, settings: Settings) -> None:
     try:
-        await client.read_work_pool(POOL)
+        await client.read_work_pool(name)
     except ObjectNotFound:
-        await client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=job_template()))
+        await client.create_work_pool(WorkPoolCreate(name=name, type="process", base_job_template=job_template()))
     changes = dict(concurrency_limit=settings.runs_at_once, base_job_template=job_template())
-    await client.update_work_pool(POOL, WorkPoolUpdate(**changes))
+    await client.update_work_pool(name, WorkPoolUpdate(**changes))
 
 
 def job_template() -> dict:
@@ -193,5 +217,7 @@ async def _replace(client: PrefectClient, automation: AutomationCore) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(prepare(Settings.from_environment()))
+    chosen = Settings.from_environment()
+    asyncio.run(prepare(chosen))
+    asyncio.run(deploy_stages(chosen))
     sys.exit(deploy())

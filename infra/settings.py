@@ -36,11 +36,13 @@ class Settings:
     lost_after: int = 90  # seconds without a heartbeat after which a run is lost; they come every 30
     resume_after: int = 15  # seconds after which a crashed run is scheduled again
     resumes: int = 3  # times that a run is scheduled again
+    pools: tuple[str, ...] = ()  # further work pools, for single stages, separated by commas
 
     @classmethod
     def from_environment(cls) -> "Settings":
-        """Raises InputError if a value is no whole number, or outside its range."""
-        return cls(**{f.name: _number(f"MASTERS_{f.name.upper()}", f.default) for f in fields(cls)})  # type: ignore
+        """Raises InputError if a value is no whole number or outside its range, or a pool's name cannot be one."""
+        numbers = {f.name: _number(f"MASTERS_{f.name.upper()}", f.default) for f in fields(cls) if f.type is int}
+        return cls(**numbers, pools=_pools("MASTERS_POOLS"))  # type: ignore
 
 
 def home() -> Path:
@@ -56,3 +58,15 @@ def _number(name: str, default: int) -> int:
     if not low <= int(text) <= high:
         raise InputError(f"{name}: expected a whole number from {low} to {high}, found {text}")
     return int(text)
+
+
+def _pools(name: str) -> tuple[str, ...]:
+    pools = tuple(dict.fromkeys(pool for part in os.environ.get(name, "").split(",") if (pool := part.strip())))
+    for pool in pools:
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", pool):
+            raise InputError(f"{name}: expected names of letters, digits, - and _, found {pool!r:.100}")
+        if pool == POOL:
+            raise InputError(
+                f"{name}: {POOL} is the pool of whole runs: a stage would wait for the run that asks for it"
+            )
+    return pools

@@ -56,6 +56,28 @@ class Reply:
     finish_reason: str
 
 
+def settings(folder: Path, dtype: str, runtime: Runtime, own_code: bool = False) -> dict[str, Any]:
+    """How vLLM serves a model, whoever asks it. To be called before vLLM is imported: sets what that reads."""
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(runtime.engine_memory_gib)))
+    devices.claim(runtime.tensor_parallel_size)  # before vLLM looks
+    from transformers import AutoConfig
+    from vllm.platforms import current_platform
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=own_code)
+    length = min(runtime.max_model_len, config.get_text_config().max_position_embeddings)
+    return dict(
+        model=str(folder), dtype=dtype, load_format="safetensors", trust_remote_code=own_code, max_model_len=length,
+        max_num_batched_tokens=max(BATCHED_TOKENS, length), tensor_parallel_size=runtime.tensor_parallel_size,
+        worker_extension_cls="masters.models.engine.MaskExtension", disable_log_stats=True,
+        **START["gpu" if current_platform.is_cuda_alike() else "cpu"],
+    )  # fmt: skip
+
+
+def only_words(llm: Any, tokenizer: Any) -> None:
+    """Have an engine never sample an id that the tokenizer does not have."""
+    llm.collective_rpc("only_words", args=(1 + max(tokenizer.get_vocab().values()),))
+
+
 class MaskExtension:
     """Mixed into vLLM's worker. Masks the checkpoint's tensors before they enter: vLLM fuses them after."""
 
@@ -81,30 +103,15 @@ class Engine:
 
     def __init__(self, folder: Path, dtype: str, runtime: Runtime, own_code: bool = False) -> None:
         """`own_code`: the model runs code of its own; preflight has asked whether it may."""
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(runtime.engine_memory_gib)))
-        devices.claim(runtime.tensor_parallel_size)  # before vLLM looks
+        chosen = settings(folder, dtype, runtime, own_code)
         from transformers import AutoProcessor
         from vllm import LLM
-        from vllm.platforms import current_platform
 
         self.folder, self.own_code = folder, own_code
         self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=own_code)
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)  # a model of text alone has no processor
-        self.llm = LLM(
-            model=str(folder),
-            dtype=dtype,
-            load_format="safetensors",
-            trust_remote_code=own_code,
-            max_model_len=self._length(runtime),
-            max_num_batched_tokens=max(BATCHED_TOKENS, self._length(runtime)),
-            limit_mm_per_prompt={"image": 1, "video": 0},
-            tensor_parallel_size=runtime.tensor_parallel_size,
-            worker_extension_cls="masters.models.engine.MaskExtension",
-            seed=0,
-            disable_log_stats=True,
-            **START["gpu" if current_platform.is_cuda_alike() else "cpu"],
-        )
-        self.llm.collective_rpc("only_words", args=(1 + max(self.tokenizer.get_vocab().values()),))
+        self.llm = LLM(**chosen, limit_mm_per_prompt={"image": 1, "video": 0}, seed=0)
+        only_words(self.llm, self.tokenizer)
 
     def __enter__(self) -> "Engine":
         return self
@@ -115,12 +122,6 @@ class Engine:
         del self.llm
         gc.collect()
         cleanup_dist_env_and_memory()
-
-    def _length(self, runtime: Runtime) -> int:
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.own_code)
-        return min(runtime.max_model_len, config.get_text_config().max_position_embeddings)
 
     def remask(self, thresholds: dict[str, float]) -> None:
         """Serve the model masked at these thresholds; an empty dict serves it untouched."""

@@ -1,6 +1,7 @@
 """generate: the masked teachers and the student answer every question ahead of time, through vLLM."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from prefect import task
 
@@ -63,7 +64,8 @@ def generate(run: Run, current: Round, data: Artifact, masks: Artifact, ahead: S
         return files, dict(rows=rows) | set_aside(run.storage, asked), how
 
     upstream = dict(data=data, masks=masks, teacher=current.teacher.origin, student=current.student.origin)
-    made = build_or_reuse(run, made_of, upstream, build, lambda: forget(run.storage, asked))
+    forgotten = partial(forget, run.storage, asked)
+    made = build_or_reuse(run, made_of, upstream, build, forgotten, ahead=bool(ahead))
     return tell_set_aside(run, made_of, made, "their responses are empty and are not learnt from")
 
 

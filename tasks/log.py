@@ -4,6 +4,9 @@ from typing import Literal
 
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
+from rich.console import Console
+
+CONSOLE = Console(stderr=True)
 
 
 def log(level: Literal["info", "warning"], line: str) -> None:
@@ -12,3 +15,9 @@ def log(level: Literal["info", "warning"], line: str) -> None:
     except MissingContextError:
         return
     getattr(logger, level)(line)
+
+
+def warn(line: str) -> None:
+    """On the terminal and in the log of Prefect's UI."""
+    log("warning", line)
+    CONSOLE.print(f"warning: {line}", style="yellow", highlight=False, markup=False)

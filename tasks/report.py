@@ -35,6 +35,23 @@ def night_reported(name: str, told: dict) -> None:
     _harmless(lambda: create_table_artifact([row], key=key(name, "night"), description="The gate's verdict"))
 
 
+def benchmarks_reported(name: str, scores: dict[str, list[dict]]) -> None:
+    """Scores of benchmarks by model, as a table."""
+    rows = [
+        {"model": inert(model)}
+        | {what: inert(row[what]) for what in ("task", "version", "metric", "filter")}
+        | {"value": f"{row['value']:.4g}", "standard error": _or_none(row["standard_error"]), "documents": row["n"]}
+        for model, found in scores.items()
+        for row in found
+    ]
+    told = "Tasks of lmms-eval through its vLLM backend"
+    _harmless(lambda: create_table_artifact(rows, key=key(name, "benchmarks"), description=told))
+
+
+def _or_none(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"
+
+
 def _harmless(work: Callable[[], object]) -> None:
     """What goes wrong in a report is said and fails nothing."""
     try:

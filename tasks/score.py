@@ -17,6 +17,7 @@ from masters.preflight import Server
 from masters.rewards import rule_accuracy
 from masters.rewards.verdict import FINAL, Triple, Verdict
 from masters.shards import split
+from masters.stages import Stage
 from masters.storage import Storage
 from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse, warn
 
@@ -67,7 +68,8 @@ def score(run: Run, current: Round, data: Artifact, responses: Artifact) -> Arti
         chain = chain[:1]
     judged = cache(lambda: _judged(run, chain[-1], judge, set(_triples(responses, answers))))
     made_of = chain[-1]
-    if len(chain) > 1 and not artifacts.find(run.storage, made_of) and not judged()[1]["answered"]:
+    here = not run.pool(Stage.SCORE)  # else the pool's worker asks the judge
+    if here and len(chain) > 1 and not artifacts.find(run.storage, made_of) and not judged()[1]["answered"]:
         made_of = chain[-2]  # the judge still cannot be had for these: what there is stays
 
     def build() -> tuple[dict[str, str], dict, dict]:

@@ -12,25 +12,25 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
 from prefect.states import State
 from prefect.tasks import Task, exponential_backoff
-from rich.console import Console
 
 from masters import artifacts, memory
 from masters.artifacts import Artifact, Identity, Upstream
+from masters.assignment import Assignment, Student, outside
 from masters.config import Config, Teacher
 from masters.errors import ArtifactError, StoreError, TrackingError, WorkerLost
 from masters.exclusive import alone
 from masters.identity import digest
 from masters.machine import cache
 from masters.models.schedule import mask_stages
-from masters.preflight import AFTER, LocalModel, Ready
+from masters.preflight import AFTER, LocalModel, Ready, Server
 from masters.reuse import Earlier
 from masters.stages import Stage
 from masters.storage import Storage
-from masters.tasks.log import log
+from masters.tasks.log import CONSOLE, log, warn
+from masters.tasks.pools import handed_over
 from masters.tasks.progress import Progress
 from masters.tracking import Tracker
 
-CONSOLE = Console(stderr=True)
 RETRIES = 2
 BACKOFF = 10  # seconds before the first retry, twice that before the second
 Build = Callable[[], tuple[dict[str, str], dict, dict]]  # files with digests, facts, how it ran
@@ -121,6 +121,33 @@ class Run(Context):
     def rebuilds(self, identity: Identity) -> bool:
         return identity.kind in self.rebuild
 
+    def pool(self, kind: str) -> str:
+        """The work pool that a stage is handed on to; empty: it runs in this process."""
+        pools, judge = self.config.runtime.pools, self.ready.judge
+        by_a_model = self.config.rewards.accuracy == "llm" and not isinstance(judge, Server)
+        return {
+            Stage.DATA: pools.cpu,
+            Stage.MASK: pools.cpu,
+            Stage.GENERATE: pools.generate,
+            Stage.SCORE: pools.generate if by_a_model else pools.cpu,
+            Stage.TRAIN: pools.train,
+            Stage.EVALUATE: pools.generate,
+        }.get(Stage(kind), "")
+
+    def assignment(self, identity: Identity, upstream: Upstream, ahead: bool) -> Assignment:
+        """A stage of this run as references to what it is made from."""
+        made = self.ready.student.made
+        return Assignment(
+            key=digest(identity.folder.encode())[:32], tracked=self.tracker.current, stage=identity.stage,
+            run=self.key, began=self.began,
+            inputs={role: made.folder for role, made in upstream.items() if isinstance(made, Artifact)},
+            outside=outside(upstream),
+            models=[role.removeprefix("model ") for role in upstream if role.startswith("model ")],
+            ahead=ahead, rebuild=sorted(self.rebuild), earlier=self.earlier.folders,
+            known=self.known.folder if self.known else None,
+            student=Student(name=self.ready.student.name, folder=made.folder) if made else None,
+        )  # fmt: skip
+
 
 def _discard(run: Run, identity: Identity, forget: Callable[[], None]) -> None:
     """Make room for what is to be built again: once a run, however often it is cut short and goes on.
@@ -149,41 +176,48 @@ def _built(run: Run, build: Build) -> tuple[dict[str, str], dict, dict]:
         ) from error
 
 
-def warn(line: str) -> None:
-    """On the terminal and in the log of Prefect's UI."""
-    log("warning", line)
-    CONSOLE.print(f"warning: {line}", style="yellow", highlight=False, markup=False)
+def _here(
+    run: Run, identity: Identity, upstream: Upstream, build: Build, forget: Callable[[], None]
+) -> tuple[Artifact, str, dict]:
+    """The artifact, built in this process, its outcome and how it ran; another run may have been first."""
+    what = f"builds {identity.stage} of {run.config.name}: waiting for it"
+    with alone(run.storage, identity.folder, run.work(identity), lambda who: warn(f"{who} {what}")) as check:
+        _discard(run, identity, forget)
+        if artifact := artifacts.find(run.storage, identity):  # it was built while this run waited
+            return artifact, "reused", {}
+        run.storage.sweep(identity.folder)
+        files, facts, how = _built(run, build)
+        check()
+        return artifacts.commit(run.storage, identity, files, facts, upstream), "built", how
 
 
 def build_or_reuse(
-    run: Run, identity: Identity, upstream: Upstream, build: Build, forget: Callable[[], None] = lambda: None
-) -> Artifact:
+    run: Run, identity: Identity, upstream: Upstream, build: Build,
+    forget: Callable[[], None] = lambda: None, ahead: bool = False,
+) -> Artifact:  # fmt: skip
     """The artifact of this identity: found, or built, committed and tracked. Its outcome joins the run's stages.
 
+    What is not there is built in this process, or by a worker of the stage's pool, which gets `ahead` passed on.
+
     `upstream` is everything that the stage reads: it goes into the record and into MLflow. Of the outcome, `peak_mib`
-    is this process's while the stage ran, `children_peak_mib` that of the processes it started. `forget`: removes what
-    lies elsewhere and would not be made again otherwise, when the stage is to be rebuilt.
+    is that of the building process while the stage ran, `children_peak_mib` that of the processes it started. `forget`:
+    removes what lies elsewhere and would not be made again otherwise, when the stage is to be rebuilt.
     """
     began = time.monotonic()
     memory.forget_peak()
     artifact, how, outcome = None if run.rebuilds(identity) else artifacts.find(run.storage, identity), {}, "reused"
     with run.tracker.stage(identity, upstream) as tracked:
-        if artifact is None:
-            what = f"builds {identity.stage} of {run.config.name}: waiting for it"
-            with alone(run.storage, identity.folder, run.work(identity), lambda who: warn(f"{who} {what}")) as check:
-                _discard(run, identity, forget)
-                # another run may have built it while this one waited
-                artifact = artifacts.find(run.storage, identity)
-                if artifact is None:
-                    run.storage.sweep(identity.folder)
-                    files, facts, how = _built(run, build)
-                    check()
-                    artifact, outcome = artifacts.commit(run.storage, identity, files, facts, upstream), "built"
+        if artifact is None and (pool := run.pool(identity.kind)):
+            wanted = run.assignment(identity, upstream, ahead)
+            folder, outcome, how = handed_over(run.config, run.storage, pool, wanted)
+            artifact = artifacts.load(run.storage, folder)
+        elif artifact is None:
+            artifact, outcome, how = _here(run, identity, upstream, build, forget)
         done = dict(
             name=identity.stage, fingerprint=artifact.fingerprint, uri=artifact.uri, outcome=outcome,
             rows=artifact.facts.get("rows", 0), rejected=artifact.facts.get("rejected", 0),
-            seconds=round(time.monotonic() - began, 2), peak_mib=round(memory.peak_mib()), **how,
-        )  # fmt: skip
+            seconds=round(time.monotonic() - began, 2), peak_mib=round(memory.peak_mib()),
+        ) | how  # fmt: skip
         done["mlflow_run_id"] = tracked(artifact, done)
     run.stages.append(done)
     run.made[identity.stage] = artifact

@@ -9,6 +9,8 @@ MASTERS_ALLOWED_MODELS      folders, hub ids                                stud
 MASTERS_ALLOWED_JUDGES      host, host:port, or the beginning of a URL      rewards.judge where it is a URL
 MASTERS_ALLOWED_MLFLOW      URLs, folders of SQLite files                   runtime.mlflow_uri
 MASTERS_TRUST_REMOTE_CODE   folders, hub ids                                judges that may run code of their own
+MASTERS_BENCHMARK_TASKS     folders                                         lmms-eval tasks of one's own, code and all
+MASTERS_JUDGED_BENCHMARKS   names of lmms-eval tasks                        tasks that may ask a judge's API for scores
 
 Folders are absolute; links are followed first, and what lies below a folder is allowed with it.
 """
@@ -39,6 +41,8 @@ class Setting(StrEnum):
     JUDGES = "MASTERS_ALLOWED_JUDGES"
     MLFLOW = "MASTERS_ALLOWED_MLFLOW"
     CODE = "MASTERS_TRUST_REMOTE_CODE"
+    BENCHMARK_TASKS = "MASTERS_BENCHMARK_TASKS"
+    JUDGED_BENCHMARKS = "MASTERS_JUDGED_BENCHMARKS"
 
     @property
     def entries(self) -> list[str]:

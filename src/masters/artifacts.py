@@ -109,7 +109,7 @@ class Artifact:
 class External:
     """An input that does not lie in the store: a model's folder, a source of questions, a judge's server."""
 
-    kind: str  # "model", "source", "server"
+    kind: str  # "model", "source", "server", "tasks"
     uri: str
     digest: str | None  # of its content when it was read; None if that cannot be known
 

@@ -9,7 +9,7 @@ import traceback
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,9 @@ from masters.options import ConfigPath, Json, Overrides, Rebuild
 from masters.quiet import quiet
 from masters.secrets import masked
 from masters.stages import Stage
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 INTERRUPTED = 130  # what Typer makes of a KeyboardInterrupt
 
@@ -69,6 +72,27 @@ def stage(
 def nightly(config: ConfigPath, overrides: Overrides = None, as_json: Json = False) -> None:
     """One night: new rows, candidate, gate, champion."""
     _run("nightly", load(config, overrides), as_json)
+
+
+@app.command()
+def evaluate(
+    config: ConfigPath,
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders, hub ids, models:/NAME@ALIAS")],
+    benchmarks: Annotated[
+        list[str] | None,
+        typer.Option("--benchmark", help="Also this one: paper (all 13), e.g. MMStar, or a task of lmms-eval's"),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Only so many documents of each benchmark")] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Models on the evaluation split, and on the field's benchmarks."""
+    settings = load(config, overrides)
+    if benchmarks:
+        from masters.lmms_tasks import understood
+
+        understood(benchmarks)  # at once; the flow, which may be started elsewhere, does it again
+    _run("evaluate", settings, as_json, models=models, benchmarks=benchmarks, benchmark_limit=limit)
 
 
 @app.command()
@@ -214,6 +238,7 @@ def _table(summary: dict) -> None:
         for name, s in rows:
             scores.add_row(name, f"{s['accuracy']:.2%}", f"{s['standard_error']:.2%}", str(s["n"]))
         console.print(scores)
+    _evaluation(console, summary)
     stages = Table("stage", "outcome", "rows", "rejected", "seconds")
     for s in summary["stages"]:
         stages.add_row(s["name"], s["outcome"], str(s["rows"]), str(s["rejected"]), f"{s['seconds']:.1f}")
@@ -226,6 +251,23 @@ def _table(summary: dict) -> None:
     uri = summary["mlflow"]["tracking_uri"]
     console.print(f"look at the run: mlflow ui --host 127.0.0.1 --backend-store-uri {uri}", soft_wrap=True)
     console.print("and its flow run: prefect server start --host 127.0.0.1", soft_wrap=True)
+
+
+def _evaluation(console: "Console", summary: dict) -> None:
+    """Of `evaluate`: each model on the evaluation split, then a table of benchmarks a model."""
+    from rich.table import Table
+
+    for model, score in summary.get("scores", {}).items():
+        told = f"{score['accuracy']:.2%} (standard error {score['standard_error']:.2%}) of {score['n']} questions"
+        console.print(f"{model}: exact match {told}", soft_wrap=True)
+    for model, rows in summary.get("benchmarks", {}).items():
+        table = Table("task", "version", "metric", "filter", "value", "standard error", "documents", title=model)
+        for row in rows:
+            error = "" if row["standard_error"] is None else f"{row['standard_error']:.2g}"
+            documents = "" if row["n"] is None else str(row["n"])
+            names = (row[key] for key in ("task", "version", "metric", "filter"))
+            table.add_row(*names, f"{row['value']:.4g}", error, documents)
+        console.print(table)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST)]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Text = Annotated[str, Field(min_length=1)]
+PoolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{0,64}$")]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
@@ -53,8 +54,9 @@ class Section(BaseModel):
     @classmethod
     def _integral(cls, value: object, info: ValidationInfo) -> object:
         """To a form, whose numbers are JSON's, 1.0 is a whole number: so it is in a file."""
-        whole = isinstance(value, float) and value.is_integer()
-        return int(value) if whole and _takes_whole(cls.model_fields[info.field_name or ""].annotation) else value
+        if isinstance(value, float) and value.is_integer():
+            return int(value) if _takes_whole(cls.model_fields[info.field_name or ""].annotation) else value
+        return value
 
 
 class Store(Section):
@@ -235,6 +237,19 @@ class Train(Section):
         return self
 
 
+class Pools(Section):
+    """Work pools of Prefect that stages are handed on to; empty: they run in the run's own process."""
+
+    cpu: PoolName = Field(default="", description="For data, mask, and score by rules or by a judge's URL")
+    generate: PoolName = Field(default="", description="For generate, evaluate, and score by a model")
+    train: PoolName = Field(default="", description="For train")
+
+    @property
+    def named(self) -> list[str]:
+        """Each once."""
+        return sorted({pool for pool in (self.cpu, self.generate, self.train) if pool})
+
+
 class Runtime(Section):
     """How a run uses the machine. Never part of an artifact's identity."""
 
@@ -272,6 +287,7 @@ class Runtime(Section):
     mlflow_uri: str | None = Field(
         default=None, description="Default: MLFLOW_TRACKING_URI, else a SQLite file beside the artifacts"
     )
+    pools: Pools = Field(default=Pools(), description="Where stages run")
 
 
 class Nightly(Section):

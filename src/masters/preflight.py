@@ -10,6 +10,7 @@ from masters.artifacts import Artifact, External
 from masters.config import TEACHER, Config, Model
 from masters.errors import InputError
 from masters.judge_url import base_url, is_url
+from masters.machine import cache
 from masters.models.checkpoints import check_readable, model_digest, resolve
 from masters.models.families import FAMILIES, family_of
 from masters.models.probe import Probed
@@ -77,6 +78,13 @@ def preflight(config: Config) -> Ready:
     storage = open_storage(config.store.root)
     student, *teachers = distinct([student, *teachers])
     return Ready(storage, source, student, teachers, special_tokens(student.folder), judge)
+
+
+def started_from(config: Config, trained: Artifact, name: str) -> Ready:
+    """What preflight finds with a trained student as the student: lineage goes on into its train artifact."""
+    folder = trained.storage.download(f"{trained.folder}/model", cache() / "models" / trained.parts["model"][:32])
+    ready = preflight(config.model_copy(update=dict(student=Model(model=str(folder)))))
+    return replace(ready, student=replace(ready.student, name=name, made=trained))
 
 
 def distinct(models: list[LocalModel]) -> list[LocalModel]:

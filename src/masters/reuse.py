@@ -24,6 +24,7 @@ class Earlier:
     def __init__(self, storage: Storage, artifacts: Iterable[Artifact] = ()) -> None:
         self._plan: Plan = {}
         found = list(artifacts)
+        self.folders = [artifact.folder for artifact in found]
         there = set(storage.names("shards")) if found else set()
         for artifact in found:
             for row in artifact.rows(PLAN):

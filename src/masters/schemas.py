@@ -59,6 +59,19 @@ PREDICTIONS = pa.schema([
     ("question_id", text), ("model", text), ("text", text), ("correct", pa.bool_()), ("finish_reason", text),
 ])  # fmt: skip
 
+# of lmms-eval: `benchmark` as it was asked for, `task` one of those that it consists of
+BENCHMARK_SCORES = pa.schema([
+    ("benchmark", text), ("task", text), ("version", text), ("metric", text), ("filter", text), ("value", pa.float64()),
+    ("standard_error", pa.float64()), ("n", pa.int64()),
+])  # fmt: skip
+
+# `doc_id`: its place in the task's data; `response`: as the model gave it; `filtered`: what was scored; `scores`: JSON,
+# by metric what the task noted of the row
+BENCHMARK_SAMPLES = pa.schema([
+    ("benchmark", text), ("task", text), ("doc_id", pa.int64()), ("prompt", text), ("target", text),
+    ("response", text), ("filtered", text), ("scores", text),
+])  # fmt: skip
+
 PLAN = pa.schema([
     ("asker", text), ("kind", text), ("shard", text), ("question_id", text), ("question_digest", text),
 ])  # fmt: skip

@@ -1,6 +1,7 @@
 """A distillation in MLflow: one run, a child a stage with its lineage and metrics, the model's version at the end.
 
-`lineage` says what goes into a stage's run, `registry` what becomes of the versions; no other module imports MLflow.
+`lineage` says what goes into a stage's run, `registry` what becomes of the versions, `stage_tracking` writes for a
+stage that another process asked for; no other module imports MLflow.
 """
 
 import os
@@ -20,7 +21,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.entities import PagedList
 
-from masters import allowed, lineage, machine, places
+from masters import allowed, lineage, lmms_results, machine, places
 from masters.allowed import Setting
 from masters.artifacts import Artifact, Identity, Upstream, record_digest
 from masters.config import Config
@@ -159,6 +160,11 @@ class Tracker:
     def _tag(self, run_id: str, tags: dict[str, str]) -> None:
         self._client.log_batch(run_id, tags=[RunTag(lineage.key(key), value) for key, value in tags.items()])
 
+    @property
+    def current(self) -> str:
+        """The run that metrics go to: the stage's under way, else the distillation's."""
+        return self._current
+
     @contextmanager
     def stage(self, identity: Identity, upstream: Upstream) -> Iterator[Tracked]:
         """A child run for a stage, ended as FAILED if the body raises; its metrics go there meanwhile."""
@@ -280,6 +286,16 @@ class Tracker:
                 bound = dict(model_id=model_id, **asked) if model == STUDENT else asked
                 metric = Metric(lineage.key(f"accuracy_{model}"), score["accuracy"], now, 0, run_id=run_id, **bound)
                 self._client.log_batch(run_id, metrics=[metric])
+
+    def benchmarks(self, artifact: Artifact, model: str) -> None:
+        """A model's scores of an artifact `benchmarks`, on this run and on the stage's, whether built or reused."""
+        values, tags = lmms_results.logged(model, artifact.facts["scores"], artifact.facts["lmms_eval"])
+        now = time.time_ns() // 1_000_000
+        metrics = [Metric(lineage.key(name), value, now, 0) for name, value in values.items()]
+        for run_id in (self.run_id, self._runs[artifact.folder]):
+            for at in range(0, len(metrics), METRICS_AT_ONCE):
+                self._client.log_batch(run_id, metrics=metrics[at : at + METRICS_AT_ONCE])
+            self._tag(run_id, {lineage.key(name): value for name, value in tags.items()})
 
     def files(self, folder: Path) -> None:
         """Show the files of a local folder among the artifacts of the distillation's run, under its name."""

@@ -6,7 +6,9 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.utilities.templating import apply_values
 from prefect.workers.process import ProcessJobConfiguration
 
-from masters.infra.deployments import OWNERS, job_template
+from masters.flows.stage import stage
+from masters.infra.deployments import OWNERS, STAGE_FLOW, job_template, resumed
+from masters.infra.settings import Settings
 
 
 def configured(**values: object) -> ProcessJobConfiguration:
@@ -33,3 +35,9 @@ def test_command_environment_and_folder_are_the_owners() -> None:
 
 def test_what_our_deployments_ask_for_is_kept() -> None:
     assert configured(stream_output=False).stream_output is False
+
+
+def test_the_automation_that_resumes_runs_leaves_stages_to_who_asked_for_them() -> None:
+    assert stage.name == STAGE_FLOW
+    related = [of.root for of in resumed(Settings()).trigger.match_related]
+    assert {"prefect.resource.role": "flow", "prefect.resource.name": f"!{STAGE_FLOW}"} in related

@@ -1,0 +1,127 @@
+"""A model on a task of the real lmms-eval, end to end: the same rows as our own evaluation gives."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import mlflow
+import pyarrow.parquet as parquet
+import pytest
+
+from demo import benchmark
+from masters import artifacts, processes
+from masters.config import Config, Model, load
+from masters.errors import InputError
+from masters.lmms_tasks import PACKAGES, PAPER, understood
+from masters.preflight import LocalModel, local_model, preflight
+from masters.tasks.benchmark import child, identity
+from masters.tasks.stage import Context
+
+ROOT = Path(__file__).parents[2]
+STUDENT = "demo/models/student"
+DOCUMENTS = 20
+installed = pytest.mark.skipif(
+    not (PACKAGES / "lmms_eval").is_dir(), reason="lmms-eval is not installed: make setup-benchmarks"
+)
+
+
+def evaluate(place: Path, *options: str) -> subprocess.CompletedProcess:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MASTERS_"))}
+    environment = kept | {
+        "HOME": str(place / "home"), "VLLM_CACHE_ROOT": str(ROOT / ".venv/vllm"),
+        "MASTERS_BENCHMARK_TASKS": str(place / "tasks"), "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    chosen = [part for setting in overridden(place) for part in ("--set", setting)]
+    command = [sys.executable, "-m", "masters.cli", "evaluate", "configs/demo.toml", STUDENT, *chosen, *options]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def settings(place: Path) -> Config:
+    return load(ROOT / "configs/demo.toml", overridden(place))
+
+
+def overridden(place: Path) -> list[str]:
+    return [f"data.source={place / 'tasks/data'}", f"store.root={place / 'store'}"]
+
+
+def student() -> LocalModel:
+    return replace(local_model(Model(model=str(ROOT / STUDENT))), name=STUDENT)
+
+
+def said(done: subprocess.CompletedProcess) -> dict:
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(stage: dict, name: str) -> list[dict]:
+    folder = Path(stage["uri"])
+    listed = [file["name"] for file in json.loads((folder / "record.json").read_text())["files"]]
+    return [r for n in listed if n.startswith(f"{name}/") for r in parquet.read_table(folder / n).to_pylist()]
+
+
+@pytest.mark.slow
+@installed
+def test_lmms_eval_and_our_evaluation_agree_to_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home").mkdir()
+    benchmark.write(tmp_path / "tasks", DOCUMENTS)
+    first = said(evaluate(tmp_path, "--benchmark", benchmark.TASK, "--json"))
+    stages = {stage["name"]: stage for stage in first["stages"]}
+    assert [stage["outcome"] for stage in first["stages"]] == ["built"] * 3
+
+    ours = {row["question_id"]: (row["text"], row["correct"]) for row in table(stages["evaluate"], "predictions")}
+    asked_of_both = parquet.read_table(tmp_path / "tasks/data/test.parquet").to_pylist()
+    samples = table(stages["benchmarks"], "samples")
+    theirs = {
+        asked_of_both[row["doc_id"]]["id"]: (row["response"], json.loads(row["scores"])["exact_match"] == 1)
+        for row in samples
+    }
+    assert theirs == ours and len(ours) == DOCUMENTS
+    assert [(row["prompt"], row["target"]) for row in samples] == [(q["question"], q["answer"]) for q in asked_of_both]
+
+    [score] = table(stages["benchmarks"], "scores")
+    assert first["benchmarks"] == {STUDENT: [score]}
+    right = sum(correct for _, correct in ours.values())
+    assert 0 < right < DOCUMENTS  # or nothing could be told apart
+    assert (score["value"], score["n"]) == (pytest.approx(first["scores"][STUDENT]["accuracy"]), DOCUMENTS)
+    assert (score["version"], score["metric"], score["filter"]) == ("1.0", "exact_match", "none")
+
+    client = mlflow.MlflowClient(first["mlflow"]["tracking_uri"])
+    for run_id in (first["mlflow"]["run_id"], stages["benchmarks"]["mlflow_run_id"]):
+        run = client.get_run(run_id).data
+        assert run.metrics[f"{STUDENT}/{benchmark.TASK}/exact_match"] == score["value"]
+        assert run.tags[f"benchmark.{benchmark.TASK}.version"] == "1.0"
+        assert run.tags["benchmark.lmms-eval"] == "0.7.3"
+
+    monkeypatch.setenv("MASTERS_BENCHMARK_TASKS", str(tmp_path / "tasks"))
+    found = Context(settings(tmp_path), preflight(settings(tmp_path)))
+    made_of = identity(found, student(), understood([benchmark.TASK]), None, "benchmarks")
+    assert found.storage.uri(made_of.folder) == stages["benchmarks"]["uri"]  # another process finds it again
+    assert artifacts.find(found.storage, made_of)
+
+
+@pytest.mark.slow
+@installed
+def test_a_benchmark_whose_data_cannot_be_had_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before an engine is started: here is no model that one could start with."""
+    benchmark.write(tmp_path / "tasks", 1)
+    (tmp_path / "tasks/data/test.parquet").unlink()
+    monkeypatch.setenv("MASTERS_BENCHMARK_TASKS", str(tmp_path / "tasks"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    no_engine = replace(student(), folder=tmp_path / "none")
+    process = child(settings(tmp_path), no_engine, understood([benchmark.TASK]), None, tmp_path)
+    with pytest.raises(InputError, match=rf"benchmark {benchmark.TASK} cannot be loaded \(FileNotFoundError.*HF_TOKEN"):
+        processes.run([process], 1, lambda *_: None)
+
+
+@installed
+def test_the_installed_lmms_eval_has_the_papers_13(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = ["MathVista", "MMB", "MMB-CN", "MM-Vet"]
+    free = [name for name in PAPER if name not in judged]
+    assert len(understood(free).tasks) == 9
+    monkeypatch.setenv("MASTERS_JUDGED_BENCHMARKS", ",".join(PAPER[name] for name in judged))
+    asked = understood(["paper"])
+    assert (len(asked.tasks), asked.version) == (13, "0.7.3")
