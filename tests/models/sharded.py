@@ -38,7 +38,7 @@ BUDGET = 40  # tokens: several passes a step, of another number on each rank
 CUT = 4  # steps until the checkpoint that others go on from
 SPOILT = 6  # the question whose image becomes infinite
 # one of them is of a single question: a second rank has none
-STEPS = [Step(n // 3, 0, of) for n, of in enumerate([(0, 1, 2, 3), (4, 5, 6, 7), (0, 4), (6,), (1, 3, 5), (2, 7)])]
+STEPS = [Step(n // 3, 0, of) for n, of in enumerate([(0, 1, 2, 3), tuple(range(8)), (0, 4), (6,), (1, 3, 5), (2, 7)])]
 RATIOS = [0.4, 0.2]
 CASES = {
     "tied": (FAMILY, True, {}),
