@@ -8,11 +8,14 @@ EXTRA ?= cpu
 demo: setup
 	$(BIN)/masters distill configs/demo.toml
 
+# files of tests side by side, each in one process
+TEST := $(BIN)/pytest -n 2 --dist loadfile
+
 test: setup
-	$(BIN)/pytest -m "not slow"
+	$(TEST) -m "not slow"
 
 test-all: setup setup-benchmarks browser
-	$(BIN)/pytest
+	$(TEST) --durations=20
 
 # kills and disturbs real pipelines at moments that SEED chooses; prints what became of them
 SEED ?= 0
