@@ -217,7 +217,27 @@ class Train(Section):
 class Runtime(Section):
     """How a run uses the machine. Never part of an artifact's identity."""
 
-    generate_workers: int = Field(default=1, ge=1, le=64, description="Engine processes at a time")
+    generate_workers: int = Field(
+        default=1, ge=1, le=1024, description="Engines at a time; more than one are actors on Ray, also of one model"
+    )
+    ray_address: str | None = Field(
+        default=None,
+        pattern=r"^(\[[0-9A-Fa-f:]{2,39}\]|[A-Za-z0-9][A-Za-z0-9._-]{0,253}):[1-9][0-9]{0,4}$",
+        description="HOST:PORT of the head of a Ray cluster that engines run on; this machine must be one of its nodes. "
+        "Default: a Ray of their own on this machine",
+    )
+    engine_gpus: int | None = Field(
+        default=None,
+        ge=0,
+        le=1024,
+        description="GPUs that Ray gives an engine. Default: tensor_parallel_size where there are GPUs",
+    )
+    engine_restarts: int = Field(
+        default=3,
+        ge=0,
+        le=1000,
+        description="Engines on Ray that may die and be replaced in a stage, times their number",
+    )
     train_processes: int = Field(default=1, ge=1, le=64, description="Training processes, one a device")
     token_budget: Count = Field(
         default=16_384, description="Tokens of a training forward pass; a step takes as many passes as it needs"

@@ -1,6 +1,7 @@
 """Everything that can be refused before work starts: store, source, models, families, tokenizers."""
 
 import json
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from masters.models.families import FAMILIES, family_of
 from masters.models.soundness import check_maskable, check_sound
 from masters.sources import Source, open_source
 from masters.storage import Storage
+
+RAY_SECONDS = 5.0  # for the head of a Ray cluster to answer
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Ready:
 def preflight(config: Config) -> Ready:
     """Check all parts together. Raises InputError with what was expected, what was found and what to do."""
     check_config(config)
+    check_answers(config.runtime.ray_address)
     judge = judge_of(config)
     source = open_source(config.data)
     student = local_model(config.student, config.store.root)
@@ -69,6 +73,21 @@ def preflight(config: Config) -> Ready:
             check_maskable(teacher.folder, tuple(config.mask.exclude))
     storage = open_storage(config.store.root)
     return Ready(storage, source, student, teachers, special_tokens(student.folder), judge)
+
+
+def check_answers(ray_address: str | None) -> None:
+    """Raises InputError if nothing listens where a Ray cluster should. Ray itself is asked when engines are."""
+    if ray_address is None:
+        return
+    host, port = ray_address.rsplit(":", 1)
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), RAY_SECONDS):
+            pass
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"runtime.ray_address: no Ray cluster answers at {ray_address} ({error}); "
+            "start its head with `ray start --head`, or leave the setting out"
+        ) from error
 
 
 def judge_of(config: Config) -> LocalModel | Server | None:
