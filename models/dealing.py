@@ -14,11 +14,6 @@ class Deal:
         self._each = [cost / max(1, len(of)) for cost, of in zip(costs, pieces, strict=True)]
         self._engines = [0] * len(pieces)
 
-    @property
-    def left(self) -> int:
-        """Pieces that nobody has taken."""
-        return sum(map(len, self._waiting))
-
     def join(self, model: int) -> None:
         """One more engine serves this model."""
         self._engines[model] += 1
@@ -42,12 +37,15 @@ class Deal:
         """The model that an engine without work is worth exchanging for; None if it is to end."""
         return self._costliest(WORTH)
 
+    def instead_of(self, model: int) -> int | None:
+        """The model of the engine that replaces a dead one of `model`; None if there is nothing for it to do."""
+        return model if self._waiting[model] else self.next()
+
     def _costliest(self, worth: int) -> int | None:
         """A model without an engine, else the one whose engines have most left, if a further one had `worth` pieces."""
         served = self._engines
-        wanted = [
-            m for m, of in enumerate(self._waiting) if of and (not served[m] or len(of) >= worth * (served[m] + 1))
-        ]
+        some = [m for m, of in enumerate(self._waiting) if of]
+        wanted = [m for m in some if not served[m] or len(self._waiting[m]) >= worth * (served[m] + 1)]
         return max(wanted, key=lambda m: (not served[m], self._outstanding(m) / (served[m] + 1)), default=None)
 
     def _outstanding(self, model: int) -> float:

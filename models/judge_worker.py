@@ -1,6 +1,7 @@
 """The judge's process: gives verdicts on batches of triples and keeps what was said, a Parquet file a batch.
 
-`python -m masters.models.judge_worker JOB.json`, or, with an engine of ours, an actor on Ray; the job is made by `masters.judging`.
+`python -m masters.models.judge_worker JOB.json`, or an actor on Ray if the engine is ours; the job is made by
+`masters.judging`.
 """
 
 import json

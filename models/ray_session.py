@@ -4,6 +4,7 @@ Our own listens on loopback alone, has no dashboard, asks every caller for a tok
 this process whatever ends it: Ray's processes die with their parents, and what does not at once `ray_guard` kills.
 """
 
+import math
 import os
 import secrets
 import shutil
@@ -38,8 +39,10 @@ def local(workers: int) -> Iterator[None]:
             _node_ip_address=LOOPBACK, _temp_dir=folder,
         )  # fmt: skip
         signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))  # the guard ends what is left at once
-        yield
-        ray.shutdown()
+        try:
+            yield
+        finally:
+            ray.shutdown()
     finally:
         _release(guard)
         shutil.rmtree(folder, ignore_errors=True)
@@ -75,9 +78,7 @@ def room(gpus: int | None, tensor_parallel_size: int) -> tuple[int, int]:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     largest = max((int(node.get("GPU", 0)) for node in nodes), default=0)
     each = gpus if gpus is not None else tensor_parallel_size if largest else 0
-    places = sum(
-        int(min(node.get("CPU", 0), node.get("GPU", 0) // each if each else node.get("CPU", 0))) for node in nodes
-    )
+    places = sum(int(min(of.get("CPU", 0), of.get("GPU", 0) // each if each else math.inf)) for of in nodes)
     if not places:
         raise InputError(
             f"an engine needs {each} GPUs and a CPU of one node (runtime.engine_gpus, runtime.tensor_parallel_size); "

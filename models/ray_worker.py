@@ -75,7 +75,7 @@ class Pool:
 
         try:
             said = ray.get(ref)
-        except ray.exceptions.RayActorError as error:
+        except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
             self._lost(seat, error)
         except ray.exceptions.RayTaskError as error:
             raise _own(error) from error
@@ -114,10 +114,10 @@ class Pool:
                 f"engines died {self._restarts + 1} times, the last of {name} {doing}: {' '.join(str(error).split())}; "
                 "runtime.engine_restarts bounds how often they are replaced"
             )
-        if self._deal.left:
+        if (model := self._deal.instead_of(seat.model)) is not None:
             self._restarts, self._restarts_left = self._restarts + 1, self._restarts_left - 1
             self._report(event="restart")
-            self._start(seat.model)
+            self._start(model)
 
     def _leave(self, seat: Seat) -> None:
         import ray

@@ -223,7 +223,7 @@ class Runtime(Section):
     ray_address: str | None = Field(
         default=None,
         pattern=r"^(\[[0-9A-Fa-f:]{2,39}\]|[A-Za-z0-9][A-Za-z0-9._-]{0,253}):[1-9][0-9]{0,4}$",
-        description="HOST:PORT of the head of a Ray cluster that engines run on; this machine must be one of its nodes. "
+        description="HOST:PORT of the head of a Ray cluster that engines run on, this machine being one of its nodes. "
         "Default: a Ray of their own on this machine",
     )
     engine_gpus: int | None = Field(
@@ -236,7 +236,7 @@ class Runtime(Section):
         default=3,
         ge=0,
         le=1000,
-        description="Engines on Ray that may die and be replaced in a stage, times their number",
+        description="How often a stage replaces engines on Ray that died, times their number",
     )
     train_processes: int = Field(default=1, ge=1, le=64, description="Training processes, one a device")
     token_budget: Count = Field(
