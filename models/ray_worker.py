@@ -5,6 +5,7 @@ into the store; here only what is asked and lines of progress pass through.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ def main(job_file: Path) -> None:
     job = json.loads(job_file.read_text())
     runtime = Runtime(**job["runtime"])
     with cluster(runtime.ray_address) if runtime.ray_address else local(job["workers"]):
-        processes.report(job_file, event="ray")
+        processes.report(job_file, event="ray", pid=os.getpid())
         gpus, places = room(runtime.engine_gpus, runtime.tensor_parallel_size)
         if places < job["workers"]:
             print(f"{job['workers']} engines were asked for, {places} have room at a time", flush=True)
