@@ -16,7 +16,7 @@ from resource import RUSAGE_CHILDREN, getrusage
 from tempfile import TemporaryDirectory
 
 from masters.benchmarks import pipeline
-from masters.benchmarks.measure import Row, once
+from masters.benchmarks.measure import Row, medians
 from masters.benchmarks.straightforward import Settings
 from masters.config import Config, load
 from masters.errors import MastersError
@@ -32,6 +32,7 @@ GENERATION = ("data", "mask", "generate", "score")
 class Sizes:
     questions: int = 1000
     r_max: float = 0.2
+    repeats: int = 3
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,16 @@ def measured(sizes: Sizes = Sizes()) -> list[Row]:
     with TemporaryDirectory(prefix="masters-bench-") as work:
         folder = Path(work)
         train, both = write_questions(folder, sizes.questions)
-        ours = masters(both, folder / "store", sizes)
-        plain = straightforward(train, folder / "plain", sizes)
-    case = f"{sizes.questions} questions, {ours.steps} steps (baseline {plain.steps})"
-    return [once(f"{case}, {part}", "s", getattr(ours, part), getattr(plain, part)) for part in PARTS]
+        turns = [
+            (masters(both, folder / f"store-{n}", sizes), straightforward(train, folder / f"plain-{n}", sizes))
+            for n in range(sizes.repeats)
+        ]
+    ours, plain = zip(*turns, strict=True)
+    case = f"{sizes.questions} questions, {ours[0].steps} steps (baseline {plain[0].steps})"
+    return [
+        medians(f"{case}, {part}", "s", [getattr(one, part) for one in ours], [getattr(one, part) for one in plain])
+        for part in PARTS
+    ]
 
 
 def write_questions(folder: Path, count: int) -> tuple[Path, Path]:

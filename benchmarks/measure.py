@@ -3,7 +3,7 @@
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,15 +30,19 @@ class Row:
 
 def compare(case: str, unit: str, ours: Callable[[], float], baseline: Callable[[], float], repeats: int) -> Row:
     """Call both in turn, each returning one measurement."""
-    found = [(ours(), baseline()) for _ in range(repeats)]
-    mine, theirs = zip(*found, strict=True)
+    mine, theirs = zip(*[(ours(), baseline()) for _ in range(repeats)], strict=True)
+    return medians(case, unit, mine, theirs)
+
+
+def medians(case: str, unit: str, mine: Sequence[float], theirs: Sequence[float]) -> Row:
+    """Of measurements that were taken in turn."""
     spread = ((min(mine), max(mine)), (min(theirs), max(theirs)))
     return Row(case, statistics.median(mine), statistics.median(theirs), unit, spread)
 
 
 def once(case: str, unit: str, ours: float, baseline: float) -> Row:
     """A row of what was measured one time."""
-    return compare(case, unit, lambda: ours, lambda: baseline, 1)
+    return medians(case, unit, [ours], [baseline])
 
 
 def seconds(work: Callable[[], object]) -> Callable[[], float]:

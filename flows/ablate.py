@@ -10,10 +10,11 @@ from prefect.artifacts import create_table_artifact
 
 from masters.config import Config, changed
 from masters.errors import InputError, MastersError
-from masters.flows.attempts import end_stale_tasks
+from masters.flows.attempts import attempt, patient
 from masters.flows.distill import distill
 from masters.preflight import preflight
-from masters.secrets import mask_logs
+from masters.secrets import masked
+from masters.tasks.markdown import inert
 
 GIVEN = ("name", "store")  # each combination gets its own name; equal stages are shared through one store
 
@@ -36,18 +37,17 @@ def ablate(config: Config, grid: dict[str, list[Any]]) -> list[dict]:
         config: What every combination shares.
         grid: Values by key, e.g. {"train.beta": [0, 0.1], "rewards.distillation": ["minmax", "off"]}.
     """
-    mask_logs()
-    end_stale_tasks()
-    every = cells(config, grid)
-    for cell in every:
-        preflight(cell.config)
-    rows = []
-    for cell in every:
-        rows.append(cell.values | _result(cell.config))
-        create_table_artifact([{k: str(v) for k, v in row.items()} for row in rows], "ablation")
-    failed = [row["run"] for row in rows if row["error"]]
-    if failed:
-        raise MastersError(f"{len(failed)} of {len(rows)} combinations failed: {', '.join(failed)}")
+    with attempt():
+        every = cells(config, grid)
+        for cell in every:
+            patient(lambda cell=cell: preflight(cell.config))
+        rows = []
+        for cell in every:
+            rows.append(cell.values | _result(cell.config))
+            create_table_artifact([{k: inert(str(v)) for k, v in row.items()} for row in rows], "ablation")
+        failed = [row["run"] for row in rows if row["error"]]
+        if failed:
+            raise MastersError(f"{len(failed)} of {len(rows)} combinations failed: {', '.join(failed)}")
     return rows
 
 
@@ -71,8 +71,8 @@ def _result(config: Config) -> dict:
     empty = dict(run=config.name, before=None, after=None, standard_error=None, mlflow_run_id=None, error=None)
     try:
         summary = distill(config)
-    except MastersError as error:
-        return empty | dict(error=str(error))
+    except Exception as error:  # of whatever kind: the others still run
+        return empty | dict(error=masked(str(error) or type(error).__name__))
     student = summary["student"]
     return empty | dict(
         before=student["before"]["accuracy"], after=student["after"]["accuracy"],

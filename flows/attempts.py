@@ -1,14 +1,48 @@
-"""What an attempt that was cut short leaves behind in Prefect, put right by the attempt that goes on with the run."""
+"""What every flow's attempt does around its own work: what an earlier one left in Prefect, patience, plain errors."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
 from prefect.client.schemas.objects import StateType
-from prefect.runtime import flow_run
+from prefect.exceptions import PrefectException
+from prefect.runtime import deployment, flow_run
 from prefect.states import Crashed
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
+from masters.errors import MastersError, Unreachable
+from masters.secrets import mask_logs
 from masters.tasks.log import log
 
 PAGE = 200  # task runs a request, as many as Prefect gives
+PATIENCE = 300.0  # seconds
+T = TypeVar("T")
+
+
+@contextmanager
+def attempt() -> Iterator[None]:
+    """A flow's body. Whatever it raises that is not meant for people becomes one line without secrets."""
+    mask_logs()
+    end_stale_tasks()
+    try:
+        yield
+    except (MastersError, PrefectException):
+        raise
+    except Exception as error:
+        raise MastersError(f"unexpected {type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+def patient(what: Callable[[], T]) -> T:
+    """What `what` gives. In a deployment, where nobody looks on, a store or server that is away is waited for."""
+    if not deployment.id:
+        return what()
+    trying = Retrying(
+        retry=retry_if_exception_type(Unreachable), stop=stop_after_delay(PATIENCE), reraise=True,
+        wait=wait_exponential(max=30), before_sleep=lambda state: log("warning", f"{state.outcome.exception()}"),
+    )  # fmt: skip
+    return trying(what)
 
 
 def end_stale_tasks() -> None:

@@ -12,9 +12,8 @@ from masters.allowed import check_config
 from masters.artifacts import Artifact
 from masters.config import Config
 from masters.errors import StoreError
-from masters.flows.attempts import end_stale_tasks
+from masters.flows.attempts import attempt, patient
 from masters.preflight import LocalModel, preflight
-from masters.secrets import mask_logs
 from masters.stages import Stage
 from masters.storage import Storage
 from masters.summary import Summary
@@ -25,7 +24,7 @@ from masters.tasks.mask import mask
 from masters.tasks.register import register
 from masters.tasks.report import reported
 from masters.tasks.score import score
-from masters.tasks.stage import Context, Round, Run
+from masters.tasks.stage import Context, Round, Run, warn
 from masters.tasks.train import train
 from masters.tracking import Tracker, close_lost, tracking_uri
 
@@ -47,31 +46,37 @@ def distill(config: Config, rebuild: list[Stage] | None = None, until: Stage = S
         rebuild: Stages to build again, in every round.
         until: The last stage to run.
     """
-    mask_logs()
-    with tracked(Context(config, preflight(config)), frozenset(rebuild or [])) as (run, summary):
-        pipeline(run, summary, until)
+    with attempt():
+        context = Context(config, patient(lambda: preflight(config)))
+        with tracked(context, frozenset(rebuild or [])) as (run, summary):
+            pipeline(run, summary, until)
     return summary.written
 
 
 @contextmanager
 def tracked(context: Context, rebuild: frozenset[Stage] = frozenset()) -> Iterator[tuple[Run, Summary]]:
     """A run in MLflow and its summary, both ended as the body ends."""
-    end_stale_tasks()
     key = str(flow_run.id or "")
-    run = Run(context, Tracker(context.config, context.storage, key), rebuild)
+    run = Run(context, patient(lambda: Tracker(context.config, context.storage, key)), rebuild)
     summary = Summary(run, key)
     try:
         yield run, summary
     except BaseException as error:
-        run.tracker.finish("FAILED")
+        _finish(run, "FAILED")
         with suppress(StoreError):  # the error tells more than that its summary cannot be kept either
             summary.write("failed", str(error))
         if isinstance(error, Exception):  # who interrupts a run does not wait for pictures
             reported(run, summary.version)
         raise
     reported(run, summary.version)
-    run.tracker.finish("FINISHED")
+    _finish(run, "FINISHED")
     summary.write("completed")
+
+
+def _finish(run: Run, status: str) -> None:
+    """End the run in MLflow. The students are there whether MLflow knows of it or not."""
+    if untold := run.tracker.finish(status):
+        warn(untold)
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,12 @@ def pipeline(run: Run, summary: Summary, until: Stage = Stage.REGISTER) -> Disti
         if Stage.GENERATE in needs(run.config):
             later = ahead(run, current, questions) if until in (Stage.EVALUATE, Stage.REGISTER) else []
             inputs["responses"] = generate(run, current, questions, inputs["masks"], later)
-        if Stage.SCORE in needs(run.config) and until != Stage.GENERATE:
+        last = number == len(run.config.teachers)
+        if last and until == Stage.GENERATE:
+            return None
+        if Stage.SCORE in needs(run.config):
             inputs["verdicts"] = score(run, current, questions, inputs["responses"])
-        if until in (Stage.GENERATE, Stage.SCORE) and number == len(run.config.teachers):
+        if last and until == Stage.SCORE:
             return None
         trained = train(run, current, inputs)
         student = run.trained(trained)

@@ -11,15 +11,14 @@ from masters.allowed import Setting
 from masters.artifacts import Artifact
 from masters.config import Config, Model
 from masters.errors import InputError
-from masters.flows.attempts import end_stale_tasks
+from masters.flows.attempts import attempt, patient
 from masters.machine import cache
 from masters.preflight import LocalModel, local_model, preflight
 from masters.registry import shown
-from masters.secrets import mask_logs
 from masters.storage import Storage
 from masters.tasks.data import data
 from masters.tasks.evaluate import evaluate as answer
-from masters.tasks.stage import Context, Run
+from masters.tasks.stage import Context, Run, warn
 from masters.trace import find
 from masters.tracking import Tracker, tracking_uri
 
@@ -32,20 +31,20 @@ def evaluate(config: Config, models: list[str]) -> dict:
         config: Whose evaluation split is asked; its student and teachers are not, unless they are named.
         models: Folders, Hugging Face ids, or registered students: models:/NAME@ALIAS, models:/NAME/VERSION.
     """
-    mask_logs()
-    end_stale_tasks()
-    context = Context(config, preflight(config))
-    asked = found(models, tracking_uri(config, context.storage), context.storage)
-    tracker = Tracker(config, context.storage, str(flow_run.id or ""), "evaluate")
-    status = "FAILED"
-    try:
-        run = Run(context, tracker)
-        scores = answer(run, data(run), asked).facts["scores"]
-        status = "FINISHED"
-    finally:
-        tracker.finish(status)
-    if flow_run.id:
-        create_table_artifact([dict(model=name, **score) for name, score in scores.items()], "evaluation")
+    with attempt():
+        context = Context(config, patient(lambda: preflight(config)))
+        asked = found(models, tracking_uri(config, context.storage), context.storage)
+        tracker = patient(lambda: Tracker(config, context.storage, str(flow_run.id or ""), "evaluate"))
+        status = "FAILED"
+        try:
+            run = Run(context, tracker)
+            scores = answer(run, data(run), asked).facts["scores"]
+            status = "FINISHED"
+        finally:
+            if untold := tracker.finish(status):
+                warn(untold)
+        if flow_run.id:
+            create_table_artifact([dict(model=name, **score) for name, score in scores.items()], "evaluation")
     return dict(scores=scores, mlflow=dict(run_id=tracker.run_id, tracking_uri=shown(tracker.uri)))
 
 

@@ -11,13 +11,13 @@ from masters.allowed import check_config
 from masters.artifacts import RECORD, Artifact
 from masters.config import Config, Model
 from masters.errors import InputError
+from masters.flows.attempts import attempt, patient
 from masters.flows.distill import Distilled, pipeline, tracked
 from masters.gate import Comparison, compare, objections, regressions
 from masters.machine import cache
 from masters.preflight import LocalModel, Ready, open_storage, preflight
 from masters.registry import Registry
 from masters.reuse import Earlier
-from masters.secrets import mask_logs
 from masters.stages import Stage
 from masters.storage import Storage
 from masters.tasks.evaluate import evaluate
@@ -37,16 +37,16 @@ def nightly(config: Config) -> dict:
     Args:
         config: What a TOML file holds; what this form accepts is what the file accepts.
     """
-    mask_logs()
-    try:
-        summary = night(config)
-    except Exception as error:
-        webhook.report(config.name, "failed", str(error))
-        raise
-    told = summary["nightly"]
-    night_reported(config.name, told)
-    if told["regressions"]:
-        webhook.report(config.name, "regression", "; ".join(told["regressions"]))
+    with attempt():
+        try:
+            summary = night(config)
+        except Exception as error:
+            webhook.report(config.name, "failed", str(error))
+            raise
+        told = summary["nightly"]
+        night_reported(config.name, told)
+        if told["regressions"]:
+            webhook.report(config.name, "regression", "; ".join(told["regressions"]))
     return summary
 
 
@@ -71,9 +71,9 @@ def from_champion(config: Config, champion: Champion) -> Ready:
 def night(config: Config) -> dict:
     """The night without its reports."""
     check_config(config)
-    storage = open_storage(config.store.root)
+    storage = patient(lambda: open_storage(config.store.root))
     uri = tracking_uri(config, storage)
-    check_answers(uri)
+    patient(lambda: check_answers(uri))
     champion = champion_of(Registry(uri), config.name, storage)
     earlier = Earlier(storage, last_night(storage, config.name))
     if champion and config.nightly.start == "champion":

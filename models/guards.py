@@ -1,7 +1,7 @@
 """What a training run must not do: update weights by what is no number, or go on where the student falls.
 
-The fall is seen on the probe; the best weights so far lie beside the checkpoints, under a name that says their step
-and how many of the probe's questions they had right.
+The fall is seen on the probe; the best weights so far lie beside the checkpoints, under a name that says their step,
+how many of the probe's questions they had right, and their SHA-256.
 """
 
 import math
@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
-from masters.errors import MastersError
+from masters.errors import ArtifactError, MastersError
+from masters.identity import digest
 from masters.models import losses
 from masters.models.fitting import each_pass, within_memory
 from masters.models.job import Job
@@ -97,7 +98,11 @@ class ProbeGuard:
 
     def roll_back(self) -> None:
         """The student's best weights put back."""
-        tensors = load_safetensors(self.job.storage.read(self._name()))
+        name = next(name for name in self._names() if (_step(name), _right(name)) == (self.step, self.right))
+        data = self.job.storage.read(name)
+        if (now := digest(data)) not in name:
+            raise ArtifactError(f"best weights {self.job.storage.uri(name)} are damaged: found SHA-256 {now}")
+        tensors = load_safetensors(data)
         with torch.no_grad():
             for name, parameter in self.job.student.named_parameters():
                 parameter.copy_(tensors[name])
@@ -116,15 +121,14 @@ class ProbeGuard:
         if self.job.rank != 0:
             return
         tensors = {name: p.detach().contiguous() for name, p in self.job.student.named_parameters()}
-        self.job.storage.write(self._name(), save_safetensors(tensors))
+        data = save_safetensors(tensors)
+        name = f"best-{self.step:08d}-{self.right:04d}-{digest(data)}.safetensors"
+        self.job.storage.write(f"{self.job.checkpoints}/{name}", data)
         self._remove(self._names()[:-KEPT])
 
     def _remove(self, names: list[str]) -> None:
         for name in names:
             self.job.storage.remove(name)
-
-    def _name(self) -> str:
-        return f"{self.job.checkpoints}/best-{self.step:08d}-{self.right:04d}.safetensors"
 
     def _names(self) -> list[str]:
         prefix = f"{self.job.checkpoints}/best-"
@@ -132,8 +136,8 @@ class ProbeGuard:
 
 
 def _step(name: str) -> int:
-    return int(name.rsplit("-", 2)[1])
+    return int(name.rsplit("-", 3)[1])
 
 
 def _right(name: str) -> int:
-    return int(name.rsplit("-", 1)[1].removesuffix(".safetensors"))
+    return int(name.rsplit("-", 2)[1])

@@ -68,7 +68,7 @@ def files(storage: Storage, prefix: str, table: str) -> Iterator[bytes]:
     """A table's parts joined to files of at least `FILE_ROWS` rows, by step; at least one file, be it empty."""
     held, written = [SCHEMAS[table].empty_table()], 0
     for name in _parts(storage, prefix, table):
-        held.append(schemas.decode(storage.read(name)))
+        held.append(schemas.read(storage, name))
         if sum(part.num_rows for part in held) >= FILE_ROWS:
             yield schemas.encode_table(pa.concat_tables(held))
             held, written = [SCHEMAS[table].empty_table()], written + 1

@@ -46,7 +46,7 @@ def _coming(storage: Storage, job: dict, job_file: Path) -> Iterator[list[Triple
         processes.report(job_file, event="waiting")  # a sign of life
         ready = waiting & set(storage.names(job["responses"]))
         for shard in sorted(ready):
-            rows = schemas.decode(storage.read(shard), ["question_id", "text"]).to_pylist()
+            rows = schemas.read(storage, shard, ["question_id", "text"]).to_pylist()
             triples = {Triple(*asked[row["question_id"]], row["text"]) for row in rows}
             new = sorted((t for t in triples if t.digest not in known), key=lambda triple: triple.digest)
             known.update(triple.digest for triple in new)

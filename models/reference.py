@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
-from masters.errors import MastersError
+from masters.errors import MastersError, StoreError
+from masters.identity import digest
 from masters.models import head
 from masters.models.fitting import each_pass, within_memory
 from masters.models.job import Job
@@ -14,6 +15,8 @@ from masters.models.packing import Pack, response_states
 from masters.models.ranks import gathered
 from masters.models.trees import Question
 from masters.shards import Ref
+
+KEPT = "reference-"  # beside the checkpoints, named after its SHA-256
 
 
 @torch.no_grad()
@@ -23,17 +26,28 @@ def reference_log_probs(job: Job) -> dict[int, torch.Tensor]:
     A question's groups (of several mask stages) are read together, questions in the order of the table, where those
     of one image lie together. The numbers are kept beside the checkpoints, so that a resumed run uses the very same.
     """
-    name = f"{job.checkpoints}/reference.safetensors"
-    if not job.storage.exists(name):
+    if not gathered(job, _kept(job) is not None)[0]:  # one rank decides for all
         asked: dict[Ref, list[int]] = {}
         for g in sorted(range(len(job.groups)), key=lambda g: (job.groups[g].ref.file, job.groups[g].ref.row)):
             asked.setdefault(job.groups[g].ref, []).append(g)
         mine = list(asked.values())[len(asked) * job.rank // job.world : len(asked) * (job.rank + 1) // job.world]
         everyone = gathered(job, _computed(job, mine))
         if job.rank == 0:
-            job.storage.create(name, save_safetensors({group: part[group] for part in everyone for group in part}))
+            data = save_safetensors({group: part[group] for part in everyone for group in part})
+            job.storage.write(f"{job.checkpoints}/{KEPT}{digest(data)}.safetensors", data)
         gathered(job, None)  # no rank reads before it is written
-    return {int(group): values for group, values in load_safetensors(job.storage.read(name)).items()}
+    found = _kept(job)
+    if found is None:
+        raise StoreError(f"{job.storage.uri(job.checkpoints)}: the reference log-probabilities are gone")
+    return {int(group): values for group, values in load_safetensors(found).items()}
+
+
+def _kept(job: Job) -> bytes | None:
+    """What was kept, if it is what its name says: a flipped bit would change the objective."""
+    for name in job.storage.names(job.checkpoints):
+        if name.startswith(f"{job.checkpoints}/{KEPT}") and digest(data := job.storage.read(name)) in name:
+            return data
+    return None
 
 
 def _computed(job: Job, asked: list[list[int]]) -> dict[str, torch.Tensor]:
@@ -61,17 +75,6 @@ def _computed(job: Job, asked: list[list[int]]) -> dict[str, torch.Tensor]:
 
     within_memory(job, rest)
     return found
-
-
-def _check(job: Job, groups: list[int], parts_T: list[torch.Tensor]) -> None:
-    """Raises MastersError where a number is none: of the question at fault, perhaps of one that shares its row."""
-    bad = [g for g, part_T in zip(groups, parts_T, strict=True) if not part_T.isfinite().all()]
-    if bad:
-        names = ", ".join(dict.fromkeys(job.groups[g].ref.question_id for g in bad))
-        raise MastersError(
-            f"reference log-probabilities of question {names} are no finite numbers: "
-            "look at the question, and at the student's weights"
-        )
 
 
 def _together(job: Job, groups: list[int]) -> Question:

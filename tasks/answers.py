@@ -17,14 +17,11 @@ def answered(
     ahead: Sequence[Order] = (),
     beside: Child | None = None,
 ) -> tuple[dict[str, str], dict]:
-    """Files of the artifact with digests, and how it ran. Rebuilding answers every shard again.
+    """Files of the artifact with digests, and how it ran.
 
     `ahead`: orders of a later stage, answered while the engines of their models are up; `beside`: a process that runs
     with them.
     """
-    if run.rebuilds(made_of):
-        for order in asked:
-            run.storage.remove(order.file)
     built = len(answering.missing(run.storage, asked))
     with run.progress(made_of, "questions") as progress:
         how = answering.fulfil(
@@ -33,3 +30,9 @@ def answered(
         )  # fmt: skip
     how |= dict(shards=len(asked), shards_built=built, shards_reused=len(asked) - built)
     return answering.gather(run.storage, made_of, asked), how
+
+
+def forget(run: Run, asked: list[Order]) -> None:
+    """Remove the shards of these orders: rebuilding answers every one again."""
+    for order in asked:
+        run.storage.remove(order.file)

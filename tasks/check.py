@@ -1,4 +1,4 @@
-"""Fast paths against plain ones, and vLLM against transformers, on a few rows: what `masters check --parity` prints."""
+"""A look at a few rows before a run: fast paths against plain ones, and vLLM against transformers (`--parity`)."""
 
 import tempfile
 from itertools import islice
@@ -15,13 +15,10 @@ ROWS = 4
 
 def parity(config: Config, ready: Ready) -> list[dict]:
     """Differences found for every model: `name`, `found`, `limit`. Loads each model on this machine, twice."""
-    questions = (row for row in validated(ready.source, ready.special_tokens) if not isinstance(row, Rejected))
     rows = [
         dict(question=row["question"], answer=row["answer"], image=row["image"].hex())
-        for row in islice(questions, ROWS)
+        for row in sample(config, ready, ROWS)
     ]
-    if not rows:
-        raise InputError(f"source {config.data.source} holds no row that could be used")
     models = [_model(config, ready.student, [0.0])]
     models += [
         _model(config, model, [teacher.r_max, 0.0])
@@ -39,6 +36,15 @@ def parity(config: Config, ready: Ready) -> list[dict]:
             for number, model in enumerate(models)
         ]  # fmt: skip
         processes.run(children, 1, lambda _, line: found.append(line))
+    return found
+
+
+def sample(config: Config, ready: Ready, rows: int) -> list[dict]:
+    """The source's first questions. Raises InputError if no row can be used."""
+    questions = (row for row in validated(ready.source, ready.special_tokens) if not isinstance(row, Rejected))
+    found = list(islice(questions, rows))
+    if not found:
+        raise InputError(f"source {config.data.source} holds no row that could be used")
     return found
 
 

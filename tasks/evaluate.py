@@ -8,8 +8,8 @@ from prefect import task
 from masters import schemas, shards
 from masters.answering import NO_SHARD, Answerer, Order
 from masters.artifacts import Artifact, Identity
-from masters.preflight import LocalModel, Ready
-from masters.tasks.answers import answered
+from masters.preflight import BEFORE, LocalModel, Ready
+from masters.tasks.answers import answered, forget
 from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse
 
 VERSION = 1
@@ -24,14 +24,14 @@ def ahead(context: Context, current: Round, data: Artifact) -> list[Order]:
 
 def before(ready: Ready) -> LocalModel:
     """The student as it came, under its name in the predictions table."""
-    return replace(ready.student, name="student-before")
+    return replace(ready.student, name=BEFORE)
 
 
 def orders(context: Context, data: Artifact, models: list[LocalModel]) -> list[Order]:
     config = context.config.generate
     sampling = GREEDY | dict(max_tokens=config.max_tokens, dtype=config.dtype)
     refs, asked = shards.references(data, "test"), []
-    for m in models:
+    for m in {m.name: m for m in models}.values():  # a chain may name a teacher twice
         answerer = Answerer(m.name, m.folder, m.digest, {})
         order = Order(answerer, NO_SHARD, "predictions", "evaluation", None, 0, 1, sampling)
         asked += context.earlier.orders(order, refs)
@@ -59,7 +59,7 @@ def evaluate(run: Run, data: Artifact, models: list[LocalModel], name: str = "ev
         return files, dict(rows=sum(len(h) for h in right.values()), scores=scores), how
 
     upstream = {"data": data} | {f"model {model.name}": model.origin for model in models}
-    return build_or_reuse(run, made_of, upstream, build)
+    return build_or_reuse(run, made_of, upstream, build, lambda: forget(run, asked))
 
 
 def score(hits: list[bool]) -> dict[str, float]:
@@ -71,6 +71,6 @@ def score(hits: list[bool]) -> dict[str, float]:
 def _right(run: Run, asked: list[Order]) -> dict[str, list[bool]]:
     right: dict[str, list[bool]] = {}
     for order in asked:
-        table = schemas.decode(run.storage.read(order.file), ["correct"])
+        table = schemas.read(run.storage, order.file, ["correct"])
         right.setdefault(order.answerer.name, []).extend(table["correct"].to_pylist())
     return right

@@ -11,7 +11,7 @@ from masters.config import Generate
 from masters.models.schedule import stage_of
 from masters.processes import Child
 from masters.stages import Stage
-from masters.tasks.answers import answered
+from masters.tasks.answers import answered, forget
 from masters.tasks.mask import thresholds
 from masters.tasks.score import judge_of
 from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse
@@ -63,7 +63,7 @@ def generate(run: Run, current: Round, data: Artifact, masks: Artifact, ahead: S
         return files, dict(rows=rows), how
 
     upstream = dict(data=data, masks=masks, teacher=current.teacher.origin, student=current.student.origin)
-    return build_or_reuse(run, made_of, upstream, build)
+    return build_or_reuse(run, made_of, upstream, build, lambda: forget(run, asked))
 
 
 def _judge_beside(run: Run, current: Round, made_of: Identity, data: Artifact, asked: list[Order]) -> Child | None:

@@ -80,7 +80,8 @@ def score(run: Run, current: Round, data: Artifact, responses: Artifact) -> Arti
         rows = statuses.total()
         return files, dict(rows=rows, rejected=rows - statuses["ok"], statuses=dict(statuses)), how
 
-    return build_or_reuse(run, made_of, _upstream(run, current, data, responses, chain[: chain.index(made_of)]), build)
+    upstream = _upstream(run, current, data, responses, chain[: chain.index(made_of)])
+    return build_or_reuse(run, made_of, upstream, build, lambda: _forget(run.storage, judge))
 
 
 def _upstream(run: Run, current: Round, data: Artifact, responses: Artifact, before: list[Identity]) -> Upstream:
@@ -94,14 +95,17 @@ def _upstream(run: Run, current: Round, data: Artifact, responses: Artifact, bef
 
 
 def _judged(run: Run, made_of: Identity, judge: Judge | None, triples: set[Triple]) -> tuple[Verdicts, dict]:
-    """A verdict on each triple, and how it ran. Rebuilding asks an LLM everything again."""
+    """A verdict on each triple, and how it ran."""
     if judge is None:
         return {t: rule_accuracy(t.question, t.reference, t.text) for t in triples}, dict(triples=len(triples))
-    if run.rebuilds(made_of):
-        for name in run.storage.names(judge.folder):
-            run.storage.remove(name)
     with run.progress(made_of, "texts judged") as progress:
         return judging.fulfil(run.storage, judge, list(triples), run.config.runtime, run.work(made_of), progress.update)
+
+
+def _forget(storage: Storage, judge: Judge | None) -> None:
+    """Remove what an LLM said: rebuilding asks it everything again."""
+    for name in storage.names(judge.folder) if judge else ():
+        storage.remove(name)
 
 
 def _answers(data: Artifact) -> Answers:
@@ -121,7 +125,7 @@ def _verdict_files(
     files, statuses = {}, Counter()
     for name in responses.files("responses"):
         rows = []
-        for row in schemas.decode(storage.read(name), [*KEY, "text"]).to_pylist():
+        for row in schemas.read(storage, name, [*KEY, "text"]).to_pylist():
             verdict = verdicts[Triple(*answers[row["question_id"]], row.pop("text"))]
             said = dict(score=verdict.score, status=verdict.status, explanation=verdict.explanation)
             rows.append(row | said | dict(judge=made_of.config["judge"]))

@@ -1,10 +1,10 @@
 """What all stages share: a run's context, and building or reusing an artifact with its timing and tracking."""
 
-import fcntl
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from rich.console import Console
 from masters import artifacts, memory
 from masters.artifacts import Artifact, Identity, Upstream
 from masters.config import Config, Teacher
-from masters.errors import StoreError, WorkerLost
+from masters.errors import ArtifactError, StoreError, TrackingError, WorkerLost
+from masters.exclusive import alone
 from masters.identity import digest
 from masters.machine import cache
 from masters.models.schedule import mask_stages
-from masters.preflight import LocalModel, Ready
+from masters.preflight import AFTER, LocalModel, Ready
 from masters.reuse import Earlier
 from masters.stages import Stage
 from masters.storage import Storage
@@ -31,14 +32,13 @@ from masters.tracking import Tracker
 
 CONSOLE = Console(stderr=True)
 RETRIES = 2
-LOCK_POLL = 0.5  # seconds
 BACKOFF = 10  # seconds before the first retry, twice that before the second
 Build = Callable[[], tuple[dict[str, str], dict, dict]]  # files with digests, facts, how it ran
 
 
 def retryable(_task: Task, _run: TaskRun, state: State) -> bool:
     """Whether another try may succeed: the store or a process failed, not the input or the code."""
-    return isinstance(state.result(raise_on_failure=False), StoreError | WorkerLost)
+    return isinstance(state.result(raise_on_failure=False), StoreError | TrackingError | WorkerLost)
 
 
 # how every stage runs as a task: nothing of it is pickled; what a stage had finished before it failed is reused
@@ -92,7 +92,7 @@ class Context:
 
     def trained(self, trained: Artifact) -> LocalModel:
         """A trained student under its name in the predictions table."""
-        return LocalModel("student-after", self.fetched(trained), trained.parts["model"], trained)
+        return LocalModel(AFTER, self.fetched(trained), trained.parts["model"], trained)
 
 
 class Run(Context):
@@ -101,6 +101,7 @@ class Run(Context):
     def __init__(self, context: Context, tracker: Tracker, rebuild: frozenset[Stage] = frozenset()) -> None:
         super().__init__(context.config, context.ready, context.earlier, context.known)
         self.tracker, self.rebuild = tracker, rebuild
+        self.key, self.began = tracker.key, datetime.now(UTC)
         self.stages: list[dict] = []
         self.made: dict[str, Artifact] = {}  # by stage, "generate-2" in a later round
 
@@ -121,32 +122,31 @@ class Run(Context):
         return identity.kind in self.rebuild
 
 
-@contextmanager
-def alone(folder: Path, what: str) -> Iterator[None]:
-    """The only run on this machine that works in a folder: job files, logs and progress have fixed names in it.
+def _discard(run: Run, identity: Identity, forget: Callable[[], None]) -> None:
+    """Make room for what is to be built again: once a run, however often it is cut short and goes on.
 
-    Whoever comes second waits, and says so. The kernel lets go of the lock when its holder dies.
+    What another run built since this one began is as good.
     """
-    try:
-        (folder / "lock").touch()
-    except OSError as error:
-        raise StoreError(f"work folder {folder} cannot be written: {error}") from error
-    with open(folder / "lock", "ab") as lock:
-        waited = False
-        while not _locked(lock.fileno()):
-            if not waited:
-                warn(f"another run on this machine builds {what}: waiting for it ({folder / 'lock'})")
-            waited = True
-            time.sleep(LOCK_POLL)
-        yield
+    mark = f"{identity.folder}/rebuilt-{run.key}"
+    if not run.rebuilds(identity) or run.storage.exists(mark):
+        return
+    with suppress(ArtifactError):  # damaged: a reason to build again
+        found = artifacts.find(run.storage, identity)
+        if found and found.created > run.began:
+            return
+    artifacts.discard(run.storage, identity)
+    forget()
+    run.storage.write(mark, b"")
 
 
-def _locked(descriptor: int) -> bool:
+def _built(run: Run, build: Build) -> tuple[dict[str, str], dict, dict]:
+    """What `build` gives. Raises StoreError, and so may try again, where something of the store is gone."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        return build()
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"store {run.storage.uri('')}: {' '.join(str(error).split())} is not there any more"
+        ) from error
 
 
 def warn(line: str) -> None:
@@ -155,25 +155,29 @@ def warn(line: str) -> None:
     CONSOLE.print(f"warning: {line}", style="yellow", highlight=False, markup=False)
 
 
-def build_or_reuse(run: Run, identity: Identity, upstream: Upstream, build: Build) -> Artifact:
+def build_or_reuse(
+    run: Run, identity: Identity, upstream: Upstream, build: Build, forget: Callable[[], None] = lambda: None
+) -> Artifact:
     """The artifact of this identity: found, or built, committed and tracked. Its outcome joins the run's stages.
 
     `upstream` is everything that the stage reads: it goes into the record and into MLflow. Of the outcome, `peak_mib`
-    is this process's while the stage ran, `children_peak_mib` that of the processes it started.
+    is this process's while the stage ran, `children_peak_mib` that of the processes it started. `forget`: removes what
+    lies elsewhere and would not be made again otherwise, when the stage is to be rebuilt.
     """
     began = time.monotonic()
     memory.forget_peak()
-    if run.rebuilds(identity):
-        artifacts.discard(run.storage, identity)
-    artifact, how, outcome = artifacts.find(run.storage, identity), {}, "reused"
+    artifact, how, outcome = None if run.rebuilds(identity) else artifacts.find(run.storage, identity), {}, "reused"
     with run.tracker.stage(identity, upstream) as tracked:
         if artifact is None:
-            with alone(run.work(identity), f"{identity.stage} of {run.config.name}"):
+            what = f"builds {identity.stage} of {run.config.name}: waiting for it"
+            with alone(run.storage, identity.folder, run.work(identity), lambda who: warn(f"{who} {what}")) as check:
+                _discard(run, identity, forget)
                 # another run may have built it while this one waited
                 artifact = artifacts.find(run.storage, identity)
                 if artifact is None:
                     run.storage.sweep(identity.folder)
-                    files, facts, how = build()
+                    files, facts, how = _built(run, build)
+                    check()
                     artifact, outcome = artifacts.commit(run.storage, identity, files, facts, upstream), "built"
         done = dict(
             name=identity.stage, fingerprint=artifact.fingerprint, uri=artifact.uri, outcome=outcome,

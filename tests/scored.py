@@ -21,7 +21,7 @@ Texts = dict[str, list[str]]  # responses by question's id
 class Quiet:
     """A tracker that tracks nothing."""
 
-    run_id = "0"
+    run_id = key = "0"
 
     @contextmanager
     def stage(self, *_) -> Iterator:

@@ -93,7 +93,7 @@ def test_one_engine_answers_as_masked_checkpoints_do_and_sooner() -> None:
 
 @pytest.mark.slow
 def test_the_demo_and_the_plain_script_both_run_through() -> None:
-    rows = complete(Benchmark.END_TO_END, end_to_end.Sizes(questions=16, r_max=0.0))
+    rows = complete(Benchmark.END_TO_END, end_to_end.Sizes(questions=16, r_max=0.0, repeats=1))
     assert [row["case"].rpartition(", ")[2] for row in rows] == ["whole", "generate", "train", "cpu"]
     for way in ("ours", "baseline"):
         whole, generate, train, cpu = (row[way] for row in rows)

@@ -36,6 +36,7 @@ class Nights:
         rows = [
             dict(question_id=i, model="m", text=f"{r.digest}", correct=True)
             for i, r in zip(ids, order.shard.refs, strict=True)
+            for _ in range(order.samples)
         ]
         self.storage.create(order.file, schemas.encode(rows, schemas.PREDICTIONS))
 

@@ -10,7 +10,7 @@ from mlflow.entities import Run
 
 from masters import machine, tracking
 from masters.artifacts import Identity, load
-from masters.errors import InputError
+from masters.errors import InputError, TrackingError
 from masters.flows.nightly import night
 from masters.identity import digest
 from masters.storage import Storage
@@ -160,7 +160,7 @@ def test_a_run_cut_short_is_opened_again(storage: Storage) -> None:
 def test_a_registration_cut_short_is_finished(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "set_registered_model_alias", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(TrackingError, match="MLflow: division by zero"):
             registered(storage)
     tracker, number = registered(storage)
     assert number == 1 and tracker.registry.candidate(NAME) == 1

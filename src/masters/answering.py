@@ -11,6 +11,7 @@ from pathlib import Path
 
 from masters import artifacts, engines, processes, schemas
 from masters.config import Runtime
+from masters.errors import StoreError
 from masters.identity import digest, fingerprint
 from masters.shards import Shard
 from masters.storage import Storage
@@ -123,14 +124,27 @@ def gather(storage: Storage, identity: artifacts.Identity, orders: list[Order]) 
     files = {}
     for order in orders:
         name = f"{order.kind}/{order.fingerprint}.parquet"
+        files[name] = _proven(storage, order)
         storage.copy(order.file, f"{identity.folder}/{name}")
-        files[name] = digest(storage.read(order.file))
     rows = _plan_rows(orders)
     for number, part in enumerate(iter(lambda: list(islice(rows, PLAN_ROWS)), [])):
         name, content = f"{PLAN}/{number:04d}.parquet", schemas.encode(part, schemas.PLAN)
         storage.write(f"{identity.folder}/{name}", content)
         files[name] = digest(content)
     return files
+
+
+def _proven(storage: Storage, order: Order) -> str:
+    """The SHA-256 of an order's shard. One that a disk or a server damaged is removed, to be answered again.
+
+    Raises StoreError then: another try of the stage makes it anew.
+    """
+    data, expected = storage.read(order.file), order.samples * len(order.shard.refs)
+    if (found := schemas.rows_in(data)) != expected:
+        storage.remove(order.file)
+        what = "no Parquet file" if found is None else f"{found} rows"
+        raise StoreError(f"shard {storage.uri(order.file)}: expected {expected} rows, found {what}; it was removed")
+    return digest(data)
 
 
 def _plan_rows(orders: list[Order]) -> Iterator[dict]:
@@ -142,7 +156,7 @@ def _plan_rows(orders: list[Order]) -> Iterator[dict]:
 
 def _cut(storage: Storage, order: Order) -> None:
     """A shard of its own from an earlier one: without the questions that are withdrawn or changed."""
-    table = schemas.decode(storage.read(f"shards/{order.kind}/{order.part_of}.parquet"))
+    table = schemas.read(storage, f"shards/{order.kind}/{order.part_of}.parquet")
     kept = {ref.question_id for ref in order.shard.refs}
     rows = [row for row in table.to_pylist() if row["question_id"] in kept]
     storage.create(order.file, schemas.encode(rows, table.schema))

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 import pyarrow as pa
 
 from masters import __version__, schemas
-from masters.errors import ArtifactError
+from masters.errors import ArtifactError, StoreError
 from masters.identity import digest, fingerprint
 from masters.provenance import commit as code_commit
 from masters.storage import Storage
@@ -64,6 +64,11 @@ class Artifact:
         return self.storage.uri(self.folder)
 
     @property
+    def created(self) -> datetime:
+        """When its record was written, by the clock of who wrote it."""
+        return datetime.fromisoformat(self.record["provenance"]["created"])
+
+    @property
     def facts(self) -> dict:
         """What the stage found out: counts, scores and the like."""
         return self.record["facts"]
@@ -88,7 +93,7 @@ class Artifact:
     def batches(self, table: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """A table file by file; memory holds one file."""
         for name in self.files(table):
-            yield schemas.decode(self.storage.read(name), columns)
+            yield schemas.read(self.storage, name, columns)
 
     def rows(self, table: str, columns: list[str] | None = None) -> Iterator[dict]:
         for batch in self.batches(table, columns):
@@ -125,18 +130,23 @@ def find(storage: Storage, identity: Identity) -> Artifact | None:
     try:
         record = json.loads(storage.read(name))
     except ValueError as error:
-        raise ArtifactError(f"{storage.uri(name)} cannot be read ({error}); {_again(identity)}") from error
-    there = set(storage.names(identity.folder))
-    lost = [f["name"] for f in record["files"] if f"{identity.folder}/{f['name']}" not in there]
+        raise ArtifactError(
+            f"{storage.uri(name)} cannot be read ({error}); build it again with --rebuild {identity.kind}"
+        ) from error
+    there = _sizes(storage, identity)
+    lost = [f["name"] for f in record["files"] if there.get(f["name"], -1) != f["size"]]
     if lost:
         raise ArtifactError(
-            f"{storage.uri(identity.folder)} lacks {len(lost)} of its files (first: {lost[0]}); {_again(identity)}"
+            f"{storage.uri(identity.folder)} lacks {len(lost)} of its files, or has them in another size (first: "
+            f"{lost[0]}); build it again with --rebuild {identity.kind}"
         )
     return Artifact(storage, identity.folder, record)
 
 
-def _again(identity: Identity) -> str:
-    return f"build it again with --rebuild {identity.kind}"
+def _sizes(storage: Storage, identity: Identity) -> dict[str, int]:
+    """Bytes of what lies in an artifact's folder, by name below it, from one listing."""
+    found = storage.details(identity.folder).items()
+    return {name[len(identity.folder) + 1 :]: size for name, (size, _) in found}
 
 
 def commit(
@@ -145,11 +155,15 @@ def commit(
     """Write the record, last. `files` maps names below the artifact's folder to their SHA-256.
 
     `upstream` is where its inputs lie and what they held, so that the chain can be walked from the store alone. It
-    is no part of the identity. If another builder was first, its record is the artifact.
+    is no part of the identity. If another builder was first, its record is the artifact. Raises StoreError if a file
+    is not there.
     """
+    there = _sizes(storage, identity)
+    if gone := sorted(files.keys() - there.keys()):
+        raise StoreError(f"{storage.uri(identity.folder)}: {gone[0]} was written and is gone ({len(gone)} files)")
     record = dict(
         stage=identity.stage, fingerprint=identity.fingerprint, version=identity.version, config=identity.config,
-        inputs=identity.inputs, files=[dict(name=n, digest=d) for n, d in sorted(files.items())],
+        inputs=identity.inputs, files=[dict(name=n, digest=d, size=there[n]) for n, d in sorted(files.items())],
         digest=listing_digest(files), facts=facts,
         upstream={role: _note(made) for role, made in (upstream or {}).items()},
         provenance=dict(

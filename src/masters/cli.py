@@ -5,23 +5,24 @@ Heavy libraries are imported by the commands, after their arguments are understo
 
 import json
 import sys
+import traceback
+from datetime import datetime
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from masters import cli_models
+from masters import cli_check, cli_models
 from masters.allowed import check_config
 from masters.benchmarks import Benchmark, benchmark, gpu_rows
 from masters.config import Config, load
 from masters.errors import InputError, MastersError
 from masters.infra.settings import Services
+from masters.machine import cache
 from masters.options import ConfigPath, Json, Overrides, Rebuild
 from masters.quiet import quiet
+from masters.secrets import masked
 from masters.stages import Stage
-
-if TYPE_CHECKING:
-    from masters.preflight import Ready
 
 INTERRUPTED = 130  # what Typer makes of a KeyboardInterrupt
 
@@ -31,7 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Distil large vision-language models with masked teachers.",
 )
-app.add_typer(cli_models.app)  # without a name: its commands are masters' own
+for part in (cli_check.app, cli_models.app):
+    app.add_typer(part)  # without a name: its commands are masters' own
 
 
 @app.command()
@@ -75,40 +77,9 @@ def bench(name: Annotated[Benchmark, typer.Argument(help="What to measure")], as
         rows = [row.as_dict() for row in [*benchmark(name)(), *gpu_rows(name)]]
     except ImportError as error:
         raise InputError(f"expected the baselines' libraries (extra dev), found {error}: run `make setup`") from None
-    for row in rows:
-        ratio = f"{row['ratio']:.2f} x" if row["ratio"] else "-"
-        line = f"{row['case']:<44} {row['ours']:>10.3f} {row['baseline']:>10.3f} {row['unit']:<4} {ratio:>9}"
-        print(line, file=sys.stderr if as_json else sys.stdout)
+    _measurements(name, rows, as_json)
     if as_json:
         print(json.dumps(dict(name=name, rows=rows)))
-
-
-@app.command()
-def check(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    parity: Annotated[
-        bool, typer.Option("--parity", help="Also load the models: fast paths against plain ones, vLLM against PyTorch")
-    ] = False,
-) -> None:
-    """Before hours are spent: configuration, source, models, families and tokenizers, store."""
-    settings = load(config, overrides)
-    check_config(settings)
-
-    from masters.preflight import preflight, warnings_of
-
-    ready = preflight(settings)
-    for line in warnings_of(settings):
-        typer.echo(f"warning: {line}", err=True)
-    typer.echo(f"source     {settings.data.source}")
-    typer.echo(f"student    {ready.student.folder} ({ready.student.digest[:16]})")
-    for teacher in ready.teachers:
-        typer.echo(f"teacher    {teacher.folder} ({teacher.digest[:16]})")
-    typer.echo(f"store      {ready.storage.uri('')}: read, write, conditional write")
-    typer.echo(f"memory     {_memory(settings, ready)}")
-    if parity:
-        _parity(settings, ready)
-    typer.echo("ready")
 
 
 @app.command()
@@ -151,9 +122,24 @@ def main() -> None:
     except MastersError as error:
         typer.echo(f"masters: {error}", err=True)
         sys.exit(error.exit_code)
+    except Exception as error:  # ours to mend: the line says where the rest is
+        typer.echo(f"masters: unexpected {type(error).__name__}: {_kept(error)}", err=True)
+        sys.exit(1)
     if code == INTERRUPTED:
         typer.echo("masters: interrupted; run again to go on from here", err=True)
     sys.exit(1 if code else 0)
+
+
+def _kept(error: Exception) -> str:
+    """An error's line, and the file that its traceback was written to."""
+    said = " ".join(masked(str(error)).split())[:300]
+    try:
+        file = cache() / "errors" / f"{datetime.now():%Y-%m-%d-%H%M%S}.log"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(masked("".join(traceback.format_exception(error))))
+    except OSError:
+        return said
+    return f"{said} (traceback: {file}; please report it)"
 
 
 def _run(name: str, settings: Config, as_json: bool, **arguments: object) -> None:
@@ -175,36 +161,6 @@ def _run(name: str, settings: Config, as_json: bool, **arguments: object) -> Non
         _table(summary)
 
 
-def _memory(settings: Config, ready: "Ready") -> str:
-    """What training needs at least, with the largest teacher, whatever its token budget. Raises InputError."""
-    import torch
-
-    from masters.models import footprint
-
-    train, ranks = settings.train, settings.runtime.train_processes
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    teachers = [None] if train.objective == "sft" else [teacher.folder for teacher in ready.teachers]
-    needs = [footprint.footprint(ready.student.folder, one, train, (0, 0), ranks, False) for one in teachers]
-    largest, (available, sharing) = max(needs, key=lambda one: one.total), footprint.free(device, ranks)
-    footprint.check(largest, available, sharing, device, 0)
-    needed = sharing * largest.total / footprint.GIB
-    return (
-        f"training takes {needed:.2f} GiB and its activations, {available / footprint.GIB:.2f} GiB are free on {device}"
-    )
-
-
-def _parity(settings: Config, ready: "Ready") -> None:
-    """Print each difference with its verdict. Raises MastersError if one is more than rounding."""
-    from masters.tasks.check import parity
-
-    differences = parity(settings, ready)
-    for line in differences:
-        verdict = "ok" if line["found"] <= line["limit"] else "DIFFERENT"
-        typer.echo(f"{verdict:<10} {line['found']:.1e} (limit {line['limit']:.0e})  {line['name']}")
-    if any(line["found"] > line["limit"] for line in differences):
-        raise MastersError("this machine does not compute the method as written; see the lines marked DIFFERENT")
-
-
 def _plan(settings: Config, as_json: bool) -> None:
     from masters.flows.plan import plan
 
@@ -214,6 +170,20 @@ def _plan(settings: Config, as_json: bool) -> None:
     for line in lines if not as_json else []:
         changed = f"  changed: {', '.join(line['changed'])}" if line["changed"] else ""
         typer.echo(f"{line['name']:<10} {line['outcome']:<7} {line['fingerprint'] or '(after its inputs)'}{changed}")
+
+
+def _measurements(name: str, rows: list[dict], as_json: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("case", "ours", "baseline", "unit", "ratio", title=f"{name}: median (smallest to largest)")
+    for row in rows:
+        sides = [
+            f"{row[side]:.4g}" + (f" ({low:.4g} to {high:.4g})" if low != high else "")
+            for side, (low, high) in zip(("ours", "baseline"), row["spread"], strict=True)
+        ]
+        table.add_row(row["case"], *sides, row["unit"], f"{row['ratio']:.2f} x" if row["ratio"] else "-")
+    Console(stderr=as_json).print(table)
 
 
 def _table(summary: dict) -> None:

@@ -2,8 +2,10 @@
 
 MastersError            something went wrong while it ran (exit 1)
 ├── InputError          the user's input is at fault; nothing was started (exit 2)
+│   └── Unreachable     a store or server that is named does not answer: it may in a minute
 ├── ArtifactError       an artifact is missing, incomplete or not what its record says
 ├── StoreError          the store failed or stopped answering while it was used
+├── TrackingError       MLflow failed or stopped answering while it was used
 └── WorkerError         a child process (engine or trainer) failed
     └── WorkerLost      it was ended from outside or fell silent: another try may succeed
 """
@@ -26,12 +28,20 @@ class InputError(MastersError):
     exit_code = 2
 
 
+class Unreachable(InputError):
+    """A store or a server that the input names does not answer."""
+
+
 class ArtifactError(MastersError):
     """An artifact is missing, incomplete or not what its record says."""
 
 
 class StoreError(MastersError):
     """The store failed or stopped answering while it was used."""
+
+
+class TrackingError(MastersError):
+    """MLflow failed or stopped answering while it was used."""
 
 
 class WorkerError(MastersError):

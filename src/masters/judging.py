@@ -49,7 +49,7 @@ def known(storage: Storage, judge: Judge, triples: list[Triple]) -> dict[Triple,
     wanted, found = {triple.digest: triple for triple in triples}, {}
     columns = ["triple_digest", "score", "status", "explanation", "reading"]
     for name in storage.names(judge.folder):
-        for row in schemas.decode(storage.read(name), columns).to_pylist():
+        for row in schemas.read(storage, name, columns).to_pylist():
             if triple := wanted.get(row.pop("triple_digest")):
                 found.setdefault(triple, Verdict(**row))
     return found
@@ -58,7 +58,7 @@ def known(storage: Storage, judge: Judge, triples: list[Triple]) -> dict[Triple,
 def known_digests(storage: Storage, folder: str) -> set[str]:
     """Of the triples that a judge gave verdicts on earlier; `folder` is the judge's."""
     columns = ["triple_digest"]
-    return {d for name in storage.names(folder) for d in schemas.decode(storage.read(name), columns)[0].to_pylist()}
+    return {d for name in storage.names(folder) for d in schemas.read(storage, name, columns)[0].to_pylist()}
 
 
 def ahead(data: Artifact, judge: Judge, shards: list[str], runtime: Runtime, folder: Path) -> processes.Child | None:

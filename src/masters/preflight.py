@@ -2,7 +2,7 @@
 
 import json
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from masters import allowed
@@ -18,6 +18,8 @@ from masters.sources import Source, open_source
 from masters.storage import Storage
 
 RAY_SECONDS = 5.0  # for the head of a Ray cluster to answer
+BEFORE, AFTER = "student-before", "student-after"  # the student's names in the predictions table
+STUDENTS = (BEFORE, AFTER)
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def preflight(config: Config) -> Ready:
         if wanted.r_max > 0:
             check_maskable(teacher.folder, tuple(config.mask.exclude))
     storage = open_storage(config.store.root)
+    student, *teachers = distinct([student, *teachers])
     return Ready(storage, source, student, teachers, special_tokens(student.folder), judge)
 
 
@@ -88,6 +91,19 @@ def check_answers(ray_address: str | None) -> None:
             f"runtime.ray_address: no Ray cluster answers at {ray_address} ({error}); "
             "start its head with `ray start --head`, or leave the setting out"
         ) from error
+
+
+def distinct(models: list[LocalModel]) -> list[LocalModel]:
+    """Models under names that tell them apart in tables: folders are often called the same, such as `final`."""
+    digests: dict[str, set[str]] = {}
+    for model in models:
+        digests.setdefault(model.name, set()).add(model.digest)
+    return [
+        replace(model, name=f"{model.name}-{model.digest[:8]}")
+        if len(digests[model.name]) > 1 or model.name in STUDENTS
+        else model
+        for model in models
+    ]
 
 
 def judge_of(config: Config) -> LocalModel | Server | None:

@@ -5,6 +5,9 @@ import io
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from masters.errors import ArtifactError
+from masters.storage import Storage
+
 text = pa.string()
 
 QUESTIONS = pa.schema([
@@ -73,3 +76,21 @@ def decode(data: bytes, columns: list[str] | None = None) -> pa.Table:
     """A Parquet file as a table."""
     # on Arrow's own threads a buffer of Python's can be freed after the interpreter is gone, which aborts the process
     return pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(columns=columns, use_threads=False)
+
+
+def read(storage: Storage, name: str, columns: list[str] | None = None) -> pa.Table:
+    """A Parquet file of the store as a table. Raises ArtifactError if it is none, or lacks a column."""
+    data = storage.read(name)
+    try:
+        return decode(data, columns)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ArtifactError(f"{storage.uri(name)} ({len(data)} bytes) cannot be read as Parquet: {said}") from error
+
+
+def rows_in(data: bytes) -> int | None:
+    """How many rows a Parquet file holds, by its footer; None where it is damaged."""
+    try:
+        return pq.read_metadata(pa.BufferReader(data)).num_rows
+    except (pa.ArrowException, OSError):
+        return None

@@ -85,7 +85,7 @@ class Reader:
     def rows(self, refs: tuple[Ref, ...]) -> Iterator[dict]:
         for ref in refs:
             if ref.file != self._number:
-                self._number, self._table = ref.file, schemas.decode(self._data.storage.read(self._names[ref.file]))
+                self._number, self._table = ref.file, schemas.read(self._data.storage, self._names[ref.file])
             yield {name: self._table[name][ref.row].as_py() for name in self._table.column_names}
 
 

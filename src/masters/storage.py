@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 import fsspec
+from botocore.exceptions import HTTPClientError
 
-from masters.errors import InputError, MastersError, StoreError
+from masters.errors import InputError, MastersError, StoreError, Unreachable
 
 TEMPORARY = re.compile(r"(^|/)\.[^/]+\.[0-9a-f]{8}\.tmp$")  # a local write that is under way
 ATTEMPTS = 8  # with growing pauses: a store that is away for half a minute costs that time only
@@ -42,8 +43,9 @@ def _one_line(method: Callable[Concatenate["Storage", P], R]) -> Callable[Concat
 class Storage:
     """Objects below one root. Paths are relative to it and use forward slashes.
 
-    A reader never sees half an object: local writes go to a sibling name first and are renamed, S3 writes appear
-    when they are complete. Listings are fresh: what another process wrote is seen.
+    A reader never sees half an object, after a power cut either: local writes go to a sibling name first, are flushed
+    to the disk and renamed, S3 writes appear when they are complete. Listings are fresh: what another process wrote is
+    seen.
     """
 
     def __init__(self, root: str, patient: bool = True) -> None:
@@ -88,7 +90,7 @@ class Storage:
         if self.local:
             with self._sibling(name) as temporary:
                 temporary.write_bytes(data)
-                os.replace(temporary, self.path(name))
+                _settle(temporary, self.path(name), os.replace)
         else:
             self.fs.pipe_file(self.path(name), data)
 
@@ -102,7 +104,7 @@ class Storage:
         if self.local:
             with self._sibling(name) as temporary:
                 temporary.write_bytes(data)
-                return _created(lambda: os.link(temporary, self.path(name)))
+                return _created(lambda: _settle(temporary, self.path(name), os.link))
         return _created(lambda: self.fs.pipe_file(self.path(name), data, mode="create"))
 
     @_one_line
@@ -169,7 +171,7 @@ class Storage:
             if self.local:
                 with self._sibling(target) as temporary:
                     shutil.copyfile(file, temporary)
-                    os.replace(temporary, self.path(target))
+                    _settle(temporary, self.path(target), os.replace)
             else:
                 self.fs.put_file(str(file), self.path(target))
 
@@ -182,7 +184,7 @@ class Storage:
                     os.link(self.path(source), temporary)
                 except OSError:
                     shutil.copyfile(self.path(source), temporary)
-                os.replace(temporary, self.path(target))
+                _settle(temporary, self.path(target), os.replace)
         else:
             self.fs.cp_file(self.path(source), self.path(target))
 
@@ -211,7 +213,8 @@ class Storage:
         return folder
 
     def check(self) -> None:
-        """Prove, within seconds, that the store can be listed, written, read and created in. Raises InputError."""
+        """Prove, within seconds, that the store can be listed, written, read and created in. Raises InputError, where a
+        server does not answer Unreachable."""
         data = uuid.uuid4().bytes
         name = f".check-{data.hex()}" if self.local else f".check/{data.hex()}"
         try:
@@ -223,7 +226,8 @@ class Storage:
         except Exception as error:  # the client libraries raise what they like
             reason = _said((error.__cause__ or error) if isinstance(error, StoreError) else error)
             hint = "; endpoint and keys are taken from the AWS_* variables" if self.s3 else ""
-            raise InputError(f"store {self.uri('')} cannot be written and read back: {reason}{hint}") from error
+            kind = Unreachable if _unreachable(error) else InputError
+            raise kind(f"store {self.uri('')} cannot be written and read back: {reason}{hint}") from error
         if again or not right:
             raise InputError(
                 f"store {self.uri('')} does not honour conditional writes; use a file system or an S3 store that does"
@@ -280,6 +284,21 @@ def _created(write: Callable[[], None]) -> bool:
     raise OSError(f"another writer was in the way {CONFLICTS} times")
 
 
+def _settle(temporary: Path, target: str, how: Callable[[Path, str], None]) -> None:
+    """Give a written file its name, by `how`; both are on the disk when this returns."""
+    _flush(temporary)
+    how(temporary, target)
+    _flush(Path(target).parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _walk(folder: str) -> Iterator[str]:
     """Paths of all files below. What goes away meanwhile is left out; what cannot be read is an error."""
 
@@ -297,6 +316,18 @@ def _take_place(temporary: Path, folder: Path) -> None:
     except OSError:
         if not folder.is_dir():  # else another process was first
             raise
+
+
+def _unreachable(error: BaseException | None) -> bool:
+    """Whether a server was not there, or too busy, rather than of another mind."""
+    while error is not None:
+        if isinstance(error, ConnectionError | TimeoutError | HTTPClientError):
+            return True
+        answer = getattr(error, "response", None) or {}
+        if answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500:
+            return True
+        error = error.__cause__
+    return False
 
 
 def _said(error: BaseException) -> str:

@@ -45,10 +45,11 @@ class Summary:
         self._night = dict(nightly=told)
 
     def write(self, status: str, error: str | None = None) -> None:
-        run_id = self._run.tracker.run_id
+        tracker = self._run.tracker
+        mlflow = dict(run_id=tracker.run_id, tracking_uri=shown(tracker.uri), metrics_lost=tracker.lost, **self._model)
         self.written = dict(
-            run_id=run_id, name=self._run.config.name, status=status, stages=self._run.stages, **self._scores,
-            **self._night, mlflow=dict(run_id=run_id, tracking_uri=shown(self._run.tracker.uri), **self._model),
-            prefect=dict(flow_run_id=self._flow_run_id), **({"error": masked(error)} if error else {}),
+            run_id=tracker.run_id, name=self._run.config.name, status=status, stages=self._run.stages, **self._scores,
+            **self._night, mlflow=mlflow, prefect=dict(flow_run_id=self._flow_run_id),
+            **({"error": masked(error)} if error else {}),
         )  # fmt: skip
         self._run.storage.write("summary.json", json.dumps(self.written, indent=1).encode())

@@ -8,11 +8,11 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from urllib.parse import quote
-from urllib.request import urlopen
 
+import httpx
 import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
@@ -22,13 +22,16 @@ from masters import allowed, lineage, machine
 from masters.allowed import Setting
 from masters.artifacts import Artifact, Identity, Upstream
 from masters.config import Config
-from masters.errors import InputError
+from masters.errors import InputError, TrackingError, Unreachable
+from masters.mlflow_client import client as mlflow_client
 from masters.registry import CANDIDATE, Registry, shown
 from masters.secrets import masked
 from masters.storage import Storage
 
 PARAMETER_LENGTH = 500
 METRICS_AT_ONCE = 200
+METRICS_KEPT = 100_000  # while MLflow is away
+PAUSE = 60.0  # seconds until it is tried again
 CARD = "model_card.md"
 STUDENT = "student-after"
 LIVE = "attributes.status = 'RUNNING'"
@@ -50,14 +53,24 @@ def tracking_uri(config: Config, storage: Storage) -> str:
 
 
 def check_answers(uri: str) -> None:
-    """Raises InputError if an MLflow server is named and does not answer: its client would retry for minutes."""
+    """Raises Unreachable if an MLflow server is named and does not answer: its client would retry for minutes."""
     if not uri.startswith(("http://", "https://")):
         return
+    name, password = (os.environ.get(f"MLFLOW_TRACKING_{part}", "") for part in ("USERNAME", "PASSWORD"))
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
     try:
-        with urlopen(f"{uri.rstrip('/')}/health", timeout=10):
-            pass
-    except (OSError, ValueError) as error:
-        raise InputError(
+        answer = httpx.get(
+            f"{uri.rstrip('/')}/health", timeout=10, auth=(name, password) if name else None,
+            headers={"Authorization": f"Bearer {token}"} if token else None,
+        )  # fmt: skip
+        if answer.status_code in (401, 403):
+            raise InputError(
+                f"MLflow at {shown(uri)} refuses these credentials ({answer.status_code}): set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            )
+        answer.raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        raise Unreachable(
             f"MLflow at {shown(uri)} does not answer ({error}): start it, or choose another with runtime.mlflow_uri or "
             "MLFLOW_TRACKING_URI"
         ) from error
@@ -97,16 +110,18 @@ class Tracker:
         if self.uri == beside(storage):
             check_beside(storage)
         self.registry = Registry(self.uri)
-        self._client, self._storage = MlflowClient(self.uri), storage
+        self._client, self._storage = mlflow_client(self.uri), storage
         self._about = lineage.about(config) | {"masters.store": storage.uri("")}
         self._experiment = self._experiment_of(config.name, storage)
-        self._pending: list[Metric] = []
+        self._pending: dict[str, list[Metric]] = {}  # by run
+        self.lost, self._pause = 0, 0.0  # metrics that MLflow never got; until when it is left alone
         self._reached: dict[str, dict[str, str]] = {}  # by an artifact's folder: the fingerprints behind it
         self._runs: dict[str, str] = {}  # by an artifact's folder: the run of its stage
         self._questions: dict[str, dict[str, str]] = {}  # by an artifact's folder: the data set its scores are on
         close_lost(self.uri, storage)
         tags = {"masters.stage": flow, "masters.process": machine.this_process()}
-        self.run_id = self._current = self._open(key or uuid.uuid4().hex, config.name, tags)
+        self.key = key or uuid.uuid4().hex
+        self.run_id = self._current = self._open(self.key, config.name, tags)
         machine.remember(config.name, self.uri)
         flat = _flat(config.model_dump()).items()
         self._client.log_batch(
@@ -162,9 +177,8 @@ class Tracker:
             yield tracked
             status = "FINISHED"
         finally:
-            self.flush()
-            self._client.set_terminated(child, status)
             self._current = self.run_id
+            self._end(child, status)
 
     def _earlier(self, upstream: Upstream) -> None:
         """Note on the distillation's run which runs built what it took over: a page's way on from here."""
@@ -178,16 +192,24 @@ class Tracker:
                 self._tag(self.run_id, {f"earlier.{kept}.{name}": value for name, value in names.items()})
 
     def metrics(self, values: dict[str, float], step: int) -> None:
-        """Metrics of the current stage; written in batches."""
-        now = time.time_ns() // 1_000_000
-        self._pending += [Metric(name, float(value), now, step) for name, value in values.items()]
-        if len(self._pending) >= METRICS_AT_ONCE:
+        """Metrics of the current stage; written in batches, later where MLflow is away."""
+        now, pending = time.time_ns() // 1_000_000, self._pending.setdefault(self._current, [])
+        pending += [Metric(name, float(value), now, step) for name, value in values.items()]
+        if len(pending) >= METRICS_AT_ONCE and time.monotonic() > self._pause:
             self.flush()
 
     def flush(self) -> None:
-        for at in range(0, len(self._pending), METRICS_AT_ONCE):
-            self._client.log_batch(self._current, metrics=self._pending[at : at + METRICS_AT_ONCE])
-        self._pending.clear()
+        """Write what waits. What MLflow does not take waits on, up to `METRICS_KEPT` a run; more is counted as lost."""
+        for run_id, pending in self._pending.items():
+            try:
+                while pending:
+                    self._client.log_batch(run_id, metrics=pending[:METRICS_AT_ONCE])
+                    del pending[:METRICS_AT_ONCE]
+            except TrackingError:
+                self._pause = time.monotonic() + PAUSE
+                self.lost += max(0, len(pending) - METRICS_KEPT)
+                del pending[:-METRICS_KEPT]
+                return
 
     def register_model(self, name: str, registered: Artifact, trained: Artifact, evaluated: Artifact) -> int:
         """A version of the registered model `name` with alias `candidate`. The same source is registered once."""
@@ -267,10 +289,22 @@ class Tracker:
         base = shown(self.uri).rstrip("/")
         return f"{base}/#/models/{quote(name)}/versions/{version}" if base.startswith("http") else None
 
-    def finish(self, status: str) -> None:
-        """End the parent run: FINISHED or FAILED."""
+    def finish(self, status: str) -> str | None:
+        """End the parent run: FINISHED or FAILED. Returns what MLflow could not be told, None if it knows all."""
+        try:
+            self._end(self.run_id, status)
+        except TrackingError as error:
+            return str(error)
+        finally:
+            self.lost += sum(map(len, self._pending.values()))
+            self._pending.clear()
+        return f"{self.lost} metrics could not be written to MLflow" if self.lost else None
+
+    def _end(self, run_id: str, status: str) -> None:
+        """End a run. That it failed is told if that can be done: why it failed matters more."""
         self.flush()
-        self._client.set_terminated(self.run_id, status)
+        with suppress(TrackingError) if status == "FAILED" else nullcontext():
+            self._client.set_terminated(run_id, status)
 
 
 def where(artifact: Artifact) -> dict[str, str]:

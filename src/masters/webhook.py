@@ -29,7 +29,7 @@ def report(name: str, status: str, reason: str) -> bool:
     try:
         with httpx.Client(transport=httpx.HTTPTransport(retries=2), timeout=SECONDS) as client:
             client.post(url, json=body).raise_for_status()
-    except (httpx.HTTPStatusError, httpx.TransportError, httpx.InvalidURL) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         # their texts hold the address
         said = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else type(error).__name__
         logger.warning("the webhook of %s did not take the report %r (%s)", ADDRESS, status, said)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from masters import artifacts, processes
+from masters.exclusive import locked
 from masters.identity import digest
 from masters.processes import Ran
 from masters.tasks import train as stage
 from masters.tasks.data import data
 from masters.tasks.mask import mask
-from masters.tasks.stage import alone
 from tests.drawn import write_questions
 from tests.stack import until
 from tests.trained import by_hand, first_round, made_run
@@ -22,22 +22,22 @@ from tests.trained import by_hand, first_round, made_run
 HOLDER = """
 import sys, time
 from pathlib import Path
-from masters.tasks.stage import alone
-with alone(Path(sys.argv[1]), "train"):
+from masters.exclusive import locked
+with locked(Path(sys.argv[1]), print):
     print("inside", flush=True)
     time.sleep(60)
 """
 
 
 def test_a_second_run_waits_says_so_and_goes_on_when_the_first_is_killed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
 ) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout and holder.stdout.readline() == "inside\n"
-    entered = threading.Event()
+    entered, said = threading.Event(), []
 
     def second() -> None:
-        with alone(tmp_path, "train of demo"):
+        with locked(tmp_path, said.append):
             entered.set()
 
     waiting = threading.Thread(target=second)
@@ -48,14 +48,13 @@ def test_a_second_run_waits_says_so_and_goes_on_when_the_first_is_killed(
     holder.wait()
     until(entered.is_set, 5, "the second goes on")
     waiting.join()
-    said = " ".join(capsys.readouterr().err.split())
-    assert said.count("another run on this machine builds train of demo: waiting for it") == 1
+    assert said == ["another run on this machine"]
 
 
 def test_one_folder_after_the_other_is_no_wait(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    with alone(tmp_path / "one", "one"), alone(tmp_path / "two", "two"):
+    with locked(tmp_path / "one", pytest.fail), locked(tmp_path / "two", pytest.fail):
         pass
 
 
@@ -75,5 +74,5 @@ def test_a_machine_that_comes_second_overwrites_nothing(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(processes, "run", meanwhile)
     trained = stage.train.fn(run, current, inputs)
-    assert trained.record["files"] == [dict(name=weights, digest=digest(b"first"))]
+    assert trained.record["files"] == [dict(name=weights, digest=digest(b"first"), size=5)]
     assert run.storage.read(f"{made_of.folder}/{weights}") == b"first"
