@@ -5,8 +5,11 @@ Imported by Ray's workers and by the driver; the libraries that an engine needs 
 
 import importlib
 import os
-from contextlib import ExitStack
-from importlib.metadata import version
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,33 @@ from masters import memory
 from masters.errors import InputError
 from masters.processes import LOOPBACK, die_with_parent
 from masters.secrets import mask_logs
+from masters.storage import Storage
 
-ALIKE = ("masters", "torch", "transformers")  # what a node must have as the driver does: rows depend on it
+PINNED = ("masters", "vllm", "torch", "transformers")  # rows depend on them
 
 
-def versions() -> dict[str, str]:
-    """Of what rows depend on."""
-    return {name: version(name) for name in ALIKE}
+@dataclass(frozen=True)
+class Alike:
+    """What every node of a cluster must have as the driver's has it: versions, and the store with this object."""
+
+    versions: dict[str, str]
+    seen: str
+
+
+@contextmanager
+def alike(store: str) -> Iterator[Alike]:
+    """What nodes are held to while a driver runs."""
+    name, storage = f".ray-{uuid.uuid4().hex}", Storage(store)
+    storage.create(name, b"")
+    try:
+        yield Alike(_versions(), name)
+    finally:
+        storage.remove(name)
+
+
+def _versions() -> dict[str, str]:
+    names = packages_distributions()  # vLLM's wheel for CPUs has a name of its own
+    return {name: version(name) for package in PINNED for name in names[package]}
 
 
 class EngineActor:
@@ -31,10 +54,10 @@ class EngineActor:
         mask_logs()
         self._open, self._worker = ExitStack(), None
 
-    def start(self, work: dict, expected: dict[str, str] | None) -> int:
-        """Open the engine; returns the process id. `expected`: versions, on a cluster, where the model is checked too.
+    def start(self, work: dict, expected: Alike | None) -> int:
+        """Open the engine; returns the process id. `expected`: of a cluster's node, whose model is checked too.
 
-        Raises InputError if this node has other libraries than the driver or another model at the same path.
+        Raises InputError if this node has other libraries than the driver, another store or another model at the path.
         """
         if expected:
             _check_node(work, expected)
@@ -49,12 +72,14 @@ class EngineActor:
         return self._worker.do(piece), memory.peak_mib()
 
 
-def _check_node(work: dict, expected: dict[str, str]) -> None:
+def _check_node(work: dict, expected: Alike) -> None:
     from masters.models.checkpoints import model_digest
 
     node = os.uname().nodename
-    if (found := versions()) != expected:
-        raise InputError(f"Ray node {node} has {found}, the driver has {expected}: nodes must have the same versions")
+    if (found := _versions()) != expected.versions:
+        raise InputError(f"Ray node {node} has {found}, the driver {expected.versions}: versions must be the same")
+    if not Storage(store := work["setup"]["store"]).exists(expected.seen):
+        raise InputError(f"Ray node {node} does not see this machine's store {store}: use S3 or a folder of all nodes")
     folder = Path(work["folder"])
     if not folder.is_dir():
         raise InputError(f"Ray node {node} has no folder {folder}: models must lie at the same path on every node")

@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from masters import processes
 from masters.config import Runtime
 from masters.errors import MastersError, WorkerError
 from masters.models.dealing import Deal
-from masters.models.ray_actor import EngineActor, versions
+from masters.models.ray_actor import Alike, EngineActor, alike
 from masters.models.ray_session import cluster, local, room
 
 
@@ -34,13 +35,11 @@ class Seat:
 class Pool:
     """Actors at work on a job. `report` hears their lines of progress."""
 
-    def __init__(self, job: dict, gpus: int, workers: int, report: Callable[..., None]) -> None:
-        self._work, self._report, self._workers = job["work"], report, workers
+    def __init__(self, job: dict, gpus: int, workers: int, alike: Alike | None, report: Callable[..., None]) -> None:
+        self._alike, self._work, self._report, self._workers = alike, job["work"], report, workers
         runtime = Runtime(**job["runtime"])
         self._deal = Deal([of["pieces"] for of in self._work], [of["cost"] for of in self._work])
         self._restarts_left, self._restarts = runtime.engine_restarts * workers, 0
-        # on another node libraries and models may be others
-        self._expected = versions() if runtime.ray_address else None
         self._gpus, self._busy, self._peaks = gpus, {}, []
         self._startup: list[float] = []
         self._engines, self._most = 0, 0
@@ -66,7 +65,7 @@ class Pool:
         # no retries of Ray's own: it would start an actor anew without its engine
         actor = ray.remote(EngineActor).options(num_cpus=1, num_gpus=self._gpus, max_restarts=0).remote()
         what = {name: self._work[model][name] for name in ("module", "setup", "folder", "digest")}
-        self._busy[actor.start.remote(what, self._expected)] = Seat(actor, model, time.monotonic())
+        self._busy[actor.start.remote(what, self._alike)] = Seat(actor, model, time.monotonic())
         self._deal.join(model)
         self._engines, self._most = self._engines + 1, max(self._most, len(self._busy))
 
@@ -112,8 +111,8 @@ class Pool:
         print(f"an engine of {name} died {doing}: {error}", flush=True)
         if not self._restarts_left:
             raise WorkerError(
-                f"engines died {self._restarts + 1} times, the last of {name} {doing}: {' '.join(str(error).split())}; "
-                "runtime.engine_restarts bounds how often they are replaced"
+                f"engines died {self._restarts + 1} times (runtime.engine_restarts bounds how often), "
+                f"the last of {name} {doing}: {' '.join(str(error).split())}"
             )
         if (model := self._deal.instead_of(seat.model)) is not None:
             self._restarts, self._restarts_left = self._restarts + 1, self._restarts_left - 1
@@ -139,13 +138,15 @@ def _own(error: Any) -> Exception:
 def main(job_file: Path) -> None:
     job = json.loads(job_file.read_text())
     runtime = Runtime(**job["runtime"])
-    with cluster(runtime.ray_address) if runtime.ray_address else local(job["workers"]):
+    with cluster(runtime.cluster) if runtime.cluster else local(job["workers"]):
         processes.report(job_file, event="ray", pid=os.getpid())
         gpus, places = room(runtime.engine_gpus, runtime.tensor_parallel_size)
         if places < job["workers"]:
             print(f"{job['workers']} engines were asked for, {places} have room at a time", flush=True)
-        pool = Pool(job, gpus, min(places, job["workers"]), lambda **line: processes.report(job_file, **line))
-        processes.report(job_file, event="ran", how=pool.run())
+        workers = min(places, job["workers"])
+        with alike(job["work"][0]["setup"]["store"]) if runtime.cluster else nullcontext() as expected:
+            pool = Pool(job, gpus, workers, expected, lambda **line: processes.report(job_file, **line))
+            processes.report(job_file, event="ran", how=pool.run())
 
 
 if __name__ == "__main__":

@@ -83,8 +83,8 @@ def work(place: Path, *pieces: dict) -> Work:
 
 
 def ran(part: Work, place: Path, heard: Heard, **runtime: object) -> dict:
-    settings = Runtime.model_validate(dict(generate_workers=2) | runtime)
-    return engines.run([part], settings.generate_workers, settings, place / "work", heard)
+    settings = Runtime.model_validate(dict(generate_workers=2, ray_address="local") | runtime)
+    return engines.run([part], settings, place / "work", heard)
 
 
 def done(place: Path) -> list[str]:
@@ -113,7 +113,9 @@ def test_a_killed_engine_is_replaced_and_nothing_listens_beyond_loopback(place: 
 
 def test_engines_that_keep_dying_end_in_one_clear_error(place: Path) -> None:
     heard = Heard()
-    with pytest.raises(WorkerError, match=r"engines died 3 times, the last of model at piece-0: .*engine_restarts"):
+    with pytest.raises(
+        WorkerError, match=r"died 3 times \(runtime.engine_restarts .*, the last of model at piece-0: "
+    ):
         ran(work(place, dict(deadly=True), dict(seconds=1)), place, heard, engine_restarts=1)
     assert heard.left == set()
 

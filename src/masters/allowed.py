@@ -66,8 +66,8 @@ def check_config(config: Config) -> None:
     check(Setting.STORES, "store.root", config.store.root)
     if config.runtime.mlflow_uri:
         check(Setting.MLFLOW, "runtime.mlflow_uri", config.runtime.mlflow_uri)
-    if config.runtime.ray_address:
-        check_ray(config.runtime.ray_address)
+    if config.runtime.cluster:
+        check_ray(config.runtime.cluster)
     if config.data.source != EASYVQA:
         check(Setting.DATA, "data.source", config.data.source)
     judge = config.rewards.judge

@@ -115,7 +115,7 @@ def fulfil(
 
     on_progress(0, questions, f"0 of {len(todo):,} shards")
     work = [_work(part, data, runtime) for part in jobs.values()]
-    how = engines.run(work, runtime.generate_workers, runtime, folder, count, [beside] if beside else [])
+    how = engines.run(work, runtime, folder, count, [beside] if beside else [])
     return how | ({"judged_ahead": judged} if beside else {})
 
 
@@ -178,4 +178,5 @@ def _work(orders: list[Order], data: artifacts.Artifact, runtime: Runtime) -> en
         pieces=[order.job() for order in ordered], folder=str(answerer.folder), digest=answerer.digest,
         # a token costs a pass over the weights
         cost=float(weights * sum(order.samples * len(order.shard.refs) for order in orders)),
+        environment=engines.ONE_THREAD if runtime.generate_workers > 1 else {},
     )  # fmt: skip

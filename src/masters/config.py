@@ -20,6 +20,7 @@ COLDEST = 0.01  # what vLLM would silently make of a temperature between 0 and i
 BYTES = 1 << 20  # of a configuration file
 TEACHER = "teacher"  # rewards.judge: the round's own teacher, unmasked
 EASYVQA = "easyvqa"  # data.source: what ships with us
+LOCAL = "local"  # runtime.ray_address: a Ray of our own
 SHOWN = 100  # characters of a value at fault
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -218,13 +219,13 @@ class Runtime(Section):
     """How a run uses the machine. Never part of an artifact's identity."""
 
     generate_workers: int = Field(
-        default=1, ge=1, le=1024, description="Engines at a time; more than one are actors on Ray, also of one model"
+        default=1, ge=1, le=1024, description="Engines at a time; without Ray at most one a model that answers"
     )
     ray_address: str | None = Field(
         default=None,
-        pattern=r"^(\[[0-9A-Fa-f:]{2,39}\]|[A-Za-z0-9][A-Za-z0-9._-]{0,253}):[1-9][0-9]{0,4}$",
-        description="HOST:PORT of the head of a Ray cluster that engines run on, this machine being one of its nodes. "
-        "Default: a Ray of their own on this machine",
+        pattern=r"^(local|(\[[0-9A-Fa-f:]{2,39}\]|[A-Za-z0-9][A-Za-z0-9._-]{0,253}):[1-9][0-9]{0,4})$",
+        description="Where engines are actors on Ray, also several of one model: local, a Ray of its own on this "
+        "machine for the time of a stage; HOST:PORT, the head of a cluster that this machine is a node of",
     )
     engine_gpus: int | None = Field(
         default=None,
@@ -236,7 +237,7 @@ class Runtime(Section):
         default=3,
         ge=0,
         le=1000,
-        description="How often a stage replaces engines on Ray that died, times their number",
+        description="How often a stage replaces engines on Ray that died, for each of the workers",
     )
     train_processes: int = Field(default=1, ge=1, le=64, description="Training processes, one a device")
     token_budget: Count = Field(
@@ -262,6 +263,11 @@ class Runtime(Section):
     mlflow_uri: str | None = Field(
         default=None, description="Default: MLFLOW_TRACKING_URI, else a SQLite file beside the artifacts"
     )
+
+    @property
+    def cluster(self) -> str | None:
+        """HOST:PORT of a Ray cluster that somebody else runs."""
+        return None if self.ray_address == LOCAL else self.ray_address
 
 
 class Nightly(Section):

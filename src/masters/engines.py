@@ -1,16 +1,19 @@
-"""Has engines do pieces of work: one child process a model, one after the other, or several actors at a time on Ray.
+"""Has engines do pieces of work, in child processes or as actors on Ray: where generation, evaluation and judging meet.
 
 A piece is what an engine does at once and commits to the store itself, a shard or a batch to judge; what it made does
-not depend on which engine did it, so neither does anything here. Ray lives in a child of its own
-(`masters.models.ray_worker`): the flow stays light, and silence, a lost driver and a cancellation end it as any child.
+not depend on which engine did it, so neither does anything here. Without `runtime.ray_address` each model has its child
+process. With it, several engines may serve a model: Ray lives in a child of its own (`masters.models.ray_worker`), so
+the flow stays light, and silence, a lost driver and a cancellation end it as they end any child.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from masters import processes
 from masters.config import Runtime
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # engines side by side beat one that spreads tiny matrices over the cores
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,8 @@ class Work:
     """Pieces for engines of one model.
 
     `module`: has `opened(setup)`, a context manager whose `do(piece)` does one and returns its line of progress, and
-    `main`, which runs them all as a child process. `cost`: of all pieces, to compare models by.
+    `main`, which does them all as a child process. `cost`: of all pieces, to compare models by. Without Ray, `children`
+    processes share the pieces, in an environment with these additions; an actor's threads are Ray's to bound.
     """
 
     name: str
@@ -28,40 +32,48 @@ class Work:
     cost: float
     folder: str  # of the model
     digest: str
+    children: int = 1
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def run(
     work: list[Work],
-    at_most: int,
     runtime: Runtime,
     folder: Path,
     on_progress: Callable[[str, dict], None],
     beside: Sequence[processes.Child] = (),
 ) -> dict:
-    """Do all pieces with at most `at_most` engines at a time. Returns how it ran, for the summary.
+    """Do all pieces with at most `runtime.generate_workers` engines at a time. Returns how it ran, for the summary.
 
-    `engines` started in all, `workers` at a time, `restarts` after an engine died. Raises as `processes.run` does.
+    `engines` started in all, `workers` at a time; on Ray also `restarts` after an engine died. `beside` runs with the
+    engines, if there are any. Raises as `processes.run` does.
     """
     work = [part for part in work if part.pieces]
-    workers = min(at_most, sum(len(part.pieces) for part in work))
-    if workers and (workers > 1 or runtime.ray_address):
-        return _on_ray(work, workers, runtime, folder, on_progress, beside)
-    children = [
-        processes.Child(part.name, part.module, part.setup | dict(pieces=part.pieces), folder, {}) for part in work
-    ]
-    beside = beside if children else ()
-    ran = processes.run(children, 1, on_progress, runtime.silence_minutes * 60, beside)
-    return dict(engines=len(children), workers=workers, restarts=0, **ran.told())
+    if work and runtime.ray_address:
+        return _on_ray(work, runtime, folder, on_progress, beside)
+    children = [child for part in work for child in _children(part, folder)]
+    at_once, silence = runtime.generate_workers, runtime.silence_minutes * 60
+    ran = processes.run(children, at_once, on_progress, silence, beside if children else ())
+    return dict(engines=len(children), workers=min(at_once, len(children)), **ran.told())
+
+
+def _children(work: Work, folder: Path) -> list[processes.Child]:
+    def child(name: str, pieces: list[dict]) -> processes.Child:
+        return processes.Child(name, work.module, work.setup | dict(pieces=pieces), folder, work.environment)
+
+    if work.children == 1:
+        return [child(work.name, work.pieces)]
+    return [child(f"{work.name}-{n}", work.pieces[n :: work.children]) for n in range(work.children)]
 
 
 def _on_ray(
     work: list[Work],
-    workers: int,
     runtime: Runtime,
     folder: Path,
     on_progress: Callable[[str, dict], None],
     beside: Sequence[processes.Child],
 ) -> dict:
+    workers = min(runtime.generate_workers, sum(len(part.pieces) for part in work))
     job = dict(work=[asdict(part) for part in work], workers=workers, runtime=runtime.model_dump())
     how: dict = {}
 

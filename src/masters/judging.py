@@ -131,13 +131,14 @@ def _ask(
     ]
     setup, module = dict(store=storage.uri(""), reach=judge.reach, runtime=runtime.model_dump()), JUDGES
     if "url" in judge.reach:
-        children = [processes.Child("judge-0", module, setup | dict(pieces=pieces), folder, {})] if pieces else []
+        children = [processes.Child("judge", module, setup | dict(pieces=pieces), folder, {})] if pieces else []
         ran = processes.run(children, len(children), follow, runtime.silence_minutes * 60)
         return dict(judges=len(children), **ran.told())
+    children = min(runtime.generate_workers, -(-len(pieces) // ENGINE_BATCHES))
     work = engines.Work(
         name="judge", module=module, setup=setup, pieces=pieces, cost=float(len(pieces)),
-        folder=judge.reach["folder"], digest=judge.model["digest"],
+        folder=judge.reach["folder"], digest=judge.model["digest"], children=children,
+        environment=engines.ONE_THREAD if children > 1 else {},
     )  # fmt: skip
-    at_most = min(runtime.generate_workers, -(-len(pieces) // ENGINE_BATCHES))
-    how = engines.run([work], at_most, runtime, folder, follow)
+    how = engines.run([work], runtime, folder, follow)
     return dict(judges=how["workers"]) | how

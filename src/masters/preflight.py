@@ -64,7 +64,7 @@ class Ready:
 def preflight(config: Config) -> Ready:
     """Check all parts together. Raises InputError with what was expected, what was found and what to do."""
     check_config(config)
-    check_answers(config.runtime.ray_address)
+    check_answers(config.runtime.cluster)
     judge = judge_of(config)
     source = open_source(config.data)
     student = local_model(config.student, config.store.root)
@@ -78,17 +78,17 @@ def preflight(config: Config) -> Ready:
     return Ready(storage, source, student, teachers, special_tokens(student.folder), judge)
 
 
-def check_answers(ray_address: str | None) -> None:
+def check_answers(cluster: str | None) -> None:
     """Raises InputError if nothing listens where a Ray cluster should. Ray itself is asked when engines are."""
-    if ray_address is None:
+    if cluster is None:
         return
-    host, port = ray_address.rsplit(":", 1)
+    host, port = cluster.rsplit(":", 1)
     try:
         with socket.create_connection((host.strip("[]"), int(port)), RAY_SECONDS):
             pass
     except (OSError, OverflowError) as error:
         raise InputError(
-            f"runtime.ray_address: no Ray cluster answers at {ray_address} ({error}); "
+            f"runtime.ray_address: no Ray cluster answers at {cluster} ({error}); "
             "start its head with `ray start --head`, or leave the setting out"
         ) from error
 

@@ -1,4 +1,4 @@
-"""Which engine does what: whatever finishes when, each piece is done once, and no more engines are started than help."""
+"""Which engine does what: whatever finishes when, each piece is done once; no more engines are started than help."""
 
 from collections import Counter
 
