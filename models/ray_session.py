@@ -17,8 +17,10 @@ from contextlib import contextmanager
 
 from masters.errors import InputError, WorkerError
 
-QUIET = {"RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0"}  # what engines write goes into a log file
+# what engines write goes into a log file; Ray's authors are told nothing
+QUIET = {"RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 LOOPBACK = "127.0.0.1"
+ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # else Ray goes by the machine's address, and listens on all
 STORE_BYTES = 100 * 2**20  # of Ray's own store: only references and lists of questions travel
 
 
@@ -28,8 +30,7 @@ def local(workers: int) -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="masters-ray-")  # short: sockets lie in it
     guard = _guard(folder)
     try:
-        # read when Ray is imported: without the first it would listen on all interfaces
-        os.environ |= QUIET | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
+        os.environ |= QUIET | ON_LOOPBACK | {"RAY_AUTH_MODE": "token"}
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
         import ray
@@ -51,11 +52,12 @@ def local(workers: int) -> Iterator[None]:
 @contextmanager
 def cluster(address: str) -> Iterator[None]:
     """The cluster whose head is at HOST:PORT. Its actors end with this process; nothing else of it is ours to end."""
-    os.environ |= QUIET
+    here = address.startswith(LOOPBACK)
+    os.environ |= QUIET | (ON_LOOPBACK if here else {})  # read when Ray is imported
     import ray
 
     try:
-        ray.init(address=address)
+        ray.init(address=address, _node_ip_address=LOOPBACK if here else None)
     except (ConnectionError, RuntimeError, ValueError) as error:  # not one of its nodes, another version, no token
         raise WorkerError(
             f"runtime.ray_address: Ray at {address} did not take this machine ({error}); it must be one of the "
