@@ -1,7 +1,9 @@
 """What `masters bench head` and `masters bench step` add on a CUDA machine: the same at the size of real models.
 
-Random weights in bfloat16: a Qwen3-VL student of 1.1B and a teacher of 4.0B weights (vision towers aside), text
-attention through FlexAttention. Written without a GPU and never run on one; its arithmetic is tested on a CPU.
+Random weights, a Qwen3-VL student of 1.1B and a teacher of 4.0B (vision towers aside), computed as
+`train.compute_dtype = "bfloat16"` does: the student's weights in float32, the teacher's and all products in bfloat16,
+for ours and the baseline alike. Ours has text attention through FlexAttention and all questions in one row, as the
+trainer packs them. Written without a GPU and never run on one; its arithmetic is tested on a CPU.
 """
 
 from dataclasses import dataclass
@@ -13,6 +15,8 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from masters.benchmarks import head, step
 from masters.benchmarks.measure import Row, compare, gpu_mib, seconds
 from masters.benchmarks.step import IMAGE, RESPONSES, Shape
+from masters.config import Train
+from masters.models import precision
 from masters.models.checkpoints import attention
 from masters.models.trees import Question
 
@@ -44,7 +48,7 @@ class Sizes:
     shape: Shape = Shape((64, 62), 32, 128)
     questions: int = 4  # in one pass of ours
     device: str = "cuda"
-    dtype: torch.dtype = torch.bfloat16
+    train: Train = Train(compute_dtype="bfloat16")
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,10 @@ def step_rows(sizes: Sizes = Sizes()) -> list[Row]:
     Tokens are those of responses. The share of the peak is of what each way computes at all, so that repeated prompts
     count for the baseline.
     """
-    student, teacher = (model(part, sizes.device, sizes.dtype) for part in (sizes.student, sizes.teacher))
+    kinds = (getattr(torch, kind) for kind in (sizes.train.dtype, precision.teacher_dtype(sizes.train)))
+    models = zip((sizes.student, sizes.teacher), kinds, strict=True)
+    student, teacher = (model(part, sizes.device, kind) for part, kind in models)
+    precision.computing(student, sizes.train)
     asked = [step.question(sizes.shape, seed) for seed in range(sizes.questions)]
     case = f"GPU, {sizes.questions} x {sizes.shape}"
 
@@ -95,7 +102,7 @@ def step_rows(sizes: Sizes = Sizes()) -> list[Row]:
 
 def packed(student: torch.nn.Module, teacher: torch.nn.Module, asked: list[Question], attention: dict) -> None:
     prepare(student, teacher, attention)
-    step.packed_loss(student, teacher, *asked).backward()
+    step.packed_loss(student, teacher, *asked, row=sum(question.tokens for question in asked)).backward()
 
 
 def separate(student: torch.nn.Module, teacher: torch.nn.Module, asked: list[Question], attention: dict) -> None:

@@ -1,4 +1,7 @@
-"""`masters bench mask`: all five thresholds of a large matrix, and of a checkpoint."""
+"""`masters bench mask`: all five thresholds of a large matrix; the memory that a checkpoint's masks take.
+
+Memory rows are single runs, each in a fresh process, against twice the largest tensor: what is allowed.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.utils import prune
 
-from masters.benchmarks.measure import Row, compare, extra_mib, seconds
+from masters.benchmarks.measure import Row, compare, extra_mib, once, seconds
+from masters.models.checkpoints import remask
 from masters.models.masking import group_thresholds, magnitude_thresholds, rank, safetensors_tensors
 
 SHAPE = (4096, 14336)
@@ -28,12 +32,27 @@ def measured(shape: tuple[int, int] = SHAPE) -> list[Row]:
         compare(f"{shape[0]} x {shape[1]} bf16, {name}", "s", ours, seconds(partial(way, weight)), REPEATS)
         for name, way in others.items()
     ]
-    with TemporaryDirectory() as folder:
-        save_file({f"layers.{n}.weight": matrix(shape, n) for n in range(4)}, Path(folder) / "model.safetensors")
-        limit = 2 * weight.nbytes / 2**20  # the largest tensor twice
-        mine = extra_mib(partial(thresholds_of, Path(folder)))
-        rows.append(compare("checkpoint's peak, twice its largest tensor", "MiB", mine, lambda: limit, 1))
+    return rows + memory_rows(shape)
+
+
+def memory_rows(shape: tuple[int, int]) -> list[Row]:
+    """Extra memory of all thresholds and of masking a loaded model anew; four matrices a checkpoint."""
+    rows = []
+    for dtype in (torch.bfloat16, torch.float32):
+        bits, limit = 8 * dtype.itemsize, 2 * dtype.itemsize * shape[0] * shape[1] / 2**20
+        with TemporaryDirectory() as folder:
+            write_checkpoint(Path(folder), shape, dtype)
+            for case, prepare in {"thresholds": thresholds_of, "masked anew": remask_of}.items():
+                mine = extra_mib(partial(prepare, Path(folder)))
+                rows.append(once(f"checkpoint, {bits}-bit, {case}, peak, once", "MiB", mine(), limit))
     return rows
+
+
+def write_checkpoint(folder: Path, shape: tuple[int, int], dtype: torch.dtype, small: int = 0) -> None:
+    """Four matrices of a shape, and `small` ones."""
+    shapes = [shape] * 4 + [(64, 64)] * small
+    tensors = {f"{n}.weight": matrix(each, n).to(dtype) for n, each in enumerate(shapes)}
+    save_file(tensors, folder / "model.safetensors")
 
 
 def matrix(shape: tuple[int, int], seed: int) -> torch.Tensor:
@@ -55,3 +74,21 @@ def pruned(weight: torch.Tensor) -> None:
 def thresholds_of(folder: Path) -> Callable[[], object]:
     group_thresholds(lambda: [("warm.weight", torch.ones(2, 2))], RATIOS, "matrix")  # imports and first calls
     return partial(group_thresholds, partial(safetensors_tensors, folder), RATIOS, "matrix")
+
+
+class Matrices(torch.nn.ModuleList):
+    """Nothing but what `remask` asks of a model: weights by the checkpoint's names."""
+
+    base_model_prefix = ""
+
+
+def remask_of(folder: Path) -> Callable[[], object]:
+    """A model of the checkpoint's matrices, its weights in memory, to be masked in place."""
+    model, thresholds = Matrices(), {}
+    for name, tensor in safetensors_tensors(folder):
+        layer = torch.nn.Linear(1, 1, bias=False)
+        layer.weight = torch.nn.Parameter(tensor.clone())
+        model.append(layer)
+        thresholds[name] = 0.01
+    remask(model, folder, {})  # imports
+    return partial(remask, model, folder, thresholds)

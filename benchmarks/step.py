@@ -96,8 +96,8 @@ def step(student: torch.nn.Module, teacher: torch.nn.Module, asked: Question, lo
     loss(student, teacher, asked).backward()
 
 
-def packed_loss(student: torch.nn.Module, teacher: torch.nn.Module, *asked: Question) -> torch.Tensor:
-    batch = pack(list(asked), student, FAMILY)
+def packed_loss(student: torch.nn.Module, teacher: torch.nn.Module, *asked: Question, row: int = 0) -> torch.Tensor:
+    batch = pack(list(asked), student, FAMILY, row)
     with torch.no_grad():
         taught = response_states(teacher, batch)
     states = response_states(student, batch)

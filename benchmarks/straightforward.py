@@ -28,6 +28,8 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the models while they train
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -147,8 +149,8 @@ def engine_answers(folder: str, questions: list[Question], settings: Settings) -
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     from vllm import LLM, SamplingParams
 
-    one_image = {"image": 1, "video": 0}
-    llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=settings.max_model_len,
+    one_image, eager = {"image": 1, "video": 0}, DEVICE == "cpu"
+    llm = LLM(folder, dtype="float32", enforce_eager=eager, max_model_len=settings.max_model_len,
               limit_mm_per_prompt=one_image, seed=settings.seed)  # fmt: skip
     processor = AutoProcessor.from_pretrained(folder)
     prompts = [{"prompt": chat(processor, q.question), "multi_modal_data": {"image": opened(q)}} for q in questions]
@@ -207,7 +209,7 @@ def train(teachers: list[str], stages: list[list[Group]], settings: Settings) ->
 
 
 def load(folder: str) -> torch.nn.Module:
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).to(DEVICE).eval()
 
 
 @torch.no_grad()
@@ -243,13 +245,14 @@ def collate(processor, groups: list[Group]) -> Batch:
     responses = [torch.tensor(response) for one in groups for response in one.responses]
     token_NR = pad_sequence(responses, batch_first=True)
     there_NR = pad_sequence([torch.ones(len(response)) for response in responses], batch_first=True)
-    return Batch(inputs, torch.tensor(prompts), token_NR, there_NR)
+    inputs = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
+    return Batch(inputs, torch.tensor(prompts).to(DEVICE), token_NR.to(DEVICE), there_NR.to(DEVICE))
 
 
 def response_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """What predicts each response token: of the whole sequences' logits [N, L, V] those one place before, [N, R, V]."""
     logits_NLV = model(**batch.inputs, use_cache=False).logits
-    at_NR = batch.prompt_N[:, None] - 1 + torch.arange(batch.token_NR.shape[1])
+    at_NR = batch.prompt_N[:, None] - 1 + torch.arange(batch.token_NR.shape[1], device=DEVICE)
     at_NR = at_NR.clamp(max=logits_NLV.shape[1] - 1)  # padding
     return logits_NLV.gather(1, at_NR[..., None].expand(-1, -1, logits_NLV.shape[2]))
 
@@ -283,14 +286,14 @@ def step_outcome(
         taught_NRV = response_logits(teacher, batch)
     divergence_N = token_means(divergences(logits_NRV, taught_NRV), batch)
     sizes = [len(one.responses) for one in groups]
-    parts = zip(divergence_N.detach().split(sizes), groups, strict=True)
+    parts = zip(divergence_N.detach().cpu().split(sizes), groups, strict=True)
     reward_N = torch.cat([rewards(divergence_G, one) for divergence_G, one in parts])
     advantage_N = torch.cat([advantages(reward_G) for reward_G in reward_N.split(sizes)])
     logp_NR = log_probs(logits_NRV, batch)
     gap_NR = pad_sequence(reference, batch_first=True) - logp_NR
     kl_NR = gap_NR.exp() - gap_NR - 1
     ratio_NR = (logp_NR - logp_NR.detach()).exp()  # 1, with the gradient of log pi
-    grpo_N = -token_means(ratio_NR * advantage_N[:, None] - beta * kl_NR, batch)
+    grpo_N = -token_means(ratio_NR * advantage_N.to(DEVICE)[:, None] - beta * kl_NR, batch)
     loss = torch.stack([loss_G.mean() for loss_G in (grpo_N + divergence_N).split(sizes)]).mean()
     return Outcome(loss, reward_N, advantage_N)
 

@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from masters.errors import InputError
 from masters.identity import folder_digest
-from masters.models.masking import apply_mask, safetensors_tensors
+from masters.models.masking import apply_mask, copy_masked, safetensors_tensors
 
 # what changes a model's answers: weights, configuration, tokenizer, processor, chat template, code of its own
 IDENTITY_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".py")
@@ -76,19 +76,13 @@ def attention(device: str) -> dict[str, str]:
     return {"": "sdpa", "text_config": blocks.NAME if device.startswith("cuda") else "sdpa"}
 
 
-def load_masked(folder: Path, thresholds: dict[str, float], dtype: str) -> torch.nn.Module:
-    """The model with every tensor of `thresholds` masked below its threshold (Eq. 1-2)."""
-    model = load_model(folder, dtype)
-    remask(model, folder, thresholds)
-    return model
-
-
 @torch.no_grad()
 def remask(model: torch.nn.Module, folder: Path, thresholds: dict[str, float]) -> None:
     """Set every tensor of `thresholds` again, masked below its threshold (Eq. 1-2), in the model's own storage.
 
-    The checkpoint's tensors are read one by one. Masks are taken on their values there, before any change of type,
-    as the engine takes them. Raises InputError for a tensor that the model does not have.
+    The checkpoint's tensors are read one by one and copied in slices: at no time is more than one of them held beside
+    the model. Masks are taken on their values there, before any change of type, as the engine takes them. Raises
+    InputError for a tensor that the model does not have.
     """
     parameters, named = dict(model.named_parameters()), parameter_names(model, thresholds.keys())
     unknown = {name for name in thresholds if named[name] not in parameters}
@@ -96,9 +90,8 @@ def remask(model: torch.nn.Module, folder: Path, thresholds: dict[str, float]) -
         raise InputError(
             f"model {folder}: {len(unknown)} masked tensors are no parameters of it (first: {min(unknown)})"
         )
-    for name, tensor in masked_tensors(folder, thresholds):
-        if name in thresholds:
-            parameters[named[name]].copy_(tensor)
+    for name, tensor in safetensors_tensors(folder, thresholds.keys()):
+        copy_masked(parameters[named[name]], tensor, thresholds[name])
 
 
 def parameter_names(model: torch.nn.Module, saved: Iterable[str]) -> dict[str, str]:

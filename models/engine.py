@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from masters.config import Generate, Runtime
+from masters.models import devices
 from masters.models.checkpoints import masked_tensors
 from masters.models.prompts import chat, conversation_tokens, opened
 from masters.rewards.judge_prompts import Conversation
@@ -22,6 +23,9 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 BATCHED_TOKENS = 8192
+# GPUs keep vLLM's defaults, CUDA graphs and chunked prefill. On a CPU compiling takes longer than it saves, and a
+# half-prefilled request with a seed rewinds its random generator, which a CPU generator cannot
+START: dict[str, dict[str, Any]] = {"gpu": {}, "cpu": dict(enforce_eager=True, enable_chunked_prefill=False)}
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,10 @@ class Engine:
     def __init__(self, folder: Path, dtype: str, runtime: Runtime, own_code: bool = False) -> None:
         """`own_code`: the model runs code of its own; preflight has asked whether it may."""
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(runtime.engine_memory_gib)))
+        devices.claim(runtime.tensor_parallel_size)  # before vLLM looks
         from transformers import AutoProcessor
         from vllm import LLM
+        from vllm.platforms import current_platform
 
         self.folder, self.own_code = folder, own_code
         self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=own_code)
@@ -81,16 +87,14 @@ class Engine:
             dtype=dtype,
             load_format="safetensors",
             trust_remote_code=own_code,
-            enforce_eager=True,
             max_model_len=self._length(runtime),
             max_num_batched_tokens=max(BATCHED_TOKENS, self._length(runtime)),
-            # a half-prefilled request with a seed rewinds its random generator, which a CPU generator cannot
-            enable_chunked_prefill=False,
             limit_mm_per_prompt={"image": 1, "video": 0},
             tensor_parallel_size=runtime.tensor_parallel_size,
             worker_extension_cls="masters.models.engine.MaskExtension",
             seed=0,
             disable_log_stats=True,
+            **START["gpu" if current_platform.is_cuda_alike() else "cpu"],
         )
         self.llm.collective_rpc("only_words", args=(1 + max(self.tokenizer.get_vocab().values()),))
 

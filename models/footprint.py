@@ -11,7 +11,8 @@ from safetensors import safe_open
 from masters import memory
 from masters.config import Train
 from masters.errors import InputError
-from masters.models.head import CHUNK_BYTES
+from masters.models.head import chunk_bytes
+from masters.models.precision import teacher_dtype
 
 # kept for the backward pass, against a value for every input and output of every linear module: of five models, all
 # families, between 1.12 and 1.43 were counted
@@ -45,27 +46,37 @@ class Footprint:
 
 
 def footprint(
-    student: Path, teacher: Path | None, train: Train, tokens: tuple[int, int], ranks: int, saves: bool
+    student: Path,
+    teacher: Path | None,
+    train: Train,
+    tokens: tuple[int, int],
+    ranks: int,
+    saves: bool,
+    device: str = "cpu",
 ) -> Footprint:
-    """Of one rank. `tokens`: of its largest forward pass, and how many of them are an image's; `saves`: into memory of
-    this kind, that is, on a CPU."""
+    """Of one rank. `tokens`: of its largest forward pass, padding included, and how many of them are an image's;
+    `saves`: into memory of this kind, that is, on a CPU.
+
+    With products in bfloat16 a pass also keeps a copy of the weights in it, and at most as much as in float32 else.
+    """
     text_tokens, image_tokens = tokens
     width = getattr(torch, train.dtype).itemsize
     own = shapes(student)
     weights = width * _numbers(own.values())
     vocabulary = max((shape for name, shape in own.items() if "embed_tokens" in name), default=[0, 0])
-    head = CHUNKS * min(CHUNK_BYTES, 4 * text_tokens * vocabulary[0]) + 4 * math.prod(vocabulary)
+    head = CHUNKS * min(chunk_bytes(device), 4 * text_tokens * vocabulary[0]) + 4 * math.prod(vocabulary)
     kept = sum(
         sum(shape) * (PATCHES * image_tokens if any(part in name for part in VISION) else text_tokens)
         for name, shape in own.items()
         if len(shape) == 2 and "embed" not in name and "lm_head" not in name
     )
-    activations = int(KEPT * width * kept) + (head if text_tokens else 0)
+    copies = 0 if train.compute_dtype == "float32" else getattr(torch, train.compute_dtype).itemsize * weights // width
+    activations = int(KEPT * width * kept) + ((head + copies) if text_tokens else 0)
     return Footprint(
         weights=weights,
         gradients=weights,
         optimiser=2 * weights,
-        teacher=width * _numbers(shapes(teacher).values()) if teacher else 0,
+        teacher=getattr(torch, teacher_dtype(train)).itemsize * _numbers(shapes(teacher).values()) if teacher else 0,
         activations=activations,
         exchange=weights if ranks > 1 else 0,
         saving=max(0, COPIES * 3 * weights - weights - activations) if saves else 0,

@@ -16,7 +16,7 @@ from masters.identity import digest
 from masters.models import losses
 from masters.models.fitting import each_pass, within_memory
 from masters.models.job import Job
-from masters.models.packing import Pack, response_logits
+from masters.models.packing import Pack, response_states
 from masters.models.ranks import gathered
 
 KEPT = 2  # best weights: the ones before are what a checkpoint older than the new ones goes on with
@@ -49,7 +49,8 @@ def probe_right(job: Job) -> int:
         right: list[int] = []
 
         def look(_: list[None], packed: Pack) -> None:
-            hit_T = response_logits(job.student, packed).argmax(-1) == packed.token_T
+            hit_U = response_states(job.student, packed).likeliest() == packed.token_U
+            hit_T = hit_U[packed.distinct_T]
             right.append(int((losses.response_means(hit_T.float(), packed.response_T, packed.responses) == 1).sum()))
 
         each_pass(job, ((None, question) for question in job.probe), look)

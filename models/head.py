@@ -15,29 +15,49 @@ from torch.autograd.function import once_differentiable
 
 from masters.models.losses import LN2, Terms
 
-CHUNK_BYTES = 64 << 20  # of a float32 buffer [C, V]; five or so are held at a time
+CHUNK_BYTES = 64 << 20  # of a float32 buffer [C, V] on a CPU, whose caches are small; five or so are held at a time
+GPU_CHUNK_BYTES = 1 << 30  # there, products of few rows leave most of it idle
 
 
 @dataclass(frozen=True)
 class Projection:
-    """Hidden states [T, H] and the weight [V, H] of the head that makes logits of them."""
+    """Hidden states [T, H] and the weight [V, H] of the head that makes logits of them, each of its own type."""
 
     hidden_TH: torch.Tensor
     weight_VH: torch.Tensor
 
     def chunks(self) -> Iterator[slice]:
-        """Tokens whose log-probabilities take `CHUNK_BYTES`."""
-        size = max(1, CHUNK_BYTES // (4 * len(self.weight_VH)))
+        """Tokens whose log-probabilities take `chunk_bytes`."""
+        size = max(1, chunk_bytes(self.hidden_TH.device.type) // (4 * len(self.weight_VH)))
         return (slice(at, at + size) for at in range(0, len(self.hidden_TH), size))
+
+    def aligned(self) -> "Projection":
+        """Both in the type of their products: where they differ, the states' on a GPU, float32 on a CPU, which has
+        no faster one."""
+        kinds = {self.hidden_TH.dtype, self.weight_VH.dtype}
+        kind = self.hidden_TH.dtype if len(kinds) == 1 or self.hidden_TH.is_cuda else torch.float32
+        return Projection(self.hidden_TH.to(kind), self.weight_VH.to(kind))
 
     def logits(self) -> torch.Tensor:
         """All of them, [T, V]."""
-        return self.hidden_TH @ self.weight_VH.T
+        both = self.aligned()
+        return both.hidden_TH @ both.weight_VH.T
+
+    def likeliest(self) -> torch.Tensor:
+        """The token of the largest logit, [T], without a full tensor of them. No gradient."""
+        with torch.no_grad():
+            both = self.aligned()
+            return torch.cat([_product(both.hidden_TH[of], both.weight_VH.T).argmax(-1) for of in both.chunks()])
 
     def log_softmax(self, of: slice) -> torch.Tensor:
-        """Log-probabilities [C, V] in float32."""
-        logits_CV = (self.hidden_TH[of] @ self.weight_VH.T).float()
+        """Log-probabilities [C, V] in float32; the two are `aligned`."""
+        logits_CV = _product(self.hidden_TH[of], self.weight_VH.T)
         return logits_CV.sub_(logits_CV.logsumexp(-1, keepdim=True))
+
+
+def chunk_bytes(device: str) -> int:
+    """Bytes of a float32 buffer [C, V] on a kind of device."""
+    return GPU_CHUNK_BYTES if device.startswith("cuda") else CHUNK_BYTES
 
 
 def terms(student: Projection, teacher: Projection, token_T: torch.Tensor, divergence: str) -> Terms:
@@ -104,11 +124,11 @@ DIVERGENCES = {"jsd": JensenShannon, "kl": KullbackLeibler}
 
 
 class _Terms(torch.autograd.Function):
-    """Returns log pi and D_t, [T] each; without a teacher D_t is zero."""
+    """Returns log pi and D_t, [T] each; without a teacher D_t is zero. Slopes have the types of what they are of."""
 
     @staticmethod
     def forward(ctx: Any, hidden_TH, weight_VH, token_T, teacher, divergence) -> tuple[torch.Tensor, torch.Tensor]:
-        student = Projection(hidden_TH, weight_VH)
+        student, teacher = Projection(hidden_TH, weight_VH).aligned(), teacher and teacher.aligned()
         logp_T = hidden_TH.new_zeros(len(token_T), dtype=torch.float32)
         value_T, kept_T = torch.zeros_like(logp_T), torch.zeros_like(logp_T)
         for of in student.chunks():
@@ -124,25 +144,36 @@ class _Terms(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, logp_slope_T, value_slope_T) -> tuple:
         hidden_TH, weight_VH, token_T, kept_T = ctx.saved_tensors
-        student = Projection(hidden_TH, weight_VH)
+        student = Projection(hidden_TH, weight_VH).aligned()
+        teacher = ctx.teacher and ctx.teacher.aligned()
+        kind = student.weight_VH.dtype
         hidden_slope_TH = torch.empty_like(hidden_TH)
         weight_slope_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
         for of in student.chunks():
             q_CV, up_C1 = student.log_softmax(of), logp_slope_T[of, None]
             slope_CV = q_CV.exp().mul_(-up_C1).scatter_add_(1, token_T[of, None], up_C1)
-            if ctx.teacher is not None:
-                p_CV = ctx.teacher.log_softmax(of)
+            if teacher is not None:
+                p_CV = teacher.log_softmax(of)
                 slope_CV += ctx.divergence.slope(q_CV, p_CV, kept_T[of]).mul_(value_slope_T[of, None])
-            slope_CV = slope_CV.to(weight_VH.dtype)
-            hidden_slope_TH[of] = slope_CV @ weight_VH
-            _add_product(weight_slope_VH, slope_CV.T, hidden_TH[of])
+            slope_CV = slope_CV.to(kind)
+            hidden_slope_TH[of] = (slope_CV @ student.weight_VH).to(hidden_TH.dtype)
+            _add_product(weight_slope_VH, slope_CV.T, student.hidden_TH[of])
         return hidden_slope_TH, weight_slope_VH.to(weight_VH.dtype), None, None, None
 
 
+def _product(a_CH: torch.Tensor, b_HV: torch.Tensor) -> torch.Tensor:
+    """a b in float32; of 16-bit factors a CPU rounds it to their type first, a GPU does not."""
+    if a_CH.is_cuda and a_CH.dtype != torch.float32:
+        return torch.mm(a_CH, b_HV, out_dtype=torch.float32)
+    return (a_CH @ b_HV).float()
+
+
 def _add_product(sum_VH: torch.Tensor, a_VC: torch.Tensor, b_CH: torch.Tensor) -> None:
-    """sum += a b, the sum in float32."""
+    """sum += a b, the sum in float32; on a GPU without a further tensor [V, H]."""
     if a_VC.dtype == sum_VH.dtype:
         sum_VH.addmm_(a_VC, b_CH)
+    elif a_VC.is_cuda:
+        torch.addmm(sum_VH, a_VC, b_CH, out_dtype=torch.float32, out=sum_VH)
     else:
         sum_VH += a_VC @ b_CH
 

@@ -6,13 +6,14 @@ as one for the whole network prunes some layers until the model stops working; o
 
 Exact order statistics come from counting magnitudes: floats of one sign order like their bit patterns, so a
 histogram over the high bits (all 15 of a 16-bit float) finds a rank's bucket; 32-bit floats take a second pass
-over the low bits of that bucket. The zeros that a threshold gives are read off the same histogram for 16-bit floats,
-which are thus read once; 32-bit floats are read a third time to count them.
+over the low bits of that bucket. With a threshold a matrix these passes run over one tensor while it is held: a
+checkpoint is read once. With a threshold a block or network it is read again for each.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -33,7 +34,6 @@ NEVER = re.compile(r"lm_head|embed_tokens|pos_embed|position_embedding|cls_token
 BLOCK = re.compile(r"^((?:.*?\.)?(?:layers|layer|blocks|block|h)\.\d+)\.")
 
 Tensors = Callable[[], Iterable[tuple[str, torch.Tensor]]]
-Histogram = tuple[np.ndarray, np.ndarray]  # patterns that occur, cumulative counts
 
 
 def rank(ratio: float, count: int) -> int:
@@ -83,18 +83,18 @@ class MagnitudeRanks:
         return [self._value(ratio, *place) for ratio, place in zip(self.ratios, self._places(), strict=True)]
 
     @property
+    def refines(self) -> bool:
+        """Whether magnitudes have bits that the first pass does not see."""
+        return self.dtype == torch.float32
+
+    @property
     def _shift(self) -> int:
-        return LOW_BITS if self.dtype == torch.float32 else 0
+        return LOW_BITS if self.refines else 0
 
     def _patterns(self, weight: torch.Tensor) -> Iterator[torch.Tensor]:
         if weight.dtype != self.dtype:
             raise ValueError(f"expected {self.dtype} like the tensors before, found {weight.dtype}")
-        integer, magnitude, infinity = PATTERNS[self.dtype]
-        for bits in weight.detach().cpu().contiguous().view(-1).view(integer).split(PIECE):
-            pattern = bits & magnitude
-            if pattern.max() > infinity:
-                raise ValueError("weights hold NaN: a magnitude threshold is not defined")
-            yield pattern
+        return _patterns(weight)
 
     def _places(self) -> list[tuple[int | None, int]]:
         """Per ratio the bucket of its rank and the rank within it; no bucket at r = 0 and r = 1."""
@@ -128,7 +128,7 @@ def magnitude_thresholds(weight: torch.Tensor, ratios: Iterable[float]) -> list[
         return _sorted_thresholds(weight, list(ratios))
     ranks = MagnitudeRanks(weight.dtype, ratios)
     ranks.count(weight)
-    if weight.dtype == torch.float32:
+    if ranks.refines:
         ranks.refine(weight)
     return ranks.thresholds()
 
@@ -147,7 +147,22 @@ def _sorted_thresholds(weight: torch.Tensor, ratios: list[float]) -> list[float]
 
 def apply_mask(weight: torch.Tensor, threshold: float) -> torch.Tensor:
     """A copy of `weight` (any shape) with zeros where |w| < lambda_r, the threshold (Eq. 1-2)."""
-    return torch.where(weight.abs() >= threshold, weight, torch.zeros((), dtype=weight.dtype))
+    masked = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    copy_masked(masked, weight, threshold)
+    return masked
+
+
+def copy_masked(into: torch.Tensor, weight: torch.Tensor, threshold: float) -> None:
+    """Copy `weight` into a contiguous tensor of its shape (any type and device), zeros where |w| < lambda_r (Eq. 1-2).
+
+    In slices: no further tensor of that size is made. The mask is taken before any change of type.
+    """
+    for part, at in zip(weight.contiguous().view(-1).split(PIECE), into.view(-1).split(PIECE), strict=True):
+        at.copy_(torch.where(_kept(part, threshold), part, torch.zeros((), dtype=part.dtype)))
+
+
+def _kept(weight: torch.Tensor, threshold: float) -> torch.Tensor:
+    return weight.abs() >= threshold
 
 
 def is_masked(name: str, dimensions: int, exclude: tuple[str, ...] = ()) -> bool:
@@ -174,65 +189,108 @@ def group_thresholds(
 ) -> list[dict]:
     """Rows of the thresholds table: per masked tensor and ratio its group's threshold and its realised zeros.
 
-    `tensors` is called once a pass and yields (name, tensor); one tensor is held at a time. A zero is an element
-    that is 0 once masked, whether or not it was 0 before. Raises ValueError, with the tensor's name, as
-    `magnitude_thresholds` does (float64 is refused), and where a group's tensors differ in type.
+    `tensors` yields (name, tensor), one of which is held at a time; it is called once where a matrix is a group, else
+    once a pass. A zero is an element that is 0 once masked, whether or not it was 0 before. Raises ValueError, with the
+    tensor's name, as `magnitude_thresholds` does (float64 is refused), and where a group's tensors differ in type.
     """
-    groups: dict[str, MagnitudeRanks] = {}
-    counted: dict[str, tuple[str, Histogram]] = {}
 
-    def masked(kinds: set[str] | None = None) -> Iterator[tuple[str, str, torch.Tensor]]:
+    def masked() -> Iterator[tuple[str, str, torch.Tensor]]:
         for name, tensor in tensors():
             if is_masked(name, tensor.ndim, exclude):
-                group = mask_group(name, granularity)
-                if kinds is None or group in kinds:
-                    yield name, group, tensor
+                yield name, mask_group(name, granularity), tensor
 
+    if granularity == "matrix":
+        return [row for name, _, tensor in masked() for row in _matrix_rows(name, tensor, ratios)]
+    return _shared_rows(masked, ratios)
+
+
+def _matrix_rows(name: str, tensor: torch.Tensor, ratios: list[float]) -> list[dict]:
+    """Rows of a tensor that is a group by itself."""
+    with _named(name):
+        ranks = MagnitudeRanks(tensor.dtype, ratios)
+        histogram = ranks.count(tensor)
+    if ranks.refines:
+        ranks.refine(tensor)
+    found = ranks.thresholds()
+    zeros = _zeros(tensor, found) if ranks.refines else _histogram_zeros(histogram, found, tensor.dtype)
+    return _rows(name, name, tensor.numel(), ratios, found, zeros)
+
+
+def _shared_rows(masked: Callable[[], Iterator[tuple[str, str, torch.Tensor]]], ratios: list[float]) -> list[dict]:
+    """Rows of (name, group, tensor) where groups have several tensors: a pass to count, to refine, for the zeros."""
+    groups: dict[str, MagnitudeRanks] = {}
     for name, group, tensor in masked():
-        try:
+        with _named(name):
             if group not in groups:
                 groups[group] = MagnitudeRanks(tensor.dtype, ratios)
-            counted[name] = group, _cumulative(groups[group].count(tensor))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    wide = {group for group, ranks in groups.items() if ranks.dtype == torch.float32}
-    for _, group, tensor in masked(wide) if wide else ():
-        groups[group].refine(tensor)
+            groups[group].count(tensor)
+    for _, group, tensor in masked() if any(ranks.refines for ranks in groups.values()) else ():
+        if groups[group].refines:
+            groups[group].refine(tensor)
     found = {group: ranks.thresholds() for group, ranks in groups.items()}
-    zeros = {name: _zeros(of, found[g], groups[g].dtype) for name, (g, of) in counted.items() if g not in wide}
-    for name, group, tensor in masked(wide) if wide else ():
-        zeros[name] = [int(torch.count_nonzero(apply_mask(tensor, t) == 0)) for t in found[group]]
-    return [row for name, (g, of) in counted.items() for row in _rows(name, g, of, ratios, found[g], zeros[name])]
+    return [
+        row
+        for name, group, tensor in masked()
+        for row in _rows(name, group, tensor.numel(), ratios, found[group], _zeros(tensor, found[group]))
+    ]
 
 
-def safetensors_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every safetensors file of a folder, one at a time, in a fixed order."""
+def safetensors_tensors(folder: Path, wanted: Container[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every safetensors file of a folder (or of those `wanted`), one at a time, in a fixed order."""
     for file in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             names = sorted(opened.keys())
         for name in names:
+            if wanted is not None and name not in wanted:
+                continue
             # opened for each: a mapping that stays would keep every page read so far
             with safe_open(file, "pt") as opened:
                 yield name, opened.get_tensor(name)
 
 
-def _cumulative(histogram: np.ndarray) -> Histogram:
-    """The patterns that occur, ascending, and how many elements have each or a lower one."""
-    patterns = np.flatnonzero(histogram)
-    return patterns, np.cumsum(histogram[patterns])
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """A ValueError within says which tensor it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
-def _zeros(histogram: Histogram, thresholds: list[float], dtype: torch.dtype) -> list[int]:
-    """Per threshold, how many elements of a 16-bit tensor lie below it or are 0 anyway."""
-    patterns, cumulative = histogram
-    limits = torch.tensor(thresholds, dtype=dtype).view(torch.int16).clamp(min=1).numpy()
-    return [int(cumulative[at - 1]) if at else 0 for at in np.searchsorted(patterns, limits)]
+def _limits(thresholds: list[float], dtype: torch.dtype) -> list[int]:
+    """Patterns of magnitude below which an element is 0 once masked; below 1 it is 0 anyway."""
+    return torch.tensor(thresholds, dtype=dtype).view(PATTERNS[dtype][0]).clamp(min=1).tolist()
+
+
+def _zeros(weight: torch.Tensor, thresholds: list[float]) -> list[int]:
+    """Per threshold, how many elements of a tensor lie below it or are 0 anyway; counted in slices."""
+    limits = _limits(thresholds, weight.dtype)
+    zeros = [0] * len(limits)
+    for pattern in _patterns(weight):
+        for n, limit in enumerate(limits):
+            zeros[n] += int(torch.count_nonzero(pattern < limit))
+    return zeros
+
+
+def _histogram_zeros(histogram: np.ndarray, thresholds: list[float], dtype: torch.dtype) -> list[int]:
+    """`_zeros` of a 16-bit tensor, from the histogram of its magnitudes."""
+    below = np.cumsum(histogram)
+    return [int(below[limit - 1]) for limit in _limits(thresholds, dtype)]
+
+
+def _patterns(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Magnitudes as integers of the same order, a slice at a time. Raises ValueError for NaN."""
+    integer, magnitude, infinity = PATTERNS[weight.dtype]
+    for bits in weight.detach().cpu().contiguous().view(-1).view(integer).split(PIECE):
+        pattern = bits & magnitude
+        if pattern.max() > infinity:
+            raise ValueError("weights hold NaN: a magnitude threshold is not defined")
+        yield pattern
 
 
 def _rows(
-    name: str, group: str, histogram: Histogram, ratios: list[float], thresholds: list[float], zeros: list[int]
+    name: str, group: str, numel: int, ratios: list[float], thresholds: list[float], zeros: list[int]
 ) -> list[dict]:
-    numel = int(histogram[1][-1])
     return [
         dict(tensor=name, mask_group=group, mask_ratio=r, threshold=t, numel=numel, zeros=z, sparsity=z / numel)
         for r, t, z in zip(ratios, thresholds, zeros, strict=True)

@@ -30,7 +30,7 @@ class Outcome:
 
 def question_means(value_R: torch.Tensor, packed: Pack) -> torch.Tensor:
     """Mean over each question's responses, [B]: mean_j in Eq. 8-11, and ours for D."""
-    return losses.response_means(value_R, packed.question_R, int(packed.question_R.max()) + 1)
+    return losses.response_means(value_R, packed.question_R, len(packed.asked))
 
 
 def divergences(terms: Terms, packed: Pack) -> torch.Tensor:
@@ -78,7 +78,7 @@ def masters(
         "divergence": _question_sum(divergence_R.detach(), packed),
         "reward_accuracy": _question_sum(score_R.nan_to_num(0.0), packed),
         "reward_distillation": _question_sum(distill_R, packed),
-        "questions_with_advantage": float(len(packed.question_R.cpu()[advantage_R != 0].unique())),
+        "questions_with_advantage": float(sum(bool(advantage_R[own].any()) for own in packed.asked)),
     }
     if reference_T is not None:
         sums["kl_to_reference"] = _question_sum(kl_R, packed)
@@ -112,20 +112,13 @@ def advantages(
     mean and deviation; identical responses share one D.
     """
     distill_R, advantage_R = torch.zeros_like(divergence_R), torch.zeros_like(divergence_R)
-    question_R = packed.question_R.cpu()
-    for question in range(int(question_R.max()) + 1):
-        of = torch.nonzero(question_R == question)[:, 0]
+    for own in packed.asked:
+        of = torch.tensor(own)
         valid_G = torch.ones(len(of), dtype=torch.bool) if rewards.accuracy == "off" else ~score_R[of].isnan()
         reward_G = torch.zeros(len(of)) if rewards.accuracy == "off" else score_R[of]
         if rewards.distillation != "off":
-            same_G = identical([packed.tokens_of(r) for r in of.tolist()])
+            same_G = [packed.same_R[response] for response in own]
             give = {"minmax": distillation_rewards, "raw": raw_distillation_rewards}[rewards.distillation]
             distill_R[of] = give(divergence_R[of], valid_G, same_G)
         advantage_R[of] = group_advantages(torch.where(valid_G, reward_G + distill_R[of], torch.nan))
     return distill_R, advantage_R
-
-
-def identical(responses: list[tuple[int, ...]]) -> list[int]:
-    """A number per response, equal for responses with identical tokens."""
-    seen: dict[tuple[int, ...], int] = {}
-    return [seen.setdefault(tokens, len(seen)) for tokens in responses]

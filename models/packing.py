@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 
 from masters.models import blocks
 from masters.models.families.base import Family
@@ -30,16 +30,20 @@ class Pack:
     `inputs` go to the model; `predictors_U2` are the (row, position) whose output predicts each distinct response
     token, `token_U` these tokens; `distinct_T` which of them each response token is; `response_T` which response
     (0..R-1) it is of; `question_R` which question a response is of, in the order in which they were given.
-    `image_word_BL`: where a response itself wrote the image's token, which is a word like any other there.
+    `asked`: the responses of each question, and `same_R`: a number a response, equal where a question's are identical;
+    both known without asking a device. `image_word_BL`: where a response itself wrote the image's token, which is a
+    word like any other there; None where none did.
     """
 
     inputs: dict[str, Any]
-    image_word_BL: torch.Tensor
+    image_word_BL: torch.Tensor | None
     predictors_U2: torch.Tensor
     token_U: torch.Tensor
     distinct_T: torch.Tensor
     response_T: torch.Tensor
     question_R: torch.Tensor
+    asked: list[list[int]]
+    same_R: list[int]
     sizes: Sizes = Sizes()
 
     @property
@@ -50,9 +54,6 @@ class Pack:
     def token_T(self) -> torch.Tensor:
         return self.token_U[self.distinct_T]
 
-    def tokens_of(self, response: int) -> tuple[int, ...]:
-        return tuple(self.token_T[self.response_T == response].tolist())
-
     def spread(self, terms: Terms) -> Terms:
         """Terms of distinct tokens, [U], as terms of all response tokens, [T]."""
         return Terms(terms.logp_T[self.distinct_T], terms.divergence_T[self.distinct_T])
@@ -61,22 +62,24 @@ class Pack:
 def pack(questions: list[Question], model: torch.nn.Module, family: Family, row: int = 0) -> Pack:
     """Pack questions into rows as long as the largest tree, on the model's device.
 
-    Where attention skips the mask's empty blocks, a row can be longer for nothing: it then takes `row` tokens at least.
-    The image's token within a response (a model may sample it) would be taken for a place of the image: the model
-    gets token 0 there, and `response_states` its true embedding.
+    Where attention skips the mask's empty blocks, another tree in a row costs nothing: rows then hold up to `row`
+    tokens, in whole blocks. The image's token within a response (a model may sample it) would be taken for a place of
+    the image: the model gets token 0 there, and `response_states` its true embedding.
     """
     device, sparse = next(model.parameters()).device, _takes_blocks(model)
-    row = row if sparse else 0
-    rows = rows_of(trees_of(questions, family, model.config.image_token_id), row)
+    rows = rows_of(trees_of(questions, family, model.config.image_token_id), row if sparse else 0)
     laid, predictors = [Row(number) for number in range(len(rows))], {}
     for into, trees in zip(laid, rows, strict=True):
         for tree in trees:
             predictors |= lay(tree, into, model, family)
-    length = max([row, *(one.length for one in laid)])
+    longest = max(one.length for one in laid)
+    length = blocks.whole(longest) if sparse else longest
     padded = [one.padded(length) for one in laid]
-    ids_BL, place_3BL, positions_ABL = (torch.stack(parts, -2).to(device) for parts in zip(*padded, strict=True))
+    ids_BL, place_3BL, positions_ABL = (torch.stack(parts, -2) for parts in zip(*padded, strict=True))
     image_word_BL = (ids_BL == model.config.image_token_id) & (place_3BL[2] > 0)
+    image_words = image_word_BL.to(device) if image_word_BL.any() else None
     ids_BL = ids_BL.masked_fill(image_word_BL, 0)
+    ids_BL, place_3BL, positions_ABL = (part.to(device) for part in (ids_BL, place_3BL, positions_ABL))
     prompts = [tree.questions[tree.first].prompt for trees in rows for tree in trees]  # one an image
     inputs = {
         "input_ids": ids_BL,
@@ -85,23 +88,24 @@ def pack(questions: list[Question], model: torch.nn.Module, family: Family, row:
         **family.token_inputs(model, ids_BL),
         **{key: torch.cat([prompt[key] for prompt in prompts]).to(device) for key in family.image_keys},
     }
-    targets = _targets(questions, predictors)
+    targets, asked, same_R = _targets(questions, predictors)
     separate = sum(len(q.ids_P) + len(response) for q in questions for response in q.responses)
     sizes = Sizes(1, separate, sum(one.length for one in laid), len(laid) * length)
-    return Pack(inputs, image_word_BL, *(part.to(device) for part in targets), sizes=sizes)
+    return Pack(inputs, image_words, *(part.to(device) for part in targets), asked, same_R, sizes)
 
 
 def visible(place_3BL: torch.Tensor, row: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Whether a token sees another: earlier in the row, of the same image, and on its branch.
 
     `place_3BL`: each token's image (0: padding), question (0: the trunk) and response (0: the prompt), numbered from
-    1. Padding sees padding, so that no row of the softmax is empty.
+    1. Padding sees itself alone: no row of the softmax is empty, and blocks of padding are off the diagonal.
     """
     image, question, response = (level_BL[row, query] for level_BL in place_3BL)
     image_k, question_k, response_k = (level_BL[row, key] for level_BL in place_3BL)
     same_question, same_response = question_k == question, response_k == response
-    return (
-        (key <= query)
+    return (key == query) | (
+        (key < query)
+        & (image_k > 0)
         & (image_k == image)
         & ((question_k == 0) | same_question)
         & ((response_k == 0) | (same_question & same_response))
@@ -123,8 +127,7 @@ def block_mask(place_3BL: torch.Tensor) -> BlockMask:
     def mask_mod(row: torch.Tensor, _: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return visible(place_3BL, row, query, key)
 
-    # compiled, it never holds the dense mask
-    return create_block_mask(mask_mod, rows, None, length, length, place_3BL.device, _compile=place_3BL.is_cuda)
+    return blocks.mask(mask_mod, rows, length, place_3BL.device)
 
 
 def response_states(model: torch.nn.Module, packed: Pack) -> Projection:
@@ -140,20 +143,24 @@ def response_logits(model: torch.nn.Module, packed: Pack) -> torch.Tensor:
     return response_states(model, packed).logits()[packed.distinct_T]
 
 
-def _targets(questions: list[Question], predictors: dict[int, Predictors]) -> tuple[torch.Tensor, ...]:
+def _targets(
+    questions: list[Question], predictors: dict[int, Predictors]
+) -> tuple[tuple[torch.Tensor, ...], list[list[int]], list[int]]:
     """What `Pack` says of response tokens, from predictors by question number."""
-    before, distinct, tokens, responses, asked = [], [], [], [], []
+    before, distinct, tokens, responses, asked, same = [], [], [], [], [], []
     for number, question in enumerate(questions):
         begin = {}
         for response, at in predictors[number].items():
             begin[response] = len(tokens)
             before += at
             tokens += response
+        asked.append(list(range(len(same), len(same) + len(question.responses))))
         for response in map(tuple, question.responses):
             distinct += range(begin[response], begin[response] + len(response))
-            responses += [len(asked)] * len(response)
-            asked.append(number)
-    return tuple(torch.tensor(part) for part in (before, tokens, distinct, responses, asked))
+            responses += [len(same)] * len(response)
+            same.append(begin[response])
+    of = [number for number, own in enumerate(asked) for _ in own]
+    return tuple(torch.tensor(part) for part in (before, tokens, distinct, responses, of)), asked, same
 
 
 def _takes_blocks(model: torch.nn.Module) -> bool:
@@ -161,13 +168,13 @@ def _takes_blocks(model: torch.nn.Module) -> bool:
 
 
 @contextmanager
-def _image_words(model: torch.nn.Module, image_word_BL: torch.Tensor) -> Iterator[None]:
+def _image_words(model: torch.nn.Module, image_word_BL: torch.Tensor | None) -> Iterator[None]:
     """Embed the image's token as a word where a response wrote it, as the engine that sampled it did."""
 
     def embed(words: torch.nn.Module, _: object, embedded_BLH: torch.Tensor) -> torch.Tensor:
         return torch.where(image_word_BL[..., None], words.weight[model.config.image_token_id], embedded_BLH)
 
-    if not image_word_BL.any():
+    if image_word_BL is None:
         yield
         return
     hook = model.get_input_embeddings().register_forward_hook(embed)

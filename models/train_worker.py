@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoProcessor
 from masters import artifacts, processes
 from masters.config import Rewards, Train
 from masters.errors import MastersError
-from masters.models import checkpoints, footprint, passes, trainer
+from masters.models import blocks, checkpoints, devices, footprint, passes, precision, trainer
 from masters.models.families import family_of
 from masters.models.masking import safetensors_tensors
 from masters.models.prompts import label_tokens, model_inputs
@@ -108,11 +108,11 @@ def prepare(job: dict, job_file: Path, rank: int, world: int) -> trainer.Job:
 
     told = {} if planned is None else dict(passes=planned.passes, largest_pass=planned.largest_tokens)
     report(event="start", groups=len(groups), steps=len(steps), empty_responses=empty, planned=told)
-    device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    device = devices.of_rank(rank, world)
     _check_memory(job, train, planned, groups, len(steps), device, world)
-    teacher = None if train.objective == "sft" else checkpoints.load_model(Path(job["teacher"]), train.dtype, device)
+    teacher = None if train.objective == "sft" else _teacher(job, train, device)
     return trainer.Job(
-        student=checkpoints.load_model(Path(job["student"]), train.dtype, device),
+        student=precision.computing(checkpoints.load_model(Path(job["student"]), train.dtype, device), train),
         teacher=teacher,
         remask=lambda stage: _remask(teacher, job, stage),
         family=family_of(AutoConfig.from_pretrained(job["student"], trust_remote_code=False).model_type),
@@ -143,11 +143,10 @@ def _check_memory(
     tokens = planned.largest_tokens if planned else 0
     image_token = AutoConfig.from_pretrained(job["student"], trust_remote_code=False).image_token_id
     images = sum(int((groups[g].prompt == image_token).sum()) for g in planned.largest) if planned else 0
-    # FlexAttention's rows have the budget's length
-    length = tokens if device == "cpu" else max(tokens, job["token_budget"])
+    length = tokens if device == "cpu" else blocks.whole(tokens)
     saves = device == "cpu" and steps > job["checkpoint_steps"]
     teacher = None if train.objective == "sft" else Path(job["teacher"])
-    needed = footprint.footprint(Path(job["student"]), teacher, train, (length, images), world, saves)
+    needed = footprint.footprint(Path(job["student"]), teacher, train, (length, images), world, saves, device)
     footprint.check(needed, available, ranks, device, length)
 
 
@@ -172,6 +171,10 @@ def _groups(job: dict, storage: Storage, train: Train, data: artifacts.Artifact,
 
 def _probe(prompts: Prompts, refs: list[Ref]) -> list[Question]:
     return [Question(ref.question_id, prompts.prompt(ref), [prompts.label(prompts.row(ref)["answer"])]) for ref in refs]
+
+
+def _teacher(job: dict, train: Train, device: str) -> torch.nn.Module:
+    return checkpoints.load_model(Path(job["teacher"]), precision.teacher_dtype(train), device)
 
 
 def _remask(teacher: torch.nn.Module, job: dict, stage: int) -> None:

@@ -1,6 +1,8 @@
 """What the trainer trains on: groups (a question, its responses, their verdicts) and the order of steps."""
 
 import random
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,12 +16,15 @@ Key = tuple[str, float | None, int]  # source, mask ratio (None but for a teache
 
 @dataclass(frozen=True)
 class Group:
-    """A question at one mask stage. `prompt` is None where the engine saw no prompt (training on labels)."""
+    """A question at one mask stage. `prompt` is None where the engine saw no prompt (training on labels).
+
+    Responses of a table are 32-bit arrays: a list of Python's integers would take nine times as much.
+    """
 
     ref: Ref
     stage: int
     prompt: np.ndarray | None
-    responses: list[list[int]]
+    responses: Sequence[Sequence[int]]
     scores: np.ndarray  # float64 [G], NaN where there is no verdict
     keys: list[Key]  # whose responses they are
 
@@ -46,7 +51,7 @@ def response_groups(
         own = (row["source"], row["mask_ratio"], row["sample"])
         score = scores.get((row["question_id"], *own))
         order = (row["source"] != "teacher", row["sample"])
-        said = (order, row["response_token_ids"], np.nan if score is None else score, own)
+        said = (order, array("i", row["response_token_ids"]), np.nan if score is None else score, own)
         answered.setdefault((row["question_id"], row["mask_ratio"]), []).append(said)
     groups = []
     for ref in refs:

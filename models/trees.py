@@ -3,7 +3,9 @@
 Shapes: P prompt tokens, L tokens of a row.
 """
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +21,18 @@ class Question:
 
     question_id: str
     prompt: dict[str, torch.Tensor]  # input_ids [1, P], pixel_values, ...
-    responses: list[list[int]]
+    responses: Sequence[Sequence[int]]
 
     @property
     def ids_P(self) -> torch.Tensor:
         return self.prompt["input_ids"][0]
 
-    @property
+    @cached_property
     def distinct(self) -> list[tuple[int, ...]]:
         """Its responses without repetition, in order of appearance."""
         return list(dict.fromkeys(map(tuple, self.responses)))
 
-    @property
+    @cached_property
     def response_tokens(self) -> int:
         return sum(map(len, self.distinct))
 
@@ -120,15 +122,17 @@ def _shared(tree: Tree, question: Question, family: Family, image_token: int) ->
 
 def rows_of(trees: list[Tree], row: int) -> list[list[Tree]]:
     """Trees put into rows, the largest first, each into the first row that has room for it."""
-    length = max([row, *(tree.tokens for tree in trees)])
+    sized = sorted(((tree.tokens, tree) for tree in trees), key=lambda one: -one[0])
+    length = max(row, sized[0][0])
     rows: list[tuple[int, list[Tree]]] = []
-    for tree in sorted(trees, key=lambda tree: -tree.tokens):
+    for taken, tree in sized:
         for number, (used, own) in enumerate(rows):
-            if used + tree.tokens <= length:
-                rows[number] = (used + tree.tokens, [*own, tree])
+            if used + taken <= length:
+                own.append(tree)
+                rows[number] = (used + taken, own)
                 break
         else:
-            rows.append((tree.tokens, [tree]))
+            rows.append((taken, [tree]))
     return [own for _, own in rows]
 
 

@@ -26,9 +26,11 @@ Inputs = dict[str, Artifact]  # data, masks and, where the configuration needs t
 
 def identity(context: Context, current: Round, inputs: Inputs) -> Identity:
     train, rewards = context.config.train, context.config.rewards
-    guard = set() if train.probe_drop is not None else GUARD  # without it, no part in what is made
+    plain = set() if train.probe_drop is not None else GUARD  # without it, no part in what is made
+    if train.compute_dtype == "float32":
+        plain = plain | {"compute_dtype"}  # as before there was a choice
     config = dict(
-        train=train.model_dump(exclude=guard), ratios=current.ratios, coverage=context.config.generate.coverage
+        train=train.model_dump(exclude=plain), ratios=current.ratios, coverage=context.config.generate.coverage
     )
     if train.objective == "masters":
         config["rewards"] = dict(accuracy=rewards.accuracy, distillation=rewards.distillation)

@@ -1,16 +1,22 @@
 """`masters bench` measures what it says, here at sizes that take a moment."""
 
+import json
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from masters import cli
 from masters.benchmarks import Benchmark, benchmark, end_to_end, engine, gpu, gpu_rows, head, mask, scale, step
 from masters.benchmarks.measure import compare, extra_mib, seconds
-from masters.config import Rewards
+from masters.config import Rewards, Train
+from masters.errors import MastersError
 from masters.models import head as chunked_head
 
 SHAPE = step.Shape((8, 6), words=5, response=6)
@@ -138,9 +144,10 @@ def test_pairs_are_those_that_the_mask_lets_see_each_other() -> None:
     assert (separate.tokens, separate.pairs) == (8 * 23, 8 * sum(range(1, 24)))
 
 
-def test_gpu_rows_of_a_step_at_a_size_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("train", [Train(), Train(compute_dtype="bfloat16")], ids=["float32", "bfloat16"])
+def test_gpu_rows_of_a_step_at_a_size_for_a_cpu(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "peak_flops", lambda device: 1e9)
-    time_, tokens, share = gpu.step_rows(gpu.Sizes(TINY, TINY, SHAPE, 2, "cpu", torch.float32))
+    time_, tokens, share = gpu.step_rows(gpu.Sizes(TINY, TINY, SHAPE, 2, "cpu", train))
     assert tokens.ours == pytest.approx(2 * 8 * 6 / time_.ours)
     assert tokens.ours > tokens.spread[0][0] > 0 and tokens.spread[0][1] > tokens.ours
     model = gpu.model(TINY, "cpu", torch.float32)
@@ -153,3 +160,26 @@ def test_a_baseline_that_finds_other_thresholds_is_noticed(monkeypatch: pytest.M
     monkeypatch.setattr(mask, "kth_values", lambda weight: [0.0] * 5)
     with pytest.raises(AssertionError, match="other thresholds"):
         mask.measured((64, 256))
+
+
+@pytest.mark.parametrize("gpu_fails", [False, True])
+def test_what_the_command_measured_is_kept_and_told(
+    gpu_fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Also where rows of a GPU, which come last, fail."""
+
+    def broken(name: Benchmark) -> list:
+        raise RuntimeError("CUDA error: no kernel image")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "benchmark", lambda name: partial(step.measured, (SHAPE,)))
+    if gpu_fails:
+        monkeypatch.setattr(cli, "gpu_rows", broken)
+    with pytest.raises(MastersError, match="GPU rows failed.*no kernel") if gpu_fails else nullcontext():
+        cli.bench(Benchmark.STEP, as_json=True)
+    out, err = capsys.readouterr()
+    told = json.loads(out.splitlines()[-1])
+    assert told == json.loads((tmp_path / "runs/bench/step.json").read_text())
+    assert told["name"] == "step" and len(told["rows"]) == 2
+    assert all(row["ratio"] == row["baseline"] / row["ours"] for row in told["rows"])
+    assert "separate" in err and len(out.splitlines()) == 1

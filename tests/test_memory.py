@@ -1,11 +1,15 @@
 """Child processes report what they took; real processes, small ones (this module is their program too)."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from masters import processes
+from masters.benchmarks import mask
+from masters.benchmarks.measure import extra_mib
 from masters.processes import Child, Ran
 
 
@@ -30,6 +34,14 @@ def test_the_peak_is_that_of_the_largest_that_ran_together(tmp_path: Path, at_on
 
 def test_no_children_take_nothing() -> None:
     assert processes.run([], 0, lambda *_: None) == Ran()
+
+
+@pytest.mark.parametrize("prepare", [mask.thresholds_of, mask.remask_of])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_masks_of_a_checkpoint_take_less_than_twice_its_largest_tensor(tmp_path: Path, dtype, prepare) -> None:
+    """Among a hundred small ones: what is kept of each would add up."""
+    mask.write_checkpoint(tmp_path, (4096, 16384 // dtype.itemsize), dtype, small=100)  # 64 MiB each
+    assert extra_mib(partial(prepare, tmp_path))() < 2 * 64
 
 
 if __name__ == "__main__":

@@ -128,3 +128,17 @@ def test_what_runs_beside_takes_nobodys_place(tmp_path: Path) -> None:
     beside = [Child("beside", "child_brief", {}, tmp_path, {})]
     processes.run(children, 1, told.__setitem__, beside=beside)
     assert told["one-0"]["ended"] <= told["one-1"]["begun"]
+
+
+def test_children_that_run_together_have_places_of_their_own(tmp_path: Path) -> None:
+    """A place is free again when its child has ended; what runs beside takes none."""
+    (tmp_path / "child_placed.py").write_text(
+        "import json, os, sys, time; time.sleep(float(sys.argv[1].split('-')[-1][:-5]));"
+        "print(json.dumps(dict(place=os.environ.get('MASTERS_SLOT'))),"
+        "file=open(sys.argv[1].removesuffix('json') + 'progress', 'a'))"
+    )
+    told = {}
+    children = [Child(name, "child_placed", {}, tmp_path, {}) for name in ("long-2.0", "short-0.1", "last-0.2")]
+    beside = [Child("beside-0.3", "child_placed", {}, tmp_path, {})]
+    processes.run(children, 2, lambda name, line: told.__setitem__(name, line["place"]), beside=beside)
+    assert told == {"long-2.0": "0", "short-0.1": "1", "last-0.2": "1", "beside-0.3": None}

@@ -196,6 +196,10 @@ class Train(Section):
     epochs: int = Field(default=1, ge=1, le=1000, description="Passes over the questions of each mask stage")
     questions_per_step: Count = Field(default=8, description="Questions that an optimiser step learns from")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Of the weights while it trains")
+    compute_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="Of the products while it trains; bfloat16 is what GPUs are fast at, with float32 weights and sums",
+    )
     seed: Seed = Field(default=0, description="Of the order of the questions")
     probe_drop: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
         default=None,
@@ -212,6 +216,8 @@ class Train(Section):
             raise ValueError('objective "masters" rewards sampled responses; with targets = "labels" use "kd" or "sft"')
         if self.targets == "responses" and self.objective == "sft":
             raise ValueError('objective "sft" is fine-tuning on the labels; set targets = "labels"')
+        if self.dtype == self.compute_dtype == "bfloat16":
+            raise ValueError('weights of dtype "bfloat16" compute in it anyway; leave compute_dtype out')
         return self
 
 
@@ -245,7 +251,8 @@ class Runtime(Section):
     )
     checkpoint_steps: Count = Field(default=100, description="Optimiser steps between checkpoints")
     engine_memory_gib: Annotated[float, Field(gt=0, le=2**20, allow_inf_nan=False)] = Field(
-        default=1.0, description="GiB that an engine keeps for its cache of keys and values"
+        default=1.0,
+        description="GiB of an engine's cache of keys and values on a CPU; on a GPU vLLM takes what is free",
     )
     max_model_len: int = Field(
         default=2048, ge=16, le=LARGEST, description="Prompt and response tokens an engine admits"

@@ -28,6 +28,7 @@ POLL = 0.2  # seconds
 POLITE = 5.0  # seconds to end in before being killed
 # what children open to find each other, torch's and vLLM's sockets, stays on this machine
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
+SLOT = "MASTERS_SLOT"  # a child's place among those that run together, from 0: whose devices it may take
 PEAK = "peak"  # the event of a child's last line
 
 
@@ -93,6 +94,7 @@ def run(
     wrote nothing for `silence` seconds. Also on any other exception, such as a cancellation, no child is left.
     """
     waiting, running, peaks = [*beside, *children], {}, []
+    slots: dict[str, int] = {}
     uncounted = {child.name for child in beside}
     began, started = {}, {}
     try:
@@ -100,7 +102,9 @@ def run(
             while waiting and (waiting[0].name in uncounted or len(running.keys() - uncounted) < at_once):
                 child = waiting.pop(0)
                 began[child.name] = time.monotonic()
-                running[child.name] = (child, _start(child), _Tail(child.progress), _Silence(child))
+                if child.name not in uncounted:
+                    slots[child.name] = min(set(range(at_once)) - {slots.get(name) for name in running})
+                running[child.name] = (child, _start(child, slots), _Tail(child.progress), _Silence(child))
             for child, process, tail, quiet in list(running.values()):
                 ended = process.poll() is not None
                 for line in tail.lines():
@@ -147,7 +151,8 @@ def die_with_parent(parent: int) -> None:
         sys.exit("the parent is gone")
 
 
-def _start(child: Child) -> subprocess.Popen:
+def _start(child: Child, slots: dict[str, int]) -> subprocess.Popen:
+    place = {SLOT: str(slots[child.name])} if child.name in slots else {}
     try:
         child.folder.mkdir(parents=True, exist_ok=True)
         child.progress.unlink(missing_ok=True)
@@ -161,7 +166,7 @@ def _start(child: Child) -> subprocess.Popen:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=os.environ | LOOPBACK | child.environment,
+            env=os.environ | LOOPBACK | place | child.environment,
             start_new_session=True,  # a terminal's Ctrl-C is the parent's to handle
         )
 

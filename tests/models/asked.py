@@ -1,4 +1,4 @@
-"""Questions to a model folder about drawn images, and the plain way to its logits."""
+"""Questions to a model folder about drawn images, the plain way to its logits, and the folder masked."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import torch
 from transformers import AutoProcessor
 
 from demo import shapes
+from masters.models.checkpoints import load_model, remask
 from masters.models.trees import Question
 
 
@@ -36,3 +37,10 @@ def alone(model: torch.nn.Module, asked: list[Question]) -> torch.Tensor:
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **images, **kinds).logits
             rows.append(logits[0, -len(response) - 1 : -1])
     return torch.cat(rows)
+
+
+def load_masked(folder: Path, thresholds: dict[str, float], dtype: str) -> torch.nn.Module:
+    """The model with every tensor of `thresholds` masked below its threshold (Eq. 1-2)."""
+    model = load_model(folder, dtype)
+    remask(model, folder, thresholds)
+    return model

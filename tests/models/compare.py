@@ -53,11 +53,13 @@ def awkward(vocabulary: tuple[int, int] = (11, 11)) -> Batch:
 
 def packed(batch: Batch) -> Pack:
     """The batch's tokens as the packer describes them, without a model's inputs."""
-    response_T = [r for r, tokens in enumerate(t for one in batch.questions for t in one) for _ in tokens]
+    responses = [tokens for one in batch.questions for tokens in one]
+    response_T = [r for r, tokens in enumerate(responses) for _ in tokens]
     question_R = [q for q, one in enumerate(batch.questions) for _ in one]
-    targets = map(torch.tensor, (batch.token_T.tolist(), response_T, question_R))
-    token_T, *others = targets
-    return Pack({}, torch.empty(0), torch.empty(0), token_T, torch.arange(len(token_T)), *others)
+    asked = [[r for r, of in enumerate(question_R) if of == q] for q in range(len(batch.questions))]
+    token_T, *others = map(torch.tensor, (batch.token_T.tolist(), response_T, question_R))
+    same_R = [responses.index(tokens) for tokens in responses]
+    return Pack({}, None, torch.empty(0), token_T, torch.arange(len(token_T)), *others, asked, same_R)
 
 
 def dense_terms(student: torch.Tensor, teacher: torch.Tensor, pack: Pack, train: Train) -> losses.Terms:

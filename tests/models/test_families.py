@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import save_file
 
 from demo import families
-from masters.models.checkpoints import load_masked, load_model, remask
+from masters.models.checkpoints import load_model, remask
 from masters.models.families import family_of
 from masters.models.masking import apply_mask, group_thresholds, magnitude_thresholds, safetensors_tensors
 from masters.models.packing import pack, response_logits
-from tests.models.asked import alone, questions
+from tests.models.asked import alone, load_masked, questions
 
 RATIO = 0.3
 SIDES = [(64, 64), (120, 60), (56, 180)]

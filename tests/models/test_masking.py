@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -245,17 +246,18 @@ def network(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return tensors | {n: torch.full((4, 3), math.nan, dtype=dtype) for n in others}
 
 
-@pytest.mark.parametrize(("dtype", "passes"), [(torch.bfloat16, 1), (torch.float16, 1), (torch.float32, 3)])
-def test_passes_over_the_data(dtype: torch.dtype, passes: int) -> None:
+@pytest.mark.parametrize(("granularity", "passes"), [("matrix", (1, 1)), ("block", (2, 3)), ("global", (2, 3))])
+def test_passes_over_the_data(granularity: str, passes: tuple[int, int]) -> None:
+    """Of 16-bit and 32-bit floats; with a threshold a matrix everything is done while a tensor is held."""
     opened = []
 
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        opened.append(1)
-        yield "a.weight", torch.randn(5, 5, dtype=dtype)
+    def tensors(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        opened.append(dtype)
+        yield "a.weight", torch.ones(5, 5, dtype=dtype)
 
-    torch.manual_seed(0)
-    assert len(group_thresholds(tensors, [0.0, 1.0], "matrix")) == 2
-    assert len(opened) == passes
+    for dtype in DTYPES[:3]:
+        assert len(group_thresholds(partial(tensors, dtype), [0.0, 1.0], granularity)) == 2
+    assert [opened.count(dtype) for dtype in (torch.bfloat16, torch.float32)] == list(passes)
 
 
 def test_group_thresholds_names_the_tensor_at_fault() -> None:

@@ -88,8 +88,8 @@ OBJECTIVE: dict[str, list[Edit]] = {
 }  # fmt: skip
 
 OTHERS: dict[str, list[Edit]] = {
-    "ties are zeroed": [(masking, "apply_mask", ">= threshold", "> threshold")],
-    "the signed weight is compared": [(masking, "apply_mask", "weight.abs()", "weight")],
+    "ties are zeroed": [(masking, "_kept", ">= threshold", "> threshold")],
+    "the signed weight is compared": [(masking, "_kept", "weight.abs()", "weight")],
     "a rank too high": [(masking, "rank", "math.floor(Fraction(str(ratio)) * count)", "math.ceil(ratio * count)")],
     "a rank in floats": [(masking, "rank", "Fraction(str(ratio))", "ratio")],
     "stages from the bottom": [(schedule, "mask_stages", "range(count, -1, -1)", "range(count + 1)")],

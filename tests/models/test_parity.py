@@ -14,6 +14,7 @@ from masters.models.families import family_of
 from masters.models.masking import group_thresholds, safetensors_tensors
 from masters.models.packing import pack, response_logits
 from masters.models.trees import Question
+from tests.models.asked import load_masked
 
 FOLDER = Path(__file__).parents[2] / "demo/models/teacher"
 FAMILY = family_of(AutoConfig.from_pretrained(FOLDER).model_type)
@@ -55,5 +56,5 @@ def test_an_engine_that_serves_other_weights_is_noticed(model, prompt) -> None:
         said = losses.chosen_log_probs(response_logits(model, packed), packed.token_T).tolist()
     assert parity.log_prob_difference(model, FAMILY, prompt, tokens, said) == 0
     rows = group_thresholds(lambda: safetensors_tensors(FOLDER), [0.2], "matrix")
-    masked = checkpoints.load_masked(FOLDER, {r["tensor"]: r["threshold"] for r in rows}, "float32")
+    masked = load_masked(FOLDER, {r["tensor"]: r["threshold"] for r in rows}, "float32")
     assert parity.log_prob_difference(masked, FAMILY, prompt, tokens, said) > parity.LOG_PROBS["float32"]

@@ -11,11 +11,11 @@ IMAGE_TOKENS = 4
 WORDS = (20, 120)  # token numbers that are no special tokens
 
 
-def model(name: str, seed: int, ratio: float = 0.0) -> torch.nn.Module:
-    """A random model of a family, masked at a ratio."""
+def model(name: str, seed: int, ratio: float = 0.0, tied: bool = True) -> torch.nn.Module:
+    """A random model of a family, masked at a ratio. `tied`: its head is its table of embeddings."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        _, made = families.build(name)
+        _, made = families.build(name, tied)
     for path, parameter in made.named_parameters() if ratio else ():
         if is_masked(path, parameter.ndim):
             parameter.data = apply_mask(parameter.data, *magnitude_thresholds(parameter.data, [ratio]))

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from masters.config import Generate, Runtime
-from masters.models.checkpoints import load_masked
 from masters.models.engine import Engine, Request
+from tests.models.asked import load_masked
 
 Masks = list[dict[str, float]]  # thresholds by tensor; empty: the model as it is
 GREEDY = Generate(temperature=0.0, repetition_penalty=1.2, max_tokens=24, dtype="float32")  # 1.2: fewer loops

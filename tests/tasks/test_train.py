@@ -159,6 +159,15 @@ def test_a_guard_that_is_off_has_no_part_in_identity(source: Path, tmp_path: Pat
     assert config(probe_drop=0.1) == config() | dict(probe_drop=0.1, on_drop="stop")
 
 
+def test_computing_as_ever_has_no_part_in_identity_and_another_way_has(source: Path, tmp_path: Path) -> None:
+    def config(**train: object) -> dict:
+        run = made_run(tmp_path, source, train=train)
+        return identity(run, first_round(run), {}).config["train"]
+
+    assert config() == config(compute_dtype="float32") and "compute_dtype" not in config()
+    assert config(compute_dtype="bfloat16") == config() | dict(compute_dtype="bfloat16")
+
+
 def test_too_little_memory_is_refused_before_a_model_is_loaded(source, tmp_path, monkeypatch) -> None:
     run = made_run(tmp_path, source)
     current, questions = first_round(run), data.fn(run)
