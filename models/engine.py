@@ -8,14 +8,18 @@ import gc
 import math
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from masters.config import Generate, Runtime
+from masters.errors import InputError
 from masters.models import devices
 from masters.models.checkpoints import masked_tensors
+from masters.models.prompt_length import PromptLength
 from masters.models.prompts import chat, conversation_tokens, opened
 from masters.rewards.judge_prompts import Conversation
+from masters.schemas import PROMPT_TOO_LONG
 
 # read by vLLM when it is imported: in-process engine (7 s to start instead of 40), threads left to the system
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -26,6 +30,7 @@ BATCHED_TOKENS = 8192
 # GPUs keep vLLM's defaults, CUDA graphs and chunked prefill. On a CPU compiling takes longer than it saves, and a
 # half-prefilled request with a seed rewinds its random generator, which a CPU generator cannot
 START: dict[str, dict[str, Any]] = {"gpu": {}, "cpu": dict(enforce_eager=True, enable_chunked_prefill=False)}
+RAISE = "raise runtime.max_model_len, shorten the questions or shrink the images"
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """What an engine answered once: the prompt as the model saw it (image tokens expanded) and the response."""
+    """What an engine answered once: the prompt as the model saw it (image tokens expanded) and the response.
+
+    Nothing, with `finish_reason` PROMPT_TOO_LONG, where the question could not be asked.
+    """
 
     prompt_token_ids: list[int]
     response_token_ids: list[int]
@@ -126,20 +134,27 @@ class Engine:
         self.llm.llm_engine.reset_encoder_cache()
 
     def generate(self, requests: list[Request], sampling: Generate) -> list[list[Reply]]:
-        """Answer all requests as one batch; a list of `samples` replies per request, in order."""
-        if not requests:
-            return []
+        """Answer all requests as one batch; a list of `samples` replies per request, in order.
+
+        Where prompt and longest response exceed the engine's length they say so: vLLM would refuse the whole batch.
+        """
         self.reset()
-        wanted = [self._sampling(request, sampling) for request in requests]
-        outputs = self.llm.generate([self._prompt(request) for request in requests], wanted, use_tqdm=False)
-        return [_replies(out) for out in outputs]
+        prompts = [self._prompt(request) for request in requests]
+        fits = [self._tokens(prompt) + sampling.max_tokens <= self.length for prompt in prompts]
+        asked = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
+        wanted = [self._sampling(request, sampling) for request, fit in zip(requests, fits, strict=True) if fit]
+        outputs = iter(self.llm.generate(asked, wanted, use_tqdm=False) if asked else [])
+        return [
+            _replies(next(outputs)) if fit else [Reply([], [], "", PROMPT_TOO_LONG)] * request.samples
+            for request, fit in zip(requests, fits, strict=True)
+        ]
 
     def converse(self, conversations: list[Conversation], max_tokens: int) -> list[Reply | None]:
         """Continue each conversation, text alone, greedily, all as one batch; None where it cannot be asked."""
         from vllm import SamplingParams
 
         self.reset()
-        room = self.llm.llm_engine.model_config.max_model_len - max_tokens
+        room = self.length - max_tokens
         prompts = [conversation_tokens(self.processor, self.tokenizer, each) for each in conversations]
         fits = [ids is not None and len(ids) <= room for ids in prompts]
         asked: list[Any] = [{"prompt_token_ids": ids} for ids, fit in zip(prompts, fits, strict=True) if fit]
@@ -148,26 +163,32 @@ class Engine:
         return [_replies(next(outputs))[0] if fit else None for fit in fits]
 
     def greedy(self, requests: list[Request], tokens: int) -> list[tuple[list[int], list[float]]]:
-        """Greedy answers of at most `tokens` tokens: ids and their log-probabilities."""
+        """Greedy answers of at most `tokens` tokens: ids and their log-probabilities. Raises InputError."""
         from vllm import SamplingParams
 
         self.reset()
+        prompts = [self._prompt(request) for request in requests]
+        if (longest := max(map(self._tokens, prompts), default=0) + tokens) > self.length:
+            raise InputError(f"a prompt and its answer take {longest} tokens, the engine admits {self.length}: {RAISE}")
         wanted = SamplingParams(temperature=0.0, max_tokens=tokens, logprobs=1)
-        outputs = self.llm.generate([self._prompt(request) for request in requests], wanted, use_tqdm=False)
+        outputs = self.llm.generate(prompts, wanted, use_tqdm=False)
         answers = [out.outputs[0] for out in outputs]
         return [
             (list(a.token_ids), [at[token].logprob for token, at in zip(a.token_ids, a.logprobs, strict=True)])
             for a in answers
         ]
 
-    def fits(self, request: Request, sampling: Generate) -> bool:
-        """Whether prompt and longest response fit the engine's length. Counts real tokens only near the limit."""
-        length = self.llm.llm_engine.model_config.max_model_len
-        if 2 * len(request.question) + 1024 + sampling.max_tokens <= length:
-            return True
-        text, image = chat(self.processor, request.question), opened(request.image)
-        ids = self.processor(text=[text], images=[image])["input_ids"][0]
-        return len(ids) + sampling.max_tokens <= length
+    @property
+    def length(self) -> int:
+        """Tokens of a prompt and its response together."""
+        return self.llm.llm_engine.model_config.max_model_len
+
+    @cached_property
+    def _count(self) -> PromptLength:
+        return PromptLength(self.processor)
+
+    def _tokens(self, prompt: dict[str, Any]) -> int:
+        return self._count(prompt["prompt"], prompt["multi_modal_data"]["image"].size)
 
     def _prompt(self, request: Request) -> Any:
         text, image = chat(self.processor, request.question), opened(request.image)

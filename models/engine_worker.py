@@ -17,8 +17,6 @@ from masters.rewards.rules import exact_match
 from masters.shards import Reader, Ref
 from masters.storage import Storage
 
-PROMPT_TOO_LONG = "prompt_too_long"
-
 
 def first_seed(shard: dict, question: dict) -> int:
     """The first sample's seed of a question: from the run's seed, who answers, the mask stage and the content."""
@@ -70,13 +68,10 @@ def main(job_file: Path) -> None:
 
 
 def answer(engine: Engine, questions: list[dict], shard: dict) -> list[list[Reply]]:
-    """Replies per question. A prompt that the engine cannot take gets empty replies that say so."""
+    """Replies per question."""
     sampling = Generate.model_construct(**shard["sampling"])
     requests = [Request(q["image"], q["question"], shard["samples"], first_seed(shard, q)) for q in questions]
-    fits = [engine.fits(request, sampling) for request in requests]
-    answered = iter(engine.generate([r for r, fit in zip(requests, fits, strict=True) if fit], sampling))
-    refused = [Reply([], [], "", PROMPT_TOO_LONG)] * shard["samples"]
-    return [next(answered) if fit else refused for fit in fits]
+    return engine.generate(requests, sampling)
 
 
 def response_rows(shard: dict, question: dict, replies: list[Reply]) -> list[dict]:
@@ -94,9 +89,14 @@ def response_rows(shard: dict, question: dict, replies: list[Reply]) -> list[dic
 
 def prediction_rows(shard: dict, question: dict, replies: list[Reply]) -> list[dict]:
     """Row of the predictions table for one question."""
-    text = replies[0].text
-    right = exact_match(text, question["answer"])
-    return [dict(question_id=question["question_id"], model=shard["model"], text=text, correct=right)]
+    (reply,) = replies
+    asked = reply.finish_reason != schemas.PROMPT_TOO_LONG  # what was not asked is not right, whatever the answer is
+    return [
+        dict(
+            question_id=question["question_id"], model=shard["model"], text=reply.text,
+            correct=asked and exact_match(reply.text, question["answer"]), finish_reason=reply.finish_reason,
+        )
+    ]  # fmt: skip
 
 
 TABLES: dict[str, tuple[Callable[[dict, dict, list[Reply]], list[dict]], pa.Schema]] = {

@@ -19,6 +19,8 @@ T = TypeVar("T")
 # what PyTorch says on a CPU, and what CUDA's libraries say that allocate by themselves
 NO_MEMORY = re.compile(r"can't allocate memory|bad_alloc|CUDA out of memory|_ALLOC_FAILED")
 
+SHOWN = 200  # characters of what the allocator says
+
 
 class PassTooLarge(MastersError):
     """Memory did not hold a forward pass of these questions."""
@@ -45,6 +47,25 @@ def one_pass(questions: list[Question]) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         raise PassTooLarge(questions) from error
+
+
+@contextmanager
+def one_step(number: int) -> Iterator[None]:
+    """Raises MastersError where an allocation fails outside of a step's passes, which see to their own.
+
+    By then no activation is held, so smaller passes would not help; and the optimiser may have changed a part of the
+    weights, so the step cannot be taken again in this process: a checkpoint is what a run goes on from.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        said = " ".join(str(error).split())[:SHOWN]
+        raise MastersError(
+            f"step {number}: memory does not hold what the optimiser needs beside gradients and weights ({said}). "
+            "Smaller passes would not change it: take a larger machine; the run then goes on from its last checkpoint"
+        ) from error
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -29,7 +29,10 @@ def gradient_size(model: torch.nn.Module) -> float:
 
 
 def not_finite(job: Job, groups: list[int], loss_of: Callable[[int], torch.Tensor]) -> list[str]:
-    """Which of these groups' questions, each by itself, have a loss or a gradient that is no finite number."""
+    """Which of these groups' questions, each by itself, have a loss or a gradient that is no finite number.
+
+    Memory holds each: it held the passes of which they were part.
+    """
     found = []
     for g in groups:
         job.student.zero_grad(set_to_none=True)

@@ -6,17 +6,21 @@ parts behind it. So each row is there once, however often a run was cut short.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 
 import pyarrow as pa
 
 from masters import schemas
+from masters.errors import ArtifactError
 from masters.models.training_data import Group
 from masters.storage import Storage
 
 SCHEMAS = {"history": schemas.HISTORY, "rewards": schemas.REWARDS}
 PART_ROWS = 20_000  # in memory, at least those of a step
 FILE_ROWS = 200_000
+SHOWN = 3  # steps in an error
+AGAIN = "train it again with --rebuild train"
 
 
 class Ledger:
@@ -74,6 +78,48 @@ def files(storage: Storage, prefix: str, table: str) -> Iterator[bytes]:
             held, written = [SCHEMAS[table].empty_table()], written + 1
     if len(held) > 1 or not written:
         yield schemas.encode_table(pa.concat_tables(held))
+
+
+class Census:
+    """What is in the tables, counted: a part that a store lost, or a run wrote twice, is seen."""
+
+    def __init__(self) -> None:
+        self._steps: list[int] = []
+        self._questions = self._answered = self._rows = self._keys = 0
+
+    def count(self, table: str, content: bytes) -> None:
+        """One of the table's `files`."""
+        if table == "history":
+            found = schemas.decode(content, ["step", "questions"]).to_pydict()
+            self._steps += found["step"]
+            self._questions += sum(found["questions"])
+            return
+        keys = ["step", *(name for name, _ in schemas.RESPONSE_KEY)]
+        found = schemas.decode(content, keys)
+        self._rows += found.num_rows
+        self._keys += found.group_by(keys).aggregate([]).num_rows
+        self._answered += found.group_by(["step", "question_id"]).aggregate([]).num_rows
+
+    def check(self, steps: int, rewarded: bool) -> None:
+        """Every step up to `steps` is there once; `rewarded`: and so are the responses of all its questions.
+
+        Raises ArtifactError.
+        """
+        expected, times = range(1, steps + 1), Counter(self._steps)
+        if wrong := [step for step in sorted({*expected, *times}) if times[step] != (step in expected)]:
+            raise ArtifactError(f"history: expected each of {steps} steps once, {_listed(wrong, times)}; {AGAIN}")
+        if self._rows != self._keys:
+            raise ArtifactError(f"rewards: {self._rows - self._keys} responses are there more than once; {AGAIN}")
+        if rewarded and self._answered != self._questions:
+            raise ArtifactError(
+                f"rewards: expected the responses of {self._questions} questions in {steps} steps, found those of "
+                f"{self._answered}; {AGAIN}"
+            )
+
+
+def _listed(wrong: list[int], times: Counter) -> str:
+    shown = ", ".join(f"step {step} {times[step]} times" for step in wrong[:SHOWN])
+    return f"found {shown}" + (f" and {len(wrong) - SHOWN} more at fault" if len(wrong) > SHOWN else "")
 
 
 def parts(storage: Storage, prefix: str) -> list[str]:

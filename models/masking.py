@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from masters import patterns
+
 PIECE = 1 << 20  # elements counted at a time
 BUCKETS = 1 << 15  # of a magnitude's 15 high bits
 LOW_BITS = 16  # what a float32 has below them
@@ -171,7 +173,7 @@ def is_masked(name: str, dimensions: int, exclude: tuple[str, ...] = ()) -> bool
     Ours: the paper does not say which tensors are masked.
     """
     eligible = name.endswith(".weight") and dimensions >= 2 and not NEVER.search(name)
-    return eligible and not any(re.search(pattern, name) for pattern in exclude)
+    return eligible and not any(patterns.found(pattern, name) for pattern in exclude)
 
 
 def mask_group(name: str, granularity: str) -> str:

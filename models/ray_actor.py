@@ -15,7 +15,7 @@ from typing import Any
 
 from masters import memory
 from masters.errors import InputError
-from masters.processes import LOOPBACK, die_with_parent
+from masters.processes import LOOPBACK, SLOT, die_with_parent
 from masters.secrets import mask_logs
 from masters.storage import Storage
 
@@ -61,6 +61,7 @@ class EngineActor:
         """
         if expected:
             _check_node(work, expected)
+        os.environ.pop(SLOT, None)  # the driver's; Ray chose this process's devices
         os.environ.update(LOOPBACK)  # of what the engine's own processes open to find each other
         module: Any = importlib.import_module(work["module"])
         self._worker = self._open.enter_context(module.opened(work["setup"]))

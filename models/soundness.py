@@ -1,10 +1,13 @@
-"""Whether a model folder's weights can be used, before an engine or a trainer starts: finite, and shaped as it says.
+"""Whether a model folder can be used, before an engine or a trainer starts: weights that are finite and shaped as it
+says, and, for our families, a processor that makes prompts (`probe`).
 
 Weights are read once, tensor by tensor. What was found sound is noted on this machine under the folder's digest, so
 that the next run neither reads them again nor imports the model's code.
 """
 
 import json
+import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,9 @@ from masters.errors import InputError
 from masters.machine import cache
 from masters.models.checkpoints import parameter_names
 from masters.models.masking import is_masked
+from masters.models.probe import Probed, probe
 
-VERSION = 1  # of the checks
+VERSION = 2  # of the checks
 LAYERS = ("num_hidden_layers", "num_layers", "depth", "n_layer")  # what configurations call the number of blocks
 INDEX = "model.safetensors.index.json"
 
@@ -25,22 +29,25 @@ MASKABLE = {"BF16", "F16", "F32"}  # as files call them
 Shapes = dict[str, tuple[int, ...]]
 
 
-def check_sound(folder: Path, digest: str, shaped: bool) -> None:
-    """Raises InputError that names the tensor and its file. `digest` is the folder's.
+def check_sound(folder: Path, digest: str, shaped: bool) -> Probed | None:
+    """Raises InputError that names what is at fault, a tensor with its file. `digest` is the folder's.
 
-    `shaped`: also compare every tensor with the model that the configuration describes; for models of our families.
+    `shaped`: also compare every tensor with the model that the configuration describes, and probe the processor; for
+    models of our families. Returns what the probe found.
     """
     import transformers
 
     note = cache() / "sound" / f"{digest}-{VERSION}-{transformers.__version__}-{'shaped' if shaped else 'finite'}"
-    if note.exists():
-        return
+    if (known := _noted(note)) is not None:
+        return Probed(**known) if shaped else None
     _check_index(folder)
+    probed = None
     if shaped:
         check_shapes(folder)
+        probed = probe(folder)
     check_finite(folder)
-    note.parent.mkdir(parents=True, exist_ok=True)
-    note.touch()
+    _write(note, asdict(probed) if probed else {})
+    return probed
 
 
 def check_finite(folder: Path) -> None:
@@ -158,3 +165,18 @@ def _check_index(folder: Path) -> None:
         raise InputError(
             f"model {folder}: {INDEX} names {strange[0]!r:.200}, which is not a weights file of its folder"
         )
+
+
+def _noted(note: Path) -> dict[str, int] | None:
+    try:
+        return json.loads(note.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _write(note: Path, content: dict[str, int]) -> None:
+    """Whole or not at all: another run may read it now."""
+    note.parent.mkdir(parents=True, exist_ok=True)
+    temporary = note.with_name(f".{note.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content))
+    os.replace(temporary, note)

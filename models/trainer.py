@@ -12,7 +12,7 @@ import torch
 
 from masters.errors import MastersError
 from masters.models import head, objective, resume
-from masters.models.fitting import each_pass, within_memory
+from masters.models.fitting import each_pass, one_step, within_memory
 from masters.models.guards import ProbeGuard, gradient_size, not_finite
 from masters.models.history import drop_after
 from masters.models.job import Job
@@ -40,7 +40,8 @@ def fit(job: Job) -> None:
             began, stage = time.monotonic(), step.stage
             job.remask(stage)
             job.report(event="remask", stage=stage, seconds=time.monotonic() - began)
-        means = _take(job, number, step, references, optimiser)
+        with one_step(number):
+            means = _take(job, number, step, references, optimiser)
         last, probe, fell = number == len(job.steps), {}, False
         probed = number % every == 0 or last
         if probed:

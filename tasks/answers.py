@@ -1,12 +1,18 @@
-"""What generate and evaluate share: their shards answered by engines, with a bar, and gathered into the artifact."""
+"""What generate and evaluate share: their shards answered by engines, with a bar, and gathered into the artifact, and
+what is said of questions that could not be asked.
+"""
 
 from collections.abc import Sequence
 
-from masters import answering
+from masters import answering, schemas
 from masters.answering import Order
 from masters.artifacts import Artifact, Identity
+from masters.errors import MastersError
 from masters.processes import Child
-from masters.tasks.stage import Run
+from masters.storage import Storage
+from masters.tasks.stage import Run, warn
+
+REMEDY = "raise runtime.max_model_len (a model's max_position_embeddings bounds it too) or shrink images and questions"
 
 
 def answered(
@@ -32,7 +38,34 @@ def answered(
     return answering.gather(run.storage, made_of, asked), how
 
 
-def forget(run: Run, asked: list[Order]) -> None:
+def set_aside(storage: Storage, asked: list[Order]) -> dict[str, int]:
+    """Facts on what could not be asked, none if all could: `rejected` rows and `prompts_too_long`.
+
+    Raises MastersError where no prompt fits; the shards are removed, so that another length can be tried.
+    """
+    rows = prompts = 0
+    for order in asked:
+        reasons = schemas.read(storage, order.file, ["finish_reason"])["finish_reason"].to_pylist()
+        rows += (refused := reasons.count(schemas.PROMPT_TOO_LONG))
+        prompts += refused // order.samples
+    if asked and prompts == sum(len(order.shard.refs) for order in asked):
+        forget(storage, asked)
+        raise MastersError(f"every prompt, of {prompts:,}, is longer than what the engine admits: {REMEDY}")
+    return dict(rejected=rows, prompts_too_long=prompts) if rows else {}
+
+
+def tell_set_aside(run: Run, made_of: Identity, artifact: Artifact, consequence: str) -> Artifact:
+    """Counts in the stage's entry and a warning, whether the artifact was built or reused. Returns it."""
+    if prompts := artifact.facts.get("prompts_too_long"):
+        run.stages[-1]["prompts_too_long"] = prompts
+        warn(
+            f"{made_of.stage}: prompts longer than what the engine admits: {prompts:,}; {consequence}; "
+            f"{REMEDY}, then ask again with --rebuild {made_of.kind}"
+        )
+    return artifact
+
+
+def forget(storage: Storage, asked: list[Order]) -> None:
     """Remove the shards of these orders: rebuilding answers every one again."""
     for order in asked:
-        run.storage.remove(order.file)
+        storage.remove(order.file)

@@ -9,7 +9,7 @@ from masters import schemas, shards
 from masters.answering import NO_SHARD, Answerer, Order
 from masters.artifacts import Artifact, Identity
 from masters.preflight import BEFORE, LocalModel, Ready
-from masters.tasks.answers import answered, forget
+from masters.tasks.answers import answered, forget, set_aside, tell_set_aside
 from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse
 
 VERSION = 1
@@ -56,10 +56,12 @@ def evaluate(run: Run, data: Artifact, models: list[LocalModel], name: str = "ev
         files, how = answered(run, made_of, data, asked)
         right = _right(run, asked)
         scores = {model: score(hits) for model, hits in right.items()}
-        return files, dict(rows=sum(len(h) for h in right.values()), scores=scores), how
+        rows = sum(len(hits) for hits in right.values())
+        return files, dict(rows=rows, scores=scores) | set_aside(run.storage, asked), how
 
     upstream = {"data": data} | {f"model {model.name}": model.origin for model in models}
-    return build_or_reuse(run, made_of, upstream, build, lambda: forget(run, asked))
+    made = build_or_reuse(run, made_of, upstream, build, lambda: forget(run.storage, asked))
+    return tell_set_aside(run, made_of, made, "they count as wrong")
 
 
 def score(hits: list[bool]) -> dict[str, float]:

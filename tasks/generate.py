@@ -11,7 +11,7 @@ from masters.config import Generate
 from masters.models.schedule import stage_of
 from masters.processes import Child
 from masters.stages import Stage
-from masters.tasks.answers import answered, forget
+from masters.tasks.answers import answered, forget, set_aside, tell_set_aside
 from masters.tasks.mask import thresholds
 from masters.tasks.score import judge_of
 from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse
@@ -60,10 +60,11 @@ def generate(run: Run, current: Round, data: Artifact, masks: Artifact, ahead: S
     def build() -> tuple[dict[str, str], dict, dict]:
         files, how = answered(run, made_of, data, asked, ahead, _judge_beside(run, current, made_of, data, asked))
         rows = sum(order.samples * len(order.shard.refs) for order in asked)
-        return files, dict(rows=rows), how
+        return files, dict(rows=rows) | set_aside(run.storage, asked), how
 
     upstream = dict(data=data, masks=masks, teacher=current.teacher.origin, student=current.student.origin)
-    return build_or_reuse(run, made_of, upstream, build, lambda: forget(run, asked))
+    made = build_or_reuse(run, made_of, upstream, build, lambda: forget(run.storage, asked))
+    return tell_set_aside(run, made_of, made, "their responses are empty and are not learnt from")
 
 
 def _judge_beside(run: Run, current: Round, made_of: Identity, data: Artifact, asked: list[Order]) -> Child | None:

@@ -18,7 +18,7 @@ from masters.rewards import rule_accuracy
 from masters.rewards.verdict import FINAL, Triple, Verdict
 from masters.shards import split
 from masters.storage import Storage
-from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse
+from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse, warn
 
 VERSION = 1
 RULES = "rules-1"  # the rules' name and version in the table; part of identity
@@ -81,7 +81,18 @@ def score(run: Run, current: Round, data: Artifact, responses: Artifact) -> Arti
         return files, dict(rows=rows, rejected=rows - statuses["ok"], statuses=dict(statuses)), how
 
     upstream = _upstream(run, current, data, responses, chain[: chain.index(made_of)])
-    return build_or_reuse(run, made_of, upstream, build, lambda: _forget(run.storage, judge))
+    return _told(run, build_or_reuse(run, made_of, upstream, build, lambda: _forget(run.storage, judge)))
+
+
+def _told(run: Run, scored: Artifact) -> Artifact:
+    """How many responses have no verdict, by status: in the stage's entry, and as a warning, built or reused."""
+    lost = {status: count for status, count in sorted(scored.facts["statuses"].items()) if status != "ok"}
+    if lost:
+        entry, listed = run.stages[-1], ", ".join(f"{status} {count:,}" for status, count in lost.items())
+        entry["no_verdict"] = lost
+        of = f"{sum(lost.values()):,} of {scored.facts['rows']:,} responses"
+        warn(f"{entry['name']}: {of} have no verdict and get no reward ({listed})")
+    return scored
 
 
 def _upstream(run: Run, current: Round, data: Artifact, responses: Artifact, before: list[Identity]) -> Upstream:

@@ -55,7 +55,7 @@ def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
             return {}, {}, {}
         run.storage.upload(work / "model", f"{made_of.folder}/model")
         files = {f"model/{p.name}": file_digest(p) for p in sorted((work / "model").iterdir())}
-        files |= _tables(run, made_of, checkpoints)
+        files |= _tables(run, made_of, checkpoints, watch.taken)
         how = dict(
             processes=runtime.train_processes, steps=watch.steps, resumed_at_step=watch.resumed,
             remask_seconds=watch.remasks, planned=watch.planned, packed=watch.packed,
@@ -123,14 +123,19 @@ def _ranks(run: Run, job: dict, work: Path) -> list[processes.Child]:
     ]
 
 
-def _tables(run: Run, made_of: Identity, checkpoints: str) -> dict[str, str]:
-    """The trainers' tables put into the artifact. Returns {name: SHA-256}."""
-    written = {}
+def _tables(run: Run, made_of: Identity, checkpoints: str, steps: int) -> dict[str, str]:
+    """The trainers' tables put into the artifact. Returns {name: SHA-256}.
+
+    Raises ArtifactError where they are not of these steps, each once.
+    """
+    written, census = {}, history.Census()
     for table in history.SCHEMAS:
         for number, content in enumerate(history.files(run.storage, checkpoints, table)):
             name = f"{table}/{number:04d}.parquet"
             run.storage.write(f"{made_of.folder}/{name}", content)
             written[name] = digest(content)
+            census.count(table, content)
+    census.check(steps, rewarded=run.config.train.objective == "masters")
     return written
 
 
@@ -161,6 +166,11 @@ class _Watch:
         self.budgets: list[dict] = []  # where memory did not hold a pass: the rank, and its budget from then on
         self.rolled_back: dict | None = None
         self.refused: list[str] = []  # checkpoints that could not be gone on with, and why
+
+    @property
+    def taken(self) -> int:
+        """Steps that there are: a student that fell and was put back takes no more."""
+        return self.rolled_back["at"] if self.rolled_back else self.steps
 
     def __call__(self, _: str, line: dict) -> None:
         event = line.pop("event")

@@ -1,6 +1,6 @@
 """What the packer asks of a family."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -15,6 +15,10 @@ class Family(Protocol):
 
     def prompt_positions(self, model: torch.nn.Module, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
         """Positions [axes, P] of a prompt's tokens, from the processor's output for it ([1, P] ids)."""
+        ...
+
+    def image_tokens(self, config: Any, prompt: dict[str, torch.Tensor]) -> int:
+        """How many tokens the model that `config` describes makes of the prompt's image."""
         ...
 
     def token_inputs(self, model: torch.nn.Module, ids_BL: torch.Tensor) -> dict[str, torch.Tensor]:

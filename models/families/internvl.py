@@ -1,5 +1,7 @@
 """InternVL3 and InternVL3.5 in transformers' format: plain positions."""
 
+from typing import Any
+
 import torch
 
 
@@ -8,6 +10,14 @@ class InternVL:
 
     def prompt_positions(self, model: torch.nn.Module, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.arange(prompt["input_ids"].shape[1])[None]
+
+    def image_tokens(self, config: Any, prompt: dict[str, torch.Tensor]) -> int:
+        tiles, _, *sides = prompt["pixel_values"].shape
+        rows, columns = (
+            int(side // patch * config.downsample_ratio)
+            for side, patch in zip(sides, config.vision_config.patch_size, strict=True)
+        )
+        return tiles * rows * columns
 
     def token_inputs(self, model: torch.nn.Module, ids_BL: torch.Tensor) -> dict[str, torch.Tensor]:
         return {}

@@ -1,5 +1,7 @@
 """Qwen2.5-VL and Qwen3-VL: M-RoPE, three position axes; responses go on after the prompt's largest position."""
 
+from typing import Any
+
 import torch
 
 
@@ -13,6 +15,11 @@ class QwenVL:
             image_grid_thw=prompt["image_grid_thw"],
         )
         return positions[:, 0]
+
+    def image_tokens(self, config: Any, prompt: dict[str, torch.Tensor]) -> int:
+        eye = config.vision_config
+        patch = eye.in_channels * eye.temporal_patch_size * eye.patch_size**2  # numbers
+        return prompt["pixel_values"].numel() // patch // eye.spatial_merge_size**2
 
     def token_inputs(self, model: torch.nn.Module, ids_BL: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"mm_token_type_ids": (ids_BL == model.config.image_token_id).int()}

@@ -19,7 +19,7 @@ from masters.storage import Storage
 NO_SHARD = Shard("", ())  # of an order whose questions are still to be planned
 PLAN = "plan"  # the table of what each shard holds
 PLAN_ROWS = 100_000  # a file
-VERSION = 2  # of what engines are asked and how rows are made; a new one makes new shards
+VERSION = 3  # of what engines are asked and how rows are made; a new one makes new shards
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from masters import patterns, store_root
 from masters.errors import InputError
 from masters.judge_url import is_url
 
@@ -39,7 +40,9 @@ class Section(BaseModel):
 class Store(Section):
     """Where everything that is built is kept."""
 
-    root: Text = Field(description="Folder or s3://bucket/prefix that holds every artifact")
+    root: Annotated[Text, AfterValidator(store_root.checked)] = Field(
+        description="Folder or s3://bucket/prefix that holds every artifact"
+    )
 
 
 class Data(Section):
@@ -87,18 +90,9 @@ class Mask(Section):
     granularity: Literal["matrix", "block", "global"] = Field(
         default="matrix", description="Where weights compete to be kept: in their matrix, their block, the whole model"
     )
-    exclude: list[str] = Field(
-        default=[], description="Further tensor name patterns (regular expressions) never masked"
+    exclude: list[Annotated[str, AfterValidator(patterns.checked)]] = Field(
+        default=[], max_length=100, description="Further tensor name patterns (RE2's syntax) that are never masked"
     )
-
-    @model_validator(mode="after")
-    def _patterns(self) -> "Mask":
-        for pattern in self.exclude:
-            try:
-                re.compile(pattern)
-            except (re.error, RecursionError, OverflowError) as error:
-                raise ValueError(f"exclude: {pattern!r:.{SHOWN}} is no regular expression ({error})") from None
-        return self
 
 
 class Generate(Section):

@@ -5,7 +5,7 @@ import warnings
 from functools import cache
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 MAX_BYTES = 64 << 20  # of one image file
 MAX_PIXELS = 64_000_000  # decoded, 192 MB
@@ -29,16 +29,32 @@ def image_fault(data: bytes, digest: str) -> Fault | None:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """The picture as models see it: the first frame, 8 bits a channel, of 16 bits the upper 8 (as Pillow reads colour).
+    """The picture as models see it: the first frame, upright as its EXIF says, 8 bits a channel, of 16 bits the upper 8
+    (as Pillow reads colour).
 
     Raises ValueError where samples have no range that says what is white.
     """
     image.load()
+    image = _upright(image)
     if image.mode in DEEP:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(f"samples of mode {image.mode} have no stated range; save it with 8 or 16 bits a channel")
     return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned and mirrored as cameras note it, which is how people and Hugging Face's data sets see it."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # what cannot be read says nothing: viewers show such a picture as it is stored
+        return image
+    if orientation not in range(2, 9):  # 1: as it is stored
+        return image
+    bare = image.copy()
+    bare.info = {}  # exif_transpose would write the other tags again, and stumble over odd ones
+    bare.getexif()[ExifTags.Base.Orientation] = orientation
+    return ImageOps.exif_transpose(bare)
 
 
 def _examine(data: bytes) -> Fault | None:

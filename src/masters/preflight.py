@@ -13,6 +13,7 @@ from masters.errors import InputError
 from masters.judge_url import base_url, is_url
 from masters.models.checkpoints import check_readable, model_digest, resolve
 from masters.models.families import FAMILIES, family_of
+from masters.models.probe import Probed
 from masters.models.soundness import check_maskable, check_sound
 from masters.sources import Source, open_source
 from masters.storage import Storage
@@ -31,6 +32,7 @@ class LocalModel:
     digest: str
     made: Artifact | None = None  # the artifact that it was fetched from; None: it came from outside
     own_code: bool = False  # whether it runs code of its own, which this machine's owner trusts
+    probed: Probed | None = None  # what its processor made of a small prompt; None: of none of our families
 
     @property
     def origin(self) -> Artifact | External:
@@ -69,8 +71,10 @@ def preflight(config: Config) -> Ready:
     source = open_source(config.data)
     student = local_model(config.student, config.store.root)
     teachers = [local_model(teacher, config.store.root) for teacher in config.teachers]
+    check_room(student, config)
     for teacher, wanted in zip(teachers, config.teachers, strict=True):
         check_pair(teacher, student)
+        check_room(teacher, config)
         if wanted.r_max > 0:
             check_maskable(teacher.folder, tuple(config.mask.exclude))
     storage = open_storage(config.store.root)
@@ -143,8 +147,8 @@ def local_model(model: Model, store: str | None = None) -> LocalModel:
             f"model {model.model} ({kind}) wants to run code of its own, which is off; whoever runs this machine can "
             f"name it in {Setting.CODE} after reading that code"
         )
-    check_sound(folder, digest, shaped=kind in FAMILIES)
-    return LocalModel(name, folder, digest, own_code=own_code)
+    probed = check_sound(folder, digest, shaped=kind in FAMILIES)
+    return LocalModel(name, folder, digest, own_code=own_code, probed=probed)
 
 
 def check_pair(teacher: LocalModel, student: LocalModel) -> None:
@@ -162,6 +166,19 @@ def check_pair(teacher: LocalModel, student: LocalModel) -> None:
         raise InputError(
             f"teacher {teacher.name} and student {student.name} have different tokenizers ({differ} tokens differ): "
             "distillation compares the same vocabulary; choose models that share one"
+        )
+
+
+def check_room(model: LocalModel, config: Config) -> None:
+    """A short question on a small picture and the longest answer fit what an engine admits of this model."""
+    if model.probed is None:
+        return
+    prompt, answer, limit = model.probed.prompt, config.generate.max_tokens, config.runtime.max_model_len
+    if prompt + answer > min(limit, model.probed.positions):
+        raise InputError(
+            f"model {model.name}: a short question on a small picture takes {prompt} tokens and generate.max_tokens "
+            f"{answer}, together more than runtime.max_model_len ({limit}) or the model's max_position_embeddings "
+            f"({model.probed.positions}): raise the one, or lower generate.max_tokens"
         )
 
 

@@ -10,6 +10,8 @@ from masters.storage import Storage
 
 text = pa.string()
 
+PROMPT_TOO_LONG = "prompt_too_long"  # finish_reason: with its longest answer it exceeds what an engine admits
+
 QUESTIONS = pa.schema([
     ("question_id", text), ("question_digest", text), ("image", pa.binary()), ("question", text),
     ("answer", text), ("split", text), ("category", text),
@@ -53,7 +55,9 @@ REWARDS = pa.schema([
     *RESPONSE_KEY, *REWARD, ("reward", pa.float64()), ("advantage", pa.float64()),
 ])  # fmt: skip
 
-PREDICTIONS = pa.schema([("question_id", text), ("model", text), ("text", text), ("correct", pa.bool_())])
+PREDICTIONS = pa.schema([
+    ("question_id", text), ("model", text), ("text", text), ("correct", pa.bool_()), ("finish_reason", text),
+])  # fmt: skip
 
 PLAN = pa.schema([
     ("asker", text), ("kind", text), ("shard", text), ("question_id", text), ("question_digest", text),

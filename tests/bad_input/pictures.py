@@ -5,7 +5,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -62,3 +62,37 @@ def rgb16() -> bytes:
     rows = b"".join(b"\0" + struct.pack(">6H", 0, 30_000, 65_535, 1000, 2000, 3000) for _ in range(2))
     header = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def corners() -> np.ndarray:
+    """[4, 6, 3], no two of its eight turns alike; few colours, far apart."""
+    picture = np.zeros((4, 6, 3), np.uint8)
+    picture[:2, :3], picture[:2, 3:], picture[2:, :3] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    return picture
+
+
+def turned(orientation: int) -> np.ndarray:
+    """`corners` as a camera stores it with this EXIF orientation: by the standard's words, not by Pillow's code."""
+    upright = corners()
+    across, down, swapped = upright[:, ::-1], upright[::-1], upright.transpose(1, 0, 2)
+    stored = {
+        1: upright, 2: across, 3: upright[::-1, ::-1], 4: down, 5: swapped, 6: swapped[::-1], 7: swapped[::-1, ::-1],
+        8: swapped[:, ::-1],
+    }  # fmt: skip
+    return stored[orientation]
+
+
+def oriented(orientation: int, kind: str = "PNG") -> bytes:
+    """`corners` as a camera held otherwise stores it."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    exif[ExifTags.Base.Make] = "camera"
+    options = dict(lossless=True) if kind == "WEBP" else {}
+    return encoded(Image.fromarray(np.ascontiguousarray(turned(orientation))), kind, exif=exif, **options)
+
+
+def odd_exif(orientation: int) -> bytes:
+    """`corners` with an orientation that there is not."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return encoded(Image.fromarray(corners()), exif=exif)

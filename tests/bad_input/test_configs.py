@@ -6,6 +6,7 @@ import pytest
 
 from masters.config import Config, changed, load
 from masters.errors import InputError
+from masters.models.masking import is_masked
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
 LONGEST = 1000  # characters of an error: it is read in a terminal
@@ -38,6 +39,18 @@ VALUES: dict[str, tuple[str, str]] = {
     "cluster without a port": ("runtime.ray_address=head", "runtime.ray_address: String should match pattern"),
     "cluster that is a client's URL": ("runtime.ray_address='ray://head:1'", "runtime.ray_address: String"),
     "broken pattern": ("mask.exclude=['(']", "is no regular expression"),
+    "pattern that looks ahead": ("mask.exclude=['(?=layers)']", "is no regular expression (invalid perl operator"),
+    "pattern that looks back": ("mask.exclude=['(a)\\1']", "is no regular expression (invalid escape sequence"),
+    "pattern without end": (f"mask.exclude=['{'(a|b)?' * 100_000}']", "mask.exclude.0: expected at most 1000"),
+    "patterns without end": (f"mask.exclude={['a'] * 1000}", "mask.exclude: List should have at most 100 items"),
+    "repetitions of repetitions": (f"mask.exclude=['{'[a-z]{999}' * 90}']", "(pattern too large - compile failed)"),
+    "repetitions without end": ("mask.exclude=['((a{999}){999}){999}']", "is no regular expression"),
+    "store in memory": ("store.root='memory://x'", "found the protocol 'memory'"),
+    "store of references": ("store.root='reference://x'", "found the protocol 'reference'"),
+    "store on the web": ("store.root='https://host/x'", "found the protocol 'https'"),
+    "store of no known kind": ("store.root='x" + "y" * 500 + "://x'", "found the protocol 'xyyy"),
+    "chained store": ("store.root='simplecache::s3://bucket/x'", "store.root: expected a folder or s3://bucket/prefix"),
+    "store of data": ("store.root='data:x'", "store.root: expected a folder or s3://bucket/prefix"),
     "infinite limit": ("data.train_limit=inf", "data.train_limit: Input should be"),
     "text for a number": ("train.epochs='2'", "train.epochs: Input should be a valid integer (found '2')"),
     "truth for a number": ("train.epochs=true", "train.epochs: Input should be a valid integer"),
@@ -87,6 +100,20 @@ def test_files(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError) as refused:
         load(path)
     assert says in line_of(refused)
+
+
+@pytest.mark.timeout(60)
+def test_a_pattern_that_backtracks_for_ever_elsewhere_is_answered_at_once() -> None:
+    """Python's engine takes longer than a life on the name of one tensor."""
+    exclude = load(DEMO, [r"mask.exclude=['([\w.]+)+!', '(x+x+)+y']"]).mask.exclude
+    assert is_masked("model.language_model.layers.0.mlp.gate_proj.weight", 2, tuple(exclude))
+    assert is_masked("x" * 10_000 + ".weight", 2, tuple(exclude))
+    assert not is_masked("x" * 10_000 + "y.weight", 2, tuple(exclude))
+
+
+@pytest.mark.parametrize("root", ["runs/x", "/tmp/x", "file:///tmp/x", "s3://bucket/x", "C:x", "a:b"])
+def test_folders_and_s3_are_stores(root: str) -> None:
+    assert load(DEMO, [f"store.root='{root}'"]).store.root == root
 
 
 def test_a_file_without_end_is_not_read_to_it() -> None:

@@ -4,11 +4,12 @@ import io
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from masters.artifacts import Artifact
 from masters.models.prompts import opened
@@ -47,6 +48,12 @@ PICTURES: dict[str, tuple[Callable[[], bytes], str, str]] = {
         lambda: encoded(pictures.frames()[0], "WEBP", save_all=True, append_images=pictures.frames()[1:]),
         "a.webp", ACCEPTED,
     ),
+    **{
+        f"turned {n}, {kind}": (partial(pictures.oriented, n, kind), f"a.{kind.lower()}", ACCEPTED)
+        for n in range(1, 9) for kind in ("PNG", "WEBP", "TIFF")
+    },
+    "turned by 9": (lambda: pictures.odd_exif(9), "a.png", ACCEPTED),
+    "exif cut": (lambda: encoded(Image.fromarray(pictures.corners()), exif=b"Exif\0\0MM\0*\0"), "cut.png", ACCEPTED),
     "palette with transparency": (lambda: encoded(plain("P"), transparency=0), "a.png", ACCEPTED),
     "jpeg named png": (lambda: encoded(plain(), "JPEG"), "really-a-jpeg.png", ACCEPTED),
     "text named png": (lambda: b"not a picture at all", "a.png", f"{UNDECODABLE} (no known format)"),
@@ -205,3 +212,26 @@ def test_of_an_animation_the_first_frame_is_seen(table: Artifact) -> None:
 
 def test_cmyk_is_seen_in_its_colours(table: Artifact) -> None:
     assert seen(table, "cmyk").min() >= 250  # no ink: white
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_a_picture_is_seen_upright(table: Artifact, kind: str) -> None:
+    for orientation in range(1, 9):
+        assert (seen(table, f"turned {orientation}, {kind}") == pictures.corners()).all(), orientation
+
+
+def test_a_picture_that_says_nothing_or_nonsense_of_its_orientation_is_seen_as_it_is_stored(table: Artifact) -> None:
+    for name in ("turned by 9", "exif cut"):
+        assert (seen(table, name) == pictures.corners()).all()
+
+
+def test_16_bits_of_grey_are_seen_upright() -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    found = np.asarray(opened(encoded(Image.fromarray(pictures.grey16()), exif=exif)))
+    assert (found[:, :, 0] == np.rot90(pictures.grey16() >> 8, -1)).all()
+
+
+def test_the_file_is_kept_as_it_came(table: Artifact) -> None:
+    kept = {row["question_id"]: row["image"] for row in table.rows("questions", ["question_id", "image"])}
+    assert kept["turned 6, PNG"] == pictures.oriented(6)

@@ -9,12 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from demo import families
 from masters import preflight
-from masters.config import Model
+from masters.config import Model, load
+from masters.config import changed as changed_config
 from masters.errors import InputError
 from masters.models import soundness
 
-DEMO = Path(__file__).parents[2] / "demo/models/student"
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "demo/models/student"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 GATE = "model.language_model.layers.0.mlp.gate_proj.weight"
 NORM = "model.visual.blocks.0.norm1.weight"
@@ -59,6 +62,23 @@ def config(**changes: object) -> Callable[[Path], object]:
     return apply
 
 
+def changed(name: str, *keys: str, **changes: object) -> Callable[[Path], object]:
+    """Changes of a JSON file, below these keys."""
+
+    def apply(folder: Path) -> None:
+        inner = found = json.loads((folder / name).read_text())
+        for key in keys:
+            inner = inner[key]
+        inner |= changes
+        (folder / name).write_text(json.dumps(found))
+
+    return apply
+
+
+def gone(*names: str) -> Callable[[Path], object]:
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
 def cut(name: str, keep: Callable[[int], int]) -> Callable[[Path], object]:
     def apply(folder: Path) -> None:
         data = (folder / name).read_bytes()
@@ -76,6 +96,8 @@ def written(name: str, content: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_text(content)
 
 
+PROCESSOR, TEMPLATE, GENERATION = "processor_config.json", "chat_template.jinja", "generation_config.json"
+PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "NaN in a matrix": (one(GATE, float("nan")), [WEIGHTS, GATE, "NaN"]),
     "NaN in a norm, which is never masked": (one(NORM, float("nan")), [WEIGHTS, NORM, "NaN"]),
@@ -109,6 +131,30 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "index that leaves": (index(WEIGHTS, "../other.safetensors"), ["'../other.safetensors'", "not a weights file"]),
     "index of a file that is not there": (index("model-00001-of-00002.safetensors"), ["not a weights file"]),
     "index that is none": (written(soundness.INDEX, "[]"), ["is no index of weights"]),
+    "no processor": (gone(PROCESSOR), ["its processor cannot be loaded", "processor_config.json"]),
+    "processor cut": (cut(PROCESSOR, lambda size: size // 2), ["its processor cannot be loaded"]),
+    "processor is a list": (written(PROCESSOR, "[]"), ["its processor cannot be loaded"]),
+    "patches of another size": (changed(PROCESSOR, "image_processor", patch_size=16), ["4 tokens", "describes 16"]),
+    "merges of another size": (changed(PROCESSOR, "image_processor", merge_size=1), ["64 tokens", "describes 16"]),
+    "no chat template": (gone(TEMPLATE), ["its chat template cannot be used"]),
+    "broken chat template": (written(TEMPLATE, "{% for m in messages %}"), ["its chat template cannot be used"]),
+    "template that reaches out": (
+        written(TEMPLATE, "{{ messages.__class__.__mro__[1].__subclasses__() }}"), ["its chat template cannot be used"],
+    ),
+    "template without image": (
+        written(TEMPLATE, "{% for c in messages[0]['content'] %}{{ c['text'] }}{% endfor %}"),
+        ["its chat template gives a picture 0 places"],
+    ),
+    "template with two images": (written(TEMPLATE, PICTURE * 2 + "what shape is it?"), ["make no prompt"]),
+    "template without question": (written(TEMPLATE, PICTURE), ["writes the question 0 times"]),
+    "template with two questions": (
+        written(TEMPLATE, PICTURE + "{{ messages[0]['content'][1]['text'] }}" * 2), ["writes the question 2 times"],
+    ),
+    "another image token": (changed(CONFIG, image_token_id=6), ["image_token_id is 6, its processor's 5"]),
+    "broken generation config": (written(GENERATION, "{"), ["generation_config.json cannot be read"]),
+    "generation config is a list": (written(GENERATION, "[]"), ["generation_config.json cannot be read"]),
+    "end that is no token": (changed(GENERATION, eos_token_id=10**6), [GENERATION, "1000000", "below 362"]),
+    "end that is text": (changed(GENERATION, eos_token_id="<|im_end|>"), [GENERATION]),
 }  # fmt: skip
 
 
@@ -121,6 +167,34 @@ def test_folders(model: Path, home: Path, name: str) -> None:
     line = str(refused.value)
     assert all(part in line for part in says) and "\n" not in line, line
     assert not (home / ".cache/masters/sound").exists()  # what is at fault is looked at again
+
+
+def test_a_model_that_knows_too_few_positions(model: Path) -> None:
+    """For the configuration's longest answer: of a model that is sound otherwise."""
+    config(max_position_embeddings=64)(model)
+    few = preflight.local_model(Model(model=str(model)))
+    settings = load(ROOT / "configs/demo.toml")
+    assert few.probed is not None and few.probed.positions == 64
+    preflight.check_room(few, changed_config(settings, {"generate.max_tokens": 64 - few.probed.prompt}))
+    with pytest.raises(InputError, match=r"generate.max_tokens 64, .* max_position_embeddings \(64\): raise"):
+        preflight.check_room(few, changed_config(settings, {"generate.max_tokens": 64}))
+
+
+def test_what_was_found_is_known_again_without_looking(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = preflight.local_model(Model(model=str(model)))
+    monkeypatch.setattr(soundness, "probe", None)
+    assert preflight.local_model(Model(model=str(model))) == first
+    (note,) = (Path.home() / ".cache/masters/sound").iterdir()
+    note.write_text("{")  # by hand: looked at again
+    monkeypatch.undo()
+    assert preflight.local_model(Model(model=str(model))) == first
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_every_family_is_probed(name: str, tmp_path: Path) -> None:
+    folder = families.save(name, tmp_path / "model", ["what shape is it?"])
+    found = preflight.local_model(Model(model=str(folder))).probed
+    assert found is not None and found.positions == 512 and found.prompt > 10
 
 
 def test_a_tensor_that_no_model_asks_for_harms_nothing(model: Path) -> None:

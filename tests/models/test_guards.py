@@ -191,3 +191,41 @@ def test_a_run_cut_short_falls_like_a_whole_one(tmp_path: Path, monkeypatch, cut
         ends.append(weights(job))
     assert bool(events(told, "resumed")) == (cut > 1 or after)
     assert same(*ends)
+
+
+@pytest.mark.parametrize("place", ["before any weight", "between two weights"])
+def test_memory_that_does_not_hold_the_update_ends_the_run_which_goes_on_elsewhere(
+    tmp_path: Path, monkeypatch, place: str
+) -> None:
+    original, taken, ends = torch.optim.AdamW.step, [], []
+
+    def fails_at_3(self: torch.optim.AdamW) -> None:
+        taken.append(0)
+        if len(taken) == 3:
+            for parameter in self.param_groups[0]["params"][: 2 * (place == "between two weights")]:
+                parameter.data.add_(1.0)
+            torch.empty(1 << 50)  # the allocator's own error
+        original(self)
+
+    for name in ("whole", "cut"):
+        if name == "cut":
+            job, told = run_of(tmp_path / name)
+            job.checkpoint_steps = 1
+            with monkeypatch.context() as patch, pytest.raises(MastersError, match="step 3: memory does not hold what"):
+                patch.setattr(torch.optim.AdamW, "step", fails_at_3)
+                trainer.fit(job)
+            assert len(events(told, "step")) == 2 and not events(told, "token_budget")
+        job, told = run_of(tmp_path / name)
+        trainer.fit(job)
+        assert [line["step"] for line in events(told, "resumed")] == ([2] if name == "cut" else [])
+        ends.append(weights(job))
+    assert same(*ends)
+
+
+def test_other_errors_of_a_step_are_not_taken_for_lack_of_memory(tmp_path: Path, monkeypatch) -> None:
+    def broken(_: torch.optim.AdamW) -> None:
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        trainer.fit(run_of(tmp_path)[0])

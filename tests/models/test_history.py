@@ -1,6 +1,6 @@
 """Rows of a training that was cut short: each is in the tables once."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from masters import schemas
+from masters.errors import ArtifactError
 from masters.models import history
 from masters.models.history import Ledger
 from masters.models.training_data import Group
@@ -84,3 +85,64 @@ def test_parts_are_joined_to_files_of_bounded_size(tmp_path: Path, monkeypatch: 
     attempt(storage, 0, 10, 1, None)
     counts = [schemas.decode(part).num_rows for part in history.files(storage, "c", "rewards")]
     assert counts == [6, 6, 6, 2]
+
+
+def census(storage: Storage) -> history.Census:
+    counted = history.Census()
+    for table in history.SCHEMAS:
+        for content in history.files(storage, "c", table):
+            counted.count(table, content)
+    return counted
+
+
+def again(storage: Storage, table: str) -> None:
+    """A part written a second time under a later step's name."""
+    part = next(name for name in history.parts(storage, "c") if f"/{table}-" in name)
+    storage.write(f"c/{table}-00000099-0000.parquet", storage.read(part))
+
+
+FAULTS: dict[str, tuple[Callable[[Storage], object], str]] = {
+    "a part of history is gone": (
+        lambda storage: storage.remove("c/history-00000004-0000.parquet"),
+        "each of 8 steps once, found step 3 0 times, step 4 0 times; train it again with --rebuild train",
+    ),
+    "a part of history is there twice": (lambda storage: again(storage, "history"), "step 1 2 times, step 2 2 times;"),
+    "a rank's part of rewards is gone": (
+        lambda storage: storage.remove("c/rewards-00000004-0001.parquet"), "16 questions in 8 steps, found those of 14"
+    ),
+    "a part of rewards is there twice": (lambda storage: again(storage, "rewards"), "2 responses are there more than"),
+    "all of history is gone": (
+        lambda storage: [storage.remove(n) for n in history.parts(storage, "c") if "/history-" in n],
+        "step 1 0 times, step 2 0 times, step 3 0 times and 5 more at fault",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_tables_that_are_not_whole_are_refused(tmp_path: Path, name: str) -> None:
+    storage = Storage(str(tmp_path))
+    attempt(storage, 0, 8, 2, None)
+    census(storage).check(8, rewarded=True)
+    spoil, says = FAULTS[name]
+    spoil(storage)
+    with pytest.raises(ArtifactError, match=says):
+        census(storage).check(8, rewarded=True)
+
+
+def test_steps_more_or_fewer_than_were_taken_are_refused(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    attempt(storage, 0, 8, 2, None)
+    for steps, says in ((7, "found step 8 1 times"), (9, "found step 9 0 times")):
+        with pytest.raises(ArtifactError, match=says):
+            census(storage).check(steps, rewarded=True)
+
+
+def test_where_nothing_is_rewarded_history_alone_is_asked_for(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    attempt(storage, 0, 4, 2, None)
+    for name in history.parts(storage, "c"):
+        if "/rewards-" in name:
+            storage.remove(name)
+    census(storage).check(4, rewarded=False)
+    with pytest.raises(ArtifactError, match="found those of 0"):
+        census(storage).check(4, rewarded=True)

@@ -50,6 +50,11 @@ def scored(run: Run, texts: dict[str, list[str]] = TEXTS) -> tuple[Artifact, lis
     return by_hand.scored(run, QUESTIONS, texts)
 
 
+def told(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was said on the terminal, its lines joined."""
+    return " ".join(capsys.readouterr().err.split())
+
+
 @pytest.fixture
 def there() -> Iterator[FakeJudge]:
     with serve() as judge:
@@ -124,7 +129,7 @@ def test_rebuilding_asks_again(tmp_path: Path, there: FakeJudge) -> None:
     assert len(there.first_calls()) == 2 * DISTINCT
 
 
-def test_a_failure_is_no_score_and_the_next_run_asks_again(tmp_path: Path, there: FakeJudge) -> None:
+def test_a_failure_is_no_score_and_the_next_run_asks_again(tmp_path: Path, there: FakeJudge, capsys) -> None:
     there.say = down_for("Teal.")
     first, rows, line = scored(made_run(tmp_path, there.url))
     (failed,) = [row for row in rows if row["status"] != "ok"]
@@ -133,6 +138,8 @@ def test_a_failure_is_no_score_and_the_next_run_asks_again(tmp_path: Path, there
     assert "HTTP 401" in failed["explanation"]
     assert (first.facts["statuses"], first.facts["rejected"]) == ({"ok": 11, "judge_failed": 1}, 1)
     assert (line["asked"], line["answered"]) == (DISTINCT, DISTINCT - 1)
+    assert line["no_verdict"] == {"judge_failed": 1}
+    assert "1 of 12 responses have no verdict and get no reward (judge_failed 1)" in told(capsys)
 
     there.say = lambda user: (200, verdict(user))
     there.asked.clear()
@@ -154,12 +161,19 @@ def test_while_it_stays_away_what_there_is_stays(tmp_path: Path, there: FakeJudg
     assert (again.fingerprint, line["outcome"]) == (first.fingerprint, "reused")
 
 
-def test_a_text_that_the_judge_refuses_is_final_in_its_artifact(tmp_path: Path, there: FakeJudge) -> None:
+def test_a_text_that_the_judge_refuses_is_final_in_its_artifact(tmp_path: Path, there: FakeJudge, capsys) -> None:
     there.say = lambda user: (400, b"{}") if "Teal." in user else (200, verdict(user))
     first, rows, _ = scored(made_run(tmp_path, there.url))
     assert [row["status"] for row in rows if row["score"] is None] == ["refused"]
+    assert "1 of 12 responses have no verdict and get no reward (refused 1)" in told(capsys)
     again, _, line = scored(made_run(tmp_path, there.url))
-    assert (again.fingerprint, line["outcome"]) == (first.fingerprint, "reused")
+    assert (again.fingerprint, line["outcome"], line["no_verdict"]) == (first.fingerprint, "reused", {"refused": 1})
+    assert "(refused 1)" in told(capsys)  # of what is reused, too
+
+
+def test_where_every_verdict_is_there_nothing_is_said_of_it(tmp_path: Path, there: FakeJudge, capsys) -> None:
+    _, _, line = scored(made_run(tmp_path, there.url))
+    assert "no_verdict" not in line and "verdict" not in told(capsys)
 
 
 @pytest.mark.parametrize(
