@@ -89,7 +89,7 @@ def line_of(refused: pytest.ExceptionInfo) -> str:
 def test_a_cluster_that_does_not_answer_is_refused_before_work_starts() -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # and does not listen
-        with pytest.raises(InputError, match=r"runtime.ray_address: no Ray cluster answers at 127.0.0.1:\d+ .*ray start"):
+        with pytest.raises(InputError, match=r"runtime.ray_address: no Ray cluster answers at 127.0.0.1:\d+ .*ray"):
             check_answers(f"127.0.0.1:{nobody.getsockname()[1]}")
 
 
