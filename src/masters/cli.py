@@ -83,12 +83,12 @@ def bench(name: Annotated[Benchmark, typer.Argument(help="What to measure")], as
         rows += [row.as_dict() for row in gpu_rows(name)]
     except Exception as error:  # what the CPU took minutes for is told first
         failed = error
-    file = Path("runs", "bench", f"{name}.json")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(dict(name=name, rows=rows), indent=1) + "\n")
     _measurements(name, rows, as_json)
     if as_json:
         print(json.dumps(dict(name=name, rows=rows)))
+    file = Path("runs", "bench", f"{name}.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(dict(name=name, rows=rows), indent=1) + "\n")
     if failed:
         raise MastersError(f"bench {name}: its GPU rows failed, the others are in {file}: {failed!r}") from failed
 
