@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from masters.config import Train
-from masters.errors import MastersError
-from masters.models import guards, resume, trainer
+from masters.errors import ArtifactError, MastersError
+from masters.models import guards, history, resume, trainer
 from masters.models.history import Ledger
 from masters.models.packing import pack, response_states
 from masters.models.training_data import Group, Step
@@ -229,3 +229,22 @@ def test_other_errors_of_a_step_are_not_taken_for_lack_of_memory(tmp_path: Path,
     monkeypatch.setattr(torch.optim.AdamW, "step", broken)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         trainer.fit(run_of(tmp_path)[0])
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"objective": "kd"}, {"learning_rate": WILD, "probe_drop": 0.2, "on_drop": "rollback"}]
+)
+def test_what_a_run_leaves_is_whole(tmp_path: Path, settings: dict) -> None:
+    """As the train stage proves it before the record, also of a run that ended early."""
+    job, told = run_of(tmp_path, **settings)
+    trainer.fit(job)
+    census = history.Census()
+    for table in history.SCHEMAS:
+        for content in history.files(job.storage, job.checkpoints, table):
+            census.count(table, content)
+    rewarded = job.train.objective == "masters"
+    back = events(told, "rolled_back")
+    assert bool(back) == ("on_drop" in settings)
+    census.check(back[0]["at"] if back else STEPS, rewarded)
+    with pytest.raises(ArtifactError, match=f"each of {STEPS + 1} steps once"):
+        census.check(STEPS + 1, rewarded)
