@@ -83,10 +83,10 @@ def test_rows_are_one_engines_though_one_of_two_is_killed(
     tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "plan", partial(shards.plan, limit=4))
-    source, fits = write_questions(tmp_path / "source", 64, bad=False), dict(max_model_len=512)
-    one = answers(made_run(tmp_path / "one", source, runtime=fits))
-    on_ray = dict(generate_workers=2, ray_address="local")
-    two = answers(made_run(tmp_path / "two", source, runtime=fits | on_ray))
+    source, fast = write_questions(tmp_path / "source", 64, bad=False), dict(dtype="float32")
+    one = answers(made_run(tmp_path / "one", source, generate=fast, runtime=dict(max_model_len=512)))
+    on_ray = dict(generate_workers=2, ray_address="local", max_model_len=512)
+    two = answers(made_run(tmp_path / "two", source, generate=fast, runtime=on_ray))
 
     assert len(one[0]) == 48 * 2 and one[0] == two[0]
     assert len(one[1]) == 16 * 2 and one[1] == two[1]
