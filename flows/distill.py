@@ -26,15 +26,17 @@ from masters.tasks.report import reported
 from masters.tasks.score import score
 from masters.tasks.stage import Context, Round, Run, warn
 from masters.tasks.train import train
-from masters.tracking import Tracker, close_lost, tracking_uri
+from masters.tracking import Tracker, close_lost, close_of, tracking_uri
 
 
 def crashed(_: Flow, flow_run: FlowRun, __: State) -> None:
-    """Runs in the worker: nothing of a run whose process is gone is left RUNNING in MLflow."""
+    """Runs in the worker: nothing of a run whose process is gone is left RUNNING in MLflow, wherever it ran."""
     config = Config.model_validate(flow_run.parameters["config"])
     check_config(config)  # a run that was refused touches nothing at its end either
     storage = Storage(config.store.root)
-    close_lost(tracking_uri(config, storage), storage)
+    uri = tracking_uri(config, storage)
+    close_of(uri, storage, str(flow_run.id))
+    close_lost(uri, storage)
 
 
 @flow(name="distill", flow_run_name="{config.name}", on_crashed=[crashed], persist_result=False)

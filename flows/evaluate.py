@@ -12,6 +12,7 @@ from masters.artifacts import Artifact
 from masters.config import Config, Model
 from masters.errors import InputError
 from masters.flows.attempts import attempt, patient
+from masters.flows.distill import crashed
 from masters.machine import cache
 from masters.preflight import LocalModel, local_model, preflight
 from masters.registry import shown
@@ -23,7 +24,7 @@ from masters.trace import find
 from masters.tracking import Tracker, tracking_uri
 
 
-@flow(name="evaluate", flow_run_name="{config.name}", persist_result=False)
+@flow(name="evaluate", flow_run_name="{config.name}", on_crashed=[crashed], persist_result=False)
 def evaluate(config: Config, models: list[str]) -> dict:
     """Exact match of each model, with `n` and `standard_error`; also as a table in the run's artifacts.
 
@@ -71,4 +72,7 @@ def _student(model: str, tracking: str) -> Artifact:
     _, target = find(model, tracking)
     (folder,) = target.folders
     allowed.check(Setting.STORES, f"the store of {target.title}", target.store)
-    return artifacts.load(Storage(target.store), folder)
+    student = artifacts.load(Storage(target.store), folder)
+    if student.record["digest"] != target.folders[folder]:
+        raise InputError(f"{target.title}: {student.uri} was built again since, it is another student")
+    return student

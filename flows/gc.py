@@ -6,24 +6,27 @@ under way, shards and unfinished work stay altogether: nobody can say which of t
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from masters import artifacts, chain, machine, tracking
+from masters import artifacts, chain, machine, places, tracking
 from masters.artifacts import RECORD
 from masters.config import Config
 from masters.errors import InputError
 from masters.identity import fingerprint
 from masters.preflight import open_storage
 from masters.registry import Registry, shown
+from masters.secrets import masked
 from masters.stages import Stage
 from masters.storage import Storage
 from masters.tasks.stage import work_folder
-from masters.trace import available, check_there
+from masters.trace import check_there
 
 FRESH = 24 * 3600  # seconds: what was written since is kept, though nothing reaches it
+ASKED_AGAIN = 1.0  # seconds: a run that begins has its first stage later than that
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,17 @@ class Spared:
 def collect(config: Config, delete: bool = False) -> dict:
     """List what may go, or remove it: `items` (kind, uri, bytes, why), `bytes`, `kept` artifacts, `notes`."""
     storage = open_storage(config.store.root)
-    registries = [Registry(uri) for uri in _uris(config, storage)]
+    registries, silent = _registries(config, storage)
+    if delete and silent:
+        raise InputError(
+            f"nothing is removed while an MLflow that knows this store cannot be asked: {'; '.join(silent)}"
+        )
     spared = reached(registries, storage)
+    spared.notes += [f"{why}; --delete is refused" for why in silent]
     items = [*_artifacts(storage, spared), *_shards(storage, spared), *_work(storage, spared)]
     if delete:
-        items = [item for item in items if _removed(item, registries, storage)]
+        under_way = _UnderWay(registries, storage)
+        items = [item for item in items if _removed(item, under_way)]
         storage.sweep("")
     listed = [dict(kind=i.kind, uri=i.storage.uri(i.name), bytes=i.bytes, why=i.why) for i in items]
     return dict(
@@ -86,18 +95,35 @@ def reached(registries: list[Registry], storage: Storage) -> Spared:
     return spared
 
 
-def _uris(config: Config, storage: Storage) -> list[str]:
-    """The configuration's MLflow, and those of this machine's other runs. The last run's must be among them."""
+def _registries(config: Config, storage: Storage) -> tuple[list[Registry], list[str]]:
+    """Every MLflow that tracked a run into this store and those known to this machine; and of which none answers, why.
+
+    Raises InputError if the configuration's own cannot be asked.
+    """
     named = tracking.tracking_uri(config, storage)
     check_there(named)
-    uris = list(dict.fromkeys([named, *available([*machine.remembered(), named])]))
-    last = _summary(storage).get("mlflow", {}).get("tracking_uri")
-    if last and last not in map(shown, uris):
-        raise InputError(
-            f"the last run into {storage.uri('')} was tracked at {last}, which is not known here: "
-            "set MLFLOW_TRACKING_URI to it; what its champion needs cannot be told without it"
-        )
-    return uris
+    known = {shown(uri): uri for uri in [*machine.remembered(), named]}  # with what a note must not hold
+    told = places.noted(storage, tracking.beside(storage))
+    if last := _summary(storage).get("mlflow", {}).get("tracking_uri"):
+        told.setdefault(last, storage.uri("summary.json"))
+    asked, silent = [named], []
+    for uri, note in told.items():
+        if why := _unasked(known.get(uri, uri)):
+            silent.append(f"MLflow at {uri}: {why}; if it is gone for good, remove {note}")
+        else:
+            asked.append(known.get(uri, uri))
+    asked += [uri for told_as, uri in known.items() if told_as not in told and not _unasked(uri)]
+    return [Registry(uri) for uri in dict.fromkeys(asked)], silent
+
+
+def _unasked(uri: str) -> str | None:
+    """Why an MLflow cannot be asked for its models."""
+    try:
+        check_there(uri)
+        Registry(uri).wanted()
+    except Exception as error:  # drivers of databases raise what they like
+        return masked(str(error)).partition("\n")[0]
+    return None
 
 
 def _summary(storage: Storage) -> dict:
@@ -177,9 +203,22 @@ def _work(storage: Storage, spared: Spared) -> Iterator[Item]:
             yield Item("work", here, name, sum(size for size, _ in files), "not written to for more than a day")
 
 
-def _removed(item: Item, registries: list[Registry], storage: Storage) -> bool:
+class _UnderWay:
+    """`_under_way` while things are removed: asked for each of them as long as there is a run, else every second."""
+
+    def __init__(self, registries: list[Registry], storage: Storage) -> None:
+        self._ask, self._at = lambda: _under_way(registries, storage), -math.inf
+        self._found: tuple[set[str], list[str]] = set(), []
+
+    def __call__(self) -> tuple[set[str], list[str]]:
+        if self._found[1] or time.monotonic() - self._at > ASKED_AGAIN:
+            self._found, self._at = self._ask(), time.monotonic()
+        return self._found
+
+
+def _removed(item: Item, under_way: _UnderWay) -> bool:
     """Remove it, unless a run that began meanwhile came upon it."""
-    live, notes = _under_way(registries, storage)
+    live, notes = under_way()
     if item.fingerprint in live or (notes and item.kind != "artifact"):
         return False
     if item.kind in ("shard", "judgements"):

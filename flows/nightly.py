@@ -4,17 +4,18 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from prefect import flow
+from prefect import Flow, State, flow
+from prefect.client.schemas.objects import FlowRun
 
 from masters import artifacts, webhook
 from masters.allowed import check_config
 from masters.artifacts import RECORD, Artifact
 from masters.config import Config, Model
-from masters.errors import InputError
+from masters.errors import ArtifactError, InputError
 from masters.flows.attempts import attempt, patient
-from masters.flows.distill import Distilled, pipeline, tracked
+from masters.flows.distill import Distilled, crashed, pipeline, tracked
 from masters.gate import Comparison, compare, objections, regressions
-from masters.machine import cache
+from masters.machine import cache, turn
 from masters.preflight import LocalModel, Ready, open_storage, preflight
 from masters.registry import Registry
 from masters.reuse import Earlier
@@ -22,17 +23,33 @@ from masters.stages import Stage
 from masters.storage import Storage
 from masters.tasks.evaluate import evaluate
 from masters.tasks.report import night_reported
-from masters.tasks.stage import Context, Run
+from masters.tasks.stage import Context, Run, warn
 from masters.tracking import check_answers, tracking_uri
 
 NOTHING = dict(reasons=[], regressions=[])
+UNTRAINED = dict(
+    reasons=[
+        "no training question that the champion does not know: a new teacher, withdrawn rows and other evaluation "
+        "rows wait for one (nightly.start = champion)"
+    ]
+)
+VACANT = "nobody has the alias champion, which version {last} had: give it with `masters rollback {name} --to VERSION`"
+ROLLED_BACK = "version {version} was rolled back: only `masters rollback {name} --to {version}` makes it champion again"
+TOLD_LENGTH = 4000  # characters of a tag
 
 
-@flow(name="nightly", flow_run_name="{config.name}", persist_result=False)
+def told_of(_: Flow, flow_run: FlowRun, state: State) -> None:
+    """Runs in the worker: a night whose process is gone has told nobody."""
+    config = Config.model_validate(flow_run.parameters["config"])
+    why = state.message or "its process is gone"
+    webhook.report(config.name, "crashed", f"attempt {flow_run.run_count} of the night {flow_run.name}: {why}")
+
+
+@flow(name="nightly", flow_run_name="{config.name}", on_crashed=[crashed, told_of], persist_result=False)
 def nightly(config: Config) -> dict:
     """Distil what changed since the last night; promote the student only if it is better. Returns the summary.
 
-    A failure and a regression are reported to the webhook that MASTERS_WEBHOOK_URL names.
+    A failure, a crash and a regression are reported to the webhook that MASTERS_WEBHOOK_URL names.
 
     Args:
         config: What a TOML file holds; what this form accepts is what the file accepts.
@@ -46,8 +63,16 @@ def nightly(config: Config) -> dict:
         told = summary["nightly"]
         night_reported(config.name, told)
         if told["regressions"]:
-            webhook.report(config.name, "regression", "; ".join(told["regressions"]))
+            tell(Registry(tracking_uri(config, open_storage(config.store.root))), config.name, told)
     return summary
+
+
+def tell(registry: Registry, name: str, told: dict) -> None:
+    """Report a regression, unless it was: a night cut short before its report leaves that to the next."""
+    said = "; ".join(told["regressions"])
+    known = f"against version {told['champion']}: {said}"[:TOLD_LENGTH]
+    if registry.told(name, told["candidate"]) != known and webhook.report(name, "regression", said):
+        registry.tell(name, told["candidate"], known)
 
 
 @dataclass(frozen=True)
@@ -69,9 +94,15 @@ def from_champion(config: Config, champion: Champion) -> Ready:
 
 
 def night(config: Config) -> dict:
-    """The night without its reports."""
+    """The night without its reports. A second one of this name waits: its champion is what the first one makes."""
     check_config(config)
     storage = patient(lambda: open_storage(config.store.root))
+    waiting = f"another night of {config.name} is under way on this machine: waiting for its end"
+    with turn(f"night {config.name} {storage.uri('')}", lambda: warn(waiting)):
+        return _night(config, storage)
+
+
+def _night(config: Config, storage: Storage) -> dict:
     uri = tracking_uri(config, storage)
     patient(lambda: check_answers(uri))
     champion = champion_of(Registry(uri), config.name, storage)
@@ -86,26 +117,30 @@ def night(config: Config) -> dict:
             summary.night(judged(run, done, champion))
             keep(run)
         else:
-            summary.night(dict(outcome="no change", champion=champion and champion.version) | NOTHING)
+            summary.night(dict(outcome="no change", champion=champion and champion.version) | NOTHING | UNTRAINED)
     return summary.written
 
 
 def judged(run: Run, done: Distilled, champion: Champion | None) -> dict:
     """Promote the candidate, or say why not."""
     registry, name = run.tracker.registry, run.config.name
-    built = any(stage["outcome"] == "built" for stage in run.stages)
+    # a night in which nothing was built came to its verdict before, unless it was cut short
+    news = any(stage["outcome"] == "built" for stage in run.stages) or not registry.is_judged(name, done.version)
     told: dict = dict(candidate=done.version, champion=done.version) | NOTHING
-    if champion is None:
+    if champion is None and (past := registry.history(name)):
+        told |= dict(outcome="kept", champion=None, reasons=[VACANT.format(name=name, last=past[-1])])
+    elif champion is None:
         told |= dict(outcome="promoted", reasons=["the first champion"])
     elif champion.version == done.version:
-        told |= dict(outcome="kept" if built else "no change", reasons=["the champion itself"])
+        told |= dict(outcome="kept" if news else "no change", reasons=["the champion itself"])
     else:
         found = against(run, done, champion)
         worse, reasons = regressions(found, run.config.nightly), objections(found, run.config.nightly)
-        told |= dict(outcome="kept" if reasons else "promoted", reasons=reasons, comparison=found.as_dict())
-        # a night in which nothing was built told of it before
-        told |= dict(regressions=worse if built else [], champion=champion.version if reasons else done.version)
-        told |= dict(outcome="no change") if reasons and not built else {}
+        if registry.rolled_back(name, done.version):
+            reasons.append(ROLLED_BACK.format(name=name, version=done.version))
+        told |= dict(outcome="promoted", reasons=reasons, comparison=found.as_dict(), regressions=worse)
+        if reasons:
+            told |= dict(outcome="kept" if news else "no change", champion=champion.version)
     registry.judged(name, done.version, f"{told['outcome']}: {'; '.join(told['reasons'])}")
     if told["outcome"] == "promoted":
         registry.promote(name, done.version)
@@ -131,9 +166,12 @@ def champion_of(registry: Registry, name: str, storage: Storage) -> Champion | N
         raise InputError(f"{target.title}, the champion, lies in {target.store}, not in store.root {storage.uri('')}")
     try:
         (folder,) = target.folders
-        trained = artifacts.load(storage, folder).upstream("train")
+        registered = artifacts.load(storage, folder)
+        if registered.record["digest"] != target.folders[folder]:
+            raise ArtifactError(f"{registered.uri} was built again since: it is another student")
+        trained = registered.upstream("train")
         questions = trained.upstream("data") if trained else None
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ArtifactError) as error:
         raise InputError(
             f"{target.title}, the champion, is not whole: {error}; try `masters rollback {name}`"
         ) from error

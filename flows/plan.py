@@ -1,6 +1,8 @@
 """What a run would build or reuse, and which fields changed since the stage was last built. Builds nothing."""
 
 import json
+import re
+from collections.abc import Collection
 from contextlib import suppress
 
 from masters import artifacts
@@ -21,11 +23,11 @@ class Unknown(Exception):
 class Plan:
     """Lines of the plan; `find` adds one and gives the finished artifact, or raises Unknown."""
 
-    def __init__(self, storage: Storage) -> None:
-        self.storage, self.lines = storage, []
+    def __init__(self, storage: Storage, rebuild: frozenset[Stage]) -> None:
+        self.storage, self.rebuild, self.lines = storage, rebuild, []
 
     def find(self, identity: Identity) -> Artifact:
-        artifact = artifacts.find(self.storage, identity)
+        artifact = None if identity.kind in self.rebuild else artifacts.find(self.storage, identity)
         outcome = "reused" if artifact else "built"
         changed = [] if artifact else changes(self.storage, identity)
         self.lines.append(dict(name=identity.stage, outcome=outcome, fingerprint=identity.fingerprint, changed=changed))
@@ -34,11 +36,14 @@ class Plan:
         return artifact
 
 
-def plan(config: Config) -> list[dict]:
-    """Per stage: `name`, `outcome` ("built", "reused"), `fingerprint` (None until its inputs are built), `changed`."""
+def plan(config: Config, rebuild: Collection[Stage] = ()) -> list[dict]:
+    """Per stage: `name`, `outcome` ("built", "reused"), `fingerprint` (None until its inputs are built), `changed`.
+
+    `rebuild`: stages that the run would build again; what those behind them are made from is then not known either.
+    """
     ready = preflight(config)
     context = Context(config, ready)
-    found, expected = Plan(ready.storage), _expected(config)
+    found, expected = Plan(ready.storage, frozenset(rebuild)), _expected(config)
     with suppress(Unknown):
         _walk(context, found)
     named = {line["name"] for line in found.lines}
@@ -49,7 +54,8 @@ def plan(config: Config) -> list[dict]:
 def changes(storage: Storage, identity: Identity) -> list[str]:
     """Fields of config and names of inputs that differ from the newest artifact of the stage under the same slug."""
     slug = identity.folder.removesuffix(identity.fingerprint).split("/")[1]
-    names = [n for n in storage.children(identity.kind) if n.startswith(slug)]
+    known = re.compile(rf"{re.escape(slug)}[0-9a-f]{{{len(identity.fingerprint)}}}")
+    names = [n for n in storage.children(identity.kind) if known.fullmatch(n)]
     paths = [f"{identity.kind}/{name}/record.json" for name in names]
     records = [json.loads(storage.read(path)) for path in paths if storage.exists(path)]
     if not records:

@@ -1,24 +1,28 @@
 """`python -m masters.infra.deployments`: what the Prefect server must hold before a worker starts.
 
-The work pool, the deployments of prefect.yaml, and two automations for lost runs: one that has stopped to send
-heartbeats is marked Crashed, and a crashed run of a deployment is scheduled again, a set number of times. Scheduling
-waits for RESUME_AFTER: Crashed is proposed twice, seconds apart, and resuming at the first would run it twice.
+The work pool, the deployments of prefect.yaml, and three automations for lost runs: one that has stopped to send
+heartbeats is marked Crashed, one that was being cancelled meanwhile is Cancelled, and a crashed run of a deployment is
+scheduled again, a set number of times. Scheduling waits for RESUME_AFTER: Crashed is proposed twice, seconds apart, and
+resuming at the first would run it twice.
 """
 
 import asyncio
+import json
 import subprocess
 import sys
+import tempfile
 from datetime import timedelta
 from pathlib import Path
 
+import yaml
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
-from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter, WorkPoolFilter
+from prefect.client.schemas.objects import DeploymentSchedule, StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Cancelled, Crashed
+from prefect.states import AwaitingRetry, Cancelled, Crashed
 from prefect.workers.process import ProcessWorker
 
 import masters
@@ -35,15 +39,45 @@ async def prepare(settings: Settings) -> None:
     """Pool, automations, and an end to what a previous stack left running."""
     async with get_client() as client:
         await _pool(client, settings)
-        await _end_lost(client)
-    for automation in (lost(settings), resumed(settings)):
-        await _replace(automation)
+        for automation in (lost(settings), cancelled(settings), resumed(settings)):
+            await _replace(client, automation)
+        await _end_lost(client, settings)
 
 
 def deploy() -> int:
     """Every deployment of prefect.yaml; its runs start in the present folder. Returns the exit code."""
-    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(DEFINITIONS)]
-    return subprocess.run(command).returncode
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / DEFINITIONS.name
+        file.touch(mode=0o600)  # parameters of a schedule may concern nobody else
+        file.write_text(yaml.safe_dump(asyncio.run(definitions())))
+        command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
+        return subprocess.run(command).returncode
+
+
+async def definitions() -> dict:
+    """prefect.yaml, where a deployment is there already with the schedules, parameters and pause that it has.
+
+    Those are whoever uses the UI's. They go into the request that updates a deployment, which would end them otherwise.
+    """
+    defined = yaml.safe_load(DEFINITIONS.read_text())
+    named = dict(name=dict(any_=[deployment["name"] for deployment in defined["deployments"]]))
+    async with get_client() as client:
+        found = await client.read_deployments(deployment_filter=DeploymentFilter.model_validate(named))
+    there = {deployment.name: deployment for deployment in found}
+    for deployment in defined["deployments"]:
+        if kept := there.get(deployment["name"]):
+            deployment["schedules"] = [_scheduled(schedule) for schedule in kept.schedules]
+            deployment |= dict(parameters=kept.parameters, paused=kept.paused)
+    return defined
+
+
+def _scheduled(found: DeploymentSchedule) -> dict:
+    """A schedule of the server as prefect.yaml would say it."""
+    told = found.schedule.model_dump(mode="json", exclude_none=True)
+    if "rrule" in told:
+        told = dict(rrule=json.dumps(told))
+    told |= dict(active=found.active, parameters=found.parameters, slug=found.slug)
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def lost(settings: Settings) -> AutomationCore:
@@ -55,7 +89,7 @@ def lost(settings: Settings) -> AutomationCore:
             match={"prefect.resource.id": f"{RUN}*"},
             for_each={"prefect.resource.id"},
             after={f"{RUN}heartbeat"},
-            expect={f"{RUN}heartbeat", f"{RUN}AwaitingRetry", *ENDED},
+            expect={f"{RUN}heartbeat", f"{RUN}AwaitingRetry", f"{RUN}Cancelling", *ENDED},
             posture=Posture.Proactive,
             threshold=1,
             within=timedelta(seconds=settings.lost_after),
@@ -64,6 +98,24 @@ def lost(settings: Settings) -> AutomationCore:
             ChangeFlowRunState(state=StateType.CRASHED, message=f"no heartbeat for {settings.lost_after} seconds")
         ],
     )  # fmt: skip
+
+
+def cancelled(settings: Settings) -> AutomationCore:
+    """A run that was to be cancelled and whose process is gone: nobody wants it to go on, so it is not crashed."""
+    return AutomationCore(
+        name="masters: lost cancellations are done",
+        description="A run that is being cancelled and whose worker is gone would stay Cancelling for ever.",
+        trigger=EventTrigger(
+            match={"prefect.resource.id": f"{RUN}*"},
+            for_each={"prefect.resource.id"},
+            after={f"{RUN}Cancelling"},
+            expect=ENDED,
+            posture=Posture.Proactive,
+            threshold=1,
+            within=timedelta(seconds=settings.lost_after),
+        ),
+        actions=[ChangeFlowRunState(state=StateType.CANCELLED, message="its process did not end within this time")],
+    )
 
 
 def resumed(settings: Settings) -> AutomationCore:
@@ -110,8 +162,11 @@ def job_template() -> dict:
     return template
 
 
-async def _end_lost(client: PrefectClient) -> None:
-    """Runs of the pool that look alive before its worker was started: their processes went with the last one."""
+async def _end_lost(client: PrefectClient, settings: Settings) -> None:
+    """Runs of the pool that look alive before its worker was started: their processes went with the last one.
+
+    They are scheduled again at once, as the automation would: it may not have heard of a Crashed that came so early.
+    """
     alive = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
     runs = await client.read_flow_runs(
         flow_run_filter=FlowRunFilter.model_validate(dict(state=dict(type=dict(any_=alive)))),
@@ -121,18 +176,20 @@ async def _end_lost(client: PrefectClient) -> None:
         cancelling = run.state_type == StateType.CANCELLING
         state = Cancelled() if cancelling else Crashed(message="its process ended with the stack")
         await client.set_flow_run_state(run.id, state, force=True)
+        if not cancelling and run.deployment_id and run.run_count <= settings.resumes:
+            again = AwaitingRetry(message="goes on: its process ended with the stack")
+            await client.set_flow_run_state(run.id, again, force=True)
 
 
-async def _replace(automation: AutomationCore) -> None:
-    """The one of this name, as it is written here."""
-    async with get_client() as client:
-        found = await client.read_automations_by_name(automation.name)
-        for extra in found[1:]:
-            await client.delete_automation(extra.id)
-        if found:
-            await client.update_automation(found[0].id, automation)
-        else:
-            await client.create_automation(automation)
+async def _replace(client: PrefectClient, automation: AutomationCore) -> None:
+    """The one of this name, as it is written here. One that is so already stays: written anew it forgets its runs."""
+    found = await client.read_automations_by_name(automation.name)
+    for extra in found[1:]:
+        await client.delete_automation(extra.id)
+    if not found:
+        await client.create_automation(automation)
+    elif AutomationCore.model_validate(found[0].model_dump(include=set(AutomationCore.model_fields))) != automation:
+        await client.update_automation(found[0].id, automation)
 
 
 if __name__ == "__main__":

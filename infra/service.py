@@ -79,7 +79,7 @@ def wait(service: Service, started: Started, folder: Path, seconds: float) -> No
 def stop(started: Started) -> None:
     """End the service, then whatever it left behind."""
     if started.alive():
-        os.kill(started.pid, started.stop_signal)
+        _signal(started.pid, started.stop_signal)  # it may end by itself meanwhile
         _until(lambda: not started.alive())
     for number in (signal.SIGTERM, signal.SIGKILL):
         for pid in marked(started.mark) | ({started.pid} if started.alive() else set()):

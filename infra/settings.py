@@ -1,12 +1,20 @@
 """Settings of the local stack, from the environment: nothing here concerns what a run makes."""
 
 import os
+import re
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 
 from masters.errors import InputError
 
+PORTS = (1, 65535)
+RANGES = {
+    "MASTERS_RUNS_AT_ONCE": (1, 1000),
+    "MASTERS_LOST_AFTER": (31, 86400),  # a heartbeat comes every 30 s
+    "MASTERS_RESUME_AFTER": (10, 86400),  # what Prefect takes of a trigger, and Crashed is proposed twice
+    "MASTERS_RESUMES": (0, 1000),
+}
 POOL = "masters"  # the work pool of the stack's worker
 
 
@@ -31,7 +39,7 @@ class Settings:
 
     @classmethod
     def from_environment(cls) -> "Settings":
-        """Raises InputError if a value is no whole number."""
+        """Raises InputError if a value is no whole number, or outside its range."""
         return cls(**{f.name: _number(f"MASTERS_{f.name.upper()}", f.default) for f in fields(cls)})  # type: ignore
 
 
@@ -42,6 +50,9 @@ def home() -> Path:
 
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
-    if not text.isdecimal():
+    low, high = PORTS if name.endswith("_PORT") else RANGES[name]
+    if not re.fullmatch("[0-9]{1,9}", text):
         raise InputError(f"{name}: expected a whole number, found {text!r}")
+    if not low <= int(text) <= high:
+        raise InputError(f"{name}: expected a whole number from {low} to {high}, found {text}")
     return int(text)

@@ -27,10 +27,10 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 BATCHED_TOKENS = 8192
+RAISE = "raise runtime.max_model_len, shorten the questions or shrink the images"
 # GPUs keep vLLM's defaults, CUDA graphs and chunked prefill. On a CPU compiling takes longer than it saves, and a
 # half-prefilled request with a seed rewinds its random generator, which a CPU generator cannot
 START: dict[str, dict[str, Any]] = {"gpu": {}, "cpu": dict(enforce_eager=True, enable_chunked_prefill=False)}
-RAISE = "raise runtime.max_model_len, shorten the questions or shrink the images"
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from masters import artifacts, chain, machine
+from masters import artifacts, chain, machine, places
 from masters.artifacts import Identity
 from masters.cli import app
-from masters.errors import InputError
+from masters.errors import ArtifactError, InputError
 from masters.flows.gc import FRESH, collect
-from masters.registry import Registry
+from masters.registry import Registry, shown
 from masters.storage import Storage
 from masters.trace import find, trace
 from masters.tracking import Tracker
@@ -179,6 +179,37 @@ def test_a_record_that_is_not_what_was_used_is_found(damage: str, there: Storage
     assert faults and all(folder in fault for fault in faults)
 
 
+@pytest.mark.parametrize("stage", ["train", "register"])
+@pytest.mark.parametrize("damage", ["no upstream", "other facts", "an input without its stage", "another input"])
+def test_lineage_covers_what_records_say(damage: str, stage: str, there: Storage) -> None:
+    _, target = find(NAME, None)
+    links = chain.walk(there, target.folders, records=target.records)
+    assert not any(link.faults for link in links)
+    folder = next(link.folder for link in links if link.folder.startswith(f"{stage}/"))
+    record = json.loads(there.read(f"{folder}/record.json"))
+    role = "data" if stage == "train" else "evaluate"
+    if damage == "no upstream":
+        record["upstream"] = {}
+    elif damage == "other facts":
+        record["facts"]["scores"]["student-after"]["accuracy"] = 0.99
+    elif damage == "another input":
+        record["upstream"][role]["fingerprint"] = "0" * 16
+    else:
+        del record["upstream"][role]["stage"]
+    there.write(f"{folder}/record.json", json.dumps(record).encode())
+    told = trace(NAME)
+    assert not told["verified"] and any(there.uri(folder) in fault for fault in told["faults"])
+
+
+def test_an_input_that_was_built_again_is_not_taken_for_what_was_read(there: Storage) -> None:
+    registered_ = artifacts.load(there, next(iter(find(NAME, None)[1].folders)))
+    trained = registered_.upstream("train")
+    assert trained
+    there.write(f"{trained.folder}/record.json", json.dumps(trained.record | {"digest": "0" * 64}).encode())
+    with pytest.raises(ArtifactError, match="was built again: it is not the train"):
+        registered_.upstream("train")
+
+
 def test_champions_come_and_go(there: Storage, registry: Registry) -> None:
     with pytest.raises(InputError, match="no champion"):
         registry.rollback(NAME)
@@ -251,9 +282,11 @@ def test_gc_removes_old_leftovers_and_no_young_ones(there: Storage) -> None:
     assert not any(there.exists(name) for name in leftovers)
 
 
-def test_gc_spares_what_a_live_run_has_and_builds(there: Storage) -> None:
+@pytest.mark.parametrize("flow", ["distill", "evaluate"])
+def test_gc_spares_what_a_live_run_has_and_builds(flow: str, there: Storage) -> None:
     age(there)
-    tracker, identity = Tracker(configured(Path(there.uri(""))), there), Identity("train", 1, {}, {"new": "1"}, NAME)
+    tracker = Tracker(configured(Path(there.uri(""))), there, flow=flow)
+    identity = Identity("train", 1, {}, {"new": "1"}, NAME)
     building = f"{identity.folder}/model/half"
     with tracker.stage(identity, {}):
         there.write(building, b"half")
@@ -270,8 +303,41 @@ def test_gc_spares_what_a_live_run_has_and_builds(there: Storage) -> None:
 
 def test_gc_asks_the_mlflow_of_the_last_run(there: Storage) -> None:
     there.write("summary.json", json.dumps(dict(mlflow=dict(tracking_uri="http://elsewhere"))).encode())
-    with pytest.raises(InputError, match="tracked at http://elsewhere"):
-        collect(configured(Path(there.uri(""))))
+    config = configured(Path(there.uri("")))
+    with pytest.raises(InputError, match="http://elsewhere"):
+        collect(config, delete=True)
+    assert any("http://elsewhere" in note and "--delete is refused" in note for note in collect(config)["notes"])
+    there.write("summary.json", b"{}")
+    assert not any("elsewhere" in note for note in collect(config)["notes"])
+
+
+def test_gc_removes_nothing_while_an_mlflow_that_tracked_into_the_store_is_away(
+    there: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on a machine that remembers nothing: the store says where it was tracked."""
+    other = tmp_path / "other.db"
+    config = configured(Path(there.uri("")))
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
+        registered(there, b"third")
+    kept = set(find(f"{NAME}@candidate", f"sqlite:///{other}")[1].folders)
+    monkeypatch.setenv("HOME", str(tmp_path / "another"))
+    age(there)
+    spared = {there.uri(folder) for folder in kept}
+    assert not spared & {item["uri"] for item in collect(config)["items"]}
+    other.rename(tmp_path / "away")
+    assert any("other.db" in note for note in collect(config)["notes"])
+    with pytest.raises(InputError, match=r"cannot be asked: .*other\.db.*remove .*/tracking/"):
+        collect(config, delete=True)
+    (tmp_path / "away").rename(other)
+    collect(config, delete=True)
+    assert trace(f"{NAME}@candidate", f"sqlite:///{other}")["verified"]
+
+
+def test_the_store_keeps_no_password_of_its_mlflow(there: Storage) -> None:
+    places.note(there, shown("postgresql://me:hunter2@host/mlflow"), "sqlite:///default")
+    told = places.noted(there, "sqlite:///default")
+    assert "postgresql://host/mlflow" in told and "hunter2" not in str([there.read(n) for n in there.names("tracking")])
 
 
 def test_gc_removes_nothing_behind_a_record_that_does_not_say_what_it_read(there: Storage) -> None:

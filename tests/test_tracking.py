@@ -2,14 +2,20 @@
 
 import os
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.utils.validation import _validate_metric_name, _validate_tag_name
 
-from masters import machine, tracking
-from masters.artifacts import Identity, load
+from masters import lineage, machine, tracking
+from masters.artifacts import External, Identity, load
 from masters.errors import InputError, TrackingError
 from masters.flows.nightly import night
 from masters.identity import digest
@@ -110,6 +116,55 @@ def test_a_student_asked_by_its_alias_is_tracked(storage: Storage) -> None:
     assert tags[f"earlier.models:/{NAME}-candidate.fingerprint"] == student.fingerprint
 
 
+HOSTILE = ["final(1)", "a+b=c", "models:/tracked@candidate", "/srv/models/x.y", "../up", "a//b/", ".", "x" * 400, "ü"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_whatever_a_model_is_called_it_is_tracked(name: str, storage: Storage) -> None:
+    """Also by a run that is opened again, whose tags are written anew."""
+    registered(storage)
+    student = load(storage, f"train/{storage.children('train')[0]}")
+    for _ in range(2):
+        tracker = Tracker(configured(storage.uri("")), storage, "one", "evaluate")
+        staged(tracker, storage, "evaluate", {name: student, f"model {name}": student}, b"asked")
+        tracker.metrics({f"accuracy_{name}": 0.5}, 0)
+        tracker.finish("FINISHED")
+    run = MlflowClient(tracker.uri).get_run(tracker.run_id)
+    assert run.info.status == "FINISHED" and 0.5 in run.data.metrics.values()
+
+
+@given(st.text(max_size=300))
+def test_any_text_becomes_a_key_that_mlflow_takes(text: str) -> None:
+    made = lineage.key(f"accuracy_{text}")
+    _validate_metric_name(made)
+    _validate_tag_name(made)
+    assert len(made) <= lineage.KEY_LENGTH
+
+
+def test_a_role_with_a_dot_is_linked_from_the_version(storage: Storage) -> None:
+    registered(storage)
+    student = load(storage, f"train/{storage.children('train')[0]}")
+    tracker = Tracker(configured(storage.uri("")), storage, "later")
+    data = staged(tracker, storage, "data", {"source": External("source", "/q.jsonl", "5" * 64)})
+    trained = staged(tracker, storage, "train", {"data": data, "model v1.5 x": student}, b"more")
+    evaluated = staged(tracker, storage, "evaluate", {"data": data, "student": trained}, b"more")
+    exported = staged(tracker, storage, "register", {"train": trained, "evaluate": evaluated}, b"more")
+    number = tracker.register_model(NAME, exported, trained, evaluated)
+    found = MlflowClient(tracker.uri).get_model_version(NAME, str(number))
+    assert "- [model v1.5 x](" in (found.description or "")
+    assert found.tags["upstream.train"] == trained.fingerprint
+
+
+def test_links_lead_to_where_a_browser_finds_mlflow(
+    finished: tuple[Tracker, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker, _ = finished
+    assert tracker.page("1") is None
+    monkeypatch.setenv("MASTERS_MLFLOW_PUBLIC_URL", "https://mlflow.example/")
+    assert (tracker.page("1") or "").startswith("https://mlflow.example/#/experiments/")
+    assert (tracker.model_page("m", 2) or "") == "https://mlflow.example/#/models/m/versions/2"
+
+
 def test_tags_name_everything_behind_a_stage(finished: tuple[Tracker, int]) -> None:
     tracker, _ = finished
     tags = stage_run(tracker, "register").data.tags
@@ -167,6 +222,44 @@ def test_a_registration_cut_short_is_finished(storage: Storage, monkeypatch: pyt
     assert len(tracker.registry.versions(NAME)) == 1
 
 
+@pytest.fixture
+def gone() -> Iterator[pytest.MonkeyPatch]:
+    """MLflow takes no metrics until it is undone."""
+    real = MlflowClient.log_batch
+
+    def away(self: MlflowClient, run_id: str, metrics=(), params=(), tags=(), **named):
+        if metrics:
+            raise ConnectionError("away")
+        return real(self, run_id, metrics, params, tags, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", away)
+        yield patch
+
+
+def test_metrics_are_told_later_where_mlflow_is_away(storage: Storage, gone: pytest.MonkeyPatch) -> None:
+    tracker, steps = Tracker(configured(Path(storage.uri(""))), storage), 2 * tracking.METRICS_AT_ONCE + 1
+    for step in range(steps):
+        tracker.metrics({"loss": float(step)}, step)
+    client = MlflowClient(tracker.uri)
+    assert not client.get_metric_history(tracker.run_id, "loss")
+    gone.undo()
+    assert tracker.finish("FINISHED") is None and tracker.lost == 0
+    history = MlflowClient(tracker.uri).get_metric_history(tracker.run_id, "loss")
+    assert sorted((m.step, m.value) for m in history) == [(step, float(step)) for step in range(steps)]
+
+
+def test_what_mlflow_never_got_is_counted(storage: Storage, gone: pytest.MonkeyPatch) -> None:
+    tracker = Tracker(configured(Path(storage.uri(""))), storage)
+    gone.setattr(tracking, "METRICS_KEPT", 10)
+    for step in range(25):
+        tracker.metrics({"loss": 1.0}, step)
+    tracker.flush()
+    assert tracker.lost == 15  # more than are kept
+    assert tracker.finish("FINISHED") == "25 metrics could not be written to MLflow"
+    assert tracker.lost == 25 and MlflowClient(tracker.uri).get_run(tracker.run_id).info.status == "FINISHED"
+
+
 def test_runs_whose_process_is_gone_are_ended(storage: Storage) -> None:
     lost = Tracker(configured(Path(storage.uri(""))), storage)
     under_way = lost.stage(Identity("data", 1, {}, {}, NAME), {})
@@ -181,6 +274,41 @@ def test_runs_whose_process_is_gone_are_ended(storage: Storage) -> None:
     assert {run.info.status for run in tracking_children(lost)} == {"KILLED"}
     assert client.get_run(elsewhere.run_id).info.status == "RUNNING"
     assert len(tracking.live(lost.uri, storage)) == 2
+
+
+def test_a_run_whose_process_was_on_another_machine_is_ended_by_its_key(storage: Storage) -> None:
+    lost = Tracker(configured(Path(storage.uri(""))), storage, "flow-run-1", "evaluate")
+    other = Tracker(configured(Path(storage.uri(""))), storage, "flow-run-2")
+    client = MlflowClient(lost.uri)
+    for run in (lost, other):
+        client.set_tag(run.run_id, "masters.process", "pod-7 boot 1 1")
+    tracking.close_of(lost.uri, storage, "flow-run-1")
+    assert client.get_run(lost.run_id).info.status == "KILLED"
+    assert client.get_run(other.run_id).info.status == "RUNNING"
+
+
+def test_a_live_run_is_found_behind_any_number_of_experiments(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = Tracker(configured(Path(storage.uri(""))), storage)
+    client = MlflowClient(tracker.uri)
+    for number in range(4):
+        client.create_experiment(f"later-{number}")
+    search = MlflowClient.search_experiments
+    monkeypatch.setattr(MlflowClient, "search_experiments", partialmethod(search, max_results=2))
+    assert [run.info.run_id for run in tracking.live(tracker.uri, storage)] == [tracker.run_id]
+
+
+def test_a_store_has_one_name_by_whichever_way_it_is_reached(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(storage.uri(""))
+    for way in (tmp_path / "link", tmp_path / "store" / ".." / "store"):
+        assert Storage(str(way)).uri("") == storage.uri("")
+
+
+def test_names_remembered_at_once_are_all_remembered(home: Path) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda n: machine.remember(f"name-{n}", "sqlite:///x"), range(64)))
+    assert all(machine.remembered(f"name-{n}") for n in range(64))
 
 
 def tracking_children(tracker: Tracker) -> list[Run]:

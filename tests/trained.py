@@ -8,15 +8,21 @@ from masters import artifacts, schemas, shards
 from masters.artifacts import Artifact, Identity
 from masters.config import Config
 from masters.identity import digest
-from masters.preflight import preflight
+from masters.preflight import LocalModel, preflight
+from masters.tasks import evaluate
 from masters.tasks.stage import Context, Round, Run
 from masters.tracking import Tracker
 
 ROOT = Path(__file__).parents[1]
 
 
-def made_run(folder: Path, source: Path, teachers: list[dict] | None = None, **sections: dict) -> Run:
-    """A run of two mask stages on a store of its own; `sections` override the configuration's values."""
+def made_run(
+    folder: Path | str, source: Path | str, teachers: list[dict] | None = None, key: str = "", **sections: dict
+) -> Run:
+    """A run of two mask stages on a store of its own; `sections` override the configuration's values.
+
+    `key`: what stays the same when it is tried again.
+    """
     values: dict = dict(
         name="trained", store=dict(root=str(folder)), data=dict(source=str(source)),
         student=dict(model=str(ROOT / "demo/models/student")),
@@ -26,7 +32,7 @@ def made_run(folder: Path, source: Path, teachers: list[dict] | None = None, **s
     )  # fmt: skip
     config = Config.model_validate(values | {name: values.get(name, {}) | own for name, own in sections.items()})
     ready = preflight(config)
-    return Run(Context(config, ready), Tracker(config, ready.storage))
+    return Run(Context(config, ready), Tracker(config, ready.storage, key))
 
 
 def first_round(context: Context) -> Round:
@@ -62,3 +68,14 @@ def by_hand(run: Run, current: Round, questions: Artifact) -> dict[str, Artifact
         "responses": write_table(run, "responses", responses, schemas.RESPONSES),
         "verdicts": write_table(run, "verdicts", verdicts, schemas.VERDICTS),
     }
+
+
+def predicted(run: Run, questions: Artifact, models: list[LocalModel]) -> None:
+    """The shards that `evaluate` asks for, as if engines had answered: each model is right."""
+    answers = {row["question_id"]: row["answer"] for row in questions.rows("questions", ["question_id", "answer"])}
+    for order in evaluate.orders(run, questions, models):
+        rows = [
+            dict(question_id=ref.question_id, model=order.answerer.name, text=answers[ref.question_id], correct=True)
+            for ref in order.shard.refs
+        ]
+        run.storage.create(order.file, schemas.encode(rows, schemas.PREDICTIONS))

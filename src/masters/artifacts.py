@@ -84,7 +84,12 @@ class Artifact:
     def upstream(self, role: str) -> "Artifact | None":
         """The artifact that its stage read in this role, None if there is none."""
         note = self.record.get("upstream", {}).get(role)
-        return load(self.storage, note["folder"]) if note and "folder" in note else None
+        if not note or "folder" not in note:
+            return None
+        read = load(self.storage, note["folder"])
+        if read.record["digest"] != note["digest"]:
+            raise ArtifactError(f"{read.uri} was built again: it is not the {role} that {self.uri} was made from")
+        return read
 
     def files(self, table: str) -> list[str]:
         """Names in the store of a table's Parquet files, in order."""
@@ -115,6 +120,15 @@ Upstream = Mapping[str, Artifact | External]  # what a stage reads, by its role:
 def listing_digest(files: dict[str, str]) -> str:
     """SHA-256 over names and digests of files: the content of an artifact, or of a part of it."""
     return digest(json.dumps(sorted(files.items())).encode())
+
+
+def record_digest(record: dict) -> str:
+    """SHA-256 over what a record says of its artifact: all but when and by which code it was built.
+
+    What it says of each input holds this digest of that input's record: so one digest covers the whole chain.
+    """
+    held = {name: value for name, value in record.items() if name != "provenance"}
+    return digest(json.dumps(held, sort_keys=True).encode())
 
 
 def load(storage: Storage, folder: str) -> Artifact:
@@ -193,5 +207,5 @@ def _note(made: Artifact | External) -> dict:
         return dict(kind=made.kind, uri=made.uri, digest=made.digest)
     return dict(
         kind="artifact", stage=made.record.get("stage"), folder=made.folder, fingerprint=made.fingerprint,
-        digest=made.record["digest"],
+        digest=made.record["digest"], record=record_digest(made.record),
     )  # fmt: skip

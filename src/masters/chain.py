@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from masters.artifacts import RECORD, listing_digest
+from masters.artifacts import RECORD, listing_digest, record_digest
 from masters.config import Data
 from masters.errors import MastersError
 from masters.identity import fingerprint
 from masters.storage import Storage
+
+# what a record says of an input: by whether it is an artifact
+NOTED = {True: {"stage", "folder", "fingerprint", "digest"}, False: {"uri", "digest"}}
 
 
 @dataclass
@@ -30,27 +33,35 @@ class Link:
         return (self.record or {}).get("upstream", {})
 
 
-def walk(storage: Storage, folders: dict[str, str], prove: bool = True) -> list[Link]:
+def walk(
+    storage: Storage, folders: dict[str, str], prove: bool = True, records: dict[str, str] | None = None
+) -> list[Link]:
     """The artifacts in `folders` (to the digest expected of each) and everything upstream, the first inputs first.
 
-    `prove` reads every listed file again. Raises nothing about what is missing or changed: that is in the links.
+    `prove` reads every listed file again. `records`: the digest expected of a folder's record. Raises nothing about
+    what is missing or changed: that is in the links.
     """
     links: dict[str, Link] = {}
 
-    def visit(folder: str, expected: str, wanted_by: str) -> None:
+    def visit(folder: str, expected: str, record: str | None, wanted_by: str) -> None:
         if folder not in links:
             link = _link(storage, folder)
             for made in _artifacts(link):
-                visit(made["folder"], made["digest"], f"{folder}/{RECORD}")
+                visit(made["folder"], made["digest"], made.get("record"), f"{folder}/{RECORD}")
             link.faults += _changed(storage, link) if prove else []
             links[folder] = link
         link = links[folder]
         if link.record and link.record["digest"] != expected:
             found = link.record["digest"]
             link.faults.append(f"{link.uri}: {wanted_by} was made from content {expected[:16]}, found {found[:16]}")
+        elif link.record and record and record_digest(link.record) != record:
+            link.faults.append(
+                f"{link.uri}/{RECORD} is not the record that {wanted_by} knows: its facts, configuration or what it "
+                "says of its inputs changed"
+            )
 
     for folder, expected in folders.items():
-        visit(folder, expected, "MLflow's run")
+        visit(folder, expected, (records or {}).get(folder), "MLflow's run")
     return list(links.values())
 
 
@@ -100,8 +111,13 @@ def _inconsistent(folder: str, record: dict) -> Iterator[str]:
         yield f"it is of {record['fingerprint']}, which is not its folder's name"
     if listing_digest({file["name"]: file["digest"] for file in record["files"]}) != record["digest"]:
         yield "its list of files does not give its digest"
-    for made in record.get("upstream", {}).values():
-        _ = made["digest"], made["folder"] if made["kind"] == "artifact" else made["uri"]  # KeyError: no record
+    for role, made in record.get("upstream", {}).items():
+        lacking = sorted(NOTED[made["kind"] == "artifact"] - made.keys())
+        if lacking:
+            raise ValueError(f"its upstream {role} has no {', '.join(lacking)}")
+        said = record["inputs"].get(role, "")
+        if made["kind"] == "artifact" and len(said) == len(record["fingerprint"]) and said != made["fingerprint"]:
+            yield f"it says that its {role} was {made['fingerprint']}, and was made from {said}"
     if "upstream" not in record:
         yield f"it does not say what was read: an earlier version made it; --rebuild {made_of['stage']}"
 

@@ -48,7 +48,7 @@ def distill(
     """The whole pipeline; run again, it reuses what is built and finishes what is not."""
     settings = load(config, overrides)
     if plan:
-        _plan(settings, as_json)
+        _plan(settings, as_json, rebuild or [])
         return
     _run("distill", settings, as_json, rebuild=rebuild)
 
@@ -172,10 +172,10 @@ def _run(name: str, settings: Config, as_json: bool, **arguments: object) -> Non
         _table(summary)
 
 
-def _plan(settings: Config, as_json: bool) -> None:
+def _plan(settings: Config, as_json: bool, rebuild: list[Stage]) -> None:
     from masters.flows.plan import plan
 
-    lines = plan(settings)
+    lines = plan(settings, rebuild)
     if as_json:
         typer.echo(json.dumps({"stages": lines}))
     for line in lines if not as_json else []:

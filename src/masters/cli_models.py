@@ -51,7 +51,7 @@ def rollback(
     from masters.trace import registry_of
 
     before, now = registry_of(name, mlflow_uri).rollback(name, to)
-    typer.echo(f"champion of {name}: version {now} (was {before})")
+    typer.echo(f"champion of {name}: version {now} (was {before or 'none'})")
 
 
 @app.command()

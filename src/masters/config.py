@@ -7,9 +7,18 @@ built.
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from masters import patterns, store_root
 from masters.errors import InputError
@@ -22,6 +31,7 @@ BYTES = 1 << 20  # of a configuration file
 TEACHER = "teacher"  # rewards.judge: the round's own teacher, unmasked
 EASYVQA = "easyvqa"  # data.source: what ships with us
 LOCAL = "local"  # runtime.ray_address: a Ray of our own
+NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 SHOWN = 100  # characters of a value at fault
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -31,10 +41,21 @@ Text = Annotated[str, Field(min_length=1)]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
+def _takes_whole(annotation: object) -> bool:
+    return annotation is int or any(_takes_whole(part) for part in get_args(annotation))
+
+
 class Section(BaseModel):
     """Unknown keys are errors; values are not coerced from other types. Descriptions are the run form's help texts."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _integral(cls, value: object, info: ValidationInfo) -> object:
+        """To a form, whose numbers are JSON's, 1.0 is a whole number: so it is in a file."""
+        whole = isinstance(value, float) and value.is_integer()
+        return int(value) if whole and _takes_whole(cls.model_fields[info.field_name or ""].annotation) else value
 
 
 class Store(Section):
@@ -290,7 +311,9 @@ class Config(Section):
     """A distillation, from the data to the student."""
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$",
+        pattern=f"^{NAME}$",
+        # Python's $, by which Prefect's server goes, also stands before a line's end
+        json_schema_extra={"pattern": rf"^{NAME}$(?!\n)"},
         description="Of the experiment and the registered model: letters, digits, - and _",
     )
     store: Store

@@ -4,6 +4,7 @@
 names none cannot be written down. The same goes into the artifact's record, which `masters.chain` walks.
 """
 
+import re
 import warnings
 from collections.abc import Iterator
 
@@ -14,12 +15,25 @@ from mlflow.entities import Dataset, DatasetInput, InputTag
 from masters import __version__
 from masters.artifacts import Artifact, External, Identity, Upstream
 from masters.config import Config
+from masters.identity import fingerprint
 from masters.models.schedule import mask_stages
 from masters.provenance import commit
 from masters.rewards import judge_prompts
 
 DIGEST_LENGTH = 36  # MLflow keeps no more
+KEY_LENGTH = 250
 ASIDE = ("rejected", "judgements")  # tables for people: no stage reads them
+
+
+def key(text: str) -> str:
+    """`text` as the name of a metric or a tag: of what MLflow refuses a "-" remains.
+
+    Models are named by people: `final(1)`, `models:/NAME@champion`, `../student`.
+    """
+    kept = re.sub(r"[^\w. :/-]", "-", text)
+    segments = (re.sub(r"^\.+$", "-", segment) for segment in kept.split("/"))  # it reads a name as a path
+    path = "/".join(segment for segment in segments if segment)
+    return path if len(path) <= KEY_LENGTH else f"{path[: KEY_LENGTH - 17].rstrip('/')}-{fingerprint(text)}"
 
 
 def about(config: Config) -> dict[str, str]:

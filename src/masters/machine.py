@@ -1,10 +1,15 @@
 """What this machine keeps for itself, and which of its processes still run."""
 
+import fcntl
 import json
 import os
 import socket
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from masters.errors import StoreError
+from masters.identity import fingerprint
 
 KEPT = 20  # tracking URIs a name
 
@@ -19,6 +24,27 @@ def this_process() -> str:
     return _named(os.getpid())
 
 
+@contextmanager
+def turn(what: str, waiting: Callable[[], None]) -> Iterator[None]:
+    """One process of this machine at a time for the same `what`. Who must wait says so first: `waiting`.
+
+    The kernel lets go of the lock when its holder dies. Raises StoreError if the home cannot be written.
+    """
+    file = cache() / "locks" / fingerprint(what)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    except OSError as error:
+        raise StoreError(f"expected to write {file}, found: {error}") from error
+    with file.open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def ended(process: str) -> bool | None:
     """Whether a process that `this_process` named is gone; None if it runs, or ran, on another machine."""
     host, boot, pid, _ = (process.split(" ") + [""] * 4)[:4]
@@ -29,14 +55,20 @@ def ended(process: str) -> bool | None:
 
 def remember(name: str, tracking_uri: str) -> None:
     """Keep where runs of this name are tracked, for commands that are given a name alone."""
-    uris = [tracking_uri, *(uri for uri in remembered(name) if uri != tracking_uri)][:KEPT]
     file = _state()
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     with suppress(OSError):  # a home that cannot be written costs an option on the command line, not a run
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch(mode=0o600)  # the address of a database may hold its password
-        temporary.write_text(json.dumps(_remembered() | {name: uris}, indent=1))
-        os.replace(temporary, file)
+        with open(file.with_name(f".{file.name}.lock"), "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # let go of as the file is closed
+            _remember(name, tracking_uri, file, temporary)
+
+
+def _remember(name: str, tracking_uri: str, file: Path, temporary: Path) -> None:
+    uris = [tracking_uri, *(uri for uri in remembered(name) if uri != tracking_uri)][:KEPT]
+    temporary.touch(mode=0o600)  # the address of a database may hold its password
+    temporary.write_text(json.dumps(_remembered() | {name: uris}, indent=1))
+    os.replace(temporary, file)
 
 
 def remembered(name: str | None = None) -> list[str]:

@@ -2,8 +2,9 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from urllib.parse import urlsplit
 
@@ -11,13 +12,17 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
 from masters.artifacts import RECORD
+from masters.config import NAME
 from masters.errors import InputError
 from masters.storage import Storage
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 CHAMPIONS = "masters.champions"  # a registered model's tag: JSON list of versions, the first champion first
+RECORD_TAG = "masters.record"  # a digest over what an artifact's record holds
+VERDICT, TOLD, LEFT = "masters.gate", "masters.told", "masters.rolled_back"  # a version's tags
 KEPT = 50
 
 
@@ -29,6 +34,7 @@ class Target:
     store: str
     folders: dict[str, str]
     parent: str | None  # the run of the whole distillation
+    records: dict[str, str] = field(default_factory=dict)  # by folder: what its record is expected to hold, a digest
 
 
 class Registry:
@@ -40,7 +46,14 @@ class Registry:
         self._client = MlflowClient(uri)
 
     def has(self, name: str) -> bool:
-        return bool(self._client.search_registered_models(f"name = '{name}'"))
+        return self._model(name) is not None
+
+    def _model(self, name: str) -> RegisteredModel | None:
+        """None if MLflow says that there is none. Asked by a search: an MLflow that is away is no missing model."""
+        if not re.fullmatch(NAME, name):
+            return None  # no configuration's name, and none that a query could hold
+        found = self._client.search_registered_models(f"name = '{name}'")
+        return found[0] if found else None
 
     def versions(self, name: str) -> list[ModelVersion]:
         """All of them, the newest first."""
@@ -48,18 +61,18 @@ class Registry:
         return sorted(found, key=lambda version: int(version.version), reverse=True)
 
     def version(self, name: str, number: int) -> ModelVersion:
-        try:
-            return self._client.get_model_version(name, str(number))
-        except MlflowException:
-            there = ", ".join(str(v.version) for v in reversed(self.versions(name))) or "none"
-            raise InputError(f"model {name} has no version {number}; there: {there}") from None
+        versions = self.versions(name) if self.has(name) else []
+        for version in versions:
+            if int(version.version) == number:
+                return version
+        there = ", ".join(str(v.version) for v in reversed(versions)) or "none"
+        raise InputError(f"model {name} has no version {number}; there: {there}")
 
     def aliased(self, name: str, alias: str) -> int | None:
-        """The version that an alias stands for."""
-        try:
-            return int(self._client.get_model_version_by_alias(name, alias).version)
-        except MlflowException:
-            return None
+        """The version that an alias stands for; None if no version of that model has it."""
+        model = self._model(name)
+        number = model.aliases.get(alias) if model else None
+        return None if number is None else int(number)
 
     def champion(self, name: str) -> int | None:
         return self.aliased(name, CHAMPION)
@@ -69,11 +82,10 @@ class Registry:
 
     def history(self, name: str) -> list[int]:
         """Versions that were champion, in order; one that was rolled back stays until the next is promoted."""
-        try:
-            text = self._client.get_registered_model(name).tags.get(CHAMPIONS, "[]")
-        except MlflowException:
-            raise InputError(f"there is no registered model {name} in MLflow at {shown(self.uri)}") from None
-        return [int(version) for version in json.loads(text)]
+        model = self._model(name)
+        if model is None:
+            raise InputError(f"there is no registered model {name} in MLflow at {shown(self.uri)}")
+        return [int(version) for version in json.loads(model.tags.get(CHAMPIONS, "[]"))]
 
     def previous(self, name: str) -> int | None:
         """The version that was champion before today's."""
@@ -95,19 +107,43 @@ class Registry:
     def judged(self, name: str, version: int, verdict: str) -> None:
         """Note the gate's verdict on a version, which is the candidate from now on."""
         self._client.set_registered_model_alias(name, CANDIDATE, str(version))
-        self._client.set_model_version_tag(name, str(version), "masters.gate", verdict[:500])
+        self._client.set_model_version_tag(name, str(version), VERDICT, verdict[:500])
 
-    def rollback(self, name: str, to: int | None = None) -> tuple[int, int]:
-        """Give the alias back to an earlier champion, by default the one before. Returns (from, to)."""
+    def is_judged(self, name: str, version: int) -> bool:
+        """Whether a night came to a verdict on it."""
+        return VERDICT in self.version(name, version).tags
+
+    def told(self, name: str, version: int) -> str:
+        """The regression of a version that a person has been told of, as `tell` noted it; else empty."""
+        return self.version(name, version).tags.get(TOLD, "")
+
+    def tell(self, name: str, version: int, regression: str) -> None:
+        self._client.set_model_version_tag(name, str(version), TOLD, regression)
+
+    def rolled_back(self, name: str, version: int) -> bool:
+        """Whether a person took the alias champion from it, and nobody has given it back."""
+        return LEFT in self.version(name, version).tags
+
+    def rollback(self, name: str, to: int | None = None) -> tuple[int | None, int]:
+        """Give the alias to an earlier champion, by default the one before. Returns (from, to).
+
+        The version that is left stays candidate at most: no night promotes it, until a person does, by `to`.
+        """
         history, current = self.history(name), self.champion(name)
-        if current is None:
-            raise InputError(f"model {name} has no champion to roll back")
+        if current is None and to is None:
+            raise InputError(f"model {name} has no champion to roll back; name a version with --to")
         target = to if to is not None else self.previous(name)
         if target is None:
             raise InputError(f"model {name}: no version was champion before version {current}; name one with --to")
         if target == current:
             raise InputError(f"model {name}: version {target} is the champion already")
-        self._check_there(self.version(name, target))
+        version = self.version(name, target)
+        self._check_there(version)
+        if current is not None:  # before the alias: a night in between must not undo it
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            self._client.set_model_version_tag(name, str(current), LEFT, now)
+        if LEFT in version.tags:
+            self._client.delete_model_version_tag(name, str(target), LEFT)
         if target in history:
             self._client.set_registered_model_alias(name, CHAMPION, str(target))
         else:
@@ -136,25 +172,30 @@ class Registry:
         tags = version.tags
         if "masters.store" not in tags:
             raise InputError(f"{title} was not registered by this version of masters: it does not say where it lies")
-        folders = {tags["masters.folder"]: tags["masters.digest"]}
-        return Target(title, tags["masters.store"], folders, tags["masters.run_id"])
+        folder = tags["masters.folder"]
+        records = {folder: tags[RECORD_TAG]} if RECORD_TAG in tags else {}
+        return Target(title, tags["masters.store"], {folder: tags["masters.digest"]}, tags["masters.run_id"], records)
 
     def target_of_run(self, run_id: str) -> Target | None:
         """Of a stage's run its artifact, of a distillation's run those of its stages; None if it is not known here."""
         try:
             run = self._client.get_run(run_id)
-        except MlflowException:
+        except MlflowException as error:
+            if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                raise
             return None
         parent = run.data.tags.get("mlflow.parentRunId")
         stages = [run] if parent else self.stages(run.info.experiment_id, run_id)
-        folders = {
-            stage.data.tags["masters.folder"]: stage.data.tags["masters.digest"]
+        made = [
+            stage.data.tags
             for stage in sorted(stages, key=lambda stage: stage.info.start_time)
             if "masters.folder" in stage.data.tags
-        }
-        if not folders:
+        ]
+        if not made:
             raise InputError(f"run {run_id} finished no stage of a distillation")
-        return Target(f"run {run_id}", run.data.tags["masters.store"], folders, parent or run_id)
+        folders = {tags["masters.folder"]: tags["masters.digest"] for tags in made}
+        records = {tags["masters.folder"]: tags[RECORD_TAG] for tags in made if RECORD_TAG in tags}
+        return Target(f"run {run_id}", run.data.tags["masters.store"], folders, parent or run_id, records)
 
     def stages(self, experiment: str, parent: str) -> list:
         """The runs of a distillation's stages."""

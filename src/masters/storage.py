@@ -53,6 +53,8 @@ class Storage:
         self.fs, base = fsspec.core.url_to_fs(root, **_options(root, patient))
         self.base = base.rstrip("/")
         self.local = "file" in _protocols(self.fs)
+        if self.local and self.base:  # one store has one name, by whichever link or ".." it was reached
+            self.base = os.path.realpath(self.base)
         self.s3 = "s3" in _protocols(self.fs)
         if self.s3:
             self.fs.retries = 2 if patient else 1  # each of them ATTEMPTS of the client beneath

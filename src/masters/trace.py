@@ -17,7 +17,7 @@ RUN_ID = re.compile(r"[0-9a-f]{32}")
 def trace(reference: str, mlflow_uri: str | None = None) -> dict:
     """The chain behind a model or run, every listed file read again: `verified`, `stages` and `faults`, as JSON."""
     registry, target = find(reference, mlflow_uri)
-    links = chain.walk(Storage(target.store), target.folders)
+    links = chain.walk(Storage(target.store), target.folders, records=target.records)
     made = [_fingerprint(link) for link in links]
     runs = registry.run_ids(target.parent, made) if target.parent else dict.fromkeys(made)
     faults = [fault for link in links for fault in link.faults]

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -17,14 +18,15 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.entities import PagedList
 
-from masters import allowed, lineage, machine
+from masters import allowed, lineage, machine, places
 from masters.allowed import Setting
-from masters.artifacts import Artifact, Identity, Upstream
+from masters.artifacts import Artifact, Identity, Upstream, record_digest
 from masters.config import Config
 from masters.errors import InputError, TrackingError, Unreachable
 from masters.mlflow_client import client as mlflow_client
-from masters.registry import CANDIDATE, Registry, shown
+from masters.registry import CANDIDATE, RECORD_TAG, Registry, shown
 from masters.secrets import masked
 from masters.storage import Storage
 
@@ -35,6 +37,10 @@ PAUSE = 60.0  # seconds until it is tried again
 CARD = "model_card.md"
 STUDENT = "student-after"
 LIVE = "attributes.status = 'RUNNING'"
+PARENT = "masters.parent"  # a tag of every run that is no stage's: distillations, nights, evaluations
+PUBLIC = "MASTERS_MLFLOW_PUBLIC_URL"  # where a browser finds MLflow, if not where runs do
+
+T = TypeVar("T")
 
 Tracked = Callable[[Artifact, dict], str]  # gives the stage's run id
 
@@ -119,7 +125,8 @@ class Tracker:
         self._runs: dict[str, str] = {}  # by an artifact's folder: the run of its stage
         self._questions: dict[str, dict[str, str]] = {}  # by an artifact's folder: the data set its scores are on
         close_lost(self.uri, storage)
-        tags = {"masters.stage": flow, "masters.process": machine.this_process()}
+        places.note(storage, shown(self.uri), beside(storage))
+        tags = {"masters.stage": flow, PARENT: "yes", "masters.process": machine.this_process()}
         self.key = key or uuid.uuid4().hex
         self.run_id = self._current = self._open(self.key, config.name, tags)
         machine.remember(config.name, self.uri)
@@ -141,7 +148,7 @@ class Tracker:
 
     def _open(self, key: str, name: str, tags: dict[str, str]) -> str:
         """The run with this key, running: found, or created."""
-        tags = self._about | tags | {"masters.key": key}
+        tags = {lineage.key(name): value for name, value in (self._about | tags | {"masters.key": key}).items()}
         if found := self._client.search_runs([self._experiment], f"tags.`masters.key` = '{key}'", max_results=1):
             run_id = found[0].info.run_id
             self._client.update_run(run_id, status="RUNNING")
@@ -150,7 +157,7 @@ class Tracker:
         return self._client.create_run(self._experiment, run_name=name, tags=tags).info.run_id
 
     def _tag(self, run_id: str, tags: dict[str, str]) -> None:
-        self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        self._client.log_batch(run_id, tags=[RunTag(lineage.key(key), value) for key, value in tags.items()])
 
     @contextmanager
     def stage(self, identity: Identity, upstream: Upstream) -> Iterator[Tracked]:
@@ -186,15 +193,12 @@ class Tracker:
             if isinstance(made, Artifact) and made.folder not in self._runs and (run_id := self._built(made)):
                 self._runs[made.folder] = run_id
                 names = {"fingerprint": made.fingerprint, "run_id": run_id}
-                kept = re.sub(
-                    r"[^\w. :/-]", "-", role
-                )  # what MLflow takes: a role may be a model's name, as NAME@champion
-                self._tag(self.run_id, {f"earlier.{kept}.{name}": value for name, value in names.items()})
+                self._tag(self.run_id, {f"earlier.{role}.{name}": value for name, value in names.items()})
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         """Metrics of the current stage; written in batches, later where MLflow is away."""
         now, pending = time.time_ns() // 1_000_000, self._pending.setdefault(self._current, [])
-        pending += [Metric(name, float(value), now, step) for name, value in values.items()]
+        pending += [Metric(lineage.key(name), float(value), now, step) for name, value in values.items()]
         if len(pending) >= METRICS_AT_ONCE and time.monotonic() > self._pause:
             self.flush()
 
@@ -246,9 +250,11 @@ class Tracker:
         """From the version's page a person reaches every stage: a list of links, as MLflow has no graph of them."""
         tags = self._client.get_run(self.run_id).data.tags
         stages, earlier = (
-            {key.split(".")[1]: run for key, run in tags.items() if re.fullmatch(rf"{kind}\..+\.run_id", key)}
+            {found[1]: run for key, run in tags.items() if (found := re.fullmatch(rf"{kind}\.(.+)\.run_id", key))}
             for kind in ("stage", "earlier")
         )
+        for reached, made in self._reached.get(registered.folder, {}).items():
+            self._client.set_model_version_tag(name, version, lineage.key(f"upstream.{reached}"), made)
         ordered = sorted(stages, key=lambda stage: self._client.get_run(stages[stage]).info.start_time)
         lines = [f"Student of the distillation {self._link(name, self.run_id)}, built by its stages:", ""]
         for stage in ordered:
@@ -272,7 +278,7 @@ class Tracker:
         for run_id in (self.run_id, self._runs.get(evaluated.folder, self.run_id)):
             for model, score in evaluated.facts["scores"].items():
                 bound = dict(model_id=model_id, **asked) if model == STUDENT else asked
-                metric = Metric(f"accuracy_{model}", score["accuracy"], now, 0, run_id=run_id, **bound)
+                metric = Metric(lineage.key(f"accuracy_{model}"), score["accuracy"], now, 0, run_id=run_id, **bound)
                 self._client.log_batch(run_id, metrics=[metric])
 
     def files(self, folder: Path) -> None:
@@ -281,12 +287,12 @@ class Tracker:
 
     def page(self, run_id: str) -> str | None:
         """Where a browser finds a run; None without a server."""
-        base = shown(self.uri).rstrip("/")
+        base = browsed(self.uri)
         return f"{base}/#/experiments/{self._experiment}/runs/{run_id}" if base.startswith("http") else None
 
     def model_page(self, name: str, version: int) -> str | None:
         """Where a browser finds a version of a registered model; None without a server."""
-        base = shown(self.uri).rstrip("/")
+        base = browsed(self.uri)
         return f"{base}/#/models/{quote(name)}/versions/{version}" if base.startswith("http") else None
 
     def finish(self, status: str) -> str | None:
@@ -314,19 +320,31 @@ def where(artifact: Artifact) -> dict[str, str]:
         "masters.folder": artifact.folder,
         "masters.fingerprint": artifact.fingerprint,
         "masters.digest": artifact.record["digest"],
+        RECORD_TAG: record_digest(artifact.record),
         "masters.store": artifact.storage.uri(""),
     }
 
 
+def browsed(uri: str) -> str:
+    """Where a browser finds the server that runs reach at `uri`."""
+    return (os.environ.get(PUBLIC) or shown(uri)).rstrip("/")
+
+
 def live(uri: str, storage: Storage) -> list[Run]:
-    """Runs of distillations into this store that MLflow holds for running, whether they do or not."""
-    client, found = MlflowClient(uri), []
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    query = f"{LIVE} and tags.`masters.stage` = 'distill'"
-    for run in client.search_runs(experiments, query, max_results=1000):
-        if run.data.tags.get("masters.store") == storage.uri(""):
-            found.append(run)
-    return found
+    """Parent runs into this store that MLflow holds for running, whether they do or not."""
+    client, query = MlflowClient(uri), f"{LIVE} and tags.`{PARENT}` = 'yes'"
+    experiments = [e.experiment_id for e in _pages(lambda token: client.search_experiments(page_token=token))]
+    found = _pages(lambda token: client.search_runs(experiments, query, max_results=1000, page_token=token))
+    return [run for run in found if run.data.tags.get("masters.store") == storage.uri("")]
+
+
+def _pages(ask: Callable[[str | None], PagedList[T]]) -> Iterator[T]:
+    token = None
+    while True:
+        page = ask(token)
+        yield from page
+        if not (token := page.token):
+            return
 
 
 def close_lost(uri: str, storage: Storage) -> None:
@@ -334,6 +352,14 @@ def close_lost(uri: str, storage: Storage) -> None:
     client = MlflowClient(uri)
     for run in live(uri, storage):
         if machine.ended(run.data.tags.get("masters.process", "")):
+            close(client, run)
+
+
+def close_of(uri: str, storage: Storage, key: str) -> None:
+    """End, as KILLED, the run that was made under this key, wherever its process ran."""
+    client = MlflowClient(uri)
+    for run in live(uri, storage):
+        if run.data.tags.get("masters.key") == key:
             close(client, run)
 
 

@@ -1,4 +1,7 @@
-"""The stages that need no engine, as one process: data, mask, responses by hand, score, train."""
+"""The stages as one process: data, mask, responses by hand, score, train, predictions by hand, evaluate, register.
+
+No engine is started. What a run is to do, a `Shape` says.
+"""
 
 import sys
 import traceback
@@ -6,27 +9,26 @@ import traceback
 import torch
 
 from masters.errors import MastersError
+from masters.preflight import LocalModel
+from masters.stages import Stage
 from masters.tasks.data import data
+from masters.tasks.evaluate import before, evaluate
 from masters.tasks.mask import mask
+from masters.tasks.register import register
 from masters.tasks.score import score
 from masters.tasks.train import train
-from tests.trained import by_hand, first_round, made_run
+from tests.faults.shape import Shape
+from tests.trained import by_hand, first_round, made_run, predicted
 
 assert torch.__version__  # imported here, before the forks
 UNEXPECTED = 70
+CHECKPOINT_STEPS = 2
 
 
-def main(store: str, source: str, mlflow: str, with_train: bool, runtime: dict | None = None) -> int:
+def main(store: str, source: str, mlflow: str, shape: dict) -> int:
     """Exit code: 0, that of an expected error (one line was written), or `UNEXPECTED` (a traceback was)."""
     try:
-        settled = dict(mlflow_uri=mlflow) | (runtime or {})
-        run = made_run(store, source, data=dict(max_rejected_share=0.2), runtime=settled)
-        current, questions = first_round(run), data.fn(run)
-        inputs = {"data": questions, "masks": mask.fn(run, current), **by_hand(run, current, questions)}
-        inputs["verdicts"] = score.fn(run, current, questions, inputs["responses"])
-        if with_train:
-            train.fn(run, current, inputs)
-        run.tracker.finish("FINISHED")
+        _run(store, source, mlflow, Shape(**shape))
     except MastersError as error:
         print(f"masters: {error}", file=sys.stderr)
         return error.exit_code
@@ -34,3 +36,22 @@ def main(store: str, source: str, mlflow: str, with_train: bool, runtime: dict |
         traceback.print_exc()
         return UNEXPECTED
     return 0
+
+
+def _run(store: str, source: str, mlflow: str, shape: Shape) -> None:
+    rewards = dict(accuracy="llm", judge=shape.judge) if shape.judge else dict(accuracy="rules")
+    runtime = dict(mlflow_uri=mlflow, checkpoint_steps=CHECKPOINT_STEPS, train_processes=shape.ranks)
+    run = made_run(
+        store, source, key=shape.key, data=dict(max_rejected_share=0.2), rewards=rewards, runtime=runtime
+    )  # fmt: skip
+    run.rebuild = frozenset([Stage(shape.rebuild)] if shape.rebuild else [])
+    current, questions = first_round(run), data.fn(run)
+    inputs = {"data": questions, "masks": mask.fn(run, current), **by_hand(run, current, questions)}
+    inputs["verdicts"] = score.fn(run, current, questions, inputs["responses"])
+    if shape.until != Stage.SCORE:
+        trained = train.fn(run, current, inputs)
+        if shape.until == Stage.REGISTER:
+            models: list[LocalModel] = [*run.ready.teachers, before(run.ready), run.trained(trained)]
+            predicted(run, questions, models)
+            register.fn(run, trained, evaluate.fn(run, questions, models))
+    run.tracker.finish("FINISHED")

@@ -15,43 +15,73 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta, tzinfo
 
 VARIABLE = "MASTERS_FAULT"
-ROLES = {"train_worker": "trainer", "engine_worker": "engine", "masters.cli": "flow"}
+HOWS = ("before", "half", "after")
+# the first word that a command line holds; a forked pipeline says itself that it is the flow
+ROLES = {
+    "rank-1.json": "second trainer", "train_worker": "trainer", "engine_worker": "engine", "judge_worker": "judge",
+    "masters.cli": "flow",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class At:
+    """What happens at the operation number `at` of a process of this role.
+
+    `what`: "kill", "kill the parent", "full" (no space from then on), "readonly" (from then on), "clock". `how`:
+    "before" the operation, in the middle of its bytes ("half"), or "after" it, before the process knows.
+    """
+
+    role: str
+    what: str
+    at: int
+    how: str = "before"
+    jump: float = 0.0  # seconds that the clock is set forward, or back
 
 
 @dataclass(frozen=True)
 class Fault:
-    """`what`: "none" (only count), "kill", "full" (no space from then on), "readonly" (from then on), "clock".
-
-    `how`: "before" the operation, in the middle of its bytes ("half"), or "after" it, before the process knows.
-    """
+    """`plan`: in order, the first for a role's first process, the next for the process after it. Empty: only count."""
 
     root: str
     log: str
-    role: str = "flow"
-    what: str = "none"
-    at: int = 0
-    how: str = "before"
-    jump: float = 0.0  # seconds that the clock is set forward, or back
+    plan: tuple[At, ...] = ()
 
     def variables(self) -> dict[str, str]:
         """For the environment of a process, and of its children."""
         site = str(pathlib.Path(__file__).parent / "site")
         return {VARIABLE: json.dumps(asdict(self)), "PYTHONPATH": f"{site}:{pathlib.Path(__file__).parents[2]}"}
 
+    def fired(self) -> list[tuple[str, str]]:
+        """Role and "operation path" of what came."""
+        return [(role, where) for what, role, where in self._lines() if what == "fault"]
+
+    def counted(self) -> list[tuple[str, str]]:
+        """Role and "operation path" of all that was done, where nothing was to happen."""
+        return [(role, where) for what, role, where in self._lines() if what == "did"]
+
+    def _lines(self) -> list[tuple[str, str, str]]:
+        log = pathlib.Path(self.log)
+        lines = [line.split("\t") for line in log.read_text().splitlines()] if log.exists() else []
+        return [(what, role, f"{operation} {path}") for what, role, operation, path in lines]
+
 
 def install(role: str | None = None) -> None:
-    """Take part in the fault that the environment names, if this process has its role."""
-    fault = Fault(**json.loads(os.environ[VARIABLE]))
+    """Take part in the fault that the environment names, if this process has a role in it."""
+    told = json.loads(os.environ[VARIABLE])
+    fault = Fault(told["root"], told["log"], tuple(At(**at) for at in told["plan"]))
     role = role or next((role for word, role in ROLES.items() if any(word in a for a in sys.orig_argv)), None)
-    if role and fault.role in (role, "any"):
-        _Points(fault, role).wrap()
+    mine = [at for at in fault.plan if at.role == role]
+    came = sum(who == role for who, _ in fault.fired())
+    if role and (not fault.plan or came < len(mine)):
+        _Points(fault, role, mine[came] if mine else None).wrap()
 
 
 class _Points:
-    def __init__(self, fault: Fault, role: str) -> None:
-        self.fault, self.role, self.done = fault, role, 0
+    def __init__(self, fault: Fault, role: str, at: At | None) -> None:
+        self.fault, self.role, self.at, self.done = fault, role, at, 0
         self.root = str(pathlib.Path(fault.root)) + "/"
 
     def wrap(self) -> None:
@@ -77,33 +107,31 @@ class _Points:
             if not isinstance(path, str) or not path.startswith(self.root):
                 return real(*args, **named)
             self.done += 1
-            fault, shown = self.fault, path[len(self.root) :]
-            if fault.what == "none" or self.done < fault.at:
-                if fault.what == "none":
-                    self._say("did", name, shown)
+            if self.at is None:
+                self._say("did", name, path[len(self.root) :])
+            if self.at is None or self.done < self.at.at:
                 return real(*args, **named)
-            if self.done == fault.at:
-                self._say("fault", name, shown)
-            if fault.what == "kill":
-                if fault.how == "half" and half:
+            if self.done == self.at.at:
+                self._say("fault", name, path[len(self.root) :])
+            if self.at.what.startswith("kill"):
+                if self.at.how == "half" and half:
                     half(*args)
-                elif fault.how == "after":
+                elif self.at.how == "after":
                     real(*args, **named)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return self._lasting(name, half, real, args, named)
+                _end(self.at.what)
+            return self._lasting(self.at, name, half, real, args, named)
 
         return wrapped
 
-    def _lasting(self, name: str, half: Callable | None, real: Callable, args: tuple, named: dict):
+    def _lasting(self, at: At, name: str, half: Callable | None, real: Callable, args: tuple, named: dict):
         """A disk without room, a store that no longer lets write, a clock that was set."""
-        if self.fault.what == "clock" and self.done == self.fault.at:
-            now = time.time
-            time.time = lambda: now() + self.fault.jump
-        if self.fault.what == "full" and name in ("write", "copy", "report"):
+        if at.what == "clock" and self.done == at.at:
+            _set_clock(at.jump)
+        if at.what == "full" and name in ("write", "copy", "report"):
             if half:
                 half(*args)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[0]))
-        if self.fault.what == "readonly":
+        if at.what == "readonly":
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(args[0]))
         return real(*args, **named)
 
@@ -112,6 +140,28 @@ class _Points:
         file = os.open(self.fault.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.write(file, line)
         os.close(file)
+
+
+def _end(what: str) -> None:
+    """Of this process, or of the one that started it: then the kernel ends this one with it."""
+    os.kill(os.getpid() if what == "kill" else os.getppid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def _set_clock(jump: float) -> None:
+    """The time of day as this process reads it, from now on. Nobody sets the monotonic clock."""
+    now, now_ns, real = time.time, time.time_ns, datetime
+    time.time = lambda: now() + jump
+    time.time_ns = lambda: now_ns() + int(jump * 1e9)
+
+    class Shifted(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None):
+            return real.now(tz) + timedelta(seconds=jump)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("masters.") and getattr(module, "datetime", None) is real:
+            module.__dict__["datetime"] = Shifted
 
 
 def _half_copied(source: str, target: str) -> None:

@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 ANSWERS = {"500": (500, "InternalError"), "503": (503, "SlowDown"), "denied": (403, "AccessDenied")}
 WRITES = ("PUT", "POST", "DELETE")
 CHECK = "/.check/"  # the probe before a run, which is meant to fail soon
+LEASES = "/leases/"  # how many signs of life a run gives depends on the time it takes
 
 
 @dataclass
@@ -22,8 +23,8 @@ class Plan:
     """What happens to requests number `at` to `at + times - 1` of those that fit.
 
     `kind`: "500", "503", "denied"; "hang" (no answer for `seconds`); "cut" (in mid-body, of a PUT's or an answer's);
-    "lost" (done, its answer lost); "away" (for `seconds` all connections are closed unheard); "call" before it is
-    handed on, "call_after" when it is done and its answer not yet sent.
+    "lost" (done, its answer lost); "count" (nothing); "away" (for `seconds` all connections are closed unheard);
+    "call" before it is handed on, "call_after" when it is done and its answer not yet sent.
     """
 
     kind: str = "none"
@@ -32,6 +33,7 @@ class Plan:
     times: int = 1
     seconds: float = 0.0
     conditional: bool = False  # only creates that must not replace
+    within: str = ""  # only requests whose path holds it; leases are left out unless it is theirs
     call: Callable[[], None] = lambda: None
     seen: int = 0
     fired: list[str] = field(default_factory=list)
@@ -42,6 +44,8 @@ class Plan:
             return True
         if method not in self.methods or CHECK in path or (self.conditional and not conditional):
             return False
+        if self.within not in path or (LEASES in path and self.within != LEASES):
+            return False
         self.seen += 1
         due = self.at <= self.seen < self.at + self.times
         if due:
@@ -51,11 +55,11 @@ class Plan:
 
 
 class Proxy:
-    """`plan` may be exchanged at any time. `log`: all requests that got through."""
+    """`plan` may be exchanged at any time."""
 
     def __init__(self, upstream: str) -> None:
         self.upstream = upstream.removeprefix("http://")
-        self.plan, self.lock, self.log = Plan(), threading.Lock(), []
+        self.plan, self.lock = Plan(), threading.Lock()
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -102,7 +106,6 @@ class Proxy:
             plan.call()
         if kind == "lost":
             return _cut(client)
-        self.log.append((client.command, client.path, status))
         _relay(client, status, headers, data, cut=kind == "cut")
 
     def _handed_on(self, client: BaseHTTPRequestHandler, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:

@@ -1,5 +1,6 @@
 """Faults around the command line: its servers go away, its engines, trainer and the run itself are killed."""
 
+import json
 import os
 import random
 import signal
@@ -7,14 +8,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from urllib.request import urlopen
 
 from masters.storage import Storage
 from tests.faults import judge
 from tests.faults.judge import Finished
-from tests.faults.world import LIMIT, MARK, ROOT, Running, Seen, World
+from tests.faults.points import HOWS, At, Fault
+from tests.faults.world import LIMIT, MARK, ROOT, Running, Seen, World, stage_of, until
 from tests.s3 import die_with_parent, free_ports
 
 STEPS_ALONE = ("stage", "train")  # with labels as targets no engine is started
@@ -57,7 +58,7 @@ class Servers:
             except OSError:
                 return False
 
-        until(answers, name, LIMIT)
+        until(answers, name)
 
     def kill(self, name: str) -> None:
         """With all that it started: its session."""
@@ -74,9 +75,9 @@ class Commands:
 
     def __init__(self, world: World, servers: Servers) -> None:
         self.world, self.servers = world, servers
-        self._expected: dict[str, Finished] = {}
+        self._made: dict[str, tuple[Finished, list[tuple[str, str]]]] = {}
 
-    def start(self, store: Path, *command: str, **values: object) -> Running:
+    def start(self, store: Path, *command: str, fault: Fault | None = None, **values: object) -> Running:
         world = self.world
         chosen = {
             "data.source": world.source, "data.max_rejected_share": 0.2, "store.root": store,
@@ -93,20 +94,28 @@ class Commands:
         with open(log, "ab") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "masters.cli", *command, "configs/demo.toml", *settings], cwd=ROOT,
-                env=kept | ours, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-                preexec_fn=die_with_parent,
+                env=kept | ours | (fault.variables() if fault else {}), stdin=subprocess.DEVNULL, stdout=output,
+                stderr=output, start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
         return _watched(process, log)
 
     def expected(self, *command: str, **values: object) -> Finished:
+        """What an undisturbed run leaves; its operations are counted meanwhile."""
         key = repr((command, sorted(values.items())))
-        if key not in self._expected:
+        if key not in self._made:
             store = self.world.store()
-            running = self.start(store, *command, **values)
+            fault = Fault(str(store), str(self.world.folder / f"points-{store.name}"))
+            running = self.start(store, *command, fault=fault, **values)
             assert running.wait(2 * LIMIT) == 0, running.said()
-            self._expected[key], wrong = judge.finished(Storage(str(store)))
+            finished, wrong = judge.finished(Storage(str(store)))
             assert not wrong
-        return self._expected[key]
+            self._made[key] = finished, fault.counted()
+        return self._made[key][0]
+
+    def points(self, role: str, *command: str, **values: object) -> list[str]:
+        """What the processes of this role do to the store, in order."""
+        self.expected(*command, **values)
+        return [where for who, where in self._made[repr((command, sorted(values.items())))][1] if who == role]
 
 
 def server_away(commands: Commands, name: str, seconds: float) -> Seen:
@@ -122,7 +131,9 @@ def server_away(commands: Commands, name: str, seconds: float) -> Seen:
         time.sleep(seconds)
         servers.start(name)
         servers.wait(name)
-        return running.wait(LIMIT), [f"server train/{name}"]
+        code = running.wait(LIMIT)
+        assert json.loads((store / "summary.json").read_text())["mlflow"]["metrics_lost"] == 0
+        return code, [f"server train/{name}"]
 
     kind = f"{name} away for {seconds:.0f} s"
     return world.disturbed(
@@ -143,48 +154,50 @@ def metrics_kept(commands: Commands) -> tuple[int, int]:
 
 
 def with_engines(commands: Commands, rng: random.Random) -> list[Seen]:
-    """A whole distillation: the run is killed while it generates; in the next one an engine, then the trainer."""
+    """A whole distillation in one store, with kills at seeded operations of the processes.
+
+    The first run is killed by its engine, in the middle of a shard. The second goes on by itself though two engines
+    and a trainer are killed. The third is the undisturbed one.
+    """
     world, store = commands.world, commands.world.store()
-    expected = commands.expected("distill")
-    kill_flow, kill_engine, kill_trainer = (rng.random() * 2 for _ in range(3))  # seconds after they are met
-    killed: list[tuple[str, str]] = []
+    expected, shard = commands.expected("distill"), _first_shard(commands)
+    trainer = rng.randint(1, len(commands.points("trainer", "distill")))
+    of_the_run = At("engine", "kill the parent", rng.choice(shard), rng.choice(HOWS))
+    on_the_way = (
+        # there are two shards more: whether the first is committed or not, the next engine writes at these
+        *(At("engine", "kill", rng.choice(shard), rng.choice(HOWS)) for _ in range(2)),
+        At("trainer", "kill", trainer, rng.choice(HOWS)),
+    )
+    first = Fault(str(store), str(world.folder / "faults-first"), (of_the_run,))
+    second = Fault(str(store), str(world.folder / "faults-second"), on_the_way)
 
     def disturb() -> tuple[int, list[str]]:
-        first = commands.start(store, "distill")
-        until(lambda: _children(store, "engine_worker") or first.code is not None, "an engine", LIMIT)
-        time.sleep(kill_flow)
-        first.kill()
-        killed.append(("SIGKILL of the run while an engine starts", "kill generate/flow"))
-        assert first.wait(30) == -signal.SIGKILL and world.left(store) == 0
-        second = commands.start(store, "distill")
-        until(lambda: list(store.glob("shards/responses/*.parquet")) or second.code is not None, "a shard", LIMIT)
-        time.sleep(kill_engine / 10)
-        if (engine := _one(store, "engine_worker")) and _kill(engine):
-            killed.append(("SIGKILL of an engine", "kill generate/engine"))
-        until(lambda: _lines(store, "train-*/rank-0.progress", '"step"') or second.code is not None, "a step", LIMIT)
-        time.sleep(kill_trainer / 10)
-        if (trainer := _one(store, "train_worker")) and _kill(trainer):
-            killed.append(("SIGKILL of the trainer in a whole run", "kill train/trainer"))
-        return second.wait(2 * LIMIT), [killed[0][1]]
+        running = commands.start(store, "distill", fault=first)
+        assert running.wait() == -signal.SIGKILL and world.left(store) == 0, running.said()
+        running = commands.start(store, "distill", fault=second)
+        assert running.wait(2 * LIMIT) == 0, running.said()
+        assert len(second.fired()) == len(on_the_way), second.fired()
+        return -signal.SIGKILL, [where for _, where in first.fired()]
 
     seen = world.disturbed(
-        killed[0][0] if killed else "SIGKILL of the run while an engine starts", store, disturb, expected=expected,
+        "SIGKILL of the run while its engine writes", store, disturb, expected=expected,
         again=lambda: commands.start(store, "distill"),
     )  # fmt: skip
-    seen.signal, seen.outcome = True, "killed"
     more = [
-        Seen(kind, where.split(" ")[1].split("/")[0], where, True, "went on", seen.recovered, 0.0, judge.Verdict(), 0)
-        for kind, where in killed[1:]
-    ]
+        Seen(f"SIGKILL of the {role} in a run that retries", stage_of(where), where, True, "went on", seen.recovered,
+             0.0, judge.Verdict(), 0)
+        for role, where in second.fired()
+    ]  # fmt: skip
     world.seen.extend(more)
     return [seen, *more]
 
 
-def until(condition: Callable[[], object], what: str, seconds: float = LIMIT) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.05)
+def _first_shard(commands: Commands) -> list[int]:
+    """An engine's operations from the write of its first shard to the report of it."""
+    points = commands.points("engine", "distill")
+    wrote = next(n for n, point in enumerate(points, 1) if point.startswith("write shards/"))
+    told = next(n for n, point in enumerate(points, 1) if n > wrote and point.startswith("report"))
+    return list(range(wrote, told + 1))
 
 
 def _watched(process: subprocess.Popen, log: Path) -> Running:
@@ -200,26 +213,3 @@ def _watched(process: subprocess.Popen, log: Path) -> Running:
 
 def _lines(store: Path, pattern: str, word: str) -> int:
     return sum(file.read_text(errors="replace").count(word) for file in store.glob(f".work/{pattern}"))
-
-
-def _children(store: Path, module: str) -> list[int]:
-    found = []
-    for line in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if module in line.read_text() and f"{MARK}={store}" in (line.parent / "environ").read_text():
-                found.append(int(line.parent.name))
-        except OSError:
-            continue
-    return sorted(found)
-
-
-def _one(store: Path, module: str) -> int | None:
-    return next(iter(_children(store, module)), None)
-
-
-def _kill(pid: int) -> bool:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return False
-    return True

@@ -7,9 +7,10 @@ import pytest
 
 from masters import schemas
 from masters.storage import Storage
-from tests.faults import cases, proxy
+from tests.faults import cases, proxy, remote
 from tests.faults.judge import compare
-from tests.faults.world import Remote, Seen, World
+from tests.faults.remote import Remote
+from tests.faults.world import SCORE, Seen, World
 from tests.s3 import S3
 
 
@@ -23,7 +24,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 @pytest.fixture(scope="module")
-def remote(s3: S3) -> Iterator[Remote]:
+def far(s3: S3) -> Iterator[Remote]:
     with proxy.serve(s3.url) as between:
         yield Remote(s3, between)
 
@@ -34,12 +35,12 @@ def right(seen: Seen) -> None:
 
 @pytest.mark.parametrize(("stage", "number"), [("data", 0), ("mask", 1), ("score", 2)])
 def test_the_flow_is_killed(world: World, stage: str, number: int) -> None:
-    right(cases.killed(world, random.Random(number), "flow", stage, number, train=False))
+    right(cases.killed(world, random.Random(number), "flow", stage, number))
 
 
 @pytest.mark.parametrize("kind", ["S3 answers 503 SlowDown", "S3 conditional create done, answer lost"])
-def test_s3_fails(world: World, remote: Remote, kind: str) -> None:
-    right(cases.s3_fault(world, remote, random.Random(0), kind))
+def test_s3_fails(world: World, far: Remote, kind: str) -> None:
+    right(remote.s3_fault(world, far, random.Random(0), kind))
 
 
 @pytest.mark.parametrize("what", ["full", "readonly"])
@@ -49,7 +50,7 @@ def test_the_disk_fails(world: World, what: str) -> None:
 
 def test_a_judge_that_could_not_tell_is_none(world: World) -> None:
     """It sees rows that are lost, there twice or different, a file unlike its record, an artifact that is missing."""
-    expected, store = world.expected(train=False), world.store()
+    expected, store = world.expected(SCORE), world.store()
     assert world.start(store).wait() == 0
     storage = Storage(str(store))
     assert compare(expected, storage).right

@@ -10,20 +10,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from masters.stages import Stage
 from masters.storage import Storage
 from tests.drawn import write_questions
 from tests.faults import judge
 from tests.faults.judge import Finished, Verdict
 from tests.faults.points import Fault
-from tests.faults.proxy import Plan, Proxy
-from tests.s3 import BUCKET, S3
+from tests.faults.shape import Shape
+from tests.s3 import BUCKET
 
 ROOT = Path(__file__).parents[2]
 MARK = "MASTERS_FAULTS"
 QUESTIONS = 24
+SCORE, TRAIN, REGISTER = (Shape(until) for until in (Stage.SCORE, Stage.TRAIN, Stage.REGISTER))
+TWO_RANKS = Shape(Stage.TRAIN, ranks=2)
 LIMIT = 600.0  # seconds that a run may take before it counts as hanging; machines are slow and shared
 
 
@@ -40,7 +43,7 @@ class Seen:
     seconds: float
     verdict: Verdict
     left: int  # processes
-    test: str = field(default_factory=lambda: os.environ.get("PYTEST_CURRENT_TEST", "").split(" ")[0].split("::")[-1])
+    test: str = field(default_factory=lambda: _test())
 
 
 @dataclass
@@ -64,6 +67,10 @@ class Running:
 
     def said(self) -> str:
         return self.log.read_text(errors="replace")[-3000:] if self.log.exists() else ""
+
+    def outcome(self, stage: str) -> str:
+        """ "built" or "reused"."""
+        return next(line.split()[1] for line in self.said().splitlines() if line.startswith(f"{stage} "))
 
 
 class Zygote:
@@ -125,37 +132,45 @@ class World:
         self.source = write_questions(folder / "source", QUESTIONS)
         self.mlflow = f"sqlite:///{folder / 'mlflow.db'}"
         self.zygote = Zygote(folder)
-        self._expected: dict[bool, Finished] = {}
-        self._points: dict[str, list[str]] = {}
+        self._made: dict[Shape, tuple[Path, Finished, list[tuple[str, str]]]] = {}
 
-    def store(self) -> Path:
+    def store(self, shape: Shape = SCORE) -> Path:
+        """A new one: empty, but for what comes after training, or builds again, a copy of one where that was done."""
         self.stores += 1
-        return self.folder / f"store-{self.stores}"
+        store = self.folder / f"store-{self.stores}"
+        done = (
+            TRAIN if shape.until == Stage.REGISTER else replace(shape, rebuild=None, key="") if shape.rebuild else None
+        )
+        if done:
+            self.expected(done)
+            shutil.copytree(self._made[done][0], store)
+        return store
 
     def start(
-        self, store: Path | str, train: bool = False, fault: Fault | None = None, aws: dict | None = None, **runtime
-    ) -> Running:
-        job = dict(store=str(store), source=str(self.source), mlflow=self.mlflow, with_train=train)
+        self, store: Path | str, shape: Shape = SCORE, fault: Fault | None = None, aws: dict | None = None,
+        home: Path | None = None,
+    ) -> Running:  # fmt: skip
+        """`home`: of another machine, which shares no work folder with this one."""
+        job = dict(store=str(store), source=str(self.source), mlflow=self.mlflow, shape=asdict(shape))
         variables = {MARK: str(store)} | (aws or {}) | (fault.variables() if fault else {})
-        return self.zygote.fork(job | dict(runtime=dict(checkpoint_steps=2) | runtime), variables)
+        return self.zygote.fork(job, variables | ({"HOME": str(home)} if home else {}))
 
-    def expected(self, train: bool) -> Finished:
+    def expected(self, shape: Shape) -> Finished:
         """What an undisturbed run leaves; its operations are counted meanwhile."""
-        if train not in self._expected:
-            store, log = self.store(), self.folder / f"points-{train}"
-            running = self.start(store, train, Fault(str(store), str(log), role="any"))
+        if shape not in self._made:
+            store = self.store(shape)
+            fault = Fault(str(store), str(self.folder / f"points-{store.name}"))
+            running = self.start(store, shape, fault)
             assert running.wait() == 0, running.said()
-            self._expected[train], wrong = judge.finished(Storage(str(store)))
+            finished, wrong = judge.finished(Storage(str(store)))
             assert not wrong and self.left(store) == 0
-            for line in log.read_text().splitlines():
-                _, role, operation, path = line.split("\t")
-                self._points.setdefault(f"{role}-{train}", []).append(f"{operation} {path}")
-        return self._expected[train]
+            self._made[shape] = store, finished, fault.counted()
+        return self._made[shape][1]
 
-    def points(self, role: str, train: bool) -> list[str]:
+    def points(self, role: str, shape: Shape) -> list[str]:
         """What a process of this role does to the store, in order: the places where a fault may be put."""
-        self.expected(train)
-        return self._points[f"{role}-{train}"]
+        self.expected(shape)
+        return [where for who, where in self._made[shape][2] if who == role]
 
     def left(self, store: Path | str, patience: float = 5.0) -> int:
         """Processes of a store's runs that are there still, a moment after their parent's end."""
@@ -165,15 +180,15 @@ class World:
         return len(found)
 
     def disturbed(
-        self, kind: str, store: Path | str, disturb: Callable[[], tuple[int, list[str]]], train: bool = False,
+        self, kind: str, store: Path | str, disturb: Callable[[], tuple[int, list[str]]], shape: Shape = SCORE,
         aws: dict[str, str] | None = None, again: Callable[[], Running] | None = None, expected: Finished | None = None,
     ) -> Seen:  # fmt: skip
         """A run with a fault, then the same command without one (`again`); both are judged.
 
         `disturb` gives the exit code and where the fault came ("operation path"; none: it did not come).
         """
-        expected, began = expected or self.expected(train), time.monotonic()
-        again = again or (lambda: self.start(store, train, aws=aws))
+        expected, began = expected or self.expected(shape), time.monotonic()
+        again = again or (lambda: self.start(store, shape, aws=aws))
         code, fired = disturb()
         assert fired, f"{kind}: the fault never came"
         left = self.left(store)
@@ -183,11 +198,11 @@ class World:
             running = again()
             code = running.wait()
             assert code == 0, f"after {kind} at {fired[0]}: {running.said()}"
-        with _environment(aws or {}):
+        with environment(aws or {}):
             verdict = judge.compare(expected, Storage(str(store)))
         left += self.left(store)
         seen = Seen(
-            kind, stage_of(fired[0]), fired[0], outcome == "killed", outcome, code == 0,
+            kind, stage_of(fired[0]), fired[0], "SIGKILL" in kind, outcome, code == 0,
             time.monotonic() - began, verdict, left,
         )  # fmt: skip
         self.seen.append(seen)
@@ -202,38 +217,38 @@ class World:
         self.zygote.close()
 
 
-@dataclass
-class Remote:
-    """A world's S3: the real server, and the proxy that the runs speak to."""
-
-    server: S3
-    proxy: Proxy
-    stores: int = 0
-    writes: int = 0  # of an undisturbed run
-
-    def store(self) -> str:
-        self.stores += 1
-        return f"s3://{BUCKET}/store-{self.stores}"
-
-    def aws(self) -> dict[str, str]:
-        return self.server.environment() | {"AWS_ENDPOINT_URL": self.proxy.url}
-
-    def plan(self, plan: Plan) -> Plan:
-        with self.proxy.lock:
-            self.proxy.plan = plan
-        return plan
-
-
 def stage_of(where: str) -> str:
     """The stage in whose folder a fault came; work folders are called after theirs."""
     path = where.split(" ", 1)[1].removeprefix(f"/{BUCKET}/")
     parts = [part for part in path.split("/") if not part.startswith("store-")]
     name = parts[1] if parts[0] == ".work" and len(parts) > 1 else parts[0]
-    return name.split("-")[0]
+    return name.split("-")[0] or "listing"
+
+
+def started(store: Path | str, module: str) -> list[int]:
+    """Pids of the children of a store's runs that run a module."""
+    found = []
+    for pid in _marked(f"{MARK}={store}"):
+        with suppress(OSError):
+            if module in Path(f"/proc/{pid}/cmdline").read_text():
+                found.append(pid)
+    return sorted(found)
+
+
+def until(condition: Callable[[], object], what: str, seconds: float = LIMIT) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.05)
 
 
 def told(seen: list[Seen]) -> list[dict]:
     return [asdict(one) for one in seen]
+
+
+def _test() -> str:
+    """The running test's name, with its parameters and without its phase."""
+    return os.environ.get("PYTEST_CURRENT_TEST", "").split("::")[-1].rpartition(" ")[0]
 
 
 def _marked(entry: str) -> set[int]:
@@ -249,7 +264,7 @@ def _marked(entry: str) -> set[int]:
 
 
 @contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
+def environment(values: dict[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

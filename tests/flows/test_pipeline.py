@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from masters.config import load
 from masters.flows.plan import plan
+from masters.stages import Stage
 from tests.drawn import write_questions
 
 ROOT = Path(__file__).parents[2]
@@ -201,11 +203,16 @@ def test_the_number_of_workers_changes_no_response(first: dict, place: Path) -> 
     assert rows(other, "generate", "responses") == rows(first, "generate", "responses")
 
 
-def planned(place: Path, *overrides: str) -> dict[str, str]:
+def planned(place: Path, *overrides: str, rebuild: Collection[Stage] = ()) -> dict[str, str]:
     """Stage to outcome, as `--plan` tells it."""
     given = [part for part in settings(place) if part != "--set"]
     os.chdir(ROOT)  # the demo's configuration names its models from there
-    return {line["name"]: line["outcome"] for line in plan(load("configs/demo.toml", [*given, *overrides]))}
+    return {line["name"]: line["outcome"] for line in plan(load("configs/demo.toml", [*given, *overrides]), rebuild)}
+
+
+def test_the_plan_knows_what_is_built_again(first: dict, place: Path) -> None:
+    outcomes = planned(place, rebuild=[Stage.SCORE])
+    assert {name for name, outcome in outcomes.items() if outcome == "reused"} == {"data", "mask", "generate"}
 
 
 def test_the_plan_is_printed_and_names_what_changed(first: dict, place: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import uuid
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +19,11 @@ from prefect.utilities.schema_tools.validation import ValidationError, validate
 from prefect.utilities.templating import apply_values
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
+from masters import tracking, webhook
+from masters.allowed import Setting
 from masters.infra.deployments import DEFINITIONS
-from masters.infra.settings import POOL
+from masters.infra.settings import POOL, Settings
+from masters.rewards import judge_server
 
 INFRA = Path(__file__).parents[2] / "infra"
 TEMPLATE = json.loads((INFRA / "kubernetes-job-template.json").read_text())
@@ -67,6 +71,19 @@ def test_the_compose_file_holds_no_secret_and_opens_loopback_alone() -> None:
     for service in services.values():
         for needed in service.get("depends_on", {}):
             assert needed in services
+
+
+def test_whoever_owns_a_worker_says_to_compose_what_its_runs_may_and_know() -> None:
+    """Variables without a value are those of the environment that compose is called in."""
+    services = yaml.safe_load((INFRA / "compose.yaml").read_text())["services"]
+    for worker in ("worker", "worker-gpu"):
+        environment = services[worker]["environment"]
+        given = {name for name, value in environment.items() if value is None}
+        assert {*Setting, webhook.ADDRESS, judge_server.KEY, "HF_TOKEN"} <= given
+        assert environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] and environment["MLFLOW_TRACKING_URI"]
+        assert environment[tracking.PUBLIC].endswith("http://127.0.0.1:5000}")
+    limits = {f"MASTERS_{f.name.upper()}" for f in fields(Settings) if not f.name.endswith("_port")}
+    assert limits <= services["deployments"]["environment"].keys()
 
 
 def rendered(**values: object) -> KubernetesWorkerJobConfiguration:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from masters.errors import InputError
 from masters.infra import object_store, stack
 from masters.infra.settings import Settings
 
@@ -35,6 +36,22 @@ def test_a_port_in_use_is_named_with_its_setting(tmp_path: Path) -> None:
 def test_a_setting_that_is_no_number_is_refused(setting: str, tmp_path: Path) -> None:
     done = masters("up", home=tmp_path, **{setting: "many"})
     assert (done.returncode, done.stderr) == (2, f"masters: {setting}: expected a whole number, found 'many'\n")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("PREFECT_PORT", "0"),
+        ("MLFLOW_PORT", "65536"),
+        ("RUNS_AT_ONCE", "0"),
+        ("LOST_AFTER", "30"),
+        ("RESUME_AFTER", "9"),
+    ],
+)
+def test_a_setting_outside_its_range_is_refused(setting: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"MASTERS_{setting}", value)
+    with pytest.raises(InputError, match=rf"MASTERS_{setting}: expected a whole number from \d+ to \d+, found {value}"):
+        Settings.from_environment()
 
 
 def test_another_kind_of_stack_is_refused_as_usage(tmp_path: Path) -> None:

@@ -1,0 +1,107 @@
+"""What `masters up` tells Prefect's server, on a real one: told again, it takes nothing from whoever uses the UI."""
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.objects import Deployment, FlowRun, State, StateType
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelling, Running
+
+from masters.infra.deployments import POOL, deploy, prepare
+from masters.infra.local_prefect import prefect_api, wait_until_ready
+from masters.infra.settings import Settings
+
+pytestmark = pytest.mark.slow
+SETTINGS = Settings(resumes=1)
+
+
+@pytest.fixture(scope="module")
+def _server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PREFECT_API_URL", raising=False)
+        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
+        with prefect_api() as url, temporary_settings({PREFECT_API_URL: url}):
+            wait_until_ready(url)
+            assert os.environ["PREFECT_API_URL"] == url
+            asyncio.run(prepare(SETTINGS))
+            assert deploy() == 0
+            yield
+
+
+async def nightly(client: PrefectClient) -> Deployment:
+    return await client.read_deployment_by_name("nightly/nightly")  # pyright: ignore[reportReturnType]
+
+
+def test_a_schedule_changed_in_the_ui_outlives_the_next_up(_server: None, tmp_path: Path) -> None:
+    config = dict(name="demo", store=dict(root=str(tmp_path)))
+
+    async def changed() -> Deployment:
+        async with get_client() as client:
+            found = await nightly(client)
+            [schedule] = found.schedules
+            assert not schedule.active
+            await client.update_deployment_schedule(
+                found.id, schedule.id, active=True, schedule=CronSchedule(cron="30 3 * * 1", timezone="Asia/Tokyo")
+            )
+            body = dict(parameters=dict(config=config))
+            answer = await client._client.patch(f"/deployments/{found.id}/schedules/{schedule.id}", json=body)
+            answer.raise_for_status()
+            return await nightly(client)
+
+    async def now() -> Deployment:
+        async with get_client() as client:
+            return await nightly(client)
+
+    before = asyncio.run(changed()).schedules[0]
+    assert before.active and before.parameters == dict(config=config)
+    assert deploy() == 0
+    [after] = asyncio.run(now()).schedules
+    assert (after.schedule, after.active, after.parameters, after.slug) == (
+        before.schedule, True, dict(config=config), before.slug,
+    )  # fmt: skip
+
+
+def test_automations_that_did_not_change_are_left_alone(_server: None) -> None:
+    async def told() -> dict:
+        async with get_client() as client:
+            answer = await client._client.post("/automations/filter")
+            return {found["name"]: (found["id"], found["updated"]) for found in answer.json()}
+
+    before = asyncio.run(told())
+    assert len(before) == 3
+    asyncio.run(prepare(SETTINGS))
+    assert asyncio.run(told()) == before
+    asyncio.run(prepare(Settings(resumes=1, resume_after=20)))
+    changed = {name for name, what in asyncio.run(told()).items() if what != before[name]}
+    assert changed == {"masters: crashed runs go on"}
+    asyncio.run(prepare(SETTINGS))
+
+
+@pytest.mark.parametrize(
+    ("states", "end"),
+    [
+        ([Running()], (StateType.SCHEDULED, "AwaitingRetry")),
+        ([Running(), Cancelling()], (StateType.CANCELLED, "Cancelled")),
+        ([Running(), Running()], (StateType.CRASHED, "Crashed")),
+    ],
+    ids=["goes on", "was to be cancelled", "began too often"],
+)
+def test_what_a_stack_left_running(states: list[State], end: tuple[StateType, str], _server: None) -> None:
+    """`states`: one after another, each Running a further attempt; SETTINGS grants one more."""
+
+    async def left() -> FlowRun:
+        async with get_client() as client:
+            run = await client.create_flow_run_from_deployment((await nightly(client)).id, parameters={})
+            for state in states:
+                await client.set_flow_run_state(run.id, state, force=True)
+            await prepare(SETTINGS)
+            return await client.read_flow_run(run.id)
+
+    run = asyncio.run(left())
+    assert run.work_pool_name == POOL
+    assert (run.state_type, run.state_name) == end

@@ -1,0 +1,47 @@
+"""Stages that are tried again: a rebuild removes once a run; a shard that a power cut damaged is answered again."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from masters.errors import StoreError
+from masters.stages import Stage
+from masters.tasks import evaluate
+from masters.tasks.data import data
+from masters.tasks.mask import mask
+from tests.drawn import write_questions
+from tests.trained import first_round, made_run, predicted
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_questions(tmp_path / "source", 12, bad=False)
+
+
+def test_a_rebuild_that_is_tried_again_keeps_what_it_built(tmp_path: Path, source: Path) -> None:
+    def outcome(key: str, rebuild: bool = True) -> str:
+        run = made_run(tmp_path / "store", source, key=key)
+        run.rebuild = frozenset([Stage.MASK] if rebuild else [])
+        mask.fn(run, first_round(run))
+        return run.stages[-1]["outcome"]
+
+    assert outcome("first", rebuild=False) == "built"
+    assert outcome("second") == "built"
+    assert outcome("second") == "reused"  # the same run, tried again
+    assert outcome("third") == "built"
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_damaged_shard_is_removed_and_answered_again(tmp_path: Path, source: Path, size: int) -> None:
+    run = made_run(tmp_path / "store", source)
+    questions, models = data.fn(run), [replace(run.ready.student, name="student-before")]
+    predicted(run, questions, models)
+    [order, *_] = evaluate.orders(run, questions, models)
+    os.truncate(run.storage.path(order.file), size)
+    with pytest.raises(StoreError, match=f"{order.fingerprint}.parquet: expected .* rows, found no Parquet file"):
+        evaluate.evaluate.fn(run, questions, models)
+    assert not run.storage.exists(order.file)
+    predicted(run, questions, models)
+    assert evaluate.evaluate.fn(run, questions, models).facts["scores"]["student-before"]["accuracy"] == 1.0
