@@ -31,6 +31,7 @@ BYTES = 1 << 20  # of a configuration file
 TEACHER = "teacher"  # rewards.judge: the round's own teacher, unmasked
 EASYVQA = "easyvqa"  # data.source: what ships with us
 LOCAL = "local"  # runtime.ray_address: a Ray of our own
+ADDRESS = r"(local|(\[[0-9A-Fa-f:]{2,39}\]|[A-Za-z0-9][A-Za-z0-9._-]{0,253}):[1-9][0-9]{0,4})"
 NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 SHOWN = 100  # characters of a value at fault
 
@@ -244,7 +245,8 @@ class Runtime(Section):
     )
     ray_address: str | None = Field(
         default=None,
-        pattern=r"^(local|(\[[0-9A-Fa-f:]{2,39}\]|[A-Za-z0-9][A-Za-z0-9._-]{0,253}):[1-9][0-9]{0,4})$",
+        pattern=f"^{ADDRESS}$",
+        json_schema_extra={"pattern": rf"^{ADDRESS}$(?!\n)"},  # as with `Config.name`
         description="Where engines are actors on Ray, also several of one model: local, a Ray of its own on this "
         "machine for the time of a stage; HOST:PORT, the head of a cluster that this machine is a node of",
     )
