@@ -1,6 +1,6 @@
 """The engine's process: answers the shards of one model and commits each as one Parquet file.
 
-`python -m masters.models.engine_worker JOB.json`; the job is made by `masters.answering`.
+`python -m masters.models.engine_worker JOB.json`, or an actor on Ray; the job is made by `masters.answering`.
 """
 
 import json
@@ -24,24 +24,47 @@ def first_seed(shard: dict, question: dict) -> int:
     return int(digest("/".join(map(str, parts)).encode())[:7], 16)
 
 
+class Answers:
+    """An engine of one model that answers shards; use as a context manager."""
+
+    def __init__(self, setup: dict) -> None:
+        self._storage = Storage(setup["store"])
+        self._reader = Reader(artifacts.load(self._storage, setup["data"]))
+        self._thresholds, self._ratio = setup["thresholds"], 0.0
+        self._engine = Engine(Path(setup["folder"]), setup["dtype"], Runtime(**setup["runtime"]))
+
+    def __enter__(self) -> "Answers":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._engine.__exit__(*error)
+
+    def do(self, shard: dict) -> dict:
+        """Answer a shard and commit it, if it is not there; its line of progress."""
+        if not self._storage.exists(shard["out"]):
+            self._mask(shard["mask_ratio"] or 0.0)
+            questions = list(self._reader.rows(tuple(Ref(*ref) for ref in shard["refs"])))
+            replies = answer(self._engine, questions, shard)
+            rows_of, schema = TABLES[shard["kind"]]
+            rows = [row for q, r in zip(questions, replies, strict=True) for row in rows_of(shard, q, r)]
+            self._storage.create(shard["out"], schemas.encode(rows, schema))
+        return dict(event="shard", questions=len(shard["refs"]))
+
+    def _mask(self, ratio: float) -> None:
+        if ratio != self._ratio:
+            self._engine.remask(self._thresholds.get(str(ratio), {}))
+            self._ratio = ratio
+
+
+opened = Answers
+
+
 def main(job_file: Path) -> None:
     job = json.loads(job_file.read_text())
-    storage = Storage(job["store"])
-    data = artifacts.load(storage, job["data"])
-    reader, ratio = Reader(data), 0.0
-    with Engine(Path(job["folder"]), job["dtype"], Runtime(**job["runtime"])) as engine:
+    with opened(job) as answers:
         processes.report(job_file, event="engine")
-        for shard in job["shards"]:
-            if not storage.exists(shard["out"]):
-                if (shard["mask_ratio"] or 0.0) != ratio:
-                    ratio = shard["mask_ratio"] or 0.0
-                    engine.remask(job["thresholds"].get(str(ratio), {}))
-                questions = list(reader.rows(tuple(Ref(*ref) for ref in shard["refs"])))
-                replies = answer(engine, questions, shard)
-                rows_of, schema = TABLES[shard["kind"]]
-                rows = [row for q, r in zip(questions, replies, strict=True) for row in rows_of(shard, q, r)]
-                storage.create(shard["out"], schemas.encode(rows, schema))
-            processes.report(job_file, event="shard", questions=len(shard["refs"]))
+        for shard in job["pieces"]:
+            processes.report(job_file, **answers.do(shard))
 
 
 def answer(engine: Engine, questions: list[dict], shard: dict) -> list[list[Reply]]:

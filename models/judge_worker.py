@@ -1,11 +1,13 @@
 """The judge's process: gives verdicts on batches of triples and keeps what was said, a Parquet file a batch.
 
-`python -m masters.models.judge_worker JOB.json`; the job is made by `masters.judging`.
+`python -m masters.models.judge_worker JOB.json`, or an actor on Ray if the engine is ours; the job is made by
+`masters.judging`.
 """
 
 import json
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from masters import processes, schemas
 from masters.config import Runtime
@@ -15,19 +17,40 @@ from masters.rewards.verdict import FINAL, Triple
 from masters.storage import Storage
 
 
+class Verdicts:
+    """A judge that gives verdicts on batches; use as a context manager."""
+
+    def __init__(self, setup: dict) -> None:
+        self._storage = Storage(setup["store"])
+        self._open = voice_of(setup["reach"], Runtime(**setup["runtime"]))
+
+    def __enter__(self) -> "Verdicts":
+        self._voice = self._open.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
+
+    def do(self, batch: dict) -> dict:
+        """Judge a batch and keep what is final; its line of progress."""
+        triples = [Triple(*parts) for parts in batch["triples"]]
+        judged = list(zip(triples, judge(self._voice, triples), strict=True))
+        final = [row(triple, verdict) for triple, verdict in judged if verdict.status in FINAL]
+        if final:
+            self._storage.create(batch["out"], schemas.encode(final, schemas.JUDGEMENTS))
+        others = [[t.digest, v.status, v.explanation] for t, v in judged if v.status not in FINAL]
+        return dict(event="batch", triples=len(triples), others=others)
+
+
+opened = Verdicts
+
+
 def main(job_file: Path) -> None:
     job = json.loads(job_file.read_text())
-    storage = Storage(job["store"])
-    with voice_of(job["reach"], Runtime(**job["runtime"])) as voice:
+    with opened(job) as verdicts:
         processes.report(job_file, event="ready")
-        for batch in job["batches"]:
-            triples = [Triple(*parts) for parts in batch["triples"]]
-            judged = list(zip(triples, judge(voice, triples), strict=True))
-            final = [row(triple, verdict) for triple, verdict in judged if verdict.status in FINAL]
-            if final:
-                storage.create(batch["out"], schemas.encode(final, schemas.JUDGEMENTS))
-            others = [[t.digest, v.status, v.explanation] for t, v in judged if v.status not in FINAL]
-            processes.report(job_file, event="batch", triples=len(triples), others=others)
+        for batch in job["pieces"]:
+            processes.report(job_file, **verdicts.do(batch))
 
 
 def voice_of(reach: dict, runtime: Runtime) -> AbstractContextManager[Voice]:

@@ -1,10 +1,13 @@
 """Fixtures that several suites share."""
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from tests import ray_cluster as ray
 from tests.s3 import S3, serve
 
 # the same examples every time and no deadline: machines are slow and shared
@@ -17,3 +20,10 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
     """A real S3 server, started when first asked for."""
     with serve(tmp_path_factory.mktemp("s3")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[ray.Cluster]:
+    """A Ray cluster of one node, started when first asked for."""
+    with tempfile.TemporaryDirectory(prefix="r-") as folder, ray.serve(Path(folder)) as cluster:
+        yield cluster

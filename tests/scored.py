@@ -28,12 +28,14 @@ class Quiet:
         yield lambda artifact, done: None
 
 
-def made_run(store: Path, judge: str = "http://127.0.0.1:1/v1", rebuild: bool = False, accuracy: str = "llm") -> Run:
+def made_run(
+    store: Path, judge: str = "http://127.0.0.1:1/v1", rebuild: bool = False, accuracy: str = "llm", **runtime: object
+) -> Run:
     config = Config.model_validate(
         dict(
             name="scored", store=dict(root=str(store)), data=dict(source="none"), student=dict(model="s"),
             teachers=[dict(model="t")], rewards=dict(accuracy=accuracy, judge=judge), generate=dict(dtype="float32"),
-            runtime=dict(judge_requests=4, judge_timeout=10.0, max_model_len=512),
+            runtime=dict(judge_requests=4, judge_timeout=10.0, max_model_len=512) | runtime,
         )
     )  # fmt: skip
     models = [LocalModel(name, Path(name), digest(name.encode())) for name in ("s", "t")]

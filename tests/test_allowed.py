@@ -103,6 +103,7 @@ REFUSED = [
     (Setting.MODELS, "model", "rewards.judge=/elsewhere/judge"),
     (Setting.JUDGES, "rewards.judge", "rewards.judge=http://elsewhere/v1"),
     (Setting.MLFLOW, "runtime.mlflow_uri", "runtime.mlflow_uri=http://elsewhere:5000"),
+    (Setting.RAY, "runtime.ray_address", "runtime.ray_address=elsewhere:6379"),
 ]
 
 

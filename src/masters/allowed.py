@@ -8,6 +8,7 @@ MASTERS_ALLOWED_STORES      folders, s3://bucket/prefix                     stor
 MASTERS_ALLOWED_MODELS      folders, hub ids                                student, teachers, judge, models to evaluate
 MASTERS_ALLOWED_JUDGES      host, host:port, or the beginning of a URL      rewards.judge where it is a URL
 MASTERS_ALLOWED_MLFLOW      URLs, folders of SQLite files                   runtime.mlflow_uri
+MASTERS_ALLOWED_RAY         host, host:port                                 runtime.ray_address
 MASTERS_TRUST_REMOTE_CODE   folders, hub ids                                judges that may run code of their own
 MASTERS_BENCHMARK_TASKS     folders                                         lmms-eval tasks of one's own, code and all
 MASTERS_JUDGED_BENCHMARKS   names of lmms-eval tasks                        tasks that may ask a judge's API for scores
@@ -40,6 +41,7 @@ class Setting(StrEnum):
     MODELS = "MASTERS_ALLOWED_MODELS"
     JUDGES = "MASTERS_ALLOWED_JUDGES"
     MLFLOW = "MASTERS_ALLOWED_MLFLOW"
+    RAY = "MASTERS_ALLOWED_RAY"
     CODE = "MASTERS_TRUST_REMOTE_CODE"
     BENCHMARK_TASKS = "MASTERS_BENCHMARK_TASKS"
     JUDGED_BENCHMARKS = "MASTERS_JUDGED_BENCHMARKS"
@@ -68,6 +70,8 @@ def check_config(config: Config) -> None:
     check(Setting.STORES, "store.root", config.store.root)
     if config.runtime.mlflow_uri:
         check(Setting.MLFLOW, "runtime.mlflow_uri", config.runtime.mlflow_uri)
+    if config.runtime.cluster:
+        check_ray(config.runtime.cluster)
     if config.data.source != EASYVQA:
         check(Setting.DATA, "data.source", config.data.source)
     judge = config.rewards.judge
@@ -90,6 +94,13 @@ def check_judge(url: str) -> None:
     entries = Setting.JUDGES.entries
     if entries and not any(_serves(url, entry) for entry in entries):
         raise _refused(Setting.JUDGES, "rewards.judge", url)
+
+
+def check_ray(address: str) -> None:
+    """Raises InputError if a Ray cluster is not allowed. `address`: HOST:PORT."""
+    entries = Setting.RAY.entries
+    if entries and not any(_serves(f"ray://{address}", entry) for entry in entries):
+        raise _refused(Setting.RAY, "runtime.ray_address", address)
 
 
 def may_run_code(*names: str) -> bool:

@@ -1,4 +1,4 @@
-"""Has models answer shards: plans what is missing, runs one engine process a model, gathers the shards' files.
+"""Has models answer shards: plans what is missing, has engines answer it, gathers the shards' files.
 
 Generation and evaluation share it. A shard lies at `shards/<kind>/<fingerprint>.parquet` in the store, named by
 what it was made from, so later runs and other artifacts reuse it; an artifact holds its own (hard-linked) copy.
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from masters import artifacts, processes, schemas
+from masters import artifacts, engines, processes, schemas
 from masters.config import Runtime
 from masters.errors import StoreError
 from masters.identity import digest, fingerprint
@@ -90,7 +90,7 @@ def fulfil(
     on_progress: Callable[[int, int, str], None],
     beside: processes.Child | None = None,
 ) -> dict:
-    """Answer what is missing, one engine process per model. Returns how it ran, for the summary.
+    """Answer what is missing, at least one engine per model. Returns how it ran, for the summary.
 
     `on_progress` hears questions done, questions in all, and the shards as a note. `beside`: runs with the engines,
     if there are any, and is waited for; what it says it `judged` is counted.
@@ -114,11 +114,9 @@ def fulfil(
         on_progress(done, questions, f"{shards:,} of {len(todo):,} shards")
 
     on_progress(0, questions, f"0 of {len(todo):,} shards")
-    children = [_child(part, data, runtime, folder) for part in jobs.values()]
-    beside_them = [beside] if beside and children else []
-    ran = processes.run(children, runtime.generate_workers, count, runtime.silence_minutes * 60, beside_them)
-    workers = min(runtime.generate_workers, len(children))
-    return dict(engines=len(children), workers=workers, **({"judged_ahead": judged} if beside else {}), **ran.told())
+    work = [_work(part, data, runtime) for part in jobs.values()]
+    how = engines.run(work, runtime, folder, count, [beside] if beside else [])
+    return how | ({"judged_ahead": judged} if beside else {})
 
 
 def gather(storage: Storage, identity: artifacts.Identity, orders: list[Order]) -> dict[str, str]:
@@ -164,18 +162,21 @@ def _cut(storage: Storage, order: Order) -> None:
     storage.create(order.file, schemas.encode(rows, table.schema))
 
 
-def _child(orders: list[Order], data: artifacts.Artifact, runtime: Runtime, folder: Path) -> processes.Child:
-    """The process of one model's engine. Whoever answers with it unmasked needs no thresholds."""
+def _work(orders: list[Order], data: artifacts.Artifact, runtime: Runtime) -> engines.Work:
+    """What one model is asked. Whoever answers with it unmasked needs no thresholds."""
     answerer = max((order.answerer for order in orders), key=lambda answerer: len(answerer.thresholds))
     # runs of one mask ratio, so that an engine is re-masked once a ratio
     ordered = sorted(orders, key=lambda o: (-(o.mask_ratio or 0.0), o.shard.prefix))
-    job = dict(
+    setup = dict(
         store=data.storage.uri(""), data=data.folder, folder=str(answerer.folder),
         dtype=orders[0].sampling["dtype"], runtime=runtime.model_dump(),
         thresholds={str(ratio): values for ratio, values in answerer.thresholds.items()},
-        shards=[order.job() for order in ordered],
     )  # fmt: skip
-    # one thread an engine: several engines side by side beat one that spreads tiny matrices over the cores
-    environment = {"OMP_NUM_THREADS": "1"} if runtime.generate_workers > 1 else {}
-    name = f"{answerer.name}-{answerer.digest[:8]}"
-    return processes.Child(name, "masters.models.engine_worker", job, folder, environment)
+    weights = sum(file.stat().st_size for file in answerer.folder.glob("*.safetensors"))
+    return engines.Work(
+        name=f"{answerer.name}-{answerer.digest[:8]}", module="masters.models.engine_worker", setup=setup,
+        pieces=[order.job() for order in ordered], folder=str(answerer.folder), digest=answerer.digest,
+        # a token costs a pass over the weights
+        cost=float(weights * sum(order.samples * len(order.shard.refs) for order in orders)),
+        environment=engines.ONE_THREAD if runtime.generate_workers > 1 else {},
+    )  # fmt: skip

@@ -30,6 +30,8 @@ COLDEST = 0.01  # what vLLM would silently make of a temperature between 0 and i
 BYTES = 1 << 20  # of a configuration file
 TEACHER = "teacher"  # rewards.judge: the round's own teacher, unmasked
 EASYVQA = "easyvqa"  # data.source: what ships with us
+LOCAL = "local"  # runtime.ray_address: a Ray of our own
+ADDRESS = r"(local|(\[[0-9A-Fa-f:]{2,39}\]|[A-Za-z0-9][A-Za-z0-9._-]{0,253}):[1-9][0-9]{0,4})"
 NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 SHOWN = 100  # characters of a value at fault
 
@@ -253,7 +255,28 @@ class Pools(Section):
 class Runtime(Section):
     """How a run uses the machine. Never part of an artifact's identity."""
 
-    generate_workers: int = Field(default=1, ge=1, le=64, description="Engine processes at a time")
+    generate_workers: int = Field(
+        default=1, ge=1, le=1024, description="Engines at a time; without Ray at most one a model that answers"
+    )
+    ray_address: str | None = Field(
+        default=None,
+        pattern=f"^{ADDRESS}$",
+        json_schema_extra={"pattern": rf"^{ADDRESS}$(?!\n)"},  # as with `Config.name`
+        description="Where engines are actors on Ray, also several of one model: local, a Ray of its own on this "
+        "machine for the time of a stage; HOST:PORT, the head of a cluster that this machine is a node of",
+    )
+    engine_gpus: int | None = Field(
+        default=None,
+        ge=0,
+        le=1024,
+        description="GPUs that Ray gives an engine. Default: tensor_parallel_size where there are GPUs",
+    )
+    engine_restarts: int = Field(
+        default=3,
+        ge=0,
+        le=1000,
+        description="How often a stage replaces engines on Ray that died, for each of the workers",
+    )
     train_processes: int = Field(default=1, ge=1, le=64, description="Training processes, one a device")
     sharding: Literal["replicate", "fsdp2"] = Field(
         default="replicate",
@@ -288,6 +311,11 @@ class Runtime(Section):
         default=None, description="Default: MLFLOW_TRACKING_URI, else a SQLite file beside the artifacts"
     )
     pools: Pools = Field(default=Pools(), description="Where stages run")
+
+    @property
+    def cluster(self) -> str | None:
+        """HOST:PORT of a Ray cluster that somebody else runs."""
+        return None if self.ray_address == LOCAL else self.ray_address
 
 
 class Nightly(Section):

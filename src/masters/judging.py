@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from masters import processes, schemas
+from masters import engines, processes, schemas
 from masters.artifacts import Artifact
 from masters.config import Runtime
 from masters.identity import fingerprint
@@ -18,6 +18,7 @@ from masters.rewards.verdict import Triple, Verdict
 from masters.shards import split
 from masters.storage import Storage
 
+JUDGES = "masters.models.judge_worker"
 VERSION = 1  # of how judges are asked; a new one asks everything anew
 BATCH = 512  # triples an engine judges together
 ENGINE_BATCHES = 4  # a further engine is worth its start from this many batches each
@@ -98,13 +99,9 @@ def fulfil(
         on_progress(done, len(asked))
 
     on_progress(0, len(asked))
-    children = _children(storage, judge, [part for part in parts if part], runtime, folder)
-    ran = processes.run(children, len(children), follow, runtime.silence_minutes * 60)
-    verdicts = others | (known(storage, judge, ordered) if children else before)
-    how = dict(
-        triples=len(triples), asked=len(asked), answered=len(asked) - len(others), judges=len(children),
-        **ran.told(),
-    )  # fmt: skip
+    how = _ask(storage, judge, [part for part in parts if part], runtime, folder, follow)
+    verdicts = others | (known(storage, judge, ordered) if asked else before)
+    how = dict(triples=len(triples), asked=len(asked), answered=len(asked) - len(others)) | how
     return verdicts, how
 
 
@@ -116,23 +113,32 @@ def row(triple: Triple, verdict: Verdict) -> dict:
     )  # fmt: skip
 
 
-def _children(
-    storage: Storage, judge: Judge, parts: list[list[Triple]], runtime: Runtime, folder: Path
-) -> list[processes.Child]:
-    """One process for a server; engines side by side where there is enough for each."""
-    engines = min(runtime.generate_workers, -(-len(parts) // ENGINE_BATCHES)) if "folder" in judge.reach else 1
-    batches = [
+def _ask(
+    storage: Storage,
+    judge: Judge,
+    parts: list[list[Triple]],
+    runtime: Runtime,
+    folder: Path,
+    follow: Callable[[str, dict], None],
+) -> dict:
+    """One process for a server, engines for a model of ours; how it ran."""
+    pieces = [
         dict(
             out=f"{judge.folder}/{fingerprint([t.digest for t in part])}.parquet",
             triples=[[t.question, t.reference, t.text] for t in part],
         )
         for part in parts
     ]
-    environment = {"OMP_NUM_THREADS": "1"} if engines > 1 else {}
-    job = dict(store=storage.uri(""), reach=judge.reach, runtime=runtime.model_dump())
-    return [
-        processes.Child(
-            f"judge-{n}", "masters.models.judge_worker", job | dict(batches=batches[n::engines]), folder, environment
-        )
-        for n in range(engines if parts else 0)
-    ]
+    setup, module = dict(store=storage.uri(""), reach=judge.reach, runtime=runtime.model_dump()), JUDGES
+    if "url" in judge.reach:
+        children = [processes.Child("judge", module, setup | dict(pieces=pieces), folder, {})] if pieces else []
+        ran = processes.run(children, len(children), follow, runtime.silence_minutes * 60)
+        return dict(judges=len(children), **ran.told())
+    children = min(runtime.generate_workers, -(-len(pieces) // ENGINE_BATCHES))
+    work = engines.Work(
+        name="judge", module=module, setup=setup, pieces=pieces, cost=float(len(pieces)),
+        folder=judge.reach["folder"], digest=judge.model["digest"], children=children,
+        environment=engines.ONE_THREAD if children > 1 else {},
+    )  # fmt: skip
+    how = engines.run([work], runtime, folder, follow)
+    return dict(judges=how["workers"]) | how

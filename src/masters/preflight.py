@@ -1,6 +1,7 @@
 """Everything that can be refused before work starts: store, source, models, families, tokenizers."""
 
 import json
+import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from masters.models.soundness import check_maskable, check_sound
 from masters.sources import Source, open_source
 from masters.storage import Storage
 
+RAY_SECONDS = 5.0  # for the head of a Ray cluster to answer
 BEFORE, AFTER = "student-before", "student-after"  # the student's names in the predictions table
 STUDENTS = (BEFORE, AFTER)
 
@@ -65,6 +67,7 @@ class Ready:
 def preflight(config: Config) -> Ready:
     """Check all parts together. Raises InputError with what was expected, what was found and what to do."""
     check_config(config)
+    check_answers(config.runtime.cluster)
     judge = judge_of(config)
     source = open_source(config.data)
     student = local_model(config.student, config.store.root)
@@ -85,6 +88,21 @@ def started_from(config: Config, trained: Artifact, name: str) -> Ready:
     folder = trained.storage.download(f"{trained.folder}/model", cache() / "models" / trained.parts["model"][:32])
     ready = preflight(config.model_copy(update=dict(student=Model(model=str(folder)))))
     return replace(ready, student=replace(ready.student, name=name, made=trained))
+
+
+def check_answers(cluster: str | None) -> None:
+    """Raises InputError if nothing listens where a Ray cluster should. Ray itself is asked when engines are."""
+    if cluster is None:
+        return
+    host, port = cluster.rsplit(":", 1)
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), RAY_SECONDS):
+            pass
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"runtime.ray_address: no Ray cluster answers at {cluster} ({error}); "
+            "start its head with `ray start --head`, or leave the setting out"
+        ) from error
 
 
 def distinct(models: list[LocalModel]) -> list[LocalModel]:

@@ -1,5 +1,6 @@
 """Configurations with values of no sense: one line that names the key, whatever was written."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from masters.config import Config, changed, load
 from masters.errors import InputError
 from masters.models.masking import is_masked
+from masters.preflight import check_answers
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
 LONGEST = 1000  # characters of an error: it is read in a terminal
@@ -36,6 +38,8 @@ VALUES: dict[str, tuple[str, str]] = {
     "time without end": ("runtime.judge_timeout=1e300", "runtime.judge_timeout: Input should be less"),
     "silence without end": ("runtime.silence_minutes=inf", "runtime.silence_minutes: Input should be"),
     "a million devices": ("runtime.tensor_parallel_size=1000000", "runtime.tensor_parallel_size: Input should be"),
+    "cluster without a port": ("runtime.ray_address=head", "runtime.ray_address: String should match pattern"),
+    "cluster that is a client's URL": ("runtime.ray_address='ray://head:1'", "runtime.ray_address: String"),
     "broken pattern": ("mask.exclude=['(']", "is no regular expression"),
     "pattern that looks ahead": ("mask.exclude=['(?=layers)']", "is no regular expression (invalid perl operator"),
     "pattern that looks back": ("mask.exclude=['(a)\\1']", "is no regular expression (invalid escape sequence"),
@@ -80,6 +84,13 @@ def line_of(refused: pytest.ExceptionInfo) -> str:
     line = str(refused.value)
     assert "\n" not in line and len(line) < LONGEST
     return line
+
+
+def test_a_cluster_that_does_not_answer_is_refused_before_work_starts() -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        with pytest.raises(InputError, match=r"runtime.ray_address: no Ray cluster answers at 127.0.0.1:\d+ .*ray"):
+            check_answers(f"127.0.0.1:{nobody.getsockname()[1]}")
 
 
 @pytest.mark.parametrize("name", VALUES)

@@ -1,8 +1,14 @@
-"""The demo's judge in an engine: its verdicts on short answers are those of exact match."""
+"""The demo's judge in an engine: its verdicts on short answers are those of exact match, on Ray too."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from masters import judging
+from masters.artifacts import Artifact
 from masters.rewards.rules import exact_match
+from tests.ray_cluster import Cluster
 from tests.scored import Questions, Texts, made_run, scored
 
 JUDGE = Path(__file__).parents[2] / "demo/models/judge"
@@ -23,9 +29,29 @@ def asked() -> tuple[Questions, Texts]:
     return questions, texts
 
 
-def test_the_demo_judge_agrees_with_exact_match(tmp_path: Path) -> None:
-    questions, texts = asked()
-    artifact, rows, line = scored(made_run(tmp_path, str(JUDGE)), questions, texts)
+Judged = tuple[Artifact, list[dict], dict]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def batches() -> Iterator[None]:
+    """More of them than a single engine is worth."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judging, "BATCH", 4)
+        yield
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("judged")
+
+
+@pytest.fixture(scope="module")
+def judged(store: Path) -> Judged:
+    return scored(made_run(store, str(JUDGE)), *asked())
+
+
+def test_the_demo_judge_agrees_with_exact_match(judged: Judged, store: Path) -> None:
+    (questions, texts), (artifact, rows, line) = asked(), judged
     right = [exact_match(texts[row["question_id"]][row["sample"]], questions[row["question_id"]][1]) for row in rows]
     agree = sum(row["score"] == expected for row, expected in zip(rows, right, strict=True))
     assert len(rows) == 54
@@ -34,6 +60,14 @@ def test_the_demo_judge_agrees_with_exact_match(tmp_path: Path) -> None:
     assert {row["judge"] for row in rows} == {"judge"}
     assert len(list(artifact.rows("judgements"))) == 48
 
-    again, _, line = scored(made_run(tmp_path, str(JUDGE)), questions, texts | {"q0": [*texts["q0"], ANSWERS[0]]})
+    again, _, line = scored(made_run(store, str(JUDGE)), questions, texts | {"q0": [*texts["q0"], ANSWERS[0]]})
     assert again.fingerprint != artifact.fingerprint
     assert (line["asked"], line["judges"]) == (0, 0)  # all known: nothing is started
+
+
+@pytest.mark.slow
+def test_a_judge_on_ray_says_the_same(judged: Judged, tmp_path: Path, ray_cluster: Cluster) -> None:
+    run = made_run(tmp_path, str(JUDGE), generate_workers=2, ray_address=ray_cluster.address)
+    artifact, rows, line = scored(run, *asked())
+    assert rows == judged[1] and artifact.fingerprint == judged[0].fingerprint
+    assert (line["asked"], line["judges"], line["workers"], line["restarts"]) == (48, 2, 2, 0)
