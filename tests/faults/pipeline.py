@@ -5,6 +5,7 @@ No engine is started. What a run is to do, a `Shape` says.
 
 import sys
 import traceback
+from pathlib import Path
 
 import torch
 
@@ -41,9 +42,8 @@ def main(store: str, source: str, mlflow: str, shape: dict) -> int:
 def _run(store: str, source: str, mlflow: str, shape: Shape) -> None:
     rewards = dict(accuracy="llm", judge=shape.judge) if shape.judge else dict(accuracy="rules")
     runtime = dict(mlflow_uri=mlflow, checkpoint_steps=CHECKPOINT_STEPS, train_processes=shape.ranks)
-    run = made_run(
-        store, source, key=shape.key, data=dict(max_rejected_share=0.2), rewards=rewards, runtime=runtime
-    )  # fmt: skip
+    key = shape.key and f"{shape.key}-{Path(store).name}"  # MLflow's one run of a key has one store
+    run = made_run(store, source, key=key, data=dict(max_rejected_share=0.2), rewards=rewards, runtime=runtime)
     run.rebuild = frozenset([Stage(shape.rebuild)] if shape.rebuild else [])
     current, questions = first_round(run), data.fn(run)
     inputs = {"data": questions, "masks": mask.fn(run, current), **by_hand(run, current, questions)}
