@@ -26,6 +26,7 @@ from masters.tasks.stage import work_folder
 from masters.trace import check_there
 
 FRESH = 24 * 3600  # seconds: what was written since is kept, though nothing reaches it
+NOTES = ("leases", "handed")  # where runs and their workers leave each other word
 ASKED_AGAIN = 1.0  # seconds: a run that begins has its first stage later than that
 
 
@@ -33,7 +34,7 @@ ASKED_AGAIN = 1.0  # seconds: a run that begins has its first stage later than t
 class Item:
     """Something that may go: a folder or a file of the store, or of the work folders on this machine."""
 
-    kind: str  # "artifact", "unfinished", "shard", "judgements", "work"
+    kind: str  # "artifact", "unfinished", "shard", "judgements", "note", "work"
     storage: Storage
     name: str
     bytes: int
@@ -66,7 +67,7 @@ def collect(config: Config, delete: bool = False) -> dict:
         )
     spared = reached(registries, storage)
     spared.notes += [f"{why}; --delete is refused" for why in silent]
-    items = [*_artifacts(storage, spared), *_shards(storage, spared), *_work(storage, spared)]
+    items = [*_artifacts(storage, spared), *_shards(storage, spared), *_notes(storage, spared), *_work(storage, spared)]
     if delete:
         under_way = _UnderWay(registries, storage)
         items = [item for item in items if _removed(item, under_way)]
@@ -192,6 +193,16 @@ def _shards(storage: Storage, spared: Spared) -> Iterator[Item]:
             yield Item(kind, storage, name, size, "no reached artifact holds it")
 
 
+def _notes(storage: Storage, spared: Spared) -> Iterator[Item]:
+    """What runs that are over told others: who builds an artifact, which stage a worker is asked for."""
+    if spared.busy:
+        return
+    for prefix in NOTES:
+        for name, (size, written) in storage.details(prefix).items():
+            if _old(written):
+                yield Item("note", storage, name, size, "no run is under way")
+
+
 def _work(storage: Storage, spared: Spared) -> Iterator[Item]:
     """Job files, logs and copies of this machine's runs."""
     if spared.busy or not (folder := work_folder(storage)).is_dir():
@@ -221,7 +232,7 @@ def _removed(item: Item, under_way: _UnderWay) -> bool:
     live, notes = under_way()
     if item.fingerprint in live or (notes and item.kind != "artifact"):
         return False
-    if item.kind in ("shard", "judgements"):
+    if item.kind in ("shard", "judgements", "note"):
         item.storage.remove(item.name)
     else:
         artifacts.remove(item.storage, item.name)

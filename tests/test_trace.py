@@ -271,14 +271,17 @@ def test_gc_spares_where_a_rollback_leads(there: Storage, registry: Registry) ->
 
 
 def test_gc_removes_old_leftovers_and_no_young_ones(there: Storage) -> None:
-    leftovers = ["train/x-0123456789abcdef/checkpoints/1", "shards/responses/x.parquet", ".work/train-1/job.json"]
+    leftovers = [
+        "train/x-0123456789abcdef/checkpoints/1", "shards/responses/x.parquet", ".work/train-1/job.json",
+        "leases/train/x-0123456789abcdef/00000001", "handed/0123/asked",
+    ]  # fmt: skip
     for name in leftovers:
         there.write(name, b"left")
     config = configured(Path(there.uri("")))
     assert {item["kind"] for item in collect(config)["items"]} == {"artifact"}
     age(there)
     kinds = [item["kind"] for item in collect(config, delete=True)["items"]]
-    assert sorted(kinds) == ["artifact"] * 3 + ["shard", "unfinished", "work"]
+    assert sorted(kinds) == ["artifact"] * 3 + ["note"] * 2 + ["shard", "unfinished", "work"]
     assert not any(there.exists(name) for name in leftovers)
 
 
