@@ -141,7 +141,11 @@ def _enter(index: dict[str, _Entry], file: Path) -> None:
 
 def _read(file: Path) -> tuple[dict, set[Path]]:
     """What a file says on top of the files that it includes, and the folders of all of them."""
-    config, folders = dict(yaml.load(file.read_bytes(), _Loader)), {file.parent}
+    loader = _Loader(file.read_bytes())
+    try:
+        config, folders = dict(loader.get_single_data()), {file.parent}
+    finally:
+        loader.dispose()
     included = config.pop("include", [])
     for name in [included] if isinstance(included, str) else included:
         base, theirs = _read((file.parent / name).resolve())
