@@ -76,7 +76,7 @@ def thresholds_of(folder: Path) -> Callable[[], object]:
     return partial(group_thresholds, partial(safetensors_tensors, folder), RATIOS, "matrix")
 
 
-class Matrices(torch.nn.ModuleList):
+class Matrices(torch.nn.ModuleDict):
     """Nothing but what `remask` asks of a model: weights by the checkpoint's names."""
 
     base_model_prefix = ""
@@ -88,7 +88,7 @@ def remask_of(folder: Path) -> Callable[[], object]:
     for name, tensor in safetensors_tensors(folder):
         layer = torch.nn.Linear(1, 1, bias=False)
         layer.weight = torch.nn.Parameter(tensor.clone())
-        model.append(layer)
+        model[name.removesuffix(".weight")] = layer
         thresholds[name] = 0.01
     remask(model, folder, {})  # imports
     return partial(remask, model, folder, thresholds)

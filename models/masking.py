@@ -154,6 +154,7 @@ def apply_mask(weight: torch.Tensor, threshold: float) -> torch.Tensor:
     return masked
 
 
+@torch.no_grad()
 def copy_masked(into: torch.Tensor, weight: torch.Tensor, threshold: float) -> None:
     """Copy `weight` into a contiguous tensor of its shape (any type and device), zeros where |w| < lambda_r (Eq. 1-2).
 

@@ -45,11 +45,15 @@ def inside(user: str, tag: str) -> str:
     return html.unescape(re.findall(f"<{tag}>(.*?)</{tag}>", user, re.DOTALL)[0])
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # a busy machine accepts late, and a test asks all at once
+
+
 @contextmanager
 def serve(**settings: object) -> Iterator[FakeJudge]:
     judge = FakeJudge(**settings)  # pyright: ignore
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(judge))
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), _handler(judge))
     Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     judge.url = f"http://127.0.0.1:{server.server_port}/v1"
     try:

@@ -101,7 +101,7 @@ def test_a_child_ends_with_its_parent_even_before_it_has_imported_anything(tmp_p
         "import os, pathlib, signal\n"
         "from masters import processes\n"
         f"child = processes.Child('slow', 'child_slow', {{}}, pathlib.Path({str(tmp_path)!r}), {{}})\n"
-        "process = processes._start(child)\n"
+        "process = processes._start(child, {})\n"
         "print(process.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )

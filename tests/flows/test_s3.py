@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -187,6 +188,7 @@ def context(s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable
 
     def make(root: str) -> Run:
         nothing: Any = None
-        return Run(Context(nothing, Ready(Storage(root), nothing, nothing, [], ())), nothing)
+        tracker: Any = SimpleNamespace(key="0")
+        return Run(Context(nothing, Ready(Storage(root), nothing, nothing, [], ())), tracker)
 
     return make

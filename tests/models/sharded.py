@@ -107,16 +107,19 @@ class Trained:
         trainer.fit(job)
         told = job.told  # type: ignore[attr-defined]
         losses = [line["loss"] for line in told if line["event"] == "step"]
-        return dict(before=before, after=self.weights(job), losses=losses, events=[line["event"] for line in told])
+        # a reference pass is told of when it is done, and ranks share them
+        events = [line["event"] for line in told if line["event"] != "reference"]
+        return dict(before=before, after=self.weights(job), losses=losses, events=events)
 
     def remasked(self) -> list[Tensors]:
         """The teacher at each stage, after a pass at the one before."""
         job, found = self.job("tied"), []
         for stage in range(len(RATIOS)):
             job.remask(stage)
-            found.append(collected(job.sharding, job.sharding.held(job.teacher)))
+            held = collected(job.sharding, job.sharding.held(job.teacher))
+            found.append({name: tensor.clone() for name, tensor in held.items()})
             trainer.run_step(job, STEPS[0], references(replace(make_job(FAMILY), student=self.student("tied"))))
-        return [{k: v.clone() for k, v in one.items()} for one in found]
+        return found
 
     def spoilt(self) -> str:
         """What a run says of a question that has an infinite loss."""

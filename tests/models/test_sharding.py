@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from masters.models import resume
 from masters.processes import LOOPBACK
+from masters.storage import Storage
 from tests.models import sharded
 from tests.models.sharded import CASES, Tensors, Trained
 
@@ -114,8 +116,8 @@ def test_a_checkpoint_holds_the_same_whoever_saved_it(folder: Path, whole: dict,
     """Every tensor whole, of one name and type: bit for bit what the ranks held, so that going on is exact."""
     states = []
     for store in ("one", "two"):
-        storage = sharded.Storage(str(folder / store))
-        checkpoint, refused = sharded.resume.newest(storage, "tied")
+        storage = Storage(str(folder / store))
+        checkpoint, refused = resume.newest(storage, "tied")
         assert checkpoint and not refused and checkpoint.step == sharded.CUT
         states.append(checkpoint.tensors)
     assert states[0].keys() == states[1].keys()
