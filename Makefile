@@ -15,7 +15,8 @@ test: setup
 	$(TEST) -m "not slow"
 
 test-all: setup setup-benchmarks browser
-	$(TEST) --durations=20
+	$(TEST) --durations=20 -m "not alone"
+	$(BIN)/pytest --durations=20 -m alone
 
 # kills and disturbs real pipelines at moments that SEED chooses; prints what became of them
 SEED ?= 0

@@ -16,7 +16,7 @@ from masters.infra.deployments import POOL, deploy, prepare
 from masters.infra.local_prefect import prefect_api, wait_until_ready
 from masters.infra.settings import Settings
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 SETTINGS = Settings(resumes=1)
 
 

@@ -15,7 +15,7 @@ from masters.storage import Storage
 from tests.drawn import write_questions
 from tests.stack import Stack, serve, until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 PREFIX = "s3://lake/team"
 
 
