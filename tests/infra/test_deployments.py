@@ -17,6 +17,10 @@ from masters.infra.local_prefect import prefect_api, wait_until_ready
 from masters.infra.settings import Settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
+CONFIG = dict(
+    name="left", store=dict(root="runs/left"), data=dict(source="easyvqa"), student=dict(model="demo/models/student"),
+    teachers=[dict(model="demo/models/teacher")],
+)  # fmt: skip
 SETTINGS = Settings(resumes=1)
 
 
@@ -96,7 +100,8 @@ def test_what_a_stack_left_running(states: list[State], end: tuple[StateType, st
 
     async def left() -> FlowRun:
         async with get_client() as client:
-            run = await client.create_flow_run_from_deployment((await nightly(client)).id, parameters={})
+            given = dict(config=CONFIG)
+            run = await client.create_flow_run_from_deployment((await nightly(client)).id, parameters=given)
             for state in states:
                 await client.set_flow_run_state(run.id, state, force=True)
             await prepare(SETTINGS)
