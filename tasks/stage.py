@@ -125,14 +125,15 @@ class Run(Context):
         """The work pool that a stage is handed on to; empty: it runs in this process."""
         pools, judge = self.config.runtime.pools, self.ready.judge
         by_a_model = self.config.rewards.accuracy == "llm" and not isinstance(judge, Server)
-        return {
+        pool_of: dict[str, str] = {
             Stage.DATA: pools.cpu,
             Stage.MASK: pools.cpu,
             Stage.GENERATE: pools.generate,
             Stage.SCORE: pools.generate if by_a_model else pools.cpu,
             Stage.TRAIN: pools.train,
             Stage.EVALUATE: pools.generate,
-        }.get(Stage(kind), "")
+        }
+        return pool_of.get(kind, "")
 
     def assignment(self, identity: Identity, upstream: Upstream, ahead: bool) -> Assignment:
         """A stage of this run as references to what it is made from."""
