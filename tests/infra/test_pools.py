@@ -267,6 +267,6 @@ def test_cancelling_a_run_cancels_the_stage_on_its_pool(stack: Stack, resumed: s
     assert stack.children("train_worker")
     stack.cancel(resumed)
     until(lambda: not stack.children("train_worker"), 120, "the trainer ends")  # two workers look every so often
-    until(lambda: stack.run(resumed)["state_type"] == "CANCELLED", 60, "cancelled")
+    until(lambda: stack.run(resumed)["state_type"] == "CANCELLED", 180, "cancelled")
     body = {"flow_runs": {"state": {"type": {"any_": ["RUNNING", "PENDING", "SCHEDULED", "CANCELLING"]}}}}
     until(lambda: httpx.post(f"{stack.api}/flow_runs/filter", json=body).json() == [], 60, "the stage's run too")
