@@ -14,9 +14,9 @@ TEST := $(BIN)/pytest -n 2 --dist loadfile
 test: setup
 	$(TEST) -m "not slow"
 
+# both parts run, whatever fails in the first
 test-all: setup setup-benchmarks browser
-	$(TEST) --durations=20 -m "not alone"
-	$(BIN)/pytest --durations=20 -m alone
+	$(TEST) --durations=40 -m "not alone"; first=$$?; $(BIN)/pytest --durations=20 -m alone && exit $$first
 
 # kills and disturbs real pipelines at moments that SEED chooses; prints what became of them
 SEED ?= 0

@@ -14,7 +14,6 @@ from masters.answering import NO_SHARD, Answerer, Order
 from masters.artifacts import Artifact, Identity
 from masters.config import Runtime
 from masters.identity import digest
-from masters.processes import Ran
 from masters.reuse import Earlier
 from masters.shards import Ref
 from masters.storage import Storage
@@ -27,8 +26,8 @@ class Nights:
 
     def __init__(self, folder: str, patch: pytest.MonkeyPatch) -> None:
         self.storage, self.asked, self.last, self.answered = Storage(folder), ASKED, [], []
-        patch.setattr(answering.processes, "run", lambda *_: Ran())
-        patch.setattr(answering, "_child", lambda orders, *_: [self.answer(order) for order in orders])
+        patch.setattr(answering.engines, "run", lambda *_: {})
+        patch.setattr(answering, "_work", lambda orders, *_: [self.answer(order) for order in orders])
 
     def answer(self, order: Order) -> None:
         ids = [ref.question_id for ref in order.shard.refs]
