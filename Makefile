@@ -48,6 +48,7 @@ bench: setup
 	$(BIN)/masters bench engine
 	$(BIN)/masters bench end-to-end
 	$(BIN)/masters bench scale
+	$(BIN)/masters bench large
 
 demo-models: setup
 	$(BIN)/python -m demo.train teacher --threads 2

@@ -18,6 +18,7 @@ class Benchmark(StrEnum):
     ENGINE = "engine"
     END_TO_END = "end-to-end"
     SCALE = "scale"
+    LARGE = "large"
 
 
 def benchmark(name: Benchmark) -> "Callable[[], list[Row]]":

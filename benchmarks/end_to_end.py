@@ -18,7 +18,8 @@ from tempfile import TemporaryDirectory
 from masters.benchmarks import pipeline
 from masters.benchmarks.measure import Row, medians
 from masters.benchmarks.straightforward import Settings
-from masters.config import Config, load
+from masters.config import Config
+from masters.config_file import load
 from masters.errors import MastersError
 from masters.models.schedule import mask_stages
 from masters.sources.easyvqa import EasyVqa

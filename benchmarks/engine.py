@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from masters import processes
 from masters.benchmarks.measure import Row, compare
 from masters.benchmarks.pipeline import CONFIG, ROOT
-from masters.config import Config, Generate, Runtime, load
+from masters.config import Config, Generate, Runtime
+from masters.config_file import load
 from masters.models.checkpoints import masked_tensors
 from masters.models.masking import group_thresholds, safetensors_tensors
 from masters.models.schedule import mask_stages

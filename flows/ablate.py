@@ -8,7 +8,8 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
-from masters.config import Config, changed
+from masters.config import Config
+from masters.config_file import changed
 from masters.errors import InputError, MastersError
 from masters.flows.attempts import attempt, patient
 from masters.flows.distill import distill

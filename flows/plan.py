@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 
 from masters import artifacts
@@ -40,44 +40,63 @@ def plan(config: Config, rebuild: Collection[Stage] = ()) -> list[dict]:
     """Per stage: `name`, `outcome` ("built", "reused"), `fingerprint` (None until its inputs are built), `changed`.
 
     `rebuild`: stages that the run would build again; what those behind them are made from is then not known either.
+    Of a stage whose inputs are not known, `changed` names what changed in its own settings.
     """
     ready = preflight(config)
     context = Context(config, ready)
-    found, expected = Plan(ready.storage, frozenset(rebuild)), _expected(config)
+    found = Plan(ready.storage, frozenset(rebuild))
     with suppress(Unknown):
         _walk(context, found)
-    named = {line["name"] for line in found.lines}
-    rest = [dict(name=n, outcome="built", fingerprint=None, changed=[]) for n in expected if n not in named]
-    return sorted([*found.lines, *rest], key=lambda line: expected.index(line["name"]))
+    known = {line["name"]: line for line in found.lines}
+    return [known.get(identity.stage) or _behind(ready.storage, identity) for identity in _settings(context)]
 
 
 def changes(storage: Storage, identity: Identity) -> list[str]:
-    """Fields of config and names of inputs that differ from the newest artifact of the stage under the same slug."""
+    """Fields of config and number of inputs that differ from the newest artifact of the stage under the same slug."""
+    if (last := _newest(storage, identity)) is None:
+        return []
+    keys, ours, theirs = identity.inputs.keys() | last["inputs"].keys(), identity.inputs, last["inputs"]
+    inputs = sum(ours.get(key) != theirs.get(key) for key in keys)
+    return _fields(identity, last) + ([f"{inputs} inputs"] if inputs else [])
+
+
+def _fields(identity: Identity, last: dict) -> list[str]:
+    ours, theirs = _flat(identity.config), _flat(last["config"])
+    fields = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+    return fields + (["code version"] if last["version"] != identity.version else [])
+
+
+def _newest(storage: Storage, identity: Identity) -> dict | None:
+    """The record of the newest artifact of the stage under the same slug."""
     slug = identity.folder.removesuffix(identity.fingerprint).split("/")[1]
     known = re.compile(rf"{re.escape(slug)}[0-9a-f]{{{len(identity.fingerprint)}}}")
     names = [n for n in storage.children(identity.kind) if known.fullmatch(n)]
     paths = [f"{identity.kind}/{name}/record.json" for name in names]
     records = [json.loads(storage.read(path)) for path in paths if storage.exists(path)]
-    if not records:
-        return []
-    last = max(records, key=lambda record: record["provenance"]["created"])
-    ours, theirs = _flat(identity.config), _flat(last["config"])
-    fields = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
-    inputs = sum(
-        1
-        for key in identity.inputs.keys() | last["inputs"].keys()
-        if identity.inputs.get(key) != last["inputs"].get(key)
-    )
-    version = ["code version"] if last["version"] != identity.version else []
-    return fields + ([f"{inputs} inputs"] if inputs else []) + version
+    return max(records, key=lambda record: record["provenance"]["created"], default=None)
 
 
-def _expected(config: Config) -> list[str]:
-    names = ["data"]
-    for number in range(1, len(config.teachers) + 1):
-        suffix = f"-{number}" if number > 1 else ""
-        names += [f"{stage}{suffix}" for stage in ("mask", *needs(config), "train")]
-    return [*names, "evaluate", "register"]
+def _behind(storage: Storage, identity: Identity) -> dict:
+    """The line of a stage whose inputs are not built."""
+    last = _newest(storage, identity)
+    changed = _fields(identity, last) if last else []
+    return dict(name=identity.stage, outcome="built", fingerprint=None, changed=changed)
+
+
+def _settings(context: Context) -> Iterator[Identity]:
+    """Every stage of the run in order, by its settings alone: as if made from nothing."""
+    config, ready = context.config, context.ready
+    yield data.identity(context)
+    for number, (teacher, model) in enumerate(zip(config.teachers, ready.teachers, strict=True), 1):
+        current = Round(number, teacher, model, ready.student)
+        yield mask.identity(context, current)
+        if Stage.GENERATE in needs(config):
+            yield generate.identity(context, current, [])
+        if Stage.SCORE in needs(config):
+            yield score.first(context, current, [])
+        yield train.identity(context, current, {})
+    yield evaluate.identity(context, [])
+    yield register.identity(context, {})
 
 
 def _walk(context: Context, found: Plan) -> None:
@@ -96,7 +115,7 @@ def _walk(context: Context, found: Plan) -> None:
         student = context.trained(trained)
     asked = evaluate.orders(context, questions, [*ready.teachers, evaluate.before(ready), student])
     evaluated = found.find(evaluate.identity(context, asked))
-    found.find(register.identity(context, trained, evaluated))
+    found.find(register.identity(context, {"train": trained, "evaluate": evaluated}))
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, object]:

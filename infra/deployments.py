@@ -32,6 +32,7 @@ from masters.infra.settings import POOL, Settings
 RUN = "prefect.flow-run."
 ENDED = {f"{RUN}{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
 GOES_ON = {f"{RUN}{state}" for state in ("Scheduled", "AwaitingRetry", "Late", "Pending", "Running", "Cancelling")}
+LIVES = ("heartbeat", "AwaitingRetry", "Cancelling")  # or somebody has it in hand
 STAGE_FLOW = "stage"
 OWNERS = ("command", "env", "working_dir")  # of a run's job: what the machine's owner decides
 DEFINITIONS = Path(masters.__file__).parent / "prefect.yaml"
@@ -105,15 +106,7 @@ def lost(settings: Settings) -> AutomationCore:
     return AutomationCore(
         name="masters: lost runs are crashed",
         description="A run whose process or machine is gone sends no heartbeat and would stay Running for ever.",
-        trigger=EventTrigger(
-            match={"prefect.resource.id": f"{RUN}*"},
-            for_each={"prefect.resource.id"},
-            after={f"{RUN}heartbeat"},
-            expect={f"{RUN}heartbeat", f"{RUN}AwaitingRetry", f"{RUN}Cancelling", *ENDED},
-            posture=Posture.Proactive,
-            threshold=1,
-            within=timedelta(seconds=settings.lost_after),
-        ),
+        trigger=_missed(f"{RUN}heartbeat", {f"{RUN}{still}" for still in LIVES} | ENDED, settings),
         actions=[
             ChangeFlowRunState(state=StateType.CRASHED, message=f"no heartbeat for {settings.lost_after} seconds")
         ],
@@ -125,16 +118,21 @@ def cancelled(settings: Settings) -> AutomationCore:
     return AutomationCore(
         name="masters: lost cancellations are done",
         description="A run that is being cancelled and whose worker is gone would stay Cancelling for ever.",
-        trigger=EventTrigger(
-            match={"prefect.resource.id": f"{RUN}*"},
-            for_each={"prefect.resource.id"},
-            after={f"{RUN}Cancelling"},
-            expect=ENDED,
-            posture=Posture.Proactive,
-            threshold=1,
-            within=timedelta(seconds=settings.lost_after),
-        ),
+        trigger=_missed(f"{RUN}Cancelling", ENDED, settings),
         actions=[ChangeFlowRunState(state=StateType.CANCELLED, message="its process did not end within this time")],
+    )
+
+
+def _missed(after: str, expect: set[str], settings: Settings) -> EventTrigger:
+    """A run of which none of the expected comes within `lost_after`."""
+    return EventTrigger(
+        match={"prefect.resource.id": f"{RUN}*"},
+        for_each={"prefect.resource.id"},
+        after={after},
+        expect=expect,
+        posture=Posture.Proactive,
+        threshold=1,
+        within=timedelta(seconds=settings.lost_after),
     )
 
 

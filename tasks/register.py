@@ -1,5 +1,7 @@
 """register: the student as a Hugging Face folder with its model card, and as a version of an MLflow model."""
 
+from collections.abc import Mapping
+
 import jinja2
 from prefect import task
 
@@ -33,15 +35,16 @@ Training artifact `{{ trained }}`.
 """
 
 
-def identity(context: Context, trained: Artifact, evaluated: Artifact) -> Identity:
-    inputs = {"train": trained.fingerprint, "evaluate": evaluated.fingerprint}
+def identity(context: Context, made: Mapping[str, Artifact]) -> Identity:
+    inputs = {stage: artifact.fingerprint for stage, artifact in made.items()}
     return Identity("register", VERSION, dict(name=context.config.name), inputs, slug=context.config.name)
 
 
 @task(name="register", **STAGE)
 def register(run: Run, trained: Artifact, evaluated: Artifact) -> tuple[Artifact, int]:
     """`model/` with weights, processor and card, and its version in the MLflow that tracks this run."""
-    made_of = identity(run, trained, evaluated)
+    upstream = dict(train=trained, evaluate=evaluated)
+    made_of = identity(run, upstream)
 
     def build() -> tuple[dict[str, str], dict, dict]:
         files = {f["name"]: f["digest"] for f in trained.record["files"] if not f["name"].endswith("README.md")}
@@ -52,7 +55,7 @@ def register(run: Run, trained: Artifact, evaluated: Artifact) -> tuple[Artifact
         files["model/README.md"] = digest(text)
         return files, dict(rows=1), {}
 
-    artifact = build_or_reuse(run, made_of, dict(train=trained, evaluate=evaluated), build)
+    artifact = build_or_reuse(run, made_of, upstream, build)
     # also a reused one: this MLflow may be another than the one that saw it built
     version = run.tracker.register_model(run.config.name, artifact, trained, evaluated)
     return artifact, version

@@ -38,13 +38,18 @@ def attempts(context: Context, current: Round, responses: Artifact) -> list[Iden
 
     So nothing that was trained on is overwritten, and a judge that was down is asked again by the next run.
     """
+    chain = [first(context, current, [_stem(file) for file in responses.files("responses")])]
+    while (found := artifacts.find(context.storage, chain[-1])) and found.facts["statuses"].get("judge_failed"):
+        chain.append(replace(chain[0], inputs=chain[0].inputs | {"earlier": found.fingerprint}))
+    return chain
+
+
+def first(context: Context, current: Round, shards: list[str]) -> Identity:
+    """Of verdicts that nothing came before."""
     judge = judge_of(context, current)
     config = dict(judge=RULES) if judge is None else dict(judge=judge.name, **judge.identity)
-    inputs = {f"shard-{name}": name for name in map(_stem, responses.files("responses"))}
-    chain = [Identity(f"score{current.suffix}", VERSION, config, inputs, slug=context.config.name)]
-    while (found := artifacts.find(context.storage, chain[-1])) and found.facts["statuses"].get("judge_failed"):
-        chain.append(replace(chain[0], inputs=inputs | {"earlier": found.fingerprint}))
-    return chain
+    inputs = {f"shard-{name}": name for name in shards}
+    return Identity(f"score{current.suffix}", VERSION, config, inputs, slug=context.config.name)
 
 
 def judge_of(context: Context, current: Round) -> Judge | None:

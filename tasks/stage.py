@@ -162,6 +162,11 @@ def _discard(run: Run, identity: Identity, forget: Callable[[], None]) -> None:
         found = artifacts.find(run.storage, identity)
         if found and found.created > run.began:
             return
+    for version in run.tracker.registry.made_from(identity.fingerprint):
+        warn(
+            f"{identity.stage} of {version} is built again: if other bytes come of it, the lineage of that version no "
+            "longer holds (`masters lineage` tells)"
+        )
     artifacts.discard(run.storage, identity)
     forget()
     run.storage.write(mark, b"")

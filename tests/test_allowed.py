@@ -6,7 +6,8 @@ import pytest
 
 from masters import allowed
 from masters.allowed import Setting, check_config
-from masters.config import Config, load
+from masters.config import Config
+from masters.config_file import load
 from masters.errors import InputError
 from masters.preflight import open_storage
 from masters.sources.files import Parquet

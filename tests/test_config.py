@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from masters.config import load
+from masters.config_file import load
 from masters.errors import InputError
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.toml"

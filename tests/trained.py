@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from transformers import AutoProcessor
 
 from masters import artifacts, schemas, shards
@@ -79,3 +80,8 @@ def predicted(run: Run, questions: Artifact, models: list[LocalModel]) -> None:
             for ref in order.shard.refs
         ]
         run.storage.create(order.file, schemas.encode(rows, schemas.PREDICTIONS))
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was said on the terminal, its lines joined."""
+    return " ".join(capsys.readouterr().err.split())

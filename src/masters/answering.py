@@ -16,6 +16,7 @@ from masters.identity import digest, fingerprint
 from masters.shards import Shard
 from masters.storage import Storage
 
+ENGINE = "masters.models.engine_worker"  # the module of the processes that answer
 NO_SHARD = Shard("", ())  # of an order whose questions are still to be planned
 PLAN = "plan"  # the table of what each shard holds
 PLAN_ROWS = 100_000  # a file
@@ -174,7 +175,7 @@ def _work(orders: list[Order], data: artifacts.Artifact, runtime: Runtime) -> en
     )  # fmt: skip
     weights = sum(file.stat().st_size for file in answerer.folder.glob("*.safetensors"))
     return engines.Work(
-        name=f"{answerer.name}-{answerer.digest[:8]}", module="masters.models.engine_worker", setup=setup,
+        name=f"{answerer.name}-{answerer.digest[:8]}", module=ENGINE, setup=setup,
         pieces=[order.job() for order in ordered], folder=str(answerer.folder), digest=answerer.digest,
         # a token costs a pass over the weights
         cost=float(weights * sum(order.samples * len(order.shard.refs) for order in orders)),

@@ -16,7 +16,8 @@ import typer
 from masters import cli_check, cli_models
 from masters.allowed import check_config
 from masters.benchmarks import Benchmark, benchmark, gpu_rows
-from masters.config import Config, load
+from masters.config import Config
+from masters.config_file import load
 from masters.errors import InputError, MastersError
 from masters.infra.settings import Services
 from masters.machine import cache

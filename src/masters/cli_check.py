@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from masters.allowed import check_config
-from masters.config import Config, load
+from masters.config import Config
+from masters.config_file import load
 from masters.errors import MastersError
 from masters.options import ConfigPath, Overrides
 

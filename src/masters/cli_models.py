@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from masters.config import load
+from masters.config_file import load
 from masters.errors import MastersError
 from masters.options import ConfigPath, Json, Overrides
 from masters.quiet import quiet

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from urllib.parse import urlsplit
 
 import mlflow
-from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
@@ -17,6 +16,7 @@ from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from masters.artifacts import RECORD
 from masters.config import NAME
 from masters.errors import InputError
+from masters.mlflow_client import client as mlflow_client
 from masters.storage import Storage
 
 CANDIDATE, CHAMPION = "candidate", "champion"
@@ -43,7 +43,7 @@ class Registry:
     def __init__(self, uri: str) -> None:
         self.uri = uri
         _point_mlflow_at(uri)
-        self._client = MlflowClient(uri)
+        self._client = mlflow_client(uri)
 
     def has(self, name: str) -> bool:
         return self._model(name) is not None
@@ -221,6 +221,18 @@ class Registry:
             if before := self.previous(model.name):
                 numbers.add(before)
             found |= {v.tags.get("masters.uri", "") for v in self.versions(model.name) if int(v.version) in numbers}
+        return found
+
+    def made_from(self, fingerprint: str) -> list[str]:
+        """The versions with an alias that an artifact led to, as `models:/NAME/VERSION (ALIASES)`."""
+        found = []
+        for model in self._models():
+            for number in sorted({int(version) for version in model.aliases.values()}):
+                tags = self.version(model.name, number).tags
+                made = {value for key, value in tags.items() if key.startswith("upstream.")}
+                if fingerprint in made | {tags.get("masters.fingerprint")}:
+                    names = sorted(alias for alias, version in model.aliases.items() if int(version) == number)
+                    found.append(f"models:/{model.name}/{number} ({', '.join(names)})")
         return found
 
     def _models(self) -> Iterator[RegisteredModel]:

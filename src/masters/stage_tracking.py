@@ -10,7 +10,7 @@ from masters.assignment import Assignment
 from masters.config import Config
 from masters.errors import InputError
 from masters.mlflow_client import client as mlflow_client
-from masters.registry import shown
+from masters.registry import Registry, shown
 from masters.storage import Storage
 from masters.tracking import Tracked, Tracker, check_answers, tracking_uri
 
@@ -22,7 +22,7 @@ class StageTracker(Tracker):
         """Raises InputError if this process tracks elsewhere."""
         self.uri, self.key, self._wanted = tracking_uri(config, storage), wanted.run, wanted
         check_answers(self.uri)
-        self._client, self._pending = mlflow_client(self.uri), {}
+        self.registry, self._client, self._pending = Registry(self.uri), mlflow_client(self.uri), {}
         self.lost, self._pause = 0, 0.0
         try:
             found = self._client.get_run(wanted.tracked)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from masters.config import Config, changed, load
+from masters.config import Config
+from masters.config_file import changed, load
 from masters.errors import InputError
 from masters.models.masking import is_masked
 from masters.preflight import check_answers

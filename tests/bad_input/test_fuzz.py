@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from masters import config as configuration
-from masters.config import load
+from masters import config_file
+from masters.config_file import changed, load
 from masters.errors import InputError
 from masters.ingest import Rejected, validated
 from masters.judge_url import base_url
@@ -46,7 +46,7 @@ SAID = st.one_of(st.text(), st.lists(FRAGMENTS, max_size=12).map("".join))
 @given(st.one_of(st.binary(max_size=200), st.text(max_size=200).map(str.encode)))
 def test_files(content: bytes) -> None:
     with pytest.MonkeyPatch.context() as patch, suppress(InputError):
-        patch.setattr(configuration, "open", lambda path, mode: io.BytesIO(content), raising=False)
+        patch.setattr(config_file, "open", lambda path, mode: io.BytesIO(content), raising=False)
         load("x.toml")
 
 
@@ -63,7 +63,7 @@ def test_overrides(key: str, value: str) -> None:
 @given(st.sampled_from(KEYS), JSON)
 def test_values_of_a_form_or_a_grid(key: str, value: object) -> None:
     with suppress(InputError):
-        configuration.changed(load(DEMO), {key: value})
+        changed(load(DEMO), {key: value})
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

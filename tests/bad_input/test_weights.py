@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from demo import families
 from masters import preflight
-from masters.config import Model, load
-from masters.config import changed as changed_config
+from masters.config import Model
+from masters.config_file import changed as changed_config
+from masters.config_file import load
 from masters.errors import InputError
 from masters.models import soundness
 

@@ -39,19 +39,23 @@ lost and nobody retries. "Run went on": it needed no second start, as it must af
 """
 
 
-def keep(seed: int, seen: list[Seen]) -> str:
-    """Write a seed's results down and give its report; of tests that did not run now what was kept before stays."""
+def keep(seed: int, seen: list[Seen], tests: set[str], of: int) -> str:
+    """Write a seed's results down and give its report; of tests that did not run now what was kept before stays.
+
+    `tests`: the names of those that ran; `of`: how many the suite has.
+    """
     KEPT.mkdir(parents=True, exist_ok=True)
     file, rows = KEPT / f"{seed}.json", told(seen)
     ran = {row["test"] for row in rows}
-    before = json.loads(file.read_text()) if file.exists() else []
-    rows = [row for row in before if row["test"] not in ran] + rows
-    file.write_text(json.dumps(rows, indent=1))
-    return "\n" + table(seed, rows)
+    before = kept(seed) if file.exists() else dict(rows=[], tests=[])
+    rows = [row for row in before["rows"] if row["test"] not in ran] + rows
+    saw = dict(of=of, tests=sorted(tests.union(before["tests"])), rows=rows)
+    file.write_text(json.dumps(saw, indent=1))
+    return "\n" + table(seed, saw)
 
 
-def kept(seed: int) -> list[dict]:
-    """What a seed's tests saw, also in earlier sessions."""
+def kept(seed: int) -> dict:
+    """What a seed's tests saw, also in earlier sessions: `rows`, one a fault; `tests` that ran, `of` how many."""
     return json.loads((KEPT / f"{seed}.json").read_text())
 
 
@@ -68,7 +72,8 @@ def wrong(rows: list[dict]) -> list[dict]:
     return [row for row in rows if not row["recovered"] or any(row["verdict"].values()) or row["left"]]
 
 
-def table(seed: int, rows: list[dict]) -> str:
+def table(seed: int, saw: dict) -> str:
+    rows, ran = saw["rows"], len(saw["tests"])
     groups: dict[tuple[str, str], list[dict]] = defaultdict(list)
     for row in rows:
         groups[row["kind"], row["stage"]].append(row)
@@ -77,10 +82,9 @@ def table(seed: int, rows: list[dict]) -> str:
         lines.append(f"| {kind} | {stage} | {' | '.join(map(str, _counts(group)))} |")
     lines.append(f"| **all** | | {' | '.join(f'**{count}**' for count in _counts(rows))} |")
     seconds = sum(row["seconds"] for row in rows)
-    part = "" if kills(rows) >= KILLS else " (only a part of the suite was run)"
-    head = (
-        f"## Seed {seed}: {len(rows)} faults, {kills(rows)} of them kills, {kinds(rows)} kinds, {seconds:.0f} s{part}"
-    )
+    share = f"all {ran} tests" if ran >= saw["of"] else f"only {ran} of {saw['of']} tests"
+    found = f"{len(rows)} faults, {kills(rows)} of them kills, {kinds(rows)} kinds, {seconds:.0f} s"
+    head = f"## Seed {seed}, {share}: {found}"
     return "\n".join([head, "", *lines, ""])
 
 

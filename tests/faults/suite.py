@@ -5,7 +5,7 @@ Not named test_*: `make test-all` leaves it out, tests/faults/test_short.py runs
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -22,20 +22,33 @@ STAGES = ("data", "mask", "responses", "verdicts", "score")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """At its end the report of what was seen in it."""
     made = World(tmp_path_factory.mktemp("faults") / "world")
     try:
         yield made
     finally:
         made.close()
-        print(report.keep(SEED, made.seen))
+
+
+@pytest.fixture(scope="module")
+def keep(world: World, request: pytest.FixtureRequest) -> Iterator[Callable[[str], None]]:
+    """Writes down what was seen, with the name of a test that ran; at the end the report is printed."""
+    told = request.config.pluginmanager.get_plugin("terminalreporter")
+    of = request.session.testscollected + len(told.stats.get("deselected", [])) if told else 0
+    ran: set[str] = set()
+
+    def add(test: str) -> None:
+        ran.add(test)
+        report.keep(SEED, world.seen, ran, of)
+
+    yield add
+    print(report.keep(SEED, world.seen, ran, of))
 
 
 @pytest.fixture(autouse=True)
-def _kept(world: World) -> Iterator[None]:
+def _kept(keep: Callable[[str], None], request: pytest.FixtureRequest) -> Iterator[None]:
     """What was seen is written down after each test: a suite that is ended early has told the truth so far."""
     yield
-    report.keep(SEED, world.seen)
+    keep(request.node.name)
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +250,6 @@ def test_the_prefect_worker_is_killed(world: World) -> None:
 
 def test_enough_was_injected(world: World) -> None:
     """The contract of `make test-faults`; of a suite that is run in parts it holds with the last."""
-    rows = report.kept(SEED)
+    rows = report.kept(SEED)["rows"]
     assert report.kills(rows) >= report.KILLS and report.kinds(rows) >= report.KINDS
     assert not report.wrong(rows)

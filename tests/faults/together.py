@@ -1,10 +1,12 @@
 """Two runs at once on one machine: one builds, the other waits; the one that builds is killed; the other rebuilds."""
 
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 
 from masters.stages import Stage
-from tests.faults.world import TRAIN, Seen, World, until
+from tests.faults.shape import Shape
+from tests.faults.world import TRAIN, Running, Seen, World, until
 
 
 def two_at_once(world: World) -> Seen:
@@ -24,30 +26,38 @@ def two_at_once(world: World) -> Seen:
 
 def rebuilt_at_once(world: World) -> Seen:
     """While one run trains another is told to build training again: both end well."""
-    store = world.store()
 
-    def disturb() -> tuple[int, list[str]]:
-        first = world.start(store, TRAIN)
-        until(lambda: any(store.glob("train/*/checkpoints/step-*")), "a checkpoint")
-        second = world.start(store, replace(TRAIN, rebuild=Stage.TRAIN))
+    def end(first: Running, second: Running) -> int:
         codes = [first.wait(), second.wait()]
         assert codes == [0, 0], [first.said(), second.said()]
-        return max(codes), ["start train/rebuild"]
+        return max(codes)
 
-    return world.disturbed("--rebuild while another run builds", store, disturb, TRAIN)
+    again = replace(TRAIN, rebuild=Stage.TRAIN)
+    return _while_one_trains(world, "--rebuild while another run builds", again, end, "start train/rebuild")
 
 
 def holder_killed(world: World) -> Seen:
     """Of two runs the one that trains is killed once the other waits for it: that one goes on from there."""
+
+    def end(first: Running, second: Running) -> int:
+        until(lambda: "waiting for it" in second.said(), "the second waits")
+        first.kill()
+        assert first.wait() == -signal.SIGKILL
+        return second.wait()
+
+    kind = "SIGKILL of the one of two runs that builds"
+    return _while_one_trains(world, kind, TRAIN, end, "kill train/holder")
+
+
+def _while_one_trains(
+    world: World, kind: str, shape: Shape, end: Callable[[Running, Running], int], where: str
+) -> Seen:
+    """A second run begins once the first has a checkpoint; `end` gives the exit code."""
     store = world.store()
 
     def disturb() -> tuple[int, list[str]]:
         first = world.start(store, TRAIN)
         until(lambda: any(store.glob("train/*/checkpoints/step-*")), "a checkpoint")
-        second = world.start(store, TRAIN)
-        until(lambda: "waiting for it" in second.said(), "the second waits")
-        first.kill()
-        assert first.wait() == -signal.SIGKILL
-        return second.wait(), ["kill train/holder"]
+        return end(first, world.start(store, shape)), [where]
 
-    return world.disturbed("SIGKILL of the one of two runs that builds", store, disturb, TRAIN)
+    return world.disturbed(kind, store, disturb, TRAIN)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from masters.config import load
+from masters.config_file import load
 from masters.errors import InputError
 from masters.flows.ablate import cells
 

@@ -13,7 +13,8 @@ import pytest
 
 from demo import benchmark
 from masters import artifacts, processes
-from masters.config import Config, Model, load
+from masters.config import Config, Model
+from masters.config_file import load
 from masters.errors import InputError
 from masters.lmms_tasks import PACKAGES, PAPER, understood
 from masters.preflight import LocalModel, local_model, preflight

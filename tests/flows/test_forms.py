@@ -10,7 +10,8 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools.validation import is_valid, preprocess_schema
 from pydantic import ValidationError
 
-from masters.config import Config, load
+from masters.config import Config
+from masters.config_file import load
 from masters.flows.ablate import ablate
 from masters.flows.distill import distill
 from masters.flows.evaluate import evaluate

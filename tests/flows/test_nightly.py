@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from math import comb
+from pathlib import Path
 
 import pytest
 
@@ -139,3 +140,15 @@ def test_a_regression_is_reported_once(nights: list[dict], webhook: Webhook) -> 
     assert nights[2]["said"] == 0
     said = webhook.said[-1]
     assert (said["name"], said["status"]) == ("easyvqa", "regression") and "worse than the champion" in said["reason"]
+
+
+def test_a_night_that_fails_is_reported(tmp_path: Path) -> None:
+    path, hook = write_questions(tmp_path / "data", 8, bad=False), Webhook()
+    write_rows(tmp_path / "data", [json.loads(line) | dict(answer="") for line in path.read_text().splitlines()])
+    values = {"data.source": path, "store.root": tmp_path / "store", "name": "unlucky"}
+    settings = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+    done = masters("nightly", "configs/demo.toml", *settings, home=tmp_path, MASTERS_WEBHOOK_URL=hook.url)
+    hook.server.shutdown()
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    [said] = hook.said
+    assert (said["name"], said["status"]) == ("unlucky", "failed") and "max_rejected_share" in said["reason"]

@@ -13,7 +13,7 @@ import pyarrow.parquet as parquet
 import pytest
 from safetensors.torch import load_file, save_file
 
-from masters.config import load
+from masters.config_file import load
 from masters.flows.plan import plan
 from masters.stages import Stage
 from tests.drawn import write_questions
@@ -203,16 +203,30 @@ def test_the_number_of_workers_changes_no_response(first: dict, place: Path) -> 
     assert rows(other, "generate", "responses") == rows(first, "generate", "responses")
 
 
-def planned(place: Path, *overrides: str, rebuild: Collection[Stage] = ()) -> dict[str, str]:
-    """Stage to outcome, as `--plan` tells it."""
+def lines(place: Path, *overrides: str, rebuild: Collection[Stage] = ()) -> dict[str, dict]:
+    """What `--plan` tells of each stage."""
     given = [part for part in settings(place) if part != "--set"]
     os.chdir(ROOT)  # the demo's configuration names its models from there
-    return {line["name"]: line["outcome"] for line in plan(load("configs/demo.toml", [*given, *overrides]), rebuild)}
+    return {line["name"]: line for line in plan(load("configs/demo.toml", [*given, *overrides]), rebuild)}
+
+
+def planned(place: Path, *overrides: str, rebuild: Collection[Stage] = ()) -> dict[str, str]:
+    """Stage to outcome."""
+    return {name: line["outcome"] for name, line in lines(place, *overrides, rebuild=rebuild).items()}
 
 
 def test_the_plan_knows_what_is_built_again(first: dict, place: Path) -> None:
     outcomes = planned(place, rebuild=[Stage.SCORE])
     assert {name for name, outcome in outcomes.items() if outcome == "reused"} == {"data", "mask", "generate"}
+
+
+def test_the_plan_names_what_changed_of_stages_whose_inputs_are_not_built(first: dict, place: Path) -> None:
+    found = lines(place, "generate.temperature=0.5", "train.beta=0.2", "train.epochs=2")
+    assert found["generate"]["changed"][0] == "sampling.temperature" and found["generate"]["fingerprint"]
+    assert found["train"]["changed"] == ["train.beta", "train.epochs"] and found["train"]["fingerprint"] is None
+    assert list(found) == ["data", "mask", "generate", "score", "train", "evaluate", "register"]
+    assert {found[stage]["outcome"] for stage in ("generate", "score", "train", "evaluate", "register")} == {"built"}
+    assert found["score"]["changed"] == found["evaluate"]["changed"] == found["register"]["changed"] == []
 
 
 def test_the_plan_is_printed_and_names_what_changed(first: dict, place: Path) -> None:

@@ -2,7 +2,9 @@
 
 import asyncio
 import os
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.objects import Deployment, FlowRun, State, StateType
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Cancelling, Running
+from prefect.states import Cancelling, Crashed, Running
 
 from masters.infra.deployments import POOL, deploy, prepare
 from masters.infra.local_prefect import prefect_api, wait_until_ready
@@ -110,3 +112,30 @@ def test_what_a_stack_left_running(states: list[State], end: tuple[StateType, st
     run = asyncio.run(left())
     assert run.work_pool_name == POOL
     assert (run.state_type, run.state_name) == end
+
+
+def test_a_crashed_run_is_taken_up_again_as_often_as_is_set_and_no_more(_server: None) -> None:
+    """As Prefect's automations do it, while the stack runs: SETTINGS grants one more attempt."""
+
+    async def ended() -> tuple[FlowRun, FlowRun]:
+        await prepare(replace(SETTINGS, resume_after=10))
+        async with get_client() as client:
+            run = await client.create_flow_run_from_deployment(
+                (await nightly(client)).id, parameters=dict(config=CONFIG)
+            )
+
+            async def crashes(wait: float) -> FlowRun:
+                await client.set_flow_run_state(run.id, Running(), force=True)
+                await client.set_flow_run_state(run.id, Crashed(), force=True)
+                until = time.monotonic() + wait
+                while (found := await client.read_flow_run(run.id)).state_type == StateType.CRASHED:
+                    if time.monotonic() > until:
+                        break
+                    await asyncio.sleep(0.5)
+                return found
+
+            return await crashes(90), await crashes(30)
+
+    once, twice = asyncio.run(ended())
+    assert (once.state_name, once.run_count) == ("AwaitingRetry", 1)
+    assert (twice.state_name, twice.run_count) == ("Crashed", 2)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from masters.config import Config, changed
+from masters.config import Config
+from masters.config_file import changed
 from masters.models import estimate
 from masters.models.checkpoints import load_model
 from masters.models.estimate import Questions, Weights

@@ -5,14 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from masters.errors import StoreError
+from masters.registry import CHAMPION
 from masters.stages import Stage
 from masters.tasks import evaluate
 from masters.tasks.data import data
 from masters.tasks.mask import mask
 from tests.drawn import write_questions
-from tests.trained import first_round, made_run, predicted
+from tests.trained import first_round, made_run, predicted, told
 
 
 @pytest.fixture
@@ -31,6 +33,26 @@ def test_a_rebuild_that_is_tried_again_keeps_what_it_built(tmp_path: Path, sourc
     assert outcome("second") == "built"
     assert outcome("second") == "reused"  # the same run, tried again
     assert outcome("third") == "built"
+
+
+def test_who_rebuilds_what_a_version_with_an_alias_was_made_from_is_warned(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = made_run(tmp_path / "store", source, key="first")
+    client, name = MlflowClient(run.tracker.uri), run.config.name
+    masks = mask.fn(run, first_round(run))
+    client.create_registered_model(name)
+    for _ in range(2):
+        client.create_model_version(name, masks.uri, tags={"upstream.mask": masks.fingerprint})
+    client.set_registered_model_alias(name, CHAMPION, "2")
+    again = made_run(tmp_path / "store", source, key="second")
+    again.rebuild = frozenset([Stage.MASK, Stage.DATA])
+    capsys.readouterr()
+    data.fn(again)
+    assert "built again" not in told(capsys)
+    mask.fn(again, first_round(again))
+    assert f"mask of models:/{name}/2 (champion) is built again" in (said := told(capsys))
+    assert f"models:/{name}/1" not in said
 
 
 @pytest.mark.parametrize("size", [0, 100])

@@ -13,7 +13,8 @@ from masters import assignment, errors
 from masters.allowed import check_config
 from masters.artifacts import External, Identity
 from masters.assignment import Assignment, outside, portable
-from masters.config import Config, load
+from masters.config import Config
+from masters.config_file import load
 from masters.errors import InputError, MastersError, WorkerError, WorkerLost
 from masters.infra.settings import Settings
 from masters.preflight import Ready, Server

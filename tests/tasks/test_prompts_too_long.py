@@ -25,7 +25,7 @@ from masters.tasks.generate import generate
 from masters.tasks.mask import mask
 from masters.tasks.stage import Run
 from tests.drawn import write_questions, write_rows
-from tests.trained import first_round, made_run
+from tests.trained import first_round, made_run, told
 
 ADMITTED, ANSWER = 128, 8  # tokens
 LONG = {"q4": "test", "q5": "train"}  # with the answer longer than that by one token; the others' prompts are short
@@ -114,10 +114,6 @@ def generated(run: Run) -> Artifact:
 
 def evaluated(run: Run) -> Artifact:
     return evaluate.fn(run, data.fn(run), [run.ready.student])
-
-
-def told(capsys: pytest.CaptureFixture[str]) -> str:
-    return " ".join(capsys.readouterr().err.split())
 
 
 def test_generate_sets_the_question_aside(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:

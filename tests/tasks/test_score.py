@@ -17,6 +17,7 @@ from masters.tasks.stage import Run
 from tests import scored as by_hand
 from tests.fake_judge import FakeJudge, inside, serve, verdict
 from tests.scored import first_round, made_run, responses
+from tests.trained import told
 
 QUESTIONS = {"q1": ("what color?", "teal"), "q2": ("what color?", "red"), "q3": ("is there a circle?", "yes")}
 TEXTS = {"q1": ["teal", "Teal.", "red", "teal"], "q2": ["red", "red", "teal", ""], "q3": ["yes", "yes", "yes", "no"]}
@@ -48,11 +49,6 @@ def real_process() -> None:
 
 def scored(run: Run, texts: dict[str, list[str]] = TEXTS) -> tuple[Artifact, list[dict], dict]:
     return by_hand.scored(run, QUESTIONS, texts)
-
-
-def told(capsys: pytest.CaptureFixture[str]) -> str:
-    """What was said on the terminal, its lines joined."""
-    return " ".join(capsys.readouterr().err.split())
 
 
 @pytest.fixture

@@ -1,0 +1,153 @@
+"""`masters bench large`: 100,000 questions through all of a run but its models, and a store that holds 10,000 shards.
+
+Questions are easy-VQA's, asked again in other words. The models are left out: whoever answers is a stand-in that says
+a word at once (`masters.benchmarks.stand_in`), rules judge, and of training only what comes before its first step is
+done: groups, steps and the plan of packed passes. All else is a run's own code and its own processes. Each size runs
+in a fresh process. Baselines as in `scale`: of time the smallest size's, multiplied as the questions are, of memory
+the smallest size's itself. A store's are those of its smallest number of shards, multiplied likewise.
+"""
+
+import json
+import multiprocessing
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+from masters import answering, artifacts, memory, schemas, shards
+from masters.answering import NO_SHARD, Answerer, Order
+from masters.artifacts import Artifact, Identity
+from masters.benchmarks import scale
+from masters.benchmarks.measure import Row, once
+from masters.benchmarks.pipeline import CONFIG
+from masters.config_file import load
+from masters.identity import digest
+from masters.preflight import preflight
+from masters.shards import Ref
+from masters.sources.easyvqa import EasyVqa
+from masters.storage import Storage
+from masters.tracking import Tracker
+
+STAND_IN = "masters.benchmarks.stand_in"
+WORDS = ("{}", "look at the image: {}", "please answer briefly: {}")  # easy-VQA has 38,575 questions to train on
+EVALUATION = 500
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Training questions of each run, shards of each store; the smallest first."""
+
+    questions: tuple[int, ...] = (25_000, 50_000, 100_000)
+    shards: tuple[int, ...] = (1_000, 10_000)
+
+
+def measured(sizes: Sizes = Sizes()) -> list[Row]:
+    runs = {questions: _apart(run, questions) for questions in sizes.questions}
+    stores = {count: _apart(store, count) for count in sizes.shards}
+    return scale.rows(runs) + store_rows(stores)
+
+
+def _apart(work: Callable[[int], Any], size: int) -> Any:
+    """What `work` gives for a size, in a process of its own: memory is counted by process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, size).result()
+
+
+def run(questions: int) -> dict[str, dict]:
+    """By stage `seconds`, `peak_mib` and, with processes of its own, `children_peak_mib`."""
+    from masters.tasks import data, generate, mask, score
+    from masters.tasks.stage import Context, Round, Run
+
+    with TemporaryDirectory(prefix="masters-bench-") as work, patch.object(answering, "ENGINE", STAND_IN):
+        source = write_source(Path(work) / "source", questions)
+        settings = [f"data.source={source}", f"store.root={work}/store", "rewards.accuracy=rules"]
+        config = load(CONFIG, settings)
+        context = Context(config, preflight(config))
+        made = Run(context, Tracker(config, context.storage))
+        current = Round(1, config.teachers[0], context.ready.teachers[0], context.ready.student)
+        table, masks = data.data.fn(made), mask.mask.fn(made, current)
+        responses = generate.generate.fn(made, current, table, masks)
+        verdicts = score.score.fn(made, current, table, responses)
+        found = {stage["name"]: stage for stage in made.stages if stage["name"] != "mask"}
+        return found | {"packing": packing(current, table, responses, verdicts, made)}
+
+
+def packing(current, table: Artifact, responses: Artifact, verdicts: Artifact, made) -> dict[str, float]:
+    """What the trainer does with tables before its first step."""
+    from masters.models import passes, training_data
+
+    memory.forget_peak()
+    began, train, runtime = time.monotonic(), made.config.train, made.config.runtime
+    refs, ratios = shards.references(table, "train"), current.ratios
+    coverage = made.config.generate.coverage
+    groups, _ = training_data.response_groups(refs, responses, verdicts, ratios, coverage)
+    steps = training_data.plan_steps(groups, len(ratios), train.epochs, train.questions_per_step, train.seed)
+    passes.plan(steps, [passes.size_of(group) for group in groups], runtime.token_budget, runtime.train_processes)
+    return dict(seconds=time.monotonic() - began, peak_mib=memory.peak_mib())
+
+
+def write_source(folder: Path, questions: int) -> Path:
+    """A JSONL file of `questions` training questions and a few to evaluate on, and its images beside it."""
+    folder.mkdir(parents=True)
+    easy = EasyVqa()
+    for split in ("train", "test"):
+        shutil.copytree(easy.folder / split / "images", folder / split)
+    with open(folder / "questions.jsonl", "w") as file:
+        for row in (*islice(asked(easy, "train"), questions), *islice(asked(easy, "test"), EVALUATION)):
+            file.write(json.dumps(row) + "\n")
+    return folder / "questions.jsonl"
+
+
+def asked(easy: EasyVqa, split: str) -> Iterator[dict]:
+    """A split's questions, and then again in other words."""
+    for number, words in enumerate(WORDS):
+        for row in easy.rows():
+            if row.split == split:
+                yield dict(
+                    id=f"{row.id}-{number}", image=f"{split}/{row.image}", split=split,
+                    question=words.format(row.question), answer=row.answer, category=row.category,
+                )  # fmt: skip
+
+
+def store(count: int) -> dict[str, float]:
+    """Seconds to write shards of 1 KiB, to find what is missing among them, and to commit an artifact of them all."""
+    asker = Answerer("m", Path("m"), "d", {})
+    order = Order(asker, NO_SHARD, "predictions", "evaluation", None, 0, 1, dict(dtype="float32"))
+    with TemporaryDirectory(prefix="masters-bench-") as work:
+        storage, seconds = Storage(f"{work}/store"), {}
+        orders = [replace(order, shard=shards.Shard("", (_ref(number),))) for number in range(count)]
+        row = dict(model="m", text="red", correct=True, finish_reason="stop")
+
+        def write() -> None:
+            for each in orders:
+                content = schemas.encode([row | dict(question_id=each.shard.refs[0].question_id)], schemas.PREDICTIONS)
+                storage.create(each.file, content)
+
+        def commit() -> None:
+            identity = Identity("evaluate", 1, {}, {each.fingerprint: each.fingerprint for each in orders})
+            artifacts.commit(storage, identity, answering.gather(storage, identity, orders), {})
+
+        for name, part in (("write", write), ("list", lambda: answering.missing(storage, orders)), ("commit", commit)):
+            began = time.monotonic()
+            part()
+            seconds[name] = time.monotonic() - began
+    return seconds
+
+
+def _ref(number: int) -> Ref:
+    return Ref(digest(str(number).encode()), f"q{number}", 0, number)
+
+
+def store_rows(stores: dict[int, dict[str, float]]) -> list[Row]:
+    smallest = min(stores)
+    return [
+        once(f"store, {part} {count} shards", "s", taken, stores[smallest][part] * count / smallest)
+        for count, seconds in stores.items()
+        for part, taken in seconds.items()
+    ]
