@@ -22,12 +22,17 @@ ROOT = Path(__file__).parents[2]
 STAGES = ["data", "mask", "generate", "score", "train", "evaluate", "register"]
 
 
-def masters(*arguments: str, home: Path, **variables: str) -> subprocess.CompletedProcess:
+def environment(home: Path, **variables: str) -> dict[str, str]:
+    """Of a user with this home, who has set nothing."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
     # vLLM looks at a model class in a process of 16 s of CPU once a cache folder: share it among homes
-    environment = kept | {"HOME": str(home), "VLLM_CACHE_ROOT": str(ROOT / ".venv/vllm")} | variables
+    return kept | {"HOME": str(home), "VLLM_CACHE_ROOT": str(ROOT / ".venv/vllm")} | variables
+
+
+def masters(*arguments: str, home: Path, **variables: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "masters.cli", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
+    given = environment(home, **variables)
+    return subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=1200)
 
 
 @pytest.fixture(scope="module")
