@@ -15,7 +15,7 @@ ENDED = ("COMPLETED", "FAILED", "CRASHED")
 
 def worker_killed(world: World) -> list[Seen]:
     """Alone: its run goes on without it. With the run: it is missed, and resumed with the next worker."""
-    with serve(stack="light", resume_after=10, lost_after=45) as stack:
+    with serve(stack="light", resume_after=10, lost_after=60) as stack:
         expected = _undisturbed(world, stack)
         alone = _killed(world, stack, expected, ("prefect worker",))
         both = _killed(world, stack, expected, ("prefect worker", "prefect.engine"))

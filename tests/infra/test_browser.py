@@ -38,7 +38,7 @@ def page() -> Iterator[Page]:
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
     with serve() as running:
-        write_questions(running.folder / "data", 32, bad=False)
+        write_questions(running.folder / "data", 16, bad=False)
         yield running
 
 
@@ -78,7 +78,8 @@ def run(stack: Stack, page: Page) -> str:
     named(page, "Model", 1).locator("textarea").fill("demo/models/teacher")
     choose(page, "Dtype (Optional)", "float32")
     choose(page, "Accuracy (Optional)", "rules")
-    named(page, "Max Model Len (Optional)").locator("input").fill("512")
+    for name, value in {"Max Model Len": "512", "Max Tokens": "8", "Responses": "2"}.items():
+        named(page, f"{name} (Optional)").locator("input").fill(value)
     page.get_by_text("What a TOML file holds").scroll_into_view_if_needed()
     seen(page, "form")
     page.get_by_role("button", name="Submit").click()

@@ -29,7 +29,7 @@ ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
     pools = ",".join(POOLS.values())
-    with serve(stack="light", pools=pools, resume_after=10, lost_after=45, judge_api_key=SECRET) as running:
+    with serve(stack="light", pools=pools, resume_after=10, lost_after=60, judge_api_key=SECRET) as running:
         write_questions(running.folder / "data", 24)
         write_questions(running.folder / "elsewhere", 8)
         yield running

@@ -21,7 +21,7 @@ PREFIX = "s3://lake/team"
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
-    with serve(resume_after=10, lost_after=45) as running:
+    with serve(resume_after=10, lost_after=60) as running:
         write_questions(running.folder / "data", 48)
         yield running
 
