@@ -1,5 +1,6 @@
 """Fixtures that several suites share."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,9 @@ from tests.s3 import S3, serve
 # the same examples every time and no deadline: machines are slow and shared
 settings.register_profile("masters", deadline=None, derandomize=True)
 settings.load_profile("masters")
+
+# vLLM looks at a model class in a process of 16 s of CPU once a cache folder: all homes share one
+os.environ.setdefault("VLLM_CACHE_ROOT", str(Path(__file__).parents[1] / ".venv/vllm"))
 
 
 @pytest.fixture(scope="session")

@@ -112,7 +112,7 @@ def serve(**settings: int | str) -> Iterator[Stack]:
     chosen = {f"MASTERS_{name.upper()}": str(value) for name, value in settings.items()}
     ports = dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True))
     own = {"MASTERS_HOME": str(folder / "home"), "MASTERS_STACK": "full", "HOME": str(folder / "user")}
-    stack = Stack(folder, kept | own | ports | chosen | {"VLLM_CACHE_ROOT": str(ROOT / ".venv/vllm")})
+    stack = Stack(folder, kept | own | ports | chosen)
     ended = Event()
     watch = Thread(target=stack.look, args=(ended,), daemon=True)
     watch.start()

@@ -32,8 +32,7 @@ installed = pytest.mark.skipif(
 def evaluate(place: Path, *options: str) -> subprocess.CompletedProcess:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MASTERS_"))}
     environment = kept | {
-        "HOME": str(place / "home"), "VLLM_CACHE_ROOT": str(ROOT / ".venv/vllm"),
-        "MASTERS_BENCHMARK_TASKS": str(place / "tasks"), "HF_HUB_OFFLINE": "1",
+        "HOME": str(place / "home"), "MASTERS_BENCHMARK_TASKS": str(place / "tasks"), "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
     chosen = [part for setting in overridden(place) for part in ("--set", setting)]
     command = [sys.executable, "-m", "masters.cli", "evaluate", "configs/demo.toml", STUDENT, *chosen, *options]

@@ -25,8 +25,7 @@ STAGES = ["data", "mask", "generate", "score", "train", "evaluate", "register"]
 def environment(home: Path, **variables: str) -> dict[str, str]:
     """Of a user with this home, who has set nothing."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
-    # vLLM looks at a model class in a process of 16 s of CPU once a cache folder: share it among homes
-    return kept | {"HOME": str(home), "VLLM_CACHE_ROOT": str(ROOT / ".venv/vllm")} | variables
+    return kept | {"HOME": str(home)} | variables
 
 
 def masters(*arguments: str, home: Path, **variables: str) -> subprocess.CompletedProcess:
