@@ -80,13 +80,13 @@ def run(questions: int) -> dict[str, dict]:
 
 def packing(current, table: Artifact, responses: Artifact, verdicts: Artifact, made) -> dict[str, float]:
     """What the trainer does with tables before its first step."""
-    from masters.models import passes, training_data
+    from masters.models import passes, response_groups, training_data
 
     memory.forget_peak()
     began, train, runtime = time.monotonic(), made.config.train, made.config.runtime
     refs, ratios = shards.references(table, "train"), current.ratios
     coverage = made.config.generate.coverage
-    groups, _ = training_data.response_groups(refs, responses, verdicts, ratios, coverage)
+    groups, _ = response_groups.response_groups(refs, responses, verdicts, ratios, coverage)
     steps = training_data.plan_steps(groups, len(ratios), train.epochs, train.questions_per_step, train.seed)
     passes.plan(steps, [passes.size_of(group) for group in groups], runtime.token_budget, runtime.train_processes)
     return dict(seconds=time.monotonic() - began, peak_mib=memory.peak_mib())

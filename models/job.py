@@ -1,6 +1,6 @@
 """All that a training run needs, in one place, so that its parts are free functions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -31,7 +31,7 @@ class Job:
     family: Family
     train: Train
     rewards: Rewards
-    groups: list[Group]
+    groups: Sequence[Group]
     steps: list[Step]
     ratios: list[float]
     question: Callable[[Group], Question]

@@ -5,6 +5,7 @@ Ranks meet through a file (no socket listens beyond loopback); rank 0 reports, s
 
 import json
 import os
+from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -26,8 +27,9 @@ from masters.models.fitting import AGAIN
 from masters.models.masking import safetensors_tensors
 from masters.models.prompts import label_tokens, model_inputs
 from masters.models.ranks import collected
+from masters.models.response_groups import response_groups
 from masters.models.sharding import Sharding, own, sharding_of
-from masters.models.training_data import Group, label_groups, plan_steps, response_groups
+from masters.models.training_data import Group, label_groups, plan_steps
 from masters.models.trees import Question
 from masters.shards import Ref
 from masters.storage import Storage
@@ -143,7 +145,7 @@ def prepare(job: dict, job_file: Path, rank: int, world: int) -> trainer.Job:
 
 
 def _check_memory(
-    job: dict, train: Train, planned: passes.Plan | None, groups: list[Group], steps: int, device: str, world: int
+    job: dict, train: Train, planned: passes.Plan | None, groups: Sequence[Group], steps: int, device: str, world: int
 ) -> None:
     """Raises InputError, before any model is loaded, if this machine does not have what training needs."""
     available, ranks = footprint.free(device, world)

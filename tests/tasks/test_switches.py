@@ -1,7 +1,7 @@
 """The switches that decide who answers what, and what is trained on: each one's own effect."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,8 +10,9 @@ from masters import shards
 from masters.answering import Order
 from masters.artifacts import Artifact
 from masters.config import Config
+from masters.models.response_groups import response_groups
 from masters.models.schedule import stage_of
-from masters.models.training_data import Group, label_groups, plan_steps, response_groups
+from masters.models.training_data import Group, label_groups, plan_steps
 from masters.tasks.data import data
 from masters.tasks.generate import orders
 from masters.tasks.mask import mask
@@ -94,7 +95,7 @@ def test_without_masks_one_whole_teacher_answers_everything(ask, refs) -> None:
     assert all(c == Counter({("teacher", 0.0): 2, ("student", None): 2}) for c in counted.values())
 
 
-def by_stage(groups: list[Group]) -> Counter:
+def by_stage(groups: Sequence[Group]) -> Counter:
     return Counter(group.stage for group in groups)
 
 

@@ -1,0 +1,151 @@
+"""The groups of a table of responses, held in columns: 28 bytes a response and 4 a token, of a run of any size.
+
+A `Group` is made when it is asked for. Shapes: R responses that are not empty, T their tokens, P prompt tokens, Q
+questions, G groups.
+"""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from masters.artifacts import Artifact
+from masters.models.schedule import stage_of
+from masters.models.training_data import Group, Key
+from masters.shards import Ref
+
+COLUMNS = ["question_id", "source", "mask_ratio", "sample"]
+SOURCES = ("teacher", "student")  # in the order in which a group has them
+# bits of a response's place: question, source, mask ratio (0: none, STRANGE: of no stage), sample
+QUESTION, SOURCE, RATIO = 28, 26, 16
+STRANGE = 2**10 - 1
+
+
+class ResponseGroups(Sequence[Group]):
+    """Groups of every question at the stages that train on it, in the order of `refs`, then of stages."""
+
+    def __init__(self, refs: Sequence[Ref], told: "Responses", scores_R: np.ndarray, ratios: list[float], full: bool):
+        self._refs, self._told, self._scores_R, self._ratios = refs, told, scores_R, ratios
+        self._from_Q = np.searchsorted(told.place_R, np.arange(len(refs) + 1, dtype=np.int64) << QUESTION)
+        every = range(len(ratios))
+        asked = ((q, s) for q, ref in enumerate(refs) for s in (every if full else [stage_of(ref.digest, len(ratios))]))
+        there = ((q, s) for q, s in asked if len(self._members(q, s)))
+        self._group_G2 = np.fromiter(there, np.dtype((np.int32, 2)))
+
+    def __len__(self) -> int:
+        return len(self._group_G2)
+
+    @overload
+    def __getitem__(self, at: int) -> Group: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Group]: ...
+    def __getitem__(self, at: int | slice) -> Group | list[Group]:
+        if isinstance(at, slice):
+            return [self[g] for g in range(len(self))[at]]
+        question, stage = (int(number) for number in self._group_G2[at])
+        members = self._members(question, stage)
+        responses = [self._told.tokens(r) for r in members]
+        keys = [self._key(int(self._told.place_R[r])) for r in members]
+        return Group(self._refs[question], stage, self._told.prompt(question), responses, self._scores_R[members], keys)
+
+    def _members(self, question: int, stage: int) -> np.ndarray:
+        """Responses at this stage and those at none (the student's)."""
+        rows = np.arange(self._from_Q[question], self._from_Q[question + 1])
+        ratio = (self._told.place_R[rows] >> RATIO) & STRANGE
+        return rows[(ratio == stage + 1) | (ratio == 0)]
+
+    def _key(self, place: int) -> Key:
+        ratio = (place >> RATIO) & STRANGE
+        return SOURCES[(place >> SOURCE) & 3], self._ratios[ratio - 1] if ratio else None, place & (2**RATIO - 1)
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Sorted by place."""
+
+    place_R: np.ndarray  # int64
+    begin_R: np.ndarray  # int64, of its tokens
+    length_R: np.ndarray  # int32
+    token_T: np.ndarray  # int32
+    begin_Q: np.ndarray  # int64, of a question's prompt
+    length_Q: np.ndarray  # int32
+    prompt_P: np.ndarray  # int32
+    empty: int  # responses that were set aside
+
+    def tokens(self, response: int) -> array:
+        begin = self.begin_R[response]
+        return array("i", self.token_T[begin : begin + self.length_R[response]].tobytes())
+
+    def prompt(self, question: int) -> np.ndarray:
+        begin = self.begin_Q[question]
+        return self.prompt_P[begin : begin + self.length_Q[question]]
+
+
+def response_groups(
+    refs: Sequence[Ref], responses: Artifact, verdicts: Artifact | None, ratios: list[float], coverage: str
+) -> tuple[ResponseGroups, int]:
+    """Groups of every question at the stages that train on it, and how many responses were set aside as empty."""
+    told = _responses(refs, responses, ratios)
+    scores_R = _scores(refs, verdicts, ratios, told.place_R)
+    return ResponseGroups(refs, told, scores_R, ratios, coverage == "full"), told.empty
+
+
+def _responses(refs: Sequence[Ref], responses: Artifact, ratios: list[float]) -> Responses:
+    ids, empty = pa.array([ref.question_id for ref in refs], pa.string()), 0
+    places, lengths, tokens = [np.empty(0, np.int64)], [np.empty(0, np.int32)], [np.empty(0, np.int32)]
+    prompts, prompt_Q = [np.empty(0, np.int32)], np.zeros((2, len(refs)), np.int64)  # begin, length
+    written = 0
+    for table in responses.batches("responses", [*COLUMNS, "prompt_token_ids", "response_token_ids"]):
+        said = pc.greater(pc.fill_null(pc.list_value_length(table["response_token_ids"]), 0), 0)
+        empty += len(table) - pc.sum(said).as_py() if len(table) else 0
+        place, rows = _places(table.filter(said), ids, ratios)
+        length, token = _lists(rows["response_token_ids"])
+        for parts, part in ((places, place), (lengths, length), (tokens, token)):
+            parts.append(part)
+        question, first = np.unique(place >> QUESTION, return_index=True)
+        new = prompt_Q[1, question] == 0
+        length, prompt = _lists(rows["prompt_token_ids"].take(pa.array(first[new])))
+        prompt_Q[:, question[new]] = written + np.cumsum(length) - length, length
+        prompts.append(prompt)
+        written += len(prompt)
+    place, length = np.concatenate(places), np.concatenate(lengths)
+    order, begin = np.argsort(place, kind="stable"), np.cumsum(length, dtype=np.int64) - length
+    return Responses(
+        place[order], begin[order], length[order], np.concatenate(tokens), prompt_Q[0], prompt_Q[1],
+        np.concatenate(prompts), empty,
+    )  # fmt: skip
+
+
+def _scores(refs: Sequence[Ref], verdicts: Artifact | None, ratios: list[float], place_R: np.ndarray) -> np.ndarray:
+    """float64 [R]: the verdict on each response, NaN where there is none."""
+    found = np.full(len(place_R), np.nan)
+    ids = pa.array([ref.question_id for ref in refs], pa.string())
+    for table in verdicts.batches("verdicts", [*COLUMNS, "score"]) if verdicts else ():
+        place, rows = _places(table, ids, ratios)
+        score = pc.fill_null(rows["score"], np.nan).to_numpy()
+        at = np.minimum(np.searchsorted(place_R, place), max(0, len(place_R) - 1))
+        there = place_R[at] == place if len(place_R) else np.zeros(len(place), bool)
+        found[at[there]] = score[there]
+    return found
+
+
+def _places(table: pa.Table, ids: pa.Array, ratios: list[float]) -> tuple[np.ndarray, pa.Table]:
+    """The place of each row, int64, and the rows: those of questions that are trained on."""
+    table = table.filter(pc.is_in(table["question_id"], value_set=ids))
+    question = pc.index_in(table["question_id"], value_set=ids).to_numpy().astype(np.int64)
+    source = pc.index_in(table["source"], value_set=pa.array(SOURCES)).to_numpy().astype(np.int64)
+    of_stage = pc.add(pc.index_in(table["mask_ratio"], value_set=pa.array(ratios, pa.float64())), 1)
+    strange = pc.fill_null(of_stage, STRANGE)
+    ratio = pc.if_else(pc.is_null(table["mask_ratio"]), 0, strange).to_numpy().astype(np.int64)
+    sample = table["sample"].to_numpy().astype(np.int64)
+    return question << QUESTION | source << SOURCE | ratio << RATIO | sample, table
+
+
+def _lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths and values of lists, int32 both."""
+    length = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+    return length.astype(np.int32), pc.list_flatten(column).to_numpy().astype(np.int32)

@@ -1,0 +1,50 @@
+"""Groups of a table of responses, read row by row: what `masters.models.response_groups` is held to."""
+
+from array import array
+
+import numpy as np
+
+from masters.artifacts import Artifact
+from masters.models.schedule import stage_of
+from masters.models.training_data import Group
+from masters.shards import Ref
+
+
+def response_groups(
+    refs: list[Ref], responses: Artifact, verdicts: Artifact | None, ratios: list[float], coverage: str
+) -> tuple[list[Group], int]:
+    """Groups of every question at the stages that train on it, and how many responses were set aside as empty."""
+    scores = _scores(verdicts) if verdicts else {}
+    prompts, answered, empty = {}, {}, 0
+    columns = ["question_id", "source", "mask_ratio", "sample", "prompt_token_ids", "response_token_ids"]
+    for row in responses.rows("responses", columns):
+        if not row["response_token_ids"]:
+            empty += 1
+            continue
+        prompts.setdefault(row["question_id"], np.asarray(row["prompt_token_ids"], dtype=np.int32))
+        own = (row["source"], row["mask_ratio"], row["sample"])
+        score = scores.get((row["question_id"], *own))
+        order = (row["source"] != "teacher", row["sample"])
+        said = (order, array("i", row["response_token_ids"]), np.nan if score is None else score, own)
+        answered.setdefault((row["question_id"], row["mask_ratio"]), []).append(said)
+    groups = []
+    for ref in refs:
+        own = stage_of(ref.digest, len(ratios))
+        for stage in range(len(ratios)) if coverage == "full" else [own]:
+            found = sorted(
+                answered.get((ref.question_id, ratios[stage]), []) + answered.get((ref.question_id, None), []),
+                key=lambda r: r[0],
+            )
+            if found:
+                values = np.array([r[2] for r in found])
+                keys = [r[3] for r in found]
+                groups.append(Group(ref, stage, prompts[ref.question_id], [r[1] for r in found], values, keys))
+    return groups, empty
+
+
+def _scores(verdicts: Artifact) -> dict[tuple, float | None]:
+    columns = ["question_id", "source", "mask_ratio", "sample", "score"]
+    return {
+        (row["question_id"], row["source"], row["mask_ratio"], row["sample"]): row["score"]
+        for row in verdicts.rows("verdicts", columns)
+    }
