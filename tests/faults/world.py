@@ -177,6 +177,8 @@ class World:
         deadline = time.monotonic() + patience
         while (found := _marked(f"{MARK}={store}")) and time.monotonic() < deadline:
             time.sleep(0.05)
+        for pid in found:  # or nobody would know who it was
+            print("left:", pid, *_told_of(pid))
         return len(found)
 
     def disturbed(
@@ -249,6 +251,15 @@ def told(seen: list[Seen]) -> list[dict]:
 def _test() -> str:
     """The running test's name, with its parameters and without its phase."""
     return os.environ.get("PYTEST_CURRENT_TEST", "").split("::")[-1].rpartition(" ")[0]
+
+
+def _told_of(pid: int) -> list[str]:
+    """What /proc says of a process: its state and parent, and its command line."""
+    with suppress(OSError):
+        place = Path(f"/proc/{pid}")
+        stat = (place / "stat").read_text().rpartition(")")[2].split()[:2]
+        return [*stat, (place / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")]
+    return ["gone"]
 
 
 def _marked(entry: str) -> set[int]:
