@@ -43,7 +43,11 @@ class Remote:
 
     def store(self) -> str:
         self.stores += 1
-        return f"s3://{BUCKET}/store-{self.stores}"
+        return self.place(self.stores)
+
+    def place(self, number: int) -> str:
+        """Another one for each suite on this machine: processes are known by their store."""
+        return f"s3://{BUCKET}/store-{os.getpid()}-{number}"
 
     def aws(self) -> dict[str, str]:
         return self.server.environment() | {"AWS_ENDPOINT_URL": self.proxy.url}
@@ -94,7 +98,7 @@ def killed_on_s3(world: World, remote: Remote, rng: random.Random, number: int, 
 
 def trainer_killed_on_s3(world: World, remote: Remote, rng: random.Random, number: int) -> Seen:
     """SIGKILL of the trainer at a write of its checkpoints."""
-    store = f"s3://{BUCKET}/store-{remote.stores + 1}"
+    store = remote.place(remote.stores + 1)
 
     def call() -> None:
         [trainer] = started(store, "train_worker")
