@@ -98,13 +98,13 @@ def killed_on_s3(world: World, remote: Remote, rng: random.Random, number: int, 
 
 def trainer_killed_on_s3(world: World, remote: Remote, rng: random.Random, number: int) -> Seen:
     """SIGKILL of the trainer at a write of its checkpoints."""
+    at = _chosen(world, remote, rng, TRAIN, ("PUT",), "/checkpoints/")  # which may take a store of its own
     store = remote.place(remote.stores + 1)
 
     def call() -> None:
-        [trainer] = started(store, "train_worker")
-        os.kill(trainer, signal.SIGKILL)
+        for trainer in started(store, "train_worker"):
+            os.kill(trainer, signal.SIGKILL)
 
-    at = _chosen(world, remote, rng, TRAIN, ("PUT",), "/checkpoints/")
     plan = Plan(methods=("PUT",), at=at, call=call, within="/checkpoints/")
     return _killed(world, remote, "trainer", plan, number, TRAIN, [])
 
