@@ -8,15 +8,15 @@ EXTRA ?= cpu
 demo: setup
 	$(BIN)/masters distill configs/demo.toml
 
-# files of tests side by side, each in one process
-TEST := $(BIN)/pytest -n 2 --dist loadfile
+# files of tests side by side, each in one process and a core each
+TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(TEST) -m "not slow"
 
 # both parts run, whatever fails in the first
 test-all: setup setup-benchmarks browser
-	$(TEST) --durations=40 -m "not alone"; first=$$?; $(BIN)/pytest --durations=20 -m alone && exit $$first
+	$(TEST) --durations=40 -m "not stack"; first=$$?; $(TEST) --durations=20 -m stack && exit $$first
 
 # kills and disturbs real pipelines at moments that SEED chooses; prints what became of them
 SEED ?= 0

@@ -1,6 +1,8 @@
 """Fixtures that several suites share."""
 
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,8 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from masters.infra.local_prefect import wait_until_ready
 from tests import ray_cluster as ray
-from tests.s3 import S3, serve
+from tests.command_line import environment
+from tests.s3 import S3, free_ports, serve
 
 # the same examples every time and no deadline: machines are slow and shared
 settings.register_profile("masters", deadline=None, derandomize=True)
@@ -17,6 +21,12 @@ settings.load_profile("masters")
 
 # vLLM looks at a model class in a process of 16 s of CPU once a cache folder: all homes share one
 os.environ.setdefault("VLLM_CACHE_ROOT", str(Path(__file__).parents[1] / ".venv/vllm"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: of two processes none is left with a long one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +41,19 @@ def ray_cluster() -> Iterator[ray.Cluster]:
     """A Ray cluster of one node, started when first asked for."""
     with tempfile.TemporaryDirectory(prefix="r-") as folder, ray.serve(Path(folder)) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The variables of runs that share a server: to start one of its own takes a run 15 s of CPU."""
+    home, [port] = tmp_path_factory.mktemp("prefect"), free_ports(1)
+    url = f"http://127.0.0.1:{port}/api"
+    command = [sys.executable, "-m", "masters.infra.prefect_server", str(port), str(os.getpid())]
+    with open(home / "log", "wb") as log:
+        server = subprocess.Popen(command, env=environment(home), stdout=log, stderr=log)
+    try:
+        wait_until_ready(url)
+        yield {"PREFECT_API_URL": url}
+    finally:
+        server.terminate()
+        server.wait()

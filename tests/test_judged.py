@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from masters import machine
-from masters.errors import InputError
+from masters.errors import InputError, TrackingError
 from masters.flows import nightly as nights
 from masters.flows.nightly import judged, nightly, tell
 from masters.gate import Comparison
@@ -86,9 +86,9 @@ def test_an_mlflow_that_is_away_is_no_missing_champion(registry: Registry, monke
     for name in dir(MlflowClient):
         if name.startswith(("get_", "search_")):
             monkeypatch.setattr(MlflowClient, name, away)
-    with pytest.raises(MlflowException, match="away"):
+    with pytest.raises(TrackingError, match="away"):
         registry.champion(NAME)
-    with pytest.raises(MlflowException, match="away"):
+    with pytest.raises(TrackingError, match="away"):
         verdict(registry, 2, WORSE, True, monkeypatch)
     monkeypatch.undo()
     assert (registry.champion(NAME), registry.history(NAME)) == (1, [1])

@@ -1,9 +1,6 @@
 """A model on a task of the real lmms-eval, end to end: the same rows as our own evaluation gives."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,23 +17,13 @@ from masters.lmms_tasks import PACKAGES, PAPER, understood
 from masters.preflight import LocalModel, local_model, preflight
 from masters.tasks.benchmark import child, identity
 from masters.tasks.stage import Context
+from tests.command_line import ROOT, masters, rows, told
 
-ROOT = Path(__file__).parents[2]
 STUDENT = "demo/models/student"
 DOCUMENTS = 20
 installed = pytest.mark.skipif(
     not (PACKAGES / "lmms_eval").is_dir(), reason="lmms-eval is not installed: make setup-benchmarks"
 )
-
-
-def evaluate(place: Path, *options: str) -> subprocess.CompletedProcess:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "MASTERS_"))}
-    environment = kept | {
-        "HOME": str(place / "home"), "MASTERS_BENCHMARK_TASKS": str(place / "tasks"), "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
-    chosen = [part for setting in overridden(place) for part in ("--set", setting)]
-    command = [sys.executable, "-m", "masters.cli", "evaluate", "configs/demo.toml", STUDENT, *chosen, *options]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def settings(place: Path) -> Config:
@@ -51,29 +38,23 @@ def student() -> LocalModel:
     return replace(local_model(Model(model=str(ROOT / STUDENT))), name=STUDENT)
 
 
-def said(done: subprocess.CompletedProcess) -> dict:
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def table(stage: dict, name: str) -> list[dict]:
-    folder = Path(stage["uri"])
-    listed = [file["name"] for file in json.loads((folder / "record.json").read_text())["files"]]
-    return [r for n in listed if n.startswith(f"{name}/") for r in parquet.read_table(folder / n).to_pylist()]
-
-
 @pytest.mark.slow
 @installed
-def test_lmms_eval_and_our_evaluation_agree_to_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lmms_eval_and_our_evaluation_agree_to_the_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefect: dict[str, str]
+) -> None:
     (tmp_path / "home").mkdir()
     benchmark.write(tmp_path / "tasks", DOCUMENTS)
-    first = said(evaluate(tmp_path, "--benchmark", benchmark.TASK, "--json"))
+    chosen = [part for setting in overridden(tmp_path) for part in ("--set", setting)]
+    environment = prefect | {"MASTERS_BENCHMARK_TASKS": str(tmp_path / "tasks"), "HF_HUB_OFFLINE": "1"}
+    words = ("evaluate", "configs/demo.toml", STUDENT, *chosen, "--benchmark", benchmark.TASK, "--json")
+    first = told(masters(*words, home=tmp_path / "home", **environment))
     stages = {stage["name"]: stage for stage in first["stages"]}
     assert [stage["outcome"] for stage in first["stages"]] == ["built"] * 3
 
-    ours = {row["question_id"]: (row["text"], row["correct"]) for row in table(stages["evaluate"], "predictions")}
+    ours = {row["question_id"]: (row["text"], row["correct"]) for row in rows(first, "evaluate", "predictions")}
     asked_of_both = parquet.read_table(tmp_path / "tasks/data/test.parquet").to_pylist()
-    samples = table(stages["benchmarks"], "samples")
+    samples = rows(first, "benchmarks", "samples")
     theirs = {
         asked_of_both[row["doc_id"]]["id"]: (row["response"], json.loads(row["scores"])["exact_match"] == 1)
         for row in samples
@@ -81,7 +62,7 @@ def test_lmms_eval_and_our_evaluation_agree_to_the_row(tmp_path: Path, monkeypat
     assert theirs == ours and len(ours) == DOCUMENTS
     assert [(row["prompt"], row["target"]) for row in samples] == [(q["question"], q["answer"]) for q in asked_of_both]
 
-    [score] = table(stages["benchmarks"], "scores")
+    [score] = rows(first, "benchmarks", "scores")
     assert first["benchmarks"] == {STUDENT: [score]}
     right = sum(correct for _, correct in ours.values())
     assert 0 < right < DOCUMENTS  # or nothing could be told apart

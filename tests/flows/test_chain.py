@@ -7,8 +7,8 @@ import pytest
 
 from masters.artifacts import Artifact
 from masters.storage import Storage
+from tests.command_line import ROOT, masters, rows, told
 from tests.drawn import write_questions
-from tests.flows.test_pipeline import ROOT, masters, rows
 
 CONFIG = """
 name = "chain"
@@ -46,14 +46,12 @@ def record(summary: dict, stage: str) -> dict:
 
 
 @pytest.mark.slow
-def test_the_second_round_starts_from_the_first_rounds_student(tmp_path: Path) -> None:
+def test_the_second_round_starts_from_the_first_rounds_student(tmp_path: Path, prefect: dict[str, str]) -> None:
     source = write_questions(tmp_path / "data", 32, bad=False)
     config, home = tmp_path / "chain.toml", tmp_path / "home"
     home.mkdir()
     config.write_text(CONFIG.format(root=tmp_path / "store", source=source, models=ROOT / "demo/models"))
-    done = masters("distill", str(config), "--json", home=home)
-    assert done.returncode == 0, done.stderr[-3000:]
-    summary = json.loads(done.stdout.splitlines()[-1])
+    summary = told(masters("distill", str(config), "--json", home=home, **prefect))
     rounds = [f"{stage}{suffix}" for suffix in ("", "-2") for stage in ("mask", "generate", "score", "train")]
     assert [s["name"] for s in summary["stages"]] == ["data", *rounds, "evaluate", "register"]
     assert {s["outcome"] for s in summary["stages"]} == {"built"}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.test_pipeline import masters
+from tests.command_line import masters
 
 
 @pytest.mark.slow

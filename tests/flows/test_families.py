@@ -2,21 +2,17 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
 from demo import families, shapes
+from tests.command_line import masters, options, rows, told
 from tests.drawn import QUESTIONS, write_rows
 from tests.parity.answers import from_transformers, from_vllm
 
-ROOT = Path(__file__).parents[2]
 STAGES = ["data", "mask", "generate", "score", "train", "evaluate", "register"]
 SIDES = [(64, 64), (120, 60), (56, 180)]
 # the demo is a Qwen3-VL; students are tied and untied in turn, as small and larger ones of the families are
@@ -37,29 +33,18 @@ def write_data(folder: Path, count: int) -> Path:
     return write_rows(folder, rows)
 
 
-def distil(place: Path, source: Path, teacher: Path, student: Path) -> dict:
+def distil(place: Path, source: Path, teacher: Path, student: Path, prefect: dict[str, str]) -> dict:
     """The summary of `masters distill`, with a home of its own."""
     values = {
         "store.root": place / "store", "data.source": source,
         "student.model": student, "teachers.0.model": teacher, "teachers.0.step": 0.1,
         "generate.responses": 4, "generate.max_tokens": 6,
         "train.epochs": 1, "train.questions_per_step": 4, "train.learning_rate": 1e-3,
-        "runtime.max_model_len": 128,
+        "runtime.max_model_len": 128, "runtime.train_processes": 1,
     }  # fmt: skip
     (place / "home").mkdir()
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
-    options = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
-    done = subprocess.run(
-        [sys.executable, "-m", "masters.cli", "distill", "configs/demo.toml", *options, "--json"],
-        cwd=ROOT, env=kept | {"HOME": str(place / "home")}, capture_output=True, text=True, timeout=1200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def rows(summary: dict, stage: str, table: str) -> list[dict]:
-    folder = Path(next(s["uri"] for s in summary["stages"] if s["name"] == stage))
-    return [row for file in sorted(folder.glob(f"{table}/*.parquet")) for row in parquet.read_table(file).to_pylist()]
+    done = masters("distill", "configs/demo.toml", *options(values), "--json", home=place / "home", **prefect)
+    return told(done)
 
 
 def rows_of_embedding(folder: Path) -> int:
@@ -68,11 +53,11 @@ def rows_of_embedding(folder: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "tied"), CASES)
-def test_a_family_goes_through_the_pipeline(name: str, tied: bool, tmp_path: Path) -> None:
+def test_a_family_goes_through_the_pipeline(name: str, tied: bool, tmp_path: Path, prefect: dict[str, str]) -> None:
     texts = [*QUESTIONS, *shapes.SHAPES, *shapes.COLORS, "yes", "no"]
     teacher = families.save(name, tmp_path / "teacher", texts, "teacher", False, PADDING)
     student = families.save(name, tmp_path / "student", texts, "student", tied, seed=1)
-    summary = distil(tmp_path, write_data(tmp_path / "data", 24), teacher, student)
+    summary = distil(tmp_path, write_data(tmp_path / "data", 24), teacher, student, prefect)
 
     assert [(s["name"], s["outcome"]) for s in summary["stages"]] == [(stage, "built") for stage in STAGES]
     responses = rows(summary, "generate", "responses")

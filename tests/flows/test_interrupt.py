@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.command_line import ROOT, environment
 from tests.drawn import write_questions
-from tests.flows.test_pipeline import ROOT, processes_of, settings
+from tests.flows.test_pipeline import processes_of, settings
 
 SECONDS = 30  # to report to Prefect and MLflow and to end the engines
 
@@ -25,10 +26,9 @@ def test_a_run_ends_when_told_to(stop: signal.Signals, code: int, line: str | No
     home = tmp_path / "home"
     home.mkdir()
     write_questions(tmp_path / "data", 64)
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
     running = subprocess.Popen(
         [sys.executable, "-m", "masters.cli", "distill", "configs/demo.toml", *settings(tmp_path)],
-        cwd=ROOT, env=kept | {"HOME": str(home)}, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        cwd=ROOT, env=environment(home), stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )  # fmt: skip
     assert running.stderr

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.command_line import masters, options, rows, told
 from tests.drawn import write_questions, write_rows
-from tests.flows.test_pipeline import masters, rows
 
 pytestmark = pytest.mark.slow
 GOOD, BAD = 1e-4, 1e-2  # learning rates
+RESPONSES = 4
 
 
 class Webhook:
@@ -44,10 +45,10 @@ def webhook() -> Iterator[Webhook]:
 
 
 @pytest.fixture(scope="module")
-def nights(tmp_path_factory: pytest.TempPathFactory, webhook: Webhook) -> list[dict]:
+def nights(tmp_path_factory: pytest.TempPathFactory, webhook: Webhook, prefect: dict[str, str]) -> list[dict]:
     folder = tmp_path_factory.mktemp("nights")
     (folder / "home").mkdir()
-    path = write_questions(folder / "data", 200, bad=False)
+    path = write_questions(folder / "data", 120, bad=False)
     everything = [json.loads(line) for line in path.read_text().splitlines()]
     held = [r for r in everything if r["split"] == "train"][-8:]
     early = [r for r in everything if r not in held]
@@ -59,14 +60,13 @@ def nights(tmp_path_factory: pytest.TempPathFactory, webhook: Webhook) -> list[d
         write_rows(folder / "data", given)
         values = {
             "data.source": path, "store.root": folder / "store", "train.epochs": 1, "train.learning_rate": rate,
-            "train.questions_per_step": 4, "runtime.checkpoint_steps": 50, "nightly.max_category_drop": 0.05,
+            "train.questions_per_step": 4, "runtime.checkpoint_steps": 50, "runtime.train_processes": 1,
+            "generate.responses": RESPONSES, "nightly.max_category_drop": 0.05,
         }  # fmt: skip
-        settings = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
-        environment = {"MASTERS_WEBHOOK_URL": webhook.url}
-        done = masters("nightly", "configs/demo.toml", *settings, "--json", home=folder / "home", **environment)
-        assert done.returncode == 0, done.stderr[-3000:]
+        environment = {"MASTERS_WEBHOOK_URL": webhook.url} | prefect
+        done = masters("nightly", "configs/demo.toml", *options(values), "--json", home=folder / "home", **environment)
         assert webhook.url not in done.stdout + done.stderr
-        return json.loads(done.stdout.splitlines()[-1]) | dict(said=len(webhook.said))
+        return told(done) | dict(said=len(webhook.said))
 
     plan = [(early, BAD), (early, BAD), (everything, GOOD), (late, GOOD), (late, BAD)]
     return [night(given, rate) for given, rate in plan]
@@ -101,7 +101,7 @@ def test_only_new_and_changed_questions_are_answered(nights: list[dict]) -> None
     gone, changed = third.keys() - fourth.keys(), [q for q in fourth if fourth[q] != third[q]]
     assert len(gone) == 1 and len(changed) == 1
     # each engine answered one question, and gave the rest of its shard anew without the one withdrawn
-    assert all(len(responses) == 8 for found in told.values() for responses in found.values())
+    assert all(len(responses) == RESPONSES for found in told.values() for responses in found.values())
 
 
 def test_the_champion_is_asked_no_question_twice(nights: list[dict]) -> None:
@@ -142,12 +142,12 @@ def test_a_regression_is_reported_once(nights: list[dict], webhook: Webhook) -> 
     assert (said["name"], said["status"]) == ("easyvqa", "regression") and "worse than the champion" in said["reason"]
 
 
-def test_a_night_that_fails_is_reported(tmp_path: Path) -> None:
+def test_a_night_that_fails_is_reported(tmp_path: Path, prefect: dict[str, str]) -> None:
     path, hook = write_questions(tmp_path / "data", 8, bad=False), Webhook()
     write_rows(tmp_path / "data", [json.loads(line) | dict(answer="") for line in path.read_text().splitlines()])
     values = {"data.source": path, "store.root": tmp_path / "store", "name": "unlucky"}
-    settings = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
-    done = masters("nightly", "configs/demo.toml", *settings, home=tmp_path, MASTERS_WEBHOOK_URL=hook.url)
+    environment = {"MASTERS_WEBHOOK_URL": hook.url} | prefect
+    done = masters("nightly", "configs/demo.toml", *options(values), home=tmp_path, **environment)
     hook.server.shutdown()
     assert done.returncode != 0 and "Traceback" not in done.stderr
     [said] = hook.said

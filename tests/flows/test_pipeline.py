@@ -3,35 +3,20 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
-import pyarrow.parquet as parquet
 import pytest
 from safetensors.torch import load_file, save_file
 
 from masters.config_file import load
 from masters.flows.plan import plan
 from masters.stages import Stage
+from tests.command_line import ROOT, masters, options, rows, told
 from tests.drawn import write_questions
 
-ROOT = Path(__file__).parents[2]
 STAGES = ["data", "mask", "generate", "score", "train", "evaluate", "register"]
-
-
-def environment(home: Path, **variables: str) -> dict[str, str]:
-    """Of a user with this home, who has set nothing."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
-    return kept | {"HOME": str(home)} | variables
-
-
-def masters(*arguments: str, home: Path, **variables: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "masters.cli", *arguments]
-    given = environment(home, **variables)
-    return subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=1200)
 
 
 @pytest.fixture(scope="module")
@@ -48,23 +33,14 @@ def settings(place: Path) -> list[str]:
         "store.root": place / "store",
         "train.epochs": 1, "runtime.checkpoint_steps": 3, "train.questions_per_step": 4,
     }  # fmt: skip
-    return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+    return options(values)
 
 
 @pytest.fixture(scope="module")
 def first(place: Path) -> dict:
     done = masters("distill", "configs/demo.toml", *settings(place), "--json", home=place / "home")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "report is incomplete" not in done.stderr and "Error logging" not in done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def rows(summary: dict, stage: str, table: str) -> list[dict]:
-    folder = Path(next(s["uri"] for s in summary["stages"] if s["name"] == stage))
-    listed = [f["name"] for f in json.loads((folder / "record.json").read_text())["files"]]
-    return [
-        row for name in listed if name.startswith(f"{table}/") for row in parquet.read_table(folder / name).to_pylist()
-    ]
+    assert "report is incomplete" not in done.stderr and "Error logging" not in done.stderr, done.stderr[-3000:]
+    return told(done)
 
 
 def test_every_stage_is_built_and_the_summary_says_so(first: dict, place: Path) -> None:
@@ -148,8 +124,7 @@ def test_transformers_loads_the_student_and_answers_alike(first: dict) -> None:
 
 def test_running_again_reuses_everything(first: dict, place: Path) -> None:
     done = masters("distill", "configs/demo.toml", *settings(place), "--json", home=place / "home")
-    assert done.returncode == 0, done.stderr[-3000:]
-    again = json.loads(done.stdout.splitlines()[-1])
+    again = told(done)
     assert {s["outcome"] for s in again["stages"]} == {"reused"}
     assert again["student"] == first["student"]
     assert [s["fingerprint"] for s in again["stages"]] == [s["fingerprint"] for s in first["stages"]]
@@ -165,8 +140,7 @@ READ = {
 
 def test_lineage_leads_from_the_student_to_the_questions(first: dict, place: Path) -> None:
     done = masters("lineage", "easyvqa", "--json", home=place / "home")
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = told(done)
     assert found["verified"]
     assert {stage["name"]: {read["role"] for read in stage["inputs"]} for stage in found["stages"]} == READ
     made = {stage["name"]: (stage["fingerprint"], stage["uri"]) for stage in first["stages"]}
@@ -178,8 +152,7 @@ def test_lineage_leads_from_the_student_to_the_questions(first: dict, place: Pat
 
 def test_gc_finds_nothing_to_remove_of_a_candidate(first: dict, place: Path) -> None:
     done = masters("gc", "configs/demo.toml", *settings(place), "--json", home=place / "home")
-    assert done.returncode == 0, done.stderr[-3000:]
-    gone = {item["uri"] for item in json.loads(done.stdout.splitlines()[-1])["items"]}
+    gone = {item["uri"] for item in told(done)["items"]}
     assert not gone & {stage["uri"] for stage in first["stages"]}
 
 
@@ -198,11 +171,10 @@ def test_no_process_of_a_run_is_left(first: dict, place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_number_of_workers_changes_no_response(first: dict, place: Path) -> None:
+def test_the_number_of_workers_changes_no_response(first: dict, place: Path, prefect: dict[str, str]) -> None:
     arguments = [*settings(place), "--set", f"store.root={place / 'other'}", "--set", "runtime.generate_workers=1"]
-    done = masters("stage", "generate", "configs/demo.toml", *arguments, "--json", home=place / "home")
-    assert done.returncode == 0, done.stderr[-3000:]
-    other = json.loads(done.stdout.splitlines()[-1])
+    done = masters("stage", "generate", "configs/demo.toml", *arguments, "--json", home=place / "home", **prefect)
+    other = told(done)
     assert [s["name"] for s in other["stages"]] == ["data", "mask", "generate"]
     assert rows(other, "generate", "responses") == rows(first, "generate", "responses")
 
@@ -297,22 +269,21 @@ def test_a_model_changed_in_its_folder_is_another_model(first: dict, place: Path
 
 
 @pytest.mark.slow
-def test_another_image_under_an_old_id_is_other_data(first: dict, place: Path) -> None:
+def test_another_image_under_an_old_id_is_other_data(first: dict, place: Path, prefect: dict[str, str]) -> None:
     shutil.copytree(place / "data", place / "edited")
     shutil.copy(place / "edited/images/3.png", place / "edited/images/5.png")
     arguments = [*settings(place), "--set", f"data.source={place / 'edited/questions.jsonl'}"]
-    done = masters("stage", "generate", "configs/demo.toml", *arguments, "--json", home=place / "home")
-    assert done.returncode == 0, done.stderr[-3000:]
-    stages = {s["name"]: s for s in json.loads(done.stdout.splitlines()[-1])["stages"]}
+    done = masters("stage", "generate", "configs/demo.toml", *arguments, "--json", home=place / "home", **prefect)
+    stages = {s["name"]: s for s in told(done)["stages"]}
     assert [stages[n]["outcome"] for n in ("data", "mask", "generate")] == ["built", "reused", "built"]
     # the student's one shard, and the teacher's at the stages that lost or won the question
     assert 1 <= stages["generate"]["shards_built"] <= 3
     assert stages["generate"]["shards_reused"] >= 3
 
 
-def test_too_many_rejected_rows_stop_the_run_with_one_line(first: dict, place: Path) -> None:
+def test_too_many_rejected_rows_stop_the_run_with_one_line(first: dict, place: Path, prefect: dict[str, str]) -> None:
     arguments = [*settings(place), "--set", "data.max_rejected_share=0.01"]
-    done = masters("distill", "configs/demo.toml", *arguments, home=place / "home")
+    done = masters("distill", "configs/demo.toml", *arguments, home=place / "home", **prefect)
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if "data.max_rejected_share" in line and "5 of 69" in line]
     assert "Traceback" not in done.stderr

@@ -1,10 +1,8 @@
 """The pipeline with its store on S3: a real server, as a user runs it, from two machines that share only the store."""
 
 import json
-import os
 import sqlite3
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,10 +17,11 @@ from masters.preflight import Ready
 from masters.storage import Storage
 from masters.tasks.stage import Context, Run
 from masters.tracking import check_beside
+from tests import command_line
+from tests.command_line import ROOT, options, told
 from tests.drawn import write_questions
 from tests.s3 import BUCKET, S3, serve
 
-ROOT = Path(__file__).parents[2]
 PREFIX = f"s3://{BUCKET}/a team's/pipeline"
 STAGES = ["data", "mask", "generate", "score", "train", "evaluate", "register"]
 
@@ -39,12 +38,8 @@ def masters(
         "student.model": ROOT / "demo/models/student", "teachers.0.model": ROOT / "demo/models/teacher",
         "train.epochs": 1, "train.questions_per_step": 4, "runtime.checkpoint_steps": 3, "runtime.train_processes": 2,
     }  # fmt: skip
-    settings = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "AWS_"))}
-    return subprocess.run(
-        [sys.executable, "-m", "masters.cli", arguments[0], str(ROOT / "configs/demo.toml"), *settings, *arguments[1:]],
-        cwd=here, env=environment | aws | {"HOME": str(home)}, capture_output=True, text=True, timeout=1200,
-    )  # fmt: skip
+    words = (arguments[0], str(ROOT / "configs/demo.toml"), *options(values), *arguments[1:])
+    return command_line.masters(*words, home=home, here=here, **aws)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +50,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first(place: Path, s3: S3) -> dict:
-    return summary(masters("distill", "--json", place=place, machine="first", aws=s3.environment()))
+def aws(s3: S3, prefect: dict[str, str]) -> dict[str, str]:
+    """A user's variables; runs need no Prefect server each."""
+    return s3.environment() | prefect
+
+
+@pytest.fixture(scope="module")
+def first(place: Path, aws: dict[str, str]) -> dict:
+    return told(masters("distill", "--json", place=place, machine="first", aws=aws))
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +66,6 @@ def store(s3: S3, first: dict) -> Iterator[Storage]:
         for name, value in s3.environment().items():
             patch.setenv(name, value)
         yield Storage(PREFIX)
-
-
-def summary(done: subprocess.CompletedProcess) -> dict:
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def versions(place: Path, machine: str) -> list[tuple[str, int]]:
@@ -99,10 +95,10 @@ class TestPipeline:
         assert {p.name for p in here.iterdir()} == {"mlflow.db", "mlruns"}
         assert versions(place, "first") == [("easyvqa", 1)]
 
-    def test_another_machine_reuses_everything(self, first: dict, place: Path, s3: S3) -> None:
-        plan = masters("distill", "--plan", "--json", place=place, machine="planner", aws=s3.environment())
-        assert {s["outcome"] for s in summary(plan)["stages"]} == {"reused"}
-        again = summary(masters("distill", "--json", place=place, machine="second", aws=s3.environment()))
+    def test_another_machine_reuses_everything(self, first: dict, place: Path, aws: dict[str, str]) -> None:
+        plan = masters("distill", "--plan", "--json", place=place, machine="planner", aws=aws)
+        assert {s["outcome"] for s in told(plan)["stages"]} == {"reused"}
+        again = told(masters("distill", "--json", place=place, machine="second", aws=aws))
         assert {s["outcome"] for s in again["stages"]} == {"reused"}
         assert [s["fingerprint"] for s in again["stages"]] == [s["fingerprint"] for s in first["stages"]]
         assert again["student"] == first["student"]
@@ -124,8 +120,11 @@ class TestPipeline:
         answer = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert answer.strip() in ("yes", "no")
 
-    def test_a_store_that_no_longer_lets_write_is_refused(self, first: dict, place: Path, s3: S3) -> None:
-        refused(masters("distill", place=place, machine="reader", aws=s3.environment("reader")), "Access Denied", place)
+    def test_a_store_that_no_longer_lets_write_is_refused(
+        self, first: dict, place: Path, s3: S3, aws: dict[str, str]
+    ) -> None:
+        done = masters("distill", place=place, machine="reader", aws=aws | s3.environment("reader"))
+        refused(done, "Access Denied", place)
 
 
 def refused(done: subprocess.CompletedProcess, why: str, place: Path, machine: str = "reader") -> None:

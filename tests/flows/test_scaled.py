@@ -13,8 +13,8 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from tests.command_line import ROOT, environment, options, rows
 from tests.drawn import write_questions
-from tests.flows.test_pipeline import ROOT, environment, rows
 
 pytestmark = pytest.mark.slow  # twice a whole run
 ONE = dict(generate_workers=1, train_processes=1)
@@ -22,16 +22,16 @@ TWO = dict(generate_workers=2, train_processes=2, ray_address="local", sharding=
 LIMIT = 600
 
 
-def start(place: Path, name: str, runtime: dict) -> subprocess.Popen:
+def start(place: Path, name: str, runtime: dict, prefect: dict[str, str]) -> subprocess.Popen:
     values = {
         "data.source": place / "data/questions.jsonl", "store.root": place / name, "train.epochs": 1,
         "train.questions_per_step": 2, "runtime.checkpoint_steps": 4, "runtime.mlflow_uri": f"sqlite:///{place}/{name}.db",
         **{f"runtime.{key}": value for key, value in runtime.items()},
     }  # fmt: skip
-    settings = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
-    command = [sys.executable, "-m", "masters.cli", "distill", "configs/demo.toml", *settings, "--json"]
+    command = [sys.executable, "-m", "masters.cli", "distill", "configs/demo.toml", *options(values), "--json"]
+    given = environment(place / "home", **prefect)
     with open(place / f"{name}.log", "wb") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=environment(place / "home"), stdout=subprocess.PIPE, stderr=log)
+        return subprocess.Popen(command, cwd=ROOT, env=given, stdout=subprocess.PIPE, stderr=log)
 
 
 def lines(place: Path, pattern: str, event: str) -> list[dict]:
@@ -61,13 +61,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one(place: Path) -> dict:
-    return ended(start(place, "one", ONE), place / "one.log")
+def one(place: Path, prefect: dict[str, str]) -> dict:
+    return ended(start(place, "one", ONE, prefect), place / "one.log")
 
 
 @pytest.fixture(scope="module")
-def two(place: Path, one: dict) -> dict:
-    run = start(place, "two", TWO)
+def two(place: Path, one: dict, prefect: dict[str, str]) -> dict:
+    run = start(place, "two", TWO, prefect)
     once(lambda: lines(place, "generate-*/ray.progress", "shard"), run, place)
     os.kill(lines(place, "generate-*/ray.progress", "engine")[0]["pid"], signal.SIGKILL)
     once(lambda: len(lines(place, "train-*/rank-0.progress", "step")) > 8, run, place)

@@ -16,7 +16,7 @@ from masters.infra.api import post
 from tests.drawn import write_questions
 from tests.stack import Stack, serve, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.slow, pytest.mark.stack]
 NEEDED = "a browser is needed: install chromium"
 SECONDS = 60_000  # milliseconds that a page may take on a busy machine
 

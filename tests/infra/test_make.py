@@ -22,7 +22,7 @@ def make(stack: Stack, target: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.alone
+@pytest.mark.stack
 def test_up_and_down_twice_leaves_no_process_and_no_lost_run() -> None:
     with serve(stack="light") as stack:
         source = write_questions(stack.folder / "data", 32, bad=False)

@@ -15,7 +15,7 @@ from masters.storage import Storage
 from tests.drawn import write_questions, write_rows
 from tests.stack import Stack, serve, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.slow, pytest.mark.stack]
 PREFIX, NAME, NEW = "s3://lake/nights", "nights", 16
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 

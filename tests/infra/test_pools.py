@@ -19,7 +19,7 @@ import pytest
 from tests.drawn import write_questions
 from tests.stack import ROOT, Stack, serve, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.slow, pytest.mark.stack]
 POOLS = dict(cpu="cpu", generate="gpu-generate", train="gpu-train")
 PLACES = dict(data="cpu", mask="cpu", generate="gpu-generate", score="cpu", train="gpu-train", evaluate="gpu-generate")
 SECRET = "open-sesame-0123456789"

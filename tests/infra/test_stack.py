@@ -15,7 +15,7 @@ from masters.storage import Storage
 from tests.drawn import write_questions
 from tests.stack import Stack, serve, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.slow, pytest.mark.stack]
 PREFIX = "s3://lake/team"
 
 

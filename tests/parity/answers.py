@@ -1,9 +1,7 @@
 """Greedy answers of one model folder, at several masks one after the other, from vLLM and from transformers."""
 
 import io
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -11,6 +9,7 @@ from PIL import Image
 
 from masters.config import Generate, Runtime
 from masters.models.engine import Engine, Request
+from tests.apart import apart
 from tests.models.asked import load_masked
 
 Masks = list[dict[str, float]]  # thresholds by tensor; empty: the model as it is
@@ -24,9 +23,8 @@ class Answer:
 
 
 def from_vllm(folder: Path, masks: Masks, asked: list[tuple[bytes, str]]) -> list[list[Answer]]:
-    """Answers by mask, all by one engine in a process of its own: memory comes back."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_engine_answers, folder, masks, asked).result()
+    """Answers by mask, all by one engine."""
+    return apart(_engine_answers, folder, masks, asked)
 
 
 def _engine_answers(folder: Path, masks: Masks, asked: list[tuple[bytes, str]]) -> list[list[Answer]]:

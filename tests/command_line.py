@@ -1,0 +1,41 @@
+"""The command line as a user types it, in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as parquet
+
+ROOT = Path(__file__).parents[1]
+
+
+def environment(home: Path, **variables: str) -> dict[str, str]:
+    """Of a user with this home, who has set nothing but `variables`."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "AWS_", "MASTERS_"))}
+    return kept | {"HOME": str(home)} | variables
+
+
+def options(values: dict[str, object]) -> list[str]:
+    return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+
+
+def masters(*arguments: str, home: Path, here: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
+    """To its end, in the folder `here`."""
+    command = [sys.executable, "-m", "masters.cli", *arguments]
+    given = environment(home, **variables)
+    return subprocess.run(command, cwd=here, env=given, capture_output=True, text=True, timeout=1200)
+
+
+def told(done: subprocess.CompletedProcess) -> dict:
+    """What a command that ended well printed with --json."""
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def rows(summary: dict, stage: str, table: str) -> list[dict]:
+    """Of an artifact in a folder, as its record lists them."""
+    folder = Path(next(s["uri"] for s in summary["stages"] if s["name"] == stage))
+    listed = [file["name"] for file in json.loads((folder / "record.json").read_text())["files"]]
+    return [r for n in listed if n.startswith(f"{table}/") for r in parquet.read_table(folder / n).to_pylist()]
