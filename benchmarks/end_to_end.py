@@ -71,9 +71,9 @@ def write_questions(folder: Path, count: int) -> tuple[Path, Path]:
     other = next(row for row in EasyVqa().rows() if row.split == "test")
     lines = []
     for row in [*first, other]:
-        (folder / row.split).mkdir(exist_ok=True)
         image = f"{row.split}/{row.image}"
-        (folder / image).write_bytes((row.root / row.image).read_bytes())
+        (folder / image).parent.mkdir(exist_ok=True)
+        (folder / image).write_bytes(Path(f"{row.root}/{row.image}").read_bytes())
         lines.append(dict(id=row.id, image=image, question=row.question, answer=row.answer, split=row.split))
     train, both = folder / "train.jsonl", folder / "both.jsonl"
     for file, rows in ((train, lines[:-1]), (both, lines)):

@@ -49,7 +49,7 @@ def measured(sizes: Sizes = Sizes()) -> list[Row]:
     ratios = mask_stages(of.r_max, of.step)[: sizes.ratios]
     rows = group_thresholds(lambda: safetensors_tensors(teacher), ratios, config.mask.granularity)
     masks = [{r["tensor"]: r["threshold"] for r in rows if r["mask_ratio"] == ratio} for ratio in ratios]
-    prompts = [[str(row.root / row.image), row.question] for row in islice(EasyVqa().rows(), sizes.prompts)]
+    prompts = [[f"{row.root}/{row.image}", row.question] for row in islice(EasyVqa().rows(), sizes.prompts)]
     with TemporaryDirectory(prefix="masters-bench-") as work:
         folder = Path(work)
         one = [child("one", [Masked(str(teacher), mask) for mask in masks], prompts, config, folder)]

@@ -18,6 +18,7 @@ from masters.benchmarks.step import IMAGE, RESPONSES, Shape
 from masters.config import Train
 from masters.models import precision
 from masters.models.checkpoints import attention
+from masters.models.families.base import VLM
 from masters.models.trees import Question
 
 REPEATS = 5
@@ -88,7 +89,8 @@ def step_rows(sizes: Sizes = Sizes()) -> list[Row]:
     ours = partial(packed, student, teacher, asked, attention(sizes.device))
     plain = partial(separate, student, teacher, asked, attention("cpu"))
     time = compare(f"{case}, time", "s", seconds(ours), seconds(plain), REPEATS)
-    rows = [time, rate(f"{case}, tokens", "/s", time, (sizes.questions * RESPONSES * sizes.shape.response,) * 2)]
+    tokens = sizes.questions * RESPONSES * sizes.shape.response
+    rows = [time, rate(f"{case}, tokens", "/s", time, (tokens, tokens))]
     if peak := peak_flops(sizes.device):
         shares = [
             100 * step_flops(student, teacher, work.times(sizes.questions)) / peak
@@ -100,18 +102,18 @@ def step_rows(sizes: Sizes = Sizes()) -> list[Row]:
     return rows
 
 
-def packed(student: torch.nn.Module, teacher: torch.nn.Module, asked: list[Question], attention: dict) -> None:
+def packed(student: VLM, teacher: VLM, asked: list[Question], attention: dict) -> None:
     prepare(student, teacher, attention)
     step.packed_loss(student, teacher, *asked, row=sum(question.tokens for question in asked)).backward()
 
 
-def separate(student: torch.nn.Module, teacher: torch.nn.Module, asked: list[Question], attention: dict) -> None:
+def separate(student: VLM, teacher: VLM, asked: list[Question], attention: dict) -> None:
     prepare(student, teacher, attention)
     for question in asked:
         step.separate_loss(student, teacher, question).backward()
 
 
-def prepare(student: torch.nn.Module, teacher: torch.nn.Module, attention: dict) -> None:
+def prepare(student: VLM, teacher: VLM, attention: dict) -> None:
     student.zero_grad(set_to_none=True)
     for model in (student, teacher):
         model.set_attn_implementation(attention)
@@ -125,7 +127,7 @@ def rate(case: str, unit: str, time: Row, amounts: tuple[float, float]) -> Row:
     return Row(case, ours, baseline, unit, spread)
 
 
-def model(of: Model, device: str, dtype: torch.dtype) -> torch.nn.Module:
+def model(of: Model, device: str, dtype: torch.dtype) -> VLM:
     """Random weights, made where they stay."""
     sections = [of.head_width // 2 - 2 * (of.head_width // 6), of.head_width // 6, of.head_width // 6]
     text = dict(
@@ -159,12 +161,12 @@ def separate_work(shape: Shape) -> Work:
     return Work(length, length * (length + 1) // 2, shape.response, patches, patches**2).times(RESPONSES)
 
 
-def step_flops(student: torch.nn.Module, teacher: torch.nn.Module, work: Work) -> float:
+def step_flops(student: VLM, teacher: VLM, work: Work) -> float:
     """Of one training step. What the chunked head computes a second time is not counted."""
     return TRAINED * forward_flops(student, work) + FORWARD * forward_flops(teacher, work)
 
 
-def forward_flops(model: torch.nn.Module, work: Work) -> float:
+def forward_flops(model: VLM, work: Work) -> float:
     """Of the matrix products of a forward pass: two a weight and row that it is applied to, and attention's."""
     merged = model.config.vision_config.spatial_merge_size**2
     rows = {"lm_head": work.states, "merger": work.patches / merged, "visual": work.patches, "": work.tokens}

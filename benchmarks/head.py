@@ -8,6 +8,7 @@ in `masters.models.head`. All in float32, forward and backward.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -52,7 +53,7 @@ def peak(way: Way, sizes: Sizes) -> Callable[[], float]:
 def prepared(way: Way, sizes: Sizes) -> Callable[[], None]:
     """One forward and backward pass on random states. The gradients are there before: their memory does not count."""
     torch.manual_seed(0)
-    kind = dict(device=sizes.device, dtype=sizes.dtype)
+    kind: Any = dict(device=sizes.device, dtype=sizes.dtype)
     student, teacher = (
         Projection(torch.randn(sizes.tokens, width, **kind), torch.randn(sizes.vocabulary, width, **kind) / width**0.5)
         for width in (sizes.student, sizes.teacher)

@@ -18,6 +18,7 @@ from masters.benchmarks.measure import Row, compare, seconds
 from masters.config import Rewards, Train
 from masters.models import head, losses, objective
 from masters.models.families import family_of
+from masters.models.families.base import VLM
 from masters.models.head import Projection
 from masters.models.packing import Pack, pack, response_states
 from masters.models.trees import Question
@@ -60,7 +61,7 @@ def measured(shapes: tuple[Shape, ...] = SHAPES) -> list[Row]:
     return rows
 
 
-def model(width: int, layers: int) -> torch.nn.Module:
+def model(width: int, layers: int) -> VLM:
     """A random Qwen3-VL of 28.4M weights at width 384 and 8 layers, of 47.3M at 512 and 10."""
     torch.manual_seed(width)
     text = dict(
@@ -88,15 +89,15 @@ def question(shape: Shape, seed: int = 0) -> Question:
     return Question("q", prompt, words[shape.words :].view(RESPONSES, -1).tolist())
 
 
-Loss = Callable[[torch.nn.Module, torch.nn.Module, Question], torch.Tensor]
+Loss = Callable[[VLM, VLM, Question], torch.Tensor]
 
 
-def step(student: torch.nn.Module, teacher: torch.nn.Module, asked: Question, loss: Loss) -> None:
+def step(student: VLM, teacher: VLM, asked: Question, loss: Loss) -> None:
     student.zero_grad(set_to_none=True)
     loss(student, teacher, asked).backward()
 
 
-def packed_loss(student: torch.nn.Module, teacher: torch.nn.Module, *asked: Question, row: int = 0) -> torch.Tensor:
+def packed_loss(student: VLM, teacher: VLM, *asked: Question, row: int = 0) -> torch.Tensor:
     batch = pack(list(asked), student, FAMILY, row)
     with torch.no_grad():
         taught = response_states(teacher, batch)
@@ -104,20 +105,20 @@ def packed_loss(student: torch.nn.Module, teacher: torch.nn.Module, *asked: Ques
     return _objective(head.terms(states, taught, batch.token_U, "jsd"), batch)
 
 
-def separate_loss(student: torch.nn.Module, teacher: torch.nn.Module, asked: Question) -> torch.Tensor:
+def separate_loss(student: VLM, teacher: VLM, asked: Question) -> torch.Tensor:
     with torch.no_grad():
         taught = separate_states(teacher, asked)
     states, batch = separate_states(student, asked), pack([asked], student, FAMILY)
     return _objective(losses.terms(states.logits(), taught.logits(), batch.token_U, "jsd"), batch)
 
 
-def trl_loss(student: torch.nn.Module, teacher: torch.nn.Module, asked: Question) -> torch.Tensor:
+def trl_loss(student: VLM, teacher: VLM, asked: Question) -> torch.Tensor:
     with torch.no_grad():
         taught = separate_states(teacher, asked)
     return trl(separate_states(student, asked), taught, torch.tensor(asked.responses).flatten())
 
 
-def separate_states(model: torch.nn.Module, asked: Question) -> Projection:
+def separate_states(model: VLM, asked: Question) -> Projection:
     """As one writes it with plain transformers: a sequence a response, each with prompt and image."""
     prompt_GP = asked.ids_P.expand(RESPONSES, -1)
     ids_GL = torch.cat([prompt_GP, torch.tensor(asked.responses)], 1)

@@ -22,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -153,7 +154,9 @@ def engine_answers(folder: str, questions: list[Question], settings: Settings) -
     llm = LLM(folder, dtype="float32", enforce_eager=eager, max_model_len=settings.max_model_len,
               limit_mm_per_prompt=one_image, seed=settings.seed)  # fmt: skip
     processor = AutoProcessor.from_pretrained(folder)
-    prompts = [{"prompt": chat(processor, q.question), "multi_modal_data": {"image": opened(q)}} for q in questions]
+    prompts: Any = [
+        {"prompt": chat(processor, q.question), "multi_modal_data": {"image": opened(q)}} for q in questions
+    ]
     outputs = llm.generate(prompts, SamplingParams(n=settings.samples, **settings.sampling), use_tqdm=False)
     return [[(list(one.token_ids), one.text) for one in output.outputs] for output in outputs]
 
@@ -187,7 +190,7 @@ class Outcome:
     advantage_N: torch.Tensor
 
 
-def train(teachers: list[str], stages: list[list[Group]], settings: Settings) -> tuple[torch.nn.Module, list[float]]:
+def train(teachers: list[str], stages: list[list[Group]], settings: Settings) -> tuple[Any, list[float]]:
     """Stage by stage, each with its masked teacher. Returns the student and the loss of every step."""
     processor, student = AutoProcessor.from_pretrained(settings.student), load(settings.student)
     optimiser = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate, weight_decay=0.0)
@@ -208,8 +211,9 @@ def train(teachers: list[str], stages: list[list[Group]], settings: Settings) ->
     return student, losses
 
 
-def load(folder: str) -> torch.nn.Module:
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).to(DEVICE).eval()
+def load(folder: str) -> Any:
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    return model.to(DEVICE).eval()
 
 
 @torch.no_grad()

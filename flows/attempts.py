@@ -10,7 +10,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.exceptions import PrefectException
 from prefect.runtime import deployment, flow_run
 from prefect.states import Crashed
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
 from masters.errors import MastersError, Unreachable
 from masters.secrets import mask_logs
@@ -40,9 +40,14 @@ def patient(what: Callable[[], T]) -> T:
         return what()
     trying = Retrying(
         retry=retry_if_exception_type(Unreachable), stop=stop_after_delay(PATIENCE), reraise=True,
-        wait=wait_exponential(max=30), before_sleep=lambda state: log("warning", f"{state.outcome.exception()}"),
+        wait=wait_exponential(max=30), before_sleep=_told,
     )  # fmt: skip
     return trying(what)
+
+
+def _told(state: RetryCallState) -> None:
+    assert state.outcome  # it has failed
+    log("warning", f"{state.outcome.exception()}")
 
 
 def end_stale_tasks() -> None:

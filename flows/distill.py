@@ -30,7 +30,7 @@ from masters.tasks.train import train
 from masters.tracking import Tracker, close_lost, close_of, tracking_uri
 
 
-def crashed(_: Flow, flow_run: FlowRun, __: State) -> None:
+def crashed(flow: Flow, flow_run: FlowRun, state: State) -> None:
     """Runs in the worker: nothing of a run whose process is gone is left RUNNING in MLflow, wherever it ran."""
     config = Config.model_validate(flow_run.parameters["config"])
     check_config(config)  # a run that was refused touches nothing at its end either

@@ -38,7 +38,7 @@ ROLLED_BACK = "version {version} was rolled back: only `masters rollback {name} 
 TOLD_LENGTH = 4000  # characters of a tag
 
 
-def told_of(_: Flow, flow_run: FlowRun, state: State) -> None:
+def told_of(flow: Flow, flow_run: FlowRun, state: State) -> None:
     """Runs in the worker: a night whose process is gone has told nobody."""
     config = Config.model_validate(flow_run.parameters["config"])
     why = state.message or "its process is gone"

@@ -4,7 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 from prefect import flow
-from prefect.states import Failed, State
+from prefect.client.schemas.objects import State
+from prefect.states import Failed
 
 from masters import artifacts
 from masters import assignment as meeting

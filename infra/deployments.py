@@ -13,17 +13,18 @@ import sys
 import tempfile
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import yaml
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter, WorkPoolFilter
 from prefect.client.schemas.objects import DeploymentSchedule, StateType
-from prefect.deployments.runner import EntrypointType
-from prefect.events.actions import ChangeFlowRunState
+from prefect.events.actions import ActionTypes, ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
 from prefect.states import AwaitingRetry, Cancelled, Crashed
+from prefect.types.entrypoint import EntrypointType
 from prefect.workers.process import ProcessWorker
 
 import masters
@@ -107,10 +108,8 @@ def lost(settings: Settings) -> AutomationCore:
         name="masters: lost runs are crashed",
         description="A run whose process or machine is gone sends no heartbeat and would stay Running for ever.",
         trigger=_missed(f"{RUN}heartbeat", {f"{RUN}{still}" for still in LIVES} | ENDED, settings),
-        actions=[
-            ChangeFlowRunState(state=StateType.CRASHED, message=f"no heartbeat for {settings.lost_after} seconds")
-        ],
-    )  # fmt: skip
+        actions=_become(StateType.CRASHED, f"no heartbeat for {settings.lost_after} seconds"),
+    )
 
 
 def cancelled(settings: Settings) -> AutomationCore:
@@ -119,7 +118,7 @@ def cancelled(settings: Settings) -> AutomationCore:
         name="masters: lost cancellations are done",
         description="A run that is being cancelled and whose worker is gone would stay Cancelling for ever.",
         trigger=_missed(f"{RUN}Cancelling", ENDED, settings),
-        actions=[ChangeFlowRunState(state=StateType.CANCELLED, message="its process did not end within this time")],
+        actions=_become(StateType.CANCELLED, "its process did not end within this time"),
     )
 
 
@@ -159,8 +158,12 @@ def resumed(settings: Settings) -> AutomationCore:
             threshold=1,
             within=timedelta(seconds=settings.resume_after),
         ),
-        actions=[ChangeFlowRunState(state=StateType.SCHEDULED, name="AwaitingRetry", message="goes on after a crash")],
+        actions=_become(StateType.SCHEDULED, "goes on after a crash", "AwaitingRetry"),
     )
+
+
+def _become(state: StateType, message: str, name: str | None = None) -> list[ActionTypes]:
+    return [ChangeFlowRunState(state=state, message=message, name=name, force=False)]
 
 
 async def _pool(client: PrefectClient, name: str, settings: Settings) -> None:
@@ -168,7 +171,7 @@ async def _pool(client: PrefectClient, name: str, settings: Settings) -> None:
         await client.read_work_pool(name)
     except ObjectNotFound:
         await client.create_work_pool(WorkPoolCreate(name=name, type="process", base_job_template=job_template()))
-    changes = dict(concurrency_limit=settings.runs_at_once, base_job_template=job_template())
+    changes: dict[str, Any] = dict(concurrency_limit=settings.runs_at_once, base_job_template=job_template())
     await client.update_work_pool(name, WorkPoolUpdate(**changes))
 
 

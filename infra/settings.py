@@ -41,8 +41,10 @@ class Settings:
     @classmethod
     def from_environment(cls) -> "Settings":
         """Raises InputError if a value is no whole number or outside its range, or a pool's name cannot be one."""
-        numbers = {f.name: _number(f"MASTERS_{f.name.upper()}", f.default) for f in fields(cls) if f.type is int}
-        return cls(**numbers, pools=_pools("MASTERS_POOLS"))  # type: ignore
+        usual = cls()
+        whole = [f.name for f in fields(cls) if f.type is int]
+        numbers = {name: _number(f"MASTERS_{name.upper()}", getattr(usual, name)) for name in whole}
+        return cls(**numbers, pools=_pools("MASTERS_POOLS"))
 
 
 def home() -> Path:

@@ -47,13 +47,13 @@ def mask(visible: Callable[..., torch.Tensor], rows: int, length: int, device: t
 
 @cache
 def compiled():
-    return torch.compile(flex_attention, recompile_limit=VARIANTS)
+    return torch.compile(flex_attention, recompile_limit=VARIANTS)  # pyright: ignore[reportCallIssue]  # declared late
 
 
 @cache
 def compiled_mask():
     """Compiled, it never holds the dense mask."""
-    return torch.compile(create_block_mask, recompile_limit=VARIANTS)
+    return torch.compile(create_block_mask, recompile_limit=VARIANTS)  # pyright: ignore[reportCallIssue]
 
 
 AttentionInterface.register(NAME, attend)

@@ -8,6 +8,7 @@ from safetensors import safe_open
 
 from masters.errors import InputError
 from masters.identity import folder_digest
+from masters.models.families.base import VLM
 from masters.models.masking import apply_mask, copy_masked, safetensors_tensors
 from masters.models.sharding import Replicate, Sharding, own
 
@@ -58,7 +59,7 @@ def check_readable(folder: Path) -> None:
             raise InputError(f"weights {file} cannot be read: {error}") from error
 
 
-def load_model(folder: Path, dtype: str, device: str = "cpu", hold: Hold | None = None) -> torch.nn.Module:
+def load_model(folder: Path, dtype: str, device: str = "cpu", hold: Hold | None = None) -> VLM:
     """The model in `dtype`, in evaluation mode (nothing in these families' training depends on the mode).
 
     Text attention on a GPU skips the blocks that a packed row's mask leaves empty. `hold`: puts it on the device, as a
@@ -99,7 +100,7 @@ def remask(model: torch.nn.Module, folder: Path, thresholds: dict[str, float], s
         copy_masked(own(parameter), own(sharding.part(tensor, parameter)), thresholds[name])
 
 
-def parameter_names(model: torch.nn.Module, saved: Iterable[str]) -> dict[str, str]:
+def parameter_names(model: VLM, saved: Iterable[str]) -> dict[str, str]:
     """What transformers calls the tensors that a checkpoint calls `saved`: some families' files keep older names."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key

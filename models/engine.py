@@ -7,6 +7,7 @@ Determinism: an engine's samples depend on what else is in the batch, so callers
 import gc
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -80,6 +81,9 @@ def only_words(llm: Any, tokenizer: Any) -> None:
 
 class MaskExtension:
     """Mixed into vLLM's worker. Masks the checkpoint's tensors before they enter: vLLM fuses them after."""
+
+    reload_weights: Callable[..., None]  # the worker's
+    model_runner: Any  # the worker's
 
     def remask(self, folder: str, thresholds: dict[str, float]) -> None:
         self.reload_weights(weights_iterator=masked_tensors(Path(folder), thresholds))
@@ -173,7 +177,7 @@ class Engine:
             raise InputError(f"a prompt and its answer take {longest} tokens, the engine admits {self.length}: {RAISE}")
         wanted = SamplingParams(temperature=0.0, max_tokens=tokens, logprobs=1)
         outputs = self.llm.generate(prompts, wanted, use_tqdm=False)
-        answers = [out.outputs[0] for out in outputs]
+        answers: list[Any] = [out.outputs[0] for out in outputs]
         return [
             (list(a.token_ids), [at[token].logprob for token, at in zip(a.token_ids, a.logprobs, strict=True)])
             for a in answers

@@ -57,7 +57,7 @@ def weights(folder: Path) -> Weights:
 
 def flops(config: Config, student: Weights, teachers: list[Weights], of: Questions) -> dict[str, float]:
     """By stage, with responses as long as `generate.max_tokens`, none of them alike."""
-    found = dict.fromkeys(("generate", "score", "reference", "train", "evaluate"), 0.0)
+    found: dict[str, float] = dict.fromkeys(("generate", "score", "reference", "train", "evaluate"), 0.0)
     for teacher, round_ in zip(teachers, config.teachers, strict=True):
         passes = round(round_.r_max / round_.step) + 1 if config.generate.coverage == "full" else 1
         for stage, count in _round(config, student, teacher, of, passes).items():
@@ -110,7 +110,7 @@ def speed(device: str, dtype: str) -> float:
     while count < 2 or time.perf_counter() - began < SECONDS:
         if count == 1:
             began = time.perf_counter()  # the first is not counted: libraries are loaded in it
-        a @ b
+        torch.matmul(a, b)
         count += 1
         if device != "cpu":
             torch.cuda.synchronize()

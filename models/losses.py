@@ -97,7 +97,8 @@ def _log_probs(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor)
     """Float32 log-softmax of both, the narrower padded with probability zero."""
     q, p = (x.float().log_softmax(-1) for x in (student_logits_TV, teacher_logits_TV.detach()))
     width = max(q.shape[1], p.shape[1])
-    return tuple(F.pad(x, (0, width - x.shape[1]), value=-math.inf) for x in (q, p))
+    q, p = (F.pad(x, (0, width - x.shape[1]), value=-math.inf) for x in (q, p))
+    return q, p
 
 
 def _expected(p_TV: torch.Tensor, other_TV: torch.Tensor) -> torch.Tensor:

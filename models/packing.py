@@ -17,7 +17,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from masters.models import blocks
-from masters.models.families.base import Family
+from masters.models.families.base import VLM, Family
 from masters.models.head import Projection
 from masters.models.losses import Terms
 from masters.models.trees import Predictors, Question, Row, Sizes, lay, rows_of, trees_of
@@ -59,7 +59,7 @@ class Pack:
         return Terms(terms.logp_T[self.distinct_T], terms.divergence_T[self.distinct_T])
 
 
-def pack(questions: list[Question], model: torch.nn.Module, family: Family, row: int = 0) -> Pack:
+def pack(questions: list[Question], model: VLM, family: Family, row: int = 0) -> Pack:
     """Pack questions into rows as long as the largest tree, on the model's device.
 
     Where attention skips the mask's empty blocks, another tree in a row costs nothing: rows then hold up to `row`
@@ -91,7 +91,8 @@ def pack(questions: list[Question], model: torch.nn.Module, family: Family, row:
     targets, asked, same_R = _targets(questions, predictors)
     separate = sum(len(q.ids_P) + len(response) for q in questions for response in q.responses)
     sizes = Sizes(1, separate, sum(one.length for one in laid), len(laid) * length)
-    return Pack(inputs, image_words, *(part.to(device) for part in targets), asked, same_R, sizes)
+    before_U2, token_U, distinct_T, response_T, question_R = (part.to(device) for part in targets)
+    return Pack(inputs, image_words, before_U2, token_U, distinct_T, response_T, question_R, asked, same_R, sizes)
 
 
 def visible(place_3BL: torch.Tensor, row: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -130,7 +131,7 @@ def block_mask(place_3BL: torch.Tensor) -> BlockMask:
     return blocks.mask(mask_mod, rows, length, place_3BL.device)
 
 
-def response_states(model: torch.nn.Module, packed: Pack) -> Projection:
+def response_states(model: VLM, packed: Pack) -> Projection:
     """What predicts each distinct response token: last hidden states [U, H] at those positions only, and the head."""
     with _image_words(model, packed.image_word_BL):
         hidden_BLH = model.model(**packed.inputs, use_cache=False).last_hidden_state
@@ -138,7 +139,7 @@ def response_states(model: torch.nn.Module, packed: Pack) -> Projection:
     return Projection(hidden_UH, model.lm_head.weight)
 
 
-def response_logits(model: torch.nn.Module, packed: Pack) -> torch.Tensor:
+def response_logits(model: VLM, packed: Pack) -> torch.Tensor:
     """Logits [T, V] that predict each response token."""
     return response_states(model, packed).logits()[packed.distinct_T]
 
@@ -163,20 +164,22 @@ def _targets(
     return tuple(torch.tensor(part) for part in (before, tokens, distinct, responses, of)), asked, same
 
 
-def _takes_blocks(model: torch.nn.Module) -> bool:
+def _takes_blocks(model: VLM) -> bool:
     return model.config.get_text_config()._attn_implementation == blocks.NAME
 
 
 @contextmanager
-def _image_words(model: torch.nn.Module, image_word_BL: torch.Tensor | None) -> Iterator[None]:
+def _image_words(model: VLM, image_word_BL: torch.Tensor | None) -> Iterator[None]:
     """Embed the image's token as a word where a response wrote it, as the engine that sampled it did."""
-
-    def embed(words: torch.nn.Module, _: object, embedded_BLH: torch.Tensor) -> torch.Tensor:
-        return torch.where(image_word_BL[..., None], words.weight[model.config.image_token_id], embedded_BLH)
 
     if image_word_BL is None:
         yield
         return
+    here_BL1 = image_word_BL[..., None]
+
+    def embed(words: torch.nn.Embedding, _: object, embedded_BLH: torch.Tensor) -> torch.Tensor:
+        return torch.where(here_BL1, words.weight[model.config.image_token_id], embedded_BLH)
+
     hook = model.get_input_embeddings().register_forward_hook(embed)
     try:
         yield

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from masters.config import Train
+from masters.models.families.base import VLM
 
 
 def teacher_dtype(train: Train) -> str:
@@ -16,7 +17,7 @@ def teacher_dtype(train: Train) -> str:
     return train.dtype if train.compute_dtype == "float32" else train.compute_dtype
 
 
-def computing(model: torch.nn.Module, train: Train) -> torch.nn.Module:
+def computing(model: VLM, train: Train) -> VLM:
     """The model with its products in `train.compute_dtype`, in place; its hidden states come out in that type.
 
     The vocabulary's products are `head`'s own, which takes states of one type and weights of another.

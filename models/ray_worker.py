@@ -72,12 +72,13 @@ class Pool:
     def _hear(self, seat: Seat, ref: Any) -> None:
         """What an actor answered to the last call, or that it died."""
         import ray
+        from ray import exceptions
 
         try:
             said = ray.get(ref)
-        except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+        except (exceptions.RayActorError, exceptions.ObjectLostError) as error:
             self._lost(seat, error)
-        except ray.exceptions.RayTaskError as error:
+        except exceptions.RayTaskError as error:
             raise _own(error) from error
         else:
             self._done(seat, said)

@@ -7,17 +7,18 @@ questions, G groups.
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 
 from masters.artifacts import Artifact
 from masters.models.schedule import stage_of
 from masters.models.training_data import Group, Key
 from masters.shards import Ref
 
+pc: Any = pyarrow.compute  # its functions are made when it is imported, out of a type checker's sight
 COLUMNS = ["question_id", "source", "mask_ratio", "sample"]
 SOURCES = ("teacher", "student")  # in the order in which a group has them
 # bits of a response's place: question, source, mask ratio (0: none, STRANGE: of no stage), sample

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as parquet
 import torch
@@ -23,6 +24,7 @@ from masters.errors import MastersError
 from masters.models import blocks, checkpoints, devices, footprint, passes, precision, trainer
 from masters.models.activations import checkpoint_activations
 from masters.models.families import family_of
+from masters.models.families.base import VLM
 from masters.models.fitting import AGAIN
 from masters.models.masking import safetensors_tensors
 from masters.models.prompts import label_tokens, model_inputs
@@ -49,7 +51,7 @@ class Prompts:
         self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         # a copy is named by its content, and whole: the other ranks and an interrupted run's successor use it too
         local = data.storage.download(f"{data.folder}/questions", work / f"questions-{data.record['digest'][:16]}")
-        parts = [str(local / name.rsplit("/", 1)[1]) for name in data.files("questions")]
+        parts: list[Any] = [str(local / name.rsplit("/", 1)[1]) for name in data.files("questions")]
         disable_progress_bars()
         self.table = Dataset.from_parquet(parts, cache_dir=str(work / "arrow"), keep_in_memory=False)
         self.first = [0, *accumulate(parquet.read_metadata(part).num_rows for part in parts)]
@@ -162,7 +164,7 @@ def _check_memory(
     footprint.check(needed.on(device), available, ranks, device, length)
 
 
-def _models(job: dict, train: Train, device: str, sharding: Sharding) -> tuple[torch.nn.Module, torch.nn.Module | None]:
+def _models(job: dict, train: Train, device: str, sharding: Sharding) -> tuple[VLM, VLM | None]:
     """Student and teacher, the one let go of as a whole before the other is loaded."""
     hold = partial(sharding.hold, train=train)
     student = checkpoints.load_model(Path(job["student"]), train.dtype, device, hold)
@@ -210,7 +212,7 @@ def _probe(prompts: Prompts, refs: list[Ref]) -> list[Question]:
     return [Question(ref.question_id, prompts.prompt(ref), [prompts.label(prompts.row(ref)["answer"])]) for ref in refs]
 
 
-def _remask(teacher: torch.nn.Module, job: dict, stage: int, sharding: Sharding) -> None:
+def _remask(teacher: VLM, job: dict, stage: int, sharding: Sharding) -> None:
     checkpoints.remask(teacher, Path(job["teacher"]), job["thresholds"][str(job["ratios"][stage])], sharding)
 
 

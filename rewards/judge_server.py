@@ -26,9 +26,8 @@ class Server:
         self, url: str, model: str | None, requests: int = 16, timeout: float = 60.0, retries: int = RETRIES
     ) -> None:
         key = os.environ.get(KEY, "").strip() or "none"
-        self._client = openai.OpenAI(
-            base_url=url, api_key=key, timeout=timeout, max_retries=retries, http_client=client(timeout)
-        )
+        http: Any = client(timeout)  # openai declares the client of a fork of httpx, and takes either
+        self._client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries, http_client=http)
         self._model, self._requests = model, requests
         self._lock, self._failures, self._reason = Lock(), 0, ""
 

@@ -2,15 +2,17 @@
 
 import io
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from masters.artifacts import Artifact
 
+pc: Any = pyarrow.compute  # its functions are made when it is imported, out of a type checker's sight
 POINTS = 400  # of a curve: means over equal parts of the steps
 SAMPLED = 500_000  # responses in a distribution; of more, every second, fourth, ... is taken
 LEAST = 1e-6  # nats: smaller divergences are drawn here
@@ -93,8 +95,8 @@ def _histograms(panel: Axes, found: dict[str, np.ndarray], edges: np.ndarray) ->
     for source, values in found.items():
         weights = np.full(len(values), 1 / len(values))
         told = f"{source}, n = {len(values):,}, mean {values.mean():.3g}"
-        look = dict(histtype="step") if source == "student" else dict(histtype="stepfilled", alpha=0.4)
-        panel.hist(values, edges, weights=weights, color=SOURCES[source], label=told, **look)
+        look: dict[str, Any] = dict(histtype="step") if source == "student" else dict(histtype="stepfilled", alpha=0.4)
+        panel.hist(values, list(edges), weights=weights, color=SOURCES[source], label=told, **look)
     panel.legend(fontsize="x-small")
 
 

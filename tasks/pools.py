@@ -11,11 +11,11 @@ from uuid import UUID
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, WorkerFilter
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.runtime import flow_run
-from prefect.states import Cancelling, State
+from prefect.states import Cancelling
 
 from masters import assignment as meeting
 from masters import errors
@@ -147,8 +147,9 @@ def _judge(state: State | None, stage: str, pool: str) -> None:
     if state.is_cancelled():
         raise MastersError(f"{stage} on pool {pool} was cancelled")
     kind = getattr(errors, state.name or "", None)
-    known = isinstance(kind, type) and issubclass(kind, MastersError)
-    raise (kind if known else WorkerError)(f"{said} ({stage} on pool {pool})")
+    if not (isinstance(kind, type) and issubclass(kind, MastersError)):
+        kind = WorkerError
+    raise kind(f"{said} ({stage} on pool {pool})")
 
 
 def _cancel(client: SyncPrefectClient, run_id: UUID) -> None:

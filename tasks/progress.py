@@ -8,6 +8,7 @@ import contextvars
 import re
 import threading
 from types import TracebackType
+from typing import cast
 from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
@@ -81,6 +82,6 @@ class Progress:
 
 def _sent(artifact: UUID | None, name: str, percent: float, said: str) -> UUID:
     if artifact is None:
-        return create_progress_artifact(percent, key=name, description=said)
+        return cast(UUID, create_progress_artifact(percent, key=name, description=said))
     update_progress_artifact(artifact, progress=percent, description=said)
     return artifact

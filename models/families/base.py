@@ -4,6 +4,8 @@ from typing import Any, Protocol
 
 import torch
 
+VLM = Any  # a model of transformers: a torch.nn.Module, whose parts and config a type checker takes for tensors
+
 
 class Family(Protocol):
     """How prompts with one image are positioned and how image inputs are put together.
@@ -11,9 +13,10 @@ class Family(Protocol):
     `image_keys` are the processor's outputs that the model takes, concatenated along dimension 0.
     """
 
-    image_keys: tuple[str, ...]
+    @property
+    def image_keys(self) -> tuple[str, ...]: ...
 
-    def prompt_positions(self, model: torch.nn.Module, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
+    def prompt_positions(self, model: VLM, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
         """Positions [axes, P] of a prompt's tokens, from the processor's output for it ([1, P] ids)."""
         ...
 
@@ -21,7 +24,7 @@ class Family(Protocol):
         """How many tokens the model that `config` describes makes of the prompt's image."""
         ...
 
-    def token_inputs(self, model: torch.nn.Module, ids_BL: torch.Tensor) -> dict[str, torch.Tensor]:
+    def token_inputs(self, model: VLM, ids_BL: torch.Tensor) -> dict[str, torch.Tensor]:
         """Further per-token inputs of the model for packed rows."""
         ...
 

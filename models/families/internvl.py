@@ -4,11 +4,13 @@ from typing import Any
 
 import torch
 
+from masters.models.families.base import VLM
+
 
 class InternVL:
     image_keys = ("pixel_values",)
 
-    def prompt_positions(self, model: torch.nn.Module, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
+    def prompt_positions(self, model: VLM, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.arange(prompt["input_ids"].shape[1])[None]
 
     def image_tokens(self, config: Any, prompt: dict[str, torch.Tensor]) -> int:
@@ -19,7 +21,7 @@ class InternVL:
         )
         return tiles * rows * columns
 
-    def token_inputs(self, model: torch.nn.Module, ids_BL: torch.Tensor) -> dict[str, torch.Tensor]:
+    def token_inputs(self, model: VLM, ids_BL: torch.Tensor) -> dict[str, torch.Tensor]:
         return {}
 
     def shaped(self, positions_ABL: torch.Tensor) -> torch.Tensor:

@@ -4,11 +4,13 @@ from typing import Any
 
 import torch
 
+from masters.models.families.base import VLM
+
 
 class QwenVL:
     image_keys = ("pixel_values", "image_grid_thw")
 
-    def prompt_positions(self, model: torch.nn.Module, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
+    def prompt_positions(self, model: VLM, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
         positions, _ = model.model.get_rope_index(
             prompt["input_ids"],
             mm_token_type_ids=self.token_inputs(model, prompt["input_ids"])["mm_token_type_ids"],
@@ -21,7 +23,7 @@ class QwenVL:
         patch = eye.in_channels * eye.temporal_patch_size * eye.patch_size**2  # numbers
         return prompt["pixel_values"].numel() // patch // eye.spatial_merge_size**2
 
-    def token_inputs(self, model: torch.nn.Module, ids_BL: torch.Tensor) -> dict[str, torch.Tensor]:
+    def token_inputs(self, model: VLM, ids_BL: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"mm_token_type_ids": (ids_BL == model.config.image_token_id).int()}
 
     def shaped(self, positions_ABL: torch.Tensor) -> torch.Tensor:

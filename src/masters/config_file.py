@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -38,7 +39,7 @@ def _read(path: str | Path) -> dict:
         raise InputError(f"configuration {path} cannot be read: {error}") from None
 
 
-def changed(config: Config, values: dict[str, object]) -> Config:
+def changed(config: Config, values: Mapping[str, object]) -> Config:
     """The configuration with other values, by key, e.g. {"train.beta": 0.1}. Raises InputError as `load` does."""
     tree = config.model_dump()
     for key, value in values.items():
