@@ -19,14 +19,16 @@ from tests.s3 import S3, free_ports, serve
 settings.register_profile("masters", deadline=None, derandomize=True)
 settings.load_profile("masters")
 
+LONGEST = ("test_stack.py", "test_pools.py", "test_nightly.py", "test_scaled.py")  # files of 7 to 13 minutes
+
 # vLLM looks at a model class in a process of 16 s of CPU once a cache folder: all homes share one
 os.environ.setdefault("VLLM_CACHE_ROOT", str(Path(__file__).parents[1] / ".venv/vllm"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: of two processes none is left with a long one at the end."""
+    """The longest files first: of two processes none is left with one of them at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path.name not in LONGEST, item.path not in slow))
 
 
 @pytest.fixture(scope="session")
