@@ -66,7 +66,8 @@ def run(questions: int) -> dict[str, dict]:
 
     with TemporaryDirectory(prefix="masters-bench-") as work, patch.object(answering, "ENGINE", STAND_IN):
         source = write_source(Path(work) / "source", questions)
-        settings = [f"data.source={source}", f"store.root={work}/store", "rewards.accuracy=rules"]
+        limits = [f"data.train_limit={questions}", f"data.eval_limit={EVALUATION}"]  # the demo's are lower
+        settings = [f"data.source={source}", f"store.root={work}/store", "rewards.accuracy=rules", *limits]
         config = load(CONFIG, settings)
         context = Context(config, preflight(config))
         made = Run(context, Tracker(config, context.storage))
@@ -130,7 +131,9 @@ def store(count: int) -> dict[str, float]:
                 storage.create(each.file, content)
 
         def commit() -> None:
-            identity = Identity("evaluate", 1, {}, {each.fingerprint: each.fingerprint for each in orders})
+            identity = Identity(
+                "evaluate", 1, {}, dict(shards=digest("".join(each.fingerprint for each in orders).encode()))
+            )
             artifacts.commit(storage, identity, answering.gather(storage, identity, orders), {})
 
         for name, part in (("write", write), ("list", lambda: answering.missing(storage, orders)), ("commit", commit)):

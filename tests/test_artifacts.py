@@ -51,6 +51,20 @@ def test_a_broken_record_is_noticed(storage: Storage) -> None:
         artifacts.find(storage, MADE_OF)
 
 
+def test_an_identity_is_computed_once_however_many_files_are_committed(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many inputs it takes a while: once a file, a commit's time would grow with their square."""
+    asked: list[object] = []
+    monkeypatch.setattr(artifacts, "fingerprint", lambda value: str(asked.append(value)))
+    identity = Identity("mask", 1, {}, {str(n): "x" for n in range(50)})
+    files = {f"rows/{n}.parquet": digest(b"x") for n in range(50)}
+    for name in files:
+        storage.write(f"{identity.folder}/{name}", b"x")
+    artifacts.commit(storage, identity, files, {})
+    assert len(asked) == 1
+
+
 def test_discard_leaves_nothing(storage: Storage) -> None:
     build(storage)
     artifacts.discard(storage, MADE_OF)

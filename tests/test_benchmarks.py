@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from masters import cli
-from masters.benchmarks import Benchmark, benchmark, end_to_end, engine, gpu, gpu_rows, head, mask, scale, step
+from masters.benchmarks import Benchmark, benchmark, end_to_end, engine, gpu, gpu_rows, head, large, mask, scale, step
 from masters.benchmarks.measure import Row, compare, extra_mib, seconds
 from masters.config import Rewards, Train
 from masters.errors import MastersError
@@ -104,6 +104,21 @@ def test_the_demo_and_the_plain_script_both_run_through() -> None:
     for way in ("ours", "baseline"):
         whole, generate, train, cpu = (row[way] for row in rows)
         assert whole > generate + train and min(generate, train, cpu) > 1
+
+
+def test_a_large_run_is_as_large_as_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the configuration takes fewer questions."""
+    text = large.CONFIG.read_text()
+    assert "train_limit = 8000" in text
+    monkeypatch.setattr(large, "CONFIG", tmp_path / "demo.toml")
+    large.CONFIG.write_text(text.replace("train_limit = 8000", "train_limit = 8"))
+    found = large.run(40)
+    assert (found["data"]["rows"], found["generate"]["rows"], found["score"]["rows"]) == (
+        40 + large.EVALUATION,
+        320,
+        320,
+    )
+    assert found["packing"]["seconds"] > 0
 
 
 def test_time_is_held_to_linear_growth_and_memory_to_none() -> None:
