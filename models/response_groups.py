@@ -90,20 +90,20 @@ def response_groups(
     refs: Sequence[Ref], responses: Artifact, verdicts: Artifact | None, ratios: list[float], coverage: str
 ) -> tuple[ResponseGroups, int]:
     """Groups of every question at the stages that train on it, and how many responses were set aside as empty."""
-    told = _responses(refs, responses, ratios)
-    scores_R = _scores(refs, verdicts, ratios, told.place_R)
+    numbers = {ref.question_id: number for number, ref in enumerate(refs)}
+    told = _responses(numbers, responses, ratios)
+    scores_R = _scores(numbers, verdicts, ratios, told.place_R)
     return ResponseGroups(refs, told, scores_R, ratios, coverage == "full"), told.empty
 
 
-def _responses(refs: Sequence[Ref], responses: Artifact, ratios: list[float]) -> Responses:
-    ids, empty = pa.array([ref.question_id for ref in refs], pa.string()), 0
+def _responses(numbers: dict[str, int], responses: Artifact, ratios: list[float]) -> Responses:
+    empty, written = 0, 0
     places, lengths, tokens = [np.empty(0, np.int64)], [np.empty(0, np.int32)], [np.empty(0, np.int32)]
-    prompts, prompt_Q = [np.empty(0, np.int32)], np.zeros((2, len(refs)), np.int64)  # begin, length
-    written = 0
+    prompts, prompt_Q = [np.empty(0, np.int32)], np.zeros((2, len(numbers)), np.int64)  # begin, length
     for table in responses.batches("responses", [*COLUMNS, "prompt_token_ids", "response_token_ids"]):
         said = pc.greater(pc.fill_null(pc.list_value_length(table["response_token_ids"]), 0), 0)
         empty += len(table) - pc.sum(said).as_py() if len(table) else 0
-        place, rows = _places(table.filter(said), ids, ratios)
+        place, rows = _places(table.filter(said), numbers, ratios)
         length, token = _lists(rows["response_token_ids"])
         for parts, part in ((places, place), (lengths, length), (tokens, token)):
             parts.append(part)
@@ -121,12 +121,11 @@ def _responses(refs: Sequence[Ref], responses: Artifact, ratios: list[float]) ->
     )  # fmt: skip
 
 
-def _scores(refs: Sequence[Ref], verdicts: Artifact | None, ratios: list[float], place_R: np.ndarray) -> np.ndarray:
+def _scores(numbers: dict[str, int], verdicts: Artifact | None, ratios: list[float], place_R: np.ndarray) -> np.ndarray:
     """float64 [R]: the verdict on each response, NaN where there is none."""
     found = np.full(len(place_R), np.nan)
-    ids = pa.array([ref.question_id for ref in refs], pa.string())
     for table in verdicts.batches("verdicts", [*COLUMNS, "score"]) if verdicts else ():
-        place, rows = _places(table, ids, ratios)
+        place, rows = _places(table, numbers, ratios)
         score = pc.fill_null(rows["score"], np.nan).to_numpy()
         at = np.minimum(np.searchsorted(place_R, place), max(0, len(place_R) - 1))
         there = place_R[at] == place if len(place_R) else np.zeros(len(place), bool)
@@ -134,10 +133,11 @@ def _scores(refs: Sequence[Ref], verdicts: Artifact | None, ratios: list[float],
     return found
 
 
-def _places(table: pa.Table, ids: pa.Array, ratios: list[float]) -> tuple[np.ndarray, pa.Table]:
+def _places(table: pa.Table, numbers: dict[str, int], ratios: list[float]) -> tuple[np.ndarray, pa.Table]:
     """The place of each row, int64, and the rows: those of questions that are trained on."""
-    table = table.filter(pc.is_in(table["question_id"], value_set=ids))
-    question = pc.index_in(table["question_id"], value_set=ids).to_numpy().astype(np.int64)
+    # one dictionary for all tables: Arrow's index_in would hash every id of the run again for each of them
+    question = np.array([numbers.get(one, -1) for one in table["question_id"].to_pylist()], np.int64)
+    table, question = table.filter(pa.array(question >= 0)), question[question >= 0]
     source = pc.index_in(table["source"], value_set=pa.array(SOURCES)).to_numpy().astype(np.int64)
     of_stage = pc.add(pc.index_in(table["mask_ratio"], value_set=pa.array(ratios, pa.float64())), 1)
     strange = pc.fill_null(of_stage, STRANGE)
