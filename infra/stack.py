@@ -163,8 +163,8 @@ def _mlflow(settings: Settings, environment: dict[str, str], database: str, file
 def _worker(environment: dict[str, str], api: str) -> Service:
     name = f"local-{secrets.token_hex(3)}"
     command = [
-        sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", name,
-        "--install-policy", "never",
+        sys.executable, "-m", "masters.infra.worker", "worker", "start", "--pool", POOL, "--type", "process",
+        "--name", name, "--install-policy", "never",
     ]  # fmt: skip
     return Service("worker", command, environment, lambda: worker_is_online(api, POOL, name))
 

@@ -43,7 +43,7 @@ def serve(folder: Path) -> Iterator[Cluster]:
     with open(folder / "head.log", "wb") as log:
         head = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log, start_new_session=True)
     try:
-        until(lambda: b"runtime started" in (folder / "head.log").read_bytes(), 120, "the cluster's head")
+        until(lambda: b"runtime started" in (folder / "head.log").read_bytes(), "the cluster's head", 120)
         yield Cluster(f"{HOST}:{port}", head.pid)
     finally:
         for pid in session(head.pid):

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
+from urllib.request import urlopen
 
 from masters.infra.api import post
 from masters.infra.service import Started
@@ -20,6 +21,9 @@ from tests.listening import addresses, reachable
 from tests.s3 import free_ports
 
 ROOT = Path(__file__).parents[1]
+PATIENCE = 900.0  # seconds for what takes a minute or two, whatever else the machine does
+ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+RESUMED = ("COMPLETED", "FAILED", "CANCELLED")  # ends of a run that may crash and go on
 PORTS = ("MASTERS_PREFECT_PORT", "MASTERS_MLFLOW_PORT", "MASTERS_S3_PORT")
 
 
@@ -69,6 +73,18 @@ class Stack:
 
     def run(self, identifier: str) -> dict:
         return post(f"{self.api}/flow_runs/filter", {"flow_runs": {"id": {"any_": [identifier]}}})[0]
+
+    def history(self, identifier: str) -> str:
+        """Its states, a line each: what moved it, for a test that fails."""
+        found = json.loads(urlopen(f"{self.api}/flow_run_states/?flow_run_id={identifier}", timeout=60).read())
+        found.sort(key=lambda state: state["timestamp"])
+        return "\n".join(f"{state['timestamp'][:19]} {state['name']}: {state['message']}" for state in found)
+
+    def complete(self, identifier: str, ends: tuple[str, ...] = ENDED) -> None:
+        """Wait for its end, which must be a good one."""
+        with suppress(AssertionError):
+            until(lambda: self.run(identifier)["state_type"] in ends, "its end")
+        assert self.run(identifier)["state_type"] == "COMPLETED", self.history(identifier)
 
     def cancel(self, identifier: str) -> None:
         """What the UI's button does."""
@@ -130,7 +146,7 @@ def serve(**settings: int | str) -> Iterator[Stack]:
     assert missing == []  # else nothing was looked at
 
 
-def until(condition: Callable[[], object], seconds: float, what: str = "") -> float:
+def until(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> float:
     """Wait for it; the seconds that it took."""
     began = time.monotonic()
     while not condition():

@@ -55,7 +55,7 @@ def test_what_a_cluster_cannot_do_is_one_line(name: str, tmp_path: Path, ray_clu
     error, says, pieces, other = REFUSED[name]
     with pytest.raises(error, match=says):
         run(work(tmp_path, *pieces, **other), tmp_path, ray_cluster.address, engine_restarts=1)
-    until(lambda: not ray_cluster.engines(), 5, "engines to end")
+    until(lambda: not ray_cluster.engines(), "engines to end", 5)
     assert list((tmp_path / "store").iterdir()) == []
 
 
@@ -70,7 +70,7 @@ def test_a_cancelled_run_leaves_a_cluster_as_it_was(tmp_path: Path, ray_cluster:
 
     with pytest.raises(Cancelled):
         run(work(tmp_path, *[dict(seconds=60)] * 2), tmp_path, ray_cluster.address, cancel)
-    until(lambda: not ray_cluster.engines(), 10, "engines to end")
+    until(lambda: not ray_cluster.engines(), "engines to end", 10)
     assert session(ray_cluster.head)
 
 
@@ -102,4 +102,4 @@ def test_kill_9_of_a_flow_leaves_nothing_of_its_own_ray(tmp_path: Path, short: P
         assert flow.stdout.readline().split()[0] == "engine"
         assert len(session(driver)) >= 6  # driver, guard, Ray's servers, two engines
         flow.kill()
-        until(lambda: not session(driver), 10, "Ray to be gone")
+        until(lambda: not session(driver), "Ray to be gone", 10)

@@ -122,7 +122,7 @@ def test_between_machines_on_s3(s3: S3, tmp_path: Path, monkeypatch: pytest.Monk
     both = [threading.Thread(target=machine_, args=(name,)) for name in ("one", "two")]
     for each in both:
         each.start()
-    until(lambda: said, 10, "the second waits")
+    until(lambda: said, "the second waits", 10)
     for each in both:
         each.join(30)
     assert order in (["one", "one", "two", "two"], ["two", "two", "one", "one"])

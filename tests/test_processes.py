@@ -106,7 +106,7 @@ def test_a_child_ends_with_its_parent_even_before_it_has_imported_anything(tmp_p
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True)
-    until(lambda: birth(int(done.stdout)) is None, 10, "the child ends")
+    until(lambda: birth(int(done.stdout)) is None, "the child ends", 10)
 
 
 def test_a_child_may_be_named_after_a_hub_id(tmp_path: Path) -> None:

@@ -7,26 +7,22 @@ from masters.storage import Storage
 from tests.faults import judge
 from tests.faults.judge import Finished
 from tests.faults.world import Running, Seen, World
-from tests.stack import Stack, serve, until
-
-SECONDS = 300.0
-ENDED = ("COMPLETED", "FAILED", "CRASHED")
+from tests.stack import ENDED, Stack, serve, until
 
 
 def worker_killed(world: World) -> list[Seen]:
     """Alone: its run goes on without it. With the run: it is missed, and resumed with the next worker."""
     with serve(stack="light", resume_after=10, lost_after=60) as stack:
         expected = _undisturbed(world, stack)
-        alone = _killed(world, stack, expected, ("prefect worker",))
-        both = _killed(world, stack, expected, ("prefect worker", "prefect.engine"))
+        alone = _killed(world, stack, expected, ("infra.worker",))
+        both = _killed(world, stack, expected, ("infra.worker", "prefect.engine"))
     return [alone, both]
 
 
 def _undisturbed(world: World, stack: Stack) -> Finished:
     store = world.store()
     run = stack.start("distill", config=_config(world, str(store)), until="train")
-    until(lambda: stack.run(run)["state_type"] in ENDED, SECONDS, "an undisturbed run's end")
-    assert stack.run(run)["state_type"] == "COMPLETED", stack.run(run)["state"]
+    stack.complete(run)
     finished, wrong = judge.finished(Storage(str(store)))
     assert not wrong
     return finished
@@ -38,16 +34,15 @@ def _killed(world: World, stack: Stack, expected: Finished, names: tuple[str, ..
 
     def disturb() -> tuple[int, list[str]]:
         run = stack.start("distill", config=_config(world, str(store)), until="train")
-        until(lambda: any(store.glob("train/*/checkpoints/step-*")), SECONDS, "a checkpoint")
+        until(lambda: any(store.glob("train/*/checkpoints/step-*")), "a checkpoint")
         for name in names:
             os.kill(next(pid for pid, line in stack.processes().items() if name in line), signal.SIGKILL)
         if len(names) > 1:
-            until(lambda: stack.run(run)["state_type"] == "SCHEDULED", SECONDS, "it is missed, and resumed")
+            until(lambda: stack.run(run)["state_type"] == "SCHEDULED", "it is missed, and resumed")
         else:
-            until(lambda: stack.run(run)["state_type"] in ENDED, SECONDS, "its end")
+            until(lambda: stack.run(run)["state_type"] in ENDED, "its end")
         stack.up()  # a part of it has died: it starts anew
-        until(lambda: stack.run(run)["state_type"] in ENDED, SECONDS, "its end")
-        assert stack.run(run)["state_type"] == "COMPLETED", stack.run(run)["state"]
+        stack.complete(run)
         assert not stack.children()
         return 0, ["kill train/worker"]
 

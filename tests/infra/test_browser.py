@@ -14,7 +14,7 @@ from playwright.sync_api import Locator, Page, expect, sync_playwright
 
 from masters.infra.api import post
 from tests.drawn import write_questions
-from tests.stack import Stack, serve, until
+from tests.stack import Stack, serve
 
 pytestmark = [pytest.mark.slow, pytest.mark.stack]
 NEEDED = "a browser is needed: install chromium"
@@ -93,7 +93,7 @@ def test_a_run_started_from_the_form_is_watched_to_its_end(stack: Stack, page: P
     page.goto(f"{stack.urls['prefect_url']}/runs/flow-run/{run}")
     tab(page, "Task Runs")
     expect(page.get_by_role("link", name="generate").first).to_be_visible(timeout=2 * SECONDS)
-    until(lambda: stack.run(run)["state_type"] in ("COMPLETED", "FAILED", "CRASHED"), 400, "the run's end")
+    stack.complete(run)
     page.reload()
     expect(page.get_by_text("Completed").first).to_be_visible()
     seen(page, "run")

@@ -13,11 +13,10 @@ import pytest
 from masters.artifacts import Artifact, load
 from masters.storage import Storage
 from tests.drawn import write_questions, write_rows
-from tests.stack import Stack, serve, until
+from tests.stack import ENDED, Stack, serve, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.stack]
 PREFIX, NAME, NEW = "s3://lake/nights", "nights", 16
-ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +61,7 @@ def config(stack: Stack) -> dict:
 def ended(stack: Stack, deployment: str, **parameters: object) -> dict:
     """A run of a deployment, at its end."""
     run = stack.start(deployment, **parameters)
-    until(lambda: stack.run(run)["state_type"] in ENDED, 900, deployment)
+    until(lambda: stack.run(run)["state_type"] in ENDED, deployment)
     return stack.run(run)
 
 

@@ -17,13 +17,12 @@ import pyarrow.parquet as parquet
 import pytest
 
 from tests.drawn import write_questions
-from tests.stack import ROOT, Stack, serve, until
+from tests.stack import RESUMED, ROOT, Stack, serve, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.stack]
 POOLS = dict(cpu="cpu", generate="gpu-generate", train="gpu-train")
 PLACES = dict(data="cpu", mask="cpu", generate="gpu-generate", score="cpu", train="gpu-train", evaluate="gpu-generate")
 SECRET = "open-sesame-0123456789"
-ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +126,7 @@ def both(stack: Stack, workers: dict[str, subprocess.Popen]) -> tuple[dict, dict
     same run in one process, into a store of its own.
     """
     run = stack.start("distill", config=config(stack))
-    until(lambda: stack.children("engine_worker"), 240, f"engines: {stack.run(run)['state']}")
+    until(lambda: stack.children("engine_worker"), f"engines: {stack.run(run)['state']}")
     kill(workers["gpu-generate"])
     assert not stack.children("engine_worker")
     workers["gpu-generate"] = worker(stack, "gpu-generate")
@@ -135,8 +134,7 @@ def both(stack: Stack, workers: dict[str, subprocess.Popen]) -> tuple[dict, dict
     plain = start(stack, toml(stack, tree | dict(name="plain")))  # while the loss is noticed
     told = plain.communicate(timeout=900)[0]
     assert plain.returncode == 0, (stack.folder / "plain.log").read_text()[-2000:]
-    until(lambda: stack.run(run)["state_type"] in ENDED, 900, "its end")
-    assert stack.run(run)["state_type"] == "COMPLETED", stack.run(run)["state"]
+    stack.complete(run, RESUMED)
     return json.loads((stack.folder / "store/summary.json").read_text()), json.loads(told.splitlines()[-1])
 
 
@@ -240,16 +238,16 @@ def resumed(stack: Stack, pooled: dict) -> str:
     """A run that was killed while its pool trained, and that goes on."""
     wanted = config(stack) | dict(train=dict(learning_rate=1e-4, questions_per_step=1, epochs=400))
     run = stack.start("distill", config=wanted, until="train")
-    until(lambda: stack.children("train_worker"), 400, "the trainer")
+    until(lambda: stack.children("train_worker"), "the trainer")
     for process in processes_of(run):
         process.kill()
-    until(lambda: stack.run(run)["state_type"] in ("CRASHED", "SCHEDULED"), 60, "noticed")
-    until(lambda: stack.run(run)["run_count"] == 2, 120, "its second attempt")
+    until(lambda: stack.run(run)["state_type"] in ("CRASHED", "SCHEDULED"), "noticed")
+    until(lambda: stack.run(run)["run_count"] == 2, "its second attempt")
     return run
 
 
 def test_a_run_that_goes_on_waits_for_the_stage_that_it_had_asked_for(stack: Stack, resumed: str) -> None:
-    until(lambda: "train" in tasks(stack, resumed)["RUNNING"], 120, "it has come to train")
+    until(lambda: "train" in tasks(stack, resumed)["RUNNING"], "it has come to train")
     asked = [run for run in stages(stack, "pooled train") if run["state_type"] != "COMPLETED"]
     assert [(run["state_type"], run["run_count"]) for run in asked] == [("RUNNING", 1)]
 
@@ -266,7 +264,7 @@ def tasks(stack: Stack, run: str) -> dict[str, list[str]]:
 def test_cancelling_a_run_cancels_the_stage_on_its_pool(stack: Stack, resumed: str) -> None:
     assert stack.children("train_worker")
     stack.cancel(resumed)
-    until(lambda: not stack.children("train_worker"), 120, "the trainer ends")  # two workers look every so often
-    until(lambda: stack.run(resumed)["state_type"] == "CANCELLED", 180, "cancelled")
+    until(lambda: not stack.children("train_worker"), "the trainer ends")  # two workers look every so often
+    until(lambda: stack.run(resumed)["state_type"] == "CANCELLED", "cancelled")
     body = {"flow_runs": {"state": {"type": {"any_": ["RUNNING", "PENDING", "SCHEDULED", "CANCELLING"]}}}}
-    until(lambda: httpx.post(f"{stack.api}/flow_runs/filter", json=body).json() == [], 60, "the stage's run too")
+    until(lambda: httpx.post(f"{stack.api}/flow_runs/filter", json=body).json() == [], "the stage's run too")
