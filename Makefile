@@ -18,11 +18,11 @@ test: setup
 test-all: setup setup-benchmarks browser
 	$(TEST) --durations=40 -m "not stack"; first=$$?; $(TEST) --durations=20 -m stack && exit $$first
 
-# kills and disturbs real pipelines at moments that SEED chooses; prints what became of them
+# kills and disturbs real pipelines, two at a time, at moments that SEED chooses; prints what became of them
 SEED ?= 0
 test-faults: setup
 	rm -f runs/faults/$(SEED).json
-	SEED=$(SEED) $(BIN)/pytest -s tests/faults/suite.py
+	SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --maxschedchunk 1 tests/faults/suite.py; ended=$$?; $(BIN)/python -m tests.faults.report $(SEED) && exit $$ended
 
 # of the tests that open the UIs; as another user than root, install it beforehand
 browser:

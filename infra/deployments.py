@@ -2,8 +2,8 @@
 
 The work pools, the deployments of prefect.yaml and of single stages, and three automations for lost runs: one that has
 stopped to send heartbeats is marked Crashed, one that was being cancelled meanwhile is Cancelled, and a crashed run of
-a deployment is scheduled again, a set number of times. Scheduling waits for RESUME_AFTER: Crashed is proposed twice,
-seconds apart, and resuming at the first would run it twice.
+a deployment is scheduled again, a set number of times. Scheduling waits for RESUME_AFTER: workers but for the stack's
+own (infra/worker.py) propose Crashed twice, seconds apart, and resuming at the first would run it twice.
 """
 
 import asyncio

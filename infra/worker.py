@@ -31,8 +31,9 @@ async def _told(client: PrefectClient, flow_run: FlowRun) -> bool:
         states = await client.read_flow_run_states(flow_run.id)
     except Exception:  # of whatever kind: it would end the worker
         return False
-    taken = flow_run.state.timestamp if flow_run.state else flow_run.created
-    return any(state.type == StateType.CRASHED and state.timestamp >= taken for state in states)
+    taken = flow_run.state.timestamp if flow_run.state else None
+    crashes = [state.timestamp for state in states if state.type == StateType.CRASHED]
+    return any(taken is None or crashed >= taken for crashed in crashes)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
-"""What a seed's faults came to, as Markdown; `python -m tests.faults.report` writes all kept seeds into the docs."""
+"""What a seed's faults came to, as Markdown: `python -m tests.faults.report SEED` prints it.
 
+Without a seed all that are kept are written into the docs.
+"""
+
+import fcntl
 import json
+import sys
 from collections import defaultdict
 
 from tests.faults.world import ROOT, Seen, told
@@ -39,19 +44,19 @@ lost and nobody retries. "Run went on": it needed no second start, as it must af
 """
 
 
-def keep(seed: int, seen: list[Seen], tests: set[str], of: int) -> str:
-    """Write a seed's results down and give its report; of tests that did not run now what was kept before stays.
+def keep(seed: int, seen: list[Seen], tests: set[str], of: int) -> None:
+    """Write a seed's results down; of tests that did not run here what was kept, by others or before, stays.
 
     `tests`: the names of those that ran; `of`: how many the suite has.
     """
     KEPT.mkdir(parents=True, exist_ok=True)
     file, rows = KEPT / f"{seed}.json", told(seen)
     ran = {row["test"] for row in rows}
-    before = kept(seed) if file.exists() else dict(rows=[], tests=[])
-    rows = [row for row in before["rows"] if row["test"] not in ran] + rows
-    saw = dict(of=of, tests=sorted(tests.union(before["tests"])), rows=rows)
-    file.write_text(json.dumps(saw, indent=1))
-    return "\n" + table(seed, saw)
+    with open(KEPT / "lock", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = kept(seed) if file.exists() else dict(rows=[], tests=[])
+        rows = [row for row in before["rows"] if row["test"] not in ran] + rows
+        file.write_text(json.dumps(dict(of=of, tests=sorted(tests.union(before["tests"])), rows=rows), indent=1))
 
 
 def kept(seed: int) -> dict:
@@ -99,11 +104,14 @@ def _counts(rows: list[dict]) -> list[int]:
     ]  # fmt: skip
 
 
-def main() -> None:
+def main(seed: str | None = None) -> None:
+    if seed:
+        print(table(int(seed), kept(int(seed))))
+        return
     seeds = sorted(int(file.stem) for file in KEPT.glob("*.json"))
     DOC.write_text("\n".join([INTRODUCTION, *(table(seed, kept(seed)) for seed in seeds)]))
     print(DOC)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

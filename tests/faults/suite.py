@@ -11,6 +11,7 @@ import pytest
 
 from tests import fake_judge
 from tests.faults import again, cases, proxy, remote, report, served, stacked, together
+from tests.faults.conftest import WHOLE
 from tests.faults.remote import Remote
 from tests.faults.shape import Shape
 from tests.faults.world import REGISTER, SCORE, TRAIN, TWO_RANKS, Seen, World
@@ -31,17 +32,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 @pytest.fixture(scope="module")
 def keep(world: World, request: pytest.FixtureRequest) -> Iterator[Callable[[str], None]]:
-    """Writes down what was seen, with the name of a test that ran; at the end the report is printed."""
-    told = request.config.pluginmanager.get_plugin("terminalreporter")
-    of = request.session.testscollected + len(told.stats.get("deselected", [])) if told else 0
+    """Writes down what was seen, with the name of a test that ran."""
     ran: set[str] = set()
 
     def add(test: str) -> None:
         ran.add(test)
-        report.keep(SEED, world.seen, ran, of)
+        report.keep(SEED, world.seen, ran, request.config.stash[WHOLE])
 
     yield add
-    print(report.keep(SEED, world.seen, ran, of))
 
 
 @pytest.fixture(autouse=True)
