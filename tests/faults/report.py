@@ -56,7 +56,10 @@ def keep(seed: int, seen: list[Seen], tests: set[str], of: int) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         before = kept(seed) if file.exists() else dict(rows=[], tests=[])
         rows = [row for row in before["rows"] if row["test"] not in ran] + rows
-        file.write_text(json.dumps(dict(of=of, tests=sorted(tests.union(before["tests"])), rows=rows), indent=1))
+        saw = dict(of=of, tests=sorted(tests.union(before["tests"])), rows=rows)
+        new = file.with_suffix(".new")
+        new.write_text(json.dumps(saw, indent=1))
+        new.replace(file)  # who reads it meanwhile reads it whole
 
 
 def kept(seed: int) -> dict:

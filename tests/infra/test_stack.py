@@ -154,8 +154,8 @@ def test_a_run_lost_with_its_worker_is_crashed_by_its_silence_and_goes_on_with_t
     until(lambda: stack.children("engine_worker") or stack.children("train_worker"), "work")
     for name in ("infra.worker", "prefect.engine"):
         os.kill(next(pid for pid, line in stack.processes().items() if name in line), signal.SIGKILL)
-    until(lambda: state(stack, run) == "CRASHED", "the automation")
-    until(lambda: state(stack, run) == "SCHEDULED", "the other automation")
+    until(lambda: state(stack, run) == "CRASHED", "the automation", 300)
+    until(lambda: state(stack, run) == "SCHEDULED", "the other automation", 120)
     stack.up()  # a part of it has died: it starts anew
     stack.complete(run, RESUMED)
     assert stack.run(run)["run_count"] == 2, stack.history(run)
