@@ -91,7 +91,7 @@ def table(seed: int, saw: dict) -> str:
     lines.append(f"| **all** | | {' | '.join(f'**{count}**' for count in _counts(rows))} |")
     seconds = sum(row["seconds"] for row in rows)
     share = f"all {ran} tests" if ran >= saw["of"] else f"only {ran} of {saw['of']} tests"
-    found = f"{len(rows)} faults, {kills(rows)} of them kills, {kinds(rows)} kinds, {seconds:.0f} s"
+    found = f"{len(rows)} faults, {kills(rows)} of them kills, {kinds(rows)} kinds; tests of {seconds:.0f} s"
     head = f"## Seed {seed}, {share}: {found}"
     return "\n".join([head, "", *lines, ""])
 
