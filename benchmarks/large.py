@@ -1,14 +1,16 @@
-"""`masters bench large`: 100,000 questions through all of a run but its models, and a store that holds 10,000 shards.
+"""`masters bench large`: 100,000 questions through all of a run but its models, and stores that hold 10,000 shards.
 
 Questions are easy-VQA's, asked again in other words. The models are left out: whoever answers is a stand-in that says
 a word at once (`masters.benchmarks.stand_in`), rules judge, and of training only what comes before its first step is
 done: groups, steps and the plan of packed passes. All else is a run's own code and its own processes. Each size runs
 in a fresh process. Baselines as in `scale`: of time the smallest size's, multiplied as the questions are, of memory
-the smallest size's itself. A store's are those of its smallest number of shards, multiplied likewise.
+the smallest size's itself. A store's are those of its smallest number of shards, multiplied likewise; one lies in files,
+one on an S3 server of its own on loopback.
 """
 
 import json
 import multiprocessing
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +30,7 @@ from masters.benchmarks.measure import Row, once
 from masters.benchmarks.pipeline import CONFIG
 from masters.config_file import load
 from masters.identity import digest
+from masters.infra import object_store, service
 from masters.preflight import preflight
 from masters.shards import Ref
 from masters.sources.easyvqa import EasyVqa
@@ -37,6 +40,7 @@ from masters.tracking import Tracker
 STAND_IN = "masters.benchmarks.stand_in"
 WORDS = ("{}", "look at the image: {}", "please answer briefly: {}")  # easy-VQA has 38,575 questions to train on
 EVALUATION = 500
+START_SECONDS = 60  # of an S3 server
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,11 @@ class Sizes:
 
 def measured(sizes: Sizes = Sizes()) -> list[Row]:
     runs = {questions: _apart(run, questions) for questions in sizes.questions}
-    stores = {count: _apart(store, count) for count in sizes.shards}
-    return scale.rows(runs) + store_rows(stores)
+    stores = {
+        where: {count: _apart(work, count) for count in sizes.shards}
+        for where, work in {"files": on_files, "S3": on_s3}.items()
+    }
+    return scale.rows(runs) + [row for where, found in stores.items() for row in store_rows(where, found)]
 
 
 def _apart(work: Callable[[int], Any], size: int) -> Any:
@@ -116,30 +123,47 @@ def asked(easy: EasyVqa, split: str) -> Iterator[dict]:
                 )  # fmt: skip
 
 
-def store(count: int) -> dict[str, float]:
+def on_files(count: int) -> dict[str, float]:
+    with TemporaryDirectory(prefix="masters-bench-") as work:
+        return store(f"{work}/store", count)
+
+
+def on_s3(count: int) -> dict[str, float]:
+    port = object_store.free_ports()["s3.port"]
+    with TemporaryDirectory(prefix="masters-bench-") as work:
+        folder = Path(work)
+        server = object_store.service(folder, port, dict(os.environ))
+        started = service.start(server, folder, folder.name)
+        try:
+            service.wait(server, started, folder, START_SECONDS)
+            with patch.dict(os.environ, object_store.environment_of(folder, port)):
+                return store(f"s3://{object_store.BUCKETS[0]}/store", count)
+        finally:
+            service.stop(started)
+
+
+def store(root: str, count: int) -> dict[str, float]:
     """Seconds to write shards of 1 KiB, to find what is missing among them, and to commit an artifact of them all."""
     asker = Answerer("m", Path("m"), "d", {})
     order = Order(asker, NO_SHARD, "predictions", "evaluation", None, 0, 1, dict(dtype="float32"))
-    with TemporaryDirectory(prefix="masters-bench-") as work:
-        storage, seconds = Storage(f"{work}/store"), {}
-        orders = [replace(order, shard=shards.Shard("", (_ref(number),))) for number in range(count)]
-        row = dict(model="m", text="red", correct=True, finish_reason="stop")
+    storage, seconds = Storage(root), {}
+    orders = [replace(order, shard=shards.Shard("", (_ref(number),))) for number in range(count)]
+    row = dict(model="m", text="red", correct=True, finish_reason="stop")
 
-        def write() -> None:
-            for each in orders:
-                content = schemas.encode([row | dict(question_id=each.shard.refs[0].question_id)], schemas.PREDICTIONS)
-                storage.create(each.file, content)
+    def write() -> None:
+        for each in orders:
+            content = schemas.encode([row | dict(question_id=each.shard.refs[0].question_id)], schemas.PREDICTIONS)
+            storage.create(each.file, content)
 
-        def commit() -> None:
-            identity = Identity(
-                "evaluate", 1, {}, dict(shards=digest("".join(each.fingerprint for each in orders).encode()))
-            )
-            artifacts.commit(storage, identity, answering.gather(storage, identity, orders), {})
+    def commit() -> None:
+        content = digest("".join(each.fingerprint for each in orders).encode())
+        identity = Identity("evaluate", 1, {}, dict(shards=content))
+        artifacts.commit(storage, identity, answering.gather(storage, identity, orders), {})
 
-        for name, part in (("write", write), ("list", lambda: answering.missing(storage, orders)), ("commit", commit)):
-            began = time.monotonic()
-            part()
-            seconds[name] = time.monotonic() - began
+    for name, part in (("write", write), ("list", lambda: answering.missing(storage, orders)), ("commit", commit)):
+        began = time.monotonic()
+        part()
+        seconds[name] = time.monotonic() - began
     return seconds
 
 
@@ -147,10 +171,10 @@ def _ref(number: int) -> Ref:
     return Ref(digest(str(number).encode()), f"q{number}", 0, number)
 
 
-def store_rows(stores: dict[int, dict[str, float]]) -> list[Row]:
+def store_rows(where: str, stores: dict[int, dict[str, float]]) -> list[Row]:
     smallest = min(stores)
     return [
-        once(f"store, {part} {count} shards", "s", taken, stores[smallest][part] * count / smallest)
+        once(f"store on {where}, {part} {count} shards", "s", taken, stores[smallest][part] * count / smallest)
         for count, seconds in stores.items()
         for part, taken in seconds.items()
     ]

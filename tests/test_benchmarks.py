@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -119,6 +120,12 @@ def test_a_large_run_is_as_large_as_it_says(tmp_path: Path, monkeypatch: pytest.
         320,
     )
     assert found["packing"]["seconds"] > 0
+
+
+@pytest.mark.parametrize("where", [large.on_files, large.on_s3])
+def test_a_store_of_shards_is_written_listed_and_committed(where: Callable[[int], dict]) -> None:
+    seconds = where(3)
+    assert list(seconds) == ["write", "list", "commit"] and min(seconds.values()) > 0
 
 
 def test_time_is_held_to_linear_growth_and_memory_to_none() -> None:
