@@ -5,7 +5,7 @@ how many of the probe's questions they had right, and their SHA-256.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from safetensors.torch import load as load_safetensors
@@ -23,16 +23,16 @@ from masters.models.sharding import own
 KEPT = 2  # best weights: the ones before are what a checkpoint older than the new ones goes on with
 
 
-def gradient_size(model: torch.nn.Module) -> float:
-    """The largest magnitude in the gradients that this rank holds; NaN if one is."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+def gradient_size(parameters: Iterable[torch.nn.Parameter]) -> float:
+    """The largest magnitude in the gradients of what this rank holds; NaN if one is."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
     parts = [part for part in map(own, gradients) if part.numel()]
     return torch.nn.utils.get_total_norm(parts, norm_type=math.inf).item()  # a sum of squares overflows sooner
 
 
 def largest_gradient(job: Job) -> float:
     """The largest magnitude in the student's gradients, the same on all ranks; NaN if one is."""
-    size = gradient_size(job.student)
+    size = gradient_size(job.sharding.held(job.student).values())
     sizes = gathered(job, size) if job.sharding.lockstep else [size]
     return math.nan if any(map(math.isnan, sizes)) else max(sizes)
 
@@ -44,13 +44,20 @@ def not_finite(job: Job, groups: list[int], loss_of: Callable[[int], torch.Tenso
     """
     found = []
     for g in groups:
-        job.student.zero_grad(set_to_none=True)
+        _forget_gradients(job)
         loss = loss_of(g)
         loss.backward()
+        if job.sharding.lockstep:
+            job.sharding.sum_gradients(job.student)
         if not (math.isfinite(loss.item()) and math.isfinite(largest_gradient(job))):
             found.append(job.groups[g].ref.question_id)
-    job.student.zero_grad(set_to_none=True)
+    _forget_gradients(job)
     return found
+
+
+def _forget_gradients(job: Job) -> None:
+    for parameter in job.sharding.held(job.student).values():
+        parameter.grad = None
 
 
 @torch.no_grad()
@@ -140,7 +147,8 @@ class ProbeGuard:
         self.job.report(event="rolled_back", at=number, accuracy=accuracy, to=self.step, best=best)
 
     def _keep(self) -> None:
-        tensors = collected(self.job.sharding, self.job.sharding.held(self.job.student))
+        held = self.job.sharding.held(self.job.student)
+        tensors = collected(self.job.sharding, held, held)
         if self.job.rank != 0:
             return
         data = save_safetensors(tensors)

@@ -23,8 +23,6 @@ def gathered(job: Job, own: T) -> list[T]:
 
 def reduced(job: Job, sums: dict[str, float]) -> dict[str, float]:
     """Sum gradients and metrics over the processes: each already divided by the step's questions on all of them."""
-    if job.world == 1:
-        return sums
     job.sharding.sum_gradients(job.student)
     everyone = gathered(job, sums)
     return {name: sum(one.get(name, 0.0) for one in everyone) for one in everyone for name in one}
@@ -45,11 +43,16 @@ def in_step(job: Job, own: Iterable[T]) -> Iterator[T | None]:
         yield item
 
 
-def collected(sharding: Sharding, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Whole tensors on the CPU, on rank 0; none on the others, which hold one at a time. All ranks call it together."""
+def collected(
+    sharding: Sharding, held: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.nn.Parameter]
+) -> dict[str, torch.Tensor]:
+    """Whole tensors on the CPU, on rank 0; none on the others, which hold one at a time. All ranks call it together.
+
+    `parameters`: by the same names, what each tensor is of: the parameter itself, its gradient or a state of it.
+    """
     first, found = _rank() == 0, {}
     for name, tensor in held.items():
-        whole = sharding.whole(tensor.detach())
+        whole = sharding.whole(tensor.detach(), parameters[name])
         if first:
             found[name] = whole.cpu().contiguous()
     return found

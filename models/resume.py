@@ -48,12 +48,13 @@ def save(
     sharding: Sharding = REPLICATE,
 ) -> None:
     """Keep the state after `step` steps; of all checkpoints the last two stay. All ranks call it, one writes."""
-    held: dict[str, torch.Tensor] = {f"weight/{name}": parameter for name, parameter in parameters.items()}
+    of = {f"weight/{name}": parameter for name, parameter in parameters.items()}
+    held: dict[str, torch.Tensor] = dict(of)
     for name, parameter in parameters.items():
         # none for a parameter that never had a gradient; counts differ where some steps had none
         for key, value in optimiser.state.get(parameter, {}).items():
-            held[f"adamw/{key}/{name}"] = value
-    tensors = collected(sharding, held)
+            held[f"adamw/{key}/{name}"], of[f"adamw/{key}/{name}"] = value, parameter
+    tensors = collected(sharding, held, of)
     if not tensors:
         return
     tensors["random/cpu"] = torch.get_rng_state()

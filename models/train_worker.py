@@ -94,7 +94,8 @@ def main(job_file: Path) -> None:
         dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world)
     ready = prepare(job, job_file, rank, world)
     trainer.fit(ready)
-    trained = collected(ready.sharding, ready.sharding.held(ready.student))
+    held = ready.sharding.held(ready.student)
+    trained = collected(ready.sharding, held, held)
     if rank == 0:
         export(trained, Path(job["student"]), Path(job["out"]))
         ready.report(event="exported")

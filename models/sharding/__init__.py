@@ -13,6 +13,10 @@ def sharding_of(way: str, device: str) -> Sharding:
     """The way of that name, on this rank's device."""
     if way == "replicate":
         return Replicate(device)
-    from masters.models.sharding.fsdp2 import Fsdp2
+    if way == "fsdp2":
+        from masters.models.sharding.fsdp2 import Fsdp2
 
-    return Fsdp2(device)
+        return Fsdp2(device)
+    from masters.models.sharding.zero3 import Zero3
+
+    return Zero3(device)

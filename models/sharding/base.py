@@ -4,9 +4,11 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from masters.config import Train
+from masters.errors import MastersError
 from masters.models.masking import BLOCK
 
 T = TypeVar("T")
@@ -40,14 +42,15 @@ class Sharding(Protocol):
         ...
 
     def sum_gradients(self, model: torch.nn.Module) -> None:
-        """After a step's passes: each gradient becomes the sum over the ranks, if it is not yet."""
+        """After a step's passes: the gradients of what is held are the sums over the ranks from now on."""
         ...
 
-    def whole(self, part: torch.Tensor) -> torch.Tensor:
-        """A parameter, a gradient or an optimiser's state as a plain whole tensor. All ranks ask together."""
+    def whole(self, part: torch.Tensor, like: torch.nn.Parameter) -> torch.Tensor:
+        """A parameter that is held, its gradient or an optimiser's state of it, as a plain whole tensor of the model's
+        shape. `like`: the parameter. All ranks ask together."""
         ...
 
-    def part(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    def part(self, whole: torch.Tensor, like: torch.nn.Parameter) -> torch.Tensor:
         """What this rank holds of a whole tensor that is held as `like` is; it may share the whole's memory, and be
         where that is. No rank waits for another."""
         ...
@@ -56,6 +59,25 @@ class Sharding(Protocol):
 def transformer_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The blocks of the text model and of the vision tower."""
     return [module for name, module in model.named_modules() if BLOCK.fullmatch(f"{name}.")]
+
+
+def prove(sharding: Sharding, way: str, device: str) -> None:
+    """Raises MastersError unless a gradient that differs by rank comes out as the sum over the ranks."""
+    world, rank = dist.get_world_size(), dist.get_rank() + 1
+    linear = sharding.hold(torch.nn.Linear(1, 2 * world, bias=False), Train())
+    known = torch.full((1, 1), float(rank), device=device)
+    sharding.within(linear, lambda itself: torch.nn.functional.linear(known, itself.weight)).sum().backward()
+    sharding.sum_gradients(linear)
+    [weight] = sharding.held(linear).values()
+    assert weight.grad is not None
+    found = own(weight.grad)
+    expected = torch.full_like(found, world * (world + 1) / 2)
+    if not torch.equal(found, expected):
+        raise MastersError(
+            f"gradients of {world} ranks are to be summed: of 1 to {world} expected {expected.flatten()[0]:g}, found "
+            f"{found.flatten().tolist()[:2]}: this backend ({dist.get_backend()}) cannot be trained on with "
+            f'runtime.sharding = "{way}"; set it to "replicate"'
+        )
 
 
 def own(tensor: torch.Tensor) -> torch.Tensor:

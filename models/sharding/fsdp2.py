@@ -2,7 +2,7 @@
 
 What would go wrong silently, and is not done here: sharding `model.model` and then the model (tied heads come apart);
 calling a part of the model outside of its root's forward (tensors and shares mix); leaving the mean over ranks to a
-backend (some sum where a mean is wanted: gradients are summed here, which `_prove` shows before anything is trained).
+backend (some sum where a mean is wanted: gradients are summed here, which `prove` shows before anything is trained).
 """
 
 from collections.abc import Callable
@@ -16,8 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from masters.config import Train
-from masters.errors import MastersError
-from masters.models.sharding.base import transformer_blocks
+from masters.models.sharding.base import prove, transformer_blocks
 
 T = TypeVar("T")
 FORWARD = "within_forward"  # the method of a root in which its weights are whole
@@ -37,7 +36,7 @@ class Fsdp2:
         if kind == "cuda":
             torch.cuda.set_device(device)
         self._mesh = init_device_mesh(kind, (dist.get_world_size(),))
-        _prove(self._shard(torch.nn.Linear(1, 2 * dist.get_world_size(), bias=False), MixedPrecisionPolicy()), device)
+        prove(self, "fsdp2", device)
 
     def hold(self, model: torch.nn.Module, train: Train | None = None) -> torch.nn.Module:
         policy = MixedPrecisionPolicy()
@@ -58,10 +57,10 @@ class Fsdp2:
     def sum_gradients(self, model: torch.nn.Module) -> None:
         """They are: every backward pass sums what it adds."""
 
-    def whole(self, part: torch.Tensor) -> torch.Tensor:
+    def whole(self, part: torch.Tensor, like: torch.nn.Parameter) -> torch.Tensor:
         return part.full_tensor() if isinstance(part, DTensor) else part
 
-    def part(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    def part(self, whole: torch.Tensor, like: torch.nn.Parameter) -> torch.Tensor:
         shared = cast(DTensor, like)
         # every rank has the whole, so that nothing is sent
         return distribute_tensor(whole, shared.device_mesh, shared.placements, src_data_rank=None)
@@ -76,20 +75,3 @@ class Fsdp2:
         setattr(module, FORWARD, MethodType(lambda itself, work: work(itself), module))
         register_fsdp_forward_method(module, FORWARD)
         return module
-
-
-def _prove(linear: torch.nn.Module, device: str) -> None:
-    """Raises MastersError unless a gradient that differs by rank comes out as the sum over the ranks."""
-    world, own = dist.get_world_size(), dist.get_rank() + 1
-    out = getattr(linear, FORWARD)(
-        lambda itself: itself(torch.full((1, 1), own, device=device).to(itself.weight.dtype))
-    )
-    out.sum().backward()
-    found = cast(DTensor, cast(torch.nn.Linear, linear).weight.grad).to_local()
-    expected = torch.full_like(found, world * (world + 1) / 2)
-    if not torch.equal(found, expected):
-        raise MastersError(
-            f"gradients of {world} ranks are to be summed: of 1 to {world} expected {expected.flatten()[0]:g}, found "
-            f"{found.flatten().tolist()[:2]}: this backend ({dist.get_backend()}) cannot be trained on with "
-            'runtime.sharding = "fsdp2"; set it to "replicate"'
-        )

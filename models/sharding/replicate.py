@@ -31,14 +31,16 @@ class Replicate:
         return work(model)
 
     def sum_gradients(self, model: torch.nn.Module) -> None:
+        if not dist.is_initialized():
+            return
         parameters = list(model.parameters())
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
         dist.all_reduce(flat)  # all at once: a message a parameter costs more than the step of a small model
         for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter)
 
-    def whole(self, part: torch.Tensor) -> torch.Tensor:
+    def whole(self, part: torch.Tensor, like: torch.nn.Parameter) -> torch.Tensor:
         return part
 
-    def part(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    def part(self, whole: torch.Tensor, like: torch.nn.Parameter) -> torch.Tensor:
         return whole

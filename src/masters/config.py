@@ -271,9 +271,10 @@ class Runtime(Section):
         description="How often a stage replaces engines on Ray that died, for each of the workers",
     )
     train_processes: int = Field(default=1, ge=1, le=64, description="Training processes, one a device")
-    sharding: Literal["replicate", "fsdp2"] = Field(
+    sharding: Literal["replicate", "fsdp2", "zero3"] = Field(
         default="replicate",
-        description="What a training process holds: replicate: all weights; fsdp2: its share of student and teacher",
+        description="What a training process holds: replicate: all weights; fsdp2, zero3 (DeepSpeed): its share of "
+        "student and teacher",
     )
     activation_checkpointing: bool = Field(
         default=False,

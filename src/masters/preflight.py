@@ -3,6 +3,7 @@
 import json
 import socket
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from masters import allowed
@@ -68,6 +69,7 @@ def preflight(config: Config) -> Ready:
     """Check all parts together. Raises InputError with what was expected, what was found and what to do."""
     check_config(config)
     check_answers(config.runtime.cluster)
+    check_installed(config.runtime.sharding)
     judge = judge_of(config)
     source = open_source(config.data)
     student = local_model(config.student, config.store.root)
@@ -103,6 +105,15 @@ def check_answers(cluster: str | None) -> None:
             f"runtime.ray_address: no Ray cluster answers at {cluster} ({error}); "
             "start its head with `ray start --head`, or leave the setting out"
         ) from error
+
+
+def check_installed(sharding: str) -> None:
+    """Raises InputError where training would need a package that is not here."""
+    if sharding == "zero3" and find_spec("deepspeed") is None:
+        raise InputError(
+            'runtime.sharding = "zero3" needs DeepSpeed, which is not installed: install masters[zero3], or take '
+            '"fsdp2", which holds shares too'
+        )
 
 
 def distinct(models: list[LocalModel]) -> list[LocalModel]:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from masters import preflight
 from masters.config import Config
 from masters.config_file import changed, load
 from masters.errors import InputError
 from masters.models.masking import is_masked
-from masters.preflight import check_answers
+from masters.preflight import check_answers, check_installed
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
 LONGEST = 1000  # characters of an error: it is read in a terminal
@@ -92,6 +93,16 @@ def test_a_cluster_that_does_not_answer_is_refused_before_work_starts() -> None:
         nobody.bind(("127.0.0.1", 0))  # and does not listen
         with pytest.raises(InputError, match=r"runtime.ray_address: no Ray cluster answers at 127.0.0.1:\d+ .*ray"):
             check_answers(f"127.0.0.1:{nobody.getsockname()[1]}")
+
+
+def test_a_way_of_sharding_whose_package_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_installed("zero3")
+    monkeypatch.setattr(preflight, "find_spec", lambda _: None)
+    check_installed("fsdp2")
+    with pytest.raises(
+        InputError, match=r'runtime.sharding = "zero3" needs DeepSpeed, .* masters\[zero3\], or .*fsdp2'
+    ):
+        check_installed("zero3")
 
 
 @pytest.mark.parametrize("name", VALUES)

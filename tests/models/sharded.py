@@ -1,17 +1,18 @@
 """Training that one process and several, in either way of holding weights, must do alike. As a module it is a rank.
 
-`python -m tests.models.sharded FOLDER RANK WORLD` meets the others through a file in the folder, does all of `Found`
-with sharded weights and writes it to FOLDER/found-WORLD-RANK.pt.
+`python -m tests.models.sharded FOLDER WAY RANK WORLD` meets the others through a file in the folder, does all of
+`found_by` with weights sharded in that way and writes it to FOLDER/found-WORLD-RANK.pt.
 """
 
 import copy
+import gc
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from masters.models.history import Ledger
 from masters.models.masking import is_masked, magnitude_thresholds
 from masters.models.packing import pack, response_logits
 from masters.models.ranks import collected
-from masters.models.sharding import Sharding, fsdp2, sharding_of
+from masters.models.sharding import Sharding, own, sharding_of
 from masters.models.training_data import Step
 from masters.models.trees import Question, Sizes
 from masters.storage import Storage
@@ -46,6 +47,7 @@ CASES = {
     "kd": ("qwen2_5_vl", True, dict(objective="kd")),
     "sft": ("internvl3", True, dict(objective="sft", targets="labels")),
 }
+MATRICES, SIDE = 4, 256
 Tensors = dict[str, torch.Tensor]
 
 
@@ -54,7 +56,7 @@ class Trained:
 
     def __init__(self, folder: Path, way: str, rank: int, world: int) -> None:
         self.folder, self.rank, self.world = folder, rank, world
-        self.sharded = partial(sharding_of, way, "cpu")
+        self.way, self.sharded = way, partial(sharding_of, way, "cpu")
 
     def student(self, case: str) -> torch.nn.Module:
         family, tied, _ = CASES[case]
@@ -81,7 +83,8 @@ class Trained:
         return made
 
     def weights(self, job: trainer.Job) -> Tensors:
-        return {k: v.clone() for k, v in collected(job.sharding, job.sharding.held(job.student)).items()}
+        held = job.sharding.held(job.student)
+        return {k: v.clone() for k, v in collected(job.sharding, held, held).items()}
 
     def gradients(self, case: str, job: trainer.Job | None = None) -> list[dict]:
         """Of each step the sums, this rank's passes, and the gradients that the optimiser would get."""
@@ -93,7 +96,7 @@ class Trained:
                 job.remask(stage := step.stage)
             before = job.tally.passes
             sums = trainer.run_step(job, step, known)
-            grads = collected(job.sharding, {name: p.grad for name, p in held.items() if p.grad is not None})
+            grads = collected(job.sharding, {name: p.grad for name, p in held.items() if p.grad is not None}, held)
             found.append(dict(sums=sums, passes=job.tally.passes - before, gradients=grads))
             for p in held.values():
                 p.grad = None
@@ -116,8 +119,8 @@ class Trained:
         job, found = self.job("tied"), []
         for stage in range(len(RATIOS)):
             job.remask(stage)
-            held = collected(job.sharding, job.sharding.held(job.teacher))
-            found.append({name: tensor.clone() for name, tensor in held.items()})
+            held = job.sharding.held(job.teacher)
+            found.append({k: v.clone() for k, v in collected(job.sharding, held, held).items()})
             trainer.run_step(job, STEPS[0], references(replace(make_job(FAMILY), student=self.student("tied"))))
         return found
 
@@ -181,29 +184,48 @@ def remask(folder: Path, teacher: Any, stage: int, sharding: Sharding) -> None:
     checkpoints.remask(teacher, teacher_folder(folder), limits, sharding)
 
 
-@contextmanager
-def gradients_times(factor: float) -> Iterator[None]:
+def gradients_times(world: Trained, factor: float) -> Any:
     """A world whose gradients come out as their sum over the ranks times a factor."""
-    original = FSDPModule.set_gradient_divide_factor
-    FSDPModule.set_gradient_divide_factor = lambda module, _: original(module, 1 / factor)
-    try:
-        yield
-    finally:
-        FSDPModule.set_gradient_divide_factor = original
+    if world.way == "fsdp2":
+        divide = FSDPModule.set_gradient_divide_factor
+        return patch.object(FSDPModule, "set_gradient_divide_factor", lambda module, _: divide(module, 1 / factor))
+    import deepspeed.utils
+
+    local = deepspeed.utils.safe_get_local_grad
+    return patch.object(deepspeed.utils, "safe_get_local_grad", lambda parameter: local(parameter) * factor)
 
 
 def unproven(world: Trained) -> list[dict]:
     """Gradients where a mean is taken, as a backend may, and nobody looks."""
-    prove, fsdp2._prove = fsdp2._prove, lambda *_: None
-    with gradients_times(1 / world.world):
-        found = world.gradients("tied")
-    fsdp2._prove = prove
-    return found
+    with patch(f"masters.models.sharding.{world.way}.prove"), gradients_times(world, 1 / world.world):
+        return world.gradients("tied")
 
 
 def refused(world: Trained, factor: float) -> str:
-    with gradients_times(factor):
+    with gradients_times(world, factor):
         return said(lambda: world.sharded())
+
+
+def kept(world: Trained) -> int:
+    """Bytes of the tensors that a model of `MATRICES` brings by its first gradients: its shares, these, what else the
+    way holds."""
+    before, sharding = alive(), world.sharded()
+    layers = [torch.nn.Linear(SIDE, SIDE, bias=False) for _ in range(MATRICES)]
+    model = sharding.hold(torch.nn.Sequential(*layers), Train())
+    states = torch.randn(2, SIDE)
+    sharding.within(model, lambda itself: reduce(lambda x, layer: layer(x), itself, states)).square().mean().backward()
+    sharding.sum_gradients(model)
+    held = sharding.held(model)  # and what is gathered is released
+    return alive() - before - states.nbytes if len(held) == MATRICES else 0
+
+
+def alive() -> int:
+    """Bytes of all tensors of this process."""
+    gc.collect()
+    tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
+    gradients = [item.grad for item in tensors if item.is_leaf and item.grad is not None]
+    storages = [own(item).untyped_storage() for item in tensors + gradients]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def found_by(world: Trained) -> dict:
@@ -213,6 +235,7 @@ def found_by(world: Trained) -> dict:
     again = world.job("tied")
     checkpoint_activations(again.student)
     return dict(
+        kept=kept(world),  # first: nothing else comes and goes then
         gradients={case: world.gradients(case) for case in CASES},
         again=world.gradients("tied", again),
         bfloat16=world.gradients("tied", world.job("tied", compute_dtype="bfloat16")),
@@ -223,19 +246,19 @@ def found_by(world: Trained) -> dict:
         spoilt=world.spoilt(),
         unproven=unproven(world),
         refused=[refused(world, factor) for factor in (1 / world.world, world.world, 1)],
-        memory=world.without_memory(),  # last: what is left of FSDP2 after it is of no use
+        memory=world.without_memory(),  # last: what is left of the way after it is of no use
     )
 
 
-def main(folder: Path, rank: int, world: int) -> None:
+def main(folder: Path, way: str, rank: int, world: int) -> None:
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meeting-{world}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
-    found = found_by(Trained(folder, "fsdp2", rank, world))
+    found = found_by(Trained(folder, way, rank, world))
     torch.save(found, folder / f"found-{world}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -124,12 +124,12 @@ def test_a_gradient_that_is_no_number_stops_though_the_loss_is_one(tmp_path: Pat
 
 def test_a_gradient_is_measured_by_its_largest_value() -> None:
     model = torch.nn.Linear(3, 2)
-    assert guards.gradient_size(model) == 0
+    assert guards.gradient_size(model.parameters()) == 0
     for values, expected in (([1.0, -3.0], 3.0), ([3e38, 3e38], 3e38), ([math.inf, 1.0], math.inf)):
         model.bias.grad = torch.tensor(values)
-        assert guards.gradient_size(model) == pytest.approx(expected)
+        assert guards.gradient_size(model.parameters()) == pytest.approx(expected)
     model.bias.grad = torch.tensor([1.0, math.nan])
-    assert math.isnan(guards.gradient_size(model))
+    assert math.isnan(guards.gradient_size(model.parameters()))
 
 
 def test_without_a_guard_a_fall_changes_nothing(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Two processes that hold shares of the weights (FSDP2 on gloo) train as one process that holds all of them."""
+"""Two processes that hold shares of the weights (on gloo) train as one process that holds all of them, in each way."""
 
 import os
 import shutil
@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from masters.config import Runtime, Train
 from masters.models import resume
+from masters.models.footprint import footprint
 from masters.processes import LOOPBACK
 from masters.storage import Storage
 from tests.models import sharded
@@ -36,17 +39,23 @@ def whole(folder: Path, one: Trained) -> dict:
     """What one process finds."""
     gradients = {case: one.gradients(case) for case in CASES}
     runs = {case: one.run(case, "one") for case in ("tied", "untied")}
-    shutil.copytree(folder / "one", folder / "from-one")
     return dict(gradients=gradients, runs=runs, remasked=one.remasked())
 
 
+@pytest.fixture(scope="module", params=["fsdp2", "zero3"])
+def way(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def ranks(folder: Path, whole: dict) -> list[dict]:
+def ranks(folder: Path, way: str, whole: dict) -> list[dict]:
     """What each of two ranks finds, and then what one of one does."""
-    environment = os.environ | LOOPBACK | {"OMP_NUM_THREADS": "1"}
+    environment, stores = os.environ | LOOPBACK | {"OMP_NUM_THREADS": "1"}, folder / way
+    shutil.copytree(folder / "one", stores / "from-one")
+    shutil.copytree(folder / "teacher", stores / "teacher")
 
     def start(rank: int, world: int) -> subprocess.Popen:
-        command = [sys.executable, "-m", "tests.models.sharded", str(folder), str(rank), str(world)]
+        command = [sys.executable, "-m", "tests.models.sharded", str(stores), way, str(rank), str(world)]
         return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
     places = [(0, 2), (1, 2), (0, 1)]
@@ -58,7 +67,7 @@ def ranks(folder: Path, whole: dict) -> list[dict]:
     finally:
         for process in running:
             process.kill()
-    return [torch.load(folder / f"found-{world}-{rank}.pt", weights_only=False) for rank, world in places]
+    return [torch.load(stores / f"found-{world}-{rank}.pt", weights_only=False) for rank, world in places]
 
 
 @pytest.fixture(scope="module")
@@ -102,20 +111,20 @@ def test_runs_end_at_the_same_weights(case: str, whole: dict, two: dict) -> None
 
 
 def test_two_go_on_from_a_checkpoint_of_one_and_one_from_that_of_two(
-    folder: Path, one: Trained, whole: dict, two: dict
+    folder: Path, way: str, one: Trained, whole: dict, two: dict
 ) -> None:
-    shutil.copytree(folder / "two", folder / "from-two", dirs_exist_ok=True)
-    back = one.run("tied", "from-two")
+    shutil.copytree(folder / way / "two", folder / f"from-{way}", dirs_exist_ok=True)
+    back = one.run("tied", f"from-{way}")
     for resumed, undisturbed in ((two["resumed"], whole["runs"]["tied"]), (back, two["runs"]["tied"])):
         assert resumed["events"][0] == "resumed" and len(resumed["losses"]) == len(sharded.STEPS) - sharded.CUT
         assert resumed["losses"] == pytest.approx(undisturbed["losses"][sharded.CUT :], rel=1e-5)
         assert apart(resumed["after"], undisturbed["after"], undisturbed["before"]) < 0.01
 
 
-def test_a_checkpoint_holds_the_same_whoever_saved_it(folder: Path, whole: dict, two: dict) -> None:
+def test_a_checkpoint_holds_the_same_whoever_saved_it(folder: Path, way: str, whole: dict, two: dict) -> None:
     """Every tensor whole, of one name and type: bit for bit what the ranks held, so that going on is exact."""
     states = []
-    for store in ("one", "two"):
+    for store in ("one", f"{way}/two"):
         storage = Storage(str(folder / store))
         checkpoint, refused = resume.newest(storage, "tied")
         assert checkpoint and not refused and checkpoint.step == sharded.CUT
@@ -156,6 +165,17 @@ def test_mixed_precision_is_near_and_keeps_float32(two: dict) -> None:
         assert {tensor.dtype for tensor in found["gradients"].values()} == {torch.float32}
         assert 1e-4 < apart(found["gradients"], expected["gradients"]) < 0.05
         assert found["sums"]["loss"] == pytest.approx(expected["sums"]["loss"], rel=0.02)
+
+
+def test_a_rank_holds_what_the_estimate_counts(folder: Path, way: str, two: dict) -> None:
+    numbers = {str(n): torch.zeros(sharded.SIDE, sharded.SIDE) for n in range(sharded.MATRICES)}
+    (folder / "matrices").mkdir(exist_ok=True)
+    save_file(numbers, folder / "matrices" / "model.safetensors")
+    runtime = Runtime.model_validate(dict(sharding=way, train_processes=2))
+    made = footprint(folder / "matrices", None, Train(), (0, 0), 2, False, runtime=runtime)
+    plain = footprint(folder / "matrices", None, Train(), (0, 0), 2, False, runtime=Runtime(sharding="fsdp2"))
+    bucket = made.exchange - plain.exchange  # what is gathered is released by now
+    assert two["kept"] == pytest.approx(made.weights + made.gradients + bucket, rel=0.02)
 
 
 def test_guards_work_on_shares(ranks: list[dict]) -> None:

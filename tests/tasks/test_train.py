@@ -130,10 +130,11 @@ def test_two_processes_train_like_one(source, plain, recorded, tmp_path, monkeyp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["fsdp2", "zero3"])
 def test_a_rank_killed_beside_its_shares_is_named_and_the_run_goes_on_whole(
-    source, plain, recorded, tmp_path, monkeypatch
+    sharding, source, plain, recorded, tmp_path, monkeypatch
 ) -> None:
-    shared = dict(train_processes=2, sharding="fsdp2", activation_checkpointing=True, checkpoint_steps=2)
+    shared = dict(train_processes=2, sharding=sharding, activation_checkpointing=True, checkpoint_steps=2)
     ranks, start, follow = {}, processes._start, tasks_train._Watch.__call__
 
     def started(child: processes.Child, slots: dict[str, int]) -> subprocess.Popen:
@@ -152,7 +153,7 @@ def test_a_rank_killed_beside_its_shares_is_named_and_the_run_goes_on_whole(
             trained(made_run(tmp_path, source, runtime=shared))
     assert all(rank.poll() is not None for rank in ranks.values())
     weights, done, tables = trained(made_run(tmp_path, source, runtime=shared))
-    assert done["resumed_at_step"] >= 4 and done["sharding"] == "fsdp2" and done["processes"] == 2
+    assert done["resumed_at_step"] >= 4 and done["sharding"] == sharding and done["processes"] == 2
     assert 0.45 < done["weights_share"] < 0.55
     assert responses(tables) == responses(recorded) and len(tables["rewards"]) == len(responses(tables))
     for name, expected in plain.items():
