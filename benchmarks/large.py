@@ -4,8 +4,8 @@ Questions are easy-VQA's, asked again in other words. The models are left out: w
 a word at once (`masters.benchmarks.stand_in`), rules judge, and of training only what comes before its first step is
 done: groups, steps and the plan of packed passes. All else is a run's own code and its own processes. Each size runs
 in a fresh process. Baselines as in `scale`: of time the smallest size's, multiplied as the questions are, of memory
-the smallest size's itself. A store's are those of its smallest number of shards, multiplied likewise; one lies in files,
-one on an S3 server of its own on loopback.
+the smallest size's itself. A store's are those of its smallest number of shards, multiplied likewise; one lies in
+files, one on an S3 server of its own on loopback.
 """
 
 import json

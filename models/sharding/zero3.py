@@ -1,5 +1,5 @@
-"""DeepSpeed ZeRO-3: as in FSDP2 a rank holds a share of each weight, gradient and optimiser state; the hooks that gather
-weights and scatter gradients are DeepSpeed's.
+"""DeepSpeed ZeRO-3: as in FSDP2 a rank holds a share of each weight, gradient and optimiser state; the hooks that
+gather weights and scatter gradients are DeepSpeed's.
 
 Its optimiser never steps: AdamW steps on the shares, as everywhere, so that checkpoints, guards and masks are those of
 every way. A share is the part of a flattened weight that DeepSpeed keeps on this rank, in its own memory.
