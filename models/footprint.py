@@ -67,35 +67,30 @@ def footprint(
     """Of one rank. `tokens`: of its largest forward pass, padding included, and how many of them are an image's;
     `saves`: into memory of this kind, that is, on a CPU.
 
-    With products in bfloat16 a pass also keeps a copy of the weights in it (of FSDP2's shares it has none: they are
-    gathered in it), and at most as much as in float32 else.
+    With products in bfloat16 a pass also keeps a copy of the weights in it (of shares it has none: FSDP2 gathers them
+    in it, DeepSpeed's products keep the weight itself), and at most as much as in float32 else.
     """
     own, taught = shapes(student), shapes(teacher) if teacher else {}
     width, product = getattr(torch, train.dtype).itemsize, getattr(torch, teacher_dtype(train)).itemsize
     weights, teachers = width * _numbers(own.values()), product * _numbers(taught.values())
     activations = _activations(own, width, tokens, device, runtime.activation_checkpointing)
-    if runtime.sharding != "fsdp2" and tokens[0] and product != width:
-        activations += product * _numbers(own.values())
     if runtime.sharding == "replicate":
+        activations += product * _numbers(own.values()) if tokens[0] and product != width else 0
         exchange = weights if ranks > 1 else 0
         saving = max(0, COPIES * 3 * weights - weights - activations) if saves else 0
         return Footprint(weights, weights, 2 * weights, teachers, activations, exchange, saving)
     share, shared_teacher = weights // ranks, teachers // ranks
     exchange = (width + product) * _gathered(own) + product * _gathered(taught)
-    more = _deepspeed(width, _numbers(own.values()), ranks) if runtime.sharding == "zero3" else (0, 0, 0)
-    step = 4 * share + shared_teacher + activations + exchange + sum(more)
+    # DeepSpeed keeps gradients before they are ours, and a bucket of them; as much is on its way in and out
+    bucket = width * min(BUCKET, _numbers(own.values())) if runtime.sharding == "zero3" else 0
+    gradients = share + (share + bucket if bucket else 0)
+    step = 3 * share + gradients + shared_teacher + activations + exchange + 2 * bucket
     # one rank alone writes all of it: its part of what the ranks need together
     saving = COPIES * 3 * weights // ranks - share - activations - exchange if saves else 0
     # every rank reads a model as a whole before it keeps its share, one model after the other
     loading = max(weights, share + teachers) - step
-    parts = share + more[0], share + more[1], 2 * share, shared_teacher, activations, exchange + more[2]
+    parts = share, gradients, 2 * share, shared_teacher, activations, exchange + 2 * bucket
     return Footprint(*parts, saving=max(0, saving), loading=max(0, loading - max(0, saving)))
-
-
-def _deepspeed(width: int, numbers: int, ranks: int) -> tuple[int, int, int]:
-    """What a rank holds beside its shares: weights in float32 for an optimiser, gradients before they are ours, and a
-    bucket of them that is scattered."""
-    return 4 * numbers // ranks, width * numbers // ranks, width * min(BUCKET, numbers)
 
 
 def _activations(own: Shapes, width: int, tokens: tuple[int, int], device: str, computed_again: bool) -> int:

@@ -30,9 +30,9 @@ Taken = tuple[list[int], Sizes, dict[str, list[float]]]  # of a pass: its groups
 
 def fit(job: Job) -> None:
     """Run all steps, from the last checkpoint if there is one; fewer where the student falls and is put back."""
-    parameters = job.sharding.held(job.student)
-    optimiser = torch.optim.AdamW(parameters.values(), lr=job.train.learning_rate, weight_decay=0.0)
     references = reference_log_probs(job) if job.train.objective == "masters" and job.train.beta else {}
+    parameters = job.sharding.held(job.student)  # after passes: what these left whole would hide what is restored
+    optimiser = torch.optim.AdamW(parameters.values(), lr=job.train.learning_rate, weight_decay=0.0)
     done = start(job, parameters, optimiser)
     guard = ProbeGuard(job, done)
     stage, every = None, max(1, len(job.steps) // 10)

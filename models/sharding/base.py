@@ -36,8 +36,8 @@ class Sharding(Protocol):
     def within(self, model: torch.nn.Module, work: Callable[[torch.nn.Module], T]) -> T:
         """The result of `work`, a forward pass of `model`, in which every weight is a plain whole tensor.
 
-        What shall be differentiated must be a tensor, or in a tuple of tensors. `lm_head.weight` stays whole until the
-        backward pass is done; without gradients, until the next `held`.
+        What shall be differentiated must be a tensor, or in a tuple of tensors. Without gradients `lm_head.weight` stays
+        whole, after `work` too, until the next `held`.
         """
         ...
 
@@ -64,7 +64,7 @@ def transformer_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
 def prove(sharding: Sharding, way: str, device: str) -> None:
     """Raises MastersError unless a gradient that differs by rank comes out as the sum over the ranks."""
     world, rank = dist.get_world_size(), dist.get_rank() + 1
-    linear = sharding.hold(torch.nn.Linear(1, 2 * world, bias=False), Train())
+    linear = sharding.hold(torch.nn.Linear(1, 2 * world + 1, bias=False), Train())  # nothing that ranks share evenly
     known = torch.full((1, 1), float(rank), device=device)
     sharding.within(linear, lambda itself: torch.nn.functional.linear(known, itself.weight)).sum().backward()
     sharding.sum_gradients(linear)
@@ -72,7 +72,7 @@ def prove(sharding: Sharding, way: str, device: str) -> None:
     assert weight.grad is not None
     found = own(weight.grad)
     expected = torch.full_like(found, world * (world + 1) / 2)
-    if not torch.equal(found, expected):
+    if not torch.allclose(found, expected, rtol=1e-3):  # a wrong factor is far more, rounding far less
         raise MastersError(
             f"gradients of {world} ranks are to be summed: of 1 to {world} expected {expected.flatten()[0]:g}, found "
             f"{found.flatten().tolist()[:2]}: this backend ({dist.get_backend()}) cannot be trained on with "

@@ -37,7 +37,7 @@ class Zero3:
     lockstep = True
 
     def __init__(self, device: str) -> None:
-        kind, index = torch.device(device).type, torch.device(device).index
+        self._device, kind, index = device, torch.device(device).type, torch.device(device).index
         os.environ |= dict(DS_ACCELERATOR=kind, LOCAL_RANK=str(index or 0))
         if kind == "cuda":
             torch.cuda.set_device(device)
@@ -61,13 +61,19 @@ class Zero3:
         if train:
             precision.computing(model, train)
         model.forward = MethodType(lambda itself, work: work(itself), model)
+        settings = _settings(model)
+        # one weight after the other: `initialize` would first put all of them on the device
+        deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=next(model.parameters()).dtype)
         # an optimiser makes it scatter gradients; this one has no states, and never steps
         scatters = torch.optim.SGD(model.parameters(), lr=0.0) if train else None
         engine, *_ = deepspeed.initialize(
-            model=model, optimizer=scatters, config=_settings(model), dist_init_required=False
+            model=model.to(self._device), optimizer=scatters, config=settings, dist_init_required=False
         )
-        if hasattr(model, "lm_head"):  # its weight is multiplied outside of its module
+        for copy in engine.optimizer.fp32_partitioned_groups_flat if train else ():
+            copy.data = copy.new_empty(0)  # the weights that its optimiser would step on
+        if hasattr(model, "lm_head"):  # weights that are used outside of their modules
             deepspeed.zero.register_external_parameter(model, model.lm_head.weight)
+            deepspeed.zero.register_external_parameter(model, model.get_input_embeddings().weight)
         self._engines[model] = engine
         self._shares[model] = {name: self._share(parameter) for name, parameter in model.named_parameters()}
         return model
@@ -87,6 +93,8 @@ class Zero3:
 
         for name, parameter in model.named_parameters():
             share, mean = self._shares[model][name], safe_get_local_grad(parameter)
+            if mean is None:  # it is not trained
+                continue
             share.grad = self._flat((mean * dist.get_world_size()).to(share.dtype), parameter)
             safe_set_local_grad(parameter, torch.zeros_like(mean))
         self._engines[model].optimizer.zero_grad()  # the next pass is the first of a step
@@ -123,6 +131,7 @@ def _settings(model: torch.nn.Module) -> dict[str, Any]:
     zero = dict(
         stage=3, stage3_param_persistence_threshold=0, stage3_max_reuse_distance=0,
         reduce_bucket_size=bucket, stage3_prefetch_bucket_size=bucket, sub_group_size=bucket,
+        overlap_comm=False,  # else what it gathers does not wait for AdamW's step on the shares
     )  # fmt: skip
     return dict(
         train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, zero_allow_untested_optimizer=True,

@@ -5,6 +5,7 @@ what it was made from, so later runs and other artifacts reuse it; an artifact h
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -122,11 +123,15 @@ def fulfil(
 
 def gather(storage: Storage, identity: artifacts.Identity, orders: list[Order]) -> dict[str, str]:
     """Put the orders' shards into the artifact's table of their kind, and `plan` beside it. Returns {name: SHA-256}."""
-    files = {}
-    for order in orders:
+
+    def put(order: Order) -> tuple[str, str]:
         name = f"{order.kind}/{order.fingerprint}.parquet"
-        files[name] = _proven(storage, order)
+        proven = _proven(storage, order)
         storage.copy(order.file, f"{identity.folder}/{name}")
+        return name, proven
+
+    with ThreadPoolExecutor(storage.at_once) as pool:
+        files = dict(pool.map(put, orders))
     rows = _plan_rows(orders)
     for number, part in enumerate(iter(lambda: list(islice(rows, PLAN_ROWS)), [])):
         name, content = f"{PLAN}/{number:04d}.parquet", schemas.encode(part, schemas.PLAN)

@@ -21,6 +21,7 @@ TEMPORARY = re.compile(r"(^|/)\.[^/]+\.[0-9a-f]{8}\.tmp$")  # a local write that
 ATTEMPTS = 8  # with growing pauses: a store that is away for half a minute costs that time only
 CONFLICTS = 20
 ABANDONED = 3600.0  # seconds
+AT_ONCE = 8  # threads that a server is worth asking from: most of the time is waiting for its answers
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -56,6 +57,7 @@ class Storage:
         if self.local and self.base:  # one store has one name, by whichever link or ".." it was reached
             self.base = os.path.realpath(self.base)
         self.s3 = "s3" in _protocols(self.fs)
+        self.at_once = 1 if self.local else AT_ONCE
         if self.s3:
             self.fs.retries = 2 if patient else 1  # each of them ATTEMPTS of the client beneath
             if not self.base:

@@ -6,6 +6,7 @@ appended to `log`, a line each: "did" or "fault", the role, the operation and th
 
 import builtins
 import errno
+import itertools
 import json
 import os
 import pathlib
@@ -81,7 +82,8 @@ def install(role: str | None = None) -> None:
 
 class _Points:
     def __init__(self, fault: Fault, role: str, at: At | None) -> None:
-        self.fault, self.role, self.at, self.done = fault, role, at, 0
+        self.fault, self.role, self.at = fault, role, at
+        self.numbers = itertools.count(1)  # threads that do something at once get one each
         self.root = str(pathlib.Path(fault.root)) + "/"
 
     def wrap(self) -> None:
@@ -106,12 +108,12 @@ class _Points:
             path = os.fspath(args[place]) if len(args) > place else ""
             if not isinstance(path, str) or not path.startswith(self.root):
                 return real(*args, **named)
-            self.done += 1
+            number = next(self.numbers)
             if self.at is None:
                 self._say("did", name, path[len(self.root) :])
-            if self.at is None or self.done < self.at.at:
+            if self.at is None or number < self.at.at:
                 return real(*args, **named)
-            if self.done == self.at.at:
+            if number == self.at.at:
                 self._say("fault", name, path[len(self.root) :])
             if self.at.what.startswith("kill"):
                 if self.at.how == "half" and half:
@@ -119,14 +121,14 @@ class _Points:
                 elif self.at.how == "after":
                     real(*args, **named)
                 _end(self.at.what)
+            if self.at.what == "clock" and number == self.at.at:
+                _set_clock(self.at.jump)
             return self._lasting(self.at, name, half, real, args, named)
 
         return wrapped
 
     def _lasting(self, at: At, name: str, half: Callable | None, real: Callable, args: tuple, named: dict):
-        """A disk without room, a store that no longer lets write, a clock that was set."""
-        if at.what == "clock" and self.done == at.at:
-            _set_clock(at.jump)
+        """A disk without room, a store that no longer lets write."""
         if at.what == "full" and name in ("write", "copy", "report"):
             if half:
                 half(*args)

@@ -70,10 +70,13 @@ class Trained:
         base, sharding = make_job(family), self.sharded()
         config = Train.model_validate(dict(learning_rate=1e-4) | values | train)
         teacher = sharding.hold(copy.deepcopy(base.teacher)) if values.get("objective") != "sft" else None
+        *groups, last = base.groups
+        image_word = [base.student.config.image_token_id, *last.responses[0][1:]]  # that one rank alone looks up
+        groups.append(replace(last, responses=[image_word, *last.responses[1:]]))
         told: list[dict] = []
         made = replace(
-            base, student=sharding.hold(self.student(case), config), teacher=teacher, steps=STEPS, ratios=RATIOS,
-            train=config, token_budget=BUDGET,
+            base, student=sharding.hold(self.student(case), config), teacher=teacher, groups=groups, steps=STEPS,
+            ratios=RATIOS, train=config, token_budget=BUDGET,
             storage=Storage(str(self.folder / store)), checkpoints=case, checkpoint_steps=CUT, probe=[],
             report=lambda **fields: told.append(fields), rank=self.rank, world=self.world, sharding=sharding,
             remask=lambda stage: remask(self.folder, teacher, stage, sharding) if family == FAMILY else None,

@@ -52,6 +52,8 @@ def ranks(folder: Path, way: str, whole: dict) -> list[dict]:
     """What each of two ranks finds, and then what one of one does."""
     environment, stores = os.environ | LOOPBACK | {"OMP_NUM_THREADS": "1"}, folder / way
     shutil.copytree(folder / "one", stores / "from-one")
+    for kept in (stores / "from-one").rglob("reference-*"):
+        kept.unlink()  # so that passes come between the weights of the start and those of the checkpoint
     shutil.copytree(folder / "teacher", stores / "teacher")
 
     def start(rank: int, world: int) -> subprocess.Popen:
@@ -173,9 +175,7 @@ def test_a_rank_holds_what_the_estimate_counts(folder: Path, way: str, two: dict
     save_file(numbers, folder / "matrices" / "model.safetensors")
     runtime = Runtime.model_validate(dict(sharding=way, train_processes=2))
     made = footprint(folder / "matrices", None, Train(), (0, 0), 2, False, runtime=runtime)
-    plain = footprint(folder / "matrices", None, Train(), (0, 0), 2, False, runtime=Runtime(sharding="fsdp2"))
-    bucket = made.exchange - plain.exchange  # what is gathered is released by now
-    assert two["kept"] == pytest.approx(made.weights + made.gradients + bucket, rel=0.02)
+    assert two["kept"] == pytest.approx(made.weights + made.gradients, rel=0.02)
 
 
 def test_guards_work_on_shares(ranks: list[dict]) -> None:
