@@ -36,8 +36,8 @@ class Sharding(Protocol):
     def within(self, model: torch.nn.Module, work: Callable[[torch.nn.Module], T]) -> T:
         """The result of `work`, a forward pass of `model`, in which every weight is a plain whole tensor.
 
-        What shall be differentiated must be a tensor, or in a tuple of tensors. Without gradients `lm_head.weight` stays
-        whole, after `work` too, until the next `held`.
+        What shall be differentiated must be a tensor, or in a tuple of tensors. Without gradients `lm_head.weight`
+        stays whole, after `work` too, until the next `held`.
         """
         ...
 
@@ -66,7 +66,7 @@ def prove(sharding: Sharding, way: str, device: str) -> None:
     world, rank = dist.get_world_size(), dist.get_rank() + 1
     linear = sharding.hold(torch.nn.Linear(1, 2 * world + 1, bias=False), Train())  # nothing that ranks share evenly
     known = torch.full((1, 1), float(rank), device=device)
-    sharding.within(linear, lambda itself: torch.nn.functional.linear(known, itself.weight)).sum().backward()
+    sharding.within(linear, lambda itself: torch.nn.functional.linear(known, *itself.parameters())).sum().backward()
     sharding.sum_gradients(linear)
     [weight] = sharding.held(linear).values()
     assert weight.grad is not None

@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Callable
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -66,14 +66,14 @@ class Zero3:
         deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=next(model.parameters()).dtype)
         # an optimiser makes it scatter gradients; this one has no states, and never steps
         scatters = torch.optim.SGD(model.parameters(), lr=0.0) if train else None
-        engine, *_ = deepspeed.initialize(
+        made = deepspeed.initialize(
             model=model.to(self._device), optimizer=scatters, config=settings, dist_init_required=False
         )
+        engine: Any = made[0]
         for copy in engine.optimizer.fp32_partitioned_groups_flat if train else ():
             copy.data = copy.new_empty(0)  # the weights that its optimiser would step on
-        if hasattr(model, "lm_head"):  # weights that are used outside of their modules
-            deepspeed.zero.register_external_parameter(model, model.lm_head.weight)
-            deepspeed.zero.register_external_parameter(model, model.get_input_embeddings().weight)
+        for weight in _outside(model):
+            deepspeed.zero.register_external_parameter(model, weight)
         self._engines[model] = engine
         self._shares[model] = {name: self._share(parameter) for name, parameter in model.named_parameters()}
         return model
@@ -85,7 +85,7 @@ class Zero3:
     def within(self, model: torch.nn.Module, work: Callable[[torch.nn.Module], T]) -> T:
         found = self._engines[model](work)
         if not torch.is_grad_enabled() and hasattr(model, "lm_head"):
-            model.lm_head.weight.all_gather()  # the pass has released it
+            cast(Any, model).lm_head.weight.all_gather()  # the pass has released it
         return found
 
     def sum_gradients(self, model: torch.nn.Module) -> None:
@@ -123,6 +123,12 @@ class Zero3:
     def _release(self, model: torch.nn.Module) -> None:
         """What is gathered, as the head's weight is between passes, is to be gathered anew by the next."""
         self._engines[model].optimizer.empty_partition_cache()
+
+
+def _outside(model: Any) -> list[torch.nn.Parameter]:
+    """Weights that are used outside of their modules: the head's by our own pass over the vocabulary, the embedding's
+    for an image's token that a response wrote."""
+    return [model.lm_head.weight, model.get_input_embeddings().weight] if hasattr(model, "lm_head") else []
 
 
 def _settings(model: torch.nn.Module) -> dict[str, Any]:
