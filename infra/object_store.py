@@ -7,7 +7,10 @@ import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
-from urllib.request import urlopen
+
+import botocore.session
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
 
 from masters.errors import InputError
 from masters.infra.service import Service
@@ -31,13 +34,7 @@ def service(folder: Path, port: int, environment: dict[str, str]) -> Service:
     ports = free_ports() | {"s3.port": port}
     small = environment | {"GOMEMLIMIT": "200MiB", "HOME": str(folder)}
 
-    def answers() -> bool:
-        with suppress(OSError):
-            with urlopen(f"http://127.0.0.1:{port}/healthz", timeout=2):
-                return True
-        return False
-
-    return Service("s3", command(folder, ports, BUCKETS), small, answers)
+    return Service("s3", command(folder, ports, BUCKETS), small, lambda: holds(BUCKETS, environment_of(folder, port)))
 
 
 def command(folder: Path, ports: dict[str, int], buckets: tuple[str, ...]) -> list[str]:
@@ -61,6 +58,21 @@ def environment_of(folder: Path, port: int) -> dict[str, str]:
         "AWS_SECRET_ACCESS_KEY": keys["secretKey"],
         "AWS_DEFAULT_REGION": "us-east-1",
     }
+
+
+def holds(buckets: tuple[str, ...], environment: dict[str, str]) -> bool:
+    """Whether the server that `environment` leads to has them: it makes them only after it has begun to answer."""
+    client = botocore.session.Session().create_client(
+        "s3", environment["AWS_DEFAULT_REGION"], endpoint_url=environment["AWS_ENDPOINT_URL"],
+        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"], aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
+        config=Config(connect_timeout=2, read_timeout=2, retries=dict(total_max_attempts=1)),
+    )  # fmt: skip
+    try:
+        for bucket in buckets:
+            client.head_bucket(Bucket=bucket)
+    except (ClientError, BotoCoreError):
+        return False
+    return True
 
 
 def free_ports() -> dict[str, int]:
