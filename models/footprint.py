@@ -14,7 +14,6 @@ from masters.errors import InputError
 from masters.models.head import chunk_bytes
 from masters.models.masking import BLOCK, mask_group
 from masters.models.precision import teacher_dtype
-from masters.models.sharding.zero3 import BUCKET
 
 # kept for the backward pass, against a value for every input and output of every linear module: of five models, all
 # families, between 1.12 and 1.43 were counted
@@ -82,7 +81,7 @@ def footprint(
     share, shared_teacher = weights // ranks, teachers // ranks
     exchange = (width + product) * _gathered(own) + product * _gathered(taught)
     # DeepSpeed keeps gradients before they are ours, and a bucket of them; as much is on its way in and out
-    bucket = width * min(BUCKET, _numbers(own.values())) if runtime.sharding == "zero3" else 0
+    bucket = _bucket(own, width) if runtime.sharding == "zero3" else 0
     gradients = share + (share + bucket if bucket else 0)
     step = 3 * share + gradients + shared_teacher + activations + exchange + 2 * bucket
     # one rank alone writes all of it: its part of what the ranks need together
@@ -91,6 +90,12 @@ def footprint(
     loading = max(weights, share + teachers) - step
     parts = share, gradients, 2 * share, shared_teacher, activations, exchange + 2 * bucket
     return Footprint(*parts, saving=max(0, saving), loading=max(0, loading - max(0, saving)))
+
+
+def _bucket(own: Shapes, width: int) -> int:
+    from masters.models.sharding.zero3 import BUCKET  # here: it takes seconds of imports that other ways do not need
+
+    return width * min(BUCKET, _numbers(own.values()))
 
 
 def _activations(own: Shapes, width: int, tokens: tuple[int, int], device: str, computed_again: bool) -> int:

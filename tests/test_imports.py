@@ -2,6 +2,10 @@
 
 import importlib
 import pkgutil
+import subprocess
+import sys
+
+import pytest
 
 import masters
 
@@ -16,6 +20,23 @@ def test_every_module_imports() -> None:
     } <= set(found)
     for name in found:
         importlib.import_module(name)
+
+
+# each takes seconds that a command which refuses its input would spend
+HEAVY = {"torch.distributed.tensor", "deepspeed", "transformers", "vllm", "ray", "mlflow", "prefect", "datasets"}
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("masters.cli", HEAVY | {"torch", "pyarrow"}),
+        ("masters.preflight", HEAVY),
+        ("masters.flows.distill", {"vllm", "ray", "transformers", "torch.distributed.tensor"}),
+    ],
+)
+def test_imports_that_a_process_may_do_without_are_made_where_they_are_used(module: str, heavy: set[str]) -> None:
+    code = f"import sys, {module}; print(*sorted({heavy!r} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []
 
 
 def test_functions_stay_short() -> None:

@@ -5,7 +5,6 @@ from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from masters.config import Train
 from masters.errors import MastersError
@@ -81,5 +80,6 @@ def prove(sharding: Sharding, way: str, device: str) -> None:
 
 
 def own(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank has of a tensor, as a plain one of the same memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """What this rank has of a tensor, a DTensor or a plain one, as a plain one of the same memory."""
+    shared = getattr(tensor, "to_local", None)  # no DTensor by name: its import takes seconds
+    return shared() if shared else tensor
