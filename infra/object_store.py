@@ -32,9 +32,8 @@ def service(folder: Path, port: int, environment: dict[str, str]) -> Service:
     (folder / "data").mkdir(parents=True, exist_ok=True)
     _keys(folder)
     ports = free_ports() | {"s3.port": port}
-    small = environment | {"GOMEMLIMIT": "200MiB", "HOME": str(folder)}
-
-    return Service("s3", command(folder, ports, BUCKETS), small, lambda: holds(BUCKETS, environment_of(folder, port)))
+    own = environment | variables(folder)
+    return Service("s3", command(folder, ports, BUCKETS), own, lambda: holds(BUCKETS, environment_of(folder, port)))
 
 
 def command(folder: Path, ports: dict[str, int], buckets: tuple[str, ...]) -> list[str]:
@@ -46,6 +45,11 @@ def command(folder: Path, ports: dict[str, int], buckets: tuple[str, ...]) -> li
         str(weed), "mini", f"-dir={folder / 'data'}", f"-s3.config={folder / 's3.json'}", *OPTIONS,
         f"-bucket={','.join(buckets)}", *(f"-{name}={port}" for name, port in ports.items()),
     ]  # fmt: skip
+
+
+def variables(folder: Path) -> dict[str, str]:
+    """What the server needs. Of a limit below the 200 MiB that it reserves at rest its collector would never rest."""
+    return {"GOMEMLIMIT": "512MiB", "HOME": str(folder)}
 
 
 def environment_of(folder: Path, port: int) -> dict[str, str]:

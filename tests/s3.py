@@ -80,7 +80,7 @@ def _start(folder: Path, ports: dict[str, int]) -> subprocess.Popen:
     with open(folder / "log", "wb") as log:
         return subprocess.Popen(
             command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            env=os.environ | {"GOMEMLIMIT": "200MiB", "HOME": str(folder)}, preexec_fn=die_with_parent,
+            env=os.environ | object_store.variables(folder), preexec_fn=die_with_parent,
         )  # fmt: skip
 
 

@@ -19,22 +19,14 @@ from masters.benchmarks.measure import Row, compare, extra_mib, seconds
 from masters.config import Rewards, Train
 from masters.errors import MastersError
 from masters.models import head as chunked_head
+from tests import held
 
 SHAPE = step.Shape((8, 6), words=5, response=6)
 SMALL = head.Sizes(tokens=16, vocabulary=3000, student=8, teacher=12)
 
 
-def held() -> object:
-    return torch.zeros(64 << 18).add_(1)
-
-
-def prepared():
-    torch.zeros(1)
-    return held
-
-
 def test_memory_is_that_of_the_call_alone() -> None:
-    assert 60 < extra_mib(prepared)() < 80
+    assert 60 < extra_mib(held.prepared)() < 80
 
 
 def test_medians_ratio_and_spread() -> None:
@@ -87,7 +79,17 @@ def complete(name: Benchmark, sizes: object) -> list[dict]:
     return rows
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("head", SMALL), ("mask", (64, 256)), ("step", (SHAPE,))])
+SLOW = pytest.mark.slow  # a fresh process for each measurement of memory
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        pytest.param("head", SMALL, marks=SLOW),
+        pytest.param("mask", (64, 256), marks=SLOW),
+        ("step", (SHAPE,)),
+    ],
+)
 def test_rows_are_complete(name: str, sizes: object) -> None:
     assert len(complete(Benchmark(name), sizes)) >= 2
 

@@ -6,7 +6,8 @@ every way. A share is the part of a flattened weight that DeepSpeed keeps on thi
 
 What would go wrong silently, and is not done here: taking the mean over ranks, which DeepSpeed makes, for their sum
 (`prove` shows that they are summed); going on with what it keeps gathered between passes, or keeps whole because it is
-small, after a share has changed; leaving a gradient of the last step where a parameter has none in this one.
+small, after a share has changed; leaving a gradient of the last step where a parameter has none in this one; letting
+its list of modules whose forward pass is under way grow by those that a second forward pass leaves early.
 """
 
 import os
@@ -51,12 +52,14 @@ class Zero3:
         self._engines: dict[torch.nn.Module, Any] = {}
         self._shares: dict[torch.nn.Module, dict[str, torch.nn.Parameter]] = {}
         self._shapes: dict[torch.Tensor, torch.Size] = {}
+        self._idle = 0  # how long DeepSpeed's list of modules under way is between passes
         prove(self, "zero3", device)
         for of_model in (self._engines, self._shares, self._shapes):
             of_model.clear()  # what was proven on needs no memory any more
 
     def hold(self, model: torch.nn.Module, train: Train | None = None) -> torch.nn.Module:
         import deepspeed
+        from deepspeed.runtime.zero import parameter_offload
 
         if train:
             precision.computing(model, train)
@@ -69,7 +72,7 @@ class Zero3:
         made = deepspeed.initialize(
             model=model.to(self._device), optimizer=scatters, config=settings, dist_init_required=False
         )
-        engine: Any = made[0]
+        self._idle, engine = len(parameter_offload.FWD_MODULE_STACK), cast(Any, made[0])
         for copy in engine.optimizer.fp32_partitioned_groups_flat if train else ():
             copy.data = copy.new_empty(0)  # the weights that its optimiser would step on
         for weight in _outside(model):
@@ -121,8 +124,11 @@ class Zero3:
         )
 
     def _release(self, model: torch.nn.Module) -> None:
-        """What is gathered, as the head's weight is between passes, is to be gathered anew by the next."""
+        """Nothing is under way: what is gathered, as the head's weight still is, is to be gathered anew."""
+        from deepspeed.runtime.zero import parameter_offload
+
         self._engines[model].optimizer.empty_partition_cache()
+        del parameter_offload.FWD_MODULE_STACK[self._idle :]
 
 
 def _outside(model: Any) -> list[torch.nn.Parameter]:

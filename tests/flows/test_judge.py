@@ -50,6 +50,7 @@ def judged(store: Path) -> Judged:
     return scored(made_run(store, str(JUDGE)), *asked())
 
 
+@pytest.mark.slow
 def test_the_demo_judge_agrees_with_exact_match(judged: Judged, store: Path) -> None:
     (questions, texts), (artifact, rows, line) = asked(), judged
     right = [exact_match(texts[row["question_id"]][row["sample"]], questions[row["question_id"]][1]) for row in rows]

@@ -119,6 +119,7 @@ def rounds(run: Run, responses: bool) -> str:
 TEACHER = dict(model=str(ROOT / "demo/models/teacher"), r_max=0.2, step=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "teachers", "drawn"),
     [

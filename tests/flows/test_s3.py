@@ -137,6 +137,7 @@ def refused(done: subprocess.CompletedProcess, why: str, place: Path, machine: s
     assert not (place / machine / "here" / "mlflow.db").exists()
 
 
+@pytest.mark.slow
 def test_a_store_that_has_gone_away_is_refused(place: Path, tmp_path: Path) -> None:
     with serve(tmp_path / "gone") as server:
         ready = masters("check", place=place, machine="gone", aws=server.environment())

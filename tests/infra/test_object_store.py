@@ -1,6 +1,8 @@
 """The local store counts as started once its buckets are there, not once it answers."""
 
+import os
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from masters.infra import object_store
+from tests.s3 import serve
 
 
 class Starting(BaseHTTPRequestHandler):
@@ -47,3 +50,16 @@ def test_it_answers_when_every_bucket_is_there(
 def test_a_server_that_is_not_there_does_not_answer(tmp_path: Path) -> None:
     service = object_store.service(tmp_path, object_store.free_ports()["s3.port"], {})
     assert not service.answers()
+
+
+def test_at_rest_it_takes_next_to_no_time(tmp_path: Path) -> None:
+    """It runs beside everything else on the machine."""
+    with serve(tmp_path) as server:
+        before = cpu_seconds(server.pid)
+        time.sleep(10)
+        assert cpu_seconds(server.pid) - before < 0.5
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -231,6 +231,15 @@ def alive() -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+def stale(way: str) -> int:
+    """How often DeepSpeed takes a module's forward pass to be under way that it has on its list already."""
+    if way != "zero3":
+        return 0
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    return len(FWD_MODULE_STACK) - len({id(module) for module in FWD_MODULE_STACK})
+
+
 def found_by(world: Trained) -> dict:
     """All that sharded ranks find; FOLDER/one is the store of a run of one process that was not sharded."""
     if world.world == 1:
@@ -241,6 +250,7 @@ def found_by(world: Trained) -> dict:
         kept=kept(world),  # first: nothing else comes and goes then
         gradients={case: world.gradients(case) for case in CASES},
         again=world.gradients("tied", again),
+        stale=stale(world.way),
         bfloat16=world.gradients("tied", world.job("tied", compute_dtype="bfloat16")),
         runs={case: world.run(case, "two") for case in ("tied", "untied")},
         resumed=world.run("tied", "from-one"),

@@ -162,6 +162,11 @@ def test_blocks_that_are_computed_twice_have_the_same_gradients(one: Trained, wh
             assert all(torch.equal(a["gradients"][name], b["gradients"][name]) for name in a["gradients"])
 
 
+def test_nothing_is_kept_of_passes_that_were_cut_short(ranks: list[dict]) -> None:
+    """A block's second forward pass ends as soon as the backward pass has what it needs."""
+    assert [rank["stale"] for rank in ranks[:2]] == [0, 0]
+
+
 def test_mixed_precision_is_near_and_keeps_float32(two: dict) -> None:
     for found, expected in zip(two["bfloat16"], two["gradients"]["tied"], strict=True):
         assert {tensor.dtype for tensor in found["gradients"].values()} == {torch.float32}

@@ -1,0 +1,12 @@
+"""A call that takes 64 MiB: a fresh process that measures it imports this module, and nothing heavier than PyTorch."""
+
+import torch
+
+
+def prepared():
+    torch.zeros(1)
+    return held
+
+
+def held() -> object:
+    return torch.zeros(64 << 18).add_(1)
