@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 # what PyTorch says on a CPU, and what CUDA's libraries say that allocate by themselves
 AGAIN = "again"  # the event: all ranks are to begin again, with a smaller token budget
-NO_MEMORY = re.compile(r"can't allocate memory|bad_alloc|CUDA out of memory|_ALLOC_FAILED")
+NO_MEMORY = re.compile(r"can't allocate memory|bad_alloc|CUDA(?: error:|\]:)? out of memory|_ALLOC_FAILED")
 
 SHOWN = 200  # characters of what the allocator says
 

@@ -20,7 +20,7 @@ from masters.models.packing import Pack, response_states
 from masters.models.ranks import collected, gathered, spread
 from masters.models.sharding import own
 
-KEPT = 2  # best weights: the ones before are what a checkpoint older than the new ones goes on with
+KEPT = 3  # best weights: of either checkpoint, and of one that was on its way
 
 
 def gradient_size(parameters: Iterable[torch.nn.Parameter]) -> float:

@@ -76,7 +76,7 @@ class Pool:
 
         try:
             said = ray.get(ref)
-        except (exceptions.RayActorError, exceptions.ObjectLostError) as error:
+        except (exceptions.RayActorError, exceptions.ObjectLostError, exceptions.OutOfMemoryError) as error:
             self._lost(seat, error)
         except exceptions.RayTaskError as error:
             raise _own(error) from error

@@ -26,20 +26,31 @@ def reference_log_probs(job: Job) -> dict[int, torch.Tensor]:
     A question's groups (of several mask stages) are read together, questions in the order of the table, where those
     of one image lie together. The numbers are kept beside the checkpoints, so that a resumed run uses the very same.
     """
-    if not gathered(job, _kept(job) is not None)[0]:  # one rank decides for all
+    if not gathered(job, job.rank == 0 and _kept(job) is not None)[0]:  # one rank decides for all
         asked: dict[Ref, list[int]] = {}
         for g in sorted(range(len(job.groups)), key=lambda g: (job.groups[g].ref.file, job.groups[g].ref.row)):
             asked.setdefault(job.groups[g].ref, []).append(g)
         mine = list(asked.values())[len(asked) * job.rank // job.world : len(asked) * (job.rank + 1) // job.world]
         everyone = gathered(job, _computed(job, mine, next(iter(asked.values()), [])))
         if job.rank == 0:
-            data = save_safetensors({group: part[group] for part in everyone for group in part})
+            data = _packed({group: values for part in everyone for group, values in part.items()})
             job.storage.write(f"{job.checkpoints}/{KEPT}{digest(data)}.safetensors", data)
         gathered(job, None)  # no rank reads before it is written
     found = _kept(job)
     if found is None:
         raise StoreError(f"{job.storage.uri(job.checkpoints)}: the reference log-probabilities are gone")
-    return {int(group): values for group, values in load_safetensors(found).items()}
+    return _unpacked(found)
+
+
+def _packed(found: dict[int, torch.Tensor]) -> bytes:
+    """Of groups 0 to G - 1 in order. Not a tensor each: a safetensors file tells of little more than a million."""
+    values = [found[group] for group in range(len(found))]
+    return save_safetensors(dict(logp_T=torch.cat(values), tokens_G=torch.tensor([len(each) for each in values])))
+
+
+def _unpacked(data: bytes) -> dict[int, torch.Tensor]:
+    kept = load_safetensors(data)
+    return dict(enumerate(kept["logp_T"].split(kept["tokens_G"].tolist())))
 
 
 def _kept(job: Job) -> bytes | None:
@@ -50,9 +61,9 @@ def _kept(job: Job) -> bytes | None:
     return None
 
 
-def _computed(job: Job, asked: list[list[int]], spare: list[int]) -> dict[str, torch.Tensor]:
+def _computed(job: Job, asked: list[list[int]], spare: list[int]) -> dict[int, torch.Tensor]:
     """log pi_ref by group, of groups that are read together; `spare`: such groups, for passes of other ranks alone."""
-    found: dict[str, torch.Tensor] = {}
+    found: dict[int, torch.Tensor] = {}
 
     def log_probs(packed: Pack) -> torch.Tensor:
         return job.sharding.within(
@@ -72,11 +83,11 @@ def _computed(job: Job, asked: list[list[int]], spare: list[int]) -> dict[str, t
                 f"reference log-probabilities of question {', '.join(dict.fromkeys(bad))} are no finite numbers: "
                 "look at the question and at the student's weights"
             )
-        found.update(zip(map(str, groups), parts_T, strict=True))
+        found.update(zip(groups, parts_T, strict=True))
         job.report(event="reference", done=len(found) * job.world, of=len(job.groups))
 
     def rest() -> None:
-        left = ((own, _together(job, own)) for own in asked if str(own[0]) not in found)
+        left = ((own, _together(job, own)) for own in asked if own[0] not in found)
         each_pass(job, left, read, Spare(lambda: _together(job, spare), log_probs))
 
     within_memory(job, rest)

@@ -37,6 +37,7 @@ from masters.shards import Ref
 from masters.storage import Storage
 
 EVERY_RANK = {"token_budget", AGAIN}  # events that each rank tells of itself; rank 0 speaks for all otherwise
+ALIVE = "alive"  # what the others say instead: one that is silent for long is taken for lost
 
 
 class Prompts:
@@ -114,8 +115,8 @@ def prepare(job: dict, job_file: Path, rank: int, world: int) -> trainer.Job:
     planned = passes.plan(steps, [passes.size_of(group) for group in groups], job["token_budget"], world)
 
     def report(**fields: object) -> None:
-        if rank == 0 or fields["event"] in EVERY_RANK:
-            processes.report(job_file, **fields)
+        told = fields if rank == 0 or fields["event"] in EVERY_RANK else dict(event=ALIVE)
+        processes.report(job_file, **told)
 
     told = {} if planned is None else dict(passes=planned.passes, largest_pass=planned.largest_tokens)
     report(event="start", groups=len(groups), steps=len(steps), empty_responses=empty, planned=told)

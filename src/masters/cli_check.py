@@ -54,12 +54,10 @@ def check(
 
 def _memory(settings: Config, ready: "Ready") -> str:
     """What training needs at least, with the largest teacher, whatever its token budget. Raises InputError."""
-    import torch
-
-    from masters.models import footprint
+    from masters.models import devices, footprint
 
     train, ranks = settings.train, settings.runtime.train_processes
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    device = devices.of_rank(0, ranks)
     teachers = [None] if train.objective == "sft" else [teacher.folder for teacher in ready.teachers]
     needs = [
         footprint.footprint(ready.student.folder, one, train, (0, 0), ranks, False, device, settings.runtime).on(device)

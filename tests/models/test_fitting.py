@@ -10,7 +10,7 @@ import torch
 
 from masters.config import Train
 from masters.errors import MastersError
-from masters.models import guards, trainer
+from masters.models import fitting, guards, trainer
 from masters.models.fitting import out_of_memory
 from masters.models.history import Ledger
 from masters.models.reference import reference_log_probs
@@ -161,3 +161,11 @@ def test_baselines_shrink_alike(job: trainer.Job, objective: str) -> None:
         found.append(gradient(job.student))
         job.student.zero_grad()
     assert (found[1] - found[0]).norm() / found[0].norm() < 2e-5
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["CUDA out of memory. Tried to allocate 2 GiB", "CUDA error: out of memory", "Triton Error [CUDA]: out of memory"],
+)
+def test_every_way_in_which_a_gpu_says_that_it_is_full_is_known(said: str) -> None:
+    assert fitting.NO_MEMORY.search(said) and not fitting.NO_MEMORY.search("CUDA error: device-side assert triggered")

@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from ray import exceptions
 
 from masters import engines, processes, schemas, shards
 from masters.models.ray_guard import session
+from masters.models.ray_worker import Pool
 from masters.tasks import evaluate
 from masters.tasks.data import data
 from masters.tasks.generate import generate
@@ -96,3 +98,17 @@ def test_rows_are_one_engines_though_one_of_two_is_killed(
     assert watch.listened and watch.reached == set()
     assert DASHBOARD not in {port for _, port in watch.listened}
     assert session(watch.driver) == set()
+
+
+@pytest.mark.parametrize("error", [exceptions.RayActorError(), exceptions.OutOfMemoryError("the node is full")])
+def test_an_engine_that_dies_or_that_ray_ends_for_memory_is_replaced(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def get(_: object) -> None:
+        raise error
+
+    pool, lost = object.__new__(Pool), []
+    monkeypatch.setattr("ray.get", get)
+    monkeypatch.setattr(Pool, "_lost", lambda _, seat, why: lost.append((seat, why)))
+    pool._hear("seat", None)  # pyright: ignore[reportArgumentType]
+    assert lost == [("seat", error)]
