@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from masters.artifacts import Artifact
+from masters.errors import MastersError
 from masters.models.schedule import stage_of
 from masters.models.training_data import Group, Key
 from masters.shards import Ref
@@ -99,7 +100,7 @@ def response_groups(
 def _responses(numbers: dict[str, int], responses: Artifact, ratios: list[float]) -> Responses:
     empty, written = 0, 0
     places, lengths, tokens = [np.empty(0, np.int64)], [np.empty(0, np.int32)], [np.empty(0, np.int32)]
-    prompts, prompt_Q = [np.empty(0, np.int32)], np.zeros((2, len(numbers)), np.int64)  # begin, length
+    prompts, prompt_Q = [np.empty(0, np.int32)], np.zeros((3, len(numbers)), np.int64)  # begin, length, mark
     for table in responses.batches("responses", [*COLUMNS, "prompt_token_ids", "response_token_ids"]):
         said = pc.greater(pc.fill_null(pc.list_value_length(table["response_token_ids"]), 0), 0)
         empty += len(table) - pc.sum(said).as_py() if len(table) else 0
@@ -109,8 +110,9 @@ def _responses(numbers: dict[str, int], responses: Artifact, ratios: list[float]
             parts.append(part)
         question, first = np.unique(place >> QUESTION, return_index=True)
         new = prompt_Q[1, question] == 0
+        _same_prompts(rows.take(pa.array(first[~new])), prompt_Q[2, question[~new]])
         length, prompt = _lists(rows["prompt_token_ids"].take(pa.array(first[new])))
-        prompt_Q[:, question[new]] = written + np.cumsum(length) - length, length
+        prompt_Q[:, question[new]] = written + np.cumsum(length) - length, length, _marks(length, prompt)
         prompts.append(prompt)
         written += len(prompt)
     place, length = np.concatenate(places), np.concatenate(lengths)
@@ -119,6 +121,22 @@ def _responses(numbers: dict[str, int], responses: Artifact, ratios: list[float]
         place[order], begin[order], length[order], np.concatenate(tokens), prompt_Q[0], prompt_Q[1],
         np.concatenate(prompts), empty,
     )  # fmt: skip
+
+
+def _marks(length: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """int64: a hash of each list, of this process."""
+    ends = np.cumsum(length, dtype=np.int64)
+    return np.array([hash(tokens[end - n : end].tobytes()) for n, end in zip(length, ends, strict=True)], np.int64)
+
+
+def _same_prompts(rows: pa.Table, mark_Q: np.ndarray) -> None:
+    """Raises MastersError unless each row's prompt is the one whose mark its question has already."""
+    other = np.flatnonzero(_marks(*_lists(rows["prompt_token_ids"])) != mark_Q)
+    if len(other):
+        raise MastersError(
+            f"question {rows['question_id'][int(other[0])].as_py()}: its responses lie behind different prompts ("
+            f"{len(other)} such questions): teacher and student must have the same chat template and processor settings"
+        )
 
 
 def _scores(numbers: dict[str, int], verdicts: Artifact | None, ratios: list[float], place_R: np.ndarray) -> np.ndarray:

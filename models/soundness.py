@@ -20,7 +20,7 @@ from masters.models.checkpoints import parameter_names
 from masters.models.masking import is_masked
 from masters.models.probe import Probed, probe
 
-VERSION = 2  # of the checks
+VERSION = 3  # of the checks
 LAYERS = ("num_hidden_layers", "num_layers", "depth", "n_layer")  # what configurations call the number of blocks
 INDEX = "model.safetensors.index.json"
 
@@ -167,14 +167,14 @@ def _check_index(folder: Path) -> None:
         )
 
 
-def _noted(note: Path) -> dict[str, int] | None:
+def _noted(note: Path) -> dict[str, Any] | None:
     try:
         return json.loads(note.read_text())
     except (OSError, ValueError):
         return None
 
 
-def _write(note: Path, content: dict[str, int]) -> None:
+def _write(note: Path, content: dict[str, Any]) -> None:
     """Whole or not at all: another run may read it now."""
     note.parent.mkdir(parents=True, exist_ok=True)
     temporary = note.with_name(f".{note.name}.{os.getpid()}.tmp")

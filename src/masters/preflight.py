@@ -144,7 +144,7 @@ def judge_of(config: Config) -> LocalModel | Server | None:
 
 def open_storage(root: str) -> Storage:
     """The store, allowed and proven to work."""
-    allowed.check(Setting.STORES, "store.root", root)
+    allowed.check(Setting.STORES, "store.root", allowed.on_disk(root))
     try:
         storage = Storage(root)
     except (ValueError, ImportError, OSError) as error:
@@ -171,7 +171,7 @@ def local_model(model: Model, store: str | None = None) -> LocalModel:
 
 
 def check_pair(teacher: LocalModel, student: LocalModel) -> None:
-    """A teacher and a student must be of one family and write the same tokens."""
+    """A teacher and a student must be of one family, write the same tokens and be asked in the same ones."""
     kinds = [model_type(m.folder) for m in (teacher, student)]
     for kind in kinds:
         family_of(kind)
@@ -185,6 +185,12 @@ def check_pair(teacher: LocalModel, student: LocalModel) -> None:
         raise InputError(
             f"teacher {teacher.name} and student {student.name} have different tokenizers ({differ} tokens differ): "
             "distillation compares the same vocabulary; choose models that share one"
+        )
+    if teacher.probed and student.probed and (unlike := teacher.probed.unlike(student.probed)):
+        raise InputError(
+            f"teacher {teacher.name} and student {student.name} make different prompts of one question and picture: "
+            f"{unlike}; distillation reads a response behind one prompt: give them the same chat template and "
+            "processor_config.json (or preprocessor_config.json)"
         )
 
 

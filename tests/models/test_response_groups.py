@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from masters import artifacts, schemas
 from masters.artifacts import Artifact, Identity
+from masters.errors import MastersError
 from masters.identity import digest
 from masters.models.response_groups import ResponseGroups, response_groups
 from masters.models.training_data import Group
@@ -87,3 +88,13 @@ def test_they_are_a_sequence(tmp_path: Path) -> None:
     assert [group.ref for group in groups[1:3]] == REFS[1:3] and groups[-1].ref == REFS[-1]
     with pytest.raises(IndexError):
         groups[len(REFS)]
+
+
+def test_a_question_is_asked_in_one_prompt_by_teacher_and_student(tmp_path: Path) -> None:
+    """Two chat templates would have the student learn answers to another prompt."""
+    asked = [dict(question_id=q, source="student", mask_ratio=None, sample=n) for q in QUESTIONS for n in (0, 1)]
+    said = [one | MODEL | dict(prompt_token_ids=[1, 2, 3], response_token_ids=[4]) for one in asked]
+    said[-1]["prompt_token_ids"] = [1, 3, 2]
+    tables = table(Storage(str(tmp_path)), "responses", said, files=2)  # each has every question once
+    with pytest.raises(MastersError, match="question q5: its responses lie behind different prompts"):
+        response_groups(REFS, tables, None, RATIOS, "partition")
