@@ -2,8 +2,9 @@
 
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
+from types import MappingProxyType
 
 from masters import artifacts
 from masters.artifacts import Artifact, Identity
@@ -26,8 +27,8 @@ class Plan:
     def __init__(self, storage: Storage, rebuild: frozenset[Stage]) -> None:
         self.storage, self.rebuild, self.lines = storage, rebuild, []
 
-    def find(self, identity: Identity) -> Artifact:
-        artifact = None if identity.kind in self.rebuild else artifacts.find(self.storage, identity)
+    def find(self, identity: Identity, upstream: Mapping[str, Artifact] = MappingProxyType({})) -> Artifact:
+        artifact = None if identity.kind in self.rebuild else artifacts.find(self.storage, identity, upstream)
         outcome = "reused" if artifact else "built"
         changed = [] if artifact else changes(self.storage, identity)
         self.lines.append(dict(name=identity.stage, outcome=outcome, fingerprint=identity.fingerprint, changed=changed))
@@ -108,13 +109,13 @@ def _walk(context: Context, found: Plan) -> None:
         inputs = {"data": questions, "masks": found.find(mask.identity(context, current))}
         if Stage.GENERATE in needs(config):
             asked = generate.orders(context, current, questions, inputs["masks"])
-            inputs["responses"] = found.find(generate.identity(context, current, asked))
+            inputs["responses"] = found.find(generate.identity(context, current, asked), inputs)
         if Stage.SCORE in needs(config):
-            inputs["verdicts"] = found.find(score.identity(context, current, inputs["responses"]))
-        trained = found.find(train.identity(context, current, inputs))
+            inputs["verdicts"] = found.find(score.identity(context, current, inputs["responses"]), inputs)
+        trained = found.find(train.identity(context, current, inputs), inputs)
         student = context.trained(trained)
     asked = evaluate.orders(context, questions, [*ready.teachers, evaluate.before(ready), student])
-    evaluated = found.find(evaluate.identity(context, asked))
+    evaluated = found.find(evaluate.identity(context, asked), {"data": questions})
     found.find(register.identity(context, {"train": trained, "evaluate": evaluated}))
 
 

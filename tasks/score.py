@@ -39,9 +39,13 @@ def attempts(context: Context, current: Round, responses: Artifact) -> list[Iden
     So nothing that was trained on is overwritten, and a judge that was down is asked again by the next run.
     """
     chain = [first(context, current, [_stem(file) for file in responses.files("responses")])]
-    while (found := artifacts.find(context.storage, chain[-1])) and found.facts["statuses"].get("judge_failed"):
+    while (found := _found(context, chain[-1], responses)) and found.facts["statuses"].get("judge_failed"):
         chain.append(replace(chain[0], inputs=chain[0].inputs | {"earlier": found.fingerprint}))
     return chain
+
+
+def _found(context: Context, made_of: Identity, responses: Artifact) -> Artifact | None:
+    return artifacts.find(context.storage, made_of, {"responses": responses})
 
 
 def first(context: Context, current: Round, shards: list[str]) -> Identity:
@@ -74,7 +78,7 @@ def score(run: Run, current: Round, data: Artifact, responses: Artifact) -> Arti
     judged = cache(lambda: _judged(run, chain[-1], judge, set(_triples(responses, answers))))
     made_of = chain[-1]
     here = not run.pool(Stage.SCORE)  # else the pool's worker asks the judge
-    if here and len(chain) > 1 and not artifacts.find(run.storage, made_of) and not judged()[1]["answered"]:
+    if here and len(chain) > 1 and not _found(run, made_of, responses) and not judged()[1]["answered"]:
         made_of = chain[-2]  # the judge still cannot be had for these: what there is stays
 
     def build() -> tuple[dict[str, str], dict, dict]:

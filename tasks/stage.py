@@ -149,26 +149,28 @@ class Run(Context):
         )  # fmt: skip
 
 
-def _discard(run: Run, identity: Identity, forget: Callable[[], None]) -> None:
-    """Make room for what is to be built again: once a run, however often it is cut short and goes on.
+def _discard(run: Run, identity: Identity, upstream: Upstream, forget: Callable[[], None]) -> None:
+    """Make room for what is to be built again: what the run was asked to, once, however often it is cut short and goes
+    on; and what was made from an input that was built again since and came out different.
 
     What another run built since this one began is as good.
     """
     mark = f"{identity.folder}/rebuilt-{run.key}"
-    if not run.rebuilds(identity) or run.storage.exists(mark):
-        return
-    with suppress(ArtifactError):  # damaged: a reason to build again
+    asked, found = run.rebuilds(identity) and not run.storage.exists(mark), None
+    with suppress(ArtifactError):  # damaged: a reason to build again where that was asked for, else told
         found = artifacts.find(run.storage, identity)
-        if found and found.created > run.began:
-            return
+    outdated = found is not None and artifacts.find(run.storage, identity, upstream) is None
+    if not outdated and (not asked or (found and found.created > run.began)):
+        return
     for version in run.tracker.registry.made_from(identity.fingerprint):
         warn(
             f"{identity.stage} of {version} is built again: if other bytes come of it, the lineage of that version no "
             "longer holds (`masters lineage` tells)"
         )
     artifacts.discard(run.storage, identity)
-    forget()
-    run.storage.write(mark, b"")
+    if asked:
+        forget()
+        run.storage.write(mark, b"")
 
 
 def _built(run: Run, build: Build) -> tuple[dict[str, str], dict, dict]:
@@ -187,8 +189,8 @@ def _here(
     """The artifact, built in this process, its outcome and how it ran; another run may have been first."""
     what = f"builds {identity.stage} of {run.config.name}: waiting for it"
     with alone(run.storage, identity.folder, run.work(identity), lambda who: warn(f"{who} {what}")) as check:
-        _discard(run, identity, forget)
-        if artifact := artifacts.find(run.storage, identity):  # it was built while this run waited
+        _discard(run, identity, upstream, forget)
+        if artifact := artifacts.find(run.storage, identity, upstream):  # it was built while this run waited
             return artifact, "reused", {}
         run.storage.sweep(identity.folder)
         files, facts, how = _built(run, build)
@@ -210,7 +212,8 @@ def build_or_reuse(
     """
     began = time.monotonic()
     memory.forget_peak()
-    artifact, how, outcome = None if run.rebuilds(identity) else artifacts.find(run.storage, identity), {}, "reused"
+    artifact = None if run.rebuilds(identity) else artifacts.find(run.storage, identity, upstream)
+    how, outcome = {}, "reused"
     with run.tracker.stage(identity, upstream) as tracked:
         if artifact is None and (pool := run.pool(identity.kind)):
             wanted = run.assignment(identity, upstream, ahead)

@@ -15,7 +15,9 @@ from masters.tasks.mask import thresholds
 from masters.tasks.progress import Progress
 from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse, warn
 
-VERSION = 4  # 3: identical responses are read once, questions of one image share its tokens; 4: history and rewards
+# 3: identical responses are read once, questions of one image share its tokens; 4: history and rewards; 5: inputs by
+# what they hold, so that a student that was made from other answers under the same identity keeps its files
+VERSION = 5
 PROBE = 128  # questions watched while it trains: of the evaluation split, as long as nothing is chosen by them
 HELD_OUT = 10  # with `train.probe_drop` they are training questions instead, at most one in so many
 GUARD = {"probe_drop", "on_drop"}
@@ -35,7 +37,7 @@ def identity(context: Context, current: Round, inputs: Inputs) -> Identity:
     if train.objective == "masters":
         config["rewards"] = dict(accuracy=rewards.accuracy, distillation=rewards.distillation)
     made_from = {"teacher": current.teacher.digest, "student": current.student.digest}
-    made_from |= {name: artifact.fingerprint for name, artifact in inputs.items()}
+    made_from |= {name: artifact.content for name, artifact in inputs.items()}
     return Identity(f"train{current.suffix}", VERSION, config, made_from, slug=context.config.name)
 
 
@@ -196,6 +198,7 @@ class _Watch:
             self.planned = line["planned"]
         elif event == "resumed":
             self.resumed = line["step"]
+            self.probes = [look for look in self.probes if look["step"] <= self.resumed]
         elif event == "refused_checkpoint":
             self.refused.append(line["why"])
             warn(f"{line['why']}; going on from the one before")

@@ -88,3 +88,15 @@ def test_nothing_half_written_is_left(storage: Storage) -> None:
 def test_a_store_that_cannot_be_written_is_refused() -> None:
     with pytest.raises(InputError, match="cannot be written"):
         Storage("/proc/masters").check()
+
+
+@pytest.mark.parametrize("again", [b"rows", b"other rows"])
+def test_what_was_made_from_an_input_that_came_out_different_is_not_found(storage: Storage, again: bytes) -> None:
+    """Built again under the same identity, as with `--rebuild`."""
+    made_from = Identity("train", 1, {}, {"responses": MADE_OF.fingerprint})
+    first = build(storage)
+    trained = artifacts.commit(storage, made_from, {}, {}, {"responses": first})
+    artifacts.discard(storage, MADE_OF)
+    second = build(storage, again)
+    found = artifacts.find(storage, made_from, {"responses": second, "more": first})
+    assert (found == trained) == (again == b"rows") and (found is None) == (again != b"rows")

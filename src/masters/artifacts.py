@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
+from types import MappingProxyType
 
 import pyarrow as pa
 
@@ -63,6 +64,11 @@ class Artifact:
     @property
     def uri(self) -> str:
         return self.storage.uri(self.folder)
+
+    @property
+    def content(self) -> str:
+        """Of what it was made from and of what it holds: built again, it may hold other bytes under its fingerprint."""
+        return digest(f"{self.fingerprint} {self.record['digest']}".encode())
 
     @property
     def created(self) -> datetime:
@@ -137,8 +143,9 @@ def load(storage: Storage, folder: str) -> Artifact:
     return Artifact(storage, folder, json.loads(storage.read(f"{folder}/{RECORD}")))
 
 
-def find(storage: Storage, identity: Identity) -> Artifact | None:
-    """The artifact of this identity if it is finished. Raises ArtifactError if listed files are gone."""
+def find(storage: Storage, identity: Identity, upstream: Upstream = MappingProxyType({})) -> Artifact | None:
+    """The artifact of this identity if it is finished, and read of `upstream` what lies there now: an input that was
+    built again may hold other bytes under the same identity. Raises ArtifactError if listed files are gone."""
     name = f"{identity.folder}/{RECORD}"
     if not storage.exists(name):
         return None
@@ -155,7 +162,14 @@ def find(storage: Storage, identity: Identity) -> Artifact | None:
             f"{storage.uri(identity.folder)} lacks {len(lost)} of its files, or has them in another size (first: "
             f"{lost[0]}); build it again with --rebuild {identity.kind}"
         )
-    return Artifact(storage, identity.folder, record)
+    notes = record.get("upstream", {})
+    same = all(_same(notes.get(role), made) for role, made in upstream.items() if isinstance(made, Artifact))
+    return Artifact(storage, identity.folder, record) if same else None
+
+
+def _same(note: dict | None, made: Artifact) -> bool:
+    """Whether an input is what a record noted of it; one in another folder is judged by the identity alone."""
+    return not note or note.get("folder") != made.folder or note["digest"] == made.record["digest"]
 
 
 def _sizes(storage: Storage, identity: Identity) -> dict[str, int]:

@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from masters.artifacts import Artifact, Identity
 from masters.errors import StoreError
+from masters.identity import digest
 from masters.registry import CHAMPION
 from masters.stages import Stage
 from masters.tasks import evaluate
 from masters.tasks.data import data
 from masters.tasks.mask import mask
+from masters.tasks.stage import build_or_reuse
 from tests.drawn import write_questions
 from tests.trained import first_round, made_run, predicted, told
 
@@ -67,3 +70,32 @@ def test_a_damaged_shard_is_removed_and_answered_again(tmp_path: Path, source: P
     assert not run.storage.exists(order.file)
     predicted(run, questions, models)
     assert evaluate.evaluate.fn(run, questions, models).facts["scores"]["student-before"]["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("rows", [b"the same", b"others"])
+def test_a_rebuild_reaches_what_was_made_from_it_where_it_came_out_different(
+    tmp_path: Path, source: Path, rows: bytes
+) -> None:
+    def outcomes(key: str, content: bytes, rebuild: bool = False) -> list[str]:
+        run = made_run(tmp_path / "store", source, key=key)
+        run.rebuild = frozenset([Stage.MASK] if rebuild else [])
+        made: dict[str, Artifact] = {}
+        for stage in ("mask", "train", "evaluate"):
+            before = list(made.values())[-1:]
+            made_of = Identity(stage, 1, {}, {one.folder: one.fingerprint for one in before})
+            text = content + b"".join(b" of " + bytes(one.record["digest"], "ascii") for one in before)
+
+            def build(folder: str = made_of.folder, text: bytes = text) -> tuple[dict[str, str], dict, dict]:
+                run.storage.write(f"{folder}/rows", text)
+                return dict(rows=digest(text)), {}, {}
+
+            made[stage] = build_or_reuse(run, made_of, dict(before=before[0]) if before else {}, build)
+            assert run.storage.read(f"{made_of.folder}/rows") == text
+        return [line["outcome"] for line in run.stages]
+
+    assert outcomes("first", b"the same") == ["built"] * 3
+    assert outcomes("second", rows, rebuild=True) == [
+        "built",
+        *(["reused"] * 2 if rows == b"the same" else ["built"] * 2),
+    ]
+    assert outcomes("third", rows) == ["reused"] * 3

@@ -2,6 +2,7 @@
 
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,6 +124,8 @@ def test_two_processes_train_like_one(source, plain, recorded, tmp_path, monkeyp
     interrupted(made_run(tmp_path, source, runtime=dict(train_processes=2, checkpoint_steps=3)), monkeypatch)
     weights, done, tables = trained(made_run(tmp_path, source, runtime=dict(train_processes=2, checkpoint_steps=3)))
     assert done["processes"] == 2 and done["resumed_at_step"] >= 3
+    [told] = tmp_path.glob(".work/train-*/rank-1.progress")  # a rank that is silent for long is taken for lost
+    assert told.read_text().count('"alive"') > done["steps"] - done["resumed_at_step"]
     assert len(tables["rewards"]) == len(responses(tables)) and responses(tables) == responses(recorded)
     assert sorted(row["step"] for row in tables["history"]) == sorted(row["step"] for row in recorded["history"])
     for name, expected in plain.items():  # exported in bfloat16: up to one unit in the last place may differ
@@ -210,3 +213,12 @@ def test_too_little_memory_is_refused_before_a_model_is_loaded(source, tmp_path,
     monkeypatch.setattr(memory, "available", lambda: 8 << 20)
     with pytest.raises(InputError, match=r"0.01 GiB are free \(weights .* pass: \d{2,} tokens\): take a smaller"):
         train_worker.prepare(job, tmp_path / "job.json", 0, 1)
+
+
+def test_looks_at_the_probe_that_are_taken_again_are_told_once() -> None:
+    watch = tasks_train._Watch(SimpleNamespace(tracker=SimpleNamespace(metrics=lambda *_: None)), None, [0.2])  # pyright: ignore
+    for step in (0, 2, 4):
+        watch("rank-0", dict(event="probe", step=step, accuracy=0.5))
+    watch("rank-0", dict(event="resumed", step=2, of=9))
+    watch("rank-0", dict(event="probe", step=4, accuracy=0.5))
+    assert [look["step"] for look in watch.probes] == [0, 2, 4]
