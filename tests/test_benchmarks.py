@@ -109,6 +109,7 @@ def test_the_demo_and_the_plain_script_both_run_through() -> None:
         assert whole > generate + train and min(generate, train, cpu) > 1
 
 
+@pytest.mark.slow
 def test_a_large_run_is_as_large_as_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the configuration takes fewer questions."""
     text = large.CONFIG.read_text()

@@ -56,8 +56,8 @@ def test_at_rest_it_takes_next_to_no_time(tmp_path: Path) -> None:
     """It runs beside everything else on the machine."""
     with serve(tmp_path) as server:
         before = cpu_seconds(server.pid)
-        time.sleep(10)
-        assert cpu_seconds(server.pid) - before < 0.5
+        time.sleep(5)
+        assert cpu_seconds(server.pid) - before < 0.3
 
 
 def cpu_seconds(pid: int) -> float:
