@@ -139,8 +139,20 @@ def _last_run(storage: Storage) -> set[str]:
 def _registered(registries: list[Registry], storage: Storage) -> set[str]:
     """Folders that an alias of a registered model stands for, or that a rollback would lead to."""
     root = f"{storage.uri('')}/"
-    sources = {source for registry in registries for source in registry.wanted()}
-    return {source.removeprefix(root).removesuffix("/model") for source in sources if source.startswith(root)}
+    found = {wanted for registry in registries for wanted in registry.wanted()}
+    here = {uri.removeprefix(root).removesuffix("/model") for uri, _, _ in found if uri.startswith(root)}
+    # registered while the store had another address: it was moved, or is mounted elsewhere too
+    return here | {
+        folder for uri, folder, digest in found if not uri.startswith(root) and _holds(storage, folder, digest)
+    }
+
+
+def _holds(storage: Storage, folder: str, digest: str) -> bool:
+    return (
+        bool(folder)
+        and storage.exists(f"{folder}/{RECORD}")
+        and artifacts.load(storage, folder).record["digest"] == digest
+    )
 
 
 def _under_way(registries: list[Registry], storage: Storage) -> tuple[set[str], list[str]]:

@@ -123,8 +123,8 @@ def judged(run: Run, done: Distilled, champion: Champion | None) -> dict:
     # a night in which nothing was built came to its verdict before, unless it was cut short
     news = any(stage["outcome"] == "built" for stage in run.stages) or not registry.is_judged(name, done.version)
     told: dict = dict(candidate=done.version, champion=done.version) | NOTHING
-    if champion is None and (past := registry.history(name)):
-        told |= dict(outcome="kept", champion=None, reasons=[VACANT.format(name=name, last=past[-1])])
+    if champion is None and (last := registry.last_champion(name)):
+        told |= dict(outcome="kept", champion=None, reasons=[VACANT.format(name=name, last=last)])
     elif champion is None:
         told |= dict(outcome="promoted", reasons=["the first champion"])
     elif champion.version == done.version:

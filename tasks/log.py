@@ -6,7 +6,7 @@ from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 from rich.console import Console
 
-CONSOLE = Console(stderr=True)
+CONSOLE = Console(stderr=True, markup=False)  # names may hold brackets
 
 
 def log(level: Literal["info", "warning"], line: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from masters import allowed
-from masters.allowed import Setting, check_config
+from masters.allowed import Setting, check, check_config, on_disk
 from masters.config import Config
 from masters.config_file import load
 from masters.errors import InputError
@@ -167,3 +167,12 @@ def test_a_configuration_holds_no_secret(override: str) -> None:
     with pytest.raises(InputError, match="holds a password or a key") as refused:
         check_config(demo(override))
     assert "pass@" not in str(refused.value) and "abc" not in str(refused.value)
+
+
+def test_a_relative_store_is_allowed_before_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(Setting.STORES, str(tmp_path / "runs"))
+    check(Setting.STORES, "store.root", on_disk("runs/demo"))
+    with pytest.raises(InputError, match="not allowed on this machine"):
+        check(Setting.STORES, "store.root", on_disk("elsewhere/demo"))
+    assert on_disk("s3://lake/x") == "s3://lake/x"

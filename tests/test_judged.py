@@ -157,3 +157,29 @@ def test_two_nights_of_a_name_follow_each_other(tmp_path: Path, monkeypatch: pyt
             pass
     with machine.turn("night a", waits):
         pass
+
+
+def test_models_of_others_in_the_same_mlflow_are_left_alone(registry: Registry) -> None:
+    client = MlflowClient(registry.uri)
+    client.create_registered_model("team.fraud model's")
+    client.create_model_version("team.fraud model's", "s3://theirs", tags={"upstream.mask": "f"})
+    client.set_registered_model_alias("team.fraud model's", "champion", "1")
+    before = registry.wanted()
+    registry.promote(NAME, 1)
+    assert len(registry.wanted()) >= len(before) and registry.made_from("f") == []
+
+
+def test_a_first_promotion_that_was_cut_short_is_made_up_for(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(MlflowException):
+        patch.setattr(registry._client, "set_registered_model_alias", lambda *_: refuse())
+        registry.promote(NAME, 1)
+    assert registry.history(NAME) == [1] and registry.champion(NAME) is None
+    told = verdict(registry, 2, BETTER, True, monkeypatch)
+    assert (told["outcome"], told["reasons"]) == ("promoted", ["the first champion"])
+    assert registry.champion(NAME) == 2
+
+
+def refuse() -> None:
+    raise MlflowException("away")

@@ -89,7 +89,7 @@ def test_a_silent_holder_is_taken_over_and_may_not_commit(storage: Storage, else
 
 
 def test_a_holder_of_this_machine_that_ended_is_not_waited_for(storage: Storage) -> None:
-    host, boot, pid, _ = machine.this_process().split()
+    host, boot, pid, *_ = machine.this_process().split()
     dead = json.dumps(dict(process=f"{host} {boot} {pid} 1", holder="x", beats=3)).encode()
     storage.create(f"leases/{FOLDER}/00000004", dead)
     began = time.monotonic()
@@ -127,3 +127,14 @@ def test_between_machines_on_s3(s3: S3, tmp_path: Path, monkeypatch: pytest.Monk
         each.join(30)
     assert order in (["one", "one", "two", "two"], ["two", "two", "one", "one"])
     assert said == ["another machine"]
+
+
+def test_a_process_of_another_container_is_none_of_ours() -> None:
+    """Containers of one host may share its name; each has a process 1."""
+    *process, namespace = machine.this_process().split(" ")
+    assert namespace.startswith("pid:[")
+    assert machine.ended(machine.this_process()) is False
+    assert machine.ended(" ".join([*process, "pid:[1]"])) is None
+    assert machine.ended(" ".join(process)) is False  # as earlier versions named it
+    host, _, pid, started = process
+    assert machine.ended(f"{host} another-boot {pid} {started} pid:[1]") is True

@@ -18,6 +18,7 @@ from masters.cli import app
 from masters.errors import ArtifactError, InputError
 from masters.flows.gc import FRESH, collect
 from masters.registry import Registry, shown
+from masters.secrets import masked
 from masters.storage import Storage
 from masters.trace import find, trace
 from masters.tracking import Tracker
@@ -299,7 +300,7 @@ def test_gc_spares_what_a_live_run_has_and_builds(flow: str, there: Storage) -> 
         assert there.exists(building) and there.exists("shards/responses/x.parquet")
         assert {item["kind"] for item in found["items"]} == {"artifact"}
         assert any(tracker.run_id in note for note in found["notes"])
-    host, boot, pid, _ = machine.this_process().split()
+    host, boot, pid, *_ = machine.this_process().split()
     tracker._client.set_tag(tracker.run_id, "masters.process", f"{host} {boot} {pid} 1")  # gone, without a word
     assert {item["kind"] for item in collect(configured(Path(there.uri(""))))["items"]} == {"unfinished", "shard"}
 
@@ -413,3 +414,28 @@ def test_gc_asks_every_mlflow_that_is_known_for_its_own_aliases(
     gone = {item["uri"] for item in collect(configured(storage.uri("")))["items"]}
     spared = {link.uri for link in chain.walk(storage, dict.fromkeys(kept, ""))}
     assert len(spared) == 7 and not gone & spared and gone
+
+
+def test_gc_spares_what_was_registered_while_the_store_had_another_address(there: Storage, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(there.uri(""), tmp_path / "moved"))
+    (moved / "summary.json").unlink(missing_ok=True)
+    found = collect(configured(moved))
+    kept = [link.folder for link in chain.walk(Storage(str(moved)), find(NAME, None)[1].folders, prove=False)]
+    assert kept and not {item["uri"] for item in found["items"]} & {str(moved / folder) for folder in kept}
+
+
+def test_gc_lets_runs_be_of_a_machine_that_mounts_the_store_elsewhere(there: Storage) -> None:
+    tracker = Tracker(configured(Path(there.uri(""))), there)
+    host = machine.this_process().partition(" ")[0]
+    tracker._client.set_tag(tracker.run_id, "masters.store", "/mounted/elsewhere")
+    tracker._client.set_tag(tracker.run_id, "masters.process", f"not-{host} boot 1 1")
+    assert any(tracker.run_id in note for note in collect(configured(Path(there.uri(""))))["notes"])
+
+
+@pytest.mark.parametrize("password", ["simple", "p/w1234", "p#w1234", "p?w1234", "p@w1234"])
+def test_no_address_shows_its_password(password: str) -> None:
+    uri = f"postgresql+psycopg2://user:{password}@host:5432/db"
+    assert shown(uri) == "postgresql+psycopg2://host:5432/db"
+    assert masked(f"cannot reach {uri}") == "cannot reach postgresql+psycopg2://***@host:5432/db"
+    assert shown("http://user:secret@host/a@b") == "http://host/a@b"
+    assert shown("sqlite:////data/a@b/mlflow.db") == "sqlite:////data/a@b/mlflow.db"

@@ -20,7 +20,7 @@ from masters.errors import InputError, TrackingError
 from masters.flows.nightly import night
 from masters.identity import digest
 from masters.storage import Storage
-from masters.tracking import Tracker
+from masters.tracking import Tracker, check_beside
 from tests.tracked import NAME, configured, registered, staged
 
 
@@ -265,7 +265,7 @@ def test_runs_whose_process_is_gone_are_ended(storage: Storage) -> None:
     under_way = lost.stage(Identity("data", 1, {}, {}, NAME), {})
     under_way.__enter__()
     client = MlflowClient(lost.uri)
-    host, boot, pid, _ = machine.this_process().split()
+    host, boot, pid, *_ = machine.this_process().split()
     client.set_tag(lost.run_id, "masters.process", f"{host} {boot} {pid} 1")
     elsewhere = Tracker(configured(Path(storage.uri(""))), storage)
     client.set_tag(elsewhere.run_id, "masters.process", f"another {boot} {pid} 1")
@@ -320,3 +320,10 @@ def test_this_machine_remembers_where_a_name_is_tracked(storage: Storage, home: 
     machine.remember(NAME, "http://elsewhere")
     assert machine.remembered(NAME) == ["http://elsewhere", tracker.uri]
     assert (home / ".cache/masters/tracking.json").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("name", ["a?b", "a%20b"])
+def test_a_store_whose_path_no_address_of_a_database_can_hold_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match="whose address cannot hold"):
+        check_beside(Storage(str(tmp_path / name)))

@@ -30,3 +30,13 @@ def test_one_that_fails_is_a_warning_without_the_address(
     with caplog.at_level(logging.WARNING):
         assert webhook.report("easyvqa", "failed", "why") is False
     assert "did not take the report" in caplog.text and "secret" not in caplog.text
+
+
+def test_it_is_reached_through_the_environments_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy = Webhook()  # takes what is sent to any host
+    monkeypatch.setenv("HTTP_PROXY", proxy.url)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setenv(webhook.ADDRESS, "http://hooks.invalid/secret")
+    assert webhook.report("easyvqa", "failed", "why")
+    proxy.server.shutdown()
+    assert [told["status"] for told in proxy.said] == ["failed"]

@@ -67,7 +67,7 @@ def check_config(config: Config) -> None:
                 f"{value!r:.200} holds a password or a key, and a configuration is kept with the run: take it out; "
                 "keys of stores and hubs are read from the environment (AWS_*, HF_TOKEN)"
             )
-    check(Setting.STORES, "store.root", config.store.root)
+    check(Setting.STORES, "store.root", on_disk(config.store.root))
     if config.runtime.mlflow_uri:
         check(Setting.MLFLOW, "runtime.mlflow_uri", config.runtime.mlflow_uri)
     if config.runtime.cluster:
@@ -81,6 +81,11 @@ def check_config(config: Config) -> None:
         models.append(judge)
     for model in models:
         check_model(model, config.store.root)
+
+
+def on_disk(root: str) -> str:
+    """A store's root, a path as an absolute one: unlike a model's name it is one before it is there, too."""
+    return root if URL.match(root) or ON_DISK.match(root) or "::" in root else str(Path(root).expanduser().absolute())
 
 
 def check_model(model: str, store: str | None = None) -> None:

@@ -219,14 +219,14 @@ def _measurements(name: str, rows: list[dict], as_json: bool) -> None:
             for side, (low, high) in zip(("ours", "baseline"), row["spread"], strict=True)
         ]
         table.add_row(row["case"], *sides, row["unit"], f"{row['ratio']:.2f} x" if row["ratio"] else "-")
-    Console(stderr=as_json).print(table)
+    Console(stderr=as_json, markup=False).print(table)
 
 
 def _table(summary: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False)  # names may hold brackets
     if "student" in summary:
         scores = Table(
             "model", "exact match", "standard error", "questions", title="evaluation split, greedy, through vLLM"

@@ -85,7 +85,7 @@ def _chain(found: dict, to_stderr: bool) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    console = Console(stderr=to_stderr)
+    console = Console(stderr=to_stderr, markup=False)
     table = Table(
         "stage", Column("artifact", overflow="fold"), "made from", "verified", Column("MLflow run", overflow="fold"),
         title=f"{found['of']}: {found['store']}",

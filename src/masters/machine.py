@@ -20,8 +20,8 @@ def cache() -> Path:
 
 
 def this_process() -> str:
-    """Names the running process for good: host, boot, process id and when it started."""
-    return _named(os.getpid())
+    """Names the running process for good: host, boot, process id, when it started, and whose process ids these are."""
+    return f"{_named(os.getpid())} {_namespace()}"
 
 
 @contextmanager
@@ -46,11 +46,12 @@ def turn(what: str, waiting: Callable[[], None]) -> Iterator[None]:
 
 
 def ended(process: str) -> bool | None:
-    """Whether a process that `this_process` named is gone; None if it runs, or ran, on another machine."""
-    host, boot, pid, _ = (process.split(" ") + [""] * 4)[:4]
-    if host != socket.gethostname():
+    """Whether a process that `this_process` named is gone; None if it runs, or ran, on another machine or in another
+    container."""
+    host, boot, pid, started, namespace = (process.split(" ") + [""] * 5)[:5]
+    if host != socket.gethostname() or (boot == _boot() and namespace not in ("", _namespace())):
         return None
-    return boot != _boot() or not pid.isdigit() or _named(int(pid)) != process
+    return boot != _boot() or not pid.isdigit() or _named(int(pid)) != f"{host} {boot} {pid} {started}"
 
 
 def remember(name: str, tracking_uri: str) -> None:
@@ -92,6 +93,10 @@ def _remembered() -> dict[str, list[str]]:
 
 def _boot() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _namespace() -> str:
+    return os.readlink("/proc/self/ns/pid")
 
 
 def _named(pid: int) -> str:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from urllib.parse import urlsplit
 
 import mlflow
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
@@ -17,12 +16,14 @@ from masters.artifacts import RECORD
 from masters.config import NAME
 from masters.errors import InputError
 from masters.mlflow_client import client as mlflow_client
+from masters.secrets import DATABASES
 from masters.storage import Storage
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 CHAMPIONS = "masters.champions"  # a registered model's tag: JSON list of versions, the first champion first
 RECORD_TAG = "masters.record"  # a digest over what an artifact's record holds
-VERDICT, TOLD, LEFT = "masters.gate", "masters.told", "masters.rolled_back"  # a version's tags
+# a version's tags
+VERDICT, TOLD, LEFT, SINCE = "masters.gate", "masters.told", "masters.rolled_back", "masters.champion_since"
 KEPT = 50
 
 
@@ -87,6 +88,11 @@ class Registry:
             raise InputError(f"there is no registered model {name} in MLflow at {shown(self.uri)}")
         return [int(version) for version in json.loads(model.tags.get(CHAMPIONS, "[]"))]
 
+    def last_champion(self, name: str) -> int | None:
+        """The version that had the alias champion last; one to which it was on its way when a night died had not."""
+        since = {int(version.version) for version in self.versions(name) if SINCE in version.tags}
+        return next((number for number in reversed(self.history(name)) if number in since), None)
+
     def previous(self, name: str) -> int | None:
         """The version that was champion before today's."""
         before = self._until_champion(name)[:-1]
@@ -94,15 +100,14 @@ class Registry:
 
     def promote(self, name: str, version: int) -> None:
         """Make a version the champion. Cut short anywhere, doing it again ends the same."""
-        self.version(name, version)
-        if self.champion(name) == version:
+        if SINCE in self.version(name, version).tags and self.champion(name) == version:
             return
         chain = [*self._until_champion(name), version][-KEPT:]
         # history first: an alias that is not in it could not be rolled back to
         self._client.set_registered_model_tag(name, CHAMPIONS, json.dumps(chain))
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._client.set_model_version_tag(name, str(version), "masters.champion_since", now)
         self._client.set_registered_model_alias(name, CHAMPION, str(version))
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self._client.set_model_version_tag(name, str(version), SINCE, now)
 
     def judged(self, name: str, version: int, verdict: str) -> None:
         """Note the gate's verdict on a version, which is the candidate from now on."""
@@ -213,14 +218,15 @@ class Registry:
         found = self._client.search_runs([experiment], query, max_results=1)
         return found[0].info.run_id if found else None
 
-    def wanted(self) -> set[str]:
-        """Where the versions lie that some alias stands for, and those that `rollback` leads to."""
-        found = set()
+    def wanted(self) -> set[tuple[str, str, str]]:
+        """URI, folder in its store and digest of the versions that some alias stands for, or `rollback` leads to."""
+        found, tags = set(), ("masters.uri", "masters.folder", "masters.digest")
         for model in self._models():
             numbers = {int(version) for version in model.aliases.values()}
             if before := self.previous(model.name):
                 numbers.add(before)
-            found |= {v.tags.get("masters.uri", "") for v in self.versions(model.name) if int(v.version) in numbers}
+            versions = (version for version in self.versions(model.name) if int(version.version) in numbers)
+            found |= {tuple(version.tags.get(tag, "") for tag in tags) for version in versions}
         return found
 
     def made_from(self, fingerprint: str) -> list[str]:
@@ -240,7 +246,7 @@ class Registry:
         token = ""
         while token is not None:
             page = self._client.search_registered_models(page_token=token or None)
-            yield from page
+            yield from (model for model in page if re.fullmatch(NAME, model.name))  # others are nobody's of ours
             token = page.token or None
 
     def _until_champion(self, name: str) -> list[int]:
@@ -276,6 +282,9 @@ def _point_mlflow_at(uri: str) -> None:
 
 
 def shown(uri: str) -> str:
-    """A tracking URI without the password that it may hold."""
-    parts = urlsplit(uri)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
+    """A tracking URI without the user and the password that it may hold."""
+    scheme, mark, rest = uri.partition("://")
+    if not mark:
+        return uri
+    server = rest if scheme.partition("+")[0] in DATABASES else re.split("[/?#]", rest, maxsplit=1)[0]
+    return f"{scheme}://{rest[server.rfind('@') + 1 :]}"

@@ -17,7 +17,10 @@ NAMED = re.compile(
 )
 HARMLESS = re.compile(r"TOKENIZERS_PARALLELISM|_FILE$|_PATH$")
 PLAIN = re.compile(r"true|false|none|[0-9.]+", re.IGNORECASE)  # settings, not secrets
+DATABASES = ("postgresql", "postgres", "mysql", "mariadb", "mssql", "oracle", "cockroachdb")
 FORMS = (
+    # SQLAlchemy takes passwords with any character in them: up to the last @
+    (re.compile(rf"\b((?:{'|'.join(DATABASES)})(?:\+\w+)?://)[^\s'\"]+@"), rf"\1{MASK}@"),
     (re.compile(r"(?<=://)[^\s/@'\"]+@"), f"{MASK}@"),
     (
         re.compile(

@@ -89,8 +89,14 @@ def beside(storage: Storage) -> str:
 
 def check_beside(storage: Storage) -> None:
     """Raises InputError if the default database cannot be made: unlike the store, the working folder is not proven."""
+    database = beside(storage).removeprefix("sqlite:///")
+    if strange := {"?", "%"} & set(database):
+        raise InputError(
+            f"the tracking database of a run goes to {database}, whose address cannot hold {' '.join(sorted(strange))}"
+            ": choose a store.root or a working folder without, or set runtime.mlflow_uri"
+        )
     try:
-        Path(beside(storage).removeprefix("sqlite:///")).touch()
+        Path(database).touch()
     except OSError as error:
         raise InputError(
             f"the tracking database of a run goes into the working folder, which cannot be written: {error}; "
@@ -351,7 +357,12 @@ def live(uri: str, storage: Storage) -> list[Run]:
     client, query = MlflowClient(uri), f"{LIVE} and tags.`{PARENT}` = 'yes'"
     experiments = [e.experiment_id for e in _pages(lambda token: client.search_experiments(page_token=token))]
     found = _pages(lambda token: client.search_runs(experiments, query, max_results=1000, page_token=token))
-    return [run for run in found if run.data.tags.get("masters.store") == storage.uri("")]
+    return [run for run in found if _may_be(run.data.tags.get("masters.store", ""), storage)]
+
+
+def _may_be(store: str, storage: Storage) -> bool:
+    """Whether a run's store is this one; so may be a folder that is not there, of another machine that mounts it."""
+    return store == storage.uri("") or (storage.local and "://" not in store and not os.path.exists(store))
 
 
 def _pages(ask: Callable[[str | None], PagedList[T]]) -> Iterator[T]:

@@ -7,6 +7,7 @@ import logging
 import os
 
 import httpx
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
 from masters.secrets import masked
 
@@ -27,8 +28,11 @@ def report(name: str, status: str, reason: str) -> bool:
     reason = masked(reason)  # it may be any library's error
     body = dict(text=f"masters {name}: {status}: {reason}", name=name, status=status, reason=reason)
     try:
-        with httpx.Client(transport=httpx.HTTPTransport(retries=2), timeout=SECONDS) as client:
-            client.post(url, json=body).raise_for_status()
+        for attempt in Retrying(
+            stop=stop_after_attempt(3), retry=retry_if_exception_type(httpx.ConnectError), reraise=True
+        ):
+            with attempt:  # by httpx itself, which goes through the environment's proxy; a transport of ours would not
+                httpx.post(url, json=body, timeout=SECONDS).raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         # their texts hold the address
         said = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else type(error).__name__
