@@ -41,9 +41,6 @@ class StandIn:
             self._prompts[request.question] = inputs["input_ids"][0].tolist()
         return self._prompts[request.question]
 
-    def __exit__(self, *error: object) -> None:
-        pass
-
 
 if __name__ == "__main__":
     engine_worker.Engine = cast(type[Engine], StandIn)

@@ -25,19 +25,13 @@ def first_seed(shard: dict, question: dict) -> int:
 
 
 class Answers:
-    """An engine of one model that answers shards; use as a context manager."""
+    """An engine of one model that answers shards. Its process ends with it."""
 
     def __init__(self, setup: dict) -> None:
         self._storage = Storage(setup["store"])
         self._reader = Reader(artifacts.load(self._storage, setup["data"]))
         self._thresholds, self._ratio = setup["thresholds"], 0.0
         self._engine = Engine(Path(setup["folder"]), setup["dtype"], Runtime(**setup["runtime"]))
-
-    def __enter__(self) -> "Answers":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._engine.__exit__(*error)
 
     def do(self, shard: dict) -> dict:
         """Answer a shard and commit it, if it is not there; its line of progress."""
@@ -61,10 +55,10 @@ opened = Answers
 
 def main(job_file: Path) -> None:
     job = json.loads(job_file.read_text())
-    with opened(job) as answers:
-        processes.report(job_file, event="engine")
-        for shard in job["pieces"]:
-            processes.report(job_file, **answers.do(shard))
+    answers = opened(job)
+    processes.report(job_file, event="engine")
+    for shard in job["pieces"]:
+        processes.report(job_file, **answers.do(shard))
 
 
 def answer(engine: Engine, questions: list[dict], shard: dict) -> list[list[Reply]]:

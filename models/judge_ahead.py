@@ -26,12 +26,12 @@ def main(job_file: Path) -> None:
     job = json.loads(job_file.read_text())
     storage = Storage(job["store"])
     try:
-        with voice_of(job["reach"], Runtime(**job["runtime"])) as voice:
-            for triples in _coming(storage, job, job_file):
-                if not _judged(storage, voice, triples, job["folder"]):
-                    print("the judge gave no verdict: the stage score will ask again", file=sys.stderr)
-                    return
-                processes.report(job_file, event="judged", judged=len(triples))
+        voice = voice_of(job["reach"], Runtime(**job["runtime"]))
+        for triples in _coming(storage, job, job_file):
+            if not _judged(storage, voice, triples, job["folder"]):
+                print("the judge gave no verdict: the stage score will ask again", file=sys.stderr)
+                return
+            processes.report(job_file, event="judged", judged=len(triples))
     except MastersError as error:
         print(f"judging ahead ended: {error}", file=sys.stderr)
 

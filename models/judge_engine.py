@@ -14,16 +14,10 @@ UNASKED = Answer(
 
 
 class EngineVoice:
-    """Answers conversations with vLLM, each list as one batch."""
+    """Answers conversations with vLLM, each list as one batch. Its process ends with it."""
 
     def __init__(self, folder: Path, dtype: str, runtime: Runtime, own_code: bool = False) -> None:
         self._engine = Engine(folder, dtype, runtime, own_code)
-
-    def __enter__(self) -> "EngineVoice":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._engine.__exit__(*error)
 
     def ask(self, conversations: list[Conversation], max_tokens: int) -> list[Answer]:
         return [_answer(reply) for reply in self._engine.converse(conversations, max_tokens)]

@@ -5,9 +5,7 @@
 """
 
 import json
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 from masters import processes, schemas
 from masters.config import Runtime
@@ -18,18 +16,11 @@ from masters.storage import Storage
 
 
 class Verdicts:
-    """A judge that gives verdicts on batches; use as a context manager."""
+    """A judge that gives verdicts on batches. Its process ends with it."""
 
     def __init__(self, setup: dict) -> None:
         self._storage = Storage(setup["store"])
-        self._open = voice_of(setup["reach"], Runtime(**setup["runtime"]))
-
-    def __enter__(self) -> "Verdicts":
-        self._voice = self._open.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._open.__exit__(*error)
+        self._voice = voice_of(setup["reach"], Runtime(**setup["runtime"]))
 
     def do(self, batch: dict) -> dict:
         """Judge a batch and keep what is final; its line of progress."""
@@ -47,13 +38,13 @@ opened = Verdicts
 
 def main(job_file: Path) -> None:
     job = json.loads(job_file.read_text())
-    with opened(job) as verdicts:
-        processes.report(job_file, event="ready")
-        for batch in job["pieces"]:
-            processes.report(job_file, **verdicts.do(batch))
+    verdicts = opened(job)
+    processes.report(job_file, event="ready")
+    for batch in job["pieces"]:
+        processes.report(job_file, **verdicts.do(batch))
 
 
-def voice_of(reach: dict, runtime: Runtime) -> AbstractContextManager[Voice]:
+def voice_of(reach: dict, runtime: Runtime) -> Voice:
     """Who answers: the server at a URL, or an engine on a folder. Only the one that is needed is imported."""
     if "url" in reach:
         from masters.rewards.judge_server import Server

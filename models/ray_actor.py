@@ -7,7 +7,7 @@ import importlib
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
@@ -52,7 +52,7 @@ class EngineActor:
     def __init__(self) -> None:
         die_with_parent(os.getppid())  # Ray's own watch over its workers takes longer
         mask_logs()
-        self._open, self._worker = ExitStack(), None
+        self._worker: Any = None
 
     def start(self, work: dict, expected: Alike | None) -> int:
         """Open the engine; returns the process id. `expected`: of a cluster's node, whose model is checked too.
@@ -64,7 +64,7 @@ class EngineActor:
         os.environ.pop(SLOT, None)  # the driver's; Ray chose this process's devices
         os.environ.update(LOOPBACK)  # of what the engine's own processes open to find each other
         module: Any = importlib.import_module(work["module"])
-        self._worker = self._open.enter_context(module.opened(work["setup"]))
+        self._worker = module.opened(work["setup"])
         return os.getpid()
 
     def do(self, piece: dict) -> tuple[dict, float]:

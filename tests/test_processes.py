@@ -21,6 +21,18 @@ MODULES = {
     "refuses": "import sys; print('bad input', file=sys.stderr); sys.exit(2)",
     "silent": "import time; time.sleep(60)",
     "busy": "import time; time.sleep(1)",
+    "parent": """
+import multiprocessing, time
+from masters import processes
+
+def main(job_file):
+    own = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    own.start()
+    processes.report(job_file, event="own", pid=own.pid)
+    print("its last word", end="")
+
+processes.child_main(main)
+""",
 }
 
 
@@ -52,6 +64,14 @@ def test_a_work_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path)
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="work folder .* cannot be written"):
         processes.run([Child("killed", "child_killed", {}, tmp_path / "file", {})], 1, lambda *_: None)
+
+
+def test_a_child_ends_at_once_and_what_it_started_with_it(tmp_path: Path) -> None:
+    child, said = Child("parent", "child_parent", {}, tmp_path, {}), []
+    began = time.monotonic()
+    processes.run([child], 1, lambda _, line: said.append(line["pid"]))
+    assert time.monotonic() - began < 30 and birth(said[0]) is None
+    assert child.log.read_text() == "its last word"
 
 
 def test_a_child_that_says_nothing_is_ended(tmp_path: Path) -> None:

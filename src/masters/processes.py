@@ -7,6 +7,7 @@ else to `JOB.log`, and ends with 0 or an error in the log's last lines. Its last
 import ctypes
 import json
 import math
+import multiprocessing
 import os
 import re
 import runpy
@@ -18,6 +19,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from masters import memory
 from masters.errors import InputError, MastersError, StoreError, WorkerError, WorkerLost
@@ -136,18 +138,31 @@ def report(job_file: Path, **fields: object) -> None:
         file.write(json.dumps(fields) + "\n")
 
 
-def child_main(main: Callable[[Path], None]) -> None:
+def child_main(main: Callable[[Path], None]) -> NoReturn:
     """A child's entry: its job file is the first argument; an expected error is one line and its exit code."""
     mask_logs()
+    code = 0
     try:
         main(Path(sys.argv[1]))
         report(Path(sys.argv[1]), event=PEAK, mib=memory.peak_mib())
     except MastersError as error:
         print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+        code = error.exit_code
     except Exception:
         print(masked(traceback.format_exc()), file=sys.stderr, end="")
-        sys.exit(1)
+        code = 1
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End without taking libraries apart: an engine's process spends 7 of its 31 s of CPU on that, the kernel none."""
+    for process in multiprocessing.active_children():  # vLLM's own, with tensor parallelism
+        process.terminate()
+        process.join(POLITE)
+        process.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def die_with_parent(parent: int) -> None:
