@@ -14,9 +14,8 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reor
 test: setup
 	$(TEST) -m "not slow"
 
-# both parts run, whatever fails in the first
 test-all: setup setup-benchmarks browser
-	$(TEST) --durations=40 -m "not stack"; first=$$?; $(TEST) --durations=20 -m stack && exit $$first
+	$(TEST) --durations=60
 
 # kills and disturbs real pipelines, two at a time, at moments that SEED chooses; prints what became of them
 SEED ?= 0

@@ -19,7 +19,7 @@ from tests.s3 import S3, free_ports, serve
 settings.register_profile("masters", deadline=None, derandomize=True)
 settings.load_profile("masters")
 
-LONGEST = ("test_stack.py", "test_nightly.py", "test_scaled.py")  # files of 7 to 14 minutes
+LONGEST = ("test_stack.py", "test_pools.py", "test_nights.py", "test_scaled.py", "test_nightly.py", "test_browser.py")
 
 # vLLM looks at a model class in a process of 16 s of CPU once a cache folder: all homes share one
 os.environ.setdefault("VLLM_CACHE_ROOT", str(Path(__file__).parents[1] / ".venv/vllm"))

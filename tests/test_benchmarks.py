@@ -96,8 +96,8 @@ def test_rows_are_complete(name: str, sizes: object) -> None:
 
 @pytest.mark.slow
 def test_one_engine_answers_as_masked_checkpoints_do_and_sooner() -> None:
-    row = complete(Benchmark.ENGINE, engine.Sizes(prompts=4, ratios=3, repeats=1))[0]
-    assert row["ratio"] > 1.5
+    row = complete(Benchmark.ENGINE, engine.Sizes(prompts=4, ratios=2, repeats=1))[0]
+    assert row["ratio"] > 1.2
 
 
 @pytest.mark.slow

@@ -13,13 +13,17 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from masters.models.ray_guard import session
 from tests.command_line import ROOT, environment, options, rows
 from tests.drawn import write_questions
+from tests.listening import addresses, reachable
 
 pytestmark = pytest.mark.slow  # twice a whole run
 ONE = dict(generate_workers=1, train_processes=1)
 TWO = dict(generate_workers=2, train_processes=2, ray_address="local", sharding="fsdp2")
 LIMIT = 600
+DASHBOARD = 8265
+TRAIN, TEST = 48, 16  # of the questions
 
 
 def start(place: Path, name: str, runtime: dict, prefect: dict[str, str]) -> subprocess.Popen:
@@ -47,6 +51,10 @@ def once(condition: Callable[[], object], run: subprocess.Popen, place: Path) ->
         time.sleep(0.05)
 
 
+def driver(place: Path) -> int:
+    return lines(place, "generate-*/ray.progress", "ray")[0]["pid"]
+
+
 def second_rank(run: subprocess.Popen) -> int:
     found = psutil.Process(run.pid).children(recursive=True)
     return next(p.pid for p in found if "train_worker" in " ".join(p.cmdline()) and p.environ().get("RANK") == "1")
@@ -55,7 +63,7 @@ def second_rank(run: subprocess.Popen) -> int:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scaled")
-    write_questions(folder / "data", 64, bad=False)
+    write_questions(folder / "data", TRAIN + TEST, bad=False)
     (folder / "home").mkdir()
     return folder
 
@@ -66,9 +74,17 @@ def one(place: Path, prefect: dict[str, str]) -> dict:
 
 
 @pytest.fixture(scope="module")
-def two(place: Path, one: dict, prefect: dict[str, str]) -> dict:
+def sockets() -> dict[str, set[tuple[str, int]]]:
+    """Of Ray and its engines: those that listen, and those that others reach. Filled by `two`."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def two(place: Path, one: dict, prefect: dict[str, str], sockets: dict) -> dict:
     run = start(place, "two", TWO, prefect)
     once(lambda: lines(place, "generate-*/ray.progress", "shard"), run, place)
+    ours = session(driver(place))
+    sockets.update(listened=addresses(ours), reached=reachable(ours))
     os.kill(lines(place, "generate-*/ray.progress", "engine")[0]["pid"], signal.SIGKILL)
     once(lambda: len(lines(place, "train-*/rank-0.progress", "step")) > 8, run, place)
     os.kill(second_rank(run), signal.SIGKILL)
@@ -95,6 +111,28 @@ def test_the_summary_says_what_served_it(one: dict, two: dict) -> None:
 @pytest.mark.parametrize(("name", "table"), [("generate", "responses"), ("score", "verdicts")])
 def test_its_rows_are_the_same(one: dict, two: dict, name: str, table: str) -> None:
     assert rows(one, name, table) == rows(two, name, table)
+
+
+def test_its_predictions_are_the_same_where_the_model_is(one: dict, two: dict) -> None:
+    """Teacher and student before training are asked by the engines of `generate`."""
+    first, second = (
+        [row for row in rows(run, "evaluate", "predictions") if row["model"] != "student-after"] for run in (one, two)
+    )
+    assert len(first) == 2 * TEST and first == second
+
+
+def test_no_question_was_answered_twice(place: Path, one: dict, two: dict) -> None:
+    models = len({row["source"] for row in rows(one, "generate", "responses")})
+    answered = sum(line["questions"] for line in lines(place, "generate-*/ray.progress", "shard"))
+    assert answered == models * (TRAIN + TEST)
+
+
+def test_its_ray_listened_on_loopback_alone_without_a_dashboard_and_is_gone(
+    place: Path, two: dict, sockets: dict[str, set[tuple[str, int]]]
+) -> None:
+    assert sockets["listened"] and sockets["reached"] == set()
+    assert DASHBOARD not in {port for _, port in sockets["listened"]}
+    assert session(driver(place)) == set()
 
 
 def test_its_student_is_as_good_as_the_same(one: dict, two: dict) -> None:
