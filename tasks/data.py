@@ -31,6 +31,7 @@ BUCKETS = (1, 16, 256, 4096)  # the leading 0 to 3 hexadecimal digits of the que
 FILE_BYTES = 32 << 20  # of rows, before compression
 BUFFER_BYTES = 256 << 20  # in all buckets together
 REJECTED_ROWS = 10_000  # a file
+CHANGED = "the data source changed while it was read; run again when nothing writes to it"
 
 Question = tuple[str, str]  # id and digest
 
@@ -53,7 +54,10 @@ def data(run: Run) -> Artifact:
     made_of, known = identity(run), training_questions(run.known)
 
     def build() -> tuple[dict[str, str], dict, dict]:
-        return *tables(config, source, run.storage, made_of.folder, special_tokens, known), {}
+        made = tables(config, source, run.storage, made_of.folder, special_tokens, known)
+        if source.digest() != made_of.inputs["source"]:  # written to before the first pass: both found the new rows
+            raise InputError(CHANGED)
+        return *made, {}
 
     upstream: dict[str, Artifact | External] = {"source": origin(config.data, made_of.inputs["source"])}
     artifact = build_or_reuse(run, made_of, upstream | ({"known": run.known} if run.known else {}), build)
@@ -187,8 +191,7 @@ def mark(row: dict) -> int:
 
 def chosen_rows(source: Source, marks: array) -> Iterator[dict]:
     """The marked rows, read again. Raises InputError if the source is no longer what was judged."""
-    changed = InputError("the data source changed while it was read; run again when nothing writes to it")
-    count = 0
+    changed, count = InputError(CHANGED), 0
     for position, raw in enumerate(source.rows()):
         count += 1
         if position >= len(marks):

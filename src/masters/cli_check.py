@@ -88,6 +88,7 @@ def _estimate(settings: Config, ready: "Ready", price: float | None) -> Iterator
     import torch
 
     from masters.models import estimate
+    from masters.models.precision import teacher_dtype
     from masters.tasks.check import sample
 
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -95,7 +96,8 @@ def _estimate(settings: Config, ready: "Ready", price: float | None) -> Iterator
     of = estimate.counted(settings, ready.source, estimate.prompt_lengths(ready.student.folder, rows))
     student, teachers = ready.student.folder, [teacher.folder for teacher in ready.teachers]
     work = estimate.flops(settings, estimate.weights(student), [estimate.weights(one) for one in teachers], of)
-    fast = estimate.speed(device, settings.train.dtype)
+    computed_in = teacher_dtype(settings.train)
+    fast = estimate.speed(device, computed_in)
     hours = estimate.hours(work, fast)
     total = sum(hours.values())
     parts = ", ".join(f"{stage} {share / total:.0%}" for stage, share in hours.items() if share)
@@ -105,7 +107,7 @@ def _estimate(settings: Config, ready: "Ready", price: float | None) -> Iterator
     )
     yield (
         f"time       about {total:.2g} hours of {device}, at {estimate.SHARE:.0%} of the {fast / 1e12:.3g} TFLOP/s "
-        f"that it shows in {settings.train.dtype} now; decoding and small models reach less"
+        f"that it shows in {computed_in} now; decoding and small models reach less"
     )
     cost = f"{total * price:.2f} at {price:g} an hour" if price is not None else "--price says what that costs"
     yield f"cost       {total:.2g} device hours: {cost}"

@@ -76,7 +76,10 @@ def check_there(uri: str) -> None:
     """Raises InputError if there is no such MLflow: asking for a SQLite file would make it."""
     check_answers(uri)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        raise InputError(f"there is no MLflow database at {uri}; name another with --mlflow-uri")
+        raise InputError(
+            f"there is no MLflow database at {uri}: name the right one (--mlflow-uri, or for a command that reads a "
+            "configuration MLFLOW_TRACKING_URI or runtime.mlflow_uri)"
+        )
 
 
 def parse(reference: str) -> tuple[str, str | None]:

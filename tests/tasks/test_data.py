@@ -5,6 +5,7 @@ import io
 import json
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -274,6 +275,22 @@ def raw(count: int, images: list[bytes] | None = None) -> list[RawRow]:
 def test_a_source_that_changes_between_the_passes_is_refused(tmp_path, second):
     with pytest.raises(InputError, match="changed while it was read"):
         stage.tables(configured("given"), Given(raw(10), second), Storage(str(tmp_path)), "data/x")
+
+
+def test_a_source_that_grows_before_the_first_pass_is_refused(tmp_path, monkeypatch):
+    """Both passes find the new rows; the artifact's identity, which was there before, is that of the old ones."""
+    path, validated = write_jsonl(tmp_path, records(60)), stage.validated
+    config, storage = configured(path), Storage(str(tmp_path / "store"))
+    run: Any = SimpleNamespace(config=config, ready=opened(config, storage), storage=storage, known=None)
+    monkeypatch.setattr(stage, "build_or_reuse", lambda run, made_of, upstream, build: build())
+
+    def grown(source, special_tokens):
+        path.write_text(path.read_text() + json.dumps(records(61)[60] | dict(image="images/0.png")) + "\n")
+        return validated(source, special_tokens)
+
+    monkeypatch.setattr(stage, "validated", grown)
+    with pytest.raises(InputError, match="changed while it was read"):
+        stage.data.fn(run)
 
 
 # layout
