@@ -7,22 +7,29 @@ from pathlib import Path
 LISTEN = "0A"
 
 
-def addresses(pids: set[int]) -> set[tuple[str, int]]:
-    """(address, port) of these processes' listening TCP sockets and bound UDP sockets."""
-    owned = {inode for pid in pids for inode in _inodes(pid)}
-    found = set()
+Address = tuple[str, int]
+
+
+def sockets() -> dict[str, Address]:
+    """(address, port) of every listening TCP socket and bound UDP socket of this machine, by inode."""
+    found = {}
     for kind in ("tcp", "tcp6", "udp", "udp6"):
         for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]:
             parts = line.split()
-            listens = parts[3] == LISTEN if kind.startswith("tcp") else parts[2].endswith(":0000")
-            if parts[9] in owned and listens:
-                found.add(_address(parts[1]))
+            if parts[3] == LISTEN if kind.startswith("tcp") else parts[2].endswith(":0000"):
+                found[parts[9]] = _address(parts[1])
     return found
 
 
-def reachable(pids: set[int]) -> set[tuple[str, int]]:
-    """Those that are not on loopback."""
-    return {(address, port) for address, port in addresses(pids) if not _is_loopback(address)}
+def addresses(pids: set[int], among: dict[str, Address] | None = None) -> set[Address]:
+    """Those that belong to these processes."""
+    known = sockets() if among is None else among
+    return {known[inode] for pid in pids for inode in _inodes(pid) if inode in known}
+
+
+def reachable(pids: set[int], among: dict[str, Address] | None = None) -> set[Address]:
+    """Those of them that are not on loopback."""
+    return {(address, port) for address, port in addresses(pids, among) if not _is_loopback(address)}
 
 
 def _is_loopback(address: str) -> bool:
@@ -41,7 +48,7 @@ def _inodes(pid: int) -> set[str]:
     return found
 
 
-def _address(text: str) -> tuple[str, int]:
+def _address(text: str) -> Address:
     host, port = text.split(":")
     words = b"".join(bytes.fromhex(host[at : at + 8])[::-1] for at in range(0, len(host), 8))
     return str(ip_address(words)), int(port, 16)

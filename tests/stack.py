@@ -17,11 +17,12 @@ from urllib.request import urlopen
 
 from masters.infra.api import post
 from masters.infra.service import Started
-from tests.listening import addresses, reachable
+from tests.listening import addresses, reachable, sockets
 from tests.s3 import free_ports
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 900.0  # seconds for what takes a minute or two, whatever else the machine does
+SELDOM = 1.0  # seconds between questions to a server while a run, which wants the processor, goes to its end
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 RESUMED = ("COMPLETED", "FAILED", "CANCELLED")  # ends of a run that may crash and go on
 PORTS = ("MASTERS_PREFECT_PORT", "MASTERS_MLFLOW_PORT", "MASTERS_S3_PORT")
@@ -83,7 +84,7 @@ class Stack:
     def complete(self, identifier: str, ends: tuple[str, ...] = ENDED) -> None:
         """Wait for its end, which must be a good one."""
         with suppress(AssertionError):
-            until(lambda: self.run(identifier)["state_type"] in ends, "its end")
+            until(lambda: self.run(identifier)["state_type"] in ends, "its end", every=SELDOM)
         assert self.run(identifier)["state_type"] == "COMPLETED", self.history(identifier)
 
     def cancel(self, identifier: str) -> None:
@@ -108,10 +109,11 @@ class Stack:
     def look(self, ended: Event) -> None:
         """Until `ended`: what listens of all that belongs to the stack, engines and trainers included."""
         while not ended.wait(1.0):
+            there = sockets()
             for pid, line in self.processes().items():
-                if addresses({pid}):
+                if addresses({pid}, there):
                     self.listened.add(line)
-                self.reached |= {(address, port, line) for address, port in reachable({pid})}
+                self.reached |= {(address, port, line) for address, port in reachable({pid}, there)}
 
     def logs(self) -> str:
         logs = sorted((self.folder / "home/logs").glob("*.log"))
@@ -146,10 +148,10 @@ def serve(**settings: int | str) -> Iterator[Stack]:
     assert missing == []  # else nothing was looked at
 
 
-def until(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> float:
+def until(condition: Callable[[], object], what: str, seconds: float = PATIENCE, every: float = 0.3) -> float:
     """Wait for it; the seconds that it took."""
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < seconds, f"not within {seconds} s: {what}"
-        time.sleep(0.3)
+        time.sleep(every)
     return time.monotonic() - began

@@ -13,7 +13,7 @@ import pytest
 from masters.artifacts import Artifact, load
 from masters.storage import Storage
 from tests.drawn import write_questions, write_rows
-from tests.stack import ENDED, Stack, serve, until
+from tests.stack import ENDED, SELDOM, Stack, serve, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.stack]
 PREFIX, NAME, NEW = "s3://lake/nights", "nights", 16
@@ -61,7 +61,7 @@ def config(stack: Stack) -> dict:
 def ended(stack: Stack, deployment: str, **parameters: object) -> dict:
     """A run of a deployment, at its end."""
     run = stack.start(deployment, **parameters)
-    until(lambda: stack.run(run)["state_type"] in ENDED, deployment)
+    until(lambda: stack.run(run)["state_type"] in ENDED, deployment, every=SELDOM)
     return stack.run(run)
 
 

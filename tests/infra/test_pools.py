@@ -49,7 +49,7 @@ def worker(stack: Stack, pool: str) -> subprocess.Popen:
     folder = stack.folder / f"machine-{pool}"
     folder.mkdir(exist_ok=True)
     own = {
-        "PREFECT_HOME": str(folder / "prefect"), "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "PREFECT_HOME": str(folder / "prefect"), "PREFECT_WORKER_QUERY_SECONDS": "2",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30", "MASTERS_ALLOWED_DATA": str(stack.folder / "data"),
     }  # fmt: skip
     with open(folder / "log", "ab") as log:
