@@ -48,7 +48,7 @@ def once(condition: Callable[[], object], run: subprocess.Popen, place: Path) ->
     ends = time.monotonic() + LIMIT
     while not condition():
         assert run.poll() is None and time.monotonic() < ends, (place / "two.log").read_text()[-3000:]
-        time.sleep(0.05)
+        time.sleep(0.2)
 
 
 def driver(place: Path) -> int:
