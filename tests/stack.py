@@ -17,6 +17,7 @@ from urllib.request import urlopen
 
 from masters.infra.api import post
 from masters.infra.service import Started
+from tests.command_line import share_notes
 from tests.listening import addresses, reachable, sockets
 from tests.s3 import free_ports
 
@@ -126,7 +127,7 @@ def serve(**settings: int | str) -> Iterator[Stack]:
     folder = Path(tempfile.mkdtemp(prefix="masters-stack-"))
     folder.chmod(0o711)  # as root, Postgres runs as someone else, who must get through
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "AWS_", "MASTERS_"))}
-    (folder / "user").mkdir()
+    share_notes(folder / "user")
     chosen = {f"MASTERS_{name.upper()}": str(value) for name, value in settings.items()}
     ports = dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True))
     own = {"MASTERS_HOME": str(folder / "home"), "MASTERS_STACK": "full", "HOME": str(folder / "user")}

@@ -150,7 +150,7 @@ def test_a_registered_student_is_evaluated_by_name(stack: Stack, killed: str, st
 
 
 def test_a_run_lost_with_its_worker_is_crashed_by_its_silence_and_goes_on_with_the_next(stack: Stack) -> None:
-    run = stack.start("distill", config=config(stack) | dict(train=dict(seed=1)))
+    run = stack.start("distill", config=config(stack) | dict(train=dict(seed=1)), until="train")
     until(lambda: stack.children("engine_worker") or stack.children("train_worker"), "work")
     for name in ("infra.worker", "prefect.engine"):
         os.kill(next(pid for pid, line in stack.processes().items() if name in line), signal.SIGKILL)
