@@ -3,8 +3,6 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from masters.errors import InputError
@@ -24,6 +22,5 @@ class Pieces:
         return dict(event="shard", questions=1, pid=os.getpid())
 
 
-@contextmanager
-def opened(setup: dict) -> Iterator[Pieces]:
-    yield Pieces(Path(setup["folder"]))
+def opened(setup: dict) -> Pieces:
+    return Pieces(Path(setup["folder"]))
