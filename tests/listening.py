@@ -5,8 +5,6 @@ from ipaddress import ip_address
 from pathlib import Path
 
 LISTEN = "0A"
-
-
 Address = tuple[str, int]
 
 

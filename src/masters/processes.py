@@ -155,7 +155,7 @@ def child_main(main: Callable[[Path], None]) -> NoReturn:
 
 
 def _leave(code: int) -> NoReturn:
-    """End without taking libraries apart: an engine's process spends 7 of its 31 s of CPU on that, the kernel none."""
+    """End without taking libraries apart: an engine's process spends 7 of its 31 s on that, the kernel none."""
     for process in multiprocessing.active_children():  # vLLM's own, with tensor parallelism
         process.terminate()
         process.join(POLITE)
