@@ -3,11 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pyarrow.parquet as parquet
+
+from tests.fork_server import PYTHON
 
 ROOT = Path(__file__).parents[1]
 SOUND = ROOT / ".venv/sound"
@@ -26,7 +27,7 @@ def environment(home: Path, **variables: str) -> dict[str, str]:
     """Of a user with this home, who has set nothing but `variables`."""
     share_notes(home)
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "AWS_", "MASTERS_"))}
-    return kept | {"HOME": str(home)} | variables
+    return kept | {"HOME": str(home), "MASTERS_PYTHON": PYTHON} | variables
 
 
 def options(values: dict[str, object]) -> list[str]:
@@ -35,7 +36,7 @@ def options(values: dict[str, object]) -> list[str]:
 
 def masters(*arguments: str, home: Path, here: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
     """To its end, in the folder `here`."""
-    command = [sys.executable, "-m", "masters.cli", *arguments]
+    command = [PYTHON, "-m", "masters.cli", *arguments]
     given = environment(home, **variables)
     return subprocess.run(command, cwd=here, env=given, capture_output=True, text=True, timeout=1200)
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 
 from masters.infra.local_prefect import wait_until_ready
+from tests import fork_server
 from tests import ray_cluster as ray
 from tests.command_line import environment
 from tests.s3 import S3, free_ports, serve
@@ -23,6 +24,16 @@ LONGEST = ("test_stack.py", "test_pools.py", "test_nights.py", "test_scaled.py",
 
 # vLLM looks at a model class in a process of 16 s of CPU once a cache folder: all homes share one
 os.environ.setdefault("VLLM_CACHE_ROOT", str(Path(__file__).parents[1] / ".venv/vllm"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        fork_server.open_session()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        fork_server.close_session()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -32,6 +32,7 @@ POLITE = 5.0  # seconds to end in before being killed
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
 SLOT = "MASTERS_SLOT"  # a child's place among those that run together, from 0: whose devices it may take
 PEAK = "peak"  # the event of a child's last line
+PYTHON = "MASTERS_PYTHON"  # the program that runs children, such as a profiler's wrapper; by default this interpreter
 
 
 @dataclass(frozen=True)
@@ -181,9 +182,10 @@ def _start(child: Child, slots: dict[str, int]) -> subprocess.Popen:
         child.log.touch()
     except OSError as error:
         raise StoreError(f"work folder {child.folder} cannot be written: {error}") from error
+    python = os.environ.get(PYTHON, sys.executable)
     with open(child.log, "ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "masters.processes", str(os.getpid()), child.module, str(child.job_file)],
+            [python, "-m", "masters.processes", str(os.getpid()), child.module, str(child.job_file)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

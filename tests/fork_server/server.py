@@ -1,0 +1,190 @@
+"""Starts the tests' Python programs by forking one process that has imported vLLM, PyTorch and MLflow.
+
+Importing them takes an engine 11 s of CPU, a trainer 6 s and a command 5 s; a fork takes milliseconds. The clients are
+`tests/fork_server/client.py`: each hands over its arguments, environment, working directory and standard streams, and
+waits for the exit code. A client's end is the end of its program, so that killing it or its parent works as usual.
+
+Forking is sound only as long as this process has one thread and no CUDA context: `fork` copies the calling thread
+alone, so a lock that another thread holds would stay locked in the child for ever, and a CUDA context cannot be used
+after a fork. Therefore nothing but imports happens here, the number of threads is checked before the first fork, and
+libraries that start threads at import (Ray) or read their settings there (Prefect) are left to the children.
+
+Usage: `python -m tests.fork_server.server SOCKET OWNER_PID`. Ends when the owner has ended.
+"""
+
+import atexit
+import ctypes
+import gc
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+from tests.fork_server.client import PR_SET_PDEATHSIG, end
+
+FDS = 3  # stdin, stdout, stderr
+
+
+def preload() -> dict[str, str]:
+    """Import what engines, trainers and commands import. Returns the variables that they set: children need them."""
+    before = dict(os.environ)
+    import masters.models.engine  # noqa: F401, I001  # sets what vLLM reads when it is imported
+    import matplotlib.pyplot  # noqa: F401
+    import mlflow.tracking  # noqa: F401
+    import vllm.v1.engine.llm_engine  # noqa: F401
+    from vllm import LLM, SamplingParams  # noqa: F401
+    from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: F401
+
+    import masters.models.trainer  # noqa: F401
+    import masters.preflight  # noqa: F401
+
+    return {name: value for name, value in os.environ.items() if before.get(name) != value}
+
+
+class Server:
+    """Accepts clients on a Unix socket, one program each."""
+
+    def __init__(self, path: str, variables: dict[str, str]) -> None:
+        self._variables = variables
+        self._clients: dict[int, socket.socket] = {}  # by pid
+        self._selector = selectors.DefaultSelector()
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(path)
+        self._listener.listen(64)
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+
+    def watch(self, owner: int) -> None:
+        """Serve until the process `owner` ends."""
+        pidfd = os.pidfd_open(owner)
+        self._selector.register(pidfd, selectors.EVENT_READ, None)
+        while True:
+            for key, _ in self._selector.select():
+                if key.data is None:
+                    return
+                key.data()
+
+    def _accept(self) -> None:
+        client, _ = self._listener.accept()
+        try:
+            request, fds = _receive(client)
+        except (OSError, ValueError):  # the client was killed meanwhile
+            client.close()
+            return
+        pid = os.fork()
+        if pid == 0:
+            self._selector.close()
+            self._listener.close()
+            for other in (*self._clients.values(), client):
+                other.close()
+            _run(request, fds, self._variables)
+        for fd in fds:
+            os.close(fd)
+        self._clients[pid] = client
+        pidfd = os.pidfd_open(pid)
+        self._selector.register(pidfd, selectors.EVENT_READ, lambda: self._ended(pid, pidfd))
+        self._selector.register(client, selectors.EVENT_READ, lambda: self._client_gone(pid))
+        _send(client, pid)
+
+    def _ended(self, pid: int, pidfd: int) -> None:
+        _, status = os.waitpid(pid, 0)
+        self._selector.unregister(pidfd)
+        os.close(pidfd)
+        client = self._clients.pop(pid)
+        if client in self._selector.get_map():
+            self._selector.unregister(client)
+        _send(client, os.waitstatus_to_exitcode(status))
+        client.close()
+
+    def _client_gone(self, pid: int) -> None:
+        self._selector.unregister(self._clients[pid])
+        os.kill(pid, signal.SIGKILL)  # not yet waited for, so the pid is still this program's
+
+
+def _receive(client: socket.socket) -> tuple[dict, list[int]]:
+    """The program to run, and its standard streams."""
+    head, fds, _, _ = socket.recv_fds(client, 8, FDS)
+    size, data = int(head), b""
+    while len(data) < size:
+        part = client.recv(size - len(data))
+        if not part:
+            raise ValueError("the request is cut short")
+        data += part
+    return json.loads(data), fds
+
+
+def _send(client: socket.socket, number: int) -> None:
+    try:
+        client.sendall(f"{number}\n".encode())
+    except OSError:  # the client is gone
+        pass
+
+
+def _run(request: dict, fds: list[int], variables: dict[str, str]) -> NoReturn:
+    """In the child: become the program, and end as the interpreter would."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.setsid()
+    for target, fd in enumerate(fds):
+        os.dup2(fd, target)
+        os.close(fd)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(variables | request["environment"])
+    sys.path[0] = request["cwd"]
+    np.random.seed()
+    try:
+        _customize()
+        _main(request["arguments"])
+        code: object = 0
+    except SystemExit as exit:
+        code = exit.code
+    except BaseException as error:
+        traceback.print_exc()
+        code = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    end(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+def _customize() -> None:
+    """What the interpreter does at its start with PYTHONPATH."""
+    for folder in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+        sys.path.insert(1, folder)
+        if (file := Path(folder, "sitecustomize.py")).exists():
+            runpy.run_path(str(file))
+
+
+def _main(arguments: list[str]) -> None:
+    """`-m MODULE ARGUMENTS`; of `masters.processes`, which ties a child to its parent, the module that it runs."""
+    sys.orig_argv = [sys.executable, *arguments]
+    _, module, *rest = arguments
+    if module == "masters.processes":
+        _, module, *rest = rest
+    sys.argv = [module, *rest]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def main(path: str, owner: str) -> None:
+    variables = preload()
+    threads = len(os.listdir("/proc/self/task"))
+    if threads > 1:
+        raise RuntimeError(f"expected one thread before the first fork, found {threads}: an import starts others")
+    gc.collect()
+    gc.freeze()  # the children share the pages of what is there
+    Server(path, variables).watch(int(owner))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
