@@ -3,19 +3,33 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRA ?= cpu
 
-.PHONY: demo test test-all test-faults setup setup-benchmarks check bench demo-models up down browser
+.PHONY: demo test test-slow test-all test-faults test-durations golden setup setup-benchmarks lint check bench \
+	demo-models up down browser
 
 demo: setup
 	$(BIN)/masters distill configs/demo.toml
 
-# files of tests side by side, each in one process and a core each
+# two files of tests at a time, a core each
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(TEST) -m "not slow"
 
+# one of four parts that take about the same time
+PART ?= 1/4
+test-slow: setup setup-benchmarks browser
+	$(TEST) -m slow --part $(PART) --fail-on-skip
+
 test-all: setup setup-benchmarks browser
-	$(TEST) --durations=60
+	$(TEST) --fail-on-skip
+
+# prints the slowest tests and each suite's time, and keeps what `make test-slow` makes its parts by
+test-durations: setup setup-benchmarks browser
+	$(TEST) --durations=30 --write-seconds
+
+# writes the golden loss curve anew; only after a change of the method's definition, never to make a test pass
+golden: setup
+	$(BIN)/python -m tests.golden.regenerate
 
 # kills and disturbs real pipelines, two at a time, at moments that SEED chooses; prints what became of them
 SEED ?= 0
@@ -27,11 +41,14 @@ test-faults: setup
 browser:
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; }
 
-check: setup
+# needs no network
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/deptry flows tasks models rewards infra benchmarks src demo
+
+check: lint
 	$(BIN)/pip-audit --no-deps --disable-pip --progress-spinner off -r requirements/$(EXTRA).txt
 
 up: setup

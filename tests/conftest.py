@@ -20,8 +20,7 @@ from tests.s3 import S3, free_ports, serve
 settings.register_profile("masters", deadline=None, derandomize=True)
 settings.load_profile("masters")
 
-LONGEST = ("test_stack.py", "test_pools.py", "test_nights.py", "test_scaled.py", "test_nightly.py", "test_browser.py")
-
+pytest_plugins = ["tests.suite_options"]
 # vLLM looks at a model class in a process of 16 s of CPU once a cache folder: all homes share one
 os.environ.setdefault("VLLM_CACHE_ROOT", str(Path(__file__).parents[1] / ".venv/vllm"))
 
@@ -34,12 +33,6 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" not in os.environ:
         fork_server.close_session()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first: of two processes none is left with one of them at the end."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path.name not in LONGEST, item.path not in slow))
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from urllib.request import urlopen
 
 from masters.infra.api import post
 from masters.infra.service import Started
+from tests import fork_server
 from tests.command_line import share_notes
 from tests.listening import addresses, reachable, sockets
 from tests.s3 import free_ports
@@ -115,6 +116,7 @@ class Stack:
                 if addresses({pid}, there):
                     self.listened.add(line)
                 self.reached |= {(address, port, line) for address, port in reachable({pid}, there)}
+            self.reached |= {(address, port, "forked") for address, port in reachable(fork_server.programs(), there)}
 
     def logs(self) -> str:
         logs = sorted((self.folder / "home/logs").glob("*.log"))
@@ -131,6 +133,7 @@ def serve(**settings: int | str) -> Iterator[Stack]:
     chosen = {f"MASTERS_{name.upper()}": str(value) for name, value in settings.items()}
     ports = dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True))
     own = {"MASTERS_HOME": str(folder / "home"), "MASTERS_STACK": "full", "HOME": str(folder / "user")}
+    own["MASTERS_PYTHON"] = fork_server.PYTHON
     stack = Stack(folder, kept | own | ports | chosen)
     ended = Event()
     watch = Thread(target=stack.look, args=(ended,), daemon=True)

@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 
 from tests.bad_input.test_weights import GATE, one
 from tests.drawn import write_questions
+from tests.fork_server import PYTHON
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs/demo.toml"
@@ -20,7 +20,7 @@ STUDENT = ROOT / "demo/models/student"
 def masters(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MASTERS_", "MLFLOW_"))}
     return subprocess.run(
-        [sys.executable, "-m", "masters.cli", *arguments],
+        [PYTHON, "-m", "masters.cli", *arguments],
         env=kept | environment, cwd=ROOT, stdin=subprocess.DEVNULL,
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip

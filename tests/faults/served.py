@@ -88,7 +88,7 @@ class Commands:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "AWS_"))}
         ours = {
             "PREFECT_API_URL": self.servers.urls["prefect"], "MLFLOW_TRACKING_URI": self.servers.urls["mlflow"],
-            "HOME": str(world.folder / "home"), MARK: str(store),
+            "HOME": str(world.folder / "home"), MARK: str(store), "MASTERS_PYTHON": sys.executable,
         }  # fmt: skip
         log = world.folder / f"{store.name}.log"
         with open(log, "ab") as output:

@@ -77,7 +77,10 @@ class Zygote:
     """The other end of `tests.faults.zygote`."""
 
     def __init__(self, folder: Path) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HOME": str(folder / "home")}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HOME": str(folder / "home"),
+            "MASTERS_PYTHON": sys.executable,  # a fault may kill a child's parent, which must be the run
+        }  # fmt: skip
         self.folder, self.number, self.known, self.lock = folder, 0, {}, threading.Condition()
         with open(folder / "zygote.log", "wb") as log:
             self.process = subprocess.Popen(

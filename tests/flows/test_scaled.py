@@ -33,7 +33,7 @@ def start(place: Path, name: str, runtime: dict, prefect: dict[str, str]) -> sub
         **{f"runtime.{key}": value for key, value in runtime.items()},
     }  # fmt: skip
     command = [sys.executable, "-m", "masters.cli", "distill", "configs/demo.toml", *options(values), "--json"]
-    given = environment(place / "home", **prefect)
+    given = environment(place / "home", **prefect, MASTERS_PYTHON=sys.executable)  # their ranks are found and killed
     with open(place / f"{name}.log", "wb") as log:
         return subprocess.Popen(command, cwd=ROOT, env=given, stdout=subprocess.PIPE, stderr=log)
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -19,6 +20,16 @@ def open_session() -> None:
     os.environ["MASTERS_PYTHON"] = PYTHON  # engines and trainers
     session = dict(python=sys.executable, root=str(ROOT), owner=os.getpid(), environment=dict(os.environ))
     Path(folder, "session.json").write_text(json.dumps(session))
+
+
+def programs() -> set[int]:
+    """Pids of the programs that run now, whoever started them."""
+    mark, found = f"tests.fork_server.server\0{os.environ['FORK_SERVER']}/".encode(), set()
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if mark in line.read_bytes():
+                found.add(int(line.parent.name))
+    return found
 
 
 def close_session() -> None:

@@ -24,6 +24,7 @@ import socket
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -122,10 +123,8 @@ def _receive(client: socket.socket) -> tuple[dict, list[int]]:
 
 
 def _send(client: socket.socket, number: int) -> None:
-    try:
+    with suppress(OSError):  # the client is gone
         client.sendall(f"{number}\n".encode())
-    except OSError:  # the client is gone
-        pass
 
 
 def _run(request: dict, fds: list[int], variables: dict[str, str]) -> NoReturn:

@@ -1,75 +1,58 @@
-"""The fixed case behind `objective.json`. `python -m tests.golden.regenerate` writes the file anew: only after a change
-of the method's definition, never to make a test pass. The numbers are of the code, and the test also compares the
-float64 reference with them.
+"""The training behind `loss_curve.json`: 20 steps of the method on tiny random models.
+
+`make golden` writes the file anew: only after a change of the method's definition, never to make a test pass.
 """
 
+import copy
 import json
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
+from masters.config import Train
+from masters.models import trainer
+from masters.models.history import Ledger
+from masters.models.masking import apply_mask, is_masked, magnitude_thresholds
+from masters.models.training_data import Step
+from masters.models.trees import Sizes
+from masters.storage import Storage
+from tests.models import tiny
+from tests.models.jobs import make_job
 
-from masters.config import Rewards, Train
-from masters.models import objective
-from tests.models.compare import dense_terms, packed, tensors
-from tests.models.reference import Batch, log_pi
-
-FILE = Path(__file__).with_name("objective.json")
-NAN = float("nan")
-VOCABULARY = 12
-SETTINGS = {
-    "masters": (Train(), Rewards()),
-    "masters, kl": (Train(divergence="kl"), Rewards()),
-    "masters, raw": (Train(), Rewards(distillation="raw")),
-}
-
-
-def case() -> Batch:
-    """Three questions of four, three and two responses; a repeated response and two missing verdicts.
-
-    The logits are waves, not random numbers, so that no library's generator takes part.
-    """
-    questions: list[list[tuple[int, ...]]] = [
-        [(3, 1, 4), (1, 5), (3, 1, 4), (9, 2, 6, 5)],
-        [(3, 5, 8), (9,), (7, 9)],
-        [(3, 2), (3, 8, 4)],
-    ]
-    scores = [[1.0, 0.0, 1.0, 0.0], [0.0, NAN, 1.0], [NAN, 1.0]]
-    tokens = np.array([t for one in questions for response in one for t in response])
-    t, v = np.arange(len(tokens))[:, None], np.arange(VOCABULARY)[None]
-    student = 2 * np.sin(1.7 * t + 0.9 * v + 0.13 * t * v)
-    teacher = student + 1.5 * np.cos(0.8 * t - 1.1 * v + 0.07 * t * v)
-    pi_ref = log_pi(student + 0.3 * np.sin(2.3 * t * v + 0.4), tokens)
-    return Batch(questions, scores, student, teacher, pi_ref)
+FILE = Path(__file__).with_name("loss_curve.json")
+FAMILY = "qwen3_vl"
+STEPS, RATIOS = 20, [0.4, 0.2, 0.1, 0.0]
+COLUMNS = ("loss", "divergence", "reward_distillation", "kl_to_reference")
+SETTINGS = Train(learning_rate=1e-3)
 
 
-def compute(train: Train, rewards: Rewards) -> dict[str, float | list[float]]:
-    """What the code makes of the case: loss summed over questions, values of every response, gradient norm."""
-    batch = case()
-    pack, (student, teacher, pi_ref, score_R) = packed(batch), tensors(batch)
-    terms = dense_terms(student, teacher, pack, train)
-    outcome = objective.masters(terms, pi_ref, score_R, pack, train, rewards)
-    outcome.loss.backward()
-    divergence_R = objective.divergences(terms, pack).detach()
-    distill_R, advantage_R = objective.advantages(divergence_R, score_R, pack, rewards)
-    assert student.grad is not None
-    return {
-        "loss": rounded(outcome.loss.detach()),
-        "divergence": rounded(divergence_R),
-        "distillation_reward": rounded(distill_R),
-        "advantage": rounded(advantage_R),
-        "gradient_norm": rounded(student.grad.norm()),
-    }
+def loss_curve(settings: Train = SETTINGS) -> list[dict[str, float]]:
+    """Loss and its parts at each step, to six digits. The teacher is restored over four mask stages."""
+    told: list[dict] = []
+    with tempfile.TemporaryDirectory() as folder:
+        base, teacher = make_job(FAMILY), tiny.model(FAMILY, seed=1)
+        groups = [tuple(range(number % 3, 8, 1 + number % 2)) for number in range(STEPS)]
+        job = replace(
+            base, student=copy.deepcopy(base.student), teacher=teacher, train=settings, ratios=RATIOS,
+            steps=[Step(0, number * len(RATIOS) // STEPS, of) for number, of in enumerate(groups)],
+            remask=lambda stage: mask(teacher, RATIOS[stage]), storage=Storage(folder), checkpoints="checkpoints",
+            checkpoint_steps=STEPS, report=lambda **line: told.append(line), ledger=Ledger(), tally=Sizes(),
+        )  # fmt: skip
+        trainer.fit(job)
+    steps = [line for line in told if line["event"] == "step"]
+    return [{name: float(f"{step[name]:.6g}") for name in COLUMNS} for step in steps]
 
 
-def rounded(value: torch.Tensor) -> float | list[float]:
-    """To what float32 holds, so that the file does not change with the last bit."""
-    return json.loads(json.dumps(value.tolist()), parse_float=lambda text: float(f"{float(text):.6g}"))
+def mask(teacher, ratio: float) -> None:
+    """Mask the untouched weights at this ratio, in place."""
+    untouched = tiny.model(FAMILY, seed=1).state_dict()
+    for name, parameter in teacher.named_parameters():
+        if is_masked(name, parameter.ndim):
+            parameter.data = apply_mask(untouched[name], *magnitude_thresholds(untouched[name], [ratio]))
 
 
 def main() -> None:
-    made = {name: compute(*settings) for name, settings in SETTINGS.items()}
-    FILE.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+    FILE.write_text(json.dumps(loss_curve(), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

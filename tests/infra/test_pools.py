@@ -17,6 +17,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from tests.drawn import write_questions
+from tests.fork_server import PYTHON
 from tests.stack import RESUMED, ROOT, Stack, serve, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.stack]
@@ -103,7 +104,7 @@ def inline(value: object) -> str:
 
 
 def start(stack: Stack, path: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "masters.cli", "distill", str(path), "--json", *arguments]
+    command = [PYTHON, "-m", "masters.cli", "distill", str(path), "--json", *arguments]
     with open(path.with_suffix(".log"), "wb") as log:
         return subprocess.Popen(command, cwd=ROOT, env=client(stack), stdout=subprocess.PIPE, stderr=log, text=True)
 
@@ -188,7 +189,7 @@ def test_the_rows_are_those_of_one_process(stack: Stack, both: tuple[dict, dict]
 
 def test_lineage_is_complete(stack: Stack, pooled: dict) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "masters.cli", "lineage", "pooled@candidate", "--json"],
+        [PYTHON, "-m", "masters.cli", "lineage", "pooled@candidate", "--json"],
         cwd=ROOT, env=client(stack), capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

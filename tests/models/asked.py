@@ -1,4 +1,4 @@
-"""Questions to a model folder about drawn images, the plain way to its logits, and the folder masked."""
+"""Questions to a model folder about drawn images, and the folder's model masked."""
 
 from pathlib import Path
 
@@ -24,19 +24,6 @@ def questions(
         prompt = dict(processor(text=[text], images=[image], return_tensors="pt"))
         made.append(Question(f"q{number}", prompt, [rng.integers(*tokens, n).tolist() for n in of]))
     return made
-
-
-def alone(model: torch.nn.Module, asked: list[Question]) -> torch.Tensor:
-    """Logits of every response token from one plain forward a response, positions left to the model."""
-    rows = []
-    for question in asked:
-        images = {k: v for k, v in question.prompt.items() if k in ("pixel_values", "image_grid_thw")}
-        for response in question.responses:
-            ids = torch.cat([question.prompt["input_ids"], torch.tensor([response])], 1)
-            kinds = {"mm_token_type_ids": (ids == model.config.image_token_id).int()} if len(images) > 1 else {}
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **images, **kinds).logits
-            rows.append(logits[0, -len(response) - 1 : -1])
-    return torch.cat(rows)
 
 
 def load_masked(folder: Path, thresholds: dict[str, float], dtype: str) -> torch.nn.Module:

@@ -15,7 +15,7 @@ from masters.models.engine import Engine, Reply, Request
 from masters.models.prompt_length import PromptLength
 from masters.models.prompts import chat, model_inputs
 from masters.schemas import PROMPT_TOO_LONG
-from tests.apart import apart
+from tests.fork_server.call import call_in_process
 
 SIZES = [(1, 1), (40, 40), (64, 64), (57, 200), (1920, 1080), (1080, 1920)]
 QUESTIONS = ["?", "what shape is it?", "👩‍👩‍👧‍👦" * 500, "ما لون الشكل؟\n" * 9, "  two  spaces "]
@@ -71,7 +71,7 @@ def test_an_engine_sets_aside_what_it_cannot_take_and_answers_the_rest(name: str
         Request(small, "what shape is it?", 2, 1), Request(large, "what shape is it?", 2, 1),
         Request(small, "👩‍👩‍👧‍👦" * 100, 3, 1), Request(small, fitting, 1, 1), Request(small, "a" + fitting, 1, 1),
     ]  # fmt: skip
-    found = apart(answered, folder, asked, Runtime(max_model_len=256))
+    found = call_in_process(answered, folder, asked, Runtime(max_model_len=256))
     too_long = Reply([], [], "", PROMPT_TOO_LONG)
     assert [len(replies) for replies in found] == [request.samples for request in asked]
     assert (found[1], found[2], found[4]) == ([too_long] * 2, [too_long] * 3, [too_long])
@@ -79,5 +79,5 @@ def test_an_engine_sets_aside_what_it_cannot_take_and_answers_the_rest(name: str
         made = model_inputs(processor, request.question, request.image)["input_ids"][0].tolist()
         assert all(reply.prompt_token_ids == made and reply.response_token_ids for reply in replies)
     assert len(found[3][0].prompt_token_ids) == 256 - SAMPLING.max_tokens
-    alone = apart(answered, folder, [replace(asked[1], samples=1)], Runtime(max_model_len=256))
+    alone = call_in_process(answered, folder, [replace(asked[1], samples=1)], Runtime(max_model_len=256))
     assert alone == [[too_long]]  # also an engine that can ask nothing says so

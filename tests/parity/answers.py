@@ -9,7 +9,7 @@ from PIL import Image
 
 from masters.config import Generate, Runtime
 from masters.models.engine import Engine, Request
-from tests.apart import apart
+from tests.fork_server.call import call_in_process
 from tests.models.asked import load_masked
 
 Masks = list[dict[str, float]]  # thresholds by tensor; empty: the model as it is
@@ -24,7 +24,7 @@ class Answer:
 
 def from_vllm(folder: Path, masks: Masks, asked: list[tuple[bytes, str]]) -> list[list[Answer]]:
     """Answers by mask, all by one engine."""
-    return apart(_engine_answers, folder, masks, asked)
+    return call_in_process(_engine_answers, folder, masks, asked)
 
 
 def _engine_answers(folder: Path, masks: Masks, asked: list[tuple[bytes, str]]) -> list[list[Answer]]:
