@@ -3,7 +3,7 @@
 It can be read as documentation of the method (arXiv 2512.22238), from top to bottom. It imports nothing of this
 project and takes no shortcut of it: a masked checkpoint a ratio, an engine a checkpoint, a sequence a response (its
 prompt and image each time), whole logits. Fixed responses get the rewards, advantages and losses of
-`masters.models.objective` (tests/test_straightforward.py). Models are Qwen3-VL; every response has a verdict, by rule.
+`masters.models.objective` (tests/test_benchmark_baseline.py). Models are Qwen3-VL; a rule gives every verdict.
 
     python -m masters.benchmarks.straightforward JOB.json      # the job: the fields of `Settings`
 

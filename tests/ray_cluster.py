@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from masters.models.ray_guard import session
-from tests.s3 import free_ports
-from tests.stack import until
+from tests.local_stack import until
+from tests.s3_server import free_ports
 
 ROOT = Path(__file__).parents[1]
 HOST = "127.0.0.1"

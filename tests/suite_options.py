@@ -30,7 +30,7 @@ def parts(seconds: dict[str, float], count: int) -> list[list[str]]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the part that is asked for. The longest files come first, so that both processes end at about the same time."""
+    """Keep the part that is asked for, and sort the longest files first: then both processes end at the same time."""
     measured: dict[str, float] = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
     slow = {_file(item) for item in items if item.get_closest_marker("slow")}
     seconds = {_file(item): measured.get(_file(item), UNKNOWN if _file(item) in slow else 0.0) for item in items}

@@ -18,14 +18,14 @@ from masters.benchmarks.measure import Row, compare, extra_mib, seconds
 from masters.config import Rewards, Train
 from masters.errors import MastersError
 from masters.models import head as chunked_head
-from tests import held
+from tests import allocates_64_mib
 
 SHAPE = step.Shape((8, 6), words=5, response=6)
 SMALL = head.Sizes(tokens=16, vocabulary=3000, student=8, teacher=12)
 
 
 def test_memory_is_that_of_the_call_alone() -> None:
-    assert 60 < extra_mib(held.prepared)() < 80
+    assert 60 < extra_mib(allocates_64_mib.prepared)() < 80
 
 
 def test_medians_ratio_and_spread() -> None:

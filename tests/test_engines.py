@@ -15,8 +15,8 @@ from masters.engines import Work
 from masters.errors import InputError, MastersError, WorkerError
 from masters.models.checkpoints import model_digest
 from masters.models.ray_guard import session
+from tests.local_stack import until
 from tests.ray_cluster import Cluster
-from tests.stack import until
 
 pytestmark = pytest.mark.slow  # a start of Ray takes 5 to 10 s where nothing else runs, a minute where much does
 
@@ -30,7 +30,7 @@ def work(place: Path, *pieces: dict, digest: str | None = None) -> Work:
     named = [dict(out=f"piece-{n}") | piece for n, piece in enumerate(pieces)]
     setup = dict(folder=str(place / "out"), store=str(place / "store"))
     model = place / "model"
-    return Work("model", "tests.pieces_worker", setup, named, 1.0, str(model), digest or model_digest(model))
+    return Work("model", "tests.stub_engine", setup, named, 1.0, str(model), digest or model_digest(model))
 
 
 def run(part: Work, place: Path, address: str, hear: object = lambda *_: None, **runtime: object) -> dict:

@@ -12,8 +12,8 @@ from masters.errors import StoreError
 from masters.exclusive import alone
 from masters.lease import Lease, leased
 from masters.storage import Storage
-from tests.s3 import BUCKET, S3
-from tests.stack import until
+from tests.local_stack import until
+from tests.s3_server import BUCKET, S3
 
 FOLDER = "train/demo-0123"
 
@@ -35,7 +35,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "ended", lambda _: None)
 
 
-def test_one_after_the_other(storage: Storage, elsewhere: None) -> None:
+def test_lease_holders_run_one_after_the_other(storage: Storage, elsewhere: None) -> None:
     inside, most = 0, 0
     lock = threading.Lock()
 
@@ -97,14 +97,14 @@ def test_a_holder_of_this_machine_that_ended_is_not_waited_for(storage: Storage)
         assert time.monotonic() - began < 0.9
 
 
-def test_one_object_stays(storage: Storage) -> None:
+def test_leases_taken_again_leave_one_object(storage: Storage) -> None:
     for _ in range(3):
         with leased(storage, FOLDER, pytest.fail):
             pass
     assert storage.names("leases") == [f"leases/{FOLDER}/00000003"]
 
 
-def test_between_machines_on_s3(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lease_excludes_other_machines_on_s3(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each with work folders of its own, so that no lock file is shared."""
     for name, value in s3.environment().items():
         monkeypatch.setenv(name, value)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from masters.processes import LOOPBACK
-from tests.listening import addresses, reachable
+from tests.listening_sockets import addresses, reachable
 
 
 @pytest.mark.parametrize(

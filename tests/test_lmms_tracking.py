@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 from masters.artifacts import Identity, commit
 from masters.storage import Storage
 from masters.tracking import Tracker
-from tests.tracked import NAME, configured
+from tests.tracked_run import NAME, configured
 
 FIELDS = ("benchmark", "task", "version", "metric", "filter", "value", "standard_error", "n")
 SCORES = [

@@ -13,7 +13,7 @@ from masters.errors import InputError, StoreError, WorkerError, WorkerLost
 from masters.infra.service import birth
 from masters.processes import Child
 from masters.tasks.stage import retryable
-from tests.stack import until
+from tests.local_stack import until
 
 MODULES = {
     "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",

@@ -26,7 +26,7 @@ def test_values_of_secret_variables(monkeypatch: pytest.MonkeyPatch, name: str) 
     assert masked(f"denied: {SECRET}!") == "denied: ***!"
 
 
-def test_other_variables_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_of_other_variables_are_not_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "AWS_ACCESS_KEY_ID": "masters-demo", "TOKENIZERS_PARALLELISM": "false-value",
         "MASTERS_HOME": "/var/lib/masters", "SOME_TOKEN": "true", "SHORT_SECRET": "abc",
@@ -48,7 +48,7 @@ def test_other_variables_stay(monkeypatch: pytest.MonkeyPatch) -> None:
         ("hf_" + "a" * 34, "***"),
     ],
 )
-def test_forms(text: str, expected: str) -> None:
+def test_a_secret_is_masked_in_each_of_its_forms(text: str, expected: str) -> None:
     assert masked(text) == expected and looks_secret(text)
 
 
@@ -60,7 +60,7 @@ def test_forms(text: str, expected: str) -> None:
         "a@b.example",
     ],
 )  # fmt: skip
-def test_what_is_harmless_stays(text: str) -> None:
+def test_text_without_secrets_is_not_masked(text: str) -> None:
     assert masked(text) == text and not looks_secret(text)
 
 
@@ -106,7 +106,7 @@ def test_logs_of_every_library_with_their_arguments_and_tracebacks(logged) -> No
     assert "OSError: https://***@host refused ***" in sink.getvalue()
 
 
-def test_the_webhook_hears_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_webhook_receives_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     """A night's error may be any library's."""
     hook = Webhook()
     monkeypatch.setenv(webhook.ADDRESS, hook.url)

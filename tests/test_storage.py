@@ -19,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from masters.errors import InputError, StoreError
 from masters.storage import Storage
-from tests.s3 import BUCKET, S3, free_ports
+from tests.s3_server import BUCKET, S3, free_ports
 
 AWKWARD = "with space/größe 模型 #1+%41&=?.txt"
 
@@ -121,7 +121,7 @@ def test_one_of_several_processes_creates(root: str) -> None:
         assert store.read(f"r{number}") == str(won.index(1)).encode()
 
 
-def test_listings(store: Storage) -> None:
+def test_listings_hold_what_was_written(store: Storage) -> None:
     assert store.names("") == store.names("a") == store.children("") == store.children("a") == []
     for name in ("a/1", "a/b/2", "a-b/3", "top"):
         store.write(name, b"x")
@@ -159,7 +159,7 @@ def test_emptied_folders_hold_nothing(store: Storage) -> None:
     assert not store.exists("a/b")
 
 
-def test_awkward_names(root: str, store: Storage, tmp_path: Path) -> None:
+def test_names_with_special_characters_are_kept(root: str, store: Storage, tmp_path: Path) -> None:
     store.write(AWKWARD, b"x")
     assert store.names("") == [AWKWARD]
     store.copy(AWKWARD, f"copy/{AWKWARD}")
@@ -405,7 +405,7 @@ def test_a_refused_condition_is_told_from_other_errors(tmp_path: Path, monkeypat
         Storage(str(tmp_path)).create("x", b"")
 
 
-def test_roots() -> None:
+def test_a_root_is_a_folder_or_an_s3_prefix() -> None:
     assert isinstance(Storage("some/folder").fs, LocalFileSystem)
     assert Storage("some/folder").uri("x") == str(Path.cwd() / "some/folder/x")
     assert Storage("s3://bucket/prefix/").uri("x") == "s3://bucket/prefix/x"

@@ -21,7 +21,7 @@ from masters.flows.nightly import night
 from masters.identity import digest
 from masters.storage import Storage
 from masters.tracking import Tracker, check_beside
-from tests.tracked import NAME, configured, registered, staged
+from tests.tracked_run import NAME, configured, registered, staged
 
 
 @pytest.fixture(autouse=True)

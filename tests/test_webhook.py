@@ -13,7 +13,7 @@ def test_without_an_address_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> 
     assert webhook.report("easyvqa", "failed", "why") is False
 
 
-def test_what_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_webhook_receives_name_status_and_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     hook = Webhook()
     monkeypatch.setenv(webhook.ADDRESS, hook.url)
     assert webhook.report("easyvqa", "failed", "the store is away")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.bad_input.test_weights import GATE, one
-from tests.drawn import write_questions
 from tests.fork_server import PYTHON
+from tests.shape_data import write_questions
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs/demo.toml"

@@ -106,7 +106,7 @@ def test_a_way_of_sharding_whose_package_is_not_here_is_refused(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("name", VALUES)
-def test_values(name: str) -> None:
+def test_a_senseless_value_is_refused_with_its_key(name: str) -> None:
     override, says = VALUES[name]
     with pytest.raises(InputError) as refused:
         load(DEMO, [override])
@@ -114,7 +114,7 @@ def test_values(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_files(tmp_path: Path, name: str) -> None:
+def test_a_faulty_config_file_is_refused(tmp_path: Path, name: str) -> None:
     content, says = FILES[name]
     path = tmp_path / "config.toml"
     path.write_bytes(content)

@@ -44,7 +44,7 @@ SAID = st.one_of(st.text(), st.lists(FRAGMENTS, max_size=12).map("".join))
 
 @settings(max_examples=300)
 @given(st.one_of(st.binary(max_size=200), st.text(max_size=200).map(str.encode)))
-def test_files(content: bytes) -> None:
+def test_config_files_of_any_bytes_raise_only_input_errors(content: bytes) -> None:
     with pytest.MonkeyPatch.context() as patch, suppress(InputError):
         patch.setattr(config_file, "open", lambda path, mode: io.BytesIO(content), raising=False)
         load("x.toml")
@@ -52,7 +52,7 @@ def test_files(content: bytes) -> None:
 
 @settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(KEYS) | st.text(max_size=20), st.one_of(st.text(max_size=40), JSON.map(json.dumps)))
-def test_overrides(key: str, value: str) -> None:
+def test_any_override_raises_only_input_errors(key: str, value: str) -> None:
     try:
         load(DEMO, [f"{key}={value}"])
     except InputError as error:
@@ -68,7 +68,7 @@ def test_values_of_a_form_or_a_grid(key: str, value: object) -> None:
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(LINES, min_size=1, max_size=5))
-def test_jsonl(tmp_path: Path, lines: list[bytes]) -> None:
+def test_any_jsonl_line_is_a_question_or_a_rejection(tmp_path: Path, lines: list[bytes]) -> None:
     """Every line that is not blank is a question or a rejection with a reason, and nothing else happens."""
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(lines))
@@ -94,7 +94,7 @@ class Says:
 
 @settings(max_examples=500)
 @given(SAID, SAID)
-def test_judges(first: str, second: str) -> None:
+def test_any_judge_output_is_a_verdict_or_a_status(first: str, second: str) -> None:
     """A score is 0 or 1, and only where both answers say it; all else is no verdict, and never a 0."""
     (found,) = judge(Says(first, second), [Triple("q", "a", "t")])
     if found.status == "ok":

@@ -110,7 +110,7 @@ def refusals() -> dict[str, Verdict]:
 
 
 @pytest.mark.parametrize("name", FIRSTS)
-def test_first_answers(firsts: dict[str, Verdict], name: str) -> None:
+def test_a_senseless_first_answer_gives_no_score(firsts: dict[str, Verdict], name: str) -> None:
     found, (_, status, explanation) = firsts[name], FIRSTS[name]
     assert (found.score, found.status) == (None, status)
     assert explanation in found.explanation
@@ -118,7 +118,7 @@ def test_first_answers(firsts: dict[str, Verdict], name: str) -> None:
 
 
 @pytest.mark.parametrize("said", SECONDS)
-def test_second_answers(seconds: dict[str, Verdict], said: str) -> None:
+def test_a_senseless_second_answer_gives_no_score(seconds: dict[str, Verdict], said: str) -> None:
     assert seconds[said].score is None and seconds[said].status in ("parse_failed", "judge_failed")
 
 

@@ -13,47 +13,48 @@ from PIL import ExifTags, Image
 
 from masters.artifacts import Artifact
 from masters.models.prompts import opened
-from tests.bad_input import pictures
-from tests.bad_input.pictures import encoded, icon_with, plain, png_header
-from tests.bad_input.stage import built, outcomes
+from tests.bad_input import image_files
+from tests.bad_input.data_stage import built, outcomes
+from tests.bad_input.image_files import encoded, icon_with, plain, png_header
 
 ACCEPTED = "accepted"
 UNDECODABLE = "image cannot be decoded"
 # what the file holds, its name, and what becomes of its row
 PICTURES: dict[str, tuple[Callable[[], bytes], str, str]] = {
-    "truncated png": (lambda: encoded(pictures.noise())[:800], "a.png", UNDECODABLE),
-    "truncated jpeg": (lambda: encoded(pictures.noise(), "JPEG")[:500], "a.jpg", UNDECODABLE),
-    "truncated webp": (lambda: encoded(pictures.noise(), "WEBP")[:200], "a.webp", UNDECODABLE),
-    "truncated tiff": (lambda: encoded(pictures.noise(), "TIFF")[:-900], "a.tif", UNDECODABLE),
+    "truncated png": (lambda: encoded(image_files.noise())[:800], "a.png", UNDECODABLE),
+    "truncated jpeg": (lambda: encoded(image_files.noise(), "JPEG")[:500], "a.jpg", UNDECODABLE),
+    "truncated webp": (lambda: encoded(image_files.noise(), "WEBP")[:200], "a.webp", UNDECODABLE),
+    "truncated tiff": (lambda: encoded(image_files.noise(), "TIFF")[:-900], "a.tif", UNDECODABLE),
+    "bytes overwritten": (lambda: image_files.overwritten(encoded(image_files.noise())), "a.png", UNDECODABLE),
     "empty file": (lambda: b"", "a.png", "image is empty"),
     "header alone": (lambda: b"\x89PNG\r\n\x1a\n", "a.png", UNDECODABLE),
-    "decompression bomb": (pictures.bomb, "bomb.png", "image has too many pixels"),
-    "bomb in an icon": (lambda: icon_with(pictures.bomb()), "a.ico", "image has too many pixels"),
+    "decompression bomb": (image_files.bomb, "bomb.png", "image has too many pixels"),
+    "bomb in an icon": (lambda: icon_with(image_files.bomb()), "a.ico", "image has too many pixels"),
     "large picture in an icon": (lambda: icon_with(encoded(plain("1", (9000, 9000)))), "a.ico", "image has too many"),
     "bomb by its header": (lambda: png_header(2**31 - 1, 2**31 - 1), "a.png", "image has too many pixels"),
-    "bomb in a comment": (pictures.text_bomb, "a.png", UNDECODABLE),
+    "bomb in a comment": (image_files.text_bomb, "a.png", UNDECODABLE),
     "zero-sized": (lambda: png_header(0, 0), "a.png", UNDECODABLE),
     "a line of pixels": (lambda: encoded(plain(size=(300, 1))), "a.png", "image is too narrow (300 x 1, limit 200:1)"),
     "one pixel": (lambda: encoded(plain(size=(1, 1))), "a.png", ACCEPTED),
     "cmyk": (lambda: encoded(plain("CMYK"), "JPEG"), "a.jpg", ACCEPTED),
-    "16 bits of grey": (lambda: encoded(Image.fromarray(pictures.grey16())), "grey16.png", ACCEPTED),
-    "16 bits a channel": (pictures.rgb16, "rgb16.png", ACCEPTED),
+    "16 bits of grey": (lambda: encoded(Image.fromarray(image_files.grey16())), "grey16.png", ACCEPTED),
+    "16 bits a channel": (image_files.rgb16, "rgb16.png", ACCEPTED),
     "32-bit samples": (lambda: encoded(plain("I"), "TIFF"), "a.tif", f"{UNDECODABLE} (samples of mode I have no"),
     "samples with a point": (lambda: encoded(plain("F"), "TIFF"), "a.tif", f"{UNDECODABLE} (samples of mode F have no"),
     "animated gif": (
-        lambda: encoded(pictures.frames()[0], "GIF", save_all=True, append_images=pictures.frames()[1:]),
+        lambda: encoded(image_files.frames()[0], "GIF", save_all=True, append_images=image_files.frames()[1:]),
         "animated.gif", ACCEPTED,
     ),
     "animated webp": (
-        lambda: encoded(pictures.frames()[0], "WEBP", save_all=True, append_images=pictures.frames()[1:]),
+        lambda: encoded(image_files.frames()[0], "WEBP", save_all=True, append_images=image_files.frames()[1:]),
         "a.webp", ACCEPTED,
     ),
     **{
-        f"turned {n}, {kind}": (partial(pictures.oriented, n, kind), f"a.{kind.lower()}", ACCEPTED)
+        f"turned {n}, {kind}": (partial(image_files.oriented, n, kind), f"a.{kind.lower()}", ACCEPTED)
         for n in range(1, 9) for kind in ("PNG", "WEBP", "TIFF")
     },
-    "turned by 9": (lambda: pictures.odd_exif(9), "a.png", ACCEPTED),
-    "exif cut": (lambda: encoded(Image.fromarray(pictures.corners()), exif=b"Exif\0\0MM\0*\0"), "cut.png", ACCEPTED),
+    "turned by 9": (lambda: image_files.odd_exif(9), "a.png", ACCEPTED),
+    "exif cut": (lambda: encoded(Image.fromarray(image_files.corners()), exif=b"Exif\0\0MM\0*\0"), "cut.png", ACCEPTED),
     "palette with transparency": (lambda: encoded(plain("P"), transparency=0), "a.png", ACCEPTED),
     "jpeg named png": (lambda: encoded(plain(), "JPEG"), "really-a-jpeg.png", ACCEPTED),
     "text named png": (lambda: b"not a picture at all", "a.png", f"{UNDECODABLE} (no known format)"),
@@ -69,6 +70,8 @@ PATHS: dict[str, tuple[object, str]] = {
     "absolute": ("/etc/passwd", LEAVES),
     "dots": ("../secret.png", LEAVES),
     "dots inside": ("images/../../secret.png", LEAVES),
+    "dots that lead back": ("images/../images/good.png", LEAVES),
+    "half a surrogate in the name": ("\ud800", "image file cannot be read"),
     "link out": ("out.png", LEAVES),
     "linked folder out": ("outside/secret.png", LEAVES),
     "link to a link out": ("twice.png", LEAVES),
@@ -161,22 +164,22 @@ def links(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_pictures(found: dict[str, str], name: str) -> None:
+def test_an_image_is_accepted_or_rejected_with_its_reason(found: dict[str, str], name: str) -> None:
     assert found[name].startswith(PICTURES[name][2])
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_paths(found: dict[str, str], name: str) -> None:
+def test_an_image_path_is_rejected_with_its_reason(found: dict[str, str], name: str) -> None:
     assert found[name].startswith(PATHS[name][1])
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_texts(found: dict[str, str], name: str) -> None:
+def test_a_text_is_accepted_or_rejected_with_its_reason(found: dict[str, str], name: str) -> None:
     assert found[name] == TEXTS[name][1]
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_lines(found: dict[str, str], name: str) -> None:
+def test_a_malformed_line_is_rejected_with_its_reason(found: dict[str, str], name: str) -> None:
     first = 2 + len(PICTURES) + len(PATHS) + len(TEXTS) + 1
     assert found[f"line {first + list(LINES).index(name)}"].startswith(LINES[name][1])
 
@@ -201,12 +204,12 @@ def seen(table: Artifact, name: str) -> np.ndarray:
 
 def test_16_bits_of_grey_are_seen_as_8_and_not_as_white(table: Artifact) -> None:
     for channel in range(3):
-        assert (seen(table, "16 bits of grey")[:, :, channel] == pictures.grey16() >> 8).all()
+        assert (seen(table, "16 bits of grey")[:, :, channel] == image_files.grey16() >> 8).all()
     assert seen(table, "16 bits a channel")[0].tolist() == [[0, 117, 255], [3, 7, 11]]
 
 
 def test_of_an_animation_the_first_frame_is_seen(table: Artifact) -> None:
-    first = np.asarray(Image.open(io.BytesIO(encoded(pictures.frames()[0]))).convert("RGB"))
+    first = np.asarray(Image.open(io.BytesIO(encoded(image_files.frames()[0]))).convert("RGB"))
     assert (seen(table, "animated gif") == first).all()
 
 
@@ -217,21 +220,21 @@ def test_cmyk_is_seen_in_its_colours(table: Artifact) -> None:
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
 def test_a_picture_is_seen_upright(table: Artifact, kind: str) -> None:
     for orientation in range(1, 9):
-        assert (seen(table, f"turned {orientation}, {kind}") == pictures.corners()).all(), orientation
+        assert (seen(table, f"turned {orientation}, {kind}") == image_files.corners()).all(), orientation
 
 
 def test_a_picture_that_says_nothing_or_nonsense_of_its_orientation_is_seen_as_it_is_stored(table: Artifact) -> None:
     for name in ("turned by 9", "exif cut"):
-        assert (seen(table, name) == pictures.corners()).all()
+        assert (seen(table, name) == image_files.corners()).all()
 
 
 def test_16_bits_of_grey_are_seen_upright() -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
-    found = np.asarray(opened(encoded(Image.fromarray(pictures.grey16()), exif=exif)))
-    assert (found[:, :, 0] == np.rot90(pictures.grey16() >> 8, -1)).all()
+    found = np.asarray(opened(encoded(Image.fromarray(image_files.grey16()), exif=exif)))
+    assert (found[:, :, 0] == np.rot90(image_files.grey16() >> 8, -1)).all()
 
 
 def test_the_file_is_kept_as_it_came(table: Artifact) -> None:
     kept = {row["question_id"]: row["image"] for row in table.rows("questions", ["question_id", "image"])}
-    assert kept["turned 6, PNG"] == pictures.oriented(6)
+    assert kept["turned 6, PNG"] == image_files.oriented(6)

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from masters.errors import InputError
-from tests.bad_input.pictures import encoded, plain
-from tests.bad_input.stage import built, outcomes
+from tests.bad_input.data_stage import built, outcomes
+from tests.bad_input.image_files import encoded, plain
 
 PICTURE = encoded(plain())
 
@@ -104,7 +104,7 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_rows(tmp_path: Path, name: str) -> None:
+def test_a_faulty_parquet_row_is_rejected(tmp_path: Path, name: str) -> None:
     changes, expected = ROWS[name]
     (tmp_path / "data").mkdir()
     good = columns() | dict(id=pa.array([f"good{n}" for n in range(6)]))  # leaves something to build
@@ -118,7 +118,7 @@ def test_rows(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_files(tmp_path: Path, name: str) -> None:
+def test_a_faulty_parquet_file_is_refused(tmp_path: Path, name: str) -> None:
     make, says = FILES[name]
     (tmp_path / "rows.parquet").write_bytes(make())
     with pytest.raises(InputError) as caught:

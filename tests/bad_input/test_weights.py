@@ -160,7 +160,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_folders(model: Path, home: Path, name: str) -> None:
+def test_a_faulty_model_folder_is_refused(model: Path, home: Path, name: str) -> None:
     change, says = FOLDERS[name]
     change(model)
     with pytest.raises(InputError) as refused:

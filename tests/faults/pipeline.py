@@ -18,8 +18,8 @@ from masters.tasks.mask import mask
 from masters.tasks.register import register
 from masters.tasks.score import score
 from masters.tasks.train import train
-from tests.faults.shape import Shape
-from tests.trained import by_hand, first_round, made_run, predicted
+from tests.faults.run_spec import Shape
+from tests.handmade_run import by_hand, first_round, made_run, predicted
 
 assert torch.__version__  # imported here, before the forks
 UNEXPECTED = 70

@@ -1,6 +1,6 @@
 """`make test-faults`: real pipelines, killed and disturbed at seeded moments. SEED chooses them; a report is printed.
 
-Not named test_*: `make test-all` leaves it out, tests/faults/test_short.py runs a selection.
+Not named test_*: `make test-all` leaves it out, tests/faults/test_selected_faults.py runs a selection.
 """
 
 import os
@@ -10,13 +10,23 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests import fake_judge
-from tests.faults import again, cases, proxy, remote, report, served, stacked, together
+from tests.faults import (
+    command_faults,
+    concurrent_runs,
+    process_faults,
+    proxy,
+    rebuild_faults,
+    report,
+    s3_faults,
+    worker_faults,
+)
 from tests.faults.conftest import WHOLE
-from tests.faults.remote import Remote
-from tests.faults.shape import Shape
+from tests.faults.run_spec import Shape
+from tests.faults.s3_faults import Remote
 from tests.faults.world import REGISTER, SCORE, TRAIN, TWO_RANKS, Seen, World
-from tests.s3 import S3
+from tests.s3_server import S3
 
+DAY = process_faults.DAY
 SEED = int(os.environ.get("SEED", "0"))
 STAGES = ("data", "mask", "responses", "verdicts", "score")
 
@@ -56,10 +66,10 @@ def far(s3: S3) -> Iterator[Remote]:
 
 
 @pytest.fixture(scope="module")
-def commands(world: World) -> Iterator[served.Commands]:
-    servers = served.Servers(world.folder / "servers")
+def commands(world: World) -> Iterator[command_faults.Commands]:
+    servers = command_faults.Servers(world.folder / "servers")
     try:
-        yield served.Commands(world, servers)
+        yield command_faults.Commands(world, servers)
     finally:
         servers.close()
 
@@ -85,59 +95,59 @@ def right(seen: Seen | list[Seen], outcome: str | None = None) -> None:
 @pytest.mark.parametrize("number", range(5))
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_flow_is_killed(world: World, rng: random.Random, stage: str, number: int) -> None:
-    right(cases.killed(world, rng, "flow", stage, number), "killed")
+    right(process_faults.killed(world, rng, "flow", stage, number), "killed")
 
 
 @pytest.mark.parametrize("number", range(3))
 def test_the_flow_is_killed_while_it_trains(world: World, rng: random.Random, number: int) -> None:
-    right(cases.killed(world, rng, "flow", "train", number, TRAIN), "killed")
+    right(process_faults.killed(world, rng, "flow", "train", number, TRAIN), "killed")
 
 
 @pytest.mark.parametrize("number", range(5))
 def test_the_trainer_is_killed(world: World, rng: random.Random, number: int) -> None:
-    right(cases.killed(world, rng, "trainer", "train", number, TRAIN), "failed")
+    right(process_faults.killed(world, rng, "trainer", "train", number, TRAIN), "failed")
 
 
 @pytest.mark.parametrize(("role", "number"), [("trainer", 0), ("second trainer", 1), ("second trainer", 2)])
 def test_one_of_two_trainers_is_killed(world: World, rng: random.Random, role: str, number: int) -> None:
-    right(cases.killed(world, rng, role, "train", number, TWO_RANKS), "failed")
+    right(process_faults.killed(world, rng, role, "train", number, TWO_RANKS), "failed")
 
 
 @pytest.mark.parametrize("number", range(3))
 @pytest.mark.parametrize("stage", ["evaluate", "register"])
 def test_the_flow_is_killed_at_the_end(world: World, rng: random.Random, stage: str, number: int) -> None:
-    right(cases.killed_at_the_end(world, rng, stage, number, REGISTER), "killed")
+    right(process_faults.killed_at_the_end(world, rng, stage, number, REGISTER), "killed")
 
 
 @pytest.mark.parametrize("number", range(3))
 def test_the_judge_is_killed(world: World, judged: Shape, rng: random.Random, number: int) -> None:
-    right(cases.killed(world, rng, "judge", ("score", "shards"), number, judged), "failed")
+    right(process_faults.killed(world, rng, "judge", ("score", "shards"), number, judged), "failed")
 
 
 def test_it_is_killed_again_and_again(world: World, rng: random.Random) -> None:
-    seen = cases.killed_often(world, rng, 8)
+    seen = process_faults.killed_often(world, rng, 8)
     right(seen)
     assert len(seen) == 8
 
 
 @pytest.mark.parametrize("number", range(4))
 def test_the_flow_is_killed_on_s3(world: World, far: Remote, rng: random.Random, number: int) -> None:
-    right(remote.killed_on_s3(world, far, rng, number), "killed")
+    right(s3_faults.killed_on_s3(world, far, rng, number), "killed")
 
 
 @pytest.mark.parametrize("number", range(2))
 def test_the_flow_is_killed_on_s3_while_it_trains(world: World, far: Remote, rng: random.Random, number: int) -> None:
-    right(remote.killed_on_s3(world, far, rng, number, TRAIN), "killed")
+    right(s3_faults.killed_on_s3(world, far, rng, number, TRAIN), "killed")
 
 
 @pytest.mark.parametrize("number", range(2))
 def test_the_trainer_is_killed_on_s3(world: World, far: Remote, rng: random.Random, number: int) -> None:
-    right(remote.trainer_killed_on_s3(world, far, rng, number), "failed")
+    right(s3_faults.trainer_killed_on_s3(world, far, rng, number), "failed")
 
 
-@pytest.mark.parametrize("kind", remote.S3_FAULTS)
+@pytest.mark.parametrize("kind", s3_faults.S3_FAULTS)
 def test_s3_fails(world: World, far: Remote, rng: random.Random, kind: str) -> None:
-    right(remote.s3_fault(world, far, rng, kind))
+    right(s3_faults.s3_fault(world, far, rng, kind))
 
 
 TRAINED_THROUGH = (
@@ -148,22 +158,22 @@ TRAINED_THROUGH = (
 
 @pytest.mark.parametrize("kind", TRAINED_THROUGH)
 def test_s3_fails_while_it_trains(world: World, far: Remote, rng: random.Random, kind: str) -> None:
-    right(remote.s3_fault(world, far, rng, kind, TRAIN))
+    right(s3_faults.s3_fault(world, far, rng, kind, TRAIN))
 
 
-@pytest.mark.parametrize("kind", remote.PART_FAULTS)
+@pytest.mark.parametrize("kind", s3_faults.PART_FAULTS)
 def test_an_upload_in_parts_fails(world: World, far: Remote, rng: random.Random, kind: str) -> None:
-    right(remote.upload_in_parts(world, far, rng, kind), remote.PART_FAULTS[kind])
+    right(s3_faults.upload_in_parts(world, far, rng, kind), s3_faults.PART_FAULTS[kind])
 
 
 @pytest.mark.parametrize("what", ["full", "readonly"])
 @pytest.mark.parametrize("role", ["flow", "trainer"])
 def test_the_disk_fails(world: World, rng: random.Random, what: str, role: str) -> None:
-    right(cases.disk(world, rng, what, role), "failed")
+    right(process_faults.disk(world, rng, what, role), "failed")
 
 
 def test_a_small_disk_is_full(world: World, rng: random.Random) -> None:
-    seen = cases.small_disk(world, rng)
+    seen = process_faults.small_disk(world, rng)
     if seen is None:
         pytest.skip("no file system may be mounted here")
     right(seen, "failed")
@@ -172,78 +182,78 @@ def test_a_small_disk_is_full(world: World, rng: random.Random) -> None:
 @pytest.mark.parametrize(
     ("jump", "role", "shape"),
     [
-        (cases.DAY, "flow", TRAIN), (-cases.DAY, "flow", SCORE), (-cases.DAY, "trainer", TRAIN),
-        (cases.DAY, "second trainer", TWO_RANKS), (cases.DAY, "flow", REGISTER), (-cases.DAY, "flow", REGISTER),
+        (DAY, "flow", TRAIN), (-DAY, "flow", SCORE), (-DAY, "trainer", TRAIN),
+        (DAY, "second trainer", TWO_RANKS), (DAY, "flow", REGISTER), (-DAY, "flow", REGISTER),
     ],
     ids=["flow and its trainer", "flow", "trainer", "second trainer", "forward at the end", "back at the end"],
 )  # fmt: skip
 def test_the_clock_jumps(world: World, rng: random.Random, jump: float, role: str, shape: Shape) -> None:
-    right(cases.clock(world, rng, jump, role, shape), "went on")
+    right(process_faults.clock(world, rng, jump, role, shape), "went on")
 
 
-@pytest.mark.parametrize("jump", [cases.DAY, -cases.DAY], ids=["forward", "back"])
+@pytest.mark.parametrize("jump", [DAY, -DAY], ids=["forward", "back"])
 def test_the_judges_clock_jumps(world: World, judged: Shape, rng: random.Random, jump: float) -> None:
-    right(cases.clock(world, rng, jump, "judge", judged), "went on")
+    right(process_faults.clock(world, rng, jump, "judge", judged), "went on")
 
 
 def test_two_runs_at_once(world: World) -> None:
-    right(together.two_at_once(world), "went on")
+    right(concurrent_runs.two_at_once(world), "went on")
 
 
 def test_two_machines_at_once(world: World, far: Remote) -> None:
-    right(remote.two_machines(world, far), "went on")
+    right(s3_faults.two_machines(world, far), "went on")
 
 
 def test_one_machine_rebuilds_while_the_other_builds(world: World, far: Remote) -> None:
-    right(remote.rebuilt_elsewhere(world, far), "went on")
+    right(s3_faults.rebuilt_elsewhere(world, far), "went on")
 
 
 def test_the_machine_that_builds_is_killed(world: World, far: Remote) -> None:
-    right(remote.lease_holder_killed(world, far), "went on")
+    right(s3_faults.lease_holder_killed(world, far), "went on")
 
 
-@pytest.mark.parametrize("kind", remote.LEASE_FAULTS)
+@pytest.mark.parametrize("kind", s3_faults.LEASE_FAULTS)
 def test_a_lease_fails(world: World, far: Remote, rng: random.Random, kind: str) -> None:
-    right(remote.lease_fails(world, far, rng, kind), "went on")
+    right(s3_faults.lease_fails(world, far, rng, kind), "went on")
 
 
 def test_one_rebuilds_while_the_other_builds(world: World) -> None:
-    right(together.rebuilt_at_once(world), "went on")
+    right(concurrent_runs.rebuilt_at_once(world), "went on")
 
 
 def test_the_one_that_builds_is_killed(world: World) -> None:
-    right(together.holder_killed(world), "went on")
+    right(concurrent_runs.holder_killed(world), "went on")
 
 
 def test_the_newest_checkpoint_is_damaged(world: World, rng: random.Random) -> None:
-    right(cases.damaged_checkpoint(world, rng), "went on")
+    right(process_faults.damaged_checkpoint(world, rng), "went on")
 
 
 @pytest.mark.parametrize("number", range(2))
 def test_one_that_rebuilds_is_killed(world: World, rng: random.Random, number: int) -> None:
-    right(again.rebuild_killed(world, rng, number), "killed")
+    right(rebuild_faults.rebuild_killed(world, rng, number), "killed")
 
 
 @pytest.mark.parametrize("how", ["empty", "cut short"])
 def test_a_shard_is_damaged(world: World, rng: random.Random, how: str) -> None:
-    right(again.damaged_shard(world, rng, how), "failed")
+    right(rebuild_faults.damaged_shard(world, rng, how), "failed")
 
 
 @pytest.mark.parametrize(("name", "seconds"), [("prefect", 15.0), ("mlflow", 60.0)])
-def test_a_server_is_away(commands: served.Commands, name: str, seconds: float) -> None:
-    right(served.server_away(commands, name, seconds), "went on")
-    known, steps = served.metrics_kept(commands)
+def test_a_server_is_away(commands: command_faults.Commands, name: str, seconds: float) -> None:
+    right(command_faults.server_away(commands, name, seconds), "went on")
+    known, steps = command_faults.metrics_kept(commands)
     assert known == steps  # none is lost, though some come late
 
 
-def test_a_whole_distillation_is_killed(commands: served.Commands, rng: random.Random) -> None:
-    seen = served.with_engines(commands, rng)
+def test_a_whole_distillation_is_killed(commands: command_faults.Commands, rng: random.Random) -> None:
+    seen = command_faults.with_engines(commands, rng)
     right(seen)
     assert [one.outcome for one in seen] == ["killed", *["went on"] * 3]  # the run; two engines, the trainer
 
 
 def test_the_prefect_worker_is_killed(world: World) -> None:
-    right(stacked.worker_killed(world), "went on")
+    right(worker_faults.worker_killed(world), "went on")
 
 
 def test_enough_was_injected(world: World) -> None:

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from masters.stages import Stage
 from masters.storage import Storage
-from tests.drawn import write_questions
-from tests.faults import judge
-from tests.faults.judge import Finished, Verdict
-from tests.faults.points import Fault
-from tests.faults.shape import Shape
-from tests.s3 import BUCKET
+from tests.faults import verify_store
+from tests.faults.fault_points import Fault
+from tests.faults.run_spec import Shape
+from tests.faults.verify_store import Finished, Verdict
+from tests.s3_server import BUCKET
+from tests.shape_data import write_questions
 
 ROOT = Path(__file__).parents[2]
 MARK = "MASTERS_FAULTS"
@@ -74,7 +74,7 @@ class Running:
 
 
 class Zygote:
-    """The other end of `tests.faults.zygote`."""
+    """The other end of `tests.faults.forked_pipelines`."""
 
     def __init__(self, folder: Path) -> None:
         environment = os.environ | {
@@ -84,8 +84,8 @@ class Zygote:
         self.folder, self.number, self.known, self.lock = folder, 0, {}, threading.Condition()
         with open(folder / "zygote.log", "wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.faults.zygote"], cwd=ROOT, env=environment, stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=log,
+                [sys.executable, "-m", "tests.faults.forked_pipelines"], cwd=ROOT, env=environment,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
             )  # fmt: skip
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -165,7 +165,7 @@ class World:
             fault = Fault(str(store), str(self.folder / f"points-{store.name}"))
             running = self.start(store, shape, fault)
             assert running.wait() == 0, running.said()
-            finished, wrong = judge.finished(Storage(str(store)))
+            finished, wrong = verify_store.finished(Storage(str(store)))
             assert not wrong and self.left(store) == 0
             self._made[shape] = store, finished, fault.counted()
         return self._made[shape][1]
@@ -204,7 +204,7 @@ class World:
             code = running.wait()
             assert code == 0, f"after {kind} at {fired[0]}: {running.said()}"
         with environment(aws or {}):
-            verdict = judge.compare(expected, Storage(str(store)))
+            verdict = verify_store.compare(expected, Storage(str(store)))
         left += self.left(store)
         seen = Seen(
             kind, stage_of(fired[0]), fired[0], "SIGKILL" in kind, outcome, code == 0,

@@ -8,7 +8,7 @@ import pytest
 from masters.artifacts import Artifact
 from masters.storage import Storage
 from tests.command_line import ROOT, masters, rows, told
-from tests.drawn import write_questions
+from tests.shape_data import write_questions
 
 CONFIG = """
 name = "chain"

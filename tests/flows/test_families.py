@@ -10,8 +10,8 @@ from PIL import Image
 
 from demo import families, shapes
 from tests.command_line import masters, options, rows, told
-from tests.drawn import QUESTIONS, write_rows
 from tests.parity.answers import from_transformers, from_vllm
+from tests.shape_data import QUESTIONS, write_rows
 
 STAGES = ["data", "mask", "generate", "score", "train", "evaluate", "register"]
 SIDES = [(64, 64), (120, 60), (56, 180)]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import ROOT, environment
-from tests.drawn import write_questions
 from tests.flows.test_pipeline import processes_of, settings
+from tests.shape_data import write_questions
 
 SECONDS = 30  # to report to Prefect and MLflow and to end the engines
 

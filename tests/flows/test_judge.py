@@ -9,7 +9,7 @@ from masters import judging
 from masters.artifacts import Artifact
 from masters.rewards.rules import exact_match
 from tests.ray_cluster import Cluster
-from tests.scored import Questions, Texts, made_run, scored
+from tests.scoring_run import Questions, Texts, made_run, scored
 
 JUDGE = Path(__file__).parents[2] / "demo/models/judge"
 ANSWERS = ("blue", "yes", "no", "circle", "rectangle", "teal")

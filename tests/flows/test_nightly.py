@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import masters, options, rows, told
-from tests.drawn import write_questions, write_rows
+from tests.shape_data import write_questions, write_rows
 
 pytestmark = pytest.mark.slow
 GOOD, BAD = 1e-4, 1e-2  # learning rates

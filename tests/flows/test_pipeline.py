@@ -14,7 +14,7 @@ from masters.config_file import load
 from masters.flows.plan import plan
 from masters.stages import Stage
 from tests.command_line import ROOT, masters, options, rows, told
-from tests.drawn import write_questions
+from tests.shape_data import write_questions
 
 STAGES = ["data", "mask", "generate", "score", "train", "evaluate", "register"]
 

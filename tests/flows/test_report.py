@@ -30,9 +30,9 @@ from masters.tasks.progress import LAST_SECONDS, Progress
 from masters.tasks.report import reported
 from masters.tasks.stage import CONSOLE, Round, Run
 from masters.tasks.train import train
-from tests.drawn import write_questions
-from tests.scored import table
-from tests.trained import ROOT, by_hand, first_round, made_run
+from tests.handmade_run import ROOT, by_hand, first_round, made_run
+from tests.scoring_run import table
+from tests.shape_data import write_questions
 
 HOSTILE = "</td><script>alert(1)</script> | **b** ![x](http://e.example/x) \u202e\x1b[31m"
 

@@ -19,8 +19,8 @@ from masters.tasks.stage import Context, Run
 from masters.tracking import check_beside
 from tests import command_line
 from tests.command_line import ROOT, options, told
-from tests.drawn import write_questions
-from tests.s3 import BUCKET, S3, serve
+from tests.s3_server import BUCKET, S3, serve
+from tests.shape_data import write_questions
 
 PREFIX = f"s3://{BUCKET}/a team's/pipeline"
 STAGES = ["data", "mask", "generate", "score", "train", "evaluate", "register"]

@@ -16,8 +16,8 @@ from masters.models.masking import apply_mask, is_masked, magnitude_thresholds
 from masters.models.training_data import Step
 from masters.models.trees import Sizes
 from masters.storage import Storage
-from tests.models import tiny
-from tests.models.jobs import make_job
+from tests.models import tiny_models
+from tests.models.tiny_jobs import make_job
 
 FILE = Path(__file__).with_name("loss_curve.json")
 FAMILY = "qwen3_vl"
@@ -30,7 +30,7 @@ def loss_curve(settings: Train = SETTINGS) -> list[dict[str, float]]:
     """Loss and its parts at each step, to six digits. The teacher is restored over four mask stages."""
     told: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
-        base, teacher = make_job(FAMILY), tiny.model(FAMILY, seed=1)
+        base, teacher = make_job(FAMILY), tiny_models.model(FAMILY, seed=1)
         groups = [tuple(range(number % 3, 8, 1 + number % 2)) for number in range(STEPS)]
         job = replace(
             base, student=copy.deepcopy(base.student), teacher=teacher, train=settings, ratios=RATIOS,
@@ -45,7 +45,7 @@ def loss_curve(settings: Train = SETTINGS) -> list[dict[str, float]]:
 
 def mask(teacher, ratio: float) -> None:
     """Mask the untouched weights at this ratio, in place."""
-    untouched = tiny.model(FAMILY, seed=1).state_dict()
+    untouched = tiny_models.model(FAMILY, seed=1).state_dict()
     for name, parameter in teacher.named_parameters():
         if is_masked(name, parameter.ndim):
             parameter.data = apply_mask(untouched[name], *magnitude_thresholds(untouched[name], [ratio]))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from masters.infra import object_store
-from tests.s3 import serve
+from tests.s3_server import serve
 
 
 class Starting(BaseHTTPRequestHandler):

@@ -16,9 +16,9 @@ import psutil
 import pyarrow.parquet as parquet
 import pytest
 
-from tests.drawn import write_questions
 from tests.fork_server import PYTHON
-from tests.stack import RESUMED, ROOT, Stack, serve, until
+from tests.local_stack import RESUMED, ROOT, Stack, serve, until
+from tests.shape_data import write_questions
 
 pytestmark = [pytest.mark.slow, pytest.mark.stack]
 POOLS = dict(cpu="cpu", generate="gpu-generate", train="gpu-train")

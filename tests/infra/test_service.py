@@ -12,7 +12,7 @@ import pytest
 from masters.errors import MastersError
 from masters.infra import service
 from masters.infra.service import Service, birth, marked, start, stop, wait
-from tests.stack import until
+from tests.local_stack import until
 
 STUBBORN = """
 import signal, subprocess, sys, time

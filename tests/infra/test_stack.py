@@ -6,14 +6,17 @@ One run's life, in order: a test goes on where the one before it stopped.
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from masters.infra.api import post
 from masters.storage import Storage
-from tests.drawn import write_questions
-from tests.stack import RESUMED, Stack, serve, until
+from tests.local_stack import RESUMED, ROOT, Stack, serve, until
+from tests.shape_data import write_questions
 
 pytestmark = [pytest.mark.slow, pytest.mark.stack]
 PREFIX = "s3://lake/team"
@@ -44,6 +47,14 @@ def config(stack: Stack) -> dict:
         train=dict(learning_rate=1e-4, questions_per_step=1, epochs=8),
         runtime=dict(max_model_len=512, checkpoint_steps=20),
     )  # fmt: skip
+
+
+def make(stack: Stack, target: str) -> str:
+    """Its output. The environment is the one that runs the tests: nothing is installed."""
+    command = ["make", "--no-print-directory", "-o", ".venv/ready", target, f"BIN={Path(sys.executable).parent}"]
+    done = subprocess.run(command, cwd=ROOT, env=stack.environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:] + stack.logs()
+    return done.stdout
 
 
 def state(stack: Stack, run: str) -> str:
@@ -93,14 +104,17 @@ def test_a_crashed_run_goes_on_by_itself(stack: Stack, killed: str) -> None:
 
 
 def test_down_leaves_no_process_and_up_takes_the_run_up_again(stack: Stack, killed: str, store: Storage) -> None:
+    """As a user does it, with make; a run that waits for its turn is not lost either."""
     until(lambda: any("/checkpoints/step-" in name for name in store.names("train")), "a checkpoint")
-    stack.down()
+    later = config(stack) | dict(store=dict(root="s3://lake/later"))
+    waiting = stack.start("distill", config=later, until="mask")  # the pool takes one run at a time
+    make(stack, "down")
     assert stack.processes() == {}
-    stack.up()
-    again = stack.masters("up")
-    assert "runs already" in again.stdout
+    assert stack.urls["prefect_url"] in make(stack, "up")
+    assert "runs already" in make(stack, "up")
     stack.complete(killed, RESUMED)
     assert stack.run(killed)["run_count"] == 3, stack.history(killed)
+    stack.complete(waiting, RESUMED)
 
 
 def test_what_was_built_before_is_reused_and_tracked(stack: Stack, killed: str, store: Storage) -> None:
@@ -167,6 +181,6 @@ def test_no_run_is_left_and_no_secret_told(stack: Stack, killed: str) -> None:
     secret = stack.client_environment()["AWS_SECRET_ACCESS_KEY"]
     assert secret not in stack.logs()
     assert secret not in json.dumps(post(f"{stack.api}/logs/filter", {"limit": 200}))
-    stack.down()
+    assert make(stack, "down").splitlines()[-1] == "stopped"
     assert stack.processes() == {}
-    assert stack.masters("down").stdout == "nothing runs\n"
+    assert make(stack, "down").splitlines()[-1] == "nothing runs"

@@ -10,7 +10,7 @@ from demo import families
 from masters.models import packing
 from masters.models.checkpoints import attention
 from masters.models.families import family_of
-from tests.models import tiny
+from tests.models import tiny_models
 
 FOLDER = Path(__file__).parents[2] / "demo" / "models" / "student"
 ROW = 256  # tokens, two blocks
@@ -19,9 +19,9 @@ ROW = 256  # tokens, two blocks
 @torch.no_grad()
 @pytest.mark.parametrize("name", families.NAMES)
 def test_skipping_empty_blocks_changes_nothing(name: str) -> None:
-    model = tiny.model(name, seed=0)
+    model = tiny_models.model(name, seed=0)
     asked = [
-        tiny.question(model, n, 3 + n, tiny.random_responses(n, [3, 1, 5 + 20 * n]), image_of=min(n, 2))
+        tiny_models.question(model, n, 3 + n, tiny_models.random_responses(n, [3, 1, 5 + 20 * n]), image_of=min(n, 2))
         for n in range(4)
     ]
     found = []

@@ -12,7 +12,7 @@ from masters.models import estimate
 from masters.models.checkpoints import load_model
 from masters.models.estimate import Questions, Weights
 from masters.sources import RawRow
-from tests.models import tiny
+from tests.models import tiny_models
 
 STUDENT, TEACHER = Weights(8e9), Weights(38e9)
 OF = Questions(train=1.0, evaluation=0.0, prompt=1000, image=0)
@@ -73,8 +73,8 @@ def test_rows_are_counted_as_the_data_stage_splits_and_limits_them() -> None:
 
 def test_a_forward_pass_costs_what_pytorch_counts() -> None:
     """Linear modules of text and head; attention's products are counted by PyTorch alone, and few here."""
-    model = tiny.model("qwen3_vl", 0)
-    ids_BL = torch.randint(*tiny.WORDS, (1, 8))
+    model = tiny_models.model("qwen3_vl", 0)
+    ids_BL = torch.randint(*tiny_models.WORDS, (1, 8))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=ids_BL)
     sizes = {name: p.numel() for name, p in model.named_parameters() if p.ndim == 2}

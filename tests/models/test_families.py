@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from demo import families
 from masters.models.checkpoints import load_model, remask
 from masters.models.masking import apply_mask, group_thresholds, magnitude_thresholds, safetensors_tensors
-from tests.models.asked import load_masked
+from tests.models.family_questions import load_masked
 
 RATIO = 0.3
 CASES = [(name, tied) for name in families.NAMES for tied in (True, False)]

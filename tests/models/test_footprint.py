@@ -13,7 +13,7 @@ from masters.models import footprint
 from masters.models.families import family_of
 from masters.models.footprint import GIB, Footprint
 from masters.models.packing import pack, response_states
-from tests.models import tiny
+from tests.models import tiny_models
 
 STUDENT = Path(__file__).parents[2] / "demo" / "models" / "student"
 TEACHER = STUDENT.with_name("teacher")
@@ -21,7 +21,7 @@ TEACHER = STUDENT.with_name("teacher")
 
 def kept(model: torch.nn.Module, words: int) -> tuple[int, tuple[int, int]]:
     """Bytes that a forward pass keeps for its backward pass, weights aside; its text and image tokens."""
-    questions = [tiny.question(model, n, words, tiny.random_responses(n, [6] * 4)) for n in range(3)]
+    questions = [tiny_models.question(model, n, words, tiny_models.random_responses(n, [6] * 4)) for n in range(3)]
     packed = pack(questions, model, family_of(model.config.model_type))
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     held: dict[int, torch.Tensor] = {}
@@ -41,7 +41,7 @@ def kept(model: torch.nn.Module, words: int) -> tuple[int, tuple[int, int]]:
 @pytest.mark.parametrize("name", families.NAMES)
 @pytest.mark.parametrize("words", [3, 60])
 def test_activations_are_about_what_pytorch_keeps(name: str, words: int, tmp_path: Path) -> None:
-    model = tiny.model(name, seed=0)
+    model = tiny_models.model(name, seed=0)
     model.save_pretrained(tmp_path)
     size, tokens = kept(model, words)
     made = footprint.footprint(tmp_path, None, Train(), tokens, 1, False)

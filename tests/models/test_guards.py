@@ -18,7 +18,7 @@ from masters.models.packing import pack, response_states
 from masters.models.training_data import Group, Step
 from masters.models.trees import Question
 from masters.storage import Storage
-from tests.models.jobs import make_job
+from tests.models.tiny_jobs import make_job
 
 STEPS = 6
 CALM, WILD = 1e-4, 0.1  # learning rates: the second makes of any model one that is never right
@@ -139,7 +139,7 @@ def test_without_a_guard_a_fall_changes_nothing(tmp_path: Path) -> None:
     assert not events(told, "rolled_back")
 
 
-def test_a_fall_stops(tmp_path: Path) -> None:
+def test_a_drop_of_probe_accuracy_stops_training(tmp_path: Path) -> None:
     job, told = run_of(tmp_path, learning_rate=WILD, probe_drop=0.2)
     with pytest.raises(MastersError, match=r"step \d: the student has .* after 100.0% at step 0: a fall by more than"):
         trainer.fit(job)

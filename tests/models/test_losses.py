@@ -16,8 +16,8 @@ from masters.models.losses import (
     kl_to_reference,
     response_means,
 )
-from tests.models.reference import jsd, kl, softmax
-from tests.models.reference import kl_to_reference as kl_estimate
+from tests.models.float64_reference import jsd, kl, softmax
+from tests.models.float64_reference import kl_to_reference as kl_estimate
 
 LOSSES = [jensen_shannon, kl_divergence]
 logit = st.floats(-1e4, 1e4, width=32)

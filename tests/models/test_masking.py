@@ -23,7 +23,7 @@ from masters.models.masking import (
     mask_group,
     safetensors_tensors,
 )
-from tests.models import reference
+from tests.models import float64_reference
 
 RATIOS = [0.2, 0.15, 0.1, 0.05, 0.0]
 MANY = [0.0, 0.05, 0.1, 0.29, 0.5, 0.99, 1.0]
@@ -32,7 +32,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def sorted_reference(weight: torch.Tensor, ratios: list[float]) -> list[float]:
-    return [reference.threshold(weight.double().numpy(), r) for r in ratios]
+    return [float64_reference.threshold(weight.double().numpy(), r) for r in ratios]
 
 
 def awkward(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -119,7 +119,7 @@ def test_masks_are_nested_and_are_the_references(bits: list[int], percents: list
     ratios, zeroed = [p / 100 for p in sorted(percents)], torch.zeros(len(bits), dtype=torch.bool)
     for limit in magnitude_thresholds(weight, ratios):
         masked = apply_mask(weight, limit)
-        np.testing.assert_array_equal(masked.numpy(), reference.masked(weight.numpy(), limit))
+        np.testing.assert_array_equal(masked.numpy(), float64_reference.masked(weight.numpy(), limit))
         assert not (zeroed & (masked != 0)).any()  # what a smaller ratio zeroes, a larger one does
         zeroed = masked == 0
 

@@ -8,8 +8,8 @@ import torch
 
 from masters.models import losses, masking, objective, schedule
 from masters.rewards import advantages, distillation
-from tests.models import reference
-from tests.models.compare import check_all
+from tests.models import float64_reference
+from tests.models.compare_with_reference import check_all
 from tests.models.mutation import Edit, mutate
 
 OBJECTIVE: dict[str, list[Edit]] = {
@@ -102,13 +102,15 @@ def check_masks_and_schedule() -> None:
     ratios = [0.0, 0.05, 0.1, 0.29, 0.5, 1.0]
     for weight in (torch.arange(-50.0, 50.0), torch.tensor([1.0, -1.0, 2.0, 0.0, -2.0, 0.5, 3.0])):
         for ratio, limit in zip(ratios, masking.magnitude_thresholds(weight, ratios), strict=True):
-            assert limit == reference.threshold(weight.numpy(), ratio)
-            np.testing.assert_array_equal(masking.apply_mask(weight, limit), reference.masked(weight.numpy(), limit))
+            assert limit == float64_reference.threshold(weight.numpy(), ratio)
+            np.testing.assert_array_equal(
+                masking.apply_mask(weight, limit), float64_reference.masked(weight.numpy(), limit)
+            )
     for i in range(1, 14):
-        expected = reference.mask_ratio(i, 13, Fraction("0.2"), Fraction("0.05"))
+        expected = float64_reference.mask_ratio(i, 13, Fraction("0.2"), Fraction("0.05"))
         assert schedule.mask_ratio(i, 13, 0.2, 0.05) == float(expected)
         digest = f"{i:x}" + "7" * 63
-        assert schedule.stage_of(digest, 5) == reference.stage(digest, 5)
+        assert schedule.stage_of(digest, 5) == float64_reference.stage(digest, 5)
 
 
 def test_the_code_as_it_is_passes() -> None:

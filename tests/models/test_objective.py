@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from masters.config import Rewards, Train
 from masters.models import losses, objective
-from tests.models import reference
-from tests.models.compare import (
+from tests.models import float64_reference
+from tests.models.compare_with_reference import (
     VARIANTS,
     Shape,
     awkward,
@@ -24,7 +24,7 @@ from tests.models.compare import (
     packed,
     tensors,
 )
-from tests.models.reference import Batch
+from tests.models.float64_reference import Batch
 
 NAN = math.nan
 response = st.tuples(st.integers(1, 4), st.sampled_from([0.0, 1.0, 0.25, NAN]))
@@ -44,7 +44,7 @@ def batches(draw_from: st.DrawFn) -> Batch:
 
 def settled(batch: Batch) -> bool:
     """Whether divergences of a question are either the same or well apart: rewards stretch a small difference."""
-    result = reference.objective(batch, distillation="raw")
+    result = float64_reference.objective(batch, distillation="raw")
     groups = np.split(result.distill_R, np.cumsum([len(one) for one in batch.questions])[:-1])
     spreads = [np.ptp(d[~np.isnan(s)]) for d, s in zip(groups, batch.scores, strict=True) if not np.isnan(s).all()]
     return all(spread < 1e-12 or spread > 1e-2 for spread in spreads)
@@ -62,12 +62,12 @@ def test_equals_the_reference(variant: str, batch: Batch) -> None:
 def test_distillation_and_supervision_alone_equal_the_reference() -> None:
     batch = awkward()
     shares = np.zeros(len(batch.token_T))
-    for tokens in reference.spans(batch):
+    for tokens in float64_reference.spans(batch):
         for t in tokens:
             shares[t] = 1 / (t.stop - t.start) / len(tokens)
     kinds = {
-        "kd": lambda logits: reference.jsd(logits, batch.teacher_TV),
-        "sft": lambda logits: -reference.log_pi(logits, batch.token_T),
+        "kd": lambda logits: float64_reference.jsd(logits, batch.teacher_TV),
+        "sft": lambda logits: -float64_reference.log_pi(logits, batch.token_T),
     }
     for kind, terms in kinds.items():
         student, teacher, _, _ = tensors(batch)
@@ -79,7 +79,7 @@ def test_distillation_and_supervision_alone_equal_the_reference() -> None:
         outcome.loss.backward()
         assert teacher.grad is None
         close(outcome.loss, (shares * terms(batch.student_TV)).sum(), kind)
-        close(student.grad, shares[:, None] * reference.slope(terms, batch.student_TV), kind)
+        close(student.grad, shares[:, None] * float64_reference.slope(terms, batch.student_TV), kind)
 
 
 def test_the_policy_ratio_is_one_and_its_gradient_the_advantage_times_that_of_log_pi() -> None:
@@ -92,13 +92,13 @@ def test_the_policy_ratio_is_one_and_its_gradient_the_advantage_times_that_of_lo
     close(loss_R, -advantage_R.numpy(), "a ratio other than 1")
     loss_R.sum().backward()
     count_T = np.bincount(pack.response_T)[pack.response_T]
-    a_T, old_T = advantage_R.numpy()[pack.response_T], reference.log_pi(batch.student_TV, batch.token_T)
-    surrogate = reference.slope(
-        lambda logits: np.exp(reference.log_pi(logits, batch.token_T) - old_T) * a_T, batch.student_TV
+    a_T, old_T = advantage_R.numpy()[pack.response_T], float64_reference.log_pi(batch.student_TV, batch.token_T)
+    surrogate = float64_reference.slope(
+        lambda logits: np.exp(float64_reference.log_pi(logits, batch.token_T) - old_T) * a_T, batch.student_TV
     )
     close(student.grad, -surrogate / count_T[:, None], "against finite differences")
     chosen = np.eye(batch.student_TV.shape[1])[batch.token_T]
-    by_hand = a_T[:, None] * (chosen - reference.softmax(batch.student_TV))
+    by_hand = a_T[:, None] * (chosen - float64_reference.softmax(batch.student_TV))
     close(student.grad, -by_hand / count_T[:, None], "against A (1[v = token] - pi)")
 
 

@@ -21,18 +21,18 @@ from masters.models.packing import pack, response_logits, response_states
 from masters.models.training_data import Step
 from masters.models.trees import Question
 from masters.storage import Storage
-from tests.models import asked, reference, tiny
-from tests.models.compare import close
-from tests.models.jobs import LENGTHS, gradient, make_job, packed, references
+from tests.models import family_questions, float64_reference, tiny_models
+from tests.models.compare_with_reference import close
+from tests.models.float64_reference import Batch
 from tests.models.mutation import Edit, mutate
-from tests.models.reference import Batch
+from tests.models.tiny_jobs import LENGTHS, gradient, make_job, packed, references
 
 SIDES = [(64, 64), (120, 60), (56, 180)]
 
 
 def masked_model(folder: Path, ratio: float) -> torch.nn.Module:
     rows = group_thresholds(lambda: safetensors_tensors(folder), [ratio], "matrix")
-    return asked.load_masked(folder, {row["tensor"]: row["threshold"] for row in rows}, "float32")
+    return family_questions.load_masked(folder, {row["tensor"]: row["threshold"] for row in rows}, "float32")
 
 
 @pytest.fixture(params=families.NAMES)
@@ -88,7 +88,7 @@ def test_packed_gradients_are_those_of_separate_sequences(name: str, tied: bool,
     """
     folder = families.save(name, tmp_path, ["what shape is it now?"], "teacher", tied)
     student, teacher = load_model(folder, "float32"), masked_model(folder, 0.2)
-    made = asked.questions(folder, [SIDES[n % len(SIDES)] for n in range(len(LENGTHS))], LENGTHS, (10, 260))
+    made = family_questions.questions(folder, [SIDES[n % len(SIDES)] for n in range(len(LENGTHS))], LENGTHS, (10, 260))
     job = replace(
         make_job(name), student=student, teacher=teacher, rewards=Rewards(distillation="off"),
         question=lambda group: made[group.ref.row],
@@ -166,7 +166,7 @@ def test_the_batch_objective_is_the_references(job: trainer.Job) -> None:
         *logits,
         torch.cat([ref[g] for g in everything]).double().numpy(),
     )
-    expected = reference.objective(batch)
+    expected = float64_reference.objective(batch)
     close(outcome.loss, expected.loss, "loss", atol=1e-4)
     divergence_sum = expected.question_sum(expected.divergence_R, batch)
     close(outcome.sums["divergence"], divergence_sum, "divergence", atol=1e-4)
@@ -211,7 +211,7 @@ def test_gradients_enter_at_the_predictors_and_never_at_prompt_or_padding(job: t
     for row, g in enumerate(
         [3, 0, 2]
     ):  # longest first; by hand: the prompt's last token and all but the last of each response
-        prompt, at = 1 + tiny.IMAGE_TOKENS + 3 + g, 1 + tiny.IMAGE_TOKENS + 3 + g
+        prompt, at = 1 + tiny_models.IMAGE_TOKENS + 3 + g, 1 + tiny_models.IMAGE_TOKENS + 3 + g
         predictor_BL[row, prompt - 1] = True
         for n in LENGTHS[g]:
             predictor_BL[row, at : at + n - 1] = True
@@ -234,7 +234,7 @@ def test_a_response_has_no_gradient_in_another(job: trainer.Job) -> None:
         logits_TV = response_logits(job.student, pack_)
         (logits_TV[pack_.response_T == 2] ** 2).sum().backward()  # question 0's last response, five tokens
     job.student.zero_grad()
-    prompt = 1 + tiny.IMAGE_TOKENS + 3
+    prompt = 1 + tiny_models.IMAGE_TOKENS + 3
     image_L = pack_.inputs["input_ids"][0] == job.student.config.image_token_id
     expected_L = torch.zeros_like(image_L)
     expected_L[:prompt] = ~image_L[:prompt]
@@ -246,14 +246,14 @@ def test_a_response_has_no_gradient_in_another(job: trainer.Job) -> None:
 
 def test_the_images_token_in_a_response_is_a_word(job: trainer.Job) -> None:
     """A model may sample it. The engine embeds it like any other, so a word with the same embedding is its twin."""
-    student, twin = copy.deepcopy(job.student), tiny.WORDS[1]
+    student, twin = copy.deepcopy(job.student), tiny_models.WORDS[1]
     image = student.config.image_token_id
     with torch.no_grad():
         student.get_input_embeddings().weight[twin] = student.get_input_embeddings().weight[image]
     found = []
     for token in (image, twin):
         student.zero_grad()
-        questions = [tiny.question(student, n, 3 + n, [[30, token, 31], [token], [40, 41]]) for n in range(2)]
+        questions = [tiny_models.question(student, n, 3 + n, [[30, token, 31], [token], [40, 41]]) for n in range(2)]
         one = pack(questions, student, job.family)
         assert one.token_T.tolist().count(token) == 4  # it stays what is to be predicted
         logits_TV = response_logits(student, one)
@@ -271,13 +271,13 @@ def test_no_gradient_reaches_the_teacher(job: trainer.Job) -> None:
 
 
 def test_identical_responses_get_one_reward_wherever_they_are_packed(job: trainer.Job) -> None:
-    same, other, third = tiny.random_responses(9, [3, 2, 4])
-    longer = tiny.question(job.student, 7, 30, tiny.random_responses(10, [9, 9]))
+    same, other, third = tiny_models.random_responses(9, [3, 2, 4])
+    longer = tiny_models.question(job.student, 7, 30, tiny_models.random_responses(10, [9, 9]))
     orders = [[same, other, same, third], [third, same, same, other], [other, third, same, same]]
     rewards, teacher = [], job.teacher
     for order in orders:
         for company in ([], [longer]):
-            pack_ = pack([tiny.question(job.student, 1, 5, order), *company], job.student, job.family)
+            pack_ = pack([tiny_models.question(job.student, 1, 5, order), *company], job.student, job.family)
             with torch.no_grad():
                 states = response_states(job.student, pack_), response_states(teacher, pack_)
                 divergence_R = objective.divergences(pack_.spread(head.terms(*states, pack_.token_U, "jsd")), pack_)
@@ -303,7 +303,7 @@ def test_without_beta_the_reference_has_no_part(job: trainer.Job) -> None:
 def test_the_reference_pass_reads_a_question_once_for_all_its_stages(job: trainer.Job, tmp_path) -> None:
     """Full coverage: every question has a group a stage, with the student's responses in each of them."""
     later = [
-        replace(group, stage=1, responses=[*group.responses[:1], *tiny.random_responses(20 + n, [2, 3])])
+        replace(group, stage=1, responses=[*group.responses[:1], *tiny_models.random_responses(20 + n, [2, 3])])
         for n, group in enumerate(job.groups)
     ]
     both = replace(

@@ -11,7 +11,7 @@ from masters.models.checkpoints import load_model
 from masters.models.families import family_of
 from masters.models.packing import pack, response_logits
 from masters.models.trees import Question
-from tests.models import asked
+from tests.models import family_questions
 
 FOLDER = Path(__file__).parents[2] / "demo" / "models" / "student"
 
@@ -24,7 +24,7 @@ def model() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def questions() -> list[Question]:
-    return asked.questions(FOLDER, [(64, 64)] * 2, [[3, 1, 5], [2, 2]], (270, 350))
+    return family_questions.questions(FOLDER, [(64, 64)] * 2, [[3, 1, 5], [2, 2]], (270, 350))
 
 
 def test_a_batch_is_the_sum_of_its_questions(model: torch.nn.Module, questions: list[Question]) -> None:

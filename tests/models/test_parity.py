@@ -14,7 +14,7 @@ from masters.models.families import family_of
 from masters.models.masking import group_thresholds, safetensors_tensors
 from masters.models.packing import pack, response_logits
 from masters.models.trees import Question
-from tests.models.asked import load_masked
+from tests.models.family_questions import load_masked
 
 FOLDER = Path(__file__).parents[2] / "demo/models/teacher"
 FAMILY = family_of(AutoConfig.from_pretrained(FOLDER).model_type)

@@ -9,8 +9,8 @@ from demo import families
 from masters.config import Rewards, Train
 from masters.models import precision, trainer
 from masters.models.training_data import Step
-from tests.models import tiny
-from tests.models.jobs import gradient, make_job, references
+from tests.models import tiny_models
+from tests.models.tiny_jobs import gradient, make_job, references
 
 EVERYTHING = Step(0, 0, tuple(range(8)))
 MIXED = Train(compute_dtype="bfloat16")
@@ -18,8 +18,8 @@ MIXED = Train(compute_dtype="bfloat16")
 
 def stepped(name: str, train: Train) -> tuple[trainer.Job, dict[str, float]]:
     """A step's gradients in the student, and its sums. Answers alone are rewarded: min-max stretches any rounding."""
-    student = precision.computing(tiny.model(name, 0), train)
-    teacher = tiny.model(name, 1, 0.2).to(getattr(torch, precision.teacher_dtype(train)))
+    student = precision.computing(tiny_models.model(name, 0), train)
+    teacher = tiny_models.model(name, 1, 0.2).to(getattr(torch, precision.teacher_dtype(train)))
     plain = make_job(name)
     job = replace(plain, student=student, teacher=teacher, train=train, rewards=Rewards(distillation="off"))
     return job, trainer.run_step(job, EVERYTHING, references(plain))
@@ -48,6 +48,6 @@ def test_a_small_step_is_not_lost() -> None:
 
 
 def test_without_it_nothing_is_wrapped() -> None:
-    model = tiny.model(families.NAMES[0], 0)
+    model = tiny_models.model(families.NAMES[0], 0)
     assert precision.computing(model, Train()) is model and "forward" not in vars(model.model)
     assert precision.teacher_dtype(Train(dtype="bfloat16")) == "bfloat16"

@@ -16,7 +16,7 @@ from masters.models.response_groups import ResponseGroups, response_groups
 from masters.models.training_data import Group
 from masters.shards import Ref
 from masters.storage import Storage
-from tests.models import plain_groups
+from tests.models import plain_response_groups
 
 RATIOS = [0.2, 0.1, 0.0]
 QUESTIONS = [f"q{number}" for number in range(6)]
@@ -68,7 +68,7 @@ def test_they_are_those_of_a_plain_reading(
         storage = Storage(folder)
         tables = table(storage, "responses", said, files), table(storage, "verdicts", verdicts, files)
         given_ = (REFS[:trained], tables[0], tables[1] if judged else None, RATIOS, coverage)
-        expected, without = plain_groups.response_groups(*given_)
+        expected, without = plain_response_groups.response_groups(*given_)
         found, empty = response_groups(*given_)
     assert (len(found), empty) == (len(expected), without)
     for one, other in zip(found, expected, strict=True):
@@ -82,7 +82,7 @@ def groups_of(folder: Path) -> ResponseGroups:
     return response_groups(REFS, table(storage, "responses", said, 1), None, RATIOS, "partition")[0]
 
 
-def test_they_are_a_sequence(tmp_path: Path) -> None:
+def test_response_groups_are_a_sequence(tmp_path: Path) -> None:
     groups = groups_of(tmp_path)
     assert [group.ref for group in groups] == REFS
     assert [group.ref for group in groups[1:3]] == REFS[1:3] and groups[-1].ref == REFS[-1]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from masters.identity import digest
 from masters.models.schedule import mask_ratio, mask_stages, stage_of
-from tests.models import reference
+from tests.models import float64_reference
 
 
 def test_table_of_ten_iterations() -> None:
@@ -24,13 +24,13 @@ def test_follows_equation_3_exactly(k: int, step: str, iterations: int, data: st
     s = Fraction(step)
     r_max = k * s
     i = data.draw(st.integers(1, iterations))
-    expected = reference.mask_ratio(i, iterations, r_max, s)
+    expected = float64_reference.mask_ratio(i, iterations, r_max, s)
     found = mask_ratio(i, iterations, float(r_max), float(s))
     assert found == round(float(expected), 6)
     assert found in mask_stages(float(r_max), float(s))
 
 
-def test_stages() -> None:
+def test_mask_ratios_of_the_stages() -> None:
     assert mask_stages(0.2, 0.05) == [0.2, 0.15, 0.1, 0.05, 0.0]
     assert mask_stages(3 * 0.05, 0.05) == [0.15, 0.1, 0.05, 0.0]  # 0.15000000000000002
     assert mask_stages(0.0, 0.05) == [0.0]
@@ -55,7 +55,7 @@ def test_stage_of_is_the_share_of_the_unit_interval() -> None:
     assert {stage_of(digest(str(n).encode()), 1) for n in range(100)} == {0}
     for stages in (3, 5, 9):
         digests = ["0" * 64, "f" * 64, *(digest(str(n).encode()) for n in range(200))]
-        assert [stage_of(d, stages) for d in digests] == [reference.stage(d, stages) for d in digests]
+        assert [stage_of(d, stages) for d in digests] == [float64_reference.stage(d, stages) for d in digests]
 
 
 def test_stages_get_equal_shares_of_questions() -> None:

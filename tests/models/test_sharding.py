@@ -15,8 +15,8 @@ from masters.models import resume
 from masters.models.footprint import footprint
 from masters.processes import LOOPBACK
 from masters.storage import Storage
-from tests.models import sharded
-from tests.models.sharded import CASES, Tensors, Trained
+from tests.models import sharded_training
+from tests.models.sharded_training import CASES, Tensors, Trained
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("sharded")
-    sharded.prepare(made)
+    sharded_training.prepare(made)
     return made
 
 
@@ -57,7 +57,7 @@ def ranks(folder: Path, way: str, whole: dict) -> list[dict]:
     shutil.copytree(folder / "teacher", stores / "teacher")
 
     def start(rank: int, world: int) -> subprocess.Popen:
-        command = [sys.executable, "-m", "tests.models.sharded", str(stores), way, str(rank), str(world)]
+        command = [sys.executable, "-m", "tests.models.sharded_training", str(stores), way, str(rank), str(world)]
         return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
     places = [(0, 2), (1, 2), (0, 1)]
@@ -118,8 +118,11 @@ def test_two_go_on_from_a_checkpoint_of_one_and_one_from_that_of_two(
     shutil.copytree(folder / way / "two", folder / f"from-{way}", dirs_exist_ok=True)
     back = one.run("tied", f"from-{way}")
     for resumed, undisturbed in ((two["resumed"], whole["runs"]["tied"]), (back, two["runs"]["tied"])):
-        assert resumed["events"][0] == "resumed" and len(resumed["losses"]) == len(sharded.STEPS) - sharded.CUT
-        assert resumed["losses"] == pytest.approx(undisturbed["losses"][sharded.CUT :], rel=1e-5)
+        assert (
+            resumed["events"][0] == "resumed"
+            and len(resumed["losses"]) == len(sharded_training.STEPS) - sharded_training.CUT
+        )
+        assert resumed["losses"] == pytest.approx(undisturbed["losses"][sharded_training.CUT :], rel=1e-5)
         assert apart(resumed["after"], undisturbed["after"], undisturbed["before"]) < 0.01
 
 
@@ -129,7 +132,7 @@ def test_a_checkpoint_holds_the_same_whoever_saved_it(folder: Path, way: str, wh
     for store in ("one", f"{way}/two"):
         storage = Storage(str(folder / store))
         checkpoint, refused = resume.newest(storage, "tied")
-        assert checkpoint and not refused and checkpoint.step == sharded.CUT
+        assert checkpoint and not refused and checkpoint.step == sharded_training.CUT
         states.append(checkpoint.tensors)
     assert states[0].keys() == states[1].keys()
     for name, tensor in states[0].items():
@@ -152,7 +155,7 @@ def test_a_mean_for_a_sum_is_caught_before_training_and_by_the_gradients(whole: 
 
 def test_blocks_that_are_computed_twice_have_the_same_gradients(one: Trained, whole: dict, two: dict) -> None:
     job = one.job("tied")
-    sharded.checkpoint_activations(job.student)
+    sharded_training.checkpoint_activations(job.student)
     for once, again in (
         (two["gradients"]["tied"], two["again"]),
         (whole["gradients"]["tied"], one.gradients("tied", job)),
@@ -175,7 +178,9 @@ def test_mixed_precision_is_near_and_keeps_float32(two: dict) -> None:
 
 
 def test_a_rank_holds_what_the_estimate_counts(folder: Path, way: str, two: dict) -> None:
-    numbers = {str(n): torch.zeros(sharded.SIDE, sharded.SIDE) for n in range(sharded.MATRICES)}
+    numbers = {
+        str(n): torch.zeros(sharded_training.SIDE, sharded_training.SIDE) for n in range(sharded_training.MATRICES)
+    }
     (folder / "matrices").mkdir(exist_ok=True)
     save_file(numbers, folder / "matrices" / "model.safetensors")
     runtime = Runtime.model_validate(dict(sharding=way, train_processes=2))
@@ -183,7 +188,7 @@ def test_a_rank_holds_what_the_estimate_counts(folder: Path, way: str, two: dict
     assert two["kept"] == pytest.approx(made.weights + made.gradients, rel=0.02)
 
 
-def test_guards_work_on_shares(ranks: list[dict]) -> None:
+def test_guards_work_on_sharded_weights(ranks: list[dict]) -> None:
     for rank in ranks[:2]:
         assert "step 2, mask stage 0 (ratio 0.4), question q6: the loss is nan" in rank["spoilt"]
     fallen = ranks[0]["fallen"]
@@ -195,4 +200,4 @@ def test_without_memory_for_a_pass_all_begin_again(ranks: list[dict]) -> None:
     for rank in ranks[:2]:
         message, told = rank["memory"]
         assert "all processes begin again from the last checkpoint" in message
-        assert told[-1]["event"] == "again" and told[-1]["tokens"] < sharded.BUDGET
+        assert told[-1]["event"] == "again" and told[-1]["tokens"] < sharded_training.BUDGET

@@ -10,7 +10,7 @@ from PIL import Image
 from masters.config import Generate, Runtime
 from masters.models.engine import Engine, Request
 from tests.fork_server.call import call_in_process
-from tests.models.asked import load_masked
+from tests.models.family_questions import load_masked
 
 Masks = list[dict[str, float]]  # thresholds by tensor; empty: the model as it is
 GREEDY = Generate(temperature=0.0, repetition_penalty=1.2, max_tokens=24, dtype="float32")  # 1.2: fewer loops

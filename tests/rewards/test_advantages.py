@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from masters.rewards import group_advantages
-from tests.models import reference
+from tests.models import float64_reference
 
 reward = st.one_of(st.floats(0, 2), st.just(math.nan))
 groups = st.lists(reward, min_size=1, max_size=16).map(np.array)
@@ -26,7 +26,7 @@ def test_standardised_within_the_group(reward_G: np.ndarray) -> None:
     assume(not on_the_edge(reward_G))
     found = group_advantages(reward_G).numpy()
     assert np.isfinite(found).all()
-    np.testing.assert_allclose(found, reference.advantage(reward_G), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(found, float64_reference.advantage(reward_G), rtol=1e-6, atol=1e-9)
 
 
 @given(groups, st.floats(-3, 3))
@@ -59,7 +59,7 @@ def test_degenerate_groups_are_zero(rewards: list[float]) -> None:
     assert group_advantages(rewards).tolist() == [0.0] * len(rewards)
 
 
-def test_just_above_the_noise() -> None:
+def test_a_deviation_just_above_the_noise_gives_advantages() -> None:
     assert group_advantages(np.array([0.0, 2.2e-4])).tolist() == [-1.0, 1.0]
 
 

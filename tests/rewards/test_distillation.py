@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from masters.rewards import distillation_rewards, raw_distillation_rewards
-from tests.models import reference
+from tests.models import float64_reference
 
 groups = st.lists(st.floats(0, math.log(2)), min_size=1, max_size=16)
 
@@ -18,7 +18,7 @@ groups = st.lists(st.floats(0, math.log(2)), min_size=1, max_size=16)
 def test_reverse_min_max(divergence: list[float]) -> None:
     d_G = np.array(divergence)
     found = distillation_rewards(d_G).numpy()
-    np.testing.assert_allclose(found, reference.distillation_reward(d_G, np.ones(len(d_G), bool)), atol=1e-12)
+    np.testing.assert_allclose(found, float64_reference.distillation_reward(d_G, np.ones(len(d_G), bool)), atol=1e-12)
     if found.any():
         assert found[d_G.argmin()] == 1
         assert found[d_G.argmax()] == 0
@@ -36,7 +36,7 @@ def test_rounding_noise_is_no_reward(spread: float) -> None:
     assert distillation_rewards([0.2, 0.2 + spread, 0.2]).tolist() == [0.0, 0.0, 0.0]
 
 
-def test_just_above_the_noise() -> None:
+def test_a_spread_just_above_the_noise_is_rewarded() -> None:
     assert distillation_rewards(np.array([0.0, 1.1e-5])).tolist() == [1.0, 0.0]
 
 
@@ -59,9 +59,9 @@ def test_identical_responses_share_their_mean() -> None:
     d_G, same_G = np.array([0.1, 0.5, 0.2, 0.6]), [0, 1, 0, 2]
     found = distillation_rewards(d_G, same_G=same_G).numpy()
     everyone = np.ones(4, bool)
-    d_G = reference.shared(d_G, [(0,), (1,), (0,), (2,)], everyone)
+    d_G = float64_reference.shared(d_G, [(0,), (1,), (0,), (2,)], everyone)
     np.testing.assert_allclose(d_G, [0.15, 0.5, 0.15, 0.6])
-    np.testing.assert_allclose(found, reference.distillation_reward(d_G, everyone))
+    np.testing.assert_allclose(found, float64_reference.distillation_reward(d_G, everyone))
     assert not distillation_rewards(d_G, same_G=[0, 0, 0, 0]).any()
 
 

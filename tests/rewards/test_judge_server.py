@@ -32,7 +32,9 @@ def test_verdicts_over_http(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("models", "configured", "asked"), [(("a", "b"), "b", "b"), ((), None, "default")])
-def test_the_model_asked_for(models: tuple[str, ...], configured: str | None, asked: str) -> None:
+def test_the_configured_model_or_the_servers_default_is_asked(
+    models: tuple[str, ...], configured: str | None, asked: str
+) -> None:
     with serve(models=models) as there:
         assert ask(Server(there.url, configured))[0][0] == "ok"
     assert {call["model"] for call in there.asked} == {asked}
@@ -59,7 +61,7 @@ def test_what_asking_again_cannot_change_is_asked_once(code: int, status: str) -
     assert len(there.asked) == 1
 
 
-def test_time_out() -> None:
+def test_a_judge_that_times_out_gives_judge_failed() -> None:
     with serve(say=lambda _: (200, 2.0)) as there:
         ((status, text),) = ask(Server(there.url, "m", timeout=0.2, retries=1))
     assert (status, len(there.asked)) == ("judge_failed", 2)
@@ -97,7 +99,7 @@ def test_a_judge_that_is_down_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
     assert "not asked after 4 failures in a row (HTTP 500" in answers[-1][1]
 
 
-def test_nobody_listens() -> None:
+def test_a_judge_url_without_a_server_gives_judge_failed() -> None:
     with serve() as there:
         url = there.url
     ((status, text),) = ask(Server(url, None, retries=0))
@@ -113,7 +115,7 @@ def test_nobody_listens() -> None:
         ("HTTP://host/v1/chat/completions", "http://host/v1"),
     ],
 )  # fmt: skip
-def test_where_the_api_begins(url: str, base: str) -> None:
+def test_base_url_of_a_judges_api(url: str, base: str) -> None:
     assert base_url(url) == base
 
 

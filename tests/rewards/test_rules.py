@@ -19,7 +19,7 @@ from masters.rewards.rules import exact_match, normalise
         ("3.5", "3.5"), (".5", ".5"), ("-1", "-1"), ("a, b", "a, b"), ("", ""), (" .!", ""),
     ],
 )  # fmt: skip
-def test_normalise(text: str, expected: str) -> None:
+def test_answers_are_normalized(text: str, expected: str) -> None:
     assert normalise(text) == expected
 
 

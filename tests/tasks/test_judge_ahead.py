@@ -10,9 +10,9 @@ from masters.artifacts import Identity
 from masters.tasks.generate import _judge_beside
 from masters.tasks.score import judge_of
 from masters.tasks.stage import Run
-from tests import scored as by_hand
+from tests import scoring_run as by_hand
 from tests.fake_judge import FakeJudge, serve
-from tests.scored import first_round, made_run, question_table, responses
+from tests.scoring_run import first_round, made_run, question_table, responses
 
 QUESTIONS = {"q1": ("what color?", "teal"), "q2": ("what color?", "red"), "q3": ("is there a circle?", "yes")}
 TEXTS = {"q1": ["teal", "red", "teal"], "q2": ["red", "teal", ""], "q3": ["yes", "yes", "no"]}

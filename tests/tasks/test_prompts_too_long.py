@@ -24,8 +24,8 @@ from masters.tasks.evaluate import evaluate
 from masters.tasks.generate import generate
 from masters.tasks.mask import mask
 from masters.tasks.stage import Run
-from tests.drawn import write_questions, write_rows
-from tests.trained import first_round, made_run, told
+from tests.handmade_run import first_round, made_run, told
+from tests.shape_data import write_questions, write_rows
 
 ADMITTED, ANSWER = 128, 8  # tokens
 LONG = {"q4": "test", "q5": "train"}  # with the answer longer than that by one token; the others' prompts are short

@@ -14,10 +14,10 @@ from masters.models import judge_worker
 from masters.rewards import judge_prompts
 from masters.tasks.score import judge_of
 from masters.tasks.stage import Run
-from tests import scored as by_hand
+from tests import scoring_run as by_hand
 from tests.fake_judge import FakeJudge, inside, serve, verdict
-from tests.scored import first_round, made_run, responses
-from tests.trained import told
+from tests.handmade_run import told
+from tests.scoring_run import first_round, made_run, responses
 
 QUESTIONS = {"q1": ("what color?", "teal"), "q2": ("what color?", "red"), "q3": ("is there a circle?", "yes")}
 TEXTS = {"q1": ["teal", "Teal.", "red", "teal"], "q2": ["red", "red", "teal", ""], "q3": ["yes", "yes", "yes", "no"]}
@@ -90,7 +90,7 @@ def test_every_distinct_text_is_judged_once_and_its_verdict_shared(tmp_path: Pat
     assert all(row["reading"] == f"{row['score']:.0f}" for row in judged)
 
 
-def test_the_same_again_asks_nobody(tmp_path: Path, there: FakeJudge) -> None:
+def test_scoring_the_same_again_asks_no_judge(tmp_path: Path, there: FakeJudge) -> None:
     first, *_ = scored(made_run(tmp_path, there.url))
     asked = len(there.asked)
     again, _, line = scored(made_run(tmp_path, there.url))

@@ -19,8 +19,8 @@ from masters.tasks.data import data
 from masters.tasks.mask import mask
 from masters.tasks.stage import Run
 from masters.tasks.train import GUARD, PROBE, _job, held_out, identity, train
-from tests.drawn import write_questions
-from tests.trained import ROOT, by_hand, first_round, made_run
+from tests.handmade_run import ROOT, by_hand, first_round, made_run
+from tests.shape_data import write_questions
 
 STEPS = 10
 

@@ -3,6 +3,6 @@
 import os
 
 if "MASTERS_FAULT" in os.environ:
-    from tests.faults import points
+    from tests.faults import fault_points
 
-    points.install()
+    fault_points.install()

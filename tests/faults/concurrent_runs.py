@@ -1,0 +1,63 @@
+"""Two runs at once on one machine: one builds, the other waits; the one that builds is killed; the other rebuilds."""
+
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+
+from masters.stages import Stage
+from tests.faults.run_spec import Shape
+from tests.faults.world import TRAIN, Running, Seen, World, until
+
+
+def two_at_once(world: World) -> Seen:
+    """The same command twice: one builds, the other waits and takes what there is."""
+    store = world.store()
+
+    def disturb() -> tuple[int, list[str]]:
+        runs = [world.start(store, TRAIN) for _ in range(2)]
+        codes = [running.wait() for running in runs]
+        assert any("waiting for it" in running.said() for running in runs)
+        outcomes = sorted(running.outcome("train") for running in runs)
+        assert outcomes == ["built", "reused"], outcomes
+        return max(codes), ["start train/both"]
+
+    return world.disturbed("two runs at once", store, disturb, TRAIN)
+
+
+def rebuilt_at_once(world: World) -> Seen:
+    """While one run trains another is told to build training again: both end well."""
+
+    def end(first: Running, second: Running) -> int:
+        codes = [first.wait(), second.wait()]
+        assert codes == [0, 0], [first.said(), second.said()]
+        return max(codes)
+
+    again = replace(TRAIN, rebuild=Stage.TRAIN)
+    return _while_one_trains(world, "--rebuild while another run builds", again, end, "start train/rebuild")
+
+
+def holder_killed(world: World) -> Seen:
+    """Of two runs the one that trains is killed once the other waits for it: that one goes on from there."""
+
+    def end(first: Running, second: Running) -> int:
+        until(lambda: "waiting for it" in second.said(), "the second waits")
+        first.kill()
+        assert first.wait() == -signal.SIGKILL
+        return second.wait()
+
+    kind = "SIGKILL of the one of two runs that builds"
+    return _while_one_trains(world, kind, TRAIN, end, "kill train/holder")
+
+
+def _while_one_trains(
+    world: World, kind: str, shape: Shape, end: Callable[[Running, Running], int], where: str
+) -> Seen:
+    """A second run begins once the first has a checkpoint; `end` gives the exit code."""
+    store = world.store()
+
+    def disturb() -> tuple[int, list[str]]:
+        first = world.start(store, TRAIN)
+        until(lambda: any(store.glob("train/*/checkpoints/step-*")), "a checkpoint")
+        return end(first, world.start(store, shape)), [where]
+
+    return world.disturbed(kind, store, disturb, TRAIN)

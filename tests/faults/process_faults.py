@@ -1,0 +1,177 @@
+"""The faults of processes and disks: each disturbs one run of a world at a seeded moment and gives what was seen."""
+
+import os
+import random
+import subprocess
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlflow import MlflowClient
+
+from tests.faults.fault_points import HOWS, At, Fault
+from tests.faults.run_spec import Shape
+from tests.faults.world import SCORE, TRAIN, Running, Seen, World, stage_of
+
+CHECKED = "check"  # operations of the store's probe, before a run begins
+DAY = 86_400.0
+
+
+def killed(
+    world: World, rng: random.Random, role: str, stage: str | tuple[str, ...], number: int, shape: Shape = SCORE
+) -> Seen:
+    """SIGKILL at an operation in a stage's folders, by the process itself: before it, half done, or just done."""
+    wanted = (stage,) if isinstance(stage, str) else stage
+    at = rng.choice([n for n, point in enumerate(world.points(role, shape), 1) if stage_of(point) in wanted])
+    how = HOWS[number % len(HOWS)]
+    store = world.store(shape)
+    fault = _fault(world, store, At(role, "kill", at, how))
+    return world.disturbed(f"SIGKILL of the {role}, {how}", store, lambda: _run(world, store, fault, shape), shape)
+
+
+def killed_often(world: World, rng: random.Random, times: int) -> list[Seen]:
+    """So many kills in all: in one store one after the other, each a little further on, until a run comes to its end;
+    then in the next store."""
+    seen: list[Seen] = []
+    while len(seen) < times:
+        seen += _killed_in_a_row(world, rng, times - len(seen))
+    return seen
+
+
+def _killed_in_a_row(world: World, rng: random.Random, times: int) -> list[Seen]:
+    """Rows are counted once, after the last."""
+    store, before, codes = world.store(), [], []
+
+    def disturb() -> tuple[int, list[str]]:
+        for number in range(times):
+            role = ("flow", "trainer")[number % 2]  # a new store's flow always comes to the operation
+            fault = _fault(world, store, At(role, "kill", rng.randint(5, 20), rng.choice(HOWS)))
+            code, fired = _run(world, store, fault, TRAIN)
+            codes.append(code)
+            if not fired:
+                break
+            before.append((role, fired[0], world.left(store)))
+        return codes[-1], [where for _, where, _ in before]
+
+    ended = world.disturbed("SIGKILL again and again", store, disturb, TRAIN)
+    world.seen.remove(ended)
+    found = [
+        Seen(
+            f"SIGKILL of the {role}, again", stage_of(where), where, True, "killed" if role == "flow" else "failed",
+            ended.recovered, 0.0, type(ended.verdict)(), left,
+        )
+        for role, where, left in before
+    ]  # fmt: skip
+    found[-1].verdict, found[-1].seconds = ended.verdict, ended.seconds
+    found[-1].left += ended.left
+    world.seen.extend(found)
+    return found
+
+
+def killed_at_the_end(world: World, rng: random.Random, stage: str, number: int, shape: Shape) -> Seen:
+    """In evaluate or register; also MLflow then has the student once."""
+    seen = killed(world, rng, "flow", stage, number, shape)
+    store = str(world.folder / f"store-{world.stores}")
+    versions = MlflowClient(world.mlflow).search_model_versions("name = 'trained'")
+    ours = [v for v in versions if v.tags["masters.uri"].startswith(f"{store}/")]
+    assert [v.tags.get("masters.registered") for v in ours] == ["yes"], ours
+    return seen
+
+
+def disk(world: World, rng: random.Random, what: str, role: str) -> Seen:
+    """From a seeded operation on the disk is full, or no longer lets write."""
+    shape = TRAIN if role == "trainer" else SCORE
+    writes = _unchecked(world.points(role, shape), lambda point: point.split()[0] in ("write", "copy"))
+    store = world.store()
+    fault = _fault(world, store, At(role, what, rng.choice(writes)))
+    kind = {"full": "disk full (ENOSPC)", "readonly": "store read-only (EROFS)"}[what]
+    return world.disturbed(f"{kind}, {role}", store, lambda: _run(world, store, fault, shape), shape)
+
+
+def small_disk(world: World, rng: random.Random) -> Seen | None:
+    """A real file system that is too small; then it is made larger. None where it may not be mounted."""
+    with _mounted(world.store(), rng.randint(12, 48)) as store:
+        if store is None:
+            return None
+
+        def disturb() -> tuple[int, list[str]]:
+            running = world.start(store)
+            code = running.wait()
+            assert "No space left" in running.said() and "Traceback" not in running.said()
+            last = max((p for p in store.rglob("*") if p.is_file()), key=lambda p: p.stat().st_mtime_ns)
+            subprocess.run(["mount", "-o", "remount,size=512m", str(store)], check=True)
+            return code, [f"write {last.relative_to(store)}"]
+
+        return world.disturbed("disk full (a small tmpfs)", store, disturb)
+
+
+def clock(world: World, rng: random.Random, jump: float, role: str, shape: Shape) -> Seen:
+    """The time of day is another for a process from a seeded operation on; of the flow that trains, when it starts
+    the trainer."""
+    wanted = _unchecked(
+        world.points(role, shape), lambda point: shape != TRAIN or role != "flow" or "rank-0.json" in point
+    )
+    store = world.store()
+    fault = _fault(world, store, At(role, "clock", rng.choice(wanted), jump=jump))
+    kind = f"clock jumps a day {'forward' if jump > 0 else 'back'}, {role}"
+    return world.disturbed(kind, store, lambda: _run(world, store, fault, shape), shape)
+
+
+def damaged_checkpoint(world: World, rng: random.Random) -> Seen:
+    """The trainer is killed and a bit of its newest checkpoint flips: it is refused, said, and the one before taken."""
+    points, store = world.points("trainer", TRAIN), world.store()
+    saved = [n for n, p in enumerate(points, 1) if p.startswith("replace") and "/step-" in p]
+    fault = _fault(world, store, At("trainer", "kill", saved[1], "after"))
+
+    def disturb() -> tuple[int, list[str]]:
+        _, fired = _run(world, store, fault, TRAIN)
+        newest = sorted(store.glob("train/*/checkpoints/step-*"))[-1]
+        data = bytearray(newest.read_bytes())
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        newest.write_bytes(bytes(data))
+        running = world.start(store, TRAIN)
+        code = running.wait()
+        said = " ".join(running.said().split())
+        assert "is damaged: expected SHA-256" in said and "going on from the one before" in said, said
+        return code, fired
+
+    return world.disturbed("SIGKILL of the trainer, then a bit of its newest checkpoint flips", store, disturb, TRAIN)
+
+
+def _fault(world: World, store: Path, *plan: At) -> Fault:
+    log = world.folder / f"faults-{store.name}"
+    log.unlink(missing_ok=True)
+    return Fault(str(store), str(log), plan)
+
+
+def _run(world: World, store: Path, fault: Fault, shape: Shape) -> tuple[int, list[str]]:
+    running = world.start(store, shape, fault)
+    code, fired = running.wait(), fault.fired()
+    _lost_child_named(running, fault, fired)
+    return code, [where for _, where in fired]
+
+
+def _lost_child_named(running: Running, fault: Fault, fired: list[tuple[str, str]]) -> None:
+    """A run whose child was killed says so: only then a task knows that another try may succeed."""
+    if fired and fault.plan[0].what == "kill" and fired[0][0] != "flow":
+        assert "ended with signal SIGKILL" in running.said(), running.said()
+
+
+def _unchecked(points: list[str], fits: Callable[[str], bool]) -> list[int]:
+    """Numbers of the points that fit, without those of the store's probe."""
+    return [n for n, p in enumerate(points, 1) if CHECKED not in p.split("/")[0] and fits(p)]
+
+
+@contextmanager
+def _mounted(folder: Path, kib: int):
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "masters-faults", str(folder)]
+    try:
+        mounted = os.getuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    try:
+        yield folder if mounted else None
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", str(folder)], check=True)

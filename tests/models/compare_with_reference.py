@@ -1,0 +1,137 @@
+"""The code under test against `reference`, as checks that tests of mutated code call too."""
+
+import numpy as np
+import torch
+
+from masters.config import Rewards, Train
+from masters.models import losses, objective
+from masters.models.packing import Pack
+from tests.models import float64_reference
+from tests.models.float64_reference import Batch
+
+VARIANTS = {
+    "method": (Train(), Rewards()),
+    "kl": (Train(divergence="kl", beta=0.5), Rewards()),
+    "raw": (Train(), Rewards(distillation="raw")),
+    "no distillation reward": (Train(beta=0.0), Rewards(distillation="off")),
+    "no accuracy reward": (Train(beta=2.0), Rewards(accuracy="off")),
+    "no reward": (Train(), Rewards(accuracy="off", distillation="off")),
+}
+Shape = list[list[tuple[int, float]]]  # per question, per response: its length and its verdict
+
+
+def draw(shape: Shape, repeats: set[tuple[int, int]], seed: int, vocabulary: tuple[int, int] = (11, 11)) -> Batch:
+    """Random logits and tokens. `repeats`: (question, j), j > 0, where response j repeats the one before it.
+
+    `vocabulary`: the student's and the teacher's. A repeated response has other logits: sharing must show.
+    """
+    rng = np.random.default_rng(seed)
+    questions = [[tuple(rng.integers(0, min(vocabulary), n).tolist()) for n, _ in one] for one in shape]
+    for question, j in sorted(repeats):
+        questions[question][j] = questions[question][j - 1]
+    tokens = np.array([t for one in questions for response in one for t in response])
+    student, teacher = (rng.normal(0, 2, (len(tokens), v)).astype(np.float32).astype(float) for v in vocabulary)
+    pi_ref = (
+        float64_reference.log_pi(student + rng.normal(0, 0.3, student.shape), tokens).astype(np.float32).astype(float)
+    )
+    return Batch(questions, [[score for _, score in one] for one in shape], student, teacher, pi_ref)
+
+
+def awkward(vocabulary: tuple[int, int] = (11, 11)) -> Batch:
+    """Questions of different sizes, missing verdicts, repeated responses, and every kind of degenerate group."""
+    nan = float("nan")
+    shape: Shape = [
+        [(3, 1.0), (1, 0.0), (5, 1.0), (2, 0.0)],
+        [(2, 1.0), (2, 1.0), (4, 0.0)],
+        [(1, 0.0), (4, nan), (2, 1.0), (2, 1.0), (3, nan), (2, 0.0)],
+        [(3, 1.0)],
+        [(2, 1.0), (2, 1.0)],
+        [(2, nan), (3, nan)],
+        [(1, 0.25), (2, nan)],
+        [(2, 1.0), (3, 1.0), (1, 1.0)],
+    ]
+    return draw(shape, {(1, 1), (2, 3), (4, 1)}, seed=5, vocabulary=vocabulary)
+
+
+def packed(batch: Batch) -> Pack:
+    """The batch's tokens as the packer describes them, without a model's inputs."""
+    responses = [tokens for one in batch.questions for tokens in one]
+    response_T = [r for r, tokens in enumerate(responses) for _ in tokens]
+    question_R = [q for q, one in enumerate(batch.questions) for _ in one]
+    asked = [[r for r, of in enumerate(question_R) if of == q] for q in range(len(batch.questions))]
+    token_T, *others = map(torch.tensor, (batch.token_T.tolist(), response_T, question_R))
+    same_R = [responses.index(tokens) for tokens in responses]
+    return Pack({}, None, torch.empty(0), token_T, torch.arange(len(token_T)), *others, asked, same_R)
+
+
+def dense_terms(student: torch.Tensor, teacher: torch.Tensor, pack: Pack, train: Train) -> losses.Terms:
+    return losses.terms(student, teacher, pack.token_T, train.divergence)
+
+
+def tensors(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Student's and teacher's logits, both open to gradients; log pi_ref; verdicts."""
+    student, teacher, pi_ref = (
+        torch.tensor(x, dtype=torch.float32) for x in (batch.student_TV, batch.teacher_TV, batch.reference_T)
+    )
+    score_R = torch.tensor([score for one in batch.scores for score in one])
+    return student.requires_grad_(), teacher.requires_grad_(), pi_ref, score_R
+
+
+def close(found: object, expected: object, what: str, atol: float = 2e-5) -> None:
+    found = found.detach().numpy() if isinstance(found, torch.Tensor) else found
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=atol, err_msg=what)
+
+
+def check_objective(batch: Batch, train: Train, rewards: Rewards) -> None:
+    """`objective.masters`: the loss, what it logs, and its gradient, which is the student's alone."""
+    expected = float64_reference.objective(batch, train.beta, train.divergence, rewards.accuracy, rewards.distillation)
+    student, teacher, pi_ref, score_R = tensors(batch)
+    pack = packed(batch)
+    outcome = objective.masters(dense_terms(student, teacher, pack, train), pi_ref, score_R, pack, train, rewards)
+    outcome.loss.backward()
+    assert teacher.grad is None, "a gradient reaches the teacher"
+    close(outcome.loss, expected.loss, "loss", atol=1e-4)
+    close(student.grad, expected.gradient_TV, "gradient")
+    logged = {
+        "loss": expected.loss,
+        "divergence": expected.question_sum(expected.divergence_R, batch),
+        "reward_distillation": expected.question_sum(expected.distill_R, batch),
+        "kl_to_reference": expected.question_sum(expected.kl_R, batch),
+    }
+    for name, value in logged.items():
+        close(outcome.sums[name], value, name, atol=1e-4)
+
+
+def check_responses(batch: Batch, train: Train, rewards: Rewards) -> None:
+    """D, R_distill and A of every response, and the gradient of a sum that weighs responses unlike.
+
+    Advantages of a group sum to zero, so in the objective, whose responses weigh alike, a gradient through the
+    rewards would cancel out unseen.
+    """
+    count = sum(map(len, batch.questions))
+    weight_R = np.random.default_rng(0).uniform(0.5, 2, count)
+    expected = float64_reference.objective(
+        batch, train.beta, train.divergence, rewards.accuracy, rewards.distillation, weight_R
+    )
+    pack, (student, teacher, pi_ref, score_R) = packed(batch), tensors(batch)
+    terms = dense_terms(student, teacher, pack, train)
+    divergence_R = objective.divergences(terms, pack)
+    distill_R, advantage_R = objective.advantages(divergence_R, score_R, pack, rewards)
+    grpo_R = losses.grpo_loss(terms.logp_T, pi_ref, advantage_R, pack.response_T, train.beta)
+    loss = objective.question_means((grpo_R + divergence_R) * torch.tensor(weight_R), pack).sum()
+    loss.backward()
+    assert teacher.grad is None, "a gradient reaches the teacher"
+    close(divergence_R, expected.divergence_R, "divergence")
+    close(distill_R, expected.distill_R, "distillation reward")
+    close(advantage_R, expected.advantage_R, "advantage", atol=2e-4)
+    close(loss, expected.loss, "weighted loss", atol=1e-4)
+    close(student.grad, expected.gradient_TV, "weighted gradient")
+
+
+def check_all() -> None:
+    """Every variant on the awkward batch, with equal and unequal vocabularies."""
+    for train, rewards in VARIANTS.values():
+        for vocabulary in ((11, 11), (11, 13), (13, 11)):
+            batch = awkward(vocabulary)
+            check_objective(batch, train, rewards)
+            check_responses(batch, train, rewards)

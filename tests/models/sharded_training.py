@@ -1,0 +1,277 @@
+"""Training that one process and several, in either way of holding weights, must do alike. As a module it is a rank.
+
+`python -m tests.models.sharded_training FOLDER WAY RANK WORLD` meets the others through a file in the folder, does all
+of `found_by` with weights sharded in that way and writes it to FOLDER/found-WORLD-RANK.pt.
+"""
+
+import copy
+import gc
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+from demo import families
+from masters.config import Train
+from masters.errors import MastersError
+from masters.models import checkpoints, trainer
+from masters.models.activations import checkpoint_activations
+from masters.models.history import Ledger
+from masters.models.masking import is_masked, magnitude_thresholds
+from masters.models.packing import pack, response_logits
+from masters.models.ranks import collected
+from masters.models.sharding import Sharding, own, sharding_of
+from masters.models.training_data import Step
+from masters.models.trees import Question, Sizes
+from masters.storage import Storage
+from tests.models import tiny_models
+from tests.models.tiny_jobs import make_job, references
+
+FAMILY = "qwen3_vl"
+BUDGET = 40  # tokens: several passes a step, of another number on each rank
+CUT = 4  # steps until the checkpoint that others go on from
+SPOILT = 6  # the question whose image becomes infinite
+# one of them is of a single question: a second rank has none
+STEPS = [Step(n // 3, 0, of) for n, of in enumerate([(0, 1, 2, 3), tuple(range(8)), (0, 4), (6,), (1, 3, 5), (2, 7)])]
+RATIOS = [0.4, 0.2]
+CASES = {
+    "tied": (FAMILY, True, {}),
+    "untied": (FAMILY, False, {}),
+    "kd": ("qwen2_5_vl", True, dict(objective="kd")),
+    "sft": ("internvl3", True, dict(objective="sft", targets="labels")),
+}
+MATRICES, SIDE = 4, 256
+Tensors = dict[str, torch.Tensor]
+
+
+class Trained:
+    """What is asked of a world: `rank` of `world` processes, which hold weights in a way."""
+
+    def __init__(self, folder: Path, way: str, rank: int, world: int) -> None:
+        self.folder, self.rank, self.world = folder, rank, world
+        self.way, self.sharded = way, partial(sharding_of, way, "cpu")
+
+    def student(self, case: str) -> torch.nn.Module:
+        family, tied, _ = CASES[case]
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return families.build(family, tied)[1]
+
+    def job(self, case: str, store: str = "", **train: Any) -> trainer.Job:
+        """Six steps, the teacher masked anew at each stage; a store of its own."""
+        family, _, values = CASES[case]
+        base, sharding = make_job(family), self.sharded()
+        config = Train.model_validate(dict(learning_rate=1e-4) | values | train)
+        teacher = sharding.hold(copy.deepcopy(base.teacher)) if values.get("objective") != "sft" else None
+        *groups, last = base.groups
+        image_word = [base.student.config.image_token_id, *last.responses[0][1:]]  # that one rank alone looks up
+        groups.append(replace(last, responses=[image_word, *last.responses[1:]]))
+        told: list[dict] = []
+        made = replace(
+            base, student=sharding.hold(self.student(case), config), teacher=teacher, groups=groups, steps=STEPS,
+            ratios=RATIOS, train=config, token_budget=BUDGET,
+            storage=Storage(str(self.folder / store)), checkpoints=case, checkpoint_steps=CUT, probe=[],
+            report=lambda **fields: told.append(fields), rank=self.rank, world=self.world, sharding=sharding,
+            remask=lambda stage: remask(self.folder, teacher, stage, sharding) if family == FAMILY else None,
+            ledger=Ledger(), tally=Sizes(),
+        )  # fmt: skip
+        made.told = told  # type: ignore[attr-defined]
+        return made
+
+    def weights(self, job: trainer.Job) -> Tensors:
+        held = job.sharding.held(job.student)
+        return {k: v.clone() for k, v in collected(job.sharding, held, held).items()}
+
+    def gradients(self, case: str, job: trainer.Job | None = None) -> list[dict]:
+        """Of each step the sums, this rank's passes, and the gradients that the optimiser would get."""
+        job = job or self.job(case)
+        known = references(replace(make_job(CASES[case][0]), student=self.student(case)))
+        found, held, stage = [], job.sharding.held(job.student), None
+        for step in STEPS:
+            if step.stage != stage and job.teacher is not None:
+                job.remask(stage := step.stage)
+            before = job.tally.passes
+            sums = trainer.run_step(job, step, known)
+            grads = collected(job.sharding, {name: p.grad for name, p in held.items() if p.grad is not None}, held)
+            found.append(dict(sums=sums, passes=job.tally.passes - before, gradients=grads))
+            for p in held.values():
+                p.grad = None
+        return found
+
+    def run(self, case: str, store: str, **train: Any) -> dict:
+        """A whole run, from the checkpoint of that store if there is one."""
+        job = self.job(case, store, **train)
+        job.probe = probe_of(job, self.student(case))
+        before = self.weights(job)
+        trainer.fit(job)
+        told = job.told  # type: ignore[attr-defined]
+        losses = [line["loss"] for line in told if line["event"] == "step"]
+        # a reference pass is told of when it is done, and ranks share them
+        events = [line["event"] for line in told if line["event"] != "reference"]
+        return dict(before=before, after=self.weights(job), losses=losses, events=events)
+
+    def remasked(self) -> list[Tensors]:
+        """The teacher at each stage, after a pass at the one before."""
+        job, found = self.job("tied"), []
+        for stage in range(len(RATIOS)):
+            job.remask(stage)
+            held = job.sharding.held(job.teacher)
+            found.append({k: v.clone() for k, v in collected(job.sharding, held, held).items()})
+            trainer.run_step(job, STEPS[0], references(replace(make_job(FAMILY), student=self.student("tied"))))
+        return found
+
+    def spoilt(self) -> str:
+        """What a run says of a question that has an infinite loss."""
+        job = self.job("tied", "spoilt", beta=0.0)
+        question = job.question
+
+        def spoil(group):
+            made = question(group)
+            pixels = made.prompt["pixel_values"].clone()
+            pixels[0, 0] = float("inf")
+            return replace(made, prompt=made.prompt | {"pixel_values": pixels}) if group.ref.row == SPOILT else made
+
+        job.question = spoil
+        return said(lambda: trainer.fit(job))
+
+    def without_memory(self) -> tuple[str, list[dict]]:
+        """What a run says, and reports, whose first pass finds no memory."""
+        job = self.job("tied", "memory", beta=0.0)
+
+        def fail(*_: object) -> None:
+            raise torch.OutOfMemoryError
+
+        job.student.model.language_model.register_forward_hook(fail)
+        return said(lambda: trainer.fit(job)), job.told  # type: ignore[attr-defined]
+
+
+def probe_of(job: trainer.Job, student: torch.nn.Module) -> list[Question]:
+    """Questions that the student, as it is, has right: their labels are its own greedy answers."""
+    made = []
+    for group in job.groups[:4]:
+        question = replace(job.question(group), responses=[[20]])
+        with torch.no_grad():
+            first = response_logits(student, pack([question], student, job.family))[0]
+        made.append(replace(question, responses=[[int(first.argmax())]]))
+    return made
+
+
+def said(work: Callable[[], object]) -> str:
+    try:
+        work()
+    except MastersError as error:
+        return str(error)
+    return ""
+
+
+def teacher_folder(folder: Path) -> Path:
+    return folder / "teacher"
+
+
+def prepare(folder: Path) -> None:
+    """What all worlds read: a random teacher's weights as a checkpoint."""
+    tiny_models.model(FAMILY, seed=1).save_pretrained(teacher_folder(folder))
+
+
+def remask(folder: Path, teacher: Any, stage: int, sharding: Sharding) -> None:
+    tensors = checkpoints.safetensors_tensors(teacher_folder(folder))
+    masked = {name: tensor for name, tensor in tensors if is_masked(name, tensor.ndim)}
+    limits = {name: magnitude_thresholds(tensor, [RATIOS[stage]])[0] for name, tensor in masked.items()}
+    checkpoints.remask(teacher, teacher_folder(folder), limits, sharding)
+
+
+def gradients_times(world: Trained, factor: float) -> Any:
+    """A world whose gradients come out as their sum over the ranks times a factor."""
+    if world.way == "fsdp2":
+        divide = FSDPModule.set_gradient_divide_factor
+        return patch.object(FSDPModule, "set_gradient_divide_factor", lambda module, _: divide(module, 1 / factor))
+    import deepspeed.utils
+
+    local = deepspeed.utils.safe_get_local_grad
+    return patch.object(deepspeed.utils, "safe_get_local_grad", lambda parameter: local(parameter) * factor)
+
+
+def unproven(world: Trained) -> list[dict]:
+    """Gradients where a mean is taken, as a backend may, and nobody looks."""
+    with patch(f"masters.models.sharding.{world.way}.prove"), gradients_times(world, 1 / world.world):
+        return world.gradients("tied")
+
+
+def refused(world: Trained, factor: float) -> str:
+    with gradients_times(world, factor):
+        return said(lambda: world.sharded())
+
+
+def kept(world: Trained) -> int:
+    """Bytes of the tensors that a model of `MATRICES` brings by its first gradients: its shares, these, what else the
+    way holds."""
+    before, sharding = alive(), world.sharded()
+    layers = [torch.nn.Linear(SIDE, SIDE, bias=False) for _ in range(MATRICES)]
+    model = sharding.hold(torch.nn.Sequential(*layers), Train())
+    states = torch.randn(2, SIDE)
+    sharding.within(model, lambda itself: reduce(lambda x, layer: layer(x), itself, states)).square().mean().backward()
+    sharding.sum_gradients(model)
+    held = sharding.held(model)  # and what is gathered is released
+    return alive() - before - states.nbytes if len(held) == MATRICES else 0
+
+
+def alive() -> int:
+    """Bytes of all tensors of this process."""
+    gc.collect()
+    tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
+    gradients = [item.grad for item in tensors if item.is_leaf and item.grad is not None]
+    storages = [own(item).untyped_storage() for item in tensors + gradients]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def stale(way: str) -> int:
+    """How often DeepSpeed takes a module's forward pass to be under way that it has on its list already."""
+    if way != "zero3":
+        return 0
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    return len(FWD_MODULE_STACK) - len({id(module) for module in FWD_MODULE_STACK})
+
+
+def found_by(world: Trained) -> dict:
+    """All that sharded ranks find; FOLDER/one is the store of a run of one process that was not sharded."""
+    if world.world == 1:
+        return dict(gradients={"tied": world.gradients("tied")})
+    again = world.job("tied")
+    checkpoint_activations(again.student)
+    return dict(
+        kept=kept(world),  # first: nothing else comes and goes then
+        gradients={case: world.gradients(case) for case in CASES},
+        again=world.gradients("tied", again),
+        stale=stale(world.way),
+        bfloat16=world.gradients("tied", world.job("tied", compute_dtype="bfloat16")),
+        runs={case: world.run(case, "two") for case in ("tied", "untied")},
+        resumed=world.run("tied", "from-one"),
+        fallen=world.run("tied", "fallen", learning_rate=0.1, probe_drop=0.2, on_drop="rollback"),
+        remasked=world.remasked(),
+        spoilt=world.spoilt(),
+        unproven=unproven(world),
+        refused=[refused(world, factor) for factor in (1 / world.world, world.world, 1)],
+        memory=world.without_memory(),  # last: what is left of the way after it is of no use
+    )
+
+
+def main(folder: Path, way: str, rank: int, world: int) -> None:
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting-{world}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+    found = found_by(Trained(folder, way, rank, world))
+    torch.save(found, folder / f"found-{world}-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

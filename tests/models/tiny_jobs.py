@@ -1,0 +1,76 @@
+"""A training job on tiny random models: eight questions, some about one image, and what a test asks of it."""
+
+from functools import cache
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from masters.config import Rewards, Train
+from masters.models import losses, trainer
+from masters.models.families import family_of
+from masters.models.packing import Pack, pack, response_logits
+from masters.models.training_data import Group
+from masters.shards import Ref
+from tests.models import tiny_models
+
+NAN = float("nan")
+LENGTHS = [[3, 1, 5], [2, 2], [4], [1, 2, 3, 1], [2, 2, 2], [6, 1], [1, 1, 1, 1, 1], [3, 4]]
+SCORES = [[1, 0, 1], [0, 1], [1], [1, NAN, 0, 0], [NAN, NAN, NAN], [1, NAN], [1, 0, 1, 0, 1], [1, 1]]
+
+SHARED_IMAGE = 5  # the questions from this number on are about one image
+
+
+@cache
+def make_job(name: str) -> trainer.Job:
+    """Eight questions on a family's student and its masked teacher; no store, no optimiser."""
+    student, teacher = tiny_models.model(name, seed=0), tiny_models.model(name, seed=1, ratio=0.2)
+    groups = []
+    for number, (lengths, scores) in enumerate(zip(LENGTHS, SCORES, strict=True)):
+        responses = tiny_models.random_responses(number, lengths)
+        if number in (1, 4):
+            responses[1] = responses[0]
+        keys = [("teacher", 0.2, sample) for sample in range(len(responses))]
+        ref = Ref("", f"q{number}", 0, number)
+        groups.append(Group(ref, 0, None, responses, np.array(scores, dtype=float), keys))
+    return trainer.Job(
+        student=student,
+        family=family_of(student.config.model_type),
+        train=Train(),
+        rewards=Rewards(),
+        groups=groups,
+        steps=[],
+        ratios=[0.2],
+        question=lambda group: tiny_models.question(
+            student, group.ref.row, 3 + group.ref.row, group.responses, min(group.ref.row, SHARED_IMAGE)
+        ),
+        teacher=teacher,
+        remask=lambda stage: None,
+        storage=cast(Any, None),
+        checkpoints="",
+        checkpoint_steps=1,
+        token_budget=10_000,
+        report=lambda **fields: None,
+    )
+
+
+def packed(job: trainer.Job, groups: list[int]) -> Pack:
+    return pack([job.question(job.groups[g]) for g in groups], job.student, job.family)
+
+
+@torch.no_grad()
+def references(job: trainer.Job) -> dict[int, torch.Tensor]:
+    """log pi_ref of a reference that is not the student, so that the KL term has a gradient."""
+    made = {}
+    for g in range(len(job.groups)):
+        one = packed(job, [g])
+        logits_TV = response_logits(job.student, one)
+        noise = torch.randn(logits_TV.shape, generator=torch.Generator().manual_seed(g))
+        made[g] = losses.chosen_log_probs(logits_TV + 0.3 * noise, one.token_T)
+    return made
+
+
+def gradient(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in model.parameters()]
+    )
