@@ -74,7 +74,7 @@ def test_the_embedded_prefect_server_listens_on_loopback(tmp_path: Path) -> None
         env=os.environ | {"PREFECT_HOME": str(tmp_path)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 900
         while ("127.0.0.1", port) not in addresses({server.pid}):
             assert server.poll() is None and time.monotonic() < deadline
             time.sleep(0.2)

@@ -285,7 +285,7 @@ class TestRefusals:
         began = time.monotonic()
         with pytest.raises(InputError) as error:
             Storage(root).check()
-        assert time.monotonic() - began < 30  # of a loaded machine; 1 to 11 s where nothing else runs
+        assert time.monotonic() - began < 300  # 1 to 11 s where nothing else runs
         line = str(error.value)
         assert "\n" not in line and root in line
         return line

@@ -61,7 +61,7 @@ def test_so_is_it_by_a_night_which_asks_for_the_champion_first(tmp_path: Path) -
     began = time.monotonic()
     with pytest.raises(InputError, match=r"127\.0\.0\.1:9 does not answer"):
         night(configured(tmp_path, mlflow_uri="http://127.0.0.1:9"))
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 120  # less than the pauses between seven retries of MLflow
 
 
 def test_a_password_in_the_configuration_is_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def masters(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [PYTHON, "-m", "masters.cli", *arguments],
         env=kept | environment, cwd=ROOT, stdin=subprocess.DEVNULL,
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=900,
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ def python(code: str, answers: bool = True) -> Service:
 
 def test_a_stubborn_service_and_its_orphan_are_ended(tmp_path: Path) -> None:
     started = start(python(STUBBORN), tmp_path, "one")
-    until(lambda: len(marked("one:thing")) == 2, "two of them", 10)
+    until(lambda: len(marked("one:thing")) == 2, "two of them")
     stop(started)
     assert not started.alive() and marked("one:thing") == set()
 
@@ -67,6 +67,6 @@ def test_a_service_that_never_answers_is_an_error(tmp_path: Path) -> None:
 
 def test_a_process_that_is_no_more_has_no_birth() -> None:
     process = subprocess.Popen([sys.executable, "-c", "pass"])
-    until(lambda: birth(process.pid) is None, "its end", 10)  # already as a zombie
+    until(lambda: birth(process.pid) is None, "its end")  # already as a zombie
     process.wait()
     assert birth(process.pid) is None

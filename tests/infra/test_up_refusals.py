@@ -16,7 +16,7 @@ from masters.infra.settings import Settings
 def masters(*arguments: str, home: Path, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "masters.cli", *arguments],
-        env=os.environ | {"MASTERS_HOME": str(home)} | environment, capture_output=True, text=True, timeout=60,
+        env=os.environ | {"MASTERS_HOME": str(home)} | environment, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
 
 

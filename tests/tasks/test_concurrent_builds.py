@@ -46,7 +46,7 @@ def test_a_second_run_waits_says_so_and_goes_on_when_the_first_is_killed(
     assert not entered.is_set()
     holder.kill()
     holder.wait()
-    until(entered.is_set, "the second goes on", 5)
+    until(entered.is_set, "the second goes on")
     waiting.join()
     assert said == ["another run on this machine"]
 
