@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.fork_server import PYTHON, ROOT
 from tests.fork_server.call import call_in_process
+from tests.local_stack import until
 
 
 def command_line(*arguments: str, python: str, **variables: str) -> tuple[int, str, str]:
@@ -40,8 +42,14 @@ def test_programs_are_children_of_one_process_that_has_imported_vllm(monkeypatch
 
 def test_a_setting_that_libraries_read_at_import_takes_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MARK", "given")
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert not call_in_process(forked_from)[2]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_program_has_the_threads_that_its_environment_says(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+    assert call_in_process(torch.get_num_threads) == threads
 
 
 def killed_by(number: int) -> None:
@@ -63,13 +71,13 @@ def wait(file: Path) -> None:
 def test_the_program_ends_with_its_client(number: signal.Signals, tmp_path: Path) -> None:
     (tmp_path / "given").write_bytes(pickle.dumps((wait, (tmp_path / "pid",))))
     command = [PYTHON, "-m", "tests.fork_server.call", str(tmp_path / "given"), str(tmp_path / "result")]
-    client = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    client = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         assert client.poll() is None
         time.sleep(0.02)
     client.send_signal(number)
-    assert client.wait(30) == -number
-    ends = time.monotonic() + 30
-    while Path("/proc", (tmp_path / "pid").read_text()).exists():
-        assert time.monotonic() < ends
-        time.sleep(0.02)
+    assert client.wait() == -number
+    until(lambda: not Path("/proc", (tmp_path / "pid").read_text()).exists(), "the program ends")

@@ -48,7 +48,13 @@ def once(condition: Callable[[], object], run: subprocess.Popen, place: Path) ->
     ends = time.monotonic() + LIMIT
     while not condition():
         assert run.poll() is None and time.monotonic() < ends, (place / "two.log").read_text()[-3000:]
-        time.sleep(0.2)
+        time.sleep(0.02)
+
+
+def teachers_engine(place: Path) -> list[int]:
+    """Its process, once it has started."""
+    started = lines(place, "generate-*/ray.progress", "engine")
+    return [line["pid"] for line in started if line["model"].startswith("teacher")]
 
 
 def driver(place: Path) -> int:
@@ -82,10 +88,10 @@ def sockets() -> dict[str, set[tuple[str, int]]]:
 @pytest.fixture(scope="module")
 def two(place: Path, one: dict, prefect: dict[str, str], sockets: dict) -> dict:
     run = start(place, "two", TWO, prefect)
-    once(lambda: lines(place, "generate-*/ray.progress", "shard"), run, place)
+    once(lambda: teachers_engine(place), run, place)  # killed at once, while it has shards to answer
+    os.kill(teachers_engine(place)[0], signal.SIGKILL)
     ours = session(driver(place))
     sockets.update(listened=addresses(ours), reached=reachable(ours))
-    os.kill(lines(place, "generate-*/ray.progress", "engine")[0]["pid"], signal.SIGKILL)
     once(lambda: len(lines(place, "train-*/rank-0.progress", "step")) > 8, run, place)
     os.kill(second_rank(run), signal.SIGKILL)
     return ended(run, place / "two.log")

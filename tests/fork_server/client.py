@@ -21,7 +21,7 @@ from typing import NoReturn
 FOLDER = os.environ.get("FORK_SERVER", "")  # holds the session's environment, the server's socket and its log
 COMMANDS = ("masters.cli", "tests.fork_server.call")
 CHILDREN = ("engine_worker", "judge_worker", "judge_ahead", "train_worker", "parity")  # modules of masters.models
-READ_AT_IMPORT = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")  # by libraries
+READ_AT_IMPORT = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE")  # by libraries
 PASSED_ON = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
 START_SECONDS = 300
 PR_SET_PDEATHSIG = 1
@@ -36,15 +36,16 @@ def main(arguments: list[str]) -> NoReturn:
     if arguments[1] == "masters.processes":
         die_with_parent(int(arguments[2]))
     signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+    ignored = [number for number in PASSED_ON if signal.getsignal(number) == signal.SIG_IGN]
     server = connected(session)
-    data = json.dumps(dict(arguments=arguments, cwd=os.getcwd(), environment=dict(os.environ))).encode()
+    request = dict(arguments=arguments, cwd=os.getcwd(), environment=dict(os.environ), ignored=ignored)
+    data = json.dumps(request).encode()
     socket.send_fds(server, [b"%8d" % len(data)], [0, 1, 2])
     server.sendall(data)
     answers = server.makefile("rb")
     pid = int(answers.readline())
-    for number in PASSED_ON:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, _: os.kill(pid, number))
+    for number in PASSED_ON.difference(ignored):
+        signal.signal(number, lambda number, _: os.kill(pid, number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     end(int(answers.readline()))
 
@@ -90,8 +91,9 @@ def _connect() -> socket.socket | None:
 
 def _start(session: dict) -> subprocess.Popen:
     command = [session["python"], "-m", "tests.fork_server.server", f"{FOLDER}/socket", str(session["owner"])]
-    # Arrow's allocator would start a thread when it is imported
-    environment = session["environment"] | {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
+    # Arrow's allocator would start a thread when it is imported; OpenMP reads its policy then, which trainers set
+    own = {"JE_ARROW_MALLOC_CONF": "background_thread:false", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = session["environment"] | own
     with open(f"{FOLDER}/log", "ab") as log:
         return subprocess.Popen(
             command, cwd=session["root"], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,

@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
+import torch
 
-from tests.fork_server.client import PR_SET_PDEATHSIG, end
+from tests.fork_server.client import PASSED_ON, PR_SET_PDEATHSIG, end
 
 FDS = 3  # stdin, stdout, stderr
 
@@ -131,6 +132,9 @@ def _run(request: dict, fds: list[int], variables: dict[str, str]) -> NoReturn:
     """In the child: become the program, and end as the interpreter would."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setsid()
+    for number in PASSED_ON:
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN if number in request["ignored"] else default)
     for target, fd in enumerate(fds):
         os.dup2(fd, target)
         os.close(fd)
@@ -139,6 +143,7 @@ def _run(request: dict, fds: list[int], variables: dict[str, str]) -> NoReturn:
     os.environ.update(variables | request["environment"])
     sys.path[0] = request["cwd"]
     np.random.seed()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # else read when OpenMP is loaded
     try:
         _customize()
         _main(request["arguments"])

@@ -18,7 +18,7 @@ from masters.infra.deployments import POOL, deploy, prepare
 from masters.infra.local_prefect import prefect_api, wait_until_ready
 from masters.infra.settings import Settings
 
-pytestmark = [pytest.mark.slow, pytest.mark.stack]
+pytestmark = pytest.mark.slow
 CONFIG = dict(
     name="left", store=dict(root="runs/left"), data=dict(source="easyvqa"), student=dict(model="demo/models/student"),
     teachers=[dict(model="demo/models/teacher")],

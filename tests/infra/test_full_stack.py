@@ -23,7 +23,7 @@ from masters.storage import Storage
 from tests.local_stack import Stack, serve
 from tests.shape_data import write_questions, write_rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.stack]
+pytestmark = pytest.mark.slow
 PREFIX, NAME, NEW = "s3://lake/nights", "nights", 16
 NEEDED = "a browser is needed: install chromium"
 SECONDS = 60_000  # milliseconds that a page may take on a busy machine

@@ -20,7 +20,7 @@ from tests.fork_server import PYTHON
 from tests.local_stack import RESUMED, ROOT, Stack, serve, until
 from tests.shape_data import write_questions
 
-pytestmark = [pytest.mark.slow, pytest.mark.stack]
+pytestmark = pytest.mark.slow
 POOLS = dict(cpu="cpu", generate="gpu-generate", train="gpu-train")
 PLACES = dict(data="cpu", mask="cpu", generate="gpu-generate", score="cpu", train="gpu-train", evaluate="gpu-generate")
 SECRET = "open-sesame-0123456789"

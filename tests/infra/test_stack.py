@@ -18,7 +18,7 @@ from masters.storage import Storage
 from tests.local_stack import RESUMED, ROOT, Stack, serve, until
 from tests.shape_data import write_questions
 
-pytestmark = [pytest.mark.slow, pytest.mark.stack]
+pytestmark = pytest.mark.slow
 PREFIX = "s3://lake/team"
 
 
