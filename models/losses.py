@@ -82,15 +82,33 @@ def grpo_loss(
     advantage_R: torch.Tensor,
     response_T: torch.Tensor,
     beta: float,
+    negatives: str = "full",
 ) -> torch.Tensor:
-    """- mean_t [ratio_t A - beta D_KL(pi || pi_ref)] per response, [R] (Eq. 8-11).
+    """- mean_t [ratio_t A_t - beta D_KL(pi || pi_ref)] per response, [R] (Eq. 8-11).
 
     ratio = pi / stop_gradient(pi) is 1 in value, since a batch is used for one update; its gradient is that of
-    log pi. The caller averages responses over a question and questions over the batch.
+    log pi. A_t: `token_advantages`. The caller averages responses over a question and questions over the batch.
     """
     ratio_T = torch.exp(logp_T - logp_T.detach())
-    gain_T = ratio_T * advantage_R.detach()[response_T] - beta * kl_to_reference(logp_T, reference_logp_T)
+    advantage_T = token_advantages(logp_T, reference_logp_T, advantage_R.detach()[response_T], negatives)
+    gain_T = ratio_T * advantage_T - beta * kl_to_reference(logp_T, reference_logp_T)
     return -response_means(gain_T, response_T, len(advantage_R))
+
+
+def token_advantages(
+    logp_T: torch.Tensor, reference_logp_T: torch.Tensor, advantage_T: torch.Tensor, negatives: str
+) -> torch.Tensor:
+    """The advantage of each token, [T], from that of its response; no gradient. `negatives` says what becomes of A < 0.
+
+    Ours, as the paper bounds nothing: on stored responses -A log pi pushes a wrong token down without end.
+    "full": A; "clipped": A min(1, pi / pi_ref) (truncated importance sampling, TOPR, arXiv 2503.14286); "none": 0.
+    """
+    if negatives == "none":
+        return advantage_T.clamp(min=0.0)
+    if negatives == "clipped":
+        weight_T = torch.exp(logp_T.detach() - reference_logp_T).clamp(max=1.0)
+        return torch.where(advantage_T < 0, advantage_T * weight_T, advantage_T)
+    return advantage_T
 
 
 def _log_probs(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ responses, the batch's over its questions (all questions of the step, on every p
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -13,7 +14,7 @@ from masters.config import Rewards, Train
 from masters.models import losses
 from masters.models.losses import Terms
 from masters.models.packing import Pack
-from masters.rewards import distillation_rewards, group_advantages, raw_distillation_rewards
+from masters.rewards import combined_rewards, distillation_rewards, group_advantages, raw_distillation_rewards
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,19 @@ def masters(
     train: Train,
     rewards: Rewards,
 ) -> Outcome:
-    """Distillation and offline GRPO: L_GRPO + D (Eq. 4-11), summed over questions.
+    """Distillation and offline GRPO: w L_GRPO + D (Eq. 4-11; ours: the weight w), summed over questions.
 
-    `reference_T` is log pi_ref of the tokens (None, at beta = 0 alone, stands for log pi), `score_R` are the verdicts
-    R_acc, NaN where there is none. D is that of this very step, detached in the rewards (Eq. 6-7). Ours: a response
-    without a verdict has no advantage and keeps its D and KL terms.
+    `reference_T` is log pi_ref of the tokens (None, where it has no part, stands for log pi), `score_R` are the
+    verdicts R_acc, NaN where there is none. D is that of this very step, detached in the rewards (Eq. 6-7). Ours: a
+    response without a verdict has no advantage and keeps its D and KL terms.
     """
     known_T = terms.logp_T.detach() if reference_T is None else reference_T
     divergence_R = divergences(terms, packed)
-    distill_R, advantage_R = advantages(divergence_R.detach().cpu(), score_R, packed, rewards)
-    grpo_R = losses.grpo_loss(terms.logp_T, known_T, advantage_R.to(divergence_R.device), packed.response_T, train.beta)
-    loss = question_means(grpo_R + divergence_R, packed).sum()
+    distill_R, advantage_R = advantages(divergence_R.detach().cpu(), score_R, packed, rewards, train.baseline_shift)
+    grpo_R = losses.grpo_loss(
+        terms.logp_T, known_T, advantage_R.to(divergence_R.device), packed.response_T, train.beta, train.negatives
+    )
+    loss = question_means(train.reward_weight * grpo_R + divergence_R, packed).sum()
     kl_R = losses.response_means(
         losses.kl_to_reference(terms.logp_T.detach(), known_T), packed.response_T, packed.responses
     )
@@ -87,9 +90,11 @@ def masters(
 
 
 def _rewards(score_R: torch.Tensor, distill_R: torch.Tensor, rewards: Rewards) -> dict[str, list[float]]:
-    """R_acc, R_distill and their sum; all NaN where a verdict was wanted and there is none."""
+    """R_acc, R_distill and R of both; all NaN where a verdict was wanted and there is none."""
     none_R = torch.full_like(score_R, torch.nan)
-    rewarded_R = (torch.zeros_like(score_R) if rewards.accuracy == "off" else score_R) + distill_R
+    rewarded_R = combined_rewards(
+        torch.zeros_like(score_R) if rewards.accuracy == "off" else score_R, distill_R, rewards.combine
+    )
     given_R = none_R if rewards.distillation == "off" else torch.where(rewarded_R.isnan(), none_R, distill_R)
     accuracy_R = none_R if rewards.accuracy == "off" else score_R
     return {
@@ -104,9 +109,9 @@ def _question_sum(value_R: torch.Tensor, packed: Pack) -> float:
 
 
 def advantages(
-    divergence_R: torch.Tensor, score_R: torch.Tensor, packed: Pack, rewards: Rewards
+    divergence_R: torch.Tensor, score_R: torch.Tensor, packed: Pack, rewards: Rewards, baseline_shift: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """R_distill and A, [R] each, from R = R_acc + R_distill of each question's group by itself (Eq. 6-8).
+    """R_distill and A, [R] each, from the rewards R of each question's group by itself (Eq. 6-8).
 
     Nothing here has a gradient. Ours: a response without a verdict takes no part in its group's minimum, maximum,
     mean and deviation; identical responses share one D.
@@ -118,7 +123,10 @@ def advantages(
         reward_G = torch.zeros(len(of)) if rewards.accuracy == "off" else score_R[of]
         if rewards.distillation != "off":
             same_G = [packed.same_R[response] for response in own]
-            give = {"minmax": distillation_rewards, "raw": raw_distillation_rewards}[rewards.distillation]
+            floors = (rewards.distillation_floor, rewards.distillation_relative_floor)
+            scaled = partial(distillation_rewards, floors=floors)
+            give = {"minmax": scaled, "raw": raw_distillation_rewards}[rewards.distillation]
             distill_R[of] = give(divergence_R[of], valid_G, same_G)
-        advantage_R[of] = group_advantages(torch.where(valid_G, reward_G + distill_R[of], torch.nan))
+        rewarded_G = combined_rewards(reward_G, distill_R[of], rewards.combine)
+        advantage_R[of] = group_advantages(torch.where(valid_G, rewarded_G, torch.nan), baseline_shift)
     return distill_R, advantage_R

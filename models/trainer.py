@@ -10,13 +10,16 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
+from masters.config import Train
 from masters.errors import MastersError
 from masters.models import head, objective, resume
 from masters.models.fitting import Spare, each_pass, one_step, within_memory
+from masters.models.gradient_clipping import clip_gradient
 from masters.models.guards import ProbeGuard, largest_gradient, not_finite
 from masters.models.history import drop_after
 from masters.models.job import Job
 from masters.models.losses import Terms
+from masters.models.lr_schedule import learning_rate
 from masters.models.packing import Pack, pack, response_states
 from masters.models.passes import dealt
 from masters.models.ranks import gathered, reduced
@@ -30,7 +33,7 @@ Taken = tuple[list[int], Sizes, dict[str, list[float]]]  # of a pass: its groups
 
 def fit(job: Job) -> None:
     """Run all steps, from the last checkpoint if there is one; fewer where the student falls and is put back."""
-    references = reference_log_probs(job) if job.train.objective == "masters" and job.train.beta else {}
+    references = reference_log_probs(job) if needs_reference(job.train) else {}
     parameters = job.sharding.held(job.student)  # after passes: what these left whole would hide what is restored
     optimiser = torch.optim.AdamW(parameters.values(), lr=job.train.learning_rate, weight_decay=0.0)
     done = start(job, parameters, optimiser)
@@ -41,6 +44,8 @@ def fit(job: Job) -> None:
             began, stage = time.monotonic(), step.stage
             job.remask(stage)
             job.report(event="remask", stage=stage, seconds=time.monotonic() - began)
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(job.train, number, len(job.steps))
         with one_step(number):
             means = _take(job, number, step, references, optimiser)
         last, probe, fell = number == len(job.steps), {}, False
@@ -61,6 +66,11 @@ def fit(job: Job) -> None:
     job.report(event="packed", **asdict(sum(gathered(job, job.tally), Sizes())))
 
 
+def needs_reference(train: Train) -> bool:
+    """Whether log pi_ref of the responses has a part in the objective."""
+    return train.objective == "masters" and (train.beta > 0 or train.negatives == "clipped")
+
+
 def _take(
     job: Job, number: int, step: Step, references: dict[int, torch.Tensor], optimiser: torch.optim.Optimizer
 ) -> dict[str, float]:
@@ -71,9 +81,12 @@ def _take(
     sums = run_step(job, step, references)
     if not (math.isfinite(sums["loss"]) and math.isfinite(largest_gradient(job))):
         raise _no_number(job, number, step, references, sums["loss"])
+    means = {name: value / len(step.groups) for name, value in sums.items()}
+    means["learning_rate"] = optimiser.param_groups[0]["lr"]
+    if job.train.max_gradient_norm is not None:
+        means["gradient_norm"] = clip_gradient(job, job.train.max_gradient_norm)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    means = {name: value / len(step.groups) for name, value in sums.items()}
     told = dict(step=number, of=len(job.steps), stage=step.stage, epoch=step.epoch)
     job.report(event="step", **told, seconds=time.monotonic() - began, **means)
     return means

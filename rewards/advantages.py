@@ -7,11 +7,12 @@ import torch
 NOISE = 1e-4  # ours: a standard deviation up to this is rounding noise
 
 
-def group_advantages(reward_G: torch.Tensor | Sequence[float]) -> torch.Tensor:
-    """(R_j - mean R) / std R with the population's standard deviation, [G].
+def group_advantages(reward_G: torch.Tensor | Sequence[float], baseline_shift: float = 0.0) -> torch.Tensor:
+    """(R_j - (mean R + shift)) / std R with the population's standard deviation, [G].
 
     Eq. 8. Ours: NaN marks a response without a verdict: it takes no part in mean and deviation and gets 0. Ours: if
     std R <= 1e-4 (also with fewer than two verdicts), every advantage is 0; there is no other epsilon.
+    Ours: a shift other than 0, in units of the reward (AsymRE, arXiv 2506.20520).
     """
     rewards = torch.as_tensor(reward_G).detach()
     rewards = rewards if rewards.is_floating_point() else rewards.float()
@@ -20,5 +21,5 @@ def group_advantages(reward_G: torch.Tensor | Sequence[float]) -> torch.Tensor:
     if valid.sum() >= 2:
         deviation = rewards[valid].std(correction=0)
         if deviation > NOISE:
-            advantages[valid] = (rewards[valid] - rewards[valid].mean()) / deviation
+            advantages[valid] = (rewards[valid] - rewards[valid].mean() - baseline_shift) / deviation
     return advantages

@@ -7,25 +7,26 @@ from collections.abc import Sequence
 
 import torch
 
-SPREAD = 1e-5  # nats; ours: up to it differences of divergence are rounding noise
+FLOORS = (1e-5, 0.0)  # ours: nats, and a multiple of the mean; up to these, differences of divergence are noise
 
 
 def distillation_rewards(
     divergence_G: torch.Tensor | Sequence[float],
     valid_G: torch.Tensor | Sequence[bool] | None = None,
     same_G: torch.Tensor | Sequence[int] | None = None,
+    floors: tuple[float, float] = FLOORS,
 ) -> torch.Tensor:
     """(D_max - D_j) / (D_max - D_min): the easiest to transfer gets 1, the hardest 0, [G] (Eq. 6-7).
 
-    Ours: responses that `same_G` gives one number (identical tokens) share their mean divergence. If
-    D_max - D_min <= 1e-5, all get 0. Responses outside `valid_G` (no verdict) or without a finite divergence take no
-    part and get 0.
+    Ours: responses that `same_G` gives one number (identical tokens) share their mean divergence. All get 0 if
+    D_max - D_min is at most the larger of floors[0] nats and floors[1] times the mean divergence. Responses outside
+    `valid_G` (no verdict) or without a finite divergence take no part and get 0.
     """
     d, valid = _prepared(divergence_G, valid_G, same_G)
     rewards = torch.zeros_like(d)
     if valid.any():
         highest, lowest = d[valid].max(), d[valid].min()
-        if highest - lowest > SPREAD:
+        if highest - lowest > max(floors[0], floors[1] * d[valid].mean().item()):
             rewards[valid] = (highest - d[valid]) / (highest - lowest)
     return rewards
 

@@ -16,8 +16,9 @@ from masters.tasks.progress import Progress
 from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse, warn
 
 # 3: identical responses are read once, questions of one image share its tokens; 4: history and rewards; 5: inputs by
-# what they hold, so that a student that was made from other answers under the same identity keeps its files
-VERSION = 5
+# what they hold, so that a student that was made from other answers under the same identity keeps its files; 6: the
+# learning rate's schedule, clipping, and switches of the objective; history has learning rate and gradient norm
+VERSION = 6
 PROBE = 128  # questions watched while it trains: of the evaluation split, as long as nothing is chosen by them
 HELD_OUT = 10  # with `train.probe_drop` they are training questions instead, at most one in so many
 GUARD = {"probe_drop", "on_drop"}
@@ -35,7 +36,7 @@ def identity(context: Context, current: Round, inputs: Inputs) -> Identity:
         train=train.model_dump(exclude=plain), ratios=current.ratios, coverage=context.config.generate.coverage
     )
     if train.objective == "masters":
-        config["rewards"] = dict(accuracy=rewards.accuracy, distillation=rewards.distillation)
+        config["rewards"] = rewards.model_dump(exclude={"judge", "judge_model"})  # theirs are the verdicts' identity
     made_from = {"teacher": current.teacher.digest, "student": current.student.digest}
     made_from |= {name: artifact.content for name, artifact in inputs.items()}
     return Identity(f"train{current.suffix}", VERSION, config, made_from, slug=context.config.name)

@@ -29,6 +29,7 @@ ADDRESS = r"(local|(\[[0-9A-Fa-f:]{2,39}\]|[A-Za-z0-9][A-Za-z0-9._-]{0,253}):[1-
 NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST)]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Text = Annotated[str, Field(min_length=1)]
@@ -177,6 +178,24 @@ class Rewards(Section):
         default="minmax",
         description="How easy it is to pass on: scaled to [0, 1] within its question, as it is, or not at all",
     )
+    combine: Literal["sum", "gated"] = Field(
+        default="sum",
+        description="sum: R_acc + R_distill, as in the paper; gated: R_acc (1 + R_distill), so that a wrong response "
+        "never has a higher reward than a right one",
+    )
+    distillation_floor: NotNegative = Field(
+        default=1e-5, description="Nats. Where the divergences of a question's responses differ by no more than this, "
+        "the minmax distillation reward is 0: the difference is noise",
+    )  # fmt: skip
+    distillation_relative_floor: NotNegative = Field(
+        default=0.0, description="The same, as a multiple of the mean divergence of the question's responses"
+    )
+
+    @model_validator(mode="after")
+    def _gate(self) -> "Rewards":
+        if self.combine == "gated" and self.accuracy == "off":
+            raise ValueError('combine = "gated" multiplies by the accuracy reward, which is "off": use "sum"')
+        return self
 
     @model_validator(mode="after")
     def _named(self) -> "Rewards":
@@ -199,10 +218,31 @@ class Train(Section):
         default="jsd", description="Between teacher and student: Jensen-Shannon, or Kullback-Leibler"
     )
     learning_rate: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = Field(
-        default=1e-6, description="Of AdamW; 1e-6 is for models of billions of weights"
+        default=1e-6, description="AdamW learning rate, at its highest. 1e-6 suits models with billions of weights"
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="How the learning rate falls after the warmup: not at all, or to 0 at the end"
+    )
+    warmup_steps: int = Field(
+        default=0, ge=0, le=10**9, description="Steps over which the learning rate rises linearly to its highest value"
+    )
+    max_gradient_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="Clip the gradient of a step to this global norm; default: no clipping"
     )
     beta: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = Field(
         default=0.1, description="Weight of the term that keeps the student near where it started"
+    )
+    negatives: Literal["full", "clipped", "none"] = Field(
+        default="full",
+        description="Negative advantages: as they are; times min(1, pi / pi_ref) of the token, so that tokens which "
+        "the student has given up are pushed no further; or 0",
+    )
+    baseline_shift: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)] = Field(
+        default=0.0,
+        description="Added to the mean reward that rewards are compared with: below 0 fewer responses are pushed away",
+    )
+    reward_weight: NotNegative = Field(
+        default=1.0, description="Weight of the reward term L_GRPO beside the distillation term D"
     )
     epochs: int = Field(default=1, ge=1, le=1000, description="Passes over the questions of each mask stage")
     questions_per_step: Count = Field(default=8, description="Questions that an optimiser step learns from")

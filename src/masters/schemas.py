@@ -45,7 +45,8 @@ REWARD = [(name, pa.float64()) for name in ("divergence", "reward_accuracy", "re
 # a training step: means over its questions; kd and sft have no rewards, few steps a probe
 HISTORY = pa.schema([
     ("step", pa.int64()), ("epoch", pa.int32()), ("stage", pa.int32()), ("mask_ratio", pa.float64()),
-    ("questions", pa.int32()), ("loss", pa.float64()), *REWARD, ("kl_to_reference", pa.float64()),
+    ("questions", pa.int32()), ("learning_rate", pa.float64()), ("loss", pa.float64()), *REWARD,
+    ("kl_to_reference", pa.float64()), ("gradient_norm", pa.float64()),
     ("questions_with_advantage", pa.float64()), ("probe_accuracy", pa.float64()),
 ])  # fmt: skip
 

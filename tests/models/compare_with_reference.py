@@ -15,6 +15,12 @@ VARIANTS = {
     "raw": (Train(), Rewards(distillation="raw")),
     "no distillation reward": (Train(beta=0.0), Rewards(distillation="off")),
     "no accuracy reward": (Train(beta=2.0), Rewards(accuracy="off")),
+    "gated rewards": (Train(), Rewards(combine="gated")),
+    "a noise floor in nats": (Train(), Rewards(distillation_floor=0.1)),
+    "a relative noise floor": (Train(), Rewards(distillation_relative_floor=0.5)),
+    "clipped negatives": (Train(negatives="clipped"), Rewards()),
+    "no negatives": (Train(negatives="none", beta=0.0), Rewards(combine="gated")),
+    "a shifted baseline and a weight": (Train(baseline_shift=-0.3, reward_weight=0.1), Rewards()),
     "no reward": (Train(), Rewards(accuracy="off", distillation="off")),
 }
 Shape = list[list[tuple[int, float]]]  # per question, per response: its length and its verdict
@@ -84,7 +90,7 @@ def close(found: object, expected: object, what: str, atol: float = 2e-5) -> Non
 
 def check_objective(batch: Batch, train: Train, rewards: Rewards) -> None:
     """`objective.masters`: the loss, what it logs, and its gradient, which is the student's alone."""
-    expected = float64_reference.objective(batch, train.beta, train.divergence, rewards.accuracy, rewards.distillation)
+    expected = float64_reference.objective(batch, train, rewards)
     student, teacher, pi_ref, score_R = tensors(batch)
     pack = packed(batch)
     outcome = objective.masters(dense_terms(student, teacher, pack, train), pi_ref, score_R, pack, train, rewards)
@@ -110,15 +116,14 @@ def check_responses(batch: Batch, train: Train, rewards: Rewards) -> None:
     """
     count = sum(map(len, batch.questions))
     weight_R = np.random.default_rng(0).uniform(0.5, 2, count)
-    expected = float64_reference.objective(
-        batch, train.beta, train.divergence, rewards.accuracy, rewards.distillation, weight_R
-    )
+    expected = float64_reference.objective(batch, train, rewards, weight_R)
     pack, (student, teacher, pi_ref, score_R) = packed(batch), tensors(batch)
     terms = dense_terms(student, teacher, pack, train)
     divergence_R = objective.divergences(terms, pack)
-    distill_R, advantage_R = objective.advantages(divergence_R, score_R, pack, rewards)
-    grpo_R = losses.grpo_loss(terms.logp_T, pi_ref, advantage_R, pack.response_T, train.beta)
-    loss = objective.question_means((grpo_R + divergence_R) * torch.tensor(weight_R), pack).sum()
+    distill_R, advantage_R = objective.advantages(divergence_R, score_R, pack, rewards, train.baseline_shift)
+    grpo_R = losses.grpo_loss(terms.logp_T, pi_ref, advantage_R, pack.response_T, train.beta, train.negatives)
+    weighed_R = (train.reward_weight * grpo_R + divergence_R) * torch.tensor(weight_R)
+    loss = objective.question_means(weighed_R, pack).sum()
     loss.backward()
     assert teacher.grad is None, "a gradient reaches the teacher"
     close(divergence_R, expected.divergence_R, "divergence")

@@ -11,7 +11,10 @@ from fractions import Fraction
 
 import numpy as np
 
+from masters.config import Rewards, Train
+
 Array = np.ndarray
+METHOD, BOTH = Train(), Rewards()
 
 
 def threshold(weight: Array, ratio: float) -> float:
@@ -70,19 +73,21 @@ def shared(d_G: Array, responses: list[tuple[int, ...]], valid_G: Array) -> Arra
     return np.array([d_G[k].mean() if valid_G[j] else d_G[j] for j, k in enumerate(same)])
 
 
-def distillation_reward(d_G: Array, valid_G: Array) -> Array:
-    """Eq. 6-7: R_distill = (D_max - D_j) / (D_max - D_min) over those with a verdict; all 0 up to a spread of 1e-5."""
+def distillation_reward(d_G: Array, valid_G: Array, floors: tuple[float, float] = (1e-5, 0.0)) -> Array:
+    """Eq. 6-7: R_distill = (D_max - D_j) / (D_max - D_min) over those with a verdict; all 0 if D_max - D_min is noise:
+    up to floors[0] nats, or floors[1] times the mean."""
     reward_G = np.zeros(len(d_G))
-    if valid_G.any() and np.ptp(d_G[valid_G]) > 1e-5:
+    if valid_G.any() and np.ptp(d_G[valid_G]) > max(floors[0], floors[1] * d_G[valid_G].mean()):
         reward_G[valid_G] = (d_G[valid_G].max() - d_G[valid_G]) / np.ptp(d_G[valid_G])
     return reward_G
 
 
-def advantage(reward_G: Array) -> Array:
-    """Eq. 8-11: A = (R_j - mean R) / std R, population std, over those with a verdict; all 0 up to a std of 1e-4."""
+def advantage(reward_G: Array, shift: float = 0.0) -> Array:
+    """Eq. 8-11: A = (R_j - mean R - shift) / std R, population std, over those with a verdict; all 0 up to a std of
+    1e-4."""
     valid_G, advantage_G = ~np.isnan(reward_G), np.zeros(len(reward_G))
     if valid_G.any() and reward_G[valid_G].std() > 1e-4:
-        advantage_G[valid_G] = (reward_G[valid_G] - reward_G[valid_G].mean()) / reward_G[valid_G].std()
+        advantage_G[valid_G] = (reward_G[valid_G] - reward_G[valid_G].mean() - shift) / reward_G[valid_G].std()
     return advantage_G
 
 
@@ -90,6 +95,12 @@ def kl_to_reference(logp: Array, reference: Array) -> Array:
     """Eq. 8-11: GRPO's estimator exp(d) - d - 1, d = log pi_ref - log pi."""
     d = reference - logp
     return np.exp(d) - d - 1
+
+
+def bounded(advantage: Array, logp_old: Array, reference: Array, negatives: str) -> Array:
+    """A token's advantage: A < 0 as it is, times min(1, pi_old / pi_ref), or 0."""
+    weight = {"full": 1.0, "clipped": np.minimum(1, np.exp(logp_old - reference)), "none": 0.0}[negatives]
+    return np.where(advantage < 0, advantage * weight, advantage)
 
 
 def grpo(logp: Array, logp_old: Array, reference: Array, advantage: Array, beta: float) -> Array:
@@ -152,40 +163,43 @@ def spans(batch: Batch) -> list[list[slice]]:
 
 def objective(
     batch: Batch,
-    beta: float = 0.1,
-    divergence: str = "jsd",
-    accuracy: str = "llm",
-    distillation: str = "minmax",
+    train: Train = METHOD,
+    rewards: Rewards = BOTH,
     weight_R: Array | None = None,
 ) -> Result:
-    """Eq. 4-11: L_GRPO + D, mean over a response's tokens and a question's responses, summed over questions.
+    """Eq. 4-11: w L_GRPO + D, mean over a response's tokens and a question's responses, summed over questions.
 
     Rewards and advantages are constants in the gradient. `weight_R` weighs responses (default: all alike).
     """
-    measure = {"jsd": jsd, "kl": kl_ablation}[divergence]
+    measure = {"jsd": jsd, "kl": kl_ablation}[train.divergence]
     logp_T, divergence_T = log_pi(batch.student_TV, batch.token_T), measure(batch.student_TV, batch.teacher_TV)
+    floors = (rewards.distillation_floor, rewards.distillation_relative_floor)
     d, distill, reward, adv, share_T, advantage_T = [], [], [], [], np.zeros(len(logp_T)), np.zeros(len(logp_T))
     for responses, scores, tokens in zip(batch.questions, batch.scores, spans(batch), strict=True):
         d_G, score_G = np.array([divergence_T[t].mean() for t in tokens]), np.array(scores)
-        if accuracy == "off":
+        if rewards.accuracy == "off":
             score_G = np.zeros(len(responses))
         valid_G = ~np.isnan(score_G)
         same_G = shared(d_G, responses, valid_G)
         distill_G = {
-            "minmax": distillation_reward(same_G, valid_G),
+            "minmax": distillation_reward(same_G, valid_G, floors),
             "raw": np.where(valid_G, -same_G, 0.0),
             "off": np.zeros(len(responses)),
-        }[distillation]
-        advantage_G = advantage(score_G + distill_G)  # Eq. 6-7: R = R_acc + R_distill
+        }[rewards.distillation]
+        # Eq. 6-7: R = R_acc + R_distill
+        reward_G = score_G * (1 + distill_G) if rewards.combine == "gated" else score_G + distill_G
+        advantage_G = advantage(reward_G, train.baseline_shift)
         for t, a in zip(tokens, advantage_G, strict=True):
             weight = 1.0 if weight_R is None else weight_R[len(adv)]
             share_T[t], advantage_T[t] = weight / (t.stop - t.start) / len(responses), a
             adv.append(a)
-        d, distill, reward = [*d, *d_G], [*distill, *distill_G], [*reward, *(score_G + distill_G)]
+        d, distill, reward = [*d, *d_G], [*distill, *distill_G], [*reward, *reward_G]
+    advantage_T = bounded(advantage_T, logp_T, batch.reference_T, train.negatives)
 
     def terms(logits_TV: Array) -> Array:
         pi_T = log_pi(logits_TV, batch.token_T)
-        return grpo(pi_T, logp_T, batch.reference_T, advantage_T, beta) + measure(logits_TV, batch.teacher_TV)
+        rewarded_T = grpo(pi_T, logp_T, batch.reference_T, advantage_T, train.beta)
+        return train.reward_weight * rewarded_T + measure(logits_TV, batch.teacher_TV)
 
     loss, gradient_TV = (share_T * terms(batch.student_TV)).sum(), share_T[:, None] * slope(terms, batch.student_TV)
     k_T = kl_to_reference(logp_T, batch.reference_T)

@@ -43,7 +43,7 @@ STEPS = [Step(n // 3, 0, of) for n, of in enumerate([(0, 1, 2, 3), tuple(range(8
 RATIOS = [0.4, 0.2]
 CASES = {
     "tied": (FAMILY, True, {}),
-    "untied": (FAMILY, False, {}),
+    "untied": (FAMILY, False, dict(schedule="cosine", warmup_steps=2, max_gradient_norm=0.05)),
     "kd": ("qwen2_5_vl", True, dict(objective="kd")),
     "sft": ("internvl3", True, dict(objective="sft", targets="labels")),
 }
@@ -113,9 +113,10 @@ class Trained:
         trainer.fit(job)
         told = job.told  # type: ignore[attr-defined]
         losses = [line["loss"] for line in told if line["event"] == "step"]
+        norms = [line["gradient_norm"] for line in told if "gradient_norm" in line]
         # a reference pass is told of when it is done, and ranks share them
         events = [line["event"] for line in told if line["event"] != "reference"]
-        return dict(before=before, after=self.weights(job), losses=losses, events=events)
+        return dict(before=before, after=self.weights(job), losses=losses, norms=norms, events=events)
 
     def remasked(self) -> list[Tensors]:
         """The teacher at each stage, after a pass at the one before."""

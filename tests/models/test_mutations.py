@@ -7,13 +7,24 @@ import pytest
 import torch
 
 from masters.models import losses, masking, objective, schedule
-from masters.rewards import advantages, distillation
+from masters.rewards import advantages, combination, distillation
 from tests.models import float64_reference
 from tests.models.compare_with_reference import check_all
 from tests.models.mutation import Edit, mutate
 
 OBJECTIVE: dict[str, list[Edit]] = {
-    "the advantage's sign": [(losses, "grpo_loss", "ratio_T * advantage_R", "-ratio_T * advantage_R")],
+    "the advantage's sign": [(losses, "grpo_loss", "ratio_T * advantage_T", "-ratio_T * advantage_T")],
+    "negatives as they are where they are to be clipped": [
+        (losses, "token_advantages", "torch.where(advantage_T < 0, advantage_T * weight_T, advantage_T)", "advantage_T")
+    ],
+    "positive advantages clipped too": [(losses, "token_advantages", "advantage_T < 0, ", "advantage_T < 9, ")],
+    "a weight above one": [(losses, "token_advantages", ".clamp(max=1.0)", "")],
+    "negatives where there are to be none": [(losses, "token_advantages", ".clamp(min=0.0)", "")],
+    "a sum where rewards are gated": [(combination, "combined_rewards", "accuracy_G * (1 + ", "accuracy_G + (0 + ")],
+    "no baseline shift": [(advantages, "group_advantages", " - baseline_shift", "")],
+    "no weight of the rewards": [(objective, "masters", "train.reward_weight * ", "")],
+    "no relative floor": [(distillation, "distillation_rewards", "floors[1] * d", "0 * d")],
+    "no floor in nats": [(distillation, "distillation_rewards", "max(floors[0], ", "max(0.0, ")],
     "the KL term's sign": [(losses, "grpo_loss", "- beta *", "+ beta *")],
     "no KL term": [(losses, "grpo_loss", "- beta *", "- 0 * beta *")],
     "the KL estimator turned round": [
@@ -84,7 +95,7 @@ OBJECTIVE: dict[str, list[Edit]] = {
         (objective, "advantages", "else score_R[of]", "else score_R[of].nan_to_num(0.0)"),
     ],
     "no divergence in the loss": [(objective, "masters", "grpo_R + divergence_R", "grpo_R + divergence_R.detach()")],
-    "no accuracy reward": [(objective, "advantages", "reward_G + distill_R[of]", "distill_R[of]")],
+    "no accuracy reward": [(objective, "advantages", "combined_rewards(reward_G, ", "combined_rewards(0 * reward_G, ")],
 }  # fmt: skip
 
 OTHERS: dict[str, list[Edit]] = {

@@ -44,7 +44,7 @@ def batches(draw_from: st.DrawFn) -> Batch:
 
 def settled(batch: Batch) -> bool:
     """Whether divergences of a question are either the same or well apart: rewards stretch a small difference."""
-    result = float64_reference.objective(batch, distillation="raw")
+    result = float64_reference.objective(batch, rewards=Rewards(distillation="raw"))
     groups = np.split(result.distill_R, np.cumsum([len(one) for one in batch.questions])[:-1])
     spreads = [np.ptp(d[~np.isnan(s)]) for d, s in zip(groups, batch.scores, strict=True) if not np.isnan(s).all()]
     return all(spread < 1e-12 or spread > 1e-2 for spread in spreads)

@@ -107,6 +107,7 @@ def test_one_rank_trains_like_a_process_that_is_not_sharded(ranks: list[dict], w
 def test_runs_end_at_the_same_weights(case: str, whole: dict, two: dict) -> None:
     found, expected = two["runs"][case], whole["runs"][case]
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
     assert found["events"] == expected["events"]
     assert ("lm_head.weight" in found["after"]) == (case == "untied")
     assert apart(found["after"], expected["after"], expected["before"]) < 0.01
