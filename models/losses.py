@@ -58,13 +58,18 @@ def chosen_log_probs(logits_TV: torch.Tensor, token_T: torch.Tensor) -> torch.Te
     return logits_TV.float().log_softmax(-1).gather(1, token_T[:, None])[:, 0]
 
 
-def kl_to_reference(logp_T: torch.Tensor, reference_logp_T: torch.Tensor) -> torch.Tensor:
-    """D_KL(pi || pi_ref) from the chosen tokens: exp(d) - d - 1, d = log pi_ref - log pi, [T] (Eq. 8-11).
+def kl_to_reference(logp_T: torch.Tensor, reference_logp_T: torch.Tensor, estimator: str) -> torch.Tensor:
+    """D_KL(pi || pi_ref) from the chosen tokens, [T], with d = log pi_ref - log pi, log pi_ref a constant (Eq. 8-11).
 
-    Ours, as the paper leaves the estimator open: GRPO's usual one. log pi_ref, [T], is a constant.
+    Ours, as the paper leaves the estimator open. "k3": exp(d) - d - 1, GRPO's usual one. It is meant for tokens that pi
+    samples; on stored tokens its slope, 1 - exp(d), grows without end where pi falls below pi_ref. "clipped": the same
+    with the slope kept at its value at d = 1, 1 - e. "squared": d^2 / 2, whose slope is -d.
     """
     d = reference_logp_T - logp_T
-    return torch.expm1(d) - d
+    if estimator == "squared":
+        return 0.5 * d.square()
+    near = d.clamp(max=1.0) if estimator == "clipped" else d
+    return torch.expm1(near) - near + math.expm1(1) * (d - near)
 
 
 def response_means(value_T: torch.Tensor, response_T: torch.Tensor, responses: int) -> torch.Tensor:
@@ -82,16 +87,18 @@ def grpo_loss(
     advantage_R: torch.Tensor,
     response_T: torch.Tensor,
     beta: float,
-    negatives: str = "full",
+    kl: str,
+    negatives: str,
 ) -> torch.Tensor:
     """- mean_t [ratio_t A_t - beta D_KL(pi || pi_ref)] per response, [R] (Eq. 8-11).
 
     ratio = pi / stop_gradient(pi) is 1 in value, since a batch is used for one update; its gradient is that of
-    log pi. A_t: `token_advantages`. The caller averages responses over a question and questions over the batch.
+    log pi. A_t: `token_advantages`; D_KL: `kl_to_reference` with the estimator `kl`. The caller averages responses
+    over a question and questions over the batch.
     """
     ratio_T = torch.exp(logp_T - logp_T.detach())
     advantage_T = token_advantages(logp_T, reference_logp_T, advantage_R.detach()[response_T], negatives)
-    gain_T = ratio_T * advantage_T - beta * kl_to_reference(logp_T, reference_logp_T)
+    gain_T = ratio_T * advantage_T - beta * kl_to_reference(logp_T, reference_logp_T, kl)
     return -response_means(gain_T, response_T, len(advantage_R))
 
 

@@ -70,11 +70,12 @@ def masters(
     divergence_R = divergences(terms, packed)
     distill_R, advantage_R = advantages(divergence_R.detach().cpu(), score_R, packed, rewards, train.baseline_shift)
     grpo_R = losses.grpo_loss(
-        terms.logp_T, known_T, advantage_R.to(divergence_R.device), packed.response_T, train.beta, train.negatives
-    )
+        terms.logp_T, known_T, advantage_R.to(divergence_R.device), packed.response_T, train.beta, train.kl,
+        train.negatives,
+    )  # fmt: skip
     loss = question_means(train.reward_weight * grpo_R + divergence_R, packed).sum()
     kl_R = losses.response_means(
-        losses.kl_to_reference(terms.logp_T.detach(), known_T), packed.response_T, packed.responses
+        losses.kl_to_reference(terms.logp_T.detach(), known_T, train.kl), packed.response_T, packed.responses
     )
     sums = {
         "loss": loss.item(),

@@ -232,6 +232,11 @@ class Train(Section):
     beta: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = Field(
         default=0.1, description="Weight of the term that keeps the student near where it started"
     )
+    kl: Literal["k3", "clipped", "squared"] = Field(
+        default="k3",
+        description="How the KL term is estimated from a token's d = log pi_ref - log pi. k3: exp(d) - d - 1, whose "
+        "slope has no bound on stored tokens; clipped: k3 with a bounded slope; squared: d^2 / 2",
+    )
     negatives: Literal["full", "clipped", "none"] = Field(
         default="full",
         description="Negative advantages: as they are; times min(1, pi / pi_ref) of the token, so that tokens which "

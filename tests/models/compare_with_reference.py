@@ -18,6 +18,8 @@ VARIANTS = {
     "gated rewards": (Train(), Rewards(combine="gated")),
     "a noise floor in nats": (Train(), Rewards(distillation_floor=0.1)),
     "a relative noise floor": (Train(), Rewards(distillation_relative_floor=0.5)),
+    "a squared KL term": (Train(kl="squared", beta=1.0), Rewards()),
+    "a clipped KL term": (Train(kl="clipped", beta=1.0), Rewards()),
     "clipped negatives": (Train(negatives="clipped"), Rewards()),
     "no negatives": (Train(negatives="none", beta=0.0), Rewards(combine="gated")),
     "a shifted baseline and a weight": (Train(baseline_shift=-0.3, reward_weight=0.1), Rewards()),
@@ -38,7 +40,7 @@ def draw(shape: Shape, repeats: set[tuple[int, int]], seed: int, vocabulary: tup
     tokens = np.array([t for one in questions for response in one for t in response])
     student, teacher = (rng.normal(0, 2, (len(tokens), v)).astype(np.float32).astype(float) for v in vocabulary)
     pi_ref = (
-        float64_reference.log_pi(student + rng.normal(0, 0.3, student.shape), tokens).astype(np.float32).astype(float)
+        float64_reference.log_pi(student + rng.normal(0, 0.8, student.shape), tokens).astype(np.float32).astype(float)
     )
     return Batch(questions, [[score for _, score in one] for one in shape], student, teacher, pi_ref)
 
@@ -121,7 +123,7 @@ def check_responses(batch: Batch, train: Train, rewards: Rewards) -> None:
     terms = dense_terms(student, teacher, pack, train)
     divergence_R = objective.divergences(terms, pack)
     distill_R, advantage_R = objective.advantages(divergence_R, score_R, pack, rewards, train.baseline_shift)
-    grpo_R = losses.grpo_loss(terms.logp_T, pi_ref, advantage_R, pack.response_T, train.beta, train.negatives)
+    grpo_R = losses.grpo_loss(terms.logp_T, pi_ref, advantage_R, pack.response_T, train.beta, train.kl, train.negatives)
     weighed_R = (train.reward_weight * grpo_R + divergence_R) * torch.tensor(weight_R)
     loss = objective.question_means(weighed_R, pack).sum()
     loss.backward()

@@ -91,10 +91,13 @@ def advantage(reward_G: Array, shift: float = 0.0) -> Array:
     return advantage_G
 
 
-def kl_to_reference(logp: Array, reference: Array) -> Array:
-    """Eq. 8-11: GRPO's estimator exp(d) - d - 1, d = log pi_ref - log pi."""
+def kl_to_reference(logp: Array, reference: Array, estimator: str = "k3") -> Array:
+    """Eq. 8-11, d = log pi_ref - log pi. k3: exp(d) - d - 1, clipped: its tangent beyond d = 1, squared: d^2 / 2."""
     d = reference - logp
-    return np.exp(d) - d - 1
+    if estimator == "squared":
+        return d**2 / 2
+    value = np.exp(d) - d - 1
+    return np.where(d > 1, math.e - 2 + (math.e - 1) * (d - 1), value) if estimator == "clipped" else value
 
 
 def bounded(advantage: Array, logp_old: Array, reference: Array, negatives: str) -> Array:
@@ -103,9 +106,9 @@ def bounded(advantage: Array, logp_old: Array, reference: Array, negatives: str)
     return np.where(advantage < 0, advantage * weight, advantage)
 
 
-def grpo(logp: Array, logp_old: Array, reference: Array, advantage: Array, beta: float) -> Array:
+def grpo(logp: Array, logp_old: Array, reference: Array, advantage: Array, beta: float, kl: str = "k3") -> Array:
     """Eq. 8-11, a token's term: -[ pi / pi_old A - beta D_KL(pi || pi_ref) ], pi_old a constant."""
-    return -(np.exp(logp - logp_old) * advantage - beta * kl_to_reference(logp, reference))
+    return -(np.exp(logp - logp_old) * advantage - beta * kl_to_reference(logp, reference, kl))
 
 
 def slope(function: Callable[[Array], Array], logits_TV: Array, step: float = 1e-5) -> Array:
@@ -198,10 +201,10 @@ def objective(
 
     def terms(logits_TV: Array) -> Array:
         pi_T = log_pi(logits_TV, batch.token_T)
-        rewarded_T = grpo(pi_T, logp_T, batch.reference_T, advantage_T, train.beta)
+        rewarded_T = grpo(pi_T, logp_T, batch.reference_T, advantage_T, train.beta, train.kl)
         return train.reward_weight * rewarded_T + measure(logits_TV, batch.teacher_TV)
 
     loss, gradient_TV = (share_T * terms(batch.student_TV)).sum(), share_T[:, None] * slope(terms, batch.student_TV)
-    k_T = kl_to_reference(logp_T, batch.reference_T)
+    k_T = kl_to_reference(logp_T, batch.reference_T, train.kl)
     k = [k_T[t].mean() for tokens in spans(batch) for t in tokens]
     return Result(loss, gradient_TV, *(np.array(x) for x in (d, distill, reward, adv, k)))

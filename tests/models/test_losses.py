@@ -20,6 +20,7 @@ from tests.models.float64_reference import jsd, kl, softmax
 from tests.models.float64_reference import kl_to_reference as kl_estimate
 
 LOSSES = [jensen_shannon, kl_divergence]
+ESTIMATORS = ["k3", "clipped", "squared"]
 logit = st.floats(-1e4, 1e4, width=32)
 
 
@@ -119,19 +120,28 @@ def test_chosen_log_probs() -> None:
     np.testing.assert_allclose(chosen_log_probs(x_TV, token_T).numpy(), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 @given(st.lists(st.tuples(st.floats(-20, 0, width=32), st.floats(-20, 0, width=32)), min_size=1, max_size=9))
-def test_kl_to_reference(rows: list[tuple[float, float]]) -> None:
+def test_kl_to_reference(estimator: str, rows: list[tuple[float, float]]) -> None:
     logp, reference = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
-    found = kl_to_reference(torch.tensor(logp), torch.tensor(reference)).numpy()
-    np.testing.assert_allclose(found, kl_estimate(logp, reference), rtol=1e-9, atol=1e-9)
+    found = kl_to_reference(torch.tensor(logp), torch.tensor(reference), estimator).numpy()
+    np.testing.assert_allclose(found, kl_estimate(logp, reference, estimator), rtol=1e-9, atol=1e-9)
     assert (found >= 0).all()
-    assert not kl_to_reference(torch.tensor(logp), torch.tensor(logp)).any()
+    assert not kl_to_reference(torch.tensor(logp), torch.tensor(logp), estimator).any()
 
 
-def test_kl_to_reference_gradient() -> None:
-    logp, reference = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True), torch.tensor([-1.0, -3.0, -1.0])
-    kl_to_reference(logp, reference).sum().backward()
-    torch.testing.assert_close(logp.grad, 1 - torch.exp(reference - logp.detach()))
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@given(st.floats(-80, 0, width=32), st.floats(-80, 0, width=32))
+def test_kl_to_reference_pulls_to_the_reference_and_only_k3_without_bound(
+    estimator: str, logp: float, reference: float
+) -> None:
+    """Whatever token is stored: the slope of "clipped" is at most e - 1, that of "squared" at most |d|."""
+    pi, d = torch.tensor([logp], requires_grad=True), reference - logp
+    kl_to_reference(pi, torch.tensor([reference]), estimator).sum().backward()
+    slopes = {"k3": 1 - np.exp(d), "clipped": 1 - np.exp(min(d, 1)), "squared": -d}
+    assert pi.grad is not None and pi.grad.item() == pytest.approx(slopes[estimator], rel=1e-4, abs=1e-5)
+    if estimator != "k3":
+        assert abs(pi.grad.item()) <= max(math.e - 1, abs(d)) * 1.001
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.randoms(use_true_random=False))
@@ -155,20 +165,20 @@ def test_grpo_loss_is_the_formula() -> None:
     d = (reference_T - logp_T).detach().numpy()
     gain = advantage_R.numpy()[response_T] - 0.1 * (np.exp(d) - d - 1)  # the ratio is 1 in value
     expected = [-gain[:3].mean(), -gain[3:].mean()]
-    found = grpo_loss(logp_T, reference_T, advantage_R, response_T, 0.1).detach().numpy()
+    found = grpo_loss(logp_T, reference_T, advantage_R, response_T, 0.1, "k3", "full").detach().numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_grpo_gradient_is_the_advantage_times_that_of_log_pi() -> None:
     logp_T, reference_T, advantage_R, response_T = example()
     advantage_R.requires_grad_()
-    grpo_loss(logp_T, reference_T, advantage_R, response_T, 0.0).sum().backward()
+    grpo_loss(logp_T, reference_T, advantage_R, response_T, 0.0, "k3", "full").sum().backward()
     torch.testing.assert_close(logp_T.grad, -advantage_R.detach()[response_T] / torch.tensor([3, 3, 3, 2, 2]))
     assert advantage_R.grad is None
 
 
 def test_grpo_penalty_pulls_towards_the_reference() -> None:
     logp_T, reference_T, _, response_T = example()
-    grpo_loss(logp_T, reference_T, torch.zeros(2).double(), response_T, 0.1).sum().backward()
+    grpo_loss(logp_T, reference_T, torch.zeros(2).double(), response_T, 0.1, "k3", "full").sum().backward()
     pull = torch.sign(reference_T - logp_T.detach())
     assert torch.equal(torch.sign(-logp_T.grad), pull)

@@ -30,6 +30,9 @@ OBJECTIVE: dict[str, list[Edit]] = {
     "the KL estimator turned round": [
         (losses, "kl_to_reference", "reference_logp_T - logp_T", "logp_T - reference_logp_T")
     ],
+    "no tangent beyond the clip": [(losses, "kl_to_reference", "math.expm1(1) * (d - near)", "0 * d")],
+    "a k3 that is clipped": [(losses, "kl_to_reference", 'if estimator == "clipped" else d', 'if estimator else d')],
+    "the square without its half": [(losses, "kl_to_reference", "0.5 * d.square()", "d.square()")],
     "a ratio without gradient": [(losses, "grpo_loss", "exp(logp_T - ", "exp(logp_T.detach() - ")],
     "M in logit space": [
         (

@@ -87,8 +87,9 @@ def test_the_policy_ratio_is_one_and_its_gradient_the_advantage_times_that_of_lo
     student, _, pi_ref, _ = tensors(batch)
     advantage_R = torch.linspace(-2, 2, pack.responses)
     loss_R = losses.grpo_loss(
-        losses.chosen_log_probs(student, pack.token_T), pi_ref, advantage_R, pack.response_T, beta=0.0
-    )
+        losses.chosen_log_probs(student, pack.token_T), pi_ref, advantage_R, pack.response_T, beta=0.0,
+        kl="k3", negatives="full",
+    )  # fmt: skip
     close(loss_R, -advantage_R.numpy(), "a ratio other than 1")
     loss_R.sum().backward()
     count_T = np.bincount(pack.response_T)[pack.response_T]
