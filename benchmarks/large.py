@@ -129,7 +129,7 @@ def on_files(count: int) -> dict[str, float]:
 
 
 def on_s3(count: int) -> dict[str, float]:
-    port = object_store.free_ports()["s3.port"]
+    port = object_store.listener_ports()["s3.port"]
     with TemporaryDirectory(prefix="masters-bench-") as work:
         folder = Path(work)
         server = object_store.service(folder, port, dict(os.environ))

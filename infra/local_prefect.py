@@ -5,7 +5,6 @@ that names a server) that server is used.
 """
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 from masters.errors import MastersError
+from masters.infra.ports import free_ports
 
 START_SECONDS = 120
 
@@ -28,7 +28,7 @@ def prefect_api() -> Iterator[str]:
         yield configured
         return
     log = Path(tempfile.mkdtemp(prefix="masters-prefect-")) / "server.log"
-    port = _free_port()
+    [port] = free_ports(1)
     url = f"http://127.0.0.1:{port}/api"
     os.environ["PREFECT_API_URL"] = url
     server = _start(port, log)
@@ -90,9 +90,3 @@ def _send_logs() -> None:
         from prefect.logging.handlers import APILogHandler
 
         APILogHandler().flush()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -3,9 +3,7 @@
 import json
 import os
 import secrets
-import socket
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import botocore.session
@@ -13,13 +11,15 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from masters.errors import InputError
+from masters.infra.ports import free_ports, is_free
 from masters.infra.service import Service
 
 BUCKETS = ("lake", "mlflow")
 PORTS: tuple[str, ...] = (
     "master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc",
-    "s3.port", "s3.port.grpc", "admin.port.grpc",
+    "s3.port", "s3.port.grpc",
 )  # fmt: skip
+DISTANCE = 10_000  # of admin.port.grpc from admin.port, on which the server's own client counts
 OPTIONS = (
     "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0",
     "-s3.port.lance=0", "-s3.autoCreateBucket=false", "-master.telemetry=false",
@@ -31,7 +31,7 @@ def service(folder: Path, port: int, environment: dict[str, str]) -> Service:
     """The server over `folder`; its keys are made at the first start and lie there for the owner's eyes alone."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
     _keys(folder)
-    ports = free_ports() | {"s3.port": port}
+    ports = listener_ports() | {"s3.port": port}
     own = environment | variables(folder)
     return Service("s3", command(folder, ports, BUCKETS), own, lambda: holds(BUCKETS, environment_of(folder, port)))
 
@@ -79,19 +79,12 @@ def holds(buckets: tuple[str, ...], environment: dict[str, str]) -> bool:
     return True
 
 
-def free_ports() -> dict[str, int]:
-    """A port for each of the server's listeners; all of them are free at once."""
-    while True:
-        probes = {name: socket.socket() for name in PORTS}
-        for probe in probes.values():
-            probe.bind(("127.0.0.1", 0))
-        ports = {name: probe.getsockname()[1] for name, probe in probes.items()}
-        for probe in probes.values():
-            probe.close()
-        ports["admin.port"] = ports["admin.port.grpc"] - 10_000  # its own client counts on this distance
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", ports["admin.port"]))
-            return ports
+def listener_ports() -> dict[str, int]:
+    """A free port for each of the server's listeners."""
+    [admin] = free_ports(1, lambda port: is_free(port + DISTANCE))
+    admins = {"admin.port": admin, "admin.port.grpc": admin + DISTANCE}
+    others = free_ports(len(PORTS), lambda port: port not in admins.values())
+    return dict(zip(PORTS, others, strict=True)) | admins
 
 
 def _keys(folder: Path) -> dict[str, str]:

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import settings
 
 from masters.infra.local_prefect import wait_until_ready
+from masters.infra.ports import free_ports
 from tests import fork_server
 from tests import ray_cluster as ray
 from tests.command_line import environment
-from tests.s3_server import S3, free_ports, serve
+from tests.s3_server import S3, serve
 
 # the same examples every time and no deadline: machines are slow and shared
 settings.register_profile("masters", deadline=None, derandomize=True)

@@ -16,11 +16,11 @@ from threading import Event, Thread
 from urllib.request import urlopen
 
 from masters.infra.api import post
+from masters.infra.ports import free_ports
 from masters.infra.service import Started
 from tests import fork_server
 from tests.command_line import share_notes
 from tests.listening_sockets import addresses, reachable, sockets
-from tests.s3_server import free_ports
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 900.0  # seconds for what takes a minute or two, whatever else the machine does

@@ -9,9 +9,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from masters.infra.ports import free_ports
 from masters.models.ray_guard import session
 from tests.local_stack import until
-from tests.s3_server import free_ports
 
 ROOT = Path(__file__).parents[1]
 HOST = "127.0.0.1"

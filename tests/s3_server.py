@@ -4,7 +4,6 @@ import ctypes
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -49,7 +48,7 @@ def serve(folder: Path) -> Iterator[S3]:
         for user, actions in ACTIONS.items()
     ]
     (folder / "s3.json").write_text(json.dumps(dict(identities=identities)))
-    ports = object_store.free_ports()
+    ports = object_store.listener_ports()
     process = _start(folder, ports)
     server = S3(f"http://127.0.0.1:{ports['s3.port']}", process.pid)
     try:
@@ -61,17 +60,6 @@ def serve(folder: Path) -> Iterator[S3]:
         for socket_file in Path("/tmp").glob("seaweedfs-*.sock"):
             if any(socket_file.stem.endswith(f"-{port}") for port in ports.values()):
                 socket_file.unlink()
-
-
-def free_ports(count: int) -> list[int]:
-    """All of them are free at once."""
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def _start(folder: Path, ports: dict[str, int]) -> subprocess.Popen:

@@ -18,8 +18,9 @@ import s3fs
 from fsspec.implementations.local import LocalFileSystem
 
 from masters.errors import InputError, StoreError
+from masters.infra.ports import free_ports
 from masters.storage import Storage
-from tests.s3_server import BUCKET, S3, free_ports
+from tests.s3_server import BUCKET, S3
 
 AWKWARD = "with space/größe 模型 #1+%41&=?.txt"
 

@@ -11,12 +11,13 @@ import time
 from pathlib import Path
 from urllib.request import urlopen
 
+from masters.infra.ports import free_ports
 from masters.storage import Storage
 from tests.faults import verify_store
 from tests.faults.fault_points import HOWS, At, Fault
 from tests.faults.verify_store import Finished
 from tests.faults.world import LIMIT, MARK, ROOT, Running, Seen, World, stage_of, until
-from tests.s3_server import die_with_parent, free_ports
+from tests.s3_server import die_with_parent
 
 STEPS_ALONE = ("stage", "train")  # with labels as targets no engine is started
 MANY_STEPS = {"train.objective": "kd", "train.targets": "labels", "train.epochs": 60, "runtime.checkpoint_steps": 20}

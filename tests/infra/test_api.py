@@ -9,7 +9,7 @@ from threading import Thread
 import pytest
 
 from masters.infra import api
-from tests.s3_server import free_ports
+from masters.infra.ports import free_ports
 
 Serve = Callable[[list[int]], tuple[str, list[int]]]
 

@@ -48,7 +48,7 @@ def test_it_answers_when_every_bucket_is_there(
 
 
 def test_a_server_that_is_not_there_does_not_answer(tmp_path: Path) -> None:
-    service = object_store.service(tmp_path, object_store.free_ports()["s3.port"], {})
+    service = object_store.service(tmp_path, object_store.listener_ports()["s3.port"], {})
     assert not service.answers()
 
 

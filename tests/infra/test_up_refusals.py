@@ -82,5 +82,5 @@ def test_no_setting_makes_it_listen_elsewhere(tmp_path: Path, monkeypatch: pytes
     ]  # fmt: skip
     for service in services:
         assert service.command[service.command.index("--host") + 1] == "127.0.0.1"
-    store = object_store.command(tmp_path, object_store.free_ports(), ())
+    store = object_store.command(tmp_path, object_store.listener_ports(), ())
     assert "-ip.bind=127.0.0.1" in store and "-ip=127.0.0.1" in store
