@@ -100,6 +100,15 @@ def test_the_first_night_makes_the_champion(stack: Stack, first: dict) -> None:
     assert champion(stack) == 1
 
 
+def test_a_night_without_new_rows_does_no_model_work(
+    stack: Stack, first: dict, early: list[dict], store: Storage
+) -> None:
+    """The champion is trained on rows that are new to it: without any, the night ends after the data stage."""
+    told = night(stack, store, early)
+    assert told["nightly"]["outcome"] == "no change" and [s["name"] for s in told["stages"]] == ["data"]
+    assert champion(stack) == 1
+
+
 @pytest.fixture(scope="module")
 def third(stack: Stack, store: Storage, first: dict, rows: list[dict]) -> dict:
     return night(stack, store, rows)
