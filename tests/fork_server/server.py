@@ -6,8 +6,8 @@ waits for the exit code. A client's end is the end of its program, so that killi
 
 Forking is sound only as long as this process has one thread and no CUDA context: `fork` copies the calling thread
 alone, so a lock that another thread holds would stay locked in the child for ever, and a CUDA context cannot be used
-after a fork. Therefore nothing but imports happens here, the number of threads is checked before the first fork, and
-libraries that start threads at import (Ray) or read their settings there (Prefect) are left to the children.
+after a fork. Therefore nothing but imports happens here, and the number of threads is checked before the first fork.
+What reads its settings when it is imported is left to the children: Prefect, and Ray's driver, which is not forked.
 
 Usage: `python -m tests.fork_server.server SOCKET OWNER_PID`. Ends when the owner has ended.
 """
