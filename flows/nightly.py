@@ -147,9 +147,10 @@ def against(run: Run, done: Distilled, champion: Champion) -> Comparison:
     """Candidate and champion on tonight's evaluation questions."""
     # the champion under the name it had as a candidate: what it answered then is not asked again
     theirs = evaluate(run, done.questions, [run.trained(champion.trained)], "evaluate-champion")
-    rows = done.questions.rows("questions", ["question_id", "category"])
+    rows = list(done.questions.rows("questions", ["question_id", "category", "image_digest"]))
     category = {row["question_id"]: row["category"] for row in rows}
-    return compare(_right(done.evaluated, done.student), _right(theirs, done.student), category)
+    image = {row["question_id"]: row["image_digest"] for row in rows}
+    return compare(_right(done.evaluated, done.student), _right(theirs, done.student), category, image)
 
 
 def champion_of(registry: Registry, name: str, storage: Storage) -> Champion | None:

@@ -24,7 +24,7 @@ from masters.sources import Source
 from masters.storage import Storage
 from masters.tasks.stage import STAGE, Context, Run, build_or_reuse
 
-VERSION = 4
+VERSION = 5  # 5: image_digest
 
 BUCKET_ROWS = 2048  # at most, on average
 BUCKETS = (1, 16, 256, 4096)  # the leading 0 to 3 hexadecimal digits of the question digest

@@ -1,6 +1,5 @@
 """evaluate: teachers, student before and student after on the evaluation split, greedy, through vLLM."""
 
-import math
 from dataclasses import replace
 
 from prefect import task
@@ -9,10 +8,12 @@ from masters import schemas, shards
 from masters.answering import NO_SHARD, Answerer, Order
 from masters.artifacts import Artifact, Identity
 from masters.preflight import BEFORE, LocalModel, Ready
+from masters.statistics import clustered_standard_error
 from masters.tasks.answers import answered, forget, set_aside, tell_set_aside
 from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse
 
-VERSION = 1
+VERSION = 2  # 2: standard errors are clustered by image
+IMAGES = ["question_id", "image_digest"]
 GREEDY = dict(temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, seed=0)
 
 
@@ -45,7 +46,8 @@ def identity(context: Context, asked: list[Order], name: str = "evaluate") -> Id
 
 @task(name="evaluate", task_run_name="{name}", **STAGE)
 def evaluate(run: Run, data: Artifact, models: list[LocalModel], name: str = "evaluate") -> Artifact:
-    """Table `predictions`; facts `scores`: per model `accuracy` (exact match), `n` and `standard_error`.
+    """Table `predictions`; facts `scores`: per model `accuracy` (exact match), `n`, and `standard_error`, clustered by
+    image.
 
     `name`: of the stage, another one where a run evaluates twice.
     """
@@ -55,7 +57,8 @@ def evaluate(run: Run, data: Artifact, models: list[LocalModel], name: str = "ev
     def build() -> tuple[dict[str, str], dict, dict]:
         files, how = answered(run, made_of, data, asked)
         right = _right(run, asked)
-        scores = {model: score(hits) for model, hits in right.items()}
+        images = {row["question_id"]: row["image_digest"] for row in data.rows("questions", IMAGES)}
+        scores = {model: score(hits, images) for model, hits in right.items()}
         rows = sum(len(hits) for hits in right.values())
         return files, dict(rows=rows, scores=scores) | set_aside(run.storage, asked), how
 
@@ -64,15 +67,18 @@ def evaluate(run: Run, data: Artifact, models: list[LocalModel], name: str = "ev
     return tell_set_aside(run, made_of, made, "they count as wrong")
 
 
-def score(hits: list[bool]) -> dict[str, float]:
-    """Accuracy of n answers and its standard error, sqrt(p (1 - p) / n)."""
-    p = sum(hits) / len(hits)
-    return dict(accuracy=p, n=len(hits), standard_error=math.sqrt(p * (1 - p) / len(hits)))
+def score(right: dict[str, bool], images: dict[str, str]) -> dict[str, float]:
+    """Accuracy on n questions and its standard error, which is clustered by image. `images`: of each question."""
+    accuracy = sum(right.values()) / len(right)
+    error = clustered_standard_error(list(right.values()), [images[question] for question in right])
+    return dict(accuracy=accuracy, n=len(right), standard_error=error)
 
 
-def _right(run: Run, asked: list[Order]) -> dict[str, list[bool]]:
-    right: dict[str, list[bool]] = {}
+def _right(run: Run, asked: list[Order]) -> dict[str, dict[str, bool]]:
+    """By model and question: whether the answer was right."""
+    right: dict[str, dict[str, bool]] = {}
     for order in asked:
-        table = schemas.read(run.storage, order.file, ["correct"])
-        right.setdefault(order.answerer.name, []).extend(table["correct"].to_pylist())
+        table = schemas.read(run.storage, order.file, ["question_id", "correct"])
+        answers = zip(table["question_id"].to_pylist(), table["correct"].to_pylist(), strict=True)
+        right.setdefault(order.answerer.name, {}).update(answers)
     return right

@@ -85,8 +85,8 @@ def test_an_accepted_row_is_a_question_as_it_was():
     found = accepted(question=" Wie groß?\n\tsehr\r\n", answer="groß", category="size", split="test")
     content = digest(canonical([" Wie groß?\n\tsehr\r\n", "groß", digest(GOOD)]).encode())
     assert found == {
-        "question_id": "a", "question_digest": content, "image": GOOD, "question": " Wie groß?\n\tsehr\r\n",
-        "answer": "groß", "split": "test", "category": "size",
+        "question_id": "a", "question_digest": content, "image_digest": digest(GOOD), "image": GOOD,
+        "question": " Wie groß?\n\tsehr\r\n", "answer": "groß", "split": "test", "category": "size",
     }  # fmt: skip
 
 

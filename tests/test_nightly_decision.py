@@ -18,8 +18,8 @@ from masters.storage import Storage
 from tests.flows.test_nightly import Webhook
 from tests.tracked_run import NAME, configured, registered
 
-BETTER = Comparison(100, 0.9, 0.5, 40, 0, 1e-9, {})
-WORSE = Comparison(100, 0.5, 0.9, 0, 40, 1.0, {})
+BETTER = Comparison(100, 100, 0.9, 0.5, 40, 0, 1e-9, {})
+WORSE = Comparison(100, 100, 0.5, 0.9, 0, 40, 1.0, {})
 
 
 @pytest.fixture

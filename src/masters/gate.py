@@ -1,11 +1,14 @@
-"""Whether tonight's student takes the champion's place: a paired test on the same evaluation questions."""
+"""Whether tonight's student takes the champion's place: a paired test on the same evaluation questions.
 
+Questions about one image are right or wrong together, so that the image is the unit of the test.
+"""
+
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from scipy.stats import binomtest
-
 from masters.config import Nightly
+from masters.statistics import sign_flip_p_value
 
 
 @dataclass(frozen=True)
@@ -20,10 +23,12 @@ class Category:
 @dataclass(frozen=True)
 class Comparison:
     """Both models on the same n questions. `gained`: questions that only the candidate has right; `lost`: only the
-    champion. `p_value`: of so many gains or more if both were equally good (exact one-sided McNemar test).
+    champion. `p_value`: of such a gain or a larger one if both were equally good (exact one-sided sign-flip test over
+    images; McNemar's test where each question has an image of its own).
     """
 
     n: int
+    images: int
     candidate: float
     champion: float
     gained: int
@@ -36,19 +41,28 @@ class Comparison:
 
 
 def compare(
-    candidate: Mapping[str, bool], champion: Mapping[str, bool], category: Mapping[str, str | None]
+    candidate: Mapping[str, bool],
+    champion: Mapping[str, bool],
+    category: Mapping[str, str | None],
+    image: Mapping[str, str],
 ) -> Comparison:
-    """`candidate` and `champion` say of every question whether it was right. Raises ValueError if they differ."""
+    """`candidate` and `champion` say of every question whether it was right, `category` and `image` what it is about.
+
+    Raises ValueError if the two were asked different questions.
+    """
     if not candidate or candidate.keys() != champion.keys():
         raise ValueError(f"expected the same questions, found {len(candidate)} and {len(champion)}")
     gained = sum(right and not champion[question] for question, right in candidate.items())
     lost = sum(champion[question] and not right for question, right in candidate.items())
-    p_value = float(binomtest(gained, gained + lost, alternative="greater").pvalue) if gained + lost else 1.0
+    by_image: dict[str, int] = defaultdict(int)
+    for question, right in candidate.items():
+        by_image[image[question]] += right - champion[question]
     asked: dict[str, list[str]] = {}
     for question in candidate:
         asked.setdefault(category[question] or "", []).append(question)
     return Comparison(
-        len(candidate), _share(candidate, candidate), _share(champion, candidate), gained, lost, p_value,
+        len(candidate), len(by_image), _share(candidate, candidate), _share(champion, candidate), gained, lost,
+        sign_flip_p_value(by_image.values()),
         {name: Category(len(q), _share(candidate, q), _share(champion, q)) for name, q in sorted(asked.items())},
     )  # fmt: skip
 

@@ -89,8 +89,8 @@ def question_row(
         split = "test" if unit_interval(image_digest) < HELD_OUT else "train"
     content = digest(canonical([question, answer, image_digest]).encode())
     return dict(
-        question_id=question_id, question_digest=content, image=image, question=question, answer=answer,
-        split=split, category=category,
+        question_id=question_id, question_digest=content, image_digest=image_digest, image=image, question=question,
+        answer=answer, split=split, category=category,
     )  # fmt: skip
 
 

@@ -13,8 +13,8 @@ text = pa.string()
 PROMPT_TOO_LONG = "prompt_too_long"  # finish_reason: with its longest answer it exceeds what an engine admits
 
 QUESTIONS = pa.schema([
-    ("question_id", text), ("question_digest", text), ("image", pa.binary()), ("question", text),
-    ("answer", text), ("split", text), ("category", text),
+    ("question_id", text), ("question_digest", text), ("image_digest", text), ("image", pa.binary()),
+    ("question", text), ("answer", text), ("split", text), ("category", text),
 ])  # fmt: skip
 
 REJECTED = pa.schema([("id", text), ("reason", text)])

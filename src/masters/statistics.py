@@ -1,0 +1,37 @@
+"""Statistics of answers that are not independent: questions about one image are right or wrong together."""
+
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+
+import numpy as np
+
+
+def clustered_standard_error(values: Sequence[float], clusters: Sequence[Hashable]) -> float:
+    """Standard error of the mean of n values, of which those of a cluster may depend on each other.
+
+    sqrt(G / (G - 1) sum_g (sum_{i in g} (x_i - mean))^2) / n over the G clusters (the cluster-robust estimator). Where
+    each value is a cluster of its own it is the usual sd / sqrt(n). 0 with a single cluster, which shows no variation.
+    """
+    mean, residuals = sum(values) / len(values), defaultdict(float)
+    for value, cluster in zip(values, clusters, strict=True):
+        residuals[cluster] += value - mean
+    count = len(residuals)
+    if count < 2:
+        return 0.0
+    return math.sqrt(count / (count - 1) * sum(total**2 for total in residuals.values())) / len(values)
+
+
+def sign_flip_p_value(differences: Iterable[int]) -> float:
+    """Probability of a sum as large as that of the differences, or larger, if each had either sign as likely.
+
+    The exact one-sided permutation test for pairs, one difference a cluster: the distribution of the sum is convolved
+    difference by difference. With differences of -1, 0 and 1 it is the exact one-sided McNemar test.
+    """
+    found = [difference for difference in differences if difference]
+    reach = sum(map(abs, found))
+    chance = np.zeros(2 * reach + 1)  # of the sums -reach to reach
+    chance[reach] = 1.0
+    for size in map(abs, found):
+        chance = 0.5 * (np.roll(chance, size) + np.roll(chance, -size))  # never beyond the reach: nothing wraps
+    return float(chance[reach + sum(found) :].sum())
