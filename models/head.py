@@ -5,6 +5,7 @@ model's width. Logits are made chunk by chunk in the forward pass and again in t
 which come between the two, need no second forward pass of a model. `losses.terms` says the same of whole logits.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from masters.models.losses import LN2, Terms
+from masters.models.losses import LN2, SKEW, Terms
 
 CHUNK_BYTES = 64 << 20  # of a float32 buffer [C, V] on a CPU, whose caches are small; five or so are held at a time
 GPU_CHUNK_BYTES = 1 << 30  # there, products of few rows leave most of it idle
@@ -63,7 +64,8 @@ def chunk_bytes(device: str) -> int:
 def terms(student: Projection, teacher: Projection, token_T: torch.Tensor, divergence: str) -> Terms:
     """log pi of each token and D_t (Eq. 4-5), [T] each, differentiable in the student's two tensors alone.
 
-    `divergence`: "jsd" or "kl", as `losses.jensen_shannon` and `losses.kl_divergence` define them.
+    `divergence`: "jsd", "kl" or "skew", as `losses.jensen_shannon`, `losses.kl_divergence` and
+    `losses.skew_divergence` define them.
     """
     frozen = Projection(teacher.hidden_TH.detach(), teacher.weight_VH.detach())
     return Terms(*_Terms.apply(student.hidden_TH, student.weight_VH, token_T, frozen, DIVERGENCES[divergence]))
@@ -104,23 +106,49 @@ class KullbackLeibler:
 
     @staticmethod
     def value(q_CV: torch.Tensor, p_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        q, p = KullbackLeibler._shared(q_CV, p_CV)
+        q, p = KullbackLeibler.shared(q_CV, p_CV)
         value_C = _dot(p.exp(), p - q)
         return value_C, value_C
 
     @staticmethod
     def slope(q_CV: torch.Tensor, p_CV: torch.Tensor, kept_C: torch.Tensor) -> torch.Tensor:
         """dD/dlogits = q - p, [C, V]."""
-        q, p = KullbackLeibler._shared(q_CV, p_CV)
+        q, p = KullbackLeibler.shared(q_CV, p_CV)
         return F.pad(q.exp_().sub_(p.exp_()), (0, q_CV.shape[1] - q.shape[1]))
 
     @staticmethod
-    def _shared(q_CV: torch.Tensor, p_CV: torch.Tensor) -> list[torch.Tensor]:
+    def shared(q_CV: torch.Tensor, p_CV: torch.Tensor) -> list[torch.Tensor]:
         n = min(q_CV.shape[1], p_CV.shape[1])
         return [x[:, :n] - x[:, :n].logsumexp(-1, keepdim=True) for x in (q_CV, p_CV)]
 
 
-DIVERGENCES = {"jsd": JensenShannon, "kl": KullbackLeibler}
+class Skewed:
+    """KL(P || M), M = SKEW P + (1 - SKEW) Q, over the entries that both models have, normalised over these.
+
+    With w = p / m, which is at most 1 / SKEW: D = sum_v p log w.
+    """
+
+    @staticmethod
+    def value(q_CV: torch.Tensor, p_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """D_t, [C], and sum_v w q, which its slope needs."""
+        q, p = KullbackLeibler.shared(q_CV, p_CV)
+        log_w = p - _log_mixture(q, p)
+        return _dot(p.exp(), log_w), _dot(q.exp(), log_w.exp())
+
+    @staticmethod
+    def slope(q_CV: torch.Tensor, p_CV: torch.Tensor, kept_C: torch.Tensor) -> torch.Tensor:
+        """dD/dlogits = (1 - SKEW) q (sum_u w q - w), [C, V]."""
+        q, p = KullbackLeibler.shared(q_CV, p_CV)
+        w = (p - _log_mixture(q, p)).exp_()
+        slope = (kept_C[:, None] - w).mul_(q.exp_()).mul_(1 - SKEW)
+        return F.pad(slope, (0, q_CV.shape[1] - q.shape[1]))
+
+
+def _log_mixture(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    return torch.logaddexp(p + math.log(SKEW), q + math.log(1 - SKEW))
+
+
+DIVERGENCES = {"jsd": JensenShannon, "kl": KullbackLeibler, "skew": Skewed}
 
 
 class _Terms(torch.autograd.Function):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 LN2 = math.log(2)
+SKEW = 0.1  # lambda of the skewed divergence
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Terms:
 def terms(
     student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor, token_T: torch.Tensor, divergence: str
 ) -> Terms:
-    """Dense reference of `head.terms`. `divergence`: "jsd" or "kl"."""
-    per_token = {"jsd": jensen_shannon, "kl": kl_divergence}[divergence]
+    """Dense reference of `head.terms`. `divergence`: "jsd", "kl" or "skew"."""
+    per_token = {"jsd": jensen_shannon, "kl": kl_divergence, "skew": skew_divergence}[divergence]
     return Terms(chosen_log_probs(student_logits_TV, token_T), per_token(student_logits_TV, teacher_logits_TV))
 
 
@@ -51,6 +52,20 @@ def kl_divergence(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tens
     shared = min(student_logits_TV.shape[-1], teacher_logits_TV.shape[-1])
     q, p = _log_probs(student_logits_TV[:, :shared], teacher_logits_TV[:, :shared])
     return _expected(p, q)
+
+
+def skew_divergence(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor) -> torch.Tensor:
+    """KL(P || M), M = lambda P + (1 - lambda) Q, lambda = 0.1, in nats per token, [T]; at most ln 10.
+
+    Ours, in the place of D in Eq. 4-5: skewed KL (DistiLLM, arXiv 2402.03898). Where the student is confidently wrong
+    its slope stays, unlike that of the Jensen-Shannon divergence. Over the entries that both models have, as
+    `kl_divergence`.
+    """
+    shared = min(student_logits_TV.shape[-1], teacher_logits_TV.shape[-1])
+    q, p = _log_probs(student_logits_TV[:, :shared], teacher_logits_TV[:, :shared])
+    none = (p == -math.inf) & (q == -math.inf)  # logaddexp has no gradient there
+    p_, q_ = p.masked_fill(none, 0.0), q.masked_fill(none, 0.0)
+    return _expected(p, torch.logaddexp(p_ + math.log(SKEW), q_ + math.log(1 - SKEW)))
 
 
 def chosen_log_probs(logits_TV: torch.Tensor, token_T: torch.Tensor) -> torch.Tensor:

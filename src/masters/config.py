@@ -214,8 +214,10 @@ class Train(Section):
     targets: Literal["responses", "labels"] = Field(
         default="responses", description="What is learnt from: generated responses, or the data's answers (kd, sft)"
     )
-    divergence: Literal["jsd", "kl"] = Field(
-        default="jsd", description="Between teacher and student: Jensen-Shannon, or Kullback-Leibler"
+    divergence: Literal["jsd", "kl", "skew"] = Field(
+        default="jsd",
+        description="Between teacher and student: Jensen-Shannon, Kullback-Leibler, or Kullback-Leibler from a mixture "
+        "of a tenth teacher and nine tenths student",
     )
     learning_rate: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = Field(
         default=1e-6, description="AdamW learning rate, at its highest. 1e-6 suits models with billions of weights"

@@ -242,6 +242,7 @@ SWITCHES = {  # of the paper's ablations: the first stage that each changes
     "rewards.combine=gated": "train",
     "rewards.distillation_floor=0.01": "train",
     "train.divergence=kl": "train",
+    "train.divergence=skew": "train",
     "train.kl=squared": "train",
     "train.schedule=cosine": "train",
     "train.max_gradient_norm=1.0": "train",

@@ -12,6 +12,7 @@ from tests.models.float64_reference import Batch
 VARIANTS = {
     "method": (Train(), Rewards()),
     "kl": (Train(divergence="kl", beta=0.5), Rewards()),
+    "skew": (Train(divergence="skew"), Rewards()),
     "raw": (Train(), Rewards(distillation="raw")),
     "no distillation reward": (Train(beta=0.0), Rewards(distillation="off")),
     "no accuracy reward": (Train(beta=2.0), Rewards(accuracy="off")),

@@ -67,6 +67,13 @@ def kl_ablation(student_TV: Array, teacher_TV: Array) -> Array:
     return kl(softmax(teacher_TV[:, :width]), softmax(student_TV[:, :width]))
 
 
+def skewed(student_TV: Array, teacher_TV: Array) -> Array:
+    """KL(P || P / 10 + 9 Q / 10), over the entries that both have."""
+    width = min(student_TV.shape[1], teacher_TV.shape[1])
+    q, p = softmax(student_TV[:, :width]), softmax(teacher_TV[:, :width])
+    return kl(p, 0.1 * p + 0.9 * q)
+
+
 def shared(d_G: Array, responses: list[tuple[int, ...]], valid_G: Array) -> Array:
     """Responses with identical tokens (among those that take part) share one D, their mean."""
     same = [[k for k in np.flatnonzero(valid_G) if responses[k] == own] for own in responses]
@@ -174,7 +181,7 @@ def objective(
 
     Rewards and advantages are constants in the gradient. `weight_R` weighs responses (default: all alike).
     """
-    measure = {"jsd": jsd, "kl": kl_ablation}[train.divergence]
+    measure = {"jsd": jsd, "kl": kl_ablation, "skew": skewed}[train.divergence]
     logp_T, divergence_T = log_pi(batch.student_TV, batch.token_T), measure(batch.student_TV, batch.teacher_TV)
     floors = (rewards.distillation_floor, rewards.distillation_relative_floor)
     d, distill, reward, adv, share_T, advantage_T = [], [], [], [], np.zeros(len(logp_T)), np.zeros(len(logp_T))

@@ -38,7 +38,7 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("chunk")
-@pytest.mark.parametrize("divergence", ["jsd", "kl"])
+@pytest.mark.parametrize("divergence", ["jsd", "kl", "skew"])
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
 def test_chunks_give_what_whole_logits_give(widths: tuple[int, int], divergence: str) -> None:
     student, teacher = projections(widths)
@@ -63,7 +63,7 @@ def test_without_a_teacher_it_is_the_tokens_log_probability() -> None:
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("divergence", ["jsd", "kl"])
+@pytest.mark.parametrize("divergence", ["jsd", "kl", "skew"])
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
 def test_the_slope_is_that_of_finite_differences(widths: tuple[int, int], divergence: str) -> None:
     student, teacher = projections(widths)

@@ -15,11 +15,12 @@ from masters.models.losses import (
     kl_divergence,
     kl_to_reference,
     response_means,
+    skew_divergence,
 )
 from tests.models.float64_reference import jsd, kl, softmax
 from tests.models.float64_reference import kl_to_reference as kl_estimate
 
-LOSSES = [jensen_shannon, kl_divergence]
+LOSSES = [jensen_shannon, kl_divergence, skew_divergence]
 ESTIMATORS = ["k3", "clipped", "squared"]
 logit = st.floats(-1e4, 1e4, width=32)
 

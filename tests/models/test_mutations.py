@@ -43,6 +43,7 @@ OBJECTIVE: dict[str, list[Edit]] = {
         )
     ],
     "half of the divergence": [(losses, "jensen_shannon", "_expected(p, m) + _expected(q, m)", "_expected(p, m)")],
+    "a mixture of other shares": [(losses, "skew_divergence", "math.log(1 - SKEW)", "math.log(SKEW)")],
     "KL in the wrong direction": [(losses, "kl_divergence", "_expected(p, q)", "_expected(q, p)")],
     "a gradient to the teacher": [(losses, "_log_probs", "teacher_logits_TV.detach()", "teacher_logits_TV")],
     "a gradient through the rewards": [
