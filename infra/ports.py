@@ -4,32 +4,38 @@ import random
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
-LOWEST, HIGHEST = 12_000, 65_535
-RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+PORTS = range(20_000, 65_536)  # above those that Ray's workers take by default, 10002 to 19999
+EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def free_ports(count: int, suits: Callable[[int], bool] = lambda port: True) -> list[int]:
-    """`count` different ports that are free now and suit. Raises OSError if there are fewer.
+    """`count` different ports that are free and suit. Raises OSError if there are fewer.
 
-    None of them is one that the kernel gives to outgoing connections: such a port is soon taken by anybody's.
+    Those that the kernel gives to outgoing connections come last: such a port may be taken before a server binds it.
     """
-    first, last = map(int, RANGE.read_text().split()) if RANGE.exists() else (32_768, 60_999)
-    possible = [port for port in range(LOWEST, HIGHEST + 1) if not first <= port <= last]
     found: list[int] = []
-    for port in random.sample(possible, len(possible)):
-        if len(found) == count:
-            return found
+    for port in sorted(random.sample(PORTS, len(PORTS)), key=ephemeral().__contains__):
         if is_free(port) and suits(port):
             found.append(port)
-    raise OSError(f"expected {count} free ports outside {first} to {last}, found {len(found)}")
+        if len(found) == count:
+            return found
+    raise OSError(f"expected {count} free ports, found {len(found)}")
 
 
 def is_free(port: int) -> bool:
-    if not 0 < port <= HIGHEST:
+    if port not in PORTS:
         return False
     with socket.socket() as probe, suppress(OSError):
         probe.bind(("127.0.0.1", port))
         return True
     return False
+
+
+@cache
+def ephemeral() -> range:
+    """The ports that the kernel gives to outgoing connections."""
+    first, last = map(int, EPHEMERAL.read_text().split()) if EPHEMERAL.exists() else (32_768, 60_999)
+    return range(first, last + 1)

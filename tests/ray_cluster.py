@@ -42,8 +42,14 @@ def serve(folder: Path) -> Iterator[Cluster]:
     settings = dict(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", RAY_USAGE_STATS_ENABLED="0", PYTHONPATH=str(ROOT))
     with open(folder / "head.log", "wb") as log:
         head = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log, start_new_session=True)
+
+    def started() -> bool:
+        said = (folder / "head.log").read_bytes()
+        assert head.poll() is None, said.decode(errors="replace")[-3000:]
+        return b"runtime started" in said
+
     try:
-        until(lambda: b"runtime started" in (folder / "head.log").read_bytes(), "the cluster's head", 120)
+        until(started, "the cluster's head")
         yield Cluster(f"{HOST}:{port}", head.pid)
     finally:
         for pid in session(head.pid):
