@@ -44,7 +44,7 @@ def config(stack: Stack) -> dict:
         data=dict(source=str(stack.folder / "data/questions.jsonl"), max_rejected_share=0.2),
         student=dict(model="demo/models/student"), teachers=[dict(model="demo/models/teacher", r_max=0.2, step=0.2)],
         generate=dict(responses=2, max_tokens=8, dtype="float32"), rewards=dict(accuracy="rules"),
-        train=dict(learning_rate=1e-4, questions_per_step=1, epochs=8),
+        train=dict(learning_rate=1e-4, questions_per_step=1, epochs=24),
         runtime=dict(max_model_len=512, checkpoint_steps=20),
     )  # fmt: skip
 
@@ -105,9 +105,9 @@ def test_a_crashed_run_goes_on_by_itself(stack: Stack, killed: str) -> None:
 
 def test_down_leaves_no_process_and_up_takes_the_run_up_again(stack: Stack, killed: str, store: Storage) -> None:
     """As a user does it, with make; a run that waits for its turn is not lost either."""
-    until(lambda: any("/checkpoints/step-" in name for name in store.names("train")), "a checkpoint")
     later = config(stack) | dict(store=dict(root="s3://lake/later"))
     waiting = stack.start("distill", config=later, until="mask")  # the pool takes one run at a time
+    until(lambda: any("/checkpoints/step-" in name for name in store.names("train")), "a checkpoint")
     make(stack, "down")
     assert stack.processes() == {}
     assert stack.urls["prefect_url"] in make(stack, "up")
