@@ -24,6 +24,7 @@ from demo import build, shapes
 
 HELD_OUT = 400  # training images, the last ones, never trained on
 IGNORE = -100
+SQUARE = (shapes.SIDE, shapes.SIDE)  # pixels: height and width of easy-VQA's images
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,19 @@ def labelled() -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def patches(images: list[Image.Image]) -> torch.Tensor:
-    """The family's pixel_values of 64 x 64 images: [images * 64, 3 * 2 * 8 * 8], as its processor makes them."""
-    p, m, n = build.PATCH, 2, shapes.SIDE // build.PATCH
+    """The family's pixel_values of equally large images, as its processor makes them: [patches, 3 * 2 * 8 * 8]."""
+    p, m = build.PATCH, 2
     x = torch.from_numpy(np.stack([np.asarray(i.convert("RGB")) for i in images])).float() / 255 * 2 - 1
-    x = x.view(len(images), n // m, m, p, n // m, m, p, 3).permute(0, 1, 4, 2, 5, 7, 3, 6)  # b, row, col, m, m, C, p, p
-    return x.unsqueeze(6).expand(*x.shape[:6], 2, p, p).reshape(len(images) * n * n, -1)
+    _, height, width, _ = x.shape
+    x = x.view(len(images), height // p // m, m, p, width // p // m, m, p, 3)
+    x = x.permute(0, 1, 4, 2, 5, 7, 3, 6)  # b, row, col, m, m, C, p, p
+    return x.unsqueeze(6).expand(*x.shape[:6], 2, p, p).reshape(len(images) * height * width // p**2, -1)
 
 
-def grid(count: int) -> torch.Tensor:
-    side = shapes.SIDE // build.PATCH
-    return torch.tensor([[1, side, side]]).expand(count, 3)
+def grid(count: int, size: tuple[int, int] = SQUARE) -> torch.Tensor:
+    """image_grid_thw of `count` images of a size (height, width) in pixels, [count, 3]."""
+    height, width = size
+    return torch.tensor([[1, height // build.PATCH, width // build.PATCH]]).expand(count, 3)
 
 
 def schedule(optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
@@ -123,16 +127,20 @@ def stacked(packed: list[tuple[list[int], ...]], padding: int) -> tuple[torch.Te
 
 
 class Packer:
-    """Packs an image and its questions into one row: a shared prefix, then a segment a question."""
+    """Packs an image and its questions into one row: a shared prefix, then a segment a question.
 
-    def __init__(self, text, model: Qwen3VLForConditionalGeneration) -> None:
-        self.text, self.model = text, model
+    A question comes with its answer and, where not all of the answer's tokens are to be learned, with their labels.
+    """
+
+    def __init__(self, text, model: Qwen3VLForConditionalGeneration, size: tuple[int, int] = SQUARE) -> None:
+        self.text, self.model, self.size = text, model, size
+        tokens = size[0] * size[1] // (4 * build.PATCH**2)
         whole = build.CHAT_TEMPLATE and text.apply_chat_template(
             [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\0"}]}],
             tokenize=False, add_generation_prompt=True,
         )  # fmt: skip
         before, self.after = whole.split("\0")
-        self.prefix = text(before.replace("<|image_pad|>", "<|image_pad|>" * 16))["input_ids"]
+        self.prefix = text(before.replace("<|image_pad|>", "<|image_pad|>" * tokens))["input_ids"]
         self.cache: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
 
     def segment(self, question: str, answer: str) -> tuple[list[int], list[int]]:
@@ -145,29 +153,29 @@ class Packer:
             )
         return self.cache[key]
 
-    def __call__(self, rows: list[tuple[Image.Image, list[tuple[str, str]]]]) -> tuple[dict, torch.Tensor]:
+    def __call__(self, rows: list[tuple[Image.Image, list[tuple]]]) -> tuple[dict, torch.Tensor]:
         """Model inputs and labels [B, L] of rows of (image, questions with answers)."""
         packed = [self._row(questions) for _, questions in rows]
         ids, labels, mask, offsets = stacked(packed, self.text.pad_token_id)
-        kind = (ids == self.model.config.image_token_id).int()
+        kind, head = (ids == self.model.config.image_token_id).int(), len(self.prefix)
         start, _ = self.model.model.get_rope_index(
-            ids[:1, : len(self.prefix)], mm_token_type_ids=kind[:1, : len(self.prefix)], image_grid_thw=grid(1)
+            ids[:1, :head], mm_token_type_ids=kind[:1, :head], image_grid_thw=grid(1, self.size)
         )
         after = (start.max() + 1 + offsets[:, len(self.prefix) :]).expand(3, -1, -1)
         position = torch.cat([start.expand(3, len(rows), -1), after], 2)
         inputs = dict(
             input_ids=ids, attention_mask=mask, position_ids=position, mm_token_type_ids=kind,
-            pixel_values=patches([r[0] for r in rows]), image_grid_thw=grid(len(rows)), use_cache=False,
+            pixel_values=patches([r[0] for r in rows]), image_grid_thw=grid(len(rows), self.size), use_cache=False,
         )  # fmt: skip
         return inputs, labels
 
-    def _row(self, questions: list[tuple[str, str]]) -> tuple[list[int], ...]:
+    def _row(self, questions: list[tuple]) -> tuple[list[int], ...]:
         ids, labels = list(self.prefix), [IGNORE] * len(self.prefix)
         segments, offsets = [0] * len(ids), [0] * len(ids)
-        for number, pair in enumerate(questions, 1):
-            asked, answered = self.segment(*pair)
+        for number, (question, answer, *taught) in enumerate(questions, 1):
+            asked, answered = self.segment(question, answer)
             ids += asked + answered
-            labels += [IGNORE] * len(asked) + answered
+            labels += [IGNORE] * len(asked) + (taught[0] if taught else answered)
             segments += [number] * (len(asked) + len(answered))
             offsets += range(len(asked) + len(answered))
         return ids, labels, segments, offsets

@@ -14,7 +14,7 @@ from PIL import Image
 
 from masters.config import Data
 from masters.errors import InputError
-from masters.sources import RawRow, open_source
+from masters.sources import RawRow, digits, open_source
 from masters.sources.easyvqa import category
 
 
@@ -328,3 +328,24 @@ def test_easyvqa_is_the_official_split():
 )  # fmt: skip
 def test_easyvqa_categories(question, expected):
     assert category(question) == expected
+
+
+def test_digits_have_fixed_scenes_whose_questions_follow_from_the_handwriting():
+    source = open_source(Data(source="digits"))
+    rows = list(source.rows())
+    assert [sum(row.split == split for row in rows) for split in ("train", "test")] == [12_000, 3_000]
+    assert open_source(Data(source="digits")).digest() == source.digest()
+    with Image.open(io.BytesIO(rows[0].image)) as picture:
+        assert picture.size == (128, 32)
+    assert len({row.image for row in rows}) == 7_500
+
+
+def test_no_handwritten_digit_is_in_two_pools():
+    pools = [set(pool) for pool in digits.POOLS.values()]
+    assert len(set.union(*pools)) == sum(map(len, pools)) == 5_000
+
+
+def test_the_answer_in_steps_ends_with_the_short_answer():
+    for asked in digits.questions([4, 0, 7]):
+        assert asked.steps.split("= ")[-1] == asked.answer
+    assert [asked.answer for asked in digits.questions([4, 0, 7])] == ["11", "4 0 7", "7", "1", "11", "no"]

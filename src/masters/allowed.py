@@ -3,7 +3,7 @@
 Each setting is a list separated by commas. A setting that is not there bounds nothing: on their own machine people
 may name what they can reach. Set for a worker, it holds for whatever a form or the API asks that worker for.
 
-MASTERS_ALLOWED_DATA        folders, hub ids (`org/name`, `org/*`)          data.source; easyvqa ships with us
+MASTERS_ALLOWED_DATA        folders, hub ids (`org/name`, `org/*`)          data.source; digits and easyvqa come with us
 MASTERS_ALLOWED_STORES      folders, s3://bucket/prefix                     store.root
 MASTERS_ALLOWED_MODELS      folders, hub ids                                student, teachers, judge, models to evaluate
 MASTERS_ALLOWED_JUDGES      host, host:port, or the beginning of a URL      rewards.judge where it is a URL
@@ -23,7 +23,7 @@ from enum import StrEnum
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from masters.config import EASYVQA, TEACHER, Config
+from masters.config import BUILT_IN, TEACHER, Config
 from masters.errors import InputError
 from masters.judge_url import base_url, is_url
 from masters.machine import cache
@@ -72,7 +72,7 @@ def check_config(config: Config) -> None:
         check(Setting.MLFLOW, "runtime.mlflow_uri", config.runtime.mlflow_uri)
     if config.runtime.cluster:
         check_ray(config.runtime.cluster)
-    if config.data.source != EASYVQA:
+    if config.data.source not in BUILT_IN:
         check(Setting.DATA, "data.source", config.data.source)
     judge = config.rewards.judge
     if is_url(judge):

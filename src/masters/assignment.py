@@ -13,7 +13,7 @@ from typing import Annotated, TypeVar
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from masters.artifacts import Artifact, External, Upstream
-from masters.config import EASYVQA, TEACHER, Config, Model, Pools
+from masters.config import BUILT_IN, TEACHER, Config, Model, Pools
 from masters.errors import InputError
 from masters.judge_url import is_url
 from masters.stages import Stage
@@ -89,7 +89,7 @@ def portable(config: Config, store: str) -> Config:
 
     changes = dict(
         store=config.store.model_copy(update=dict(root=store)),
-        data=config.data.model_copy(update=dict(source=place(config.data.source, (EASYVQA,)))),
+        data=config.data.model_copy(update=dict(source=place(config.data.source, BUILT_IN))),
         student=model(config.student), teachers=[model(teacher) for teacher in config.teachers],
         rewards=config.rewards.model_copy(update=dict(judge=place(config.rewards.judge, (TEACHER,)))),
     )  # fmt: skip

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from masters.artifacts import RECORD, listing_digest, record_digest
-from masters.config import Data
+from masters.config import BUILT_IN, Data
 from masters.errors import MastersError
 from masters.identity import fingerprint
 from masters.storage import Storage
@@ -75,7 +75,7 @@ def state(made: dict) -> str:
     digests: dict[str, Callable[[str], str]] = {"model": _model_digest, "source": _source_digest}
     if made["digest"] is None or made["kind"] not in digests:
         return "not checked"
-    if not Path(made["uri"]).exists() and made["uri"] != "easyvqa":
+    if not Path(made["uri"]).exists() and made["uri"] not in BUILT_IN:
         return "not here"
     try:
         return "same" if digests[made["kind"]](made["uri"]) == made["digest"] else "changed since"

@@ -23,7 +23,7 @@ LARGEST = 2**31 - 1  # of whole numbers: what engines, tables and the flow's JSO
 STAGES = 1000  # of a teacher's mask
 COLDEST = 0.01  # what vLLM would silently make of a temperature between 0 and it
 TEACHER = "teacher"  # rewards.judge: the round's own teacher, unmasked
-EASYVQA = "easyvqa"  # data.source: what ships with us
+BUILT_IN = ("digits", "easyvqa")  # data.source: data sets that come with installed packages
 LOCAL = "local"  # runtime.ray_address: a Ray of our own
 ADDRESS = r"(local|(\[[0-9A-Fa-f:]{2,39}\]|[A-Za-z0-9][A-Za-z0-9._-]{0,253}):[1-9][0-9]{0,4})"
 NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
@@ -66,7 +66,7 @@ class Store(Section):
 class Data(Section):
     """The questions: images, questions and answers."""
 
-    source: Text = Field(description="easyvqa, a JSONL or Parquet file, a Parquet or datasets folder, a hub id")
+    source: Text = Field(description="digits, easyvqa, a JSONL or Parquet file, a Parquet or datasets folder, a hub id")
     revision: str | None = Field(default=None, description="Revision of a hub data set")
     train_limit: Count | None = Field(
         default=None, description="At most this many training questions, chosen by content hash"

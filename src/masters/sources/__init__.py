@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from masters.config import EASYVQA, Data
+from masters.config import BUILT_IN, Data
 from masters.errors import InputError
 from masters.sources.base import RawRow, Source
 
@@ -12,18 +12,16 @@ FILE_SUFFIXES = (".jsonl", ".parquet", ".json", ".csv", ".tsv", ".arrow", ".zip"
 
 
 def open_source(data: Data) -> Source:
-    """The source that `data.source` names: easyvqa, an existing file or folder, else a hub id.
+    """The source that `data.source` names: one of `BUILT_IN`, an existing file or folder, else a hub id.
 
     Raises InputError if it is not there, is empty or lacks columns.
     """
     name = data.source
-    local = name == EASYVQA or _exists(name)
+    local = name in BUILT_IN or _exists(name)
     if local and data.revision:
         raise InputError(f"data.revision applies to hub data sets only; source {name} is local: remove data.revision")
-    if name == EASYVQA:
-        from masters.sources.easyvqa import EasyVqa
-
-        return EasyVqa()
+    if name in BUILT_IN:
+        return _built_in(name)
     if local:
         return _local(Path(name).expanduser())
     if looks_like_path(name):
@@ -31,6 +29,16 @@ def open_source(data: Data) -> Source:
     from masters.sources.hugging_face import Hub
 
     return Hub(name, data.revision)
+
+
+def _built_in(name: str) -> Source:
+    if name == "digits":
+        from masters.sources.digits import Digits
+
+        return Digits()
+    from masters.sources.easyvqa import EasyVqa
+
+    return EasyVqa()
 
 
 def _exists(name: str) -> bool:
