@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 
 from demo import build
 from demo import train as packed
@@ -42,9 +42,15 @@ class Recipe:
 
 
 RECIPES = {
-    "teacher": Recipe(digits=len(POOLS["teacher"]) - HELD_OUT, eye_steps=3000, steps=1000, distortion=1.0),
+    "teacher": Recipe(digits=len(POOLS["teacher"]) - HELD_OUT, eye_steps=1500, steps=700, distortion=1.0),
     "student": Recipe(digits=150, eye_steps=800, steps=800),
 }
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Learned from every question that can be asked, with its answers: each digit is one token."""
+    every = [question for scene in np.ndindex(10, 10, 10) for question in questions(list(scene))]
+    return build.tokenizer([text for q in every for text in (q.text, q.answer, q.steps)])
 
 
 class Scenes:
@@ -172,8 +178,7 @@ def main() -> None:
     recipe, written, pool = RECIPES[given.which], handwriting(), POOLS["teacher"]
     scenes = Scenes(written, pool[: recipe.digits], recipe.distortion, given.seed)
     held = Scenes(written, pool[-HELD_OUT:], 0.0, given.seed + 1)
-    every = [questions([a, b, c]) for a in range(10) for b in range(10) for c in range(10)]
-    text = build.tokenizer([t for asked in every for q in asked for t in (q.text, q.answer, q.steps)])
+    text = tokenizer()
     model = build.model(given.which, text)
     print(given.which, f"{sum(p.numel() for p in model.parameters()):,} parameters", recipe, flush=True)
     train_eye(model, scenes, held, recipe)
