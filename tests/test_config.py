@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from masters.config_file import load
+from masters import presets
+from masters.config_file import changed, load
 from masters.errors import InputError
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.toml"
@@ -46,6 +47,24 @@ def test_overrides_are_toml_literals_else_strings() -> None:
     config = load(DEMO, ["train.epochs=7", "data.source=my.jsonl", "teachers.0.r_max=0.1", "generate.student_share=0"])
     assert (config.train.epochs, config.data.source, config.teachers[0].r_max) == (7, "my.jsonl", 0.1)
     assert (config.generate.teacher_responses, config.generate.student_responses) == (8, 0)
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_a_preset_sets_what_the_file_and_the_overrides_leave_open(name: str) -> None:
+    config = load(DEMO, [f"preset={name}", "train.beta=0.7"])
+    found = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in presets.settings(name)}
+    assert found == presets.settings(name) | {"train.beta": 0.7}
+    assert config.train.learning_rate == load(DEMO).train.learning_rate
+    assert changed(load(DEMO, ["train.divergence=kl"]), {"preset": name, "train.beta": 0.7}) == config
+
+
+def test_the_presets_decide_the_same_switches() -> None:
+    assert len({frozenset(switches) for switches in presets.PRESETS.values()}) == 1
+
+
+def test_an_unknown_preset_is_refused() -> None:
+    with pytest.raises(InputError, match="preset: expected one of paper"):
+        load(DEMO, ["preset=best"])
 
 
 def test_the_config_needs_no_torch() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from masters import presets
 from masters.config import Config
 from masters.errors import InputError
 
@@ -17,12 +18,24 @@ SHOWN = 100  # characters of a value at fault
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a TOML file and apply `KEY=VALUE` overrides (VALUE a TOML literal, else a string).
 
-    Raises InputError with one line that names every key at fault.
+    A key `preset` sets what the file and the overrides leave open (`masters.presets`). Raises InputError with one line
+    that names every key at fault.
     """
     tree = _read(path)
     for override in overrides or []:
         _set(tree, override)
-    return _validated(tree, f"configuration {path}")
+    return _validated(_with_preset(tree), f"configuration {path}")
+
+
+def _with_preset(tree: dict) -> dict:
+    if "preset" not in tree:
+        return tree
+    for key, value in presets.settings(tree.pop("preset")).items():
+        section, name = key.split(".")
+        given = tree.setdefault(section, {})
+        if isinstance(given, dict):  # anything else is refused when the tree is validated
+            given.setdefault(name, value)
+    return tree
 
 
 def _read(path: str | Path) -> dict:
@@ -40,9 +53,13 @@ def _read(path: str | Path) -> dict:
 
 
 def changed(config: Config, values: Mapping[str, object]) -> Config:
-    """The configuration with other values, by key, e.g. {"train.beta": 0.1}. Raises InputError as `load` does."""
-    tree = config.model_dump()
-    for key, value in values.items():
+    """The configuration with other values, by key, e.g. {"train.beta": 0.1}; a `preset` goes before the other keys.
+
+    Raises InputError as `load` does.
+    """
+    tree, others = config.model_dump(), {key: value for key, value in values.items() if key != "preset"}
+    chosen = presets.settings(values["preset"]) if "preset" in values else {}
+    for key, value in {**chosen, **others}.items():
         _put(tree, key, value, key)
     return _validated(tree, ", ".join(f"{key} = {_shown(value)}" for key, value in values.items()))
 
