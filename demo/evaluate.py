@@ -1,23 +1,54 @@
-"""Exact match on easy-VQA's official test split with plain transformers: `python -m demo.evaluate FOLDER`.
+"""Accuracy on a demo task's test split with plain transformers: `python -m demo.evaluate digits|easyvqa FOLDER`.
 
-Independent of the pipeline: reads the package's questions, generates greedily, and compares with its own rule
-(equal after trimming, ignoring case). It shares nothing with `masters`, so that the two can check each other.
+Independent of the pipeline: generates greedily and compares with its own rule (equal after trimming, ignoring case;
+of answers in steps what follows the last "="). It shares nothing with `masters` but the drawn scenes of `digits`, so
+that the two can check each other.
 """
 
 import argparse
 import math
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
 
 import easy_vqa
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from masters.sources.digits import Digits
+
 BATCH = 64
+TOKENS = 16  # at most, of an answer
+
+
+@dataclass(frozen=True)
+class Test:
+    """A test split: questions, reference answers, images, and which questions share an image."""
+
+    questions: list[str]
+    references: list[str]
+    images: list[str | BytesIO]
+    clusters: list[object]
+
+
+def digits() -> Test:
+    rows = [row for row in Digits().rows() if row.split == "test"]
+    return Test(
+        [str(row.question) for row in rows], [str(row.answer) for row in rows],
+        [BytesIO(row.image) for row in rows if isinstance(row.image, bytes)], [row.image for row in rows],
+    )  # fmt: skip
+
+
+def easyvqa() -> Test:
+    questions, references, numbers = easy_vqa.get_test_questions()
+    paths = easy_vqa.get_test_image_paths()
+    return Test(questions, references, [paths[number] for number in numbers], numbers)
 
 
 @torch.inference_mode()
-def answers(folder: str, questions: list[str], images: list[str]) -> Iterator[str]:
+def answers(folder: str, questions: list[str], images: list[str | BytesIO]) -> Iterator[str]:
     """Greedy answers, in order; questions are batched as they come, padded on the left."""
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
@@ -28,22 +59,31 @@ def answers(folder: str, questions: list[str], images: list[str]) -> Iterator[st
             for question in questions[at : at + BATCH]
         ]
         texts = [processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
-        opened = [[Image.open(path).convert("RGB")] for path in images[at : at + BATCH]]
+        opened = [[Image.open(image).convert("RGB")] for image in images[at : at + BATCH]]
         inputs = processor(text=texts, images=opened, padding=True, return_tensors="pt")
-        out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        out = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
         yield from processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def standard_error(right: list[bool], clusters: list[object]) -> float:
+    """Of the share of right answers, clustered by image."""
+    share, sums = sum(right) / len(right), Counter()
+    for hit, cluster in zip(right, clusters, strict=True):
+        sums[cluster] += hit - share
+    return math.sqrt(sum(value**2 for value in sums.values()) * len(sums) / (len(sums) - 1)) / len(right)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("task", choices=["digits", "easyvqa"])
     parser.add_argument("folder")
-    questions, references, image_ids = easy_vqa.get_test_questions()
-    paths = easy_vqa.get_test_image_paths()
-    said = answers(parser.parse_args().folder, questions, [paths[i] for i in image_ids])
-    right = sum(a.strip().lower() == r.strip().lower() for a, r in zip(said, references, strict=True))
-    share = right / len(questions)
-    error = math.sqrt(share * (1 - share) / len(questions))
-    print(f"exact match {share:.2%} (standard error {error:.2%}), {len(questions):,} questions")
+    given = parser.parse_args()
+    test = {"digits": digits, "easyvqa": easyvqa}[given.task]()
+    said = answers(given.folder, test.questions, test.images)
+    pairs = zip(said, test.references, strict=True)
+    right = [answer.split("=")[-1].strip().lower() == reference.strip().lower() for answer, reference in pairs]
+    error = standard_error(right, test.clusters)
+    print(f"accuracy {sum(right) / len(right):.2%} (standard error {error:.2%}), {len(right):,} questions")
 
 
 if __name__ == "__main__":
