@@ -12,9 +12,7 @@ INTRODUCED = [
 LABEL = re.compile(r"[\W_]{0,4}([A-Za-z])(?:[\W_]*$|[.):\]*]+(?=\s|$))")
 BRACKETED = re.compile(r"[(\[]([A-Za-z])[)\]]")
 # a capital by itself; "A" and "I" are words where a word in small letters follows, but for these
-CAPITAL = re.compile(
-    r"(?<![\w'’])(?![AI]\s+(?!(?:is|and|or|nor|but|because)\b)[a-z])([A-Z])(?![\w'’])",
-)
+CAPITAL = re.compile(r"(?<![\w'’])(?![AI]\s+(?!(?:is|and|or|nor|but|because)\b)[a-z])([A-Z])(?![\w'’])")
 JOINED = re.compile(r"(?:^\s*(?=[A-Z]\W*$)|[,/&]\s*|\b(?:or|and)\s+)([A-Z])(?![\w'’])")  # "B. or C", "A. B"
 
 
