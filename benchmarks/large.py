@@ -148,11 +148,11 @@ def store(root: str, count: int) -> dict[str, float]:
     order = Order(asker, NO_SHARD, "predictions", "evaluation", None, 0, 1, dict(dtype="float32"))
     storage, seconds = Storage(root), {}
     orders = [replace(order, shard=shards.Shard("", (_ref(number),))) for number in range(count)]
-    row = dict(model="m", text="red", correct=True, finish_reason="stop")
+    row = dict(model="m", text="red", finish_reason="stop")
 
     def write() -> None:
         for each in orders:
-            content = schemas.encode([row | dict(question_id=each.shard.refs[0].question_id)], schemas.PREDICTIONS)
+            content = schemas.encode([row | dict(question_id=each.shard.refs[0].question_id)], schemas.PREDICTED)
             storage.create(each.file, content)
 
     def commit() -> None:

@@ -69,13 +69,15 @@ def cells(config: Config, grid: dict[str, list[Any]]) -> list[Cell]:
 
 
 def _result(config: Config) -> dict:
-    empty = dict(run=config.name, before=None, after=None, standard_error=None, mlflow_run_id=None, error=None)
+    empty = dict(
+        run=config.name, metric=None, before=None, after=None, standard_error=None, mlflow_run_id=None, error=None
+    )
     try:
         summary = distill(config)
     except Exception as error:  # of whatever kind: the others still run
         return empty | dict(error=masked(str(error) or type(error).__name__))
     student = summary["student"]
     return empty | dict(
-        before=student["before"]["accuracy"], after=student["after"]["accuracy"],
+        metric=summary["metric"], before=student["before"]["accuracy"], after=student["after"]["accuracy"],
         standard_error=student["after"]["standard_error"], mlflow_run_id=summary["mlflow"]["run_id"],
     )  # fmt: skip

@@ -17,6 +17,7 @@ from masters.flows.distill import crashed
 from masters.machine import cache
 from masters.preflight import LocalModel, local_model, preflight
 from masters.registry import shown
+from masters.rewards.verifiers import verifier_of
 from masters.storage import Storage
 from masters.tasks.benchmark import benchmark
 from masters.tasks.data import data
@@ -31,7 +32,7 @@ from masters.tracking import Tracker, tracking_uri
 def evaluate(
     config: Config, models: list[str], benchmarks: list[str] | None = None, benchmark_limit: int | None = None
 ) -> dict:
-    """Exact match of each model, with `n` and `standard_error`; also as a table in the run's artifacts.
+    """Accuracy of each model by answers.verifier, `n` and `standard_error`; also as a table in the run's artifacts.
 
     Args:
         config: Whose evaluation split is asked; its student and teachers are not, unless they are named.
@@ -56,7 +57,8 @@ def evaluate(
             if untold := tracker.finish(status):
                 warn(untold)
     mlflow = dict(run_id=tracker.run_id, tracking_uri=shown(tracker.uri))
-    return dict(scores=scores, benchmarks=found_out, stages=run.stages, mlflow=mlflow)
+    metric = verifier_of(config.answers).metric
+    return dict(metric=metric, scores=scores, benchmarks=found_out, stages=run.stages, mlflow=mlflow)
 
 
 def understood(benchmarks: list[str] | None, limit: int | None) -> lmms_tasks.Asked | None:

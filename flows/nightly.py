@@ -19,6 +19,7 @@ from masters.machine import turn
 from masters.preflight import LocalModel, Ready, open_storage, preflight, started_from
 from masters.registry import Registry
 from masters.reuse import Earlier
+from masters.rewards.verifiers import verifier_of
 from masters.stages import Stage
 from masters.storage import Storage
 from masters.tasks.evaluate import evaluate
@@ -61,7 +62,7 @@ def nightly(config: Config) -> dict:
             webhook.report(config.name, "failed", str(error))
             raise
         told = summary["nightly"]
-        night_reported(config.name, told)
+        night_reported(config.name, told, verifier_of(config.answers).metric)
         if told["regressions"]:
             tell(Registry(tracking_uri(config, open_storage(config.store.root))), config.name, told)
     return summary

@@ -13,7 +13,6 @@ from masters import artifacts, processes, schemas
 from masters.config import Generate, Runtime
 from masters.identity import digest
 from masters.models.engine import Engine, Reply, Request
-from masters.rewards.rules import exact_match
 from masters.shards import Reader, Ref
 from masters.storage import Storage
 
@@ -84,18 +83,17 @@ def response_rows(shard: dict, question: dict, replies: list[Reply]) -> list[dic
 def prediction_rows(shard: dict, question: dict, replies: list[Reply]) -> list[dict]:
     """Row of the predictions table for one question."""
     (reply,) = replies
-    asked = reply.finish_reason != schemas.PROMPT_TOO_LONG  # what was not asked is not right, whatever the answer is
     return [
         dict(
             question_id=question["question_id"], model=shard["model"], text=reply.text,
-            correct=asked and exact_match(reply.text, question["answer"]), finish_reason=reply.finish_reason,
+            finish_reason=reply.finish_reason,
         )
     ]  # fmt: skip
 
 
 TABLES: dict[str, tuple[Callable[[dict, dict, list[Reply]], list[dict]], pa.Schema]] = {
     "responses": (response_rows, schemas.RESPONSES),
-    "predictions": (prediction_rows, schemas.PREDICTIONS),
+    "predictions": (prediction_rows, schemas.PREDICTED),
 }
 
 

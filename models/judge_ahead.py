@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from masters import artifacts, judging, processes, schemas
@@ -39,15 +40,14 @@ def main(job_file: Path) -> None:
 def _coming(storage: Storage, job: dict, job_file: Path) -> Iterator[list[Triple]]:
     """Triples that have no verdict, batch by batch, of each shard when it is there. Waits for the last of them."""
     data = artifacts.load(storage, job["data"])
-    columns = ["question_id", "question", "answer"]
-    asked = {row["question_id"]: (row["question"], row["answer"]) for row in data.rows("questions", columns)}
+    asked = judging.untold(data)
     known, waiting = judging.known_digests(storage, job["folder"]), set(job["shards"])
     while waiting:
         processes.report(job_file, event="waiting")  # a sign of life
         ready = waiting & set(storage.names(job["responses"]))
         for shard in sorted(ready):
             rows = schemas.read(storage, shard, ["question_id", "text"]).to_pylist()
-            triples = {Triple(*asked[row["question_id"]], row["text"]) for row in rows}
+            triples = {replace(asked[row["question_id"]], text=row["text"]) for row in rows}
             new = sorted((t for t in triples if t.digest not in known), key=lambda triple: triple.digest)
             known.update(triple.digest for triple in new)
             yield from (new[at : at + judging.BATCH] for at in range(0, len(new), judging.BATCH))

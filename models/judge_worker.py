@@ -24,7 +24,7 @@ class Verdicts:
 
     def do(self, batch: dict) -> dict:
         """Judge a batch and keep what is final; its line of progress."""
-        triples = [Triple(*parts) for parts in batch["triples"]]
+        triples = [Triple.from_json(parts) for parts in batch["triples"]]
         judged = list(zip(triples, judge(self._voice, triples), strict=True))
         final = [row(triple, verdict) for triple, verdict in judged if verdict.status in FINAL]
         if final:

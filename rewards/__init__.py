@@ -10,16 +10,14 @@ if TYPE_CHECKING:
     from masters.rewards.advantages import group_advantages
     from masters.rewards.combination import combined_rewards
     from masters.rewards.distillation import distillation_rewards, raw_distillation_rewards
-    from masters.rewards.rules import rule_accuracy
 
-__all__ = ["combined_rewards", "distillation_rewards", "group_advantages", "raw_distillation_rewards", "rule_accuracy"]
+__all__ = ["combined_rewards", "distillation_rewards", "group_advantages", "raw_distillation_rewards"]
 
 _HOME = {
     "combined_rewards": "combination",
     "distillation_rewards": "distillation",
     "group_advantages": "advantages",
     "raw_distillation_rewards": "distillation",
-    "rule_accuracy": "rules",
 }
 
 

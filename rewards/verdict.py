@@ -17,15 +17,31 @@ FINAL = ("ok", "parse_failed")  # what asking again would not change
 
 @dataclass(frozen=True)
 class Triple:
-    """A text to be judged against the reference answer of its question. Equal triples share one verdict."""
+    """A text to be judged against the reference answer of its question. Equal triples share one verdict.
+
+    `others`: further answers that are accepted instead of the reference.
+    """
 
     question: str
     reference: str
     text: str
+    others: tuple[str, ...] = ()
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        return (self.reference, *self.others)
 
     @property
     def digest(self) -> str:
-        return digest(canonical([self.question, self.reference, self.text]).encode())
+        return digest(canonical(self.to_json() if self.others else self.to_json()[:3]).encode())
+
+    def to_json(self) -> list:
+        return [self.question, self.reference, self.text, list(self.others)]
+
+    @classmethod
+    def from_json(cls, parts: list) -> "Triple":
+        question, reference, text, others = parts
+        return cls(question, reference, text, tuple(others))
 
 
 @dataclass(frozen=True)

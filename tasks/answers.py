@@ -2,7 +2,7 @@
 what is said of questions that could not be asked.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from masters import answering, schemas
 from masters.answering import Order
@@ -22,11 +22,12 @@ def answered(
     asked: list[Order],
     ahead: Sequence[Order] = (),
     beside: Child | None = None,
+    completed: Callable[[bytes], bytes] | None = None,
 ) -> tuple[dict[str, str], dict]:
     """Files of the artifact with digests, and how it ran.
 
     `ahead`: orders of a later stage, answered while the engines of their models are up; `beside`: a process that runs
-    with them.
+    with them. `completed`: see `answering.gather`.
     """
     built = len(answering.missing(run.storage, asked))
     with run.progress(made_of, "questions") as progress:
@@ -35,7 +36,7 @@ def answered(
             progress.update, beside,
         )  # fmt: skip
     how |= dict(shards=len(asked), shards_built=built, shards_reused=len(asked) - built)
-    return answering.gather(run.storage, made_of, asked), how
+    return answering.gather(run.storage, made_of, asked, completed), how
 
 
 def set_aside(storage: Storage, asked: list[Order]) -> dict[str, int]:

@@ -24,7 +24,7 @@ from masters.sources import Source
 from masters.storage import Storage
 from masters.tasks.stage import STAGE, Context, Run, build_or_reuse
 
-VERSION = 5  # 5: image_digest
+VERSION = 6  # 5: image_digest; 6: accepted_answers
 
 BUCKET_ROWS = 2048  # at most, on average
 BUCKETS = (1, 16, 256, 4096)  # the leading 0 to 3 hexadecimal digits of the question digest
@@ -225,7 +225,7 @@ class Writer:
 
     def add(self, row: dict) -> None:
         bucket = row["question_digest"][: self._digits] or "all"
-        size = len(row["image"]) + len(row["question"]) + len(row["answer"])
+        size = len(row["image"]) + len(row["question"]) + sum(map(len, row["accepted_answers"]))
         self._rows.setdefault(bucket, []).append(row)
         self._bytes[bucket] += size
         self._total += size

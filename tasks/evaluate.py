@@ -1,6 +1,8 @@
 """evaluate: teachers, student before and student after on the evaluation split, greedy, through vLLM."""
 
+from collections.abc import Collection
 from dataclasses import replace
+from functools import partial
 
 from prefect import task
 
@@ -8,12 +10,14 @@ from masters import schemas, shards
 from masters.answering import NO_SHARD, Answerer, Order
 from masters.artifacts import Artifact, Identity
 from masters.preflight import BEFORE, LocalModel, Ready
+from masters.rewards import verifiers
+from masters.rewards.verifiers import AnyOf
 from masters.statistics import clustered_standard_error
 from masters.tasks.answers import answered, forget, set_aside, tell_set_aside
 from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse
 
-VERSION = 2  # 2: standard errors are clustered by image
-IMAGES = ["question_id", "image_digest"]
+VERSION = 3  # 2: standard errors are clustered by image; 3: answers are verified here, not by the engines
+COLUMNS = ["question_id", "image_digest", "accepted_answers"]
 GREEDY = dict(temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, seed=0)
 
 
@@ -41,13 +45,13 @@ def orders(context: Context, data: Artifact, models: list[LocalModel]) -> list[O
 
 def identity(context: Context, asked: list[Order], name: str = "evaluate") -> Identity:
     inputs = {f"shard-{order.fingerprint}": order.fingerprint for order in asked}
-    return Identity(name, VERSION, dict(metric="exact_match"), inputs, slug=context.config.name)
+    return Identity(name, VERSION, verifiers.identity(context.config.answers), inputs, slug=context.config.name)
 
 
 @task(name="evaluate", task_run_name="{name}", **STAGE)
 def evaluate(run: Run, data: Artifact, models: list[LocalModel], name: str = "evaluate") -> Artifact:
-    """Table `predictions`; facts `scores`: per model `accuracy` (exact match), `n`, and `standard_error`, clustered by
-    image.
+    """Table `predictions`; facts `scores`: per model `accuracy` by the configuration's verifier, `n`, and
+    `standard_error`, clustered by image.
 
     `name`: of the stage, another one where a run evaluates twice.
     """
@@ -55,9 +59,12 @@ def evaluate(run: Run, data: Artifact, models: list[LocalModel], name: str = "ev
     made_of = identity(run, asked, name)
 
     def build() -> tuple[dict[str, str], dict, dict]:
-        files, how = answered(run, made_of, data, asked)
-        right = _right(run, asked)
-        images = {row["question_id"]: row["image_digest"] for row in data.rows("questions", IMAGES)}
+        questions = {row.pop("question_id"): row for row in data.rows("questions", COLUMNS)}
+        accepted = {question: row["accepted_answers"] for question, row in questions.items()}
+        with verifiers.verifying(run.config.answers) as is_right:
+            files, how = answered(run, made_of, data, asked, completed=partial(verified, is_right, accepted))
+        right = _right(run, made_of, files)
+        images = {question: row["image_digest"] for question, row in questions.items()}
         scores = {model: score(hits, images) for model, hits in right.items()}
         rows = sum(len(hits) for hits in right.values())
         return files, dict(rows=rows, scores=scores) | set_aside(run.storage, asked), how
@@ -67,6 +74,15 @@ def evaluate(run: Run, data: Artifact, models: list[LocalModel], name: str = "ev
     return tell_set_aside(run, made_of, made, "they count as wrong")
 
 
+def verified(is_right: AnyOf, accepted: dict[str, list[str]], shard: bytes) -> bytes:
+    """A file of `predictions` from a shard that an engine answered."""
+    rows = schemas.decode(shard, schemas.PREDICTED.names).to_pylist()
+    for row in rows:
+        asked = row["finish_reason"] != schemas.PROMPT_TOO_LONG  # what was not asked is not right, whatever is accepted
+        row["correct"] = asked and is_right(row["text"], accepted[row["question_id"]])
+    return schemas.encode(rows, schemas.PREDICTIONS)
+
+
 def score(right: dict[str, bool], images: dict[str, str]) -> dict[str, float]:
     """Accuracy on n questions and its standard error, which is clustered by image. `images`: of each question."""
     accuracy = sum(right.values()) / len(right)
@@ -74,11 +90,12 @@ def score(right: dict[str, bool], images: dict[str, str]) -> dict[str, float]:
     return dict(accuracy=accuracy, n=len(right), standard_error=error)
 
 
-def _right(run: Run, asked: list[Order]) -> dict[str, dict[str, bool]]:
+def _right(run: Run, made_of: Identity, files: Collection[str]) -> dict[str, dict[str, bool]]:
     """By model and question: whether the answer was right."""
     right: dict[str, dict[str, bool]] = {}
-    for order in asked:
-        table = schemas.read(run.storage, order.file, ["question_id", "correct"])
-        answers = zip(table["question_id"].to_pylist(), table["correct"].to_pylist(), strict=True)
-        right.setdefault(order.answerer.name, {}).update(answers)
+    for name in files:
+        if name.startswith("predictions/"):
+            table = schemas.read(run.storage, f"{made_of.folder}/{name}", ["model", "question_id", "correct"])
+            for row in table.to_pylist():
+                right.setdefault(row["model"], {})[row["question_id"]] = row["correct"]
     return right

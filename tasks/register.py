@@ -7,9 +7,10 @@ from prefect import task
 
 from masters.artifacts import Artifact, Identity
 from masters.identity import digest
+from masters.rewards.verifiers import verifier_of
 from masters.tasks.stage import STAGE, Context, Run, build_or_reuse
 
-VERSION = 2  # 2: inputs by what they hold
+VERSION = 3  # 2: inputs by what they hold; 3: the card names the verifier
 CARD = """---
 library_name: transformers
 pipeline_tag: image-text-to-text
@@ -20,13 +21,15 @@ tags: [distillation, masters]
 A vision-language student distilled with Masters (arXiv 2512.22238): masked teachers, responses generated ahead,
 offline reinforcement. Started from `{{ student }}`, taught by {{ teachers }}.
 
-| model | exact match | n | standard error |
+| model | {{ metric }} | n | standard error |
 |---|---|---|---|
 {% for model, s in scores.items() -%}
 | {{ model }} | {{ "%.4f" | format(s.accuracy) }} | {{ s.n }} | {{ "%.4f" | format(s.standard_error) }} |
 {% endfor %}
-Evaluation split of `{{ source }}`, greedy answers through vLLM; exact match after Unicode NFKC, case folding,
-and removal of surrounding space, quotes and closing punctuation.
+Evaluation split of `{{ source }}`, greedy answers through vLLM. Right is what
+`answers.verifier = "{{ answers.verifier }}"` accepts
+{%- if answers.final_pattern %} with `final_pattern` `{{ answers.final_pattern }}`{% endif %}; texts are compared after
+Unicode NFKC, case folding, and removal of surrounding space, quotes and closing punctuation.
 
 Objective `{{ train.objective }}` on `{{ train.targets }}`, divergence `{{ train.divergence }}`, learning rate
 {{ train.learning_rate }}, {{ train.epochs }} epoch(s), {{ train.questions_per_step }} questions a step,
@@ -68,4 +71,5 @@ def card(run: Run, trained: Artifact, evaluated: Artifact) -> str:
     return jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(CARD).render(
         name=config.name, student=run.ready.student.name, teachers=", ".join(f"`{t.name}`" for t in run.ready.teachers),
         scores=evaluated.facts["scores"], source=config.data.source, train=config.train, trained=trained.folder,
+        answers=config.answers, metric=verifier_of(config.answers).metric,
     )  # fmt: skip

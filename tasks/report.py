@@ -8,6 +8,7 @@ from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
+from masters.rewards.verifiers import verifier_of
 from masters.secrets import masked
 from masters.stages import Stage
 from masters.tasks.gallery import gallery
@@ -29,10 +30,12 @@ def reported(run: Run, version: int | None) -> None:
     _harmless(lambda: report(run, version))
 
 
-def night_reported(name: str, told: dict) -> None:
-    """What a night came to, as a table."""
+def night_reported(name: str, told: dict, metric: str) -> None:
+    """What a night came to, as a table. `metric`: what the models were compared by."""
     row = {what: inert(str(told.get(what, "")), 300) for what in ("outcome", "champion", "candidate", "reasons")}
-    _harmless(lambda: create_table_artifact([row], key=key(name, "night"), description="The gate's verdict"))
+    _harmless(
+        lambda: create_table_artifact([row], key=key(name, "night"), description=f"The gate's verdict, by {metric}")
+    )
 
 
 def benchmarks_reported(name: str, scores: dict[str, list[dict]]) -> None:
@@ -85,10 +88,11 @@ def _links(run: Run, version: int | None) -> None:
 
 def _tables(run: Run) -> None:
     if evaluated := run.made.get(Stage.EVALUATE):
+        metric = verifier_of(run.config.answers).metric
         rows = [
             {
                 "model": inert(model),
-                "exact match": f"{score['accuracy']:.2%}",
+                metric: f"{score['accuracy']:.2%}",
                 "standard error": f"{score['standard_error']:.2%}",
                 "questions": score["n"],
             }

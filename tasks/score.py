@@ -10,11 +10,12 @@ from prefect import task
 
 from masters import artifacts, judging, schemas
 from masters.artifacts import Artifact, External, Identity, Upstream
+from masters.config import Answers
 from masters.errors import WorkerError
 from masters.identity import digest
 from masters.judging import Judge
 from masters.preflight import Server
-from masters.rewards import rule_accuracy
+from masters.rewards import verifiers
 from masters.rewards.verdict import FINAL, Triple, Verdict
 from masters.shards import split
 from masters.stages import Stage
@@ -22,11 +23,10 @@ from masters.storage import Storage
 from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse, warn
 
 VERSION = 1
-RULES = "rules-1"  # the rules' name and version in the table; part of identity
 KEY = ("question_id", "source", "mask_ratio", "sample")
 
 Verdicts = dict[Triple, Verdict]
-Answers = dict[str, tuple[str, str]]  # question and reference by question_id
+Asked = dict[str, Triple]  # by question_id, without a text
 
 
 def identity(context: Context, current: Round, responses: Artifact) -> Identity:
@@ -51,9 +51,15 @@ def _found(context: Context, made_of: Identity, responses: Artifact) -> Artifact
 def first(context: Context, current: Round, shards: list[str]) -> Identity:
     """Of verdicts that nothing came before."""
     judge = judge_of(context, current)
-    config = dict(judge=RULES) if judge is None else dict(judge=judge.name, **judge.identity)
+    config = _rules(context.config.answers) if judge is None else dict(judge=judge.name, **judge.identity)
     inputs = {f"shard-{name}": name for name in shards}
     return Identity(f"score{current.suffix}", VERSION, config, inputs, slug=context.config.name)
+
+
+def _rules(answers: Answers) -> dict:
+    """The rules' identity; `judge` is their name in the table."""
+    decides = verifiers.identity(answers)
+    return dict(judge=decides.pop("verifier"), **decides)
 
 
 def judge_of(context: Context, current: Round) -> Judge | None:
@@ -72,10 +78,10 @@ def judge_of(context: Context, current: Round) -> Judge | None:
 @task(name="score", task_run_name="score{current.suffix}", **STAGE)
 def score(run: Run, current: Round, data: Artifact, responses: Artifact) -> Artifact:
     """Table `verdicts`, file for file beside `responses`; from an LLM also `judgements`, a row a distinct triple."""
-    chain, judge, answers = attempts(run, current, responses), judge_of(run, current), _answers(data)
+    chain, judge, asked = attempts(run, current, responses), judge_of(run, current), judging.untold(data)
     if run.rebuilds(chain[0]):
         chain = chain[:1]
-    judged = cache(lambda: _judged(run, chain[-1], judge, set(_triples(responses, answers))))
+    judged = cache(lambda: _judged(run, chain[-1], judge, set(_triples(responses, asked))))
     made_of = chain[-1]
     here = not run.pool(Stage.SCORE)  # else the pool's worker asks the judge
     if here and len(chain) > 1 and not _found(run, made_of, responses) and not judged()[1]["answered"]:
@@ -85,7 +91,7 @@ def score(run: Run, current: Round, data: Artifact, responses: Artifact) -> Arti
         verdicts, how = judged()
         if verdicts and not any(verdict.status == "ok" for verdict in verdicts.values()):
             raise WorkerError(_nothing(made_of, verdicts))
-        files, statuses = _verdict_files(run.storage, made_of, responses, answers, verdicts)
+        files, statuses = _verdict_files(run.storage, made_of, responses, asked, verdicts)
         if judge:
             files |= _judgement_files(run.storage, made_of, verdicts)
         rows = statuses.total()
@@ -119,7 +125,8 @@ def _upstream(run: Run, current: Round, data: Artifact, responses: Artifact, bef
 def _judged(run: Run, made_of: Identity, judge: Judge | None, triples: set[Triple]) -> tuple[Verdicts, dict]:
     """A verdict on each triple, and how it ran."""
     if judge is None:
-        return {t: rule_accuracy(t.question, t.reference, t.text) for t in triples}, dict(triples=len(triples))
+        with verifiers.verifying(run.config.answers) as is_right:
+            return {triple: verifiers.verdict(is_right, triple) for triple in triples}, dict(triples=len(triples))
     with run.progress(made_of, "texts judged") as progress:
         return judging.fulfil(run.storage, judge, list(triples), run.config.runtime, run.work(made_of), progress.update)
 
@@ -130,25 +137,20 @@ def _forget(storage: Storage, judge: Judge | None) -> None:
         storage.remove(name)
 
 
-def _answers(data: Artifact) -> Answers:
-    columns = ["question_id", "question", "answer"]
-    return {row["question_id"]: (row["question"], row["answer"]) for row in data.rows("questions", columns)}
-
-
-def _triples(responses: Artifact, answers: Answers) -> Iterator[Triple]:
+def _triples(responses: Artifact, asked: Asked) -> Iterator[Triple]:
     for row in responses.rows("responses", ["question_id", "text"]):
-        yield Triple(*answers[row["question_id"]], row["text"])
+        yield replace(asked[row["question_id"]], text=row["text"])
 
 
 def _verdict_files(
-    storage: Storage, made_of: Identity, responses: Artifact, answers: Answers, verdicts: Verdicts
+    storage: Storage, made_of: Identity, responses: Artifact, asked: Asked, verdicts: Verdicts
 ) -> tuple[dict[str, str], Counter]:
     """The table's files with digests, and how many rows have which status."""
     files, statuses = {}, Counter()
     for name in responses.files("responses"):
         rows = []
         for row in schemas.read(storage, name, [*KEY, "text"]).to_pylist():
-            verdict = verdicts[Triple(*answers[row["question_id"]], row.pop("text"))]
+            verdict = verdicts[replace(asked[row["question_id"]], text=row.pop("text"))]
             said = dict(score=verdict.score, status=verdict.status, explanation=verdict.explanation)
             rows.append(row | said | dict(judge=made_of.config["judge"]))
             statuses[verdict.status] += 1

@@ -73,13 +73,14 @@ def by_hand(run: Run, current: Round, questions: Artifact) -> dict[str, Artifact
 
 def predicted(run: Run, questions: Artifact, models: list[LocalModel]) -> None:
     """The shards that `evaluate` asks for, as if engines had answered: each model is right."""
-    answers = {row["question_id"]: row["answer"] for row in questions.rows("questions", ["question_id", "answer"])}
+    columns = ["question_id", "accepted_answers"]
+    answers = {row["question_id"]: row["accepted_answers"][-1] for row in questions.rows("questions", columns)}
     for order in evaluate.orders(run, questions, models):
         rows = [
-            dict(question_id=ref.question_id, model=order.answerer.name, text=answers[ref.question_id], correct=True)
+            dict(question_id=ref.question_id, model=order.answerer.name, text=answers[ref.question_id])
             for ref in order.shard.refs
         ]
-        run.storage.create(order.file, schemas.encode(rows, schemas.PREDICTIONS))
+        run.storage.create(order.file, schemas.encode(rows, schemas.PREDICTED))
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> str:

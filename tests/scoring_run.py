@@ -15,7 +15,7 @@ from masters.storage import Storage
 from masters.tasks import score as stage
 from masters.tasks.stage import Context, Round, Run
 
-Questions = dict[str, tuple[str, str]]  # question and answer by id
+Questions = dict[str, tuple[str, str | list[str]]]  # question and answer, or accepted answers, by id
 Texts = dict[str, list[str]]  # responses by question's id
 
 
@@ -31,12 +31,18 @@ class Quiet:
 
 
 def made_run(
-    store: Path, judge: str = "http://127.0.0.1:1/v1", rebuild: bool = False, accuracy: str = "llm", **runtime: object
+    store: Path,
+    judge: str = "http://127.0.0.1:1/v1",
+    rebuild: bool = False,
+    accuracy: str = "llm",
+    answers: dict | None = None,
+    **runtime: object,
 ) -> Run:
     config = Config.model_validate(
         dict(
             name="scored", store=dict(root=str(store)), data=dict(source="none"), student=dict(model="s"),
-            teachers=[dict(model="t")], rewards=dict(accuracy=accuracy, judge=judge), generate=dict(dtype="float32"),
+            teachers=[dict(model="t")], rewards=dict(accuracy=accuracy, judge=judge), answers=answers or {},
+            generate=dict(dtype="float32"),
             runtime=dict(judge_requests=4, judge_timeout=10.0, max_model_len=512) | runtime,
         )
     )  # fmt: skip
@@ -56,7 +62,10 @@ def scored(run: Run, questions: Questions, texts: Texts) -> tuple[Artifact, list
 
 
 def question_table(run: Run, questions: Questions) -> Artifact:
-    rows = [dict(question_id=key, question=question, answer=answer) for key, (question, answer) in questions.items()]
+    rows = []
+    for key, (question, answer) in questions.items():
+        answers = [answer] if isinstance(answer, str) else answer
+        rows.append(dict(question_id=key, question=question, answer=answers[0], accepted_answers=answers))
     return table(run.storage, "questions", [rows], schemas.QUESTIONS)
 
 

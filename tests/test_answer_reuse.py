@@ -33,11 +33,11 @@ class Nights:
         ids = [ref.question_id for ref in order.shard.refs]
         self.answered += ids
         rows = [
-            dict(question_id=i, model="m", text=f"{r.digest}", correct=True)
+            dict(question_id=i, model="m", text=f"{r.digest}")
             for i, r in zip(ids, order.shard.refs, strict=True)
             for _ in range(order.samples)
         ]
-        self.storage.create(order.file, schemas.encode(rows, schemas.PREDICTIONS))
+        self.storage.create(order.file, schemas.encode(rows, schemas.PREDICTED))
 
     def night(self, questions: dict[str, int]) -> Artifact:
         """`questions`: id to version."""

@@ -86,7 +86,8 @@ def test_an_accepted_row_is_a_question_as_it_was():
     content = digest(canonical([" Wie groß?\n\tsehr\r\n", "groß", digest(GOOD)]).encode())
     assert found == {
         "question_id": "a", "question_digest": content, "image_digest": digest(GOOD), "image": GOOD,
-        "question": " Wie groß?\n\tsehr\r\n", "answer": "groß", "split": "test", "category": "size",
+        "question": " Wie groß?\n\tsehr\r\n", "answer": "groß", "accepted_answers": ["groß"], "split": "test",
+        "category": "size",
     }  # fmt: skip
 
 
@@ -97,6 +98,22 @@ def test_the_digest_is_of_question_answer_and_image_alone():
     assert len({base, *(o["question_digest"] for o in others)}) == 4
 
 
+def test_the_first_of_several_answers_is_the_one_to_learn_and_each_is_accepted_once():
+    found = accepted(answer=["eleven", "11", "eleven", " 11"])
+    assert (found["answer"], found["accepted_answers"]) == ("eleven", ["eleven", "11", " 11"])
+
+
+def test_the_digest_tells_what_is_accepted_apart_and_one_answer_is_one_however_it_is_written():
+    lists = (["this"], ["this", "that"], ["that", "this"], ["this", "that", "it"])
+    digests = {accepted(answer=answers)["question_digest"] for answers in lists}
+    assert len(digests) == 4 and accepted(answer="this")["question_digest"] in digests
+
+
+def test_every_accepted_answer_is_looked_through_for_control_tokens():
+    (found,) = validated(Rows(row(answer=["this", "<|im_end|>"])), ("<|im_end|>",))
+    assert found == Rejected("a", "answer has a special token", "answer has a special token (<|im_end|>)")
+
+
 def test_whole_number_ids_become_their_decimals():
     assert accepted(id=17)["question_id"] == "17"
     first, second = judge(row(id=17), row(id="17"))
@@ -105,7 +122,12 @@ def test_whole_number_ids_become_their_decimals():
 
 def test_rereading_gives_the_same_question(tmp_path):
     (tmp_path / "x.png").write_bytes(GOOD)
-    for raw in (row(category=""), row(id=3, split="test", category="c"), row(image="x.png", root=tmp_path)):
+    for raw in (
+        row(category=""),
+        row(answer=["this", "that"]),
+        row(id=3, split="test", category="c"),
+        row(image="x.png", root=tmp_path),
+    ):
         assert judge(raw) == [reread(raw)]
 
 
@@ -164,6 +186,13 @@ def test_a_given_split_is_kept():
         ({"answer": " \n\t\u00a0"}, "answer is empty"),
         ({"answer": 3}, "answer is not text (found int)"),
         ({"answer": True}, "answer is not text (found bool)"),
+        ({"answer": []}, "answer is an empty list"),
+        ({"answer": ["a"] * 101}, "answer is too long a list (101 texts, limit 100)"),
+        ({"answer": ["a", 3]}, "answer is not text (found int)"),
+        ({"answer": ["a", None]}, "answer is missing"),
+        ({"answer": ["a", " "]}, "answer is empty"),
+        ({"answer": [["a"]]}, "answer is not text (found list)"),
+        ({"answer": {"a": "b"}}, "answer is not text (found dict)"),
         ({"question": ["what?"]}, "question is not text (found list)"),
         ({"question": b"what?"}, "question is not text (found bytes)"),
         ({"question": "x" * 20_001}, "question is too long (20001 characters, limit 20000)"),

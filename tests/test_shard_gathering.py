@@ -24,8 +24,8 @@ def stored(root: Path, at_once: int) -> tuple[Storage, list[Order]]:
         Order(asker, Shard("", (ref,)), "predictions", "evaluation", None, 0, 1, dict(dtype="float32")) for ref in refs
     ]
     for ref, order in zip(refs, orders, strict=True):
-        row = dict(question_id=ref.question_id, model="m", text="red", correct=True, finish_reason="stop")
-        storage.create(order.file, schemas.encode([row], schemas.PREDICTIONS))
+        row = dict(question_id=ref.question_id, model="m", text="red", finish_reason="stop")
+        storage.create(order.file, schemas.encode([row], schemas.PREDICTED))
     return storage, orders
 
 

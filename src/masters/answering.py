@@ -121,14 +121,25 @@ def fulfil(
     return how | ({"judged_ahead": judged} if beside else {})
 
 
-def gather(storage: Storage, identity: artifacts.Identity, orders: list[Order]) -> dict[str, str]:
-    """Put the orders' shards into the artifact's table of their kind, and `plan` beside it. Returns {name: SHA-256}."""
+def gather(
+    storage: Storage,
+    identity: artifacts.Identity,
+    orders: list[Order],
+    completed: Callable[[bytes], bytes] | None = None,
+) -> dict[str, str]:
+    """Put the orders' shards into the artifact's table of their kind, and `plan` beside it. Returns {name: SHA-256}.
+
+    `completed`: makes a file of the table from a shard, where it is more than a copy.
+    """
 
     def put(order: Order) -> tuple[str, str]:
-        name = f"{order.kind}/{order.fingerprint}.parquet"
-        proven = _proven(storage, order)
-        storage.copy(order.file, f"{identity.folder}/{name}")
-        return name, proven
+        name, data = f"{order.kind}/{order.fingerprint}.parquet", _proven(storage, order)
+        if completed is None:
+            storage.copy(order.file, f"{identity.folder}/{name}")
+        else:
+            data = completed(data)
+            storage.write(f"{identity.folder}/{name}", data)
+        return name, digest(data)
 
     with ThreadPoolExecutor(storage.at_once) as pool:
         files = dict(pool.map(put, orders))
@@ -140,8 +151,8 @@ def gather(storage: Storage, identity: artifacts.Identity, orders: list[Order]) 
     return files
 
 
-def _proven(storage: Storage, order: Order) -> str:
-    """The SHA-256 of an order's shard. One that a disk or a server damaged is removed, to be answered again.
+def _proven(storage: Storage, order: Order) -> bytes:
+    """An order's shard. One that a disk or a server damaged is removed, to be answered again.
 
     Raises StoreError then: another try of the stage makes it anew.
     """
@@ -150,7 +161,7 @@ def _proven(storage: Storage, order: Order) -> str:
         storage.remove(order.file)
         what = "no Parquet file" if found is None else f"{found} rows"
         raise StoreError(f"shard {storage.uri(order.file)}: expected {expected} rows, found {what}; it was removed")
-    return digest(data)
+    return data
 
 
 def _plan_rows(orders: list[Order]) -> Iterator[dict]:

@@ -232,7 +232,7 @@ def _table(summary: dict) -> None:
     console = Console(markup=False)  # names may hold brackets
     if "student" in summary:
         scores = Table(
-            "model", "exact match", "standard error", "questions", title="evaluation split, greedy, through vLLM"
+            "model", summary["metric"], "standard error", "questions", title="evaluation split, greedy, through vLLM"
         )
         student = summary["student"]
         rows = [(t["name"], t) for t in summary["teachers"]] + [
@@ -263,7 +263,7 @@ def _evaluation(console: "Console", summary: dict) -> None:
 
     for model, score in summary.get("scores", {}).items():
         told = f"{score['accuracy']:.2%} (standard error {score['standard_error']:.2%}) of {score['n']} questions"
-        console.print(f"{model}: exact match {told}", soft_wrap=True)
+        console.print(f"{model}: {summary['metric']} {told}", soft_wrap=True)
     for model, rows in summary.get("benchmarks", {}).items():
         table = Table("task", "version", "metric", "filter", "value", "standard error", "documents", title=model)
         for row in rows:

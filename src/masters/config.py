@@ -159,11 +159,36 @@ class Generate(Section):
         return self
 
 
+class Answers(Section):
+    """When an answer counts as right: by `rewards.accuracy = "rules"`, and in every evaluation."""
+
+    verifier: Literal["exact", "final", "number", "choice"] = Field(
+        default="exact",
+        description="exact: the whole answer, but for case, white space, quotes and closing punctuation; final: only "
+        "what stands after its last marker; number: the same number, however it is written; choice: the letter of a "
+        "multiple-choice answer",
+    )
+    final_pattern: Annotated[Text, AfterValidator(patterns.checked)] | None = Field(
+        default=None,
+        description="For verifier final: a pattern (RE2's syntax); the first group of its last match is the final "
+        'answer. Default: the content of \\boxed{}, or what stands after the last "####", "=", ":" or "answer is"',
+    )
+
+    @model_validator(mode="after")
+    def _used(self) -> "Answers":
+        if self.final_pattern is not None and self.verifier != "final":
+            raise ValueError(
+                f'final_pattern is for verifier = "final"; verifier is "{self.verifier}": leave final_pattern out'
+            )
+        return self
+
+
 class Rewards(Section):
     """What a response is rewarded for."""
 
     accuracy: Literal["llm", "rules", "off"] = Field(
-        default="llm", description="Whether it is right: judged by a language model, by exact match, or not at all"
+        default="llm",
+        description="Whether it is right: judged by a language model, by rules (answers.verifier), or not at all",
     )
     judge: str = Field(
         default=TEACHER,
@@ -389,6 +414,7 @@ class Config(Section):
     teachers: list[Teacher] = Field(min_length=1, description="One round each, in this order")
     mask: Mask = Mask()
     generate: Generate = Generate()
+    answers: Answers = Answers()
     rewards: Rewards = Rewards()
     train: Train = Train()
     nightly: Nightly = Nightly()

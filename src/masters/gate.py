@@ -13,7 +13,7 @@ from masters.statistics import sign_flip_p_value
 
 @dataclass(frozen=True)
 class Category:
-    """Exact-match accuracies on the questions of one category."""
+    """Accuracies, by the configuration's verifier, on the questions of one category."""
 
     n: int
     candidate: float

@@ -18,6 +18,7 @@ from masters.sources.base import RawRow, Source, resolve_inside
 SPLITS = ("train", "test")
 HELD_OUT = 0.1  # of the images, where a row names no split
 LIMITS = {"id": 1_000, "question": 20_000, "answer": 10_000, "category": 1_000}  # characters
+MOST_ANSWERS = 100  # accepted answers of a question
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab, line feed, carriage return
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 SHOWN = 200  # characters of an unacceptable id that the rejected table keeps
@@ -67,8 +68,8 @@ def _accepted(row: RawRow, seen: set[str], special_tokens: tuple[str, ...]) -> d
     question_id = identifier(row.id)
     if question_id in seen:
         raise Reject("duplicate id")
-    question, answer = text("question", row.question), text("answer", row.answer)
-    for name, value in (("question", question), ("answer", answer)):
+    question, answers = text("question", row.question), accepted_answers(row.answer)
+    for name, value in (("question", question), *(("answer", answer) for answer in answers)):
         if found := next((token for token in special_tokens if token in value), None):
             raise Reject(f"{name} has a special token", found)
     category = category_of(row)
@@ -78,27 +79,34 @@ def _accepted(row: RawRow, seen: set[str], special_tokens: tuple[str, ...]) -> d
     if fault := image_fault(image, image_digest):
         raise Reject(*fault)
     seen.add(question_id)
-    return question_row(question_id, question, answer, image, image_digest, row.split, category)
+    return question_row(question_id, question, answers, image, image_digest, row.split, category)
 
 
 def question_row(
-    question_id: str, question: str, answer: str, image: bytes, image_digest: str, split: object, category: str | None
+    question_id: str,
+    question: str,
+    answers: list[str],
+    image: bytes,
+    image_digest: str,
+    split: object,
+    category: str | None,
 ) -> dict:
     """One row of `questions`. Without a split, the image decides: it is never both trained and evaluated on."""
+    answer, *others = answers
     if split is None:
         split = "test" if unit_interval(image_digest) < HELD_OUT else "train"
-    content = digest(canonical([question, answer, image_digest]).encode())
+    content = digest(canonical([question, answer, image_digest, *([others] if others else [])]).encode())
     return dict(
         question_id=question_id, question_digest=content, image_digest=image_digest, image=image, question=question,
-        answer=answer, split=split, category=category,
+        answer=answer, accepted_answers=answers, split=split, category=category,
     )  # fmt: skip
 
 
 def reread(row: RawRow) -> dict:
     """The question of a row that was accepted before, without judging its image again."""
     image, image_digest = image_of(row)
-    question, answer, category = text("question", row.question), text("answer", row.answer), category_of(row)
-    return question_row(identifier(row.id), question, answer, image, image_digest, row.split, category)
+    question, answers, category = text("question", row.question), accepted_answers(row.answer), category_of(row)
+    return question_row(identifier(row.id), question, answers, image, image_digest, row.split, category)
 
 
 def identifier(value: object) -> str:
@@ -106,6 +114,17 @@ def identifier(value: object) -> str:
     if value is None or value == "":
         raise Reject("id is missing")
     return text("id", str(value) if isinstance(value, int) and not isinstance(value, bool) else value)
+
+
+def accepted_answers(value: object) -> list[str]:
+    """The answers of a row, a text or a list of texts, each once; the first is the one to learn. Raises Reject."""
+    if not isinstance(value, list):
+        return [text("answer", value)]
+    if not value:
+        raise Reject("answer is an empty list")
+    if len(value) > MOST_ANSWERS:
+        raise Reject("answer is too long a list", f"{len(value)} texts, limit {MOST_ANSWERS}")
+    return list(dict.fromkeys(text("answer", answer) for answer in value))
 
 
 def text(name: str, value: object) -> str:

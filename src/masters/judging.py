@@ -44,6 +44,15 @@ class Judge:
         return f"shards/judgements/{fingerprint(self.identity)}"
 
 
+def untold(data: Artifact) -> dict[str, Triple]:
+    """Question and accepted answers by question_id, as triples whose text is still to come."""
+    columns = ["question_id", "question", "answer", "accepted_answers"]
+    return {
+        row["question_id"]: Triple(row["question"], row["answer"], "", tuple(row["accepted_answers"][1:]))
+        for row in data.rows("questions", columns)
+    }
+
+
 def known(storage: Storage, judge: Judge, triples: list[Triple]) -> dict[Triple, Verdict]:
     """Verdicts that the judge gave earlier on some of these triples."""
     wanted, found = {triple.digest: triple for triple in triples}, {}
@@ -125,7 +134,7 @@ def _ask(
     pieces = [
         dict(
             out=f"{judge.folder}/{fingerprint([t.digest for t in part])}.parquet",
-            triples=[[t.question, t.reference, t.text] for t in part],
+            triples=[triple.to_json() for triple in part],
         )
         for part in parts
     ]

@@ -3,6 +3,7 @@
 RE2's language: regular expressions without look-around and back references, which are what can take for ever.
 """
 
+from collections import deque
 from functools import lru_cache
 
 import re2
@@ -27,6 +28,16 @@ def checked(pattern: str) -> str:
 def found(pattern: str, text: str) -> bool:
     """Whether a pattern matches anywhere in a text."""
     return _compiled(pattern).search(text) is not None
+
+
+def last(pattern: str, text: str) -> str | None:
+    """The first group of a pattern's last match in a text, None without a match.
+
+    Of a pattern without groups, and where the group took no part, it is the whole match.
+    """
+    plain = text.encode(errors="replace").decode()  # RE2 takes no lone surrogates
+    matches = deque(_compiled(pattern).finditer(plain), maxlen=1)
+    return next((match[0] if match.lastindex is None or match[1] is None else match[1] for match in matches), None)
 
 
 @lru_cache(maxsize=256)

@@ -69,7 +69,7 @@ def preflight(config: Config) -> Ready:
     """Check all parts together. Raises InputError with what was expected, what was found and what to do."""
     check_config(config)
     check_answers(config.runtime.cluster)
-    check_installed(config.runtime.sharding)
+    check_installed(config)
     judge = judge_of(config)
     source = open_source(config.data)
     student = local_model(config.student, config.store.root)
@@ -107,9 +107,14 @@ def check_answers(cluster: str | None) -> None:
         ) from error
 
 
-def check_installed(sharding: str) -> None:
-    """Raises InputError where training would need a package that is not here."""
-    if sharding == "zero3" and find_spec("deepspeed") is None:
+def check_installed(config: Config) -> None:
+    """Raises InputError where a stage would need a package that is not here."""
+    if config.answers.verifier == "number" and find_spec("math_verify") is None:
+        raise InputError(
+            'answers.verifier = "number" needs math-verify, which is not installed: install masters[number], or take '
+            '"final"'
+        )
+    if config.runtime.sharding == "zero3" and find_spec("deepspeed") is None:
         raise InputError(
             'runtime.sharding = "zero3" needs DeepSpeed, which is not installed: install masters[zero3], or take '
             '"fsdp2", which holds shares too'

@@ -12,9 +12,10 @@ text = pa.string()
 
 PROMPT_TOO_LONG = "prompt_too_long"  # finish_reason: with its longest answer it exceeds what an engine admits
 
+# `answer`: the first of `accepted_answers`, which is shown and learnt
 QUESTIONS = pa.schema([
     ("question_id", text), ("question_digest", text), ("image_digest", text), ("image", pa.binary()),
-    ("question", text), ("answer", text), ("split", text), ("category", text),
+    ("question", text), ("answer", text), ("accepted_answers", pa.list_(text)), ("split", text), ("category", text),
 ])  # fmt: skip
 
 REJECTED = pa.schema([("id", text), ("reason", text)])
@@ -55,6 +56,9 @@ REWARDS = pa.schema([
     ("step", pa.int64()), ("epoch", pa.int32()), ("stage", pa.int32()), ("teacher_ratio", pa.float64()),
     *RESPONSE_KEY, *REWARD, ("reward", pa.float64()), ("advantage", pa.float64()),
 ])  # fmt: skip
+
+# what an engine answers; `evaluate` adds whether it is right
+PREDICTED = pa.schema([("question_id", text), ("model", text), ("text", text), ("finish_reason", text)])
 
 PREDICTIONS = pa.schema([
     ("question_id", text), ("model", text), ("text", text), ("correct", pa.bool_()), ("finish_reason", text),

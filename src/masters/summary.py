@@ -4,6 +4,7 @@ import json
 
 from masters.artifacts import Artifact
 from masters.registry import shown
+from masters.rewards.verifiers import verifier_of
 from masters.secrets import masked
 from masters.tasks.stage import Run
 
@@ -19,10 +20,11 @@ class Summary:
         self.written: dict = {}
 
     def scores(self, evaluated: Artifact, trained: Artifact) -> None:
-        """Teachers', student's before and after, each with where the model lies."""
+        """What accuracy is called; teachers', student's before and after, each with where the model lies."""
         ready, scores = self._run.ready, evaluated.facts["scores"]
         after = self._run.storage.uri(f"{trained.folder}/model")
         self._scores = dict(
+            metric=verifier_of(self._run.config.answers).metric,
             teachers=[dict(name=t.name, uri=str(t.folder), **scores[t.name]) for t in ready.teachers],
             student=dict(
                 before=dict(uri=str(ready.student.folder), **scores["student-before"]),

@@ -43,6 +43,9 @@ VALUES: dict[str, tuple[str, str]] = {
     "cluster without a port": ("runtime.ray_address=head", "runtime.ray_address: String should match pattern"),
     "cluster that is a client's URL": ("runtime.ray_address='ray://head:1'", "runtime.ray_address: String"),
     "broken pattern": ("mask.exclude=['(']", "is no regular expression"),
+    "pattern of another verifier": ("answers.final_pattern='x'", 'is for verifier = "final"; verifier is "exact"'),
+    "broken final pattern": ("answers.final_pattern='('", "is no regular expression"),
+    "no final pattern": ("answers.final_pattern=''", "answers.final_pattern: String should have at least 1 character"),
     "pattern that looks ahead": ("mask.exclude=['(?=layers)']", "is no regular expression (invalid perl operator"),
     "pattern that looks back": ("mask.exclude=['(a)\\1']", "is no regular expression (invalid escape sequence"),
     "pattern without end": (f"mask.exclude=['{'(a|b)?' * 100_000}']", "mask.exclude.0: expected at most 1000"),
@@ -96,13 +99,21 @@ def test_a_cluster_that_does_not_answer_is_refused_before_work_starts() -> None:
 
 
 def test_a_way_of_sharding_whose_package_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_installed("zero3")
+    check_installed(load(DEMO, ["runtime.sharding='zero3'"]))
     monkeypatch.setattr(preflight, "find_spec", lambda _: None)
-    check_installed("fsdp2")
+    check_installed(load(DEMO, ["runtime.sharding='fsdp2'"]))
     with pytest.raises(
         InputError, match=r'runtime.sharding = "zero3" needs DeepSpeed, .* masters\[zero3\], or .*fsdp2'
     ):
-        check_installed("zero3")
+        check_installed(load(DEMO, ["runtime.sharding='zero3'"]))
+
+
+def test_a_verifier_whose_package_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_installed(load(DEMO, ["answers.verifier='number'"]))
+    monkeypatch.setattr(preflight, "find_spec", lambda _: None)
+    check_installed(load(DEMO, ["answers.verifier='final'"]))
+    with pytest.raises(InputError, match=r'answers.verifier = "number" needs math-verify, .* masters\[number\], or'):
+        check_installed(load(DEMO, ["answers.verifier='number'"]))
 
 
 @pytest.mark.parametrize("name", VALUES)

@@ -8,9 +8,9 @@ import pytest
 from transformers import AutoProcessor
 
 from masters.models.prompts import conversation_tokens
-from masters.rewards import rule_accuracy
 from masters.rewards.judge import Answer, judge
 from masters.rewards.judge_prompts import GRADE, READ, grading, reading, verdict_in
+from masters.rewards.rules import exact_match
 from masters.rewards.verdict import Triple
 from tests import fake_judge
 from tests.scoring_run import made_run, scored
@@ -98,7 +98,7 @@ def test_judged_over_http_each_gets_the_verdict_that_its_text_deserves(tmp_path:
     with fake_judge.serve() as server:
         run = made_run(tmp_path, server.url)
         _, rows, stage = scored(run, {"q": ("what color?", "teal")}, {"q": [*texts, "Teal."]})
-    expected = [rule_accuracy("", "teal", text).score for text in [*texts, "Teal."]]
+    expected = [exact_match(text, "teal") for text in [*texts, "Teal."]]
     assert [row["score"] for row in rows] == expected and sum(expected) == 1
     assert stage["rejected"] == 0
 

@@ -73,6 +73,10 @@ ROWS: dict[str, tuple[dict[str, pa.Array], list[str]]] = {
         dict(image=pa.array(["/etc/passwd", "../x.png", "none.png"])),
         ["image path leaves the data folder", "image path leaves the data folder", "image file not found"],
     ),
+    "lists as answers": (
+        dict(answer=pa.array([["a", "b"], [], ["a", None]])),
+        ["accepted", "answer is an empty list", "answer is missing"],
+    ),
     "numbers as splits": (dict(split=pa.array([0, 1, 2])), ["unknown split"] * 3),
     "dictionaries of texts": (dict(question=pa.array(["a", "b", "a"]).dictionary_encode()), ["accepted"] * 3),
     "large texts": (dict(question=pa.array(["a", "b", "a"], pa.large_string())), ["accepted"] * 3),

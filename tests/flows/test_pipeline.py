@@ -14,7 +14,7 @@ from masters.config_file import load
 from masters.flows.plan import plan
 from masters.stages import Stage
 from tests.command_line import ROOT, masters, options, rows, told
-from tests.shape_data import write_questions
+from tests.shape_data import write_questions, write_rows
 
 STAGES = ["data", "mask", "generate", "score", "train", "evaluate", "register"]
 
@@ -22,7 +22,10 @@ STAGES = ["data", "mask", "generate", "score", "train", "evaluate", "register"]
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline")
-    write_questions(folder / "data", 64)
+    lines = [json.loads(line) for line in write_questions(folder / "data", 64).read_text().splitlines()]
+    for row in lines[:2]:  # a question to evaluate on, and one to learn from
+        row["answer"] = [row["answer"], "another word"]
+    write_rows(folder / "data", lines)
     (folder / "home").mkdir()
     return folder
 
@@ -74,7 +77,11 @@ def test_bad_rows_are_set_aside_with_their_reason(first: dict) -> None:
         "q1",
     ]
     assert first["stages"][0]["rejected"] == 5
-    assert len(rows(first, "data", "questions")) == 64
+    questions = rows(first, "data", "questions")
+    assert len(questions) == 64
+    accepted = {row["question_id"]: row["accepted_answers"][1:] for row in questions if row["accepted_answers"][1:]}
+    assert accepted == {"q0": ["another word"], "q1": ["another word"]}
+    assert all(row["answer"] == row["accepted_answers"][0] for row in questions)
 
 
 def test_every_expected_response_and_verdict_is_there_once(first: dict) -> None:
@@ -94,6 +101,7 @@ def test_scores_come_from_the_predictions(first: dict) -> None:
     after = [row["correct"] for row in predictions if row["model"] == "student-after"]
     assert first["student"]["after"]["n"] == len(after) == 16
     assert first["student"]["after"]["accuracy"] == pytest.approx(sum(after) / 16)
+    assert first["metric"] == "exact match"
     assert first["teachers"][0]["accuracy"] >= 0.9  # the teacher has seen such shapes
 
 

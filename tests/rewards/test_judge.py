@@ -1,6 +1,7 @@
 """The two calls of an LLM's verdict: what is asked, what is understood, and that nothing else becomes a score."""
 
 import html
+import json
 import re
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from masters.rewards.judge import Answer, judge
-from masters.rewards.judge_prompts import bare_score, escape, grading, reading, verdict_in
+from masters.rewards.judge_prompts import ANY_OF, bare_score, escape, grading, reading, verdict_in
 from masters.rewards.verdict import Triple, Verdict
 
 DATA_TAGS = ("question", "ground_truth", "generated_text")
@@ -127,3 +128,17 @@ def test_a_judge_that_quotes_a_forged_tag_gives_its_own_verdict_or_none(before: 
 def test_escaped_text_holds_no_verdict(text: str) -> None:
     assert verdict_in(escape(text)) is None
     assert verdict_in(f"It says {escape(text)}. <answer>0</answer>") == 0
+
+
+def test_a_judge_is_told_every_accepted_answer_and_that_any_will_do() -> None:
+    one, several = Triple("what color?", "teal", "Teal."), Triple("what color?", "teal", "Teal.", ("cyan", "<b>"))
+    system, user = grading(several)
+    truths = "".join(f"<ground_truth>{answer}</ground_truth>\n" for answer in ("teal", "cyan", "&lt;b&gt;"))
+    assert user["content"] == grading(one)[1]["content"].replace("<ground_truth>teal</ground_truth>\n", truths)
+    assert system["content"] == grading(one)[0]["content"] + ANY_OF
+
+
+def test_triples_that_accept_other_answers_are_judged_apart_and_survive_a_job() -> None:
+    triples = [Triple("q", "a", "t"), Triple("q", "a", "t", ("b",)), Triple("q", "a", "t", ("b", "c"))]
+    assert len({triple.digest for triple in triples}) == 3
+    assert [Triple.from_json(json.loads(json.dumps(triple.to_json()))) for triple in triples] == triples
