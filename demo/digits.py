@@ -1,4 +1,4 @@
-"""Train the digit task's teacher and student from scratch: `python -m demo.digits teacher`, then `student`.
+"""Train the digit task's teacher and student from scratch: `make demo-models` gives the commands.
 
 Two phases. First the vision tower alone learns to read three handwritten digits; then the whole model learns to answer
 in steps, all questions of a scene packed behind one copy of it. In a share of the answers one digit is changed and
@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -166,28 +166,37 @@ def exact(model, packer: Packer, held: Scenes, scenes: int = 320) -> float:
     return round(sum(right) / len(right), 4)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("which", choices=RECIPES)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "models")
+    parser.add_argument("--more", type=int, help="go on with phase two for so many steps, at half the learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = arguments()
     torch.set_num_threads(given.threads)
     torch.manual_seed(given.seed)
-    recipe, written, pool = RECIPES[given.which], handwriting(), POOLS["teacher"]
-    scenes = Scenes(written, pool[: recipe.digits], recipe.distortion, given.seed)
-    held = Scenes(written, pool[-HELD_OUT:], 0.0, given.seed + 1)
-    text = tokenizer()
-    model = build.model(given.which, text)
-    print(given.which, f"{sum(p.numel() for p in model.parameters()):,} parameters", recipe, flush=True)
-    train_eye(model, scenes, held, recipe)
-    progress = train_answers(model, Packer(text, model, SIZE), scenes, held, recipe, given.seed)
-    folder = given.out / f"digits-{given.which}"
+    recipe, folder = RECIPES[given.which], given.out / f"digits-{given.which}"
+    written, pool, seed = handwriting(), POOLS["teacher"], given.seed + (100 if given.more else 0)
+    scenes = Scenes(written, pool[: recipe.digits], recipe.distortion, seed)
+    held = Scenes(written, pool[-HELD_OUT:], 0.0, seed + 1)
+    text, history = tokenizer(), []
+    if given.more:
+        model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        history = json.loads((folder / "training.json").read_text())
+        recipe = replace(recipe, steps=given.more, learning_rate=recipe.learning_rate / 2)
+    else:
+        model = build.model(given.which, text)
+        print(given.which, f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+        train_eye(model, scenes, held, recipe)
+    progress = train_answers(model, Packer(text, model, SIZE), scenes, held, recipe, seed)
     build.save(model, text, folder)
-    (folder / "training.json").write_text(
-        json.dumps(dict(seed=given.seed, recipe=vars(recipe), progress=progress), indent=1)
-    )
+    history.append(dict(seed=seed, recipe=vars(recipe), progress=progress))
+    (folder / "training.json").write_text(json.dumps(history, indent=1))
 
 
 if __name__ == "__main__":
