@@ -83,7 +83,7 @@ def _round(config: Config, student: Weights, teacher: Weights, of: Questions, pa
     counts["generate"] += student.forward(of, ours * length) if ours else 0.0
     if full and train.beta:
         counts["reference"] = student.forward(of, answers * length)
-    if full and rewards.accuracy == "llm" and rewards.judge == TEACHER:
+    if config.needs_verdicts and rewards.accuracy == "llm" and rewards.judge == TEACHER:
         counts["score"] = 2 * teacher.text * JUDGED * answers
     return counts
 

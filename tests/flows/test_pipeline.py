@@ -251,6 +251,9 @@ SWITCHES = {  # of the paper's ablations: the first stage that each changes
     "train.objective=kd": "train",
     "train.objective=kd train.targets=labels": "train",
     "train.objective=sft train.targets=labels": "train",
+    "train.objective=sft": "train",
+    "train.control=shuffled_verdicts": "train",
+    "train.control=random_advantages": "train",
     "train.beta=0.01": "train",
     "train.seed=1": "train",
 }

@@ -46,6 +46,7 @@ def test_full_coverage_asks_every_teacher() -> None:
         (dict(rewards__accuracy="rules"), {"score"}),
         (dict(rewards__judge="http://127.0.0.1:1/v1"), {"score"}),
         (dict(train__objective="kd"), {"reference", "score"}),
+        (dict(train__objective="sft"), {"reference"}),
         (dict(train__objective="kd", train__targets="labels"), {"reference", "score", "generate"}),
         (dict(train__objective="sft", train__targets="labels"), {"reference", "score", "generate"}),
     ],
