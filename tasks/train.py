@@ -82,7 +82,8 @@ def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
 
 
 def _job(run: Run, current: Round, inputs: Inputs, checkpoints: str, out: Path) -> dict:
-    refs, probe = shards.references(inputs["data"], "train"), shards.references(inputs["data"], "test")[:PROBE]
+    refs = shards.references(inputs["data"], "train")
+    probe = shards.references(inputs["data"], run.config.probe_split)[:PROBE]
     if run.config.train.probe_drop is not None:
         refs, probe = held_out(refs)
     return dict(

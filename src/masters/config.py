@@ -72,6 +72,10 @@ class Data(Section):
         default=None, description="At most this many training questions, chosen by content hash"
     )
     eval_limit: Count | None = Field(default=None, description="At most this many evaluation questions")
+    validation_share: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
+        default=0.0,
+        description='Share of the training images whose questions are held out of training, as split "validation"',
+    )
     max_rejected_share: Share = Field(default=0.05, description="The run stops if more of the rows than this are bad")
 
 
@@ -290,6 +294,16 @@ class Train(Section):
         return self
 
 
+class Evaluate(Section):
+    """What the models are evaluated on."""
+
+    split: Literal["test", "validation"] = Field(
+        default="test",
+        description="test: the evaluation split; validation: the training images that data.validation_share holds out, "
+        "to choose settings by",
+    )
+
+
 class Pools(Section):
     """Work pools of Prefect that stages are handed on to; empty: they run in the run's own process."""
 
@@ -402,6 +416,7 @@ class Config(Section):
     generate: Generate = Generate()
     rewards: Rewards = Rewards()
     train: Train = Train()
+    evaluate: Evaluate = Evaluate()
     nightly: Nightly = Nightly()
     runtime: Runtime = Runtime()
 
@@ -411,8 +426,15 @@ class Config(Section):
         train = self.train
         return train.targets == "responses" and train.objective != "kd" and self.rewards.accuracy != "off"
 
+    @property
+    def probe_split(self) -> Literal["test", "validation"]:
+        """The split that training is watched on: the test split only where no validation split is held out."""
+        return "validation" if self.data.validation_share else "test"
+
     @model_validator(mode="after")
     def _needed(self) -> "Config":
+        if self.evaluate.split == "validation" and not self.data.validation_share:
+            raise ValueError('evaluate.split = "validation" needs data.validation_share above 0, e.g. 0.1, found 0')
         if self.rewards.accuracy == "off" and self.train.targets == "responses" and self.train.objective == "sft":
             raise ValueError(
                 'objective "sft" on responses trains on the right ones: expected rewards.accuracy "llm" or "rules", '

@@ -224,6 +224,8 @@ def test_how_it_runs_is_no_part_of_what_is_made(first: dict, place: Path, runtim
 
 
 SWITCHES = {  # of the paper's ablations: the first stage that each changes
+    "data.validation_share=0.3": "data",
+    "data.validation_share=0.3 evaluate.split=validation": "data",
     "teachers.0.r_max=0.4": "mask",
     "teachers.0.r_max=0.0": "mask",
     "mask.granularity=block": "mask",

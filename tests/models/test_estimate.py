@@ -70,6 +70,9 @@ def test_rows_are_counted_as_the_data_stage_splits_and_limits_them() -> None:
 
     found = estimate.counted(config(data__eval_limit=9), Rows(), [(10, 4), (20, 6)])
     assert found == Questions(train=pytest.approx(30 + 0.9 * 22), evaluation=9, prompt=15, image=5)
+    tuned = config(data__validation_share=0.25, evaluate__split="validation")
+    found = estimate.counted(tuned, Rows(), [(10, 4), (20, 6)])
+    assert found.train == pytest.approx(0.75 * 49.8) and found.evaluation == pytest.approx(0.25 * 49.8)
 
 
 def test_a_forward_pass_costs_what_pytorch_counts() -> None:
