@@ -12,10 +12,10 @@ from pydantic import ValidationError
 
 from masters.config import Config
 from masters.config_file import load
-from masters.flows.ablate import ablate
 from masters.flows.distill import distill
 from masters.flows.evaluate import evaluate
 from masters.flows.nightly import nightly
+from masters.flows.study import study
 
 SCHEMA = preprocess_schema(parameter_schema(distill).model_dump())
 DEFINITIONS = parameter_schema(distill).model_dump()["definitions"]
@@ -105,6 +105,6 @@ def test_every_field_is_described() -> None:
     assert [kind for kind, of in DEFINITIONS.items() if not of.get("description")] == []
 
 
-@pytest.mark.parametrize("flow", [distill, nightly, evaluate, ablate], ids=lambda flow: flow.name)
+@pytest.mark.parametrize("flow", [distill, nightly, evaluate, study], ids=lambda flow: flow.name)
 def test_every_parameter_is_described(flow: Flow) -> None:
     assert all(of.get("description") for of in parameter_schema(flow).properties.values())
