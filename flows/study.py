@@ -76,10 +76,8 @@ class Bench:
 
     def conduct(self, tracker: Tracker) -> dict:
         """Run every cell that has no result yet. Returns the report; its files are also in MLflow's run."""
-        for cell in tuning_cells(self._design):
-            self._finish(cell, tracker)
-        for cell in final_cells(self.found):
-            self._finish(cell, tracker)
+        self._finish(list(tuning_cells(self._design)), tracker)
+        self._finish(list(final_cells(self.found)), tracker)
         report, folder = write_report(self.found, self._results)
         study_reported(self._design.name, [shown_arm(row) for row in report["arms"]])
         tracker.files(folder)
@@ -87,22 +85,30 @@ class Bench:
         tracker.metrics(accuracies, 0)
         return report
 
-    def _finish(self, cell: Cell, tracker: Tracker) -> None:
-        """Find or make a cell's result. Raises MastersError where arms took unequal numbers of steps."""
+    def _finish(self, cells: list[Cell], tracker: Tracker) -> None:
+        """Find or make the result of every cell. Raises MastersError where arms took unequal numbers of steps."""
+        contexts = [self._context(cell) for cell in cells]
+        digests = [settings_digest(context) for context in contexts]
+        # all before the first run: a file of other settings is refused before hours are spent
+        kept = [self._results.find(cell, made_of) for cell, made_of in zip(cells, digests, strict=True)]
+        for cell, context, made_of, result in zip(cells, contexts, digests, kept, strict=True):
+            if result := result or self._tried(cell, context, made_of, tracker):
+                self.found.results[cell] = result
+                self.found.check_steps()
+
+    def _context(self, cell: Cell) -> Context:
         arm = self._arms[cell.arm]
         values = {"train.learning_rate": cell.learning_rate, "train.seed": cell.seed, "evaluate.split": cell.split}
-        context = Context(changed(arm.config, values), arm.ready)
-        made_of = settings_digest(context)
-        result = self._results.find(cell, made_of)
-        if result is None:
-            try:
-                result = self._run(cell, context, made_of, tracker)
-            except Exception as error:  # of whatever kind: the others still run
-                self.found.errors[cell] = masked(str(error) or type(error).__name__)
-                warn(f"{cell.name} failed: {self.found.errors[cell]}")
-                return
-        self.found.results[cell] = result
-        self.found.check_steps()
+        return Context(changed(arm.config, values), arm.ready)
+
+    def _tried(self, cell: Cell, context: Context, made_of: str, tracker: Tracker) -> Result | None:
+        """The result of a run, None if it failed: the others still run."""
+        try:
+            return self._run(cell, context, made_of, tracker)
+        except Exception as error:  # of whatever kind
+            self.found.errors[cell] = masked(str(error) or type(error).__name__)
+            warn(f"{cell.name} failed: {self.found.errors[cell]}")
+        return None
 
     def _run(self, cell: Cell, context: Context, made_of: str, parent: Tracker) -> Result:
         """Train and evaluate a cell's student, below the study's run in MLflow, and keep what came of it."""
