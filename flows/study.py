@@ -29,6 +29,8 @@ from masters.tasks.study_report import write_report
 from masters.tasks.study_table import Found, shown_arm
 from masters.tracking import Tracker
 
+RATE = 1e-6  # whatever the configuration says
+
 
 @flow(name="study", flow_run_name="{design.name}", on_crashed=[crashed], persist_result=False)
 def study(config: Config, design: Study) -> dict:
@@ -68,6 +70,7 @@ class Bench:
     def __init__(self, config: Config, design: Study) -> None:
         configs = {arm: arm_config(config, design, arm) for arm in design.arms}
         self._arms = {arm: Context(own, patient(lambda own=own: preflight(own))) for arm, own in configs.items()}
+        self._made_of = {arm: settings_digest(own) for arm, own in self._arms.items()}
         self._design, self._results = design, Results(Path(design.results))
         self.found = Found(design)
         self.storage = next(iter(self._arms.values())).storage
@@ -88,7 +91,7 @@ class Bench:
     def _finish(self, cells: list[Cell], tracker: Tracker) -> None:
         """Find or make the result of every cell. Raises MastersError where arms took unequal numbers of steps."""
         contexts = [self._context(cell) for cell in cells]
-        digests = [settings_digest(context) for context in contexts]
+        digests = [fingerprint([self._made_of[c.arm], c.learning_rate, c.seed, c.split]) for c in cells]
         # all before the first run: a file of other settings is refused before hours are spent
         kept = [self._results.find(cell, made_of) for cell, made_of in zip(cells, digests, strict=True)]
         for cell, context, made_of, result in zip(cells, contexts, digests, kept, strict=True):
@@ -168,6 +171,12 @@ def final_cells(found: Found) -> Iterator[Cell]:
 
 
 def settings_digest(context: Context) -> str:
-    """Fingerprint of everything that a run's result follows from: settings, models, data, versions of the stages."""
-    stages = [made_of.fingerprint for made_of in settings(context) if made_of.kind != Stage.REGISTER]
-    return fingerprint(dict(stages=stages, split=context.config.evaluate.split, asked=sampling_of(context.config)))
+    """Fingerprint of all that an arm's results follow from: settings, models, data and versions of the stages.
+
+    Learning rate, seed and split are each run's own: those of the configuration have no part in it.
+    """
+    own = changed(context.config, {"train.learning_rate": RATE, "train.seed": 0})
+    stages = [
+        made_of.fingerprint for made_of in settings(Context(own, context.ready)) if made_of.kind != Stage.REGISTER
+    ]
+    return fingerprint(dict(stages=stages, asked=sampling_of(own)))

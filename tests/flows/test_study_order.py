@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from masters.config import Train
-from masters.config_file import load
+from masters.config_file import changed, load
 from masters.errors import InputError, MastersError
 from masters.flows import study as flow
 from masters.flows.study import Bench
 from masters.identity import fingerprint
+from masters.preflight import LocalModel, Ready
 from masters.study_file import Study
 from masters.study_results import Cell, Result, packed_bits, questions_of
 from masters.tasks.stage import Context
@@ -148,3 +149,31 @@ def test_unequal_steps_end_the_study_with_the_first_run_that_shows_it(runs: Runs
         conducted(tmp_path)
     assert runs.names() == ALL[:2]
     conducted(tmp_path, arms={"a": {}, "b": {"train.objective": "kd", "different_steps": True}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"train.learning_rate": 0.1, "train.seed": 3, "evaluate.split": "validation", "name": "other"}, True),
+        ({"runtime.generate_workers": 7, "nightly.p_value": 0.5, "train.compute_dtype": "float32"}, True),
+        ({"train.beta": 0.2}, False),
+        ({"train.schedule": "cosine"}, False),
+        ({"generate.temperature": 0.5}, False),
+        ({"generate.max_tokens": 9}, False),
+        ({"data.eval_limit": 9}, False),
+        ({"data.validation_share": 0.2}, False),
+        ({"teachers.0.r_max": 0.1}, False),
+        ({"student.model": "demo/models/teacher"}, False),
+    ],
+)
+def test_a_result_is_of_all_that_it_follows_from(changes: dict, same: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+
+    def made_of(values: dict) -> str:
+        config = changed(DEMO, {"data.validation_share": 0.1} | values)
+        models = [LocalModel(Path(m.model).name, Path(m.model), m.model) for m in (config.student, *config.teachers)]
+        source: Any = SimpleNamespace(digest=lambda: "source")
+        storage: Any = None
+        return flow.settings_digest(Context(config, Ready(storage, source, models[0], models[1:], ())))
+
+    assert (made_of(changes) == made_of({})) is same
