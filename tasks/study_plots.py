@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from masters.tasks.plots import png
@@ -41,14 +40,13 @@ def learning_rates(found: Found, arms: Sequence[dict]) -> Figure:
     """A curve an arm: mean validation accuracy by learning rate, the chosen one marked, and each seed's."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for number, row in enumerate(arms):
+    for number, row in enumerate(row for row in arms if row["validation"]):
         color = f"C{number}"
         runs = [run for cell, run in found.results.items() if (cell.phase, cell.arm) == ("tuning", row["arm"])]
         axes.plot([run.learning_rate for run in runs], [run.accuracy for run in runs], ".", color=color, alpha=0.4)
         rates, means = ([one[name] for one in row["validation"]] for name in ("learning_rate", "accuracy"))
         axes.plot(rates, means, color=color, label=row["arm"])
-        if rates and row["learning_rate"] in rates:
-            axes.plot(row["learning_rate"], np.max(means), "o", color=color)
+        axes.plot(row["learning_rate"], max(means), "o", color=color)
     axes.set(xscale="log", xlabel="learning rate", ylabel="accuracy on the validation split (chosen: o)")
     axes.legend(fontsize="small")
     return figure

@@ -24,14 +24,15 @@ def write_report(found: Found, results: Results) -> tuple[dict, Path]:
     arms = [arm_row(found, arm) for arm in found.study.arms]
     questions = {run.questions: results.questions(run.questions) for run in found.results.values()}
     comparisons = comparison_rows(found, questions)
+    text = markdown(arms, comparisons, found.errors)
     told = dict(
         study=found.study.name, status="failed" if found.errors else "completed", runs=len(found.results),
         failed=[dict(run=cell.name, error=error) for cell, error in found.errors.items()],
-        arms=arms, comparisons=comparisons, markdown=markdown(arms, comparisons, found.errors),
+        arms=arms, comparisons=comparisons, markdown=text,
     )  # fmt: skip
     folder = results.folder / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(told["markdown"])
+    (folder / "table.md").write_text(text)
     (folder / "report.json").write_text(json.dumps(told, indent=1) + "\n")
     parquet.write_table(runs_table(found), folder / "runs.parquet")
     for name, content in study_plots(found, arms).items():

@@ -130,19 +130,3 @@ def test_results_of_other_settings_are_refused(first: dict, place: Path, prefect
     (place / "other.toml").write_text(text.replace('"kd"', '"kd"\ntrain.divergence = "kl"'))
     done = masters("study", str(place / "other.toml"), home=place / "home", **prefect)
     assert done.returncode == 2 and "is the result of other settings" in done.stderr
-
-
-@pytest.mark.slow
-def test_a_run_that_fails_is_a_row_and_the_others_go_on(first: dict, place: Path, prefect: dict[str, str]) -> None:
-    """A rate at which the loss is no number: the arm that chose it has no result."""
-    text = (
-        STUDY.replace("[1e-4]", "[0.99]").replace('"results"', '"failing"').replace("seeds = [1, 2]", "seeds = [1, 3]")
-    )
-    (place / "failing.toml").write_text(text)
-    done = masters("study", str(place / "failing.toml"), "--json", home=place / "home", **prefect)
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert done.returncode == 1 and "2 runs failed" in done.stderr
-    assert {run["run"] for run in report["failed"]} == {"final-fine-tuning-0.99-1", "final-fine-tuning-0.99-3"}
-    arms = {row["arm"]: row for row in report["arms"]}
-    assert arms["distillation"]["seeds"] == 2 and arms["fine-tuning"]["seeds"] == 0
-    assert "expected 2 seeds" in report["comparisons"][0]["error"]
