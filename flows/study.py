@@ -26,10 +26,10 @@ from masters.tasks.evaluate import sampling_of
 from masters.tasks.report import study_reported
 from masters.tasks.stage import Context, Run, warn
 from masters.tasks.study_report import write_report
-from masters.tasks.study_table import Found, shown_arm
+from masters.tasks.study_table import StudyRuns, shown_arm
 from masters.tracking import Tracker
 
-RATE = 1e-6  # whatever the configuration says
+RATE = 1e-6  # in the digest of an arm's settings, to which each run adds its own rate, seed and split
 
 
 @flow(name="study", flow_run_name="{design.name}", on_crashed=[crashed], persist_result=False)
@@ -45,11 +45,11 @@ def study(config: Config, design: Study) -> dict:
     """
     with attempt():
         allowed.check(Setting.STORES, "results", allowed.on_disk(design.results))
-        bench = Bench(config, design)
-        tracker = patient(lambda: Tracker(config, bench.storage, str(flow_run.id or ""), "study"))
+        conductor = Conductor(config, design)
+        tracker = patient(lambda: Tracker(config, conductor.storage, str(flow_run.id or ""), "study"))
         status = "FAILED"
         try:
-            report = bench.conduct(tracker)
+            report = conductor.conduct(tracker)
             status = "FAILED" if report["failed"] else "FINISHED"
         finally:
             if untold := tracker.finish(status):
@@ -64,7 +64,7 @@ def study(config: Config, design: Study) -> dict:
     return report
 
 
-class Bench:
+class Conductor:
     """A study under way: its arms' configurations with what preflight found, and the runs until now."""
 
     def __init__(self, config: Config, design: Study) -> None:
@@ -72,7 +72,7 @@ class Bench:
         self._arms = {arm: Context(own, patient(lambda own=own: preflight(own))) for arm, own in configs.items()}
         self._made_of = {arm: settings_digest(own) for arm, own in self._arms.items()}
         self._design, self._results = design, Results(Path(design.results))
-        self.found = Found(design)
+        self.found = StudyRuns(design)
         self.storage = next(iter(self._arms.values())).storage
         for own in configs.values():
             pools.check(own, self.storage)
@@ -152,7 +152,7 @@ class Bench:
 
 
 def tuning_cells(design: Study) -> Iterator[Cell]:
-    """Runs by which rates are chosen, none for an arm of one rate; arm by arm, so that all have begun early."""
+    """Runs by which rates are chosen, none for an arm of one rate; arms alternate, so that unequal steps show early."""
     most = max(len(design.rates(arm)) for arm in design.arms)
     for seed in design.tuning_seeds:
         for number in range(most):
@@ -162,7 +162,7 @@ def tuning_cells(design: Study) -> Iterator[Cell]:
                     yield Cell("tuning", arm, rates[number], seed)
 
 
-def final_cells(found: Found) -> Iterator[Cell]:
+def final_cells(found: StudyRuns) -> Iterator[Cell]:
     """Runs at the chosen rates, none of an arm whose rate could not be chosen."""
     for seed in found.study.seeds:
         for arm in found.study.arms:
@@ -173,7 +173,7 @@ def final_cells(found: Found) -> Iterator[Cell]:
 def settings_digest(context: Context) -> str:
     """Fingerprint of all that an arm's results follow from: settings, models, data and versions of the stages.
 
-    Learning rate, seed and split are each run's own: those of the configuration have no part in it.
+    The configuration's learning rate, seed and split have no part in it: these are each run's own.
     """
     own = changed(context.config, {"train.learning_rate": RATE, "train.seed": 0})
     stages = [

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from masters.tasks.plots import png
-from masters.tasks.study_table import Found
+from masters.tasks.study_table import StudyRuns
 
 
-def study_plots(found: Found, arms: Sequence[dict]) -> dict[str, bytes]:
+def study_plots(found: StudyRuns, arms: Sequence[dict]) -> dict[str, bytes]:
     """PNGs by name; there is no picture of what no run has finished for. `arms`: rows of `arm_row`."""
     figures = {}
     if any(row["seeds"] for row in arms):
@@ -18,7 +18,7 @@ def study_plots(found: Found, arms: Sequence[dict]) -> dict[str, bytes]:
     return {name: png(figure) for name, figure in figures.items()}
 
 
-def accuracy(found: Found, arms: Sequence[dict]) -> Figure:
+def accuracy(found: StudyRuns, arms: Sequence[dict]) -> Figure:
     """A line an arm: each seed's accuracy as a point, their mean with its interval, and the untrained student."""
     figure = Figure(figsize=(8, 1.5 + 0.5 * len(arms)), layout="constrained")
     axes = figure.subplots()
@@ -36,7 +36,7 @@ def accuracy(found: Found, arms: Sequence[dict]) -> Figure:
     return figure
 
 
-def learning_rates(found: Found, arms: Sequence[dict]) -> Figure:
+def learning_rates(found: StudyRuns, arms: Sequence[dict]) -> Figure:
     """A curve an arm: mean validation accuracy by learning rate, the chosen one marked, and each seed's."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()

@@ -8,7 +8,7 @@ import pyarrow.parquet as parquet
 
 from masters.study_results import Results
 from masters.tasks.study_plots import study_plots
-from masters.tasks.study_table import Found, arm_row, comparison_rows, markdown
+from masters.tasks.study_table import StudyRuns, arm_row, comparison_rows, markdown
 
 RUNS = pa.schema([
     ("study", pa.string()), ("phase", pa.string()), ("arm", pa.string()), ("learning_rate", pa.float64()),
@@ -19,7 +19,7 @@ RUNS = pa.schema([
 ])  # fmt: skip
 
 
-def write_report(found: Found, results: Results) -> tuple[dict, Path]:
+def write_report(found: StudyRuns, results: Results) -> tuple[dict, Path]:
     """Write the report's files. Returns the report and the folder."""
     arms = [arm_row(found, arm) for arm in found.study.arms]
     questions = {run.questions: results.questions(run.questions) for run in found.results.values()}
@@ -40,7 +40,7 @@ def write_report(found: Found, results: Results) -> tuple[dict, Path]:
     return told, folder
 
 
-def runs_table(found: Found) -> pa.Table:
+def runs_table(found: StudyRuns) -> pa.Table:
     """A row a run, finished or failed."""
     rows = [dict(split=cell.split) | run.model_dump() for cell, run in found.results.items()]
     for cell, error in found.errors.items():

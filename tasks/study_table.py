@@ -16,7 +16,7 @@ CONFIDENCE = 0.95
 
 
 @dataclass
-class Found:
+class StudyRuns:
     """The runs of a study until now: results, and errors of those that failed."""
 
     study: Study
@@ -63,7 +63,7 @@ class Found:
             )
 
 
-def arm_row(found: Found, arm: str) -> dict:
+def arm_row(found: StudyRuns, arm: str) -> dict:
     """An arm: its chosen rate, and accuracy on the test split with mean, spread and interval over seeds."""
     tested = found.tested(arm)
     accuracies = [run.accuracy for run in tested.values()]
@@ -83,7 +83,7 @@ def arm_row(found: Found, arm: str) -> dict:
     return row
 
 
-def comparison_rows(found: Found, questions: Mapping[str, Questions]) -> list[dict]:
+def comparison_rows(found: StudyRuns, questions: Mapping[str, Questions]) -> list[dict]:
     """The planned comparisons; p-values are Holm's, intervals hold together (Bonferroni).
 
     `questions`: by digest. A comparison that cannot be made has an `error` instead and counts as p = 1 there.
@@ -94,7 +94,7 @@ def comparison_rows(found: Found, questions: Mapping[str, Questions]) -> list[di
     return [row | ({} if "error" in row else dict(corrected=p)) for row, p in zip(rows, corrected, strict=True)]
 
 
-def _comparison(found: Found, pair: Comparison, questions: Mapping[str, Questions], level: float) -> dict:
+def _comparison(found: StudyRuns, pair: Comparison, questions: Mapping[str, Questions], level: float) -> dict:
     better, than = found.tested(pair.better), found.tested(pair.than)
     seeds, named = sorted(better.keys() & than.keys()), dict(better=pair.better, than=pair.than)
     asked = {run.questions for seed in seeds for run in (better[seed], than[seed])}

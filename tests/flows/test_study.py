@@ -130,3 +130,21 @@ def test_results_of_other_settings_are_refused(first: dict, place: Path, prefect
     (place / "other.toml").write_text(text.replace('"kd"', '"kd"\ntrain.divergence = "kl"'))
     done = masters("study", str(place / "other.toml"), home=place / "home", **prefect)
     assert done.returncode == 2 and "is the result of other settings" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_a_row_and_the_others_go_on(first: dict, place: Path, prefect: dict[str, str]) -> None:
+    """Without processes that train and answer, what the store does not hold yet fails."""
+    text = STUDY.replace('"results"', '"failing"').replace("seeds = [1, 2]", "seeds = [1, 3]")
+    (place / "failing.toml").write_text(text)
+    broken = prefect | {"MASTERS_PYTHON": "/bin/false"}
+    done = masters("study", str(place / "failing.toml"), "--json", home=place / "home", **broken)
+    report, rate = json.loads(done.stdout.splitlines()[-1]), first["arms"][0]["learning_rate"]
+    assert done.returncode == 1 and "2 runs failed, 4 finished" in done.stderr
+    lost = {f"final-distillation-{rate}-3", "final-fine-tuning-0.0001-3"}
+    assert {run["run"] for run in report["failed"]} == lost
+    assert {file.stem for file in (place / "failing").glob("*-*-*.json")} == {
+        name for name in results(place) if not name.endswith("-2")
+    }
+    assert [row["seeds"] for row in report["arms"]] == [1, 1]
+    assert "expected 2 seeds" in report["comparisons"][0]["error"]

@@ -10,7 +10,7 @@ from masters.config import Train
 from masters.config_file import changed, load
 from masters.errors import InputError, MastersError
 from masters.flows import study as flow
-from masters.flows.study import Bench
+from masters.flows.study import Conductor
 from masters.identity import fingerprint
 from masters.preflight import LocalModel, Ready
 from masters.study_file import Study
@@ -34,18 +34,18 @@ class Runs:
         monkeypatch.setattr(flow, "settings_digest", lambda context: fingerprint(context.config.model_dump()))
         monkeypatch.setattr(flow.pools, "check", lambda config, storage: None)
         monkeypatch.setattr(flow, "study_reported", lambda name, rows: None)
-        monkeypatch.setattr(Bench, "_run", self._run())
+        monkeypatch.setattr(Conductor, "_run", self._run())
 
     def _run(self):
-        def run(bench: Bench, cell: Cell, context: Context, made_of: str, tracker: object) -> Result:
+        def run(conductor: Conductor, cell: Cell, context: Context, made_of: str, tracker: object) -> Result:
             self.made.append((cell, context))
             if cell.name in self.broken:
                 raise RuntimeError("out of luck")
-            return self._kept(bench, cell, made_of)
+            return self._kept(conductor, cell, made_of)
 
         return run
 
-    def _kept(self, bench: Bench, cell: Cell, made_of: str) -> Result:
+    def _kept(self, conductor: Conductor, cell: Cell, made_of: str) -> Result:
         share = (0.9 if cell.learning_rate == BEST[cell.arm] else 0.5) if cell.phase == "tuning" else 0.5
         correct = {question: number < share * 40 for number, question in enumerate(sorted(IMAGES))}
         asked = questions_of(IMAGES)
@@ -54,7 +54,7 @@ class Runs:
             steps=self.steps[cell.arm], accuracy=share, standard_error=0.1, untrained=0.2, questions=asked.digest,
             count=40, correct=packed_bits(correct), mlflow_run_id="r",
         )  # fmt: skip
-        bench._results.keep(result, asked)
+        conductor._results.keep(result, asked)
         return result
 
     def names(self) -> list[str]:
@@ -74,7 +74,7 @@ def conducted(folder: Path, **changes: object) -> dict:
         arms={"a": {}, "b": {"train.objective": "kd"}}, comparisons=[dict(better="a", than="b")],
     )  # fmt: skip
     tracker: Any = SimpleNamespace(files=lambda folder: None, metrics=lambda values, step: None)
-    return Bench(DEMO, Study.model_validate(values | changes)).conduct(tracker)
+    return Conductor(DEMO, Study.model_validate(values | changes)).conduct(tracker)
 
 
 ALL = [

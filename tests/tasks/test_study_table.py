@@ -13,7 +13,7 @@ from masters.study_file import Study
 from masters.study_results import Cell, Result, Results, packed_bits, questions_of
 from masters.study_statistics import difference
 from masters.tasks.study_report import write_report
-from masters.tasks.study_table import Found, arm_row, comparison_rows, markdown
+from masters.tasks.study_table import StudyRuns, arm_row, comparison_rows, markdown
 
 RATES = [1e-4, 2e-4, 5e-4]
 IMAGES = {f"q{n}": f"image {n // 2}" for n in range(24)}
@@ -39,9 +39,9 @@ def result(cell: Cell, accuracy: float = 0.5, steps: int = 7, **changes: object)
     return Result.model_validate(values | changes)
 
 
-def found(validation: dict[str, list[float]], final: dict[tuple[str, int], float], study: Study | None = None) -> Found:
+def found(validation: dict[str, list[float]], final: dict[tuple[str, int], float]) -> StudyRuns:
     """Results by arm: validation accuracies by rate, and test accuracies by seed at the rate chosen."""
-    made = Found(study or design())
+    made = StudyRuns(design())
     for arm, accuracies in validation.items():
         for rate, accuracy in zip(RATES, accuracies, strict=False):
             for seed in made.study.tuning_seeds:
@@ -133,7 +133,7 @@ def test_an_arms_row_is_of_its_seeds_at_the_chosen_rate() -> None:
     assert row["interval"] == pytest.approx((0.75 - reach, 0.75 + reach), abs=1e-6)
 
 
-def complete() -> Found:
+def complete() -> StudyRuns:
     final = {(arm, seed): accuracy for arm, accuracy in (("a", 0.75), ("b", 0.5), ("one", 0.25)) for seed in (1, 2, 3)}
     return found({"a": [0.1, 0.3, 0.2], "b": [0.1, 0.3, 0.2]}, final)
 
@@ -192,5 +192,5 @@ def test_an_edge_is_flagged_in_the_table() -> None:
 
 
 def test_a_study_of_which_nothing_finished_has_a_table(tmp_path: Path) -> None:
-    report, folder = write_report(Found(design()), Results(tmp_path))
+    report, folder = write_report(StudyRuns(design()), Results(tmp_path))
     assert "none finished" in report["markdown"] and not list(folder.glob("*.png"))
