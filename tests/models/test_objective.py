@@ -16,6 +16,7 @@ from tests.models.compare_with_reference import (
     VARIANTS,
     Shape,
     awkward,
+    check_fine_tuning,
     check_objective,
     check_responses,
     close,
@@ -146,29 +147,18 @@ def test_degenerate_groups_have_no_advantage_and_no_nan(case: str, variant: str)
     assert all(map(math.isfinite, outcome.sums.values()))
 
 
-def test_fine_tuning_on_right_responses_equals_a_plain_loop() -> None:
-    """- mean over a question's right responses of mean log pi; a question without one adds nothing."""
-    nan = float("nan")
-    shape: Shape = [
-        [(3, 1.0), (2, 0.0), (1, 1.0)], [(2, 0.0), (4, nan)], [(2, 0.5), (1, 0.49)], [(4, 1.0)], [(1, nan), (2, 1.0)],
-    ]  # fmt: skip
-    batch = draw(shape, set(), seed=8)
-    shares: list[float] = []
-    for question in shape:
-        right = sum(score >= 0.5 for _, score in question)
-        for length, score in question:
-            shares += [1 / length / right if score >= 0.5 else 0.0] * length
-    share_T = np.array(shares)
+@settings(max_examples=30)
+@given(batch=batches())
+def test_fine_tuning_on_right_responses_equals_the_reference(batch: Batch) -> None:
+    check_fine_tuning(batch)
 
-    def terms(student_TV: np.ndarray) -> np.ndarray:
-        return -float64_reference.log_pi(student_TV, batch.token_T)
 
-    student, _, _, score_R = tensors(batch)
-    outcome = objective.supervised(losses.chosen_log_probs(student, packed(batch).token_T), packed(batch), score_R)
-    outcome.loss.backward()
-    close(outcome.loss, (share_T * terms(batch.student_TV)).sum(), "loss")
-    close(student.grad, share_T[:, None] * float64_reference.slope(terms, batch.student_TV), "gradient")
-    assert outcome.sums["reward_accuracy"] == pytest.approx(2 / 3 + 0 + 0.99 / 2 + 1 + 1 / 2)
+def test_fine_tuning_on_responses_logs_their_accuracy() -> None:
+    batch = draw([[(1, 1.0), (2, 0.25), (1, NAN)], [(3, 0.5)]], set(), seed=2)
+    (student, _, _, score_R), pack = tensors(batch), packed(batch)
+    logp_T = losses.chosen_log_probs(student, pack.token_T)
+    assert objective.supervised(logp_T, pack, score_R).sums["reward_accuracy"] == pytest.approx(1.25 / 3 + 0.5)
+    assert objective.supervised(logp_T, pack).sums.keys() == {"loss"}
 
 
 def test_fine_tuning_without_a_right_response_pulls_nowhere() -> None:
