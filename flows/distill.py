@@ -132,5 +132,4 @@ def needs(config: Config) -> tuple[Stage, ...]:
     """Which of generate and score the objective asks for."""
     if config.train.targets == "labels":
         return ()
-    scored = config.train.objective == "masters" and config.rewards.accuracy != "off"
-    return (Stage.GENERATE, Stage.SCORE) if scored else (Stage.GENERATE,)
+    return (Stage.GENERATE, Stage.SCORE) if config.needs_verdicts else (Stage.GENERATE,)

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from masters import artifacts
 from masters.artifacts import Artifact, Identity
 from masters.config import Config
+from masters.config_file import flat
 from masters.flows.distill import needs
 from masters.preflight import preflight
 from masters.stages import Stage
@@ -49,7 +50,7 @@ def plan(config: Config, rebuild: Collection[Stage] = ()) -> list[dict]:
     with suppress(Unknown):
         _walk(context, found)
     known = {line["name"]: line for line in found.lines}
-    return [known.get(identity.stage) or _behind(ready.storage, identity) for identity in _settings(context)]
+    return [known.get(identity.stage) or _behind(ready.storage, identity) for identity in settings(context)]
 
 
 def changes(storage: Storage, identity: Identity) -> list[str]:
@@ -62,7 +63,7 @@ def changes(storage: Storage, identity: Identity) -> list[str]:
 
 
 def _fields(identity: Identity, last: dict) -> list[str]:
-    ours, theirs = _flat(identity.config), _flat(last["config"])
+    ours, theirs = flat(identity.config), flat(last["config"])
     fields = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
     return fields + (["code version"] if last["version"] != identity.version else [])
 
@@ -84,7 +85,7 @@ def _behind(storage: Storage, identity: Identity) -> dict:
     return dict(name=identity.stage, outcome="built", fingerprint=None, changed=changed)
 
 
-def _settings(context: Context) -> Iterator[Identity]:
+def settings(context: Context) -> Iterator[Identity]:
     """Every stage of the run in order, by its settings alone: as if made from nothing."""
     config, ready = context.config, context.ready
     yield data.identity(context)
@@ -117,10 +118,3 @@ def _walk(context: Context, found: Plan) -> None:
     asked = evaluate.orders(context, questions, [*ready.teachers, evaluate.before(ready), student])
     evaluated = found.find(evaluate.identity(context, asked), {"data": questions})
     found.find(register.identity(context, {"train": trained, "evaluate": evaluated}))
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -83,7 +83,7 @@ def _round(config: Config, student: Weights, teacher: Weights, of: Questions, pa
     counts["generate"] += student.forward(of, ours * length) if ours else 0.0
     if full and train.beta:
         counts["reference"] = student.forward(of, answers * length)
-    if full and rewards.accuracy == "llm" and rewards.judge == TEACHER:
+    if config.needs_verdicts and rewards.accuracy == "llm" and rewards.judge == TEACHER:
         counts["score"] = 2 * teacher.text * JUDGED * answers
     return counts
 
@@ -98,9 +98,11 @@ def counted(config: Config, source: Source, prompts: list[tuple[int, int]]) -> Q
             splits["train"] += 1 - HELD_OUT
             splits["test"] += HELD_OUT
     train = min(splits["train"], config.data.train_limit or math.inf)
-    evaluation = min(splits["test"], config.data.eval_limit or math.inf)
+    held = config.data.validation_share * train
+    on_test = min(splits["test"], config.data.eval_limit or math.inf)
+    evaluation = held if config.evaluate.split == "validation" else on_test
     tokens, image = (sum(numbers) / len(prompts) for numbers in zip(*prompts, strict=True))
-    return Questions(train, evaluation, tokens, image)
+    return Questions(train - held, evaluation, tokens, image)
 
 
 def speed(device: str, dtype: str) -> float:

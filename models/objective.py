@@ -16,6 +16,8 @@ from masters.models.losses import Terms
 from masters.models.packing import Pack
 from masters.rewards import combined_rewards, distillation_rewards, group_advantages, raw_distillation_rewards
 
+RIGHT = 0.5  # R_acc, in [0, 1], from which on a response is right
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -39,10 +41,20 @@ def divergences(terms: Terms, packed: Pack) -> torch.Tensor:
     return losses.response_means(terms.divergence_T, packed.response_T, packed.responses)
 
 
-def supervised(logp_T: torch.Tensor, packed: Pack) -> Outcome:
-    """Plain fine-tuning, a baseline: - mean_j mean_t log pi(token), from log pi, [T], summed over questions."""
-    loss = question_means(losses.response_means(-logp_T, packed.response_T, packed.responses), packed).sum()
-    return Outcome(loss, {"loss": loss.item()})
+def supervised(logp_T: torch.Tensor, packed: Pack, score_R: torch.Tensor | None = None) -> Outcome:
+    """Plain fine-tuning, a baseline: - mean_j mean_t log pi(token), from log pi, [T], summed over questions.
+
+    With verdicts R_acc in `score_R` the mean is over the question's right responses alone (rejection sampling), 0
+    where there is none: such a question still counts in the batch's mean over questions. NaN, no verdict, is not right.
+    """
+    loss_R = losses.response_means(-logp_T, packed.response_T, packed.responses)
+    if score_R is None:
+        loss = question_means(loss_R, packed).sum()
+        return Outcome(loss, {"loss": loss.item()})
+    right_R = (score_R >= RIGHT).to(loss_R)
+    right_Q = loss_R.new_zeros(len(packed.asked)).index_add(0, packed.question_R, right_R)
+    loss = (right_R * loss_R / right_Q.clamp(min=1)[packed.question_R]).sum()
+    return Outcome(loss, {"loss": loss.item(), "reward_accuracy": _question_sum(score_R.nan_to_num(0.0), packed)})
 
 
 def distillation(terms: Terms, packed: Pack) -> Outcome:

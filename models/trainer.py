@@ -12,7 +12,7 @@ import torch
 
 from masters.config import Train
 from masters.errors import MastersError
-from masters.models import head, objective, resume
+from masters.models import controls, head, objective, resume
 from masters.models.fitting import Spare, each_pass, one_step, within_memory
 from masters.models.gradient_clipping import clip_gradient
 from masters.models.guards import ProbeGuard, largest_gradient, not_finite
@@ -127,17 +127,20 @@ def _passes(
 
 def batch_outcome(job: Job, packed: Pack, groups: list[int], references: dict[int, torch.Tensor]) -> objective.Outcome:
     """The objective of packed groups; `references` is empty where log pi_ref has no part in it."""
+    score_R = torch.from_numpy(np.concatenate([controls.verdicts(job.groups[g], job.train) for g in groups])).float()
     if job.teacher is None:
         logp_U = job.sharding.within(
             job.student, lambda student: head.chosen_log_probs(response_states(student, packed), packed.token_U)
         )
-        return objective.supervised(logp_U[packed.distinct_T], packed)
+        return objective.supervised(
+            logp_U[packed.distinct_T], packed, score_R if job.train.targets == "responses" else None
+        )
     terms = packed.spread(Terms(*_terms(job, job.teacher, packed)))
     if job.train.objective == "kd":
         return objective.distillation(terms, packed)
     reference_T = torch.cat([references[g] for g in groups]).to(terms.logp_T.device) if references else None
-    score_R = torch.from_numpy(np.concatenate([job.groups[g].scores for g in groups])).float()
-    return objective.masters(terms, reference_T, score_R, packed, job.train, job.rewards)
+    rewards = controls.rewards(job.rewards, job.train)
+    return objective.masters(terms, reference_T, score_R, packed, job.train, rewards)
 
 
 def _terms(job: Job, teacher: torch.nn.Module, packed: Pack) -> tuple[torch.Tensor, torch.Tensor]:

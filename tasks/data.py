@@ -18,7 +18,7 @@ from masters import schemas
 from masters.artifacts import Artifact, External, Identity
 from masters.config import Config, Data
 from masters.errors import InputError
-from masters.identity import digest
+from masters.identity import digest, unit_interval
 from masters.ingest import Reject, Rejected, reread, validated
 from masters.sources import Source
 from masters.storage import Storage
@@ -41,6 +41,8 @@ def identity(context: Context) -> Identity:
     data = context.config.data
     limits = dict(train_limit=data.train_limit, eval_limit=data.eval_limit)
     semantic = limits | dict(special_tokens=list(context.ready.special_tokens))
+    if data.validation_share:
+        semantic |= dict(validation_share=data.validation_share)
     inputs = {"source": context.ready.source.digest()}
     if context.known:
         inputs["known"] = context.known.fingerprint
@@ -112,15 +114,28 @@ def tables(
     limits = {"train": config.data.train_limit, "test": config.data.eval_limit}
     judged = judge(validated(source, special_tokens), limits, write, known)
     _check(judged, config, storage.uri(f"{folder}/rejected"))
-    writer = Writer(judged.chosen, write)
+    writer, splits, share = Writer(judged.chosen, write), Counter(), config.data.validation_share
     for row in chosen_rows(source, judged.marks):
-        writer.add(row)
+        held = with_validation(row, share)
+        splits[held["split"]] += 1
+        writer.add(held)
     writer.close()
+    if share:
+        _check_validation(splits, judged, config)
     facts = dict(
         rows=judged.chosen, rejected=judged.rejected, read=len(judged.marks), known=judged.known,
-        train=judged.splits["train"], eval=judged.splits["test"], reasons=dict(judged.kinds.most_common()),
+        train=splits["train"], eval=splits["test"], reasons=dict(judged.kinds.most_common()),
     )  # fmt: skip
-    return files, facts
+    return files, facts | (dict(validation=splits["validation"]) if share else {})
+
+
+def with_validation(row: dict, share: float) -> dict:
+    """The row, in split "validation" if its image belongs to this share of the training images.
+
+    A hash of the image decides, so that no image is both trained and validated on, and more rows move none.
+    """
+    held = row["split"] == "train" and unit_interval(digest(f"validation {row['image_digest']}".encode())) < share
+    return row | dict(split="validation") if held else row
 
 
 @dataclass
@@ -242,6 +257,16 @@ class Writer:
         self._write(f"questions/{bucket}-{self._parts[bucket]:03d}.parquet", self._rows.pop(bucket), schemas.QUESTIONS)
         self._parts[bucket] += 1
         self._total -= self._bytes.pop(bucket)
+
+
+def _check_validation(splits: Counter, judged: Judged, config: Config) -> None:
+    """Raises InputError if the training questions cannot be shared out."""
+    if splits["validation"] and (splits["train"] or judged.known):
+        return
+    raise InputError(
+        f"data.validation_share = {config.data.validation_share} leaves {splits['train']} training and "
+        f"{splits['validation']} validation questions: expected some of both; take another share, or more images"
+    )
 
 
 def _check(judged: Judged, config: Config, where: str) -> None:

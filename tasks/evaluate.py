@@ -1,4 +1,4 @@
-"""evaluate: teachers, student before and student after on the evaluation split, greedy, through vLLM."""
+"""evaluate: teachers, student before and student after on the split `evaluate.split`, greedy, through vLLM."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -9,6 +9,7 @@ from prefect import task
 from masters import schemas, shards
 from masters.answering import NO_SHARD, Answerer, Order
 from masters.artifacts import Artifact, Identity
+from masters.config import Config
 from masters.preflight import BEFORE, LocalModel, Ready
 from masters.rewards import verifiers
 from masters.rewards.verifiers import AnyOf
@@ -33,14 +34,18 @@ def before(ready: Ready) -> LocalModel:
 
 
 def orders(context: Context, data: Artifact, models: list[LocalModel]) -> list[Order]:
-    config = context.config.generate
-    sampling = GREEDY | dict(max_tokens=config.max_tokens, dtype=config.dtype)
-    refs, asked = shards.references(data, "test"), []
+    sampling = sampling_of(context.config)
+    refs, asked = shards.references(data, context.config.evaluate.split), []
     for m in {m.name: m for m in models}.values():  # a chain may name a teacher twice
         answerer = Answerer(m.name, m.folder, m.digest, {})
         order = Order(answerer, NO_SHARD, "predictions", "evaluation", None, 0, 1, sampling)
         asked += context.earlier.orders(order, refs)
     return asked
+
+
+def sampling_of(config: Config) -> dict:
+    """How models are asked: greedy, within the configuration's length and data type."""
+    return GREEDY | dict(max_tokens=config.generate.max_tokens, dtype=config.generate.dtype)
 
 
 def identity(context: Context, asked: list[Order], name: str = "evaluate") -> Identity:

@@ -33,7 +33,7 @@ def plots(trained: Artifact) -> dict[str, bytes]:
         known = responses.filter(pc.is_valid(responses[column]))
         if known.num_rows:
             figures[name] = distributions(known, column, label, logarithmic=column == "divergence")
-    return {name: _png(figure) for name, figure in figures.items()}
+    return {name: png(figure) for name, figure in figures.items()}
 
 
 def sampled(batches: Iterable[pa.Table], limit: int) -> tuple[pa.Table, int]:
@@ -116,7 +116,8 @@ def _means(values: np.ndarray) -> list[float]:
     return [float(part.mean()) for part in np.array_split(values, min(POINTS, len(values)))]
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG file's content."""
     sink = io.BytesIO()
     figure.savefig(sink, format="png", dpi=100)
     return sink.getvalue()

@@ -51,6 +51,11 @@ def benchmarks_reported(name: str, scores: dict[str, list[dict]]) -> None:
     _harmless(lambda: create_table_artifact(rows, key=key(name, "benchmarks"), description=told))
 
 
+def study_reported(name: str, rows: list[dict[str, str]]) -> None:
+    """The arms of a study, or its comparisons, as a table."""
+    _harmless(lambda: create_table_artifact(rows, key=key(name, "study"), description="Arms at their chosen rates"))
+
+
 def _or_none(value: float | None) -> str:
     return "" if value is None else f"{value:.2g}"
 

@@ -32,6 +32,8 @@ def identity(context: Context, current: Round, inputs: Inputs) -> Identity:
     plain = set() if train.probe_drop is not None else GUARD  # without it, no part in what is made
     if train.compute_dtype == "float32":
         plain = plain | {"compute_dtype"}  # as before there was a choice
+    if train.control == "none":
+        plain = plain | {"control"}  # likewise
     config = dict(
         train=train.model_dump(exclude=plain), ratios=current.ratios, coverage=context.config.generate.coverage
     )
@@ -80,7 +82,8 @@ def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
 
 
 def _job(run: Run, current: Round, inputs: Inputs, checkpoints: str, out: Path) -> dict:
-    refs, probe = shards.references(inputs["data"], "train"), shards.references(inputs["data"], "test")[:PROBE]
+    refs = shards.references(inputs["data"], "train")
+    probe = shards.references(inputs["data"], run.config.probe_split)[:PROBE]
     if run.config.train.probe_drop is not None:
         refs, probe = held_out(refs)
     return dict(

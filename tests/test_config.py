@@ -26,7 +26,13 @@ def test_every_recipe_loads(path: Path) -> None:
         ("teachers.0.r_max=0.13", "multiple of step"),
         ("teachers.7.r_max=0.2", "expected a number below 1"),
         ("train.targets=labels", "labels"),
-        ("train.objective=sft", "labels"),
+        ("train.control=random_advantages train.objective=kd", 'needs objective "masters", found'),
+        ("train.control=shuffled_verdicts train.objective=kd", 'or "sft" with targets = "responses"'),
+        ("train.control=shuffled_verdicts train.objective=sft train.targets=labels", 'or "sft" with targets'),
+        ("train.control=shuffled_verdicts rewards.accuracy=off", "shuffles the verdicts of rewards.accuracy"),
+        ("evaluate.split=validation", "needs data.validation_share above 0"),
+        ("data.validation_share=1.0", "data.validation_share"),
+        ("train.objective=sft rewards.accuracy=off", 'expected rewards.accuracy "llm" or "rules"'),
         ("trian.epochs=1", "trian: unknown key"),
         ("no_equals", "KEY=VALUE"),
         ("name=", "name"),
@@ -35,7 +41,7 @@ def test_every_recipe_loads(path: Path) -> None:
 )
 def test_bad_values_name_their_key(override: str, says: str) -> None:
     with pytest.raises(InputError, match=says):
-        load(DEMO, [override])
+        load(DEMO, override.split())
 
 
 def test_an_objective_without_any_reward_is_refused() -> None:

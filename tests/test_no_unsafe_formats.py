@@ -8,7 +8,7 @@ import pytest
 from prefect.flows import Flow
 from prefect.tasks import Task
 
-from masters.flows import ablate, distill, evaluate, nightly
+from masters.flows import distill, evaluate, nightly, study
 from masters.models import checkpoints
 from masters.tasks import data, generate, mask, register, report, score, train
 from masters.tasks import evaluate as evaluation
@@ -81,7 +81,7 @@ def test_weights_are_read_as_safetensors_alone() -> None:
 
 def test_prefect_keeps_no_result() -> None:
     """Its default for results that are kept is a pickle, which whoever reads it would run."""
-    modules = (ablate, distill, evaluate, nightly, data, evaluation, generate, mask, register, report, score, train)
+    modules = (distill, evaluate, nightly, study, data, evaluation, generate, mask, register, report, score, train)
     runs = [of for module in modules for of in vars(module).values() if isinstance(of, Flow | Task)]
-    assert {of.name for of in runs} >= {"distill", "nightly", "evaluate", "ablate", "data", "train", "score", "report"}
+    assert {of.name for of in runs} >= {"distill", "nightly", "evaluate", "study", "data", "train", "score", "report"}
     assert [of.name for of in runs if of.persist_result is not False] == []

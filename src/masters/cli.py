@@ -20,13 +20,14 @@ from masters.allowed import check_config
 from masters.benchmarks import Benchmark, benchmark, gpu_rows
 from masters.config import Config
 from masters.config_file import load
-from masters.errors import InputError, MastersError
+from masters.errors import InputError, MastersError, RunsFailed
 from masters.infra.settings import Services
 from masters.machine import cache
 from masters.options import ConfigPath, Json, Overrides, Rebuild
 from masters.quiet import quiet
 from masters.secrets import masked
 from masters.stages import Stage
+from masters.study_file import load_study
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,6 +97,21 @@ def evaluate(
 
         understood(benchmarks)  # at once; the flow, which may be started elsewhere, does it again
     _run("evaluate", settings, as_json, models=models, benchmarks=benchmarks, benchmark_limit=limit)
+
+
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(metavar="STUDY", help="A study's TOML file, e.g. configs/studies/demo.toml")],
+    as_json: Json = False,
+) -> None:
+    """Arms compared over learning rates and seeds; run again, it goes on from the results that are there."""
+    settings, design = load_study(file)
+    try:
+        report = _outcome("study", settings, design=design)
+    except RunsFailed as error:
+        typer.echo(json.dumps(error.report) if as_json else error.report["markdown"])
+        raise
+    typer.echo(json.dumps(report) if as_json else report["markdown"])
 
 
 @app.command()
@@ -182,7 +198,16 @@ def _kept(error: Exception) -> str:
 
 
 def _run(name: str, settings: Config, as_json: bool, **arguments: object) -> None:
-    """The flow of this name, and what it came to."""
+    """Run the flow of this name and print its summary."""
+    summary = _outcome(name, settings, **arguments)
+    if as_json:
+        typer.echo(json.dumps(summary))
+    else:
+        _table(summary)
+
+
+def _outcome(name: str, settings: Config, **arguments: object) -> dict:
+    """Run the flow of this name. Returns its summary."""
     from masters.infra.local_prefect import prefect_api, wait_until_ready
 
     check_config(settings)  # at once: the rest of preflight needs seconds of imports
@@ -193,11 +218,7 @@ def _run(name: str, settings: Config, as_json: bool, **arguments: object) -> Non
         quiet()
         flow = getattr(import_module(f"masters.flows.{name}"), name)
         wait_until_ready(url)
-        summary = flow(settings, **arguments)
-    if as_json:
-        typer.echo(json.dumps(summary))
-    else:
-        _table(summary)
+        return flow(settings, **arguments)
 
 
 def _plan(settings: Config, as_json: bool, rebuild: list[Stage]) -> None:

@@ -72,6 +72,10 @@ class Data(Section):
         default=None, description="At most this many training questions, chosen by content hash"
     )
     eval_limit: Count | None = Field(default=None, description="At most this many evaluation questions")
+    validation_share: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
+        default=0.0,
+        description='Share of the training images whose questions are held out of training, as split "validation"',
+    )
     max_rejected_share: Share = Field(default=0.05, description="The run stops if more of the rows than this are bad")
 
 
@@ -234,7 +238,8 @@ class Train(Section):
 
     objective: Literal["masters", "kd", "sft"] = Field(
         default="masters",
-        description="masters: distillation and rewards; kd: distillation alone; sft: fine-tuning on the labels",
+        description="masters: distillation and rewards; kd: distillation alone; sft: fine-tuning on the labels, or "
+        "on the responses that are right",
     )
     targets: Literal["responses", "labels"] = Field(
         default="responses", description="What is learnt from: generated responses, or the data's answers (kd, sft)"
@@ -276,6 +281,11 @@ class Train(Section):
     reward_weight: NotNegative = Field(
         default=1.0, description="Weight of the reward term L_GRPO beside the distillation term D"
     )
+    control: Literal["none", "shuffled_verdicts", "random_advantages"] = Field(
+        default="none",
+        description="Negative control. shuffled_verdicts: each question's verdicts are permuted across its responses; "
+        "random_advantages: advantages are random numbers, normalized within the question",
+    )
     epochs: int = Field(default=1, ge=1, le=1000, description="Passes over the questions of each mask stage")
     questions_per_step: Count = Field(default=8, description="Questions that an optimiser step learns from")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Of the weights while it trains")
@@ -297,11 +307,26 @@ class Train(Section):
     def _sensible(self) -> "Train":
         if self.targets == "labels" and self.objective == "masters":
             raise ValueError('objective "masters" rewards sampled responses; with targets = "labels" use "kd" or "sft"')
-        if self.targets == "responses" and self.objective == "sft":
-            raise ValueError('objective "sft" is fine-tuning on the labels; set targets = "labels"')
+        verdicts_used = self.targets == "responses" and self.objective != "kd"
+        if self.control == "shuffled_verdicts" and not verdicts_used:
+            raise ValueError(
+                'control = "shuffled_verdicts" needs objective "masters", or "sft" with targets = "responses"'
+            )
+        if self.control == "random_advantages" and self.objective != "masters":
+            raise ValueError(f'control = "random_advantages" needs objective "masters", found {self.objective!r}')
         if self.dtype == self.compute_dtype == "bfloat16":
             raise ValueError('weights of dtype "bfloat16" compute in it anyway; leave compute_dtype out')
         return self
+
+
+class Evaluate(Section):
+    """What the models are evaluated on."""
+
+    split: Literal["test", "validation"] = Field(
+        default="test",
+        description="test: the evaluation split; validation: the training images that data.validation_share holds out, "
+        "to choose settings by",
+    )
 
 
 class Pools(Section):
@@ -417,11 +442,34 @@ class Config(Section):
     answers: Answers = Answers()
     rewards: Rewards = Rewards()
     train: Train = Train()
+    evaluate: Evaluate = Evaluate()
     nightly: Nightly = Nightly()
     runtime: Runtime = Runtime()
 
+    @property
+    def needs_verdicts(self) -> bool:
+        """Whether responses are scored: for their rewards, or to choose the right ones to fine-tune on."""
+        train = self.train
+        return train.targets == "responses" and train.objective != "kd" and self.rewards.accuracy != "off"
+
+    @property
+    def probe_split(self) -> Literal["test", "validation"]:
+        """The split that training is watched on: the test split only where no validation split is held out."""
+        return "validation" if self.data.validation_share else "test"
+
     @model_validator(mode="after")
     def _needed(self) -> "Config":
+        if self.evaluate.split == "validation" and not self.data.validation_share:
+            raise ValueError('evaluate.split = "validation" needs data.validation_share above 0, e.g. 0.1, found 0')
+        if self.rewards.accuracy == "off" and self.train.targets == "responses" and self.train.objective == "sft":
+            raise ValueError(
+                'objective "sft" on responses trains on the right ones: expected rewards.accuracy "llm" or "rules", '
+                'found "off"; or set train.targets = "labels"'
+            )
+        if self.rewards.accuracy == "off" and self.train.control == "shuffled_verdicts":
+            raise ValueError(
+                'train.control = "shuffled_verdicts" shuffles the verdicts of rewards.accuracy, which is "off"'
+            )
         if self.train.objective == "masters" and self.rewards.accuracy == self.rewards.distillation == "off":
             raise ValueError('both rewards are "off": objective "masters" has nothing to reward; use "kd"')
         if self.train.targets == "responses" and self.train.objective == "masters" and self.generate.responses < 2:

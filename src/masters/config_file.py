@@ -21,7 +21,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     A key `preset` sets what the file and the overrides leave open (`masters.presets`). Raises InputError with one line
     that names every key at fault.
     """
-    tree = _read(path)
+    tree = read(path)
     for override in overrides or []:
         _set(tree, override)
     return _validated(_with_preset(tree), f"configuration {path}")
@@ -38,18 +38,19 @@ def _with_preset(tree: dict) -> dict:
     return tree
 
 
-def _read(path: str | Path) -> dict:
+def read(path: str | Path, what: str = "configuration") -> dict:
+    """What a TOML file holds. Raises InputError; `what`: how it calls the file."""
     try:
         with open(path, "rb") as file:
             data = file.read(BYTES + 1)
         if len(data) > BYTES:
-            raise InputError(f"configuration {path} is longer than {BYTES} bytes: is it the right file?")
+            raise InputError(f"{what} {path} is longer than {BYTES} bytes: is it the right file?")
         return tomllib.loads(data.decode())
     except FileNotFoundError:
-        raise InputError(f"configuration not found: {path}") from None
+        raise InputError(f"{what} not found: {path}") from None
     # ValueError: no UTF-8, no TOML, or a number of thousands of digits
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"configuration {path} cannot be read: {error}") from None
+        raise InputError(f"{what} {path} cannot be read: {error}") from None
 
 
 def changed(config: Config, values: Mapping[str, object]) -> Config:
@@ -64,15 +65,23 @@ def changed(config: Config, values: Mapping[str, object]) -> Config:
     return _validated(tree, ", ".join(f"{key} = {_shown(value)}" for key, value in values.items()))
 
 
+def flat(tree: dict, prefix: str = "") -> dict[str, object]:
+    """Values by dotted key, e.g. {"train.beta": 0.1}."""
+    values: dict[str, object] = {}
+    for key, value in tree.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return values
+
+
 def _validated(tree: dict, what: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise InputError(f"{what}: {_explained(error)}") from None
+        raise InputError(f"{what}: {explained(error)}") from None
 
 
-def _explained(error: ValidationError) -> str:
-    """All faults of a configuration on one line: key, what is wrong, what was found."""
+def explained(error: ValidationError) -> str:
+    """All faults of a file's values on one line: key, what is wrong, what was found."""
     faults = []
     for fault in error.errors():
         key = ".".join(str(part) for part in fault["loc"]) or "(whole file)"

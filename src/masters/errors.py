@@ -5,6 +5,7 @@ MastersError            something went wrong while it ran (exit 1)
 │   └── Unreachable     a store or server that is named does not answer: it may in a minute
 ├── ArtifactError       an artifact is missing, incomplete or not what its record says
 ├── StoreError          the store failed or stopped answering while it was used
+├── RunsFailed          runs of a study failed; what the others found is in its `report`
 ├── TrackingError       MLflow failed or stopped answering while it was used
 └── WorkerError         a child process (engine or trainer) failed
     └── WorkerLost      it was ended from outside or fell silent: another try may succeed
@@ -38,6 +39,14 @@ class ArtifactError(MastersError):
 
 class StoreError(MastersError):
     """The store failed or stopped answering while it was used."""
+
+
+class RunsFailed(MastersError):
+    """Runs of a study failed. `report`: what the study found nevertheless."""
+
+    def __init__(self, said: object, report: dict) -> None:
+        super().__init__(said)
+        self.report = report
 
 
 class TrackingError(MastersError):

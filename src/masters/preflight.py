@@ -137,7 +137,7 @@ def distinct(models: list[LocalModel]) -> list[LocalModel]:
 def judge_of(config: Config) -> LocalModel | Server | None:
     """The judge that the configuration names, where it needs one beside the teachers."""
     rewards = config.rewards
-    if rewards.accuracy != "llm" or config.train.objective != "masters" or rewards.judge == TEACHER:
+    if rewards.accuracy != "llm" or not config.needs_verdicts or rewards.judge == TEACHER:
         return None
     if is_url(rewards.judge):
         return Server(base_url(rewards.judge), rewards.judge_model)

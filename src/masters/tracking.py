@@ -25,6 +25,7 @@ from masters import allowed, lineage, lmms_results, machine, places
 from masters.allowed import Setting
 from masters.artifacts import Artifact, Identity, Upstream, record_digest
 from masters.config import Config
+from masters.config_file import flat
 from masters.errors import InputError, TrackingError, Unreachable
 from masters.mlflow_client import client as mlflow_client
 from masters.registry import CANDIDATE, RECORD_TAG, Registry, shown
@@ -137,9 +138,9 @@ class Tracker:
         self.key = key or uuid.uuid4().hex
         self.run_id = self._current = self._open(self.key, config.name, tags)
         machine.remember(config.name, self.uri)
-        flat = _flat(config.model_dump()).items()
+        values = flat(config.model_dump()).items()
         self._client.log_batch(
-            self.run_id, params=[Param(key, masked(str(value))[:PARAMETER_LENGTH]) for key, value in flat]
+            self.run_id, params=[Param(key, masked(str(value))[:PARAMETER_LENGTH]) for key, value in values]
         )
 
     def _experiment_of(self, name: str, storage: Storage) -> str:
@@ -165,6 +166,10 @@ class Tracker:
 
     def _tag(self, run_id: str, tags: dict[str, str]) -> None:
         self._client.log_batch(run_id, tags=[RunTag(lineage.key(key), value) for key, value in tags.items()])
+
+    def nest(self, parent: str, name: str, tags: dict[str, str]) -> None:
+        """Show this run below the run `parent`, under a name of its own."""
+        self._tag(self.run_id, {"mlflow.parentRunId": parent, "mlflow.runName": name} | tags)
 
     @property
     def current(self) -> str:
@@ -395,10 +400,3 @@ def close(client: MlflowClient, run: Run) -> None:
     query = f"{LIVE} and tags.`mlflow.parentRunId` = '{run.info.run_id}'"
     for each in [*client.search_runs([run.info.experiment_id], query, max_results=1000), run]:
         client.set_terminated(each.info.run_id, "KILLED")
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -154,7 +154,7 @@ def test_a_file_without_end_is_not_read_to_it() -> None:
 
 
 def test_a_grid_with_such_values_is_refused_alike() -> None:
-    """What `ablate` makes of its grid, from a form."""
+    """What `study` makes of an arm's settings, from a form."""
     config: Config = load(DEMO)
     for value in (10**5000, "x" * 10**6, [[]] * 1000, {"a": 1}, None, float("nan"), -1):
         with pytest.raises(InputError) as refused:

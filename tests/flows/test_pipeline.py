@@ -232,6 +232,8 @@ def test_how_it_runs_is_no_part_of_what_is_made(first: dict, place: Path, runtim
 
 
 SWITCHES = {  # of the paper's ablations: the first stage that each changes
+    "data.validation_share=0.3": "data",
+    "data.validation_share=0.3 evaluate.split=validation": "data",
     "teachers.0.r_max=0.4": "mask",
     "teachers.0.r_max=0.0": "mask",
     "mask.granularity=block": "mask",
@@ -259,6 +261,9 @@ SWITCHES = {  # of the paper's ablations: the first stage that each changes
     "train.objective=kd": "train",
     "train.objective=kd train.targets=labels": "train",
     "train.objective=sft train.targets=labels": "train",
+    "train.objective=sft": "train",
+    "train.control=shuffled_verdicts": "train",
+    "train.control=random_advantages": "train",
     "train.beta=0.01": "train",
     "train.seed=1": "train",
 }

@@ -12,10 +12,11 @@ from pydantic import ValidationError
 
 from masters.config import Config
 from masters.config_file import load
-from masters.flows.ablate import ablate
 from masters.flows.distill import distill
 from masters.flows.evaluate import evaluate
 from masters.flows.nightly import nightly
+from masters.flows.study import study
+from masters.study_file import load_study
 
 SCHEMA = preprocess_schema(parameter_schema(distill).model_dump())
 DEFINITIONS = parameter_schema(distill).model_dump()["definitions"]
@@ -105,6 +106,16 @@ def test_every_field_is_described() -> None:
     assert [kind for kind, of in DEFINITIONS.items() if not of.get("description")] == []
 
 
-@pytest.mark.parametrize("flow", [distill, nightly, evaluate, ablate], ids=lambda flow: flow.name)
+def test_the_form_of_a_study_takes_what_a_studys_file_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings of an arm are any keys: the form passes them on, and the flow checks them as the file's are."""
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    config, design = load_study(root / "configs/studies/demo.toml")
+    sent = dict(config=config.model_dump(mode="json"), design=design.model_dump(mode="json"))
+    assert is_valid(sent, preprocess_schema(parameter_schema(study).model_dump()))
+    assert study.validate_parameters(sent) == dict(config=config, design=design)
+
+
+@pytest.mark.parametrize("flow", [distill, nightly, evaluate, study], ids=lambda flow: flow.name)
 def test_every_parameter_is_described(flow: Flow) -> None:
     assert all(of.get("description") for of in parameter_schema(flow).properties.values())

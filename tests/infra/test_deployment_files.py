@@ -36,7 +36,7 @@ def tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
 
 def test_every_deployment_is_a_flow_in_the_stacks_pool() -> None:
     deployments = yaml.safe_load(DEFINITIONS.read_text())["deployments"]
-    assert {"distill", "nightly", "evaluate", "ablate"} <= {deployment["name"] for deployment in deployments}
+    assert {"distill", "nightly", "evaluate", "study"} <= {deployment["name"] for deployment in deployments}
     for deployment in deployments:
         module, _, name = deployment["entrypoint"].rpartition(".")
         assert isinstance(getattr(import_module(module), name), Flow)

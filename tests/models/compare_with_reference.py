@@ -136,6 +136,16 @@ def check_responses(batch: Batch, train: Train, rewards: Rewards) -> None:
     close(student.grad, expected.gradient_TV, "weighted gradient")
 
 
+def check_fine_tuning(batch: Batch) -> None:
+    """`objective.supervised` on the responses that are right: the loss and its gradient."""
+    (student, _, _, score_R), pack = tensors(batch), packed(batch)
+    loss = objective.supervised(losses.chosen_log_probs(student, pack.token_T), pack, score_R).loss
+    loss.backward()
+    expected, gradient_TV = float64_reference.fine_tuning(batch)
+    close(loss, expected, "fine-tuning loss")
+    close(student.grad, gradient_TV, "fine-tuning gradient")
+
+
 def check_all() -> None:
     """Every variant on the awkward batch, with equal and unequal vocabularies."""
     for train, rewards in VARIANTS.values():
@@ -143,3 +153,5 @@ def check_all() -> None:
             batch = awkward(vocabulary)
             check_objective(batch, train, rewards)
             check_responses(batch, train, rewards)
+    check_fine_tuning(awkward())
+    check_fine_tuning(draw([[(2, 0.5), (1, 0.49)]], set(), seed=8))

@@ -171,6 +171,21 @@ def spans(batch: Batch) -> list[list[slice]]:
     return found
 
 
+def fine_tuning(batch: Batch) -> tuple[float, Array]:
+    """- log pi, mean over a right response's tokens and a question's right responses (R_acc >= 0.5), summed over
+    questions, none of which counts without a right response; and its gradient, [T, V]."""
+    share_T = np.zeros(len(batch.token_T))
+    for tokens, scores in zip(spans(batch), batch.scores, strict=True):
+        right = [t for t, score in zip(tokens, scores, strict=True) if score >= 0.5]
+        for t in right:
+            share_T[t] = 1 / (t.stop - t.start) / len(right)
+
+    def terms(logits_TV: Array) -> Array:
+        return -log_pi(logits_TV, batch.token_T)
+
+    return (share_T * terms(batch.student_TV)).sum(), share_T[:, None] * slope(terms, batch.student_TV)
+
+
 def objective(
     batch: Batch,
     train: Train = METHOD,

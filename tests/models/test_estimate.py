@@ -46,6 +46,7 @@ def test_full_coverage_asks_every_teacher() -> None:
         (dict(rewards__accuracy="rules"), {"score"}),
         (dict(rewards__judge="http://127.0.0.1:1/v1"), {"score"}),
         (dict(train__objective="kd"), {"reference", "score"}),
+        (dict(train__objective="sft"), {"reference"}),
         (dict(train__objective="kd", train__targets="labels"), {"reference", "score", "generate"}),
         (dict(train__objective="sft", train__targets="labels"), {"reference", "score", "generate"}),
     ],
@@ -69,6 +70,9 @@ def test_rows_are_counted_as_the_data_stage_splits_and_limits_them() -> None:
 
     found = estimate.counted(config(data__eval_limit=9), Rows(), [(10, 4), (20, 6)])
     assert found == Questions(train=pytest.approx(30 + 0.9 * 22), evaluation=9, prompt=15, image=5)
+    tuned = config(data__validation_share=0.25, evaluate__split="validation")
+    found = estimate.counted(tuned, Rows(), [(10, 4), (20, 6)])
+    assert found.train == pytest.approx(0.75 * 49.8) and found.evaluation == pytest.approx(0.25 * 49.8)
 
 
 def test_a_forward_pass_costs_what_pytorch_counts() -> None:

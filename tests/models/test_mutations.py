@@ -99,6 +99,16 @@ OBJECTIVE: dict[str, list[Edit]] = {
         (objective, "advantages", "else score_R[of]", "else score_R[of].nan_to_num(0.0)"),
     ],
     "no divergence in the loss": [(objective, "masters", "grpo_R + divergence_R", "grpo_R + divergence_R.detach()")],
+    "fine-tuning on wrong responses too": [(objective, "supervised", "score_R >= RIGHT", "score_R >= 0")],
+    "half right is wrong": [(objective, "supervised", "score_R >= RIGHT", "score_R > RIGHT")],
+    "a mean over all of a question's responses": [
+        (objective, "supervised", "right_Q.clamp(min=1)[packed.question_R]",
+         "torch.bincount(packed.question_R)[packed.question_R]")
+    ],
+    "a sum over a question's right responses": [
+        (objective, "supervised", " / right_Q.clamp(min=1)[packed.question_R]", "")
+    ],
+    "a question without a right response divides by 0": [(objective, "supervised", ".clamp(min=1)", "")],
     "no accuracy reward": [(objective, "advantages", "combined_rewards(reward_G, ", "combined_rewards(0 * reward_G, ")],
 }  # fmt: skip
 

@@ -16,6 +16,7 @@ from tests.models.compare_with_reference import (
     VARIANTS,
     Shape,
     awkward,
+    check_fine_tuning,
     check_objective,
     check_responses,
     close,
@@ -144,6 +145,28 @@ def test_degenerate_groups_have_no_advantage_and_no_nan(case: str, variant: str)
     assert student.grad.isfinite().all()
     assert student.grad.abs().sum(-1).gt(0).all()  # the divergence still pulls at every token
     assert all(map(math.isfinite, outcome.sums.values()))
+
+
+@settings(max_examples=30)
+@given(batch=batches())
+def test_fine_tuning_on_right_responses_equals_the_reference(batch: Batch) -> None:
+    check_fine_tuning(batch)
+
+
+def test_fine_tuning_on_responses_logs_their_accuracy() -> None:
+    batch = draw([[(1, 1.0), (2, 0.25), (1, NAN)], [(3, 0.5)]], set(), seed=2)
+    (student, _, _, score_R), pack = tensors(batch), packed(batch)
+    logp_T = losses.chosen_log_probs(student, pack.token_T)
+    assert objective.supervised(logp_T, pack, score_R).sums["reward_accuracy"] == pytest.approx(1.25 / 3 + 0.5)
+    assert objective.supervised(logp_T, pack).sums.keys() == {"loss"}
+
+
+def test_fine_tuning_without_a_right_response_pulls_nowhere() -> None:
+    batch = draw([[(3, 0.0), (1, NAN)]], set(), seed=2)
+    student, _, _, score_R = tensors(batch)
+    outcome = objective.supervised(losses.chosen_log_probs(student, packed(batch).token_T), packed(batch), score_R)
+    outcome.loss.backward()
+    assert outcome.loss == 0 and not student.grad.any()
 
 
 @pytest.mark.parametrize("divergence", get_args(Train.model_fields["divergence"].annotation))

@@ -120,11 +120,13 @@ def test_a_small_token_budget_makes_the_same_gradient(job: trainer.Job) -> None:
         assert sums == pytest.approx(found[0][1], rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["masters", "kd", "sft"])
+@pytest.mark.parametrize(
+    ("kind", "targets"), [("masters", "responses"), ("kd", "responses"), ("sft", "labels"), ("sft", "responses")]
+)
 def test_eight_packs_of_one_make_the_gradient_of_one_pack_of_eight(
-    job: trainer.Job, kind: str, monkeypatch: pytest.MonkeyPatch
+    job: trainer.Job, kind: str, targets: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = Train.model_validate(dict(objective=kind, targets="labels" if kind == "sft" else "responses"))
+    train = Train.model_validate(dict(objective=kind, targets=targets))
     check_accumulation(replace(job, train=train), monkeypatch)
 
 

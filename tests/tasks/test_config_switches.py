@@ -13,10 +13,12 @@ from masters.config import Config
 from masters.models.response_groups import response_groups
 from masters.models.schedule import stage_of
 from masters.models.training_data import Group, label_groups, plan_steps
+from masters.tasks import evaluate
 from masters.tasks.data import data
 from masters.tasks.generate import orders
 from masters.tasks.mask import mask
 from masters.tasks.stage import Context, Run
+from masters.tasks.train import _job
 from tests.handmade_run import by_hand, first_round, made_run
 from tests.shape_data import write_questions
 
@@ -118,6 +120,19 @@ def test_without_verdicts_responses_are_the_same_and_unrewarded(refs, tables) ->
     without, _ = response_groups(refs, tables["responses"], None, RATIOS, "partition")
     assert [g.responses for g in without] == [g.responses for g in with_them]
     assert all(all(score != score for score in g.scores) for g in without)
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_validation_questions_are_watched_and_never_trained_on(source: Path, split: str, tmp_path: Path) -> None:
+    run = made_run(tmp_path, source, data=dict(validation_share=0.3), evaluate=dict(split=split))
+    current, questions = first_round(run), data.fn(run)
+    inputs = {"data": questions, "masks": mask.fn(run, current), **by_hand(run, current, questions)}
+    job = _job(run, current, inputs, "", tmp_path)
+    evaluated = [ref for order in evaluate.orders(run, questions, [current.student]) for ref in order.shard.refs]
+    told = {name: sorted(shards.Ref(*ref) for ref in job[name]) for name in ("refs", "probe")} | {split: evaluated}
+    expected = {"refs": "train", "probe": "validation", split: split}
+    assert told == {name: shards.references(questions, of) for name, of in expected.items()}
+    assert all(told.values())
 
 
 @pytest.mark.parametrize("coverage", ["partition", "full"])

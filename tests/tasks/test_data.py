@@ -211,6 +211,58 @@ def test_a_limit_above_the_rows_takes_all(tmp_path):
     assert whole.record["files"] == limited.record["files"]
 
 
+# validation
+
+
+def by_split(artifact: Artifact, column: str) -> dict[str, set]:
+    found: dict[str, set] = {}
+    for row in artifact.rows("questions"):
+        found.setdefault(row["split"], set()).add(row[column])
+    return found
+
+
+def test_validation_takes_a_share_of_the_training_images_and_no_other(tmp_path):
+    path = write_jsonl(tmp_path / "data", records(400))
+    plain, held = built(tmp_path / "a", path), built(tmp_path / "b", path, validation_share=0.25)
+    images = by_split(held, "image_digest")
+    assert not images["train"] & images["validation"] and not images["test"] & (images["train"] | images["validation"])
+    before, after = by_split(plain, "question_id"), by_split(held, "question_id")
+    assert after["test"] == before["test"] and after["train"] | after["validation"] == before["train"]
+    assert 0.15 < len(images["validation"]) / len(images["train"] | images["validation"]) < 0.35
+    assert held.facts["validation"] == len(after["validation"]) and held.facts["train"] == len(after["train"])
+
+
+def test_more_rows_or_a_larger_share_take_no_image_out_of_validation(tmp_path):
+    small, large = write_jsonl(tmp_path / "small", records(200)), write_jsonl(tmp_path / "large", records(400))
+    few = by_split(built(tmp_path / "a", small, validation_share=0.2), "image_digest")
+    assert (
+        few["validation"] <= by_split(built(tmp_path / "b", large, validation_share=0.2), "image_digest")["validation"]
+    )
+    assert (
+        few["validation"] < by_split(built(tmp_path / "c", small, validation_share=0.5), "image_digest")["validation"]
+    )
+
+
+def test_validation_is_held_out_of_the_questions_that_a_limit_takes(tmp_path):
+    path = write_jsonl(tmp_path / "data", records(300))
+    whole, held = (
+        built(tmp_path / "a", path, train_limit=80),
+        built(tmp_path / "b", path, train_limit=80, validation_share=0.25),
+    )
+    after = by_split(held, "question_id")
+    assert after["train"] | after["validation"] == by_split(whole, "question_id")["train"]
+
+
+def test_validation_is_part_of_identity_only_where_there_is_some(tmp_path):
+    path = write_jsonl(tmp_path, records())
+    assert fingerprint(path, validation_share=0.0) == fingerprint(path) != fingerprint(path, validation_share=0.1)
+
+
+def test_a_share_that_leaves_nothing_to_validate_is_refused(tmp_path):
+    with pytest.raises(InputError, match="expected some of both"):
+        built(tmp_path / "store", write_jsonl(tmp_path, records(20)), validation_share=1e-6)
+
+
 # refusals
 
 

@@ -1,0 +1,182 @@
+"""A study: each arm's learning rate is chosen on validation questions, then the arms are tested at fresh seeds."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from masters import allowed
+from masters.allowed import Setting
+from masters.config import Config
+from masters.config_file import changed
+from masters.errors import RunsFailed
+from masters.flows.attempts import attempt, patient
+from masters.flows.distill import crashed, pipeline
+from masters.flows.plan import settings
+from masters.identity import digest, fingerprint
+from masters.preflight import AFTER, BEFORE, preflight
+from masters.secrets import masked
+from masters.stages import Stage
+from masters.study_file import Study, arm_config
+from masters.study_results import Cell, Result, Results, packed_bits, questions_of
+from masters.summary import Summary
+from masters.tasks import pools
+from masters.tasks.evaluate import sampling_of
+from masters.tasks.report import study_reported
+from masters.tasks.stage import Context, Run, warn
+from masters.tasks.study_report import write_report
+from masters.tasks.study_table import StudyRuns, shown_arm
+from masters.tracking import Tracker
+
+RATE = 1e-6  # in the digest of an arm's settings, to which each run adds its own rate, seed and split
+
+
+@flow(name="study", flow_run_name="{design.name}", on_crashed=[crashed], persist_result=False)
+def study(config: Config, design: Study) -> dict:
+    """Compare arms over learning rates and seeds. Returns the report, which is also written beside the results.
+
+    A run whose result is there already is not run again. One that fails is a row with its error; the others still run,
+    and the flow fails at the end.
+
+    Args:
+        config: What every arm starts from.
+        design: The arms, their learning rates and seeds, and the planned comparisons.
+    """
+    with attempt():
+        allowed.check(Setting.STORES, "results", allowed.on_disk(design.results))
+        conductor = Conductor(config, design)
+        tracker = patient(lambda: Tracker(config, conductor.storage, str(flow_run.id or ""), "study"))
+        status = "FAILED"
+        try:
+            report = conductor.conduct(tracker)
+            status = "FAILED" if report["failed"] else "FINISHED"
+        finally:
+            if untold := tracker.finish(status):
+                warn(untold)
+        report |= dict(mlflow=dict(run_id=tracker.run_id))
+        if failed := [run["run"] for run in report["failed"]]:
+            raise RunsFailed(
+                f"study {design.name}: {len(failed)} runs failed, {report['runs']} finished; run it again to go on: "
+                f"{', '.join(failed)}",
+                report,
+            )
+    return report
+
+
+class Conductor:
+    """A study under way: its arms' configurations with what preflight found, and the runs until now."""
+
+    def __init__(self, config: Config, design: Study) -> None:
+        configs = {arm: arm_config(config, design, arm) for arm in design.arms}
+        self._arms = {arm: Context(own, patient(lambda own=own: preflight(own))) for arm, own in configs.items()}
+        self._made_of = {arm: settings_digest(own) for arm, own in self._arms.items()}
+        self._design, self._results = design, Results(Path(design.results))
+        self.found = StudyRuns(design)
+        self.storage = next(iter(self._arms.values())).storage
+        for own in configs.values():
+            pools.check(own, self.storage)
+
+    def conduct(self, tracker: Tracker) -> dict:
+        """Run every cell that has no result yet. Returns the report; its files are also in MLflow's run."""
+        self._finish(list(tuning_cells(self._design)), tracker)
+        self._finish(list(final_cells(self.found)), tracker)
+        report, folder = write_report(self.found, self._results)
+        study_reported(self._design.name, [shown_arm(row) for row in report["arms"]])
+        tracker.files(folder)
+        accuracies = {f"accuracy_{row['arm']}": row["accuracy"] for row in report["arms"] if row["seeds"]}
+        tracker.metrics(accuracies, 0)
+        return report
+
+    def _finish(self, cells: list[Cell], tracker: Tracker) -> None:
+        """Find or make the result of every cell. Raises MastersError where arms took unequal numbers of steps."""
+        contexts = [self._context(cell) for cell in cells]
+        digests = [fingerprint([self._made_of[c.arm], c.learning_rate, c.seed, c.split]) for c in cells]
+        # all before the first run: a file of other settings is refused before hours are spent
+        kept = [self._results.find(cell, made_of) for cell, made_of in zip(cells, digests, strict=True)]
+        for cell, context, made_of, result in zip(cells, contexts, digests, kept, strict=True):
+            if result := result or self._tried(cell, context, made_of, tracker):
+                self.found.results[cell] = result
+                self.found.check_steps()
+
+    def _context(self, cell: Cell) -> Context:
+        arm = self._arms[cell.arm]
+        values = {"train.learning_rate": cell.learning_rate, "train.seed": cell.seed, "evaluate.split": cell.split}
+        return Context(changed(arm.config, values), arm.ready)
+
+    def _tried(self, cell: Cell, context: Context, made_of: str, tracker: Tracker) -> Result | None:
+        """The result of a run, None if it failed: the others still run."""
+        try:
+            return self._run(cell, context, made_of, tracker)
+        except Exception as error:  # of whatever kind
+            self.found.errors[cell] = masked(str(error) or type(error).__name__)
+            warn(f"{cell.name} failed: {self.found.errors[cell]}")
+        return None
+
+    def _run(self, cell: Cell, context: Context, made_of: str, parent: Tracker) -> Result:
+        """Train and evaluate a cell's student, below the study's run in MLflow, and keep what came of it."""
+        key = digest(f"{parent.key} {cell.name}".encode())[:32]
+        tracker = Tracker(context.config, context.storage, key)
+        tracker.nest(parent.run_id, cell.name, {"study.arm": cell.arm, "study.phase": cell.phase})
+        status = "FAILED"
+        try:
+            run = Run(context, tracker)
+            pipeline(run, Summary(run, key), Stage.EVALUATE)
+            result = self._keep(cell, run, made_of)
+            status = "FINISHED"
+        finally:
+            if untold := tracker.finish(status):
+                warn(untold)
+        return result
+
+    def _keep(self, cell: Cell, run: Run, made_of: str) -> Result:
+        """Write the result of a finished run."""
+        evaluated, data = run.made[Stage.EVALUATE], run.made[Stage.DATA]
+        trained = next(made for stage, made in reversed(run.made.items()) if stage.split("-")[0] == Stage.TRAIN)
+        rows = evaluated.rows("predictions", ["question_id", "model", "correct"])
+        correct = {row["question_id"]: row["correct"] for row in rows if row["model"] == AFTER}
+        images = {
+            row["question_id"]: row["image_digest"]
+            for row in data.rows("questions", ["question_id", "image_digest"])
+            if row["question_id"] in correct
+        }
+        asked, scores = questions_of(images), evaluated.facts["scores"]
+        result = Result(
+            arm=cell.arm, phase=cell.phase, learning_rate=cell.learning_rate, seed=cell.seed, settings=made_of,
+            steps=trained.facts["steps"], accuracy=scores[AFTER]["accuracy"],
+            standard_error=scores[AFTER]["standard_error"], untrained=scores[BEFORE]["accuracy"],
+            questions=asked.digest, count=asked.count, correct=packed_bits(correct), mlflow_run_id=run.tracker.run_id,
+        )  # fmt: skip
+        self._results.keep(result, asked)
+        return result
+
+
+def tuning_cells(design: Study) -> Iterator[Cell]:
+    """Runs by which rates are chosen, none for an arm of one rate; arms alternate, so that unequal steps show early."""
+    most = max(len(design.rates(arm)) for arm in design.arms)
+    for seed in design.tuning_seeds:
+        for number in range(most):
+            for arm in design.arms:
+                rates = design.rates(arm)
+                if len(rates) > 1 and number < len(rates):
+                    yield Cell("tuning", arm, rates[number], seed)
+
+
+def final_cells(found: StudyRuns) -> Iterator[Cell]:
+    """Runs at the chosen rates, none of an arm whose rate could not be chosen."""
+    for seed in found.study.seeds:
+        for arm in found.study.arms:
+            if rate := found.chosen(arm):
+                yield Cell("final", arm, rate, seed)
+
+
+def settings_digest(context: Context) -> str:
+    """Fingerprint of all that an arm's results follow from: settings, models, data and versions of the stages.
+
+    The configuration's learning rate, seed and split have no part in it: these are each run's own.
+    """
+    own = changed(context.config, {"train.learning_rate": RATE, "train.seed": 0})
+    stages = [
+        made_of.fingerprint for made_of in settings(Context(own, context.ready)) if made_of.kind != Stage.REGISTER
+    ]
+    return fingerprint(dict(stages=stages, asked=sampling_of(own)))
