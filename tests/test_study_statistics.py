@@ -9,20 +9,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from masters.errors import MastersError
-from masters.student_t import two_sided_p_value, two_sided_quantile
 from masters.study_statistics import difference, holm, interval
 
 p_values = st.lists(st.floats(0, 1), min_size=1, max_size=8)
-
-
-@given(st.floats(-60, 60), st.integers(1, 60))
-def test_t_is_scipys(t: float, freedom: int) -> None:
-    assert two_sided_p_value(t, freedom) == pytest.approx(2 * stats.t.sf(abs(t), freedom), abs=1e-12)
-
-
-@given(st.floats(0.01, 0.999), st.integers(1, 60))
-def test_quantiles_are_scipys(level: float, freedom: int) -> None:
-    assert two_sided_quantile(level, freedom) == pytest.approx(stats.t.ppf((1 + level) / 2, freedom), rel=1e-6)
 
 
 def drawn(seeds: int, questions: int, images: int, gain: float, seed: int) -> tuple[np.ndarray, np.ndarray, list[int]]:

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from scipy import stats
 
 from masters.errors import MastersError
 from masters.statistics import clustered_standard_error, sign_flip_p_value
-from masters.student_t import two_sided_p_value, two_sided_quantile
 
 Interval = tuple[float, float]
 
@@ -67,7 +67,7 @@ def difference(better_SQ: np.ndarray, than_SQ: np.ndarray, image_Q: Sequence[int
 
 def interval(mean: float, error: float, freedom: int, level: float = 0.95) -> Interval:
     """The t interval of a mean from its standard error and degrees of freedom."""
-    reach = two_sided_quantile(level, freedom) * error
+    reach = float(stats.t.ppf((1 + level) / 2, freedom)) * error
     return mean - reach, mean + reach
 
 
@@ -96,4 +96,4 @@ def _image_p_value(gained_SQ: np.ndarray, image_Q: Sequence[int]) -> float:
 def _t_p_value(mean: float, error: float, freedom: int) -> float:
     if error == 0:
         return 0.0 if mean else 1.0
-    return two_sided_p_value(mean / error, freedom)
+    return 2 * float(stats.t.sf(abs(mean / error), freedom))
