@@ -52,31 +52,20 @@ def distillation(terms: Terms, packed: Pack) -> Outcome:
     return Outcome(loss, {"loss": loss.item(), "divergence": loss.item()}, {"divergence": divergence_R.tolist()})
 
 
-def masters(
-    terms: Terms,
-    reference_T: torch.Tensor | None,
-    score_R: torch.Tensor,
-    packed: Pack,
-    train: Train,
-    rewards: Rewards,
-) -> Outcome:
+def masters(terms: Terms, score_R: torch.Tensor, packed: Pack, train: Train, rewards: Rewards) -> Outcome:
     """Distillation and offline GRPO: w L_GRPO + D (Eq. 4-11; ours: the weight w), summed over questions.
 
-    `reference_T` is log pi_ref of the tokens (None, where it has no part, stands for log pi), `score_R` are the
-    verdicts R_acc, NaN where there is none. D is that of this very step, detached in the rewards (Eq. 6-7). Ours: a
-    response without a verdict has no advantage and keeps its D and KL terms.
+    `score_R` are the verdicts R_acc, NaN where there is none. D is that of this very step, detached in the rewards
+    (Eq. 6-7). Ours: a response without a verdict has no advantage and keeps its D and KL terms.
     """
-    known_T = terms.logp_T.detach() if reference_T is None else reference_T
-    divergence_R = divergences(terms, packed)
+    divergence_R, kl_T = divergences(terms, packed), kl_term(terms, train)
     distill_R, advantage_R = advantages(divergence_R.detach().cpu(), score_R, packed, rewards, train.baseline_shift)
+    advantage_T = advantage_R.to(divergence_R.device)[packed.response_T]
     grpo_R = losses.grpo_loss(
-        terms.logp_T, known_T, advantage_R.to(divergence_R.device), packed.response_T, train.beta, train.kl,
-        train.negatives,
+        terms.logp_T, losses.token_advantages(terms, advantage_T, train.negatives),
+        torch.zeros_like(terms.logp_T) if kl_T is None else kl_T, packed.response_T, packed.responses, train.beta,
     )  # fmt: skip
     loss = question_means(train.reward_weight * grpo_R + divergence_R, packed).sum()
-    kl_R = losses.response_means(
-        losses.kl_to_reference(terms.logp_T.detach(), known_T, train.kl), packed.response_T, packed.responses
-    )
     sums = {
         "loss": loss.item(),
         "divergence": _question_sum(divergence_R.detach(), packed),
@@ -84,10 +73,18 @@ def masters(
         "reward_distillation": _question_sum(distill_R, packed),
         "questions_with_advantage": float(sum(bool(advantage_R[own].any()) for own in packed.asked)),
     }
-    if reference_T is not None:
+    if kl_T is not None:
+        kl_R = losses.response_means(kl_T.detach(), packed.response_T, packed.responses)
         sums["kl_to_reference"] = _question_sum(kl_R, packed)
     responses = {"divergence": divergence_R.tolist(), "advantage": advantage_R.tolist()}
     return Outcome(loss, sums, responses | _rewards(score_R, distill_R, rewards))
+
+
+def kl_term(terms: Terms, train: Train) -> torch.Tensor | None:
+    """D_KL(pi || pi_ref) of each token, [T], as `train.kl` says. None where pi_ref is not known."""
+    if train.kl == "exact" or terms.reference_logp_T is None:
+        return terms.kl_T
+    return losses.kl_to_reference(terms.logp_T, terms.reference_logp_T, train.kl)
 
 
 def _rewards(score_R: torch.Tensor, distill_R: torch.Tensor, rewards: Rewards) -> dict[str, list[float]]:

@@ -5,17 +5,18 @@ Everything is passed; nothing here knows MLflow, Prefect or the store's layout b
 
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from masters.config import Train
 from masters.errors import MastersError
 from masters.models import head, objective, resume
 from masters.models.fitting import Spare, each_pass, one_step, within_memory
 from masters.models.gradient_clipping import clip_gradient
 from masters.models.guards import ProbeGuard, largest_gradient, not_finite
+from masters.models.head import Projection
 from masters.models.history import drop_after
 from masters.models.job import Job
 from masters.models.losses import Terms
@@ -33,7 +34,7 @@ Taken = tuple[list[int], Sizes, dict[str, list[float]]]  # of a pass: its groups
 
 def fit(job: Job) -> None:
     """Run all steps, from the last checkpoint if there is one; fewer where the student falls and is put back."""
-    references = reference_log_probs(job) if needs_reference(job.train) else {}
+    references = reference_log_probs(job) if job.train.stores_reference else {}
     parameters = job.sharding.held(job.student)  # after passes: what these left whole would hide what is restored
     optimiser = torch.optim.AdamW(parameters.values(), lr=job.train.learning_rate, weight_decay=0.0)
     done = start(job, parameters, optimiser)
@@ -64,11 +65,6 @@ def fit(job: Job) -> None:
             guard.roll_back()
             break
     job.report(event="packed", **asdict(sum(gathered(job, job.tally), Sizes())))
-
-
-def needs_reference(train: Train) -> bool:
-    """Whether log pi_ref of the responses has a part in the objective."""
-    return train.objective == "masters" and (train.beta > 0 or train.negatives == "clipped")
 
 
 def _take(
@@ -126,30 +122,37 @@ def _passes(
 
 
 def batch_outcome(job: Job, packed: Pack, groups: list[int], references: dict[int, torch.Tensor]) -> objective.Outcome:
-    """The objective of packed groups; `references` is empty where log pi_ref has no part in it."""
+    """The objective of packed groups; `references` is empty where no log pi_ref was stored."""
     if job.teacher is None:
         logp_U = job.sharding.within(
             job.student, lambda student: head.chosen_log_probs(response_states(student, packed), packed.token_U)
         )
         return objective.supervised(logp_U[packed.distinct_T], packed)
-    terms = packed.spread(Terms(*_terms(job, job.teacher, packed)))
+    terms = packed.spread(_terms(job, job.teacher, packed))
     if job.train.objective == "kd":
         return objective.distillation(terms, packed)
-    reference_T = torch.cat([references[g] for g in groups]).to(terms.logp_T.device) if references else None
+    if references:
+        stored_T = torch.cat([references[g] for g in groups]).to(terms.logp_T.device)
+        terms = replace(terms, reference_logp_T=stored_T)
     score_R = torch.from_numpy(np.concatenate([job.groups[g].scores for g in groups])).float()
-    return objective.masters(terms, reference_T, score_R, packed, job.train, job.rewards)
+    return objective.masters(terms, score_R, packed, job.train, job.rewards)
 
 
-def _terms(job: Job, teacher: torch.nn.Module, packed: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+def _terms(job: Job, teacher: torch.nn.Module, packed: Pack) -> Terms:
     """`head.terms` of distinct tokens, [U] each."""
-    with torch.no_grad():
-        taught = job.sharding.within(teacher, lambda model: response_states(model, packed))
 
-    def compared(student: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        terms = head.terms(response_states(student, packed), taught, packed.token_U, job.train.divergence)
-        return terms.logp_T, terms.divergence_T
+    def frozen(model: torch.nn.Module) -> Projection:
+        with torch.no_grad():
+            return job.sharding.within(model, lambda whole: response_states(whole, packed))
 
-    return job.sharding.within(job.student, compared)
+    taught = frozen(teacher)
+    reference = None if job.reference is None else frozen(job.reference)
+
+    def compared(student: torch.nn.Module) -> tuple[Any, ...]:  # tensors in a tuple, as `Sharding.within` asks for
+        states = response_states(student, packed)
+        return tuple(vars(head.terms(states, taught, packed.token_U, job.train.divergence, reference)).values())
+
+    return Terms(*job.sharding.within(job.student, compared))
 
 
 def _no_number(job: Job, number: int, step: Step, references: dict[int, torch.Tensor], loss: float) -> MastersError:

@@ -234,10 +234,12 @@ class Train(Section):
     beta: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = Field(
         default=0.1, description="Weight of the term that keeps the student near where it started"
     )
-    kl: Literal["k3", "clipped", "squared"] = Field(
-        default="k3",
-        description="How the KL term is estimated from a token's d = log pi_ref - log pi. k3: exp(d) - d - 1, whose "
-        "slope has no bound on stored tokens; clipped: k3 with a bounded slope; squared: d^2 / 2",
+    kl: Literal["exact", "k3", "clipped", "squared"] = Field(
+        default="exact",
+        description="The KL term. exact: over the whole vocabulary, with the student as it started held in memory "
+        "beside the teacher. Or estimated from a token's d = log pi_ref - log pi, computed once before the first step: "
+        "k3: exp(d) - d - 1, whose slope has no bound on stored tokens; clipped: k3 with a bounded slope; squared: "
+        "d^2 / 2",
     )
     negatives: Literal["full", "clipped", "none"] = Field(
         default="full",
@@ -277,6 +279,17 @@ class Train(Section):
         if self.dtype == self.compute_dtype == "bfloat16":
             raise ValueError('weights of dtype "bfloat16" compute in it anyway; leave compute_dtype out')
         return self
+
+    @property
+    def holds_reference(self) -> bool:
+        """Whether pi_ref itself, the student as it started, is held in memory beside the teacher."""
+        return self.objective == "masters" and self.beta > 0 and self.kl == "exact"
+
+    @property
+    def stores_reference(self) -> bool:
+        """Whether log pi_ref of the responses' tokens is computed before the first step and stored."""
+        needed = self.beta > 0 or self.negatives == "clipped"
+        return self.objective == "masters" and needed and not self.holds_reference
 
 
 class Pools(Section):

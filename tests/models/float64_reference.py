@@ -113,9 +113,16 @@ def bounded(advantage: Array, logp_old: Array, reference: Array, negatives: str)
     return np.where(advantage < 0, advantage * weight, advantage)
 
 
-def grpo(logp: Array, logp_old: Array, reference: Array, advantage: Array, beta: float, kl: str = "k3") -> Array:
+def kl_term(logits_TV: Array, batch: "Batch", estimator: str) -> Array:
+    """D_KL(pi || pi_ref) of each token: exact, over the vocabulary, or estimated from the tokens."""
+    if estimator == "exact":
+        return kl(softmax(logits_TV), softmax(batch.reference_TV))
+    return kl_to_reference(log_pi(logits_TV, batch.token_T), batch.reference_T, estimator)
+
+
+def grpo(logp: Array, logp_old: Array, advantage: Array, kl_T: Array, beta: float) -> Array:
     """Eq. 8-11, a token's term: -[ pi / pi_old A - beta D_KL(pi || pi_ref) ], pi_old a constant."""
-    return -(np.exp(logp - logp_old) * advantage - beta * kl_to_reference(logp, reference, kl))
+    return -(np.exp(logp - logp_old) * advantage - beta * kl_T)
 
 
 def slope(function: Callable[[Array], Array], logits_TV: Array, step: float = 1e-5) -> Array:
@@ -134,11 +141,16 @@ class Batch:
     scores: list[list[float]]  # NaN where there is no verdict
     student_TV: Array
     teacher_TV: Array
-    reference_T: Array  # log pi_ref of the tokens
+    reference_TV: Array  # logits of pi_ref
 
     @property
     def token_T(self) -> Array:
         return np.array([token for responses in self.questions for tokens in responses for token in tokens])
+
+    @property
+    def reference_T(self) -> Array:
+        """log pi_ref of the tokens."""
+        return log_pi(self.reference_TV, self.token_T)
 
 
 @dataclass(frozen=True)
@@ -208,10 +220,10 @@ def objective(
 
     def terms(logits_TV: Array) -> Array:
         pi_T = log_pi(logits_TV, batch.token_T)
-        rewarded_T = grpo(pi_T, logp_T, batch.reference_T, advantage_T, train.beta, train.kl)
+        rewarded_T = grpo(pi_T, logp_T, advantage_T, kl_term(logits_TV, batch, train.kl), train.beta)
         return train.reward_weight * rewarded_T + measure(logits_TV, batch.teacher_TV)
 
     loss, gradient_TV = (share_T * terms(batch.student_TV)).sum(), share_T[:, None] * slope(terms, batch.student_TV)
-    k_T = kl_to_reference(logp_T, batch.reference_T, train.kl)
+    k_T = kl_term(batch.student_TV, batch, train.kl)
     k = [k_T[t].mean() for tokens in spans(batch) for t in tokens]
     return Result(loss, gradient_TV, *(np.array(x) for x in (d, distill, reward, adv, k)))

@@ -27,6 +27,11 @@ OBJECTIVE: dict[str, list[Edit]] = {
     "no floor in nats": [(distillation, "distillation_rewards", "max(floors[0], ", "max(0.0, ")],
     "the KL term's sign": [(losses, "grpo_loss", "- beta *", "+ beta *")],
     "no KL term": [(losses, "grpo_loss", "- beta *", "- 0 * beta *")],
+    "the exact KL turned round": [(losses, "exact_kl", "_expected(q, r)", "_expected(r, q)")],
+    "the exact KL from the teacher": [
+        (losses, "terms", "exact_kl(student_logits_TV, reference", "exact_kl(student_logits_TV, teacher")
+    ],
+    "an estimate for the exact KL": [(objective, "kl_term", 'train.kl == "exact" or', "False or")],
     "the KL estimator turned round": [
         (losses, "kl_to_reference", "reference_logp_T - logp_T", "logp_T - reference_logp_T")
     ],
@@ -47,7 +52,7 @@ OBJECTIVE: dict[str, list[Edit]] = {
     "KL in the wrong direction": [(losses, "kl_divergence", "_expected(p, q)", "_expected(q, p)")],
     "a gradient to the teacher": [(losses, "_log_probs", "teacher_logits_TV.detach()", "teacher_logits_TV")],
     "a gradient through the rewards": [
-        (losses, "grpo_loss", "advantage_R.detach()", "advantage_R"),
+        (losses, "grpo_loss", "advantage_T.detach()", "advantage_T"),
         (advantages, "group_advantages", "torch.as_tensor(reward_G).detach()", "torch.as_tensor(reward_G)"),
         (distillation, "_prepared", "torch.as_tensor(divergence_G).detach()", "torch.as_tensor(divergence_G)"),
     ],
@@ -80,8 +85,8 @@ OBJECTIVE: dict[str, list[Edit]] = {
         (
             losses,
             "grpo_loss",
-            "-response_means(gain_T, response_T, len(advantage_R))",
-            "-torch.zeros(len(advantage_R)).index_add(0, response_T, gain_T)",
+            "-response_means(gain_T, response_T, responses)",
+            "-torch.zeros(responses).index_add(0, response_T, gain_T)",
         )
     ],
     "a sum over tokens and responses": [(losses, "response_means", "return sums /", "return sums  #")],
