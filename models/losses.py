@@ -146,14 +146,20 @@ def grpo_loss(
     return -response_means(gain_T, response_T, responses)
 
 
-def token_advantages(terms: Terms, advantage_T: torch.Tensor, negatives: str) -> torch.Tensor:
+def token_advantages(
+    terms: Terms, advantage_T: torch.Tensor, negatives: str, spared_T: torch.Tensor | None = None
+) -> torch.Tensor:
     """The advantage of each token, [T], from that of its response; no gradient. `negatives` says what becomes of A < 0.
 
     Ours, as the paper bounds nothing: on stored responses -A log pi pushes a wrong token down without end.
-    "full": A; "clipped": A min(1, pi / pi_ref) (truncated importance sampling, TOPR, arXiv 2503.14286); "none": 0.
+    "full": A; "clipped": A min(1, pi / pi_ref) (truncated importance sampling, TOPR, arXiv 2503.14286);
+    "first_difference": A, but 0 for `spared_T`, as `first_difference.spared_tokens` finds them; "none": 0.
     """
     if negatives == "none":
         return advantage_T.clamp(min=0.0)
+    if negatives == "first_difference":
+        assert spared_T is not None, "first_difference needs the tokens that are spared"
+        return torch.where(spared_T, advantage_T.clamp(min=0.0), advantage_T)
     if negatives == "clipped":
         assert terms.reference_logp_T is not None, "clipped negatives need log pi_ref"
         weight_T = torch.exp(terms.logp_T.detach() - terms.reference_logp_T).clamp(max=1.0)

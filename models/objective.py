@@ -12,6 +12,7 @@ import torch
 
 from masters.config import Rewards, Train
 from masters.models import losses
+from masters.models.first_difference import spared_tokens
 from masters.models.losses import Terms
 from masters.models.packing import Pack
 from masters.rewards import combined_rewards, distillation_rewards, group_advantages, raw_distillation_rewards
@@ -60,10 +61,10 @@ def masters(terms: Terms, score_R: torch.Tensor, packed: Pack, train: Train, rew
     """
     divergence_R, kl_T = divergences(terms, packed), kl_term(terms, train)
     distill_R, advantage_R = advantages(divergence_R.detach().cpu(), score_R, packed, rewards, train.baseline_shift)
-    advantage_T = advantage_R.to(divergence_R.device)[packed.response_T]
+    advantage_T = bounded_advantages(terms, advantage_R, score_R, packed, train.negatives)
     grpo_R = losses.grpo_loss(
-        terms.logp_T, losses.token_advantages(terms, advantage_T, train.negatives),
-        torch.zeros_like(terms.logp_T) if kl_T is None else kl_T, packed.response_T, packed.responses, train.beta,
+        terms.logp_T, advantage_T, torch.zeros_like(terms.logp_T) if kl_T is None else kl_T,
+        packed.response_T, packed.responses, train.beta,
     )  # fmt: skip
     loss = question_means(train.reward_weight * grpo_R + divergence_R, packed).sum()
     sums = {
@@ -78,6 +79,15 @@ def masters(terms: Terms, score_R: torch.Tensor, packed: Pack, train: Train, rew
         sums["kl_to_reference"] = _question_sum(kl_R, packed)
     responses = {"divergence": divergence_R.tolist(), "advantage": advantage_R.tolist()}
     return Outcome(loss, sums, responses | _rewards(score_R, distill_R, rewards))
+
+
+def bounded_advantages(
+    terms: Terms, advantage_R: torch.Tensor, score_R: torch.Tensor, packed: Pack, negatives: str
+) -> torch.Tensor:
+    """The advantage of each token, [T], from A of its response, bounded below 0 as `negatives` says; no gradient."""
+    advantage_T = advantage_R.to(packed.response_T.device)[packed.response_T]
+    spared_T = spared_tokens(packed, score_R) if negatives == "first_difference" else None
+    return losses.token_advantages(terms, advantage_T, negatives, spared_T)
 
 
 def kl_term(terms: Terms, train: Train) -> torch.Tensor | None:

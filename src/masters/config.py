@@ -241,10 +241,11 @@ class Train(Section):
         "k3: exp(d) - d - 1, whose slope has no bound on stored tokens; clipped: k3 with a bounded slope; squared: "
         "d^2 / 2",
     )
-    negatives: Literal["full", "clipped", "none"] = Field(
+    negatives: Literal["full", "clipped", "first_difference", "none"] = Field(
         default="full",
-        description="Negative advantages: as they are; times min(1, pi / pi_ref) of the token, so that tokens which "
-        "the student has given up are pushed no further; or 0",
+        description="Negative advantages. full: as they are; clipped: times min(1, pi / pi_ref) of the token, so that "
+        "tokens which the student has given up are pushed no further; first_difference: only from the token on where "
+        "the response leaves every right one of its question, and as they are where none is right; none: 0",
     )
     baseline_shift: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)] = Field(
         default=0.0,

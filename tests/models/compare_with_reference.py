@@ -25,6 +25,7 @@ VARIANTS = {
     "a squared KL term": (Train(kl="squared", beta=1.0), Rewards()),
     "a clipped KL term": (Train(kl="clipped", beta=1.0), Rewards()),
     "clipped negatives": (Train(negatives="clipped"), Rewards()),
+    "negatives from the first difference": (Train(negatives="first_difference"), Rewards()),
     "clipped negatives without a KL term": (Train(negatives="clipped", beta=0.0), Rewards()),
     "no negatives": (Train(negatives="none", beta=0.0), Rewards(combine="gated")),
     "a shifted baseline and a weight": (Train(baseline_shift=-0.3, reward_weight=0.1), Rewards()),
@@ -136,7 +137,7 @@ def check_responses(batch: Batch, train: Train, rewards: Rewards) -> None:
     terms = dense_terms(student, teacher, pi_ref, pack, train)
     divergence_R = objective.divergences(terms, pack)
     distill_R, advantage_R = objective.advantages(divergence_R, score_R, pack, rewards, train.baseline_shift)
-    advantage_T = losses.token_advantages(terms, advantage_R[pack.response_T], train.negatives)
+    advantage_T = objective.bounded_advantages(terms, advantage_R, score_R, pack, train.negatives)
     kl_T = objective.kl_term(terms, train)
     kl_T = torch.zeros_like(terms.logp_T) if kl_T is None else kl_T
     grpo_R = losses.grpo_loss(terms.logp_T, advantage_T, kl_T, pack.response_T, pack.responses, train.beta)

@@ -107,9 +107,24 @@ def kl_to_reference(logp: Array, reference: Array, estimator: str = "k3") -> Arr
     return np.where(d > 1, math.e - 2 + (math.e - 1) * (d - 1), value) if estimator == "clipped" else value
 
 
-def bounded(advantage: Array, logp_old: Array, reference: Array, negatives: str) -> Array:
-    """A token's advantage: A < 0 as it is, times min(1, pi_old / pi_ref), or 0."""
-    weight = {"full": 1.0, "clipped": np.minimum(1, np.exp(logp_old - reference)), "none": 0.0}[negatives]
+def before_the_first_difference(batch: "Batch") -> Array:
+    """Of each token: whether its response up to here is how a right response (R_acc >= 0.5) of its question begins."""
+    found = []
+    for responses, scores in zip(batch.questions, batch.scores, strict=True):
+        right = [other for other, score in zip(responses, scores, strict=True) if score >= 0.5]
+        for tokens in responses:
+            found += [any(other[:n] == tokens[:n] for other in right) for n in range(1, len(tokens) + 1)]
+    return np.array(found)
+
+
+def bounded(advantage: Array, logp_old: Array, batch: "Batch", negatives: str) -> Array:
+    """A token's advantage: A < 0 as it is, times min(1, pi_old / pi_ref), 0 before the first difference, or 0."""
+    weight = {
+        "full": 1.0,
+        "clipped": np.minimum(1, np.exp(logp_old - batch.reference_T)),
+        "first_difference": 1.0 - before_the_first_difference(batch),
+        "none": 0.0,
+    }[negatives]
     return np.where(advantage < 0, advantage * weight, advantage)
 
 
@@ -216,7 +231,7 @@ def objective(
             share_T[t], advantage_T[t] = weight / (t.stop - t.start) / len(responses), a
             adv.append(a)
         d, distill, reward = [*d, *d_G], [*distill, *distill_G], [*reward, *reward_G]
-    advantage_T = bounded(advantage_T, logp_T, batch.reference_T, train.negatives)
+    advantage_T = bounded(advantage_T, logp_T, batch, train.negatives)
 
     def terms(logits_TV: Array) -> Array:
         pi_T = log_pi(logits_TV, batch.token_T)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from masters.models import losses, masking, objective, schedule
+from masters.models import first_difference, losses, masking, objective, schedule
 from masters.rewards import advantages, combination, distillation
 from tests.models import float64_reference
 from tests.models.compare_with_reference import check_all
@@ -19,7 +19,18 @@ OBJECTIVE: dict[str, list[Edit]] = {
     ],
     "positive advantages clipped too": [(losses, "token_advantages", "advantage_T < 0, ", "advantage_T < 9, ")],
     "a weight above one": [(losses, "token_advantages", ".clamp(max=1.0)", "")],
-    "negatives where there are to be none": [(losses, "token_advantages", ".clamp(min=0.0)", "")],
+    "negatives where there are to be none": [
+        (losses, "token_advantages", "return advantage_T.clamp(min=0.0)", "return advantage_T")
+    ],
+    "right tokens that are not spared": [
+        (losses, "token_advantages", "advantage_T.clamp(min=0.0), advantage_T)", "advantage_T, advantage_T)")
+    ],
+    "positive advantages spared too": [
+        (losses, "token_advantages", "torch.where(spared_T, advantage_T.clamp(min=0.0)", "torch.where(spared_T, 0.0")
+    ],
+    "wrong responses that spare": [(first_difference, "spared_tokens", "if right_R[r]", "if True")],
+    "the shortest prefix": [(first_difference, "spared_tokens", "shared = max(", "shared = min(")],
+    "a token too many": [(first_difference, "spared_tokens", "t < shared", "t <= shared")],
     "a sum where rewards are gated": [(combination, "combined_rewards", "accuracy_G * (1 + ", "accuracy_G + (0 + ")],
     "no baseline shift": [(advantages, "group_advantages", " - baseline_shift", "")],
     "no weight of the rewards": [(objective, "masters", "train.reward_weight * ", "")],
