@@ -176,18 +176,20 @@ DIVERGENCES = {"jsd": JensenShannon, "kl": KullbackLeibler, "skew": Skewed}
 
 
 class _Terms(torch.autograd.Function):
-    """Returns log pi, D_t, the exact KL and log pi_ref, [T] each; without a teacher D_t is zero, without a reference
-    the last two are None. Slopes have the types of what they are of."""
+    """Returns what `losses.Terms` holds, [T] each; without a teacher D_t is zero, without a reference the exact KL and
+    log pi_ref are None. Slopes have the types of what they are of."""
 
     @staticmethod
     def forward(ctx: Any, hidden_TH, weight_VH, token_T, teacher, divergence, reference) -> tuple:
         student, teacher = Projection(hidden_TH, weight_VH).aligned(), teacher and teacher.aligned()
         reference = reference and reference.aligned()
-        made_5T = [hidden_TH.new_zeros(len(token_T), dtype=torch.float32) for _ in range(5)]
-        logp_T, value_T, kept_T, kl_T, reference_logp_T = made_5T
+        made_8T = [hidden_TH.new_zeros(len(token_T), dtype=torch.float32) for _ in range(8)]
+        logp_T, value_T, kept_T, kl_T, reference_logp_T, *looked_3T = made_8T
         for of in student.chunks():
             q_CV = student.log_softmax(of)
             logp_T[of] = _chosen(q_CV, token_T[of])
+            for looked_T, found_C in zip(looked_3T, _looked(q_CV, logp_T[of]), strict=True):
+                looked_T[of] = found_C
             if reference is not None:
                 r_CV = reference.log_softmax(of)
                 reference_logp_T[of] = _chosen(r_CV, token_T[of])
@@ -197,14 +199,13 @@ class _Terms(torch.autograd.Function):
                 value_T[of], kept_T[of] = divergence.value(q_CV, teacher.log_softmax(of))
         ctx.save_for_backward(hidden_TH, weight_VH, token_T, kept_T, kl_T)
         ctx.teacher, ctx.divergence, ctx.reference = teacher, divergence, reference
-        if reference is None:
-            return logp_T, value_T, None, None
-        ctx.mark_non_differentiable(reference_logp_T)
-        return logp_T, value_T, kl_T, reference_logp_T
+        ctx.mark_non_differentiable(reference_logp_T, *looked_3T)
+        compared = (kl_T, reference_logp_T) if reference is not None else (None, None)
+        return logp_T, value_T, *compared, *looked_3T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, logp_slope_T, value_slope_T, kl_slope_T, _) -> tuple:
+    def backward(ctx: Any, logp_slope_T, value_slope_T, kl_slope_T, *_) -> tuple:
         hidden_TH, weight_VH, token_T, kept_T, kl_T = ctx.saved_tensors
         student, teacher, reference = Projection(hidden_TH, weight_VH).aligned(), ctx.teacher, ctx.reference
         kind = student.weight_VH.dtype
@@ -229,6 +230,13 @@ class _Terms(torch.autograd.Function):
 
 def _chosen(q_CV: torch.Tensor, token_C: torch.Tensor) -> torch.Tensor:
     return q_CV.gather(1, token_C[:, None])[:, 0]
+
+
+def _looked(q_CV: torch.Tensor, logp_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Entropy, ||onehot - q||^2, and whether the token is the likeliest, [C] each, of a chunk's log-probabilities."""
+    pi_CV = q_CV.exp()
+    squared_C = 1 - 2 * logp_C.exp() + _dot(pi_CV, pi_CV)
+    return -_dot(pi_CV, q_CV), squared_C.clamp_(min=0.0), logp_C >= q_CV.amax(-1)
 
 
 def _product(a_CH: torch.Tensor, b_HV: torch.Tensor) -> torch.Tensor:

@@ -19,13 +19,18 @@ class Terms:
     """What the objective needs of every response token, [T] each: log pi of the token, and D_t (Eq. 4-5).
 
     `kl_T`: the exact D_KL(pi || pi_ref), None without pi_ref's own forward pass. `reference_logp_T`: log pi_ref of the
-    token, a constant, None where it has no part in the objective.
+    token, a constant, None where it has no part in the objective. Without a gradient, for diagnostics: `entropy_T` of
+    pi, in nats; `squared_slope_T` = ||onehot - pi||^2, that of log pi's slope with respect to the logits; `greedy_T`:
+    whether the token is pi's likeliest.
     """
 
     logp_T: torch.Tensor
     divergence_T: torch.Tensor
     kl_T: torch.Tensor | None = None
     reference_logp_T: torch.Tensor | None = None
+    entropy_T: torch.Tensor | None = None
+    squared_slope_T: torch.Tensor | None = None
+    greedy_T: torch.Tensor | None = None
 
     def at(self, index_N: torch.Tensor) -> "Terms":
         """The terms of the tokens at these places, [N] each."""
@@ -42,7 +47,14 @@ def terms(
 ) -> Terms:
     """Dense reference of `head.terms`. `divergence`: "jsd", "kl" or "skew"."""
     per_token = {"jsd": jensen_shannon, "kl": kl_divergence, "skew": skew_divergence}[divergence]
-    found = Terms(chosen_log_probs(student_logits_TV, token_T), per_token(student_logits_TV, teacher_logits_TV))
+    pi_TV = student_logits_TV.detach().float().softmax(-1)
+    found = Terms(
+        chosen_log_probs(student_logits_TV, token_T),
+        per_token(student_logits_TV, teacher_logits_TV),
+        entropy_T=-torch.xlogy(pi_TV, pi_TV).sum(-1),
+        squared_slope_T=(F.one_hot(token_T, pi_TV.shape[1]) - pi_TV).square().sum(-1),
+        greedy_T=pi_TV.argmax(-1) == token_T,
+    )
     if reference_logits_TV is None:
         return found
     known_T = chosen_log_probs(reference_logits_TV.detach(), token_T)

@@ -22,12 +22,14 @@ from masters.rewards import combined_rewards, distillation_rewards, group_advant
 class Outcome:
     """A batch's loss (to be divided by the step's questions), what to log, summed over questions, and by response.
 
-    `responses`: columns of the table `rewards`, R values each, NaN where there is none.
+    `responses`: columns of the table `rewards`, R values each, NaN where there is none. `advantage_T`: of each token,
+    as it is in the loss; None in objectives without rewards.
     """
 
     loss: torch.Tensor
     sums: dict[str, float]
     responses: dict[str, list[float]] = field(default_factory=dict)
+    advantage_T: torch.Tensor | None = None
 
 
 def question_means(value_R: torch.Tensor, packed: Pack) -> torch.Tensor:
@@ -76,9 +78,9 @@ def masters(terms: Terms, score_R: torch.Tensor, packed: Pack, train: Train, rew
     }
     if kl_T is not None:
         kl_R = losses.response_means(kl_T.detach(), packed.response_T, packed.responses)
-        sums["kl_to_reference"] = _question_sum(kl_R, packed)
+        sums |= {"kl_to_reference": _question_sum(kl_R, packed), "largest_token_kl": kl_T.detach().max().item()}
     responses = {"divergence": divergence_R.tolist(), "advantage": advantage_R.tolist()}
-    return Outcome(loss, sums, responses | _rewards(score_R, distill_R, rewards))
+    return Outcome(loss, sums, responses | _rewards(score_R, distill_R, rewards), advantage_T)
 
 
 def bounded_advantages(

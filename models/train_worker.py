@@ -142,6 +142,7 @@ def prepare(job: dict, job_file: Path, rank: int, world: int) -> trainer.Job:
         token_budget=job["token_budget"],
         report=report,
         reference=reference,
+        end_tokens=_end_tokens(student, prompts.processor.tokenizer),
         probe=_probe(prompts, [Ref(*ref) for ref in job["probe"]]),
         rank=rank,
         world=world,
@@ -182,6 +183,13 @@ def _models(job: dict, train: Train, device: str, sharding: Sharding) -> tuple[V
 
     teacher = None if train.objective == "sft" else frozen(job["teacher"])
     return student, teacher, frozen(job["student"]) if train.holds_reference else None
+
+
+def _end_tokens(student: VLM, tokenizer: Any) -> frozenset[int]:
+    """The tokens at which an engine ends a response: the tokenizer's, and those of the model's generation settings."""
+    configured = student.generation_config.eos_token_id
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in (*listed, tokenizer.eos_token_id) if token is not None)
 
 
 def _held(student: torch.nn.Module, sharding: Sharding, world: int) -> dict[str, float]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from masters.errors import MastersError
-from masters.models import head, objective, resume
+from masters.models import diagnostics, head, objective, resume, step_sums
 from masters.models.fitting import Spare, each_pass, one_step, within_memory
 from masters.models.gradient_clipping import clip_gradient
 from masters.models.guards import ProbeGuard, largest_gradient, not_finite
@@ -25,6 +25,7 @@ from masters.models.packing import Pack, pack, response_states
 from masters.models.passes import dealt
 from masters.models.ranks import gathered, reduced
 from masters.models.reference import reference_log_probs
+from masters.models.run_warnings import RunWarnings
 from masters.models.training_data import Step
 from masters.models.trees import Sizes
 
@@ -39,6 +40,7 @@ def fit(job: Job) -> None:
     optimiser = torch.optim.AdamW(parameters.values(), lr=job.train.learning_rate, weight_decay=0.0)
     done = start(job, parameters, optimiser)
     guard = ProbeGuard(job, done)
+    warnings = RunWarnings(job, done if job.rank == 0 else 0)  # of which rank 0 alone has the steps, and speaks
     stage, every = None, max(1, len(job.steps) // 10)
     for number, step in enumerate(job.steps[done:], done + 1):
         if step.stage != stage and job.teacher is not None:
@@ -49,6 +51,8 @@ def fit(job: Job) -> None:
             group["lr"] = learning_rate(job.train, number, len(job.steps))
         with one_step(number):
             means = _take(job, number, step, references, optimiser)
+        if job.rank == 0:
+            warnings.look(number, means)
         last, probe, fell = number == len(job.steps), {}, False
         probed = number % every == 0 or last
         if probed:
@@ -77,7 +81,7 @@ def _take(
     sums = run_step(job, step, references)
     if not (math.isfinite(sums["loss"]) and math.isfinite(largest_gradient(job))):
         raise _no_number(job, number, step, references, sums["loss"])
-    means = {name: value / len(step.groups) for name, value in sums.items()}
+    means = step_sums.means(sums, len(step.groups))
     means["learning_rate"] = optimiser.param_groups[0]["lr"]
     if job.train.max_gradient_norm is not None:
         means["gradient_norm"] = clip_gradient(job, job.train.max_gradient_norm)
@@ -101,24 +105,23 @@ def run_step(job: Job, step: Step, references: dict[int, torch.Tensor]) -> dict[
 def _passes(
     job: Job, step: Step, mine: list[int], references: dict[int, torch.Tensor]
 ) -> tuple[dict[str, float], list[Taken]]:
-    """This rank's passes. Returns sums over its questions, and what is kept of each pass."""
+    """This rank's passes. Returns what they add up to (see `step_sums`), and what is kept of each pass."""
     smallest = min(step.groups, key=lambda g: job.sizes[g] or 0)
-    sums: dict[str, float] = {}
+    sums: list[dict[str, float]] = []
     taken: list[Taken] = []
 
     def learn(groups: list[int], packed: Pack) -> None:
         outcome = batch_outcome(job, packed, groups, references)
         (outcome.loss / len(step.groups)).backward()
         taken.append((groups, packed.sizes, outcome.responses))
-        for name, value in outcome.sums.items():
-            sums[name] = sums.get(name, 0.0) + value
+        sums.append(outcome.sums)
 
     def idle(packed: Pack) -> None:
         (batch_outcome(job, packed, [smallest], references).loss * 0).backward()
 
     spare = Spare(lambda: job.question(job.groups[smallest]), idle)
     each_pass(job, ((g, job.question(job.groups[g])) for g in mine), learn, spare)
-    return sums, taken
+    return step_sums.merged(sums), taken
 
 
 def batch_outcome(job: Job, packed: Pack, groups: list[int], references: dict[int, torch.Tensor]) -> objective.Outcome:
@@ -129,13 +132,33 @@ def batch_outcome(job: Job, packed: Pack, groups: list[int], references: dict[in
         )
         return objective.supervised(logp_U[packed.distinct_T], packed)
     terms = packed.spread(_terms(job, job.teacher, packed))
+    tokens = diagnostics.token_sums(terms, packed, job.end_tokens)
     if job.train.objective == "kd":
-        return objective.distillation(terms, packed)
+        return _with(objective.distillation(terms, packed), tokens)
     if references:
         stored_T = torch.cat([references[g] for g in groups]).to(terms.logp_T.device)
         terms = replace(terms, reference_logp_T=stored_T)
     score_R = torch.from_numpy(np.concatenate([job.groups[g].scores for g in groups])).float()
-    return objective.masters(terms, score_R, packed, job.train, job.rewards)
+    sources = [source for g in groups for source, *_ in job.groups[g].keys]
+    outcome = objective.masters(terms, score_R, packed, job.train, job.rewards)
+    return _with(outcome, tokens | _reward_sums(outcome, terms, score_R, sources, packed))
+
+
+def _with(outcome: objective.Outcome, sums: dict[str, float]) -> objective.Outcome:
+    """The outcome with further sums to log."""
+    return replace(outcome, sums=outcome.sums | sums)
+
+
+def _reward_sums(
+    outcome: objective.Outcome, terms: Terms, score_R: torch.Tensor, sources: list[str], packed: Pack
+) -> dict[str, float]:
+    """Diagnostics of the rewards: where they push, and whether they agree with the verdicts."""
+    assert outcome.advantage_T is not None
+    found = diagnostics.negative_sums(terms, outcome.advantage_T)
+    for name, column in (("distillation", "reward_distillation"), ("reward", "reward")):
+        reward_R = torch.tensor(outcome.responses[column])
+        found[f"{name}_agreement"], found[f"pairs_{name}"] = diagnostics.agreement(reward_R, score_R, packed)
+    return found | diagnostics.log_pi_sums(terms, packed, score_R, sources)
 
 
 def _terms(job: Job, teacher: torch.nn.Module, packed: Pack) -> Terms:
