@@ -1,7 +1,7 @@
 """What `masters bench head` and `masters bench step` add on a CUDA machine: the same at the size of real models.
 
-Random weights, a Qwen3-VL student of 1.1B and a teacher of 4.0B (vision towers aside), computed as
-`train.compute_dtype = "bfloat16"` does: the student's weights in float32, the teacher's and all products in bfloat16,
+Random weights, a Qwen3-VL student of 1.1B, a pi_ref of its size and a teacher of 4.0B (vision towers aside), computed
+as `train.compute_dtype = "bfloat16"` does: the student's weights in float32, the others' and all products in bfloat16,
 for ours and the baseline alike. Ours has text attention through FlexAttention and all questions in one row, as the
 trainer packs them. Written without a GPU and never run on one; its arithmetic is tested on a CPU.
 """
@@ -14,7 +14,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from masters.benchmarks import head, step
 from masters.benchmarks.measure import Row, compare, gpu_mib, seconds
-from masters.benchmarks.step import IMAGE, RESPONSES, Shape
+from masters.benchmarks.step import IMAGE, RESPONSES, Models, Shape
 from masters.config import Train
 from masters.models import precision
 from masters.models.checkpoints import attention
@@ -79,21 +79,21 @@ def step_rows(sizes: Sizes = Sizes()) -> list[Row]:
     Tokens are those of responses. The share of the peak is of what each way computes at all, so that repeated prompts
     count for the baseline.
     """
-    kinds = (getattr(torch, kind) for kind in (sizes.train.dtype, precision.teacher_dtype(sizes.train)))
-    models = zip((sizes.student, sizes.teacher), kinds, strict=True)
-    student, teacher = (model(part, sizes.device, kind) for part, kind in models)
-    precision.computing(student, sizes.train)
+    trained, frozen = (getattr(torch, kind) for kind in (sizes.train.dtype, precision.frozen_dtype(sizes.train)))
+    kinds = (sizes.student, trained), (sizes.teacher, frozen), (sizes.student, frozen)
+    models = Models(*(model(part, sizes.device, kind) for part, kind in kinds))
+    precision.computing(models.student, sizes.train)
     asked = [step.question(sizes.shape, seed) for seed in range(sizes.questions)]
     case = f"GPU, {sizes.questions} x {sizes.shape}"
 
-    ours = partial(packed, student, teacher, asked, attention(sizes.device))
-    plain = partial(separate, student, teacher, asked, attention("cpu"))
+    ours = partial(packed, models, asked, attention(sizes.device))
+    plain = partial(separate, models, asked, attention("cpu"))
     time = compare(f"{case}, time", "s", seconds(ours), seconds(plain), REPEATS)
     tokens = sizes.questions * RESPONSES * sizes.shape.response
     rows = [time, rate(f"{case}, tokens", "/s", time, (tokens, tokens))]
     if peak := peak_flops(sizes.device):
         shares = [
-            100 * step_flops(student, teacher, work.times(sizes.questions)) / peak
+            100 * step_flops(models, work.times(sizes.questions)) / peak
             for work in (packed_work(sizes.shape), separate_work(sizes.shape))
         ]
         rows.append(rate(f"{case}, share of the bf16 peak", "%", time, (shares[0], shares[1])))
@@ -102,20 +102,20 @@ def step_rows(sizes: Sizes = Sizes()) -> list[Row]:
     return rows
 
 
-def packed(student: VLM, teacher: VLM, asked: list[Question], attention: dict) -> None:
-    prepare(student, teacher, attention)
-    step.packed_loss(student, teacher, *asked, row=sum(question.tokens for question in asked)).backward()
+def packed(models: Models, asked: list[Question], attention: dict) -> None:
+    prepare(models, attention)
+    step.packed_loss(models, *asked, row=sum(question.tokens for question in asked)).backward()
 
 
-def separate(student: VLM, teacher: VLM, asked: list[Question], attention: dict) -> None:
-    prepare(student, teacher, attention)
+def separate(models: Models, asked: list[Question], attention: dict) -> None:
+    prepare(models, attention)
     for question in asked:
-        step.separate_loss(student, teacher, question).backward()
+        step.separate_loss(models, question).backward()
 
 
-def prepare(student: VLM, teacher: VLM, attention: dict) -> None:
-    student.zero_grad(set_to_none=True)
-    for model in (student, teacher):
+def prepare(models: Models, attention: dict) -> None:
+    models.student.zero_grad(set_to_none=True)
+    for model in (models.student, models.teacher, models.reference):
         model.set_attn_implementation(attention)
 
 
@@ -161,9 +161,10 @@ def separate_work(shape: Shape) -> Work:
     return Work(length, length * (length + 1) // 2, shape.response, patches, patches**2).times(RESPONSES)
 
 
-def step_flops(student: VLM, teacher: VLM, work: Work) -> float:
+def step_flops(models: Models, work: Work) -> float:
     """Of one training step. What the chunked head computes a second time is not counted."""
-    return TRAINED * forward_flops(student, work) + FORWARD * forward_flops(teacher, work)
+    frozen = sum(forward_flops(model, work) for model in (models.teacher, models.reference))
+    return TRAINED * forward_flops(models.student, work) + FORWARD * frozen
 
 
 def forward_flops(model: VLM, work: Work) -> float:

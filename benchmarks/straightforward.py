@@ -193,17 +193,16 @@ class Outcome:
 def train(teachers: list[str], stages: list[list[Group]], settings: Settings) -> tuple[Any, list[float]]:
     """Stage by stage, each with its masked teacher. Returns the student and the loss of every step."""
     processor, student = AutoProcessor.from_pretrained(settings.student), load(settings.student)
+    reference = load(settings.student)
     optimiser = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate, weight_decay=0.0)
     size, shuffle, losses = settings.questions_per_step, random.Random(settings.seed), []
-    references = [reference_log_probs(student, processor, groups, size) for groups in stages]
-    for folder, groups, reference in zip(teachers, stages, references, strict=True):
+    for folder, groups in zip(teachers, stages, strict=True):
         teacher = load(folder)
         for _ in range(settings.epochs):
             order = shuffle.sample(range(len(groups)), len(groups))
             for at in range(0, len(order), size):
-                chosen = order[at : at + size]
-                known = [logp for number in chosen for logp in reference[number]]
-                outcome = step_outcome(student, teacher, processor, [groups[n] for n in chosen], known, settings.beta)
+                chosen = [groups[n] for n in order[at : at + size]]
+                outcome = step_outcome(student, teacher, reference, processor, chosen, settings.beta)
                 outcome.loss.backward()
                 optimiser.step()
                 optimiser.zero_grad()
@@ -214,18 +213,6 @@ def train(teachers: list[str], stages: list[list[Group]], settings: Settings) ->
 def load(folder: str) -> Any:
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     return model.to(DEVICE).eval()
-
-
-@torch.no_grad()
-def reference_log_probs(student: torch.nn.Module, processor, groups: list[Group], size: int) -> list[list]:
-    """log pi_ref of every response's tokens, by group: constants, taken before the first step."""
-    found = []
-    for at in range(0, len(groups), size):
-        chosen = groups[at : at + size]
-        batch = collate(processor, chosen)
-        rows = iter(log_probs(response_logits(student, batch), batch))
-        found += [[next(rows)[: len(response)] for response in one.responses] for one in chosen]
-    return found
 
 
 def collate(processor, groups: list[Group]) -> Batch:
@@ -275,27 +262,32 @@ def divergences(student_NRV: torch.Tensor, teacher_NRV: torch.Tensor) -> torch.T
     return GKDTrainer.generalized_jsd_loss(student_NRV, teacher_NRV, beta=0.5, reduction="none").sum(-1)
 
 
+def kl_to_reference(student_NRV: torch.Tensor, reference_NRV: torch.Tensor) -> torch.Tensor:
+    """Eq. 8-11: D_KL(pi || pi_ref) of each token, over the vocabulary, [N, R]."""
+    logp_NRV, known_NRV = student_NRV.log_softmax(-1), reference_NRV.log_softmax(-1)
+    return (logp_NRV.exp() * (logp_NRV - known_NRV)).sum(-1)
+
+
 def step_outcome(
     student: torch.nn.Module,
     teacher: torch.nn.Module,
+    reference: torch.nn.Module,
     processor,
     groups: list[Group],
-    reference: list[torch.Tensor],
     beta: float,
 ) -> Outcome:
     """L_GRPO + D (Eq. 4-11): mean over a response's tokens, a question's responses, the step's questions."""
     batch = collate(processor, groups)
     logits_NRV = response_logits(student, batch)
     with torch.no_grad():
-        taught_NRV = response_logits(teacher, batch)
+        taught_NRV, known_NRV = response_logits(teacher, batch), response_logits(reference, batch)
     divergence_N = token_means(divergences(logits_NRV, taught_NRV), batch)
     sizes = [len(one.responses) for one in groups]
     parts = zip(divergence_N.detach().cpu().split(sizes), groups, strict=True)
     reward_N = torch.cat([rewards(divergence_G, one) for divergence_G, one in parts])
     advantage_N = torch.cat([advantages(reward_G) for reward_G in reward_N.split(sizes)])
     logp_NR = log_probs(logits_NRV, batch)
-    gap_NR = pad_sequence(reference, batch_first=True) - logp_NR
-    kl_NR = gap_NR.exp() - gap_NR - 1
+    kl_NR = kl_to_reference(logits_NRV, known_NRV)
     ratio_NR = (logp_NR - logp_NR.detach()).exp()  # 1, with the gradient of log pi
     grpo_N = -token_means(ratio_NR * advantage_N.to(DEVICE)[:, None] - beta * kl_NR, batch)
     loss = torch.stack([loss_G.mean() for loss_G in (grpo_N + divergence_N).split(sizes)]).mean()

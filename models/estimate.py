@@ -81,7 +81,9 @@ def _round(config: Config, student: Weights, teacher: Weights, of: Questions, pa
     answers = passes * theirs + ours
     counts["generate"] = passes * teacher.forward(of, theirs * length) if theirs else 0.0
     counts["generate"] += student.forward(of, ours * length) if ours else 0.0
-    if full and train.beta:
+    if train.holds_reference:
+        counts["reference"] = train.epochs * passes * student.forward(of, said)
+    if train.stores_reference:
         counts["reference"] = student.forward(of, answers * length)
     if config.needs_verdicts and rewards.accuracy == "llm" and rewards.judge == TEACHER:
         counts["score"] = 2 * teacher.text * JUDGED * answers

@@ -13,7 +13,7 @@ from masters.config import Runtime, Train
 from masters.errors import InputError
 from masters.models.head import chunk_bytes
 from masters.models.masking import BLOCK, mask_group
-from masters.models.precision import teacher_dtype
+from masters.models.precision import frozen_dtype
 
 # kept for the backward pass, against a value for every input and output of every linear module: of five models, all
 # families, between 1.12 and 1.43 were counted
@@ -39,6 +39,7 @@ class Footprint:
     exchange: int  # of gradients and of what is gathered, between ranks
     saving: int
     loading: int = 0
+    reference: int = 0  # pi_ref, where it is held
 
     @property
     def total(self) -> int:
@@ -70,26 +71,29 @@ def footprint(
     in it, DeepSpeed's products keep the weight itself), and at most as much as in float32 else.
     """
     own, taught = shapes(student), shapes(teacher) if teacher else {}
-    width, product = getattr(torch, train.dtype).itemsize, getattr(torch, teacher_dtype(train)).itemsize
+    width, product = getattr(torch, train.dtype).itemsize, getattr(torch, frozen_dtype(train)).itemsize
     weights, teachers = width * _numbers(own.values()), product * _numbers(taught.values())
+    reference = product * _numbers(own.values()) if train.holds_reference else 0
     activations = _activations(own, width, tokens, device, runtime.activation_checkpointing)
     if runtime.sharding == "replicate":
         activations += product * _numbers(own.values()) if tokens[0] and product != width else 0
         exchange = weights if ranks > 1 else 0
         saving = max(0, COPIES * 3 * weights - weights - activations) if saves else 0
-        return Footprint(weights, weights, 2 * weights, teachers, activations, exchange, saving)
-    share, shared_teacher = weights // ranks, teachers // ranks
+        return Footprint(weights, weights, 2 * weights, teachers, activations, exchange, saving, reference=reference)
+    share, shared_teacher, shared_reference = weights // ranks, teachers // ranks, reference // ranks
     exchange = (width + product) * _gathered(own) + product * _gathered(taught)
+    exchange += product * _gathered(own) if reference else 0
     # DeepSpeed keeps gradients before they are ours, and a bucket of them; as much is on its way in and out
     bucket = _bucket(own, width) if runtime.sharding == "zero3" else 0
     gradients = share + (share + bucket if bucket else 0)
-    step = 3 * share + gradients + shared_teacher + activations + exchange + 2 * bucket
+    step = 3 * share + gradients + shared_teacher + shared_reference + activations + exchange + 2 * bucket
     # one rank alone writes all of it: its part of what the ranks need together
     saving = COPIES * 3 * weights // ranks - share - activations - exchange if saves else 0
     # every rank reads a model as a whole before it keeps its share, one model after the other
-    loading = max(weights, share + teachers) - step
+    loading = max(weights, share + teachers, share + shared_teacher + reference) - step
     parts = share, gradients, 2 * share, shared_teacher, activations, exchange + 2 * bucket
-    return Footprint(*parts, saving=max(0, saving), loading=max(0, loading - max(0, saving)))
+    loading = max(0, loading - max(0, saving))
+    return Footprint(*parts, saving=max(0, saving), loading=loading, reference=shared_reference)
 
 
 def _bucket(own: Shapes, width: int) -> int:

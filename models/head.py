@@ -39,6 +39,10 @@ class Projection:
         kind = self.hidden_TH.dtype if len(kinds) == 1 or self.hidden_TH.is_cuda else torch.float32
         return Projection(self.hidden_TH.to(kind), self.weight_VH.to(kind))
 
+    def frozen(self) -> "Projection":
+        """The same without a gradient to either tensor."""
+        return Projection(self.hidden_TH.detach(), self.weight_VH.detach())
+
     def logits(self) -> torch.Tensor:
         """All of them, [T, V]."""
         both = self.aligned()
@@ -61,19 +65,25 @@ def chunk_bytes(device: str) -> int:
     return GPU_CHUNK_BYTES if device.startswith("cuda") else CHUNK_BYTES
 
 
-def terms(student: Projection, teacher: Projection, token_T: torch.Tensor, divergence: str) -> Terms:
+def terms(
+    student: Projection,
+    teacher: Projection,
+    token_T: torch.Tensor,
+    divergence: str,
+    reference: Projection | None = None,
+) -> Terms:
     """log pi of each token and D_t (Eq. 4-5), [T] each, differentiable in the student's two tensors alone.
 
     `divergence`: "jsd", "kl" or "skew", as `losses.jensen_shannon`, `losses.kl_divergence` and
-    `losses.skew_divergence` define them.
+    `losses.skew_divergence` define them. With a `reference`, pi_ref, also `losses.exact_kl` and log pi_ref.
     """
-    frozen = Projection(teacher.hidden_TH.detach(), teacher.weight_VH.detach())
-    return Terms(*_Terms.apply(student.hidden_TH, student.weight_VH, token_T, frozen, DIVERGENCES[divergence]))
+    others = teacher.frozen(), DIVERGENCES[divergence], reference and reference.frozen()
+    return Terms(*_Terms.apply(student.hidden_TH, student.weight_VH, token_T, *others))
 
 
 def chosen_log_probs(student: Projection, token_T: torch.Tensor) -> torch.Tensor:
     """log pi of each token, [T], differentiable in the student's two tensors, as `losses.chosen_log_probs`."""
-    return _Terms.apply(student.hidden_TH, student.weight_VH, token_T, None, None)[0]
+    return _Terms.apply(student.hidden_TH, student.weight_VH, token_T, None, None, None)[0]
 
 
 class JensenShannon:
@@ -148,32 +158,56 @@ def _log_mixture(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     return torch.logaddexp(p + math.log(SKEW), q + math.log(1 - SKEW))
 
 
+class ToReference:
+    """KL(Q || R) of the student's Q from pi_ref's R, over the whole vocabulary: both are of one model."""
+
+    @staticmethod
+    def value(q_CV: torch.Tensor, r_CV: torch.Tensor) -> torch.Tensor:
+        """[C]. Overwrites `r_CV`."""
+        return _dot(q_CV.exp(), torch.sub(q_CV, r_CV, out=r_CV))
+
+    @staticmethod
+    def slope(q_CV: torch.Tensor, r_CV: torch.Tensor, value_C: torch.Tensor) -> torch.Tensor:
+        """dKL/dlogits = q ((log q - log r) - KL), [C, V]. Overwrites `r_CV`."""
+        return torch.sub(q_CV, r_CV, out=r_CV).sub_(value_C[:, None]).mul_(q_CV.exp())
+
+
 DIVERGENCES = {"jsd": JensenShannon, "kl": KullbackLeibler, "skew": Skewed}
 
 
 class _Terms(torch.autograd.Function):
-    """Returns log pi and D_t, [T] each; without a teacher D_t is zero. Slopes have the types of what they are of."""
+    """Returns what `losses.Terms` holds, [T] each; without a teacher D_t is zero, without a reference the exact KL and
+    log pi_ref are None. Slopes have the types of what they are of."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_TH, weight_VH, token_T, teacher, divergence) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx: Any, hidden_TH, weight_VH, token_T, teacher, divergence, reference) -> tuple:
         student, teacher = Projection(hidden_TH, weight_VH).aligned(), teacher and teacher.aligned()
-        logp_T = hidden_TH.new_zeros(len(token_T), dtype=torch.float32)
-        value_T, kept_T = torch.zeros_like(logp_T), torch.zeros_like(logp_T)
+        reference = reference and reference.aligned()
+        made_8T = [hidden_TH.new_zeros(len(token_T), dtype=torch.float32) for _ in range(8)]
+        logp_T, value_T, kept_T, kl_T, reference_logp_T, *looked_3T = made_8T
         for of in student.chunks():
             q_CV = student.log_softmax(of)
-            logp_T[of] = q_CV.gather(1, token_T[of, None])[:, 0]
+            logp_T[of] = _chosen(q_CV, token_T[of])
+            for looked_T, found_C in zip(looked_3T, _looked(q_CV, logp_T[of]), strict=True):
+                looked_T[of] = found_C
+            if reference is not None:
+                r_CV = reference.log_softmax(of)
+                reference_logp_T[of] = _chosen(r_CV, token_T[of])
+                kl_T[of] = ToReference.value(q_CV, r_CV)
+                del r_CV  # before the teacher's is made: no more buffers are held at a time than without a reference
             if teacher is not None:
                 value_T[of], kept_T[of] = divergence.value(q_CV, teacher.log_softmax(of))
-        ctx.save_for_backward(hidden_TH, weight_VH, token_T, kept_T)
-        ctx.teacher, ctx.divergence = teacher, divergence
-        return logp_T, value_T
+        ctx.save_for_backward(hidden_TH, weight_VH, token_T, kept_T, kl_T)
+        ctx.teacher, ctx.divergence, ctx.reference = teacher, divergence, reference
+        ctx.mark_non_differentiable(reference_logp_T, *looked_3T)
+        compared = (kl_T, reference_logp_T) if reference is not None else (None, None)
+        return logp_T, value_T, *compared, *looked_3T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, logp_slope_T, value_slope_T) -> tuple:
-        hidden_TH, weight_VH, token_T, kept_T = ctx.saved_tensors
-        student = Projection(hidden_TH, weight_VH).aligned()
-        teacher = ctx.teacher and ctx.teacher.aligned()
+    def backward(ctx: Any, logp_slope_T, value_slope_T, kl_slope_T, *_) -> tuple:
+        hidden_TH, weight_VH, token_T, kept_T, kl_T = ctx.saved_tensors
+        student, teacher, reference = Projection(hidden_TH, weight_VH).aligned(), ctx.teacher, ctx.reference
         kind = student.weight_VH.dtype
         hidden_slope_TH = torch.empty_like(hidden_TH)
         weight_slope_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
@@ -183,10 +217,26 @@ class _Terms(torch.autograd.Function):
             if teacher is not None:
                 p_CV = teacher.log_softmax(of)
                 slope_CV += ctx.divergence.slope(q_CV, p_CV, kept_T[of]).mul_(value_slope_T[of, None])
+                del p_CV
+            if reference is not None:
+                r_CV = reference.log_softmax(of)
+                slope_CV += ToReference.slope(q_CV, r_CV, kl_T[of]).mul_(kl_slope_T[of, None])
+                del r_CV
             slope_CV = slope_CV.to(kind)
             hidden_slope_TH[of] = (slope_CV @ student.weight_VH).to(hidden_TH.dtype)
             _add_product(weight_slope_VH, slope_CV.T, student.hidden_TH[of])
-        return hidden_slope_TH, weight_slope_VH.to(weight_VH.dtype), None, None, None
+        return hidden_slope_TH, weight_slope_VH.to(weight_VH.dtype), None, None, None, None
+
+
+def _chosen(q_CV: torch.Tensor, token_C: torch.Tensor) -> torch.Tensor:
+    return q_CV.gather(1, token_C[:, None])[:, 0]
+
+
+def _looked(q_CV: torch.Tensor, logp_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Entropy, ||onehot - q||^2, and whether the token is the likeliest, [C] each, of a chunk's log-probabilities."""
+    pi_CV = q_CV.exp()
+    squared_C = 1 - 2 * logp_C.exp() + _dot(pi_CV, pi_CV)
+    return -_dot(pi_CV, q_CV), squared_C.clamp_(min=0.0), logp_C >= q_CV.amax(-1)
 
 
 def _product(a_CH: torch.Tensor, b_HV: torch.Tensor) -> torch.Tensor:

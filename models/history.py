@@ -80,6 +80,12 @@ def files(storage: Storage, prefix: str, table: str) -> Iterator[bytes]:
         yield schemas.encode_table(pa.concat_tables(held))
 
 
+def steps(storage: Storage, prefix: str) -> Iterator[dict]:
+    """Rows of `history` that are written already, in order of steps."""
+    for name in _parts(storage, prefix, "history"):
+        yield from schemas.read(storage, name).to_pylist()
+
+
 class Census:
     """What is in the tables, counted: a part that a store lost, or a run wrote twice, is seen."""
 

@@ -20,9 +20,10 @@ class Job:
     """All that a training run needs. `question` makes a group ready to pack.
 
     `teacher` is None where the objective has none; `remask` masks it for a stage, in place, at that one of `ratios`.
-    `token_budget`: tokens of a forward pass; it becomes less where memory does not hold one. `probe`: questions that
-    are looked at while it trains. `sharding`: how student and teacher are held over the ranks. `ledger` collects the
-    rows of the tables, `tally` the sizes of this rank's training passes.
+    `reference`: pi_ref, the student as it was at the round's start, None where `train` does not hold it. `end_tokens`:
+    those that end a response. `token_budget`: tokens of a forward pass; it becomes less where memory does not hold one.
+    `probe`: questions that are looked at while it trains. `sharding`: how the models are held over the ranks. `ledger`
+    collects the rows of the tables, `tally` the sizes of this rank's training passes.
     """
 
     student: torch.nn.Module
@@ -40,6 +41,8 @@ class Job:
     checkpoint_steps: int
     token_budget: int
     report: Callable[..., None]
+    reference: torch.nn.Module | None = None
+    end_tokens: frozenset[int] = frozenset()
     probe: list[Question] = field(default_factory=list)
     rank: int = 0
     world: int = 1

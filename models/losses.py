@@ -4,7 +4,8 @@ Shapes: T response tokens, V vocabulary, R responses. Logits may be of any float
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,18 +16,49 @@ SKEW = 0.1  # lambda of the skewed divergence
 
 @dataclass(frozen=True)
 class Terms:
-    """What the objective needs of every response token, [T] each: log pi of the token, and D_t (Eq. 4-5)."""
+    """What the objective needs of every response token, [T] each: log pi of the token, and D_t (Eq. 4-5).
+
+    `kl_T`: the exact D_KL(pi || pi_ref), None without pi_ref's own forward pass. `reference_logp_T`: log pi_ref of the
+    token, a constant, None where it has no part in the objective. Without a gradient, for diagnostics: `entropy_T` of
+    pi, in nats; `squared_slope_T` = ||onehot - pi||^2, that of log pi's slope with respect to the logits; `greedy_T`:
+    whether the token is pi's likeliest.
+    """
 
     logp_T: torch.Tensor
     divergence_T: torch.Tensor
+    kl_T: torch.Tensor | None = None
+    reference_logp_T: torch.Tensor | None = None
+    entropy_T: torch.Tensor | None = None
+    squared_slope_T: torch.Tensor | None = None
+    greedy_T: torch.Tensor | None = None
+
+    def at(self, index_N: torch.Tensor) -> "Terms":
+        """The terms of the tokens at these places, [N] each."""
+        parts: list[Any] = [None if value_T is None else value_T[index_N] for value_T in vars(self).values()]
+        return Terms(*parts)
 
 
 def terms(
-    student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor, token_T: torch.Tensor, divergence: str
+    student_logits_TV: torch.Tensor,
+    teacher_logits_TV: torch.Tensor,
+    token_T: torch.Tensor,
+    divergence: str,
+    reference_logits_TV: torch.Tensor | None = None,
 ) -> Terms:
     """Dense reference of `head.terms`. `divergence`: "jsd", "kl" or "skew"."""
     per_token = {"jsd": jensen_shannon, "kl": kl_divergence, "skew": skew_divergence}[divergence]
-    return Terms(chosen_log_probs(student_logits_TV, token_T), per_token(student_logits_TV, teacher_logits_TV))
+    pi_TV = student_logits_TV.detach().float().softmax(-1)
+    found = Terms(
+        chosen_log_probs(student_logits_TV, token_T),
+        per_token(student_logits_TV, teacher_logits_TV),
+        entropy_T=-torch.xlogy(pi_TV, pi_TV).sum(-1),
+        squared_slope_T=(F.one_hot(token_T, pi_TV.shape[1]) - pi_TV).square().sum(-1),
+        greedy_T=pi_TV.argmax(-1) == token_T,
+    )
+    if reference_logits_TV is None:
+        return found
+    known_T = chosen_log_probs(reference_logits_TV.detach(), token_T)
+    return replace(found, kl_T=exact_kl(student_logits_TV, reference_logits_TV), reference_logp_T=known_T)
 
 
 def jensen_shannon(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor) -> torch.Tensor:
@@ -73,6 +105,17 @@ def chosen_log_probs(logits_TV: torch.Tensor, token_T: torch.Tensor) -> torch.Te
     return logits_TV.float().log_softmax(-1).gather(1, token_T[:, None])[:, 0]
 
 
+def exact_kl(student_logits_TV: torch.Tensor, reference_logits_TV: torch.Tensor) -> torch.Tensor:
+    """D_KL(pi || pi_ref) = sum_v pi (log pi - log pi_ref) over the whole vocabulary, in nats per token, [T] (Eq. 8-11).
+
+    Ours, as the paper leaves the estimator open. Its slope with respect to the logits, pi ((log pi - log pi_ref) - KL),
+    has a 1-norm of at most 2 (1 + KL), and KL is at most -log pi_ref of the rarest token, a constant of the round:
+    unlike that of "k3" it does not grow with what the student has given up. No gradient reaches pi_ref.
+    """
+    q, r = _log_probs(student_logits_TV, reference_logits_TV)
+    return _expected(q, r)
+
+
 def kl_to_reference(logp_T: torch.Tensor, reference_logp_T: torch.Tensor, estimator: str) -> torch.Tensor:
     """D_KL(pi || pi_ref) from the chosen tokens, [T], with d = log pi_ref - log pi, log pi_ref a constant (Eq. 8-11).
 
@@ -98,37 +141,40 @@ def response_means(value_T: torch.Tensor, response_T: torch.Tensor, responses: i
 
 def grpo_loss(
     logp_T: torch.Tensor,
-    reference_logp_T: torch.Tensor,
-    advantage_R: torch.Tensor,
+    advantage_T: torch.Tensor,
+    kl_T: torch.Tensor,
     response_T: torch.Tensor,
+    responses: int,
     beta: float,
-    kl: str,
-    negatives: str,
 ) -> torch.Tensor:
     """- mean_t [ratio_t A_t - beta D_KL(pi || pi_ref)] per response, [R] (Eq. 8-11).
 
     ratio = pi / stop_gradient(pi) is 1 in value, since a batch is used for one update; its gradient is that of
-    log pi. A_t: `token_advantages`; D_KL: `kl_to_reference` with the estimator `kl`. The caller averages responses
-    over a question and questions over the batch.
+    log pi. A_t: `token_advantages`, without a gradient; D_KL, `kl_T`: `exact_kl` or `kl_to_reference`. The caller
+    averages responses over a question and questions over the batch.
     """
     ratio_T = torch.exp(logp_T - logp_T.detach())
-    advantage_T = token_advantages(logp_T, reference_logp_T, advantage_R.detach()[response_T], negatives)
-    gain_T = ratio_T * advantage_T - beta * kl_to_reference(logp_T, reference_logp_T, kl)
-    return -response_means(gain_T, response_T, len(advantage_R))
+    gain_T = ratio_T * advantage_T.detach() - beta * kl_T
+    return -response_means(gain_T, response_T, responses)
 
 
 def token_advantages(
-    logp_T: torch.Tensor, reference_logp_T: torch.Tensor, advantage_T: torch.Tensor, negatives: str
+    terms: Terms, advantage_T: torch.Tensor, negatives: str, spared_T: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The advantage of each token, [T], from that of its response; no gradient. `negatives` says what becomes of A < 0.
 
     Ours, as the paper bounds nothing: on stored responses -A log pi pushes a wrong token down without end.
-    "full": A; "clipped": A min(1, pi / pi_ref) (truncated importance sampling, TOPR, arXiv 2503.14286); "none": 0.
+    "full": A; "clipped": A min(1, pi / pi_ref) (truncated importance sampling, TOPR, arXiv 2503.14286);
+    "first_difference": A, but 0 for `spared_T`, as `first_difference.spared_tokens` finds them; "none": 0.
     """
     if negatives == "none":
         return advantage_T.clamp(min=0.0)
+    if negatives == "first_difference":
+        assert spared_T is not None, "first_difference needs the tokens that are spared"
+        return torch.where(spared_T, advantage_T.clamp(min=0.0), advantage_T)
     if negatives == "clipped":
-        weight_T = torch.exp(logp_T.detach() - reference_logp_T).clamp(max=1.0)
+        assert terms.reference_logp_T is not None, "clipped negatives need log pi_ref"
+        weight_T = torch.exp(terms.logp_T.detach() - terms.reference_logp_T).clamp(max=1.0)
         return torch.where(advantage_T < 0, advantage_T * weight_T, advantage_T)
     return advantage_T
 

@@ -12,6 +12,7 @@ import torch
 
 from masters.config import Rewards, Train
 from masters.models import losses
+from masters.models.first_difference import spared_tokens
 from masters.models.losses import Terms
 from masters.models.packing import Pack
 from masters.rewards import combined_rewards, distillation_rewards, group_advantages, raw_distillation_rewards
@@ -23,12 +24,14 @@ RIGHT = 0.5  # R_acc, in [0, 1], from which on a response is right
 class Outcome:
     """A batch's loss (to be divided by the step's questions), what to log, summed over questions, and by response.
 
-    `responses`: columns of the table `rewards`, R values each, NaN where there is none.
+    `responses`: columns of the table `rewards`, R values each, NaN where there is none. `advantage_T`: of each token,
+    as it is in the loss; None in objectives without rewards.
     """
 
     loss: torch.Tensor
     sums: dict[str, float]
     responses: dict[str, list[float]] = field(default_factory=dict)
+    advantage_T: torch.Tensor | None = None
 
 
 def question_means(value_R: torch.Tensor, packed: Pack) -> torch.Tensor:
@@ -64,31 +67,20 @@ def distillation(terms: Terms, packed: Pack) -> Outcome:
     return Outcome(loss, {"loss": loss.item(), "divergence": loss.item()}, {"divergence": divergence_R.tolist()})
 
 
-def masters(
-    terms: Terms,
-    reference_T: torch.Tensor | None,
-    score_R: torch.Tensor,
-    packed: Pack,
-    train: Train,
-    rewards: Rewards,
-) -> Outcome:
+def masters(terms: Terms, score_R: torch.Tensor, packed: Pack, train: Train, rewards: Rewards) -> Outcome:
     """Distillation and offline GRPO: w L_GRPO + D (Eq. 4-11; ours: the weight w), summed over questions.
 
-    `reference_T` is log pi_ref of the tokens (None, where it has no part, stands for log pi), `score_R` are the
-    verdicts R_acc, NaN where there is none. D is that of this very step, detached in the rewards (Eq. 6-7). Ours: a
-    response without a verdict has no advantage and keeps its D and KL terms.
+    `score_R` are the verdicts R_acc, NaN where there is none. D is that of this very step, detached in the rewards
+    (Eq. 6-7). Ours: a response without a verdict has no advantage and keeps its D and KL terms.
     """
-    known_T = terms.logp_T.detach() if reference_T is None else reference_T
-    divergence_R = divergences(terms, packed)
+    divergence_R, kl_T = divergences(terms, packed), kl_term(terms, train)
     distill_R, advantage_R = advantages(divergence_R.detach().cpu(), score_R, packed, rewards, train.baseline_shift)
+    advantage_T = bounded_advantages(terms, advantage_R, score_R, packed, train.negatives)
     grpo_R = losses.grpo_loss(
-        terms.logp_T, known_T, advantage_R.to(divergence_R.device), packed.response_T, train.beta, train.kl,
-        train.negatives,
+        terms.logp_T, advantage_T, torch.zeros_like(terms.logp_T) if kl_T is None else kl_T,
+        packed.response_T, packed.responses, train.beta,
     )  # fmt: skip
     loss = question_means(train.reward_weight * grpo_R + divergence_R, packed).sum()
-    kl_R = losses.response_means(
-        losses.kl_to_reference(terms.logp_T.detach(), known_T, train.kl), packed.response_T, packed.responses
-    )
     sums = {
         "loss": loss.item(),
         "divergence": _question_sum(divergence_R.detach(), packed),
@@ -96,10 +88,27 @@ def masters(
         "reward_distillation": _question_sum(distill_R, packed),
         "questions_with_advantage": float(sum(bool(advantage_R[own].any()) for own in packed.asked)),
     }
-    if reference_T is not None:
-        sums["kl_to_reference"] = _question_sum(kl_R, packed)
+    if kl_T is not None:
+        kl_R = losses.response_means(kl_T.detach(), packed.response_T, packed.responses)
+        sums |= {"kl_to_reference": _question_sum(kl_R, packed), "largest_token_kl": kl_T.detach().max().item()}
     responses = {"divergence": divergence_R.tolist(), "advantage": advantage_R.tolist()}
-    return Outcome(loss, sums, responses | _rewards(score_R, distill_R, rewards))
+    return Outcome(loss, sums, responses | _rewards(score_R, distill_R, rewards), advantage_T)
+
+
+def bounded_advantages(
+    terms: Terms, advantage_R: torch.Tensor, score_R: torch.Tensor, packed: Pack, negatives: str
+) -> torch.Tensor:
+    """The advantage of each token, [T], from A of its response, bounded below 0 as `negatives` says; no gradient."""
+    advantage_T = advantage_R.to(packed.response_T.device)[packed.response_T]
+    spared_T = spared_tokens(packed, score_R) if negatives == "first_difference" else None
+    return losses.token_advantages(terms, advantage_T, negatives, spared_T)
+
+
+def kl_term(terms: Terms, train: Train) -> torch.Tensor | None:
+    """D_KL(pi || pi_ref) of each token, [T], as `train.kl` says. None where pi_ref is not known."""
+    if train.kl == "exact" or terms.reference_logp_T is None:
+        return terms.kl_T
+    return losses.kl_to_reference(terms.logp_T, terms.reference_logp_T, train.kl)
 
 
 def _rewards(score_R: torch.Tensor, distill_R: torch.Tensor, rewards: Rewards) -> dict[str, list[float]]:

@@ -56,7 +56,7 @@ class Pack:
 
     def spread(self, terms: Terms) -> Terms:
         """Terms of distinct tokens, [U], as terms of all response tokens, [T]."""
-        return Terms(terms.logp_T[self.distinct_T], terms.divergence_T[self.distinct_T])
+        return terms.at(self.distinct_T)
 
 
 def pack(questions: list[Question], model: VLM, family: Family, row: int = 0) -> Pack:

@@ -70,13 +70,13 @@ def differences(job: dict) -> list[Difference]:
 def packed_against_separate(name: str, model: torch.nn.Module, family, question: Question) -> list[Difference]:
     """The trainer's path, G responses behind one prompt and a chunked head, against G sequences and whole logits."""
     alone = [Question(question.question_id, question.prompt, [r]) for r in question.responses]
-    plain_2T, plain = _terms_and_gradients(model, family, alone, _dense_terms)
-    packed_2T, packed = _terms_and_gradients(model, family, [question], head.terms)
+    plain_3T, plain = _terms_and_gradients(model, family, alone, _dense_terms)
+    packed_3T, packed = _terms_and_gradients(model, family, [question], head.terms)
     scale = max(g.abs().max().item() for g in plain)
     worst = max((a - b).abs().max().item() for a, b in zip(plain, packed, strict=True))
     what = f"{name}: packed and chunked against separate and dense"
     return [
-        Difference(f"{what}, log-probabilities and divergences", (plain_2T - packed_2T).abs().max().item(), TERMS),
+        Difference(f"{what}, log-probabilities and divergences", (plain_3T - packed_3T).abs().max().item(), TERMS),
         Difference(f"{what}, gradients", worst / scale, GRADIENTS),
     ]
 
@@ -94,24 +94,30 @@ def log_prob_difference(
 def _terms_and_gradients(
     model: torch.nn.Module, family, questions: list[Question], terms_of: Callable[..., losses.Terms]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Log pi and D_t, [2, T], row after row, and the gradients of their sum.
+    """Log pi, D_t and the exact KL, [3, T], row after row, and the gradients of their sum.
 
-    The teacher's part is taken by the model's own hidden states read backwards: another distribution.
+    The parts of teacher and reference are taken by the model's own hidden states, read backwards and moved on by one:
+    other distributions.
     """
     model.zero_grad(set_to_none=True)
     found = []
     for question in questions:
         packed = pack([question], model, family)
         states = response_states(model, packed)
-        other = Projection(states.hidden_TH.detach().flip(1), states.weight_VH.detach())
-        terms = packed.spread(terms_of(states, other, packed.token_U, "jsd"))
-        (terms.logp_T + terms.divergence_T).sum().backward()
-        found.append(torch.stack([terms.logp_T.detach(), terms.divergence_T.detach()]))
+        hidden_TH, weight_VH = states.hidden_TH.detach(), states.weight_VH.detach()
+        others = Projection(hidden_TH.flip(1), weight_VH), Projection(hidden_TH.roll(1, 1), weight_VH)
+        terms = packed.spread(terms_of(states, others[0], packed.token_U, "jsd", others[1]))
+        assert terms.kl_T is not None
+        values_3T = torch.stack([terms.logp_T, terms.divergence_T, terms.kl_T])
+        values_3T.sum().backward()
+        found.append(values_3T.detach())
     return torch.cat(found, 1), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def _dense_terms(student: Projection, teacher: Projection, token_T: torch.Tensor, divergence: str) -> losses.Terms:
-    return losses.terms(student.logits(), teacher.logits(), token_T, divergence)
+def _dense_terms(
+    student: Projection, teacher: Projection, token_T: torch.Tensor, divergence: str, reference: Projection
+) -> losses.Terms:
+    return losses.terms(student.logits(), teacher.logits(), token_T, divergence, reference.logits())
 
 
 def _family(folder: Path):

@@ -1,7 +1,7 @@
 """Products in bfloat16 with weights, optimiser states and sums in float32: PyTorch's autocast around a model.
 
 A step of 1e-6 is far below what bfloat16 tells apart, so weights that are trained stay in float32. What is not trained
-needs no such copy: a teacher is loaded in the type that is computed in.
+needs no such copy: a teacher is loaded in the type that is computed in, and so is pi_ref.
 """
 
 from typing import Any
@@ -12,8 +12,8 @@ from masters.config import Train
 from masters.models.families.base import VLM
 
 
-def teacher_dtype(train: Train) -> str:
-    """The type that a teacher's weights have while a student is trained."""
+def frozen_dtype(train: Train) -> str:
+    """The type that the weights of teacher and pi_ref have while a student is trained."""
     return train.dtype if train.compute_dtype == "float32" else train.compute_dtype
 
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from masters.models.job import Job
 from masters.models.sharding import Sharding
+from masters.models.step_sums import merged
 
 T = TypeVar("T")
 
@@ -22,10 +23,9 @@ def gathered(job: Job, own: T) -> list[T]:
 
 
 def reduced(job: Job, sums: dict[str, float]) -> dict[str, float]:
-    """Sum gradients and metrics over the processes: each already divided by the step's questions on all of them."""
+    """Sum gradients, already divided by the step's questions on all processes, and metrics over the processes."""
     job.sharding.sum_gradients(job.student)
-    everyone = gathered(job, sums)
-    return {name: sum(one.get(name, 0.0) for one in everyone) for one in everyone for name in one}
+    return merged(gathered(job, sums))
 
 
 def in_step(job: Job, own: Iterable[T]) -> Iterator[T | None]:

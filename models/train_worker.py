@@ -123,7 +123,7 @@ def prepare(job: dict, job_file: Path, rank: int, world: int) -> trainer.Job:
     device = devices.of_rank(rank, world)
     _check_memory(job, train, planned, groups, len(steps), device, world)
     sharding = sharding_of(job["sharding"], device)
-    student, teacher = _models(job, train, device, sharding)
+    student, teacher, reference = _models(job, train, device, sharding)
     report(event="held", **_held(student, sharding, world), sharding=job["sharding"])
     return trainer.Job(
         student=student,
@@ -141,6 +141,8 @@ def prepare(job: dict, job_file: Path, rank: int, world: int) -> trainer.Job:
         checkpoint_steps=job["checkpoint_steps"],
         token_budget=job["token_budget"],
         report=report,
+        reference=reference,
+        end_tokens=_end_tokens(student, prompts.processor.tokenizer),
         probe=_probe(prompts, [Ref(*ref) for ref in job["probe"]]),
         rank=rank,
         world=world,
@@ -166,15 +168,28 @@ def _check_memory(
     footprint.check(needed.on(device), available, ranks, device, length)
 
 
-def _models(job: dict, train: Train, device: str, sharding: Sharding) -> tuple[VLM, VLM | None]:
-    """Student and teacher, the one let go of as a whole before the other is loaded."""
+def _models(job: dict, train: Train, device: str, sharding: Sharding) -> tuple[VLM, VLM | None, VLM | None]:
+    """Student, teacher and pi_ref, each let go of as a whole before the next is loaded.
+
+    What is not trained is held in the type that is computed in; a resumed run has the same pi_ref, the round's start.
+    """
     hold = partial(sharding.hold, train=train)
     student = checkpoints.load_model(Path(job["student"]), train.dtype, device, hold)
     if job["activation_checkpointing"]:
         checkpoint_activations(student)
-    if train.objective == "sft":
-        return student, None
-    return student, checkpoints.load_model(Path(job["teacher"]), precision.teacher_dtype(train), device, sharding.hold)
+
+    def frozen(folder: str) -> VLM:
+        return checkpoints.load_model(Path(folder), precision.frozen_dtype(train), device, sharding.hold)
+
+    teacher = None if train.objective == "sft" else frozen(job["teacher"])
+    return student, teacher, frozen(job["student"]) if train.holds_reference else None
+
+
+def _end_tokens(student: VLM, tokenizer: Any) -> frozenset[int]:
+    """The tokens at which an engine ends a response: the tokenizer's, and those of the model's generation settings."""
+    configured = student.generation_config.eos_token_id
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in (*listed, tokenizer.eos_token_id) if token is not None)
 
 
 def _held(student: torch.nn.Module, sharding: Sharding, world: int) -> dict[str, float]:

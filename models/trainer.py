@@ -5,17 +5,18 @@ Everything is passed; nothing here knows MLflow, Prefect or the store's layout b
 
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from masters.config import Train
 from masters.errors import MastersError
-from masters.models import controls, head, objective, resume
+from masters.models import controls, diagnostics, head, objective, resume, step_sums
 from masters.models.fitting import Spare, each_pass, one_step, within_memory
 from masters.models.gradient_clipping import clip_gradient
 from masters.models.guards import ProbeGuard, largest_gradient, not_finite
+from masters.models.head import Projection
 from masters.models.history import drop_after
 from masters.models.job import Job
 from masters.models.losses import Terms
@@ -24,6 +25,7 @@ from masters.models.packing import Pack, pack, response_states
 from masters.models.passes import dealt
 from masters.models.ranks import gathered, reduced
 from masters.models.reference import reference_log_probs
+from masters.models.run_warnings import RunWarnings
 from masters.models.training_data import Step
 from masters.models.trees import Sizes
 
@@ -33,11 +35,12 @@ Taken = tuple[list[int], Sizes, dict[str, list[float]]]  # of a pass: its groups
 
 def fit(job: Job) -> None:
     """Run all steps, from the last checkpoint if there is one; fewer where the student falls and is put back."""
-    references = reference_log_probs(job) if needs_reference(job.train) else {}
+    references = reference_log_probs(job) if job.train.stores_reference else {}
     parameters = job.sharding.held(job.student)  # after passes: what these left whole would hide what is restored
     optimiser = torch.optim.AdamW(parameters.values(), lr=job.train.learning_rate, weight_decay=0.0)
     done = start(job, parameters, optimiser)
     guard = ProbeGuard(job, done)
+    warnings = RunWarnings(job, done if job.rank == 0 else 0)  # of which rank 0 alone has the steps, and speaks
     stage, every = None, max(1, len(job.steps) // 10)
     for number, step in enumerate(job.steps[done:], done + 1):
         if step.stage != stage and job.teacher is not None:
@@ -48,6 +51,8 @@ def fit(job: Job) -> None:
             group["lr"] = learning_rate(job.train, number, len(job.steps))
         with one_step(number):
             means = _take(job, number, step, references, optimiser)
+        if job.rank == 0:
+            warnings.look(number, means)
         last, probe, fell = number == len(job.steps), {}, False
         probed = number % every == 0 or last
         if probed:
@@ -66,11 +71,6 @@ def fit(job: Job) -> None:
     job.report(event="packed", **asdict(sum(gathered(job, job.tally), Sizes())))
 
 
-def needs_reference(train: Train) -> bool:
-    """Whether log pi_ref of the responses has a part in the objective."""
-    return train.objective == "masters" and (train.beta > 0 or train.negatives == "clipped")
-
-
 def _take(
     job: Job, number: int, step: Step, references: dict[int, torch.Tensor], optimiser: torch.optim.Optimizer
 ) -> dict[str, float]:
@@ -81,7 +81,7 @@ def _take(
     sums = run_step(job, step, references)
     if not (math.isfinite(sums["loss"]) and math.isfinite(largest_gradient(job))):
         raise _no_number(job, number, step, references, sums["loss"])
-    means = {name: value / len(step.groups) for name, value in sums.items()}
+    means = step_sums.means(sums, len(step.groups))
     means["learning_rate"] = optimiser.param_groups[0]["lr"]
     if job.train.max_gradient_norm is not None:
         means["gradient_norm"] = clip_gradient(job, job.train.max_gradient_norm)
@@ -105,54 +105,84 @@ def run_step(job: Job, step: Step, references: dict[int, torch.Tensor]) -> dict[
 def _passes(
     job: Job, step: Step, mine: list[int], references: dict[int, torch.Tensor]
 ) -> tuple[dict[str, float], list[Taken]]:
-    """This rank's passes. Returns sums over its questions, and what is kept of each pass."""
+    """This rank's passes. Returns what they add up to (see `step_sums`), and what is kept of each pass."""
     smallest = min(step.groups, key=lambda g: job.sizes[g] or 0)
-    sums: dict[str, float] = {}
+    sums: list[dict[str, float]] = []
     taken: list[Taken] = []
 
     def learn(groups: list[int], packed: Pack) -> None:
         outcome = batch_outcome(job, packed, groups, references)
         (outcome.loss / len(step.groups)).backward()
         taken.append((groups, packed.sizes, outcome.responses))
-        for name, value in outcome.sums.items():
-            sums[name] = sums.get(name, 0.0) + value
+        sums.append(outcome.sums)
 
     def idle(packed: Pack) -> None:
         (batch_outcome(job, packed, [smallest], references).loss * 0).backward()
 
     spare = Spare(lambda: job.question(job.groups[smallest]), idle)
     each_pass(job, ((g, job.question(job.groups[g])) for g in mine), learn, spare)
-    return sums, taken
+    return step_sums.merged(sums), taken
 
 
 def batch_outcome(job: Job, packed: Pack, groups: list[int], references: dict[int, torch.Tensor]) -> objective.Outcome:
-    """The objective of packed groups; `references` is empty where log pi_ref has no part in it."""
-    score_R = torch.from_numpy(np.concatenate([controls.verdicts(job.groups[g], job.train) for g in groups])).float()
+    """The objective of packed groups; `references` is empty where no log pi_ref was stored."""
+    rewarded_R = _verdicts([controls.verdicts(job.groups[g], job.train) for g in groups])
     if job.teacher is None:
         logp_U = job.sharding.within(
             job.student, lambda student: head.chosen_log_probs(response_states(student, packed), packed.token_U)
         )
         return objective.supervised(
-            logp_U[packed.distinct_T], packed, score_R if job.train.targets == "responses" else None
+            logp_U[packed.distinct_T], packed, rewarded_R if job.train.targets == "responses" else None
         )
-    terms = packed.spread(Terms(*_terms(job, job.teacher, packed)))
+    terms = packed.spread(_terms(job, job.teacher, packed))
+    tokens = diagnostics.token_sums(terms, packed, job.end_tokens)
     if job.train.objective == "kd":
-        return objective.distillation(terms, packed)
-    reference_T = torch.cat([references[g] for g in groups]).to(terms.logp_T.device) if references else None
-    rewards = controls.rewards(job.rewards, job.train)
-    return objective.masters(terms, reference_T, score_R, packed, job.train, rewards)
+        return _with(objective.distillation(terms, packed), tokens)
+    if references:
+        stored_T = torch.cat([references[g] for g in groups]).to(terms.logp_T.device)
+        terms = replace(terms, reference_logp_T=stored_T)
+    sources = [source for g in groups for source, *_ in job.groups[g].keys]
+    outcome = objective.masters(terms, rewarded_R, packed, job.train, controls.rewards(job.rewards, job.train))
+    found_R = _verdicts([job.groups[g].scores for g in groups])  # also where a control rewards something else
+    return _with(outcome, tokens | _reward_sums(outcome, terms, found_R, sources, packed))
 
 
-def _terms(job: Job, teacher: torch.nn.Module, packed: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+def _verdicts(scores: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(scores)).float()
+
+
+def _with(outcome: objective.Outcome, sums: dict[str, float]) -> objective.Outcome:
+    """The outcome with further sums to log."""
+    return replace(outcome, sums=outcome.sums | sums)
+
+
+def _reward_sums(
+    outcome: objective.Outcome, terms: Terms, score_R: torch.Tensor, sources: list[str], packed: Pack
+) -> dict[str, float]:
+    """Diagnostics of the rewards: where they push, and whether they agree with the verdicts."""
+    assert outcome.advantage_T is not None
+    found = diagnostics.negative_sums(terms, outcome.advantage_T)
+    for name, column in (("distillation", "reward_distillation"), ("reward", "reward")):
+        reward_R = torch.tensor(outcome.responses[column])
+        found[f"{name}_agreement"], found[f"pairs_{name}"] = diagnostics.agreement(reward_R, score_R, packed)
+    return found | diagnostics.log_pi_sums(terms, packed, score_R, sources)
+
+
+def _terms(job: Job, teacher: torch.nn.Module, packed: Pack) -> Terms:
     """`head.terms` of distinct tokens, [U] each."""
-    with torch.no_grad():
-        taught = job.sharding.within(teacher, lambda model: response_states(model, packed))
 
-    def compared(student: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        terms = head.terms(response_states(student, packed), taught, packed.token_U, job.train.divergence)
-        return terms.logp_T, terms.divergence_T
+    def frozen(model: torch.nn.Module) -> Projection:
+        with torch.no_grad():
+            return job.sharding.within(model, lambda whole: response_states(whole, packed))
 
-    return job.sharding.within(job.student, compared)
+    taught = frozen(teacher)
+    reference = None if job.reference is None else frozen(job.reference)
+
+    def compared(student: torch.nn.Module) -> tuple[Any, ...]:  # tensors in a tuple, as `Sharding.within` asks for
+        states = response_states(student, packed)
+        return tuple(vars(head.terms(states, taught, packed.token_U, job.train.divergence, reference)).values())
+
+    return Terms(*job.sharding.within(job.student, compared))
 
 
 def _no_number(job: Job, number: int, step: Step, references: dict[int, torch.Tensor], loss: float) -> MastersError:

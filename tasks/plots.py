@@ -15,8 +15,19 @@ from masters.artifacts import Artifact
 pc: Any = pyarrow.compute  # its functions are made when it is imported, out of a type checker's sight
 POINTS = 400  # of a curve: means over equal parts of the steps
 SAMPLED = 500_000  # responses in a distribution; of more, every second, fourth, ... is taken
-LEAST = 1e-6  # nats: smaller divergences are drawn here
 SOURCES = {"teacher": "tab:blue", "student": "tab:orange", "label": "tab:green"}
+SHARES = {
+    "greedy_end": "end tokens that are the greedy choice",
+    "rare_negatives_gradient": "reward gradient on tokens given up",
+    "distillation_agreement": "distillation reward agrees with the verdict",
+    "reward_agreement": "reward agrees with the verdict",
+}
+LOG_PI = {
+    f"log_pi_{verdict}_{source}": f"{verdict}, {source}"
+    for verdict in ("right", "wrong")
+    for source in ("teacher", "student")
+}
+LEAST = 1e-6  # nats: smaller divergences are drawn here
 
 
 def plots(trained: Artifact) -> dict[str, bytes]:
@@ -25,6 +36,8 @@ def plots(trained: Artifact) -> dict[str, bytes]:
     columns = ["teacher_ratio", "source", "divergence", "reward"]
     responses, stride = sampled(trained.batches("rewards", columns), SAMPLED)
     figures = {"training": training(steps)}
+    if steps["entropy"].null_count < steps.num_rows:
+        figures["diagnostics"] = diagnostics(steps)
     taken = f" (every {stride}th)" if stride > 1 else ""
     for name, column, label in (
         ("rewards", "reward", f"reward of a response, accuracy + distillation{taken}"),
@@ -70,6 +83,23 @@ def training(steps: pa.Table) -> Figure:
     return figure
 
 
+def diagnostics(steps: pa.Table) -> Figure:
+    """log pi of right and wrong responses, the entropy of the student's distribution, and what shares go where."""
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    panels = figure.subplots(3, sharex=True)
+    drawn = (LOG_PI, "log pi, nats a token"), ({"entropy": "entropy"}, "nats a token"), (SHARES, "share")
+    for panel, (columns, label) in zip(panels, drawn, strict=True):
+        for column in columns:
+            known = steps.filter(pc.is_valid(steps[column]))
+            if known.num_rows:
+                panel.plot(_means(_column(known, "step")), _means(_column(known, column)), label=columns[column])
+        panel.set_ylabel(label)
+        if panel.lines:
+            panel.legend(fontsize="x-small")
+    panels[-1].set(xlabel="step", ylim=(-0.03, 1.03))
+    return figure
+
+
 def distributions(responses: pa.Table, column: str, label: str, logarithmic: bool) -> Figure:
     """A panel for each ratio at which the teacher was masked: what each source's responses got."""
     values, ratios = _column(responses, column), _column(responses, "teacher_ratio")
@@ -81,7 +111,7 @@ def distributions(responses: pa.Table, column: str, label: str, logarithmic: boo
     figure = Figure(figsize=(8, 1.2 + 1.1 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     for panel, ratio in zip(axes, panels, strict=True):
-        here = {source: values[(ratios == ratio) & (sources == source)] for source in SOURCES}
+        here = {source: values[(ratios == ratio) & (sources == source)] for source in ("teacher", "student")}
         _histograms(panel, {source: found for source, found in here.items() if len(found)}, edges)
         panel.set_ylabel(f"mask {ratio:g}")
     if logarithmic:

@@ -20,6 +20,7 @@ from masters.tasks.stage import CONSOLE, Run
 
 CAPTIONS = {
     "training": "Loss, divergence, accuracy on the probe and mask ratio over training",
+    "diagnostics": "log pi of right and wrong responses, entropy, and shares by which a failing run is seen",
     "rewards": "Rewards by source and mask ratio",
     "divergences": "Divergence by mask ratio",
 }
@@ -126,8 +127,10 @@ def _link(run: Run, run_id: str) -> str:
 
 
 def _plots(run: Run, suffix: str) -> None:
-    drawn = plots(run.made[f"train{suffix}"])
-    parts = [f"## {CAPTIONS[name]}\n\n{picture(content, 'png', name)}" for name, content in drawn.items()]
+    trained = run.made[f"train{suffix}"]
+    drawn = plots(trained)
+    parts = [f"**Warning**, step {one['step']}: {inert(one['text'], 300)}" for one in trained.facts["warnings"]]
+    parts += [f"## {CAPTIONS[name]}\n\n{picture(content, 'png', name)}" for name, content in drawn.items()]
     create_markdown_artifact("\n\n".join(parts), key=key(run.config.name, f"plots{suffix}"))
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder) / f"figures{suffix}"

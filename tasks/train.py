@@ -17,8 +17,9 @@ from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse, warn
 
 # 3: identical responses are read once, questions of one image share its tokens; 4: history and rewards; 5: inputs by
 # what they hold, so that a student that was made from other answers under the same identity keeps its files; 6: the
-# learning rate's schedule, clipping, and switches of the objective; history has learning rate and gradient norm
-VERSION = 6
+# learning rate's schedule, clipping, and switches of the objective; history has learning rate and gradient norm;
+# 7: history has diagnostics
+VERSION = 7
 PROBE = 128  # questions watched while it trains: of the evaluation split, as long as nothing is chosen by them
 HELD_OUT = 10  # with `train.probe_drop` they are training questions instead, at most one in so many
 GUARD = {"probe_drop", "on_drop"}
@@ -67,7 +68,12 @@ def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
             token_budgets=watch.budgets, refused_checkpoints=watch.refused, **ran.told(),
         )  # fmt: skip
         facts = dict(
-            rows=watch.groups, steps=watch.steps, empty_responses=watch.empty, last=watch.last, probes=watch.probes
+            rows=watch.groups,
+            steps=watch.steps,
+            empty_responses=watch.empty,
+            last=watch.last,
+            probes=watch.probes,
+            warnings=watch.warnings,
         )
         if run.config.train.probe_drop is not None:
             facts |= dict(held_out=len(job["probe"]), rolled_back=watch.rolled_back)
@@ -181,6 +187,7 @@ class _Watch:
         self.groups = self.steps = self.empty = self.resumed = 0
         self.last: dict = {}
         self.probes: list[dict] = []
+        self.warnings: list[dict] = []  # limits that the run crossed, each once: step, name, text
         self.remasks: list[float] = []  # seconds, a mask stage each
         self.planned: dict = {}
         self.packed: dict = {}
@@ -222,9 +229,18 @@ class _Watch:
             self.smaller += [line["tokens"]] if event == "again" else []
         elif event == "rolled_back":
             self.rolled_back = line
+        elif event == "warning":
+            self._warning(line)
         elif event == "probe":
             self.probes.append(line)
             self._run.tracker.metrics({"probe_accuracy": line["accuracy"]}, line["step"])
+
+    def _warning(self, line: dict) -> None:
+        if any(line["name"] == known["name"] for known in self.warnings):
+            return  # said again by a trainer that went on from a checkpoint
+        self.warnings.append(line)
+        warn(f"train, step {line['step']}: {line['text']}")
+        self._run.tracker.warning(line["name"], f"step {line['step']}: {line['text']}")
 
     def _step(self, line: dict) -> None:
         step, of = line.pop("step"), line.pop("of")

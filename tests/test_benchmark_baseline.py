@@ -61,12 +61,11 @@ def masked(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def theirs(asked: list[plain.Group], masked: str) -> Iterator[plain.Outcome]:
     """The script's steps, as `train` takes them."""
-    student, teacher, processor = plain.load(str(STUDENT)), plain.load(masked), AutoProcessor.from_pretrained(STUDENT)
+    student, teacher, reference = (plain.load(folder) for folder in (str(STUDENT), masked, str(STUDENT)))
+    processor = AutoProcessor.from_pretrained(STUDENT)
     optimiser = torch.optim.AdamW(student.parameters(), lr=TRAIN.learning_rate, weight_decay=0.0)
-    reference = plain.reference_log_probs(student, processor, asked, PER_STEP)
     for at in range(0, len(asked), PER_STEP):
-        known = [logp for one in reference[at : at + PER_STEP] for logp in one]
-        outcome = plain.step_outcome(student, teacher, processor, asked[at : at + PER_STEP], known, TRAIN.beta)
+        outcome = plain.step_outcome(student, teacher, reference, processor, asked[at : at + PER_STEP], TRAIN.beta)
         yield outcome
         optimiser.zero_grad()
         outcome.loss.backward()
@@ -77,7 +76,6 @@ def ours(asked: list[plain.Group], thresholds: dict[str, float], job: trainer.Jo
     """The pipeline's steps on the same responses."""
     optimiser = torch.optim.AdamW(job.student.parameters(), lr=TRAIN.learning_rate, weight_decay=0.0)
     checkpoints.remask(job.teacher, TEACHER, thresholds)
-    references = trainer.reference_log_probs(job)
     for at in range(0, len(asked), PER_STEP):
         members = list(range(at, at + PER_STEP))
         packed = pack([job.question(job.groups[g]) for g in members], job.student, job.family)
@@ -87,7 +85,7 @@ def ours(asked: list[plain.Group], thresholds: dict[str, float], job: trainer.Jo
         score_R = torch.tensor([score for g in members for score in asked[g].scores])
         divergence_R = objective.divergences(packed.spread(terms), packed)
         distill_R, advantage_R = objective.advantages(divergence_R, score_R, packed, Rewards())
-        sums = trainer.run_step(job, Step(0, 0, tuple(members)), references)
+        sums = trainer.run_step(job, Step(0, 0, tuple(members)), {})
         yield plain.Outcome(torch.tensor(sums["loss"] / PER_STEP), score_R + distill_R, advantage_R)
         optimiser.step()
         optimiser.zero_grad()
@@ -115,6 +113,7 @@ def make_job(asked: list[plain.Group], store: Path) -> trainer.Job:
     ]
     return trainer.Job(
         student=checkpoints.load_model(STUDENT, "float32"), teacher=checkpoints.load_model(TEACHER, "float32"),
+        reference=checkpoints.load_model(STUDENT, "float32"),
         remask=lambda stage: None, family=family_of("qwen3_vl"), train=TRAIN, rewards=Rewards(accuracy="rules"),
         ratios=[RATIO], groups=groups, steps=[], question=question, storage=Storage(str(store)),
         checkpoints="reference", checkpoint_steps=1, token_budget=16_384, report=lambda **_: None,

@@ -56,10 +56,10 @@ def test_the_heads_ways_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_both_sides_of_the_step_benchmark_compute_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without R_distill: min-max stretches the little that random models' D differ by, and its rounding with it."""
     monkeypatch.setattr(step, "REWARDS", Rewards(distillation="off"))
-    student, teacher, asked, found = step.model(384, 8), step.model(512, 10), step.question(SHAPE), []
+    models, asked, found = step.random_models(), step.question(SHAPE), []
     for way in (step.packed_loss, step.separate_loss):
-        step.step(student, teacher, asked, way)
-        found.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]))
+        step.step(models, asked, way)
+        found.append(torch.cat([p.grad.flatten() for p in models.student.parameters() if p.grad is not None]))
     assert SHAPE.prompt == 17 and len(asked.responses) == 8
     assert (found[0] - found[1]).norm() / found[1].norm() < 1e-5
     assert found[1].norm() > 1
@@ -173,7 +173,7 @@ def test_gpu_rows_of_a_step_at_a_size_for_a_cpu(train: Train, monkeypatch: pytes
     assert tokens.ours == pytest.approx(2 * 8 * 6 / time_.ours)
     assert tokens.ours > tokens.spread[0][0] > 0 and tokens.spread[0][1] > tokens.ours
     model = gpu.model(TINY, "cpu", torch.float32)
-    flops = 2 * 4 * gpu.forward_flops(model, gpu.packed_work(SHAPE))  # two questions, 3 + 1 passes of equal models
+    flops = 2 * 5 * gpu.forward_flops(model, gpu.packed_work(SHAPE))  # two questions, 3 + 1 + 1 passes of equal models
     assert share.ours == pytest.approx(100 * flops / time_.ours / 1e9)
     assert gpu_rows(Benchmark.STEP) == [] or torch.cuda.is_available()
 

@@ -88,7 +88,7 @@ def _estimate(settings: Config, ready: "Ready", price: float | None) -> Iterator
     import torch
 
     from masters.models import estimate
-    from masters.models.precision import teacher_dtype
+    from masters.models.precision import frozen_dtype
     from masters.tasks.check import sample
 
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -96,7 +96,7 @@ def _estimate(settings: Config, ready: "Ready", price: float | None) -> Iterator
     of = estimate.counted(settings, ready.source, estimate.prompt_lengths(ready.student.folder, rows))
     student, teachers = ready.student.folder, [teacher.folder for teacher in ready.teachers]
     work = estimate.flops(settings, estimate.weights(student), [estimate.weights(one) for one in teachers], of)
-    computed_in = teacher_dtype(settings.train)
+    computed_in = frozen_dtype(settings.train)
     fast = estimate.speed(device, computed_in)
     hours = estimate.hours(work, fast)
     total = sum(hours.values())

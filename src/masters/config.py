@@ -264,15 +264,18 @@ class Train(Section):
     beta: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = Field(
         default=0.1, description="Weight of the term that keeps the student near where it started"
     )
-    kl: Literal["k3", "clipped", "squared"] = Field(
-        default="k3",
-        description="How the KL term is estimated from a token's d = log pi_ref - log pi. k3: exp(d) - d - 1, whose "
-        "slope has no bound on stored tokens; clipped: k3 with a bounded slope; squared: d^2 / 2",
+    kl: Literal["exact", "k3", "clipped", "squared"] = Field(
+        default="exact",
+        description="The KL term. exact: over the whole vocabulary, with the student as it started held in memory "
+        "beside the teacher. Or estimated from a token's d = log pi_ref - log pi, computed once before the first step: "
+        "k3: exp(d) - d - 1, whose slope has no bound on stored tokens; clipped: k3 with a bounded slope; squared: "
+        "d^2 / 2",
     )
-    negatives: Literal["full", "clipped", "none"] = Field(
+    negatives: Literal["full", "clipped", "first_difference", "none"] = Field(
         default="full",
-        description="Negative advantages: as they are; times min(1, pi / pi_ref) of the token, so that tokens which "
-        "the student has given up are pushed no further; or 0",
+        description="Negative advantages. full: as they are; clipped: times min(1, pi / pi_ref) of the token, so that "
+        "tokens which the student has given up are pushed no further; first_difference: only from the token on where "
+        "the response leaves every right one of its question, and as they are where none is right; none: 0",
     )
     baseline_shift: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)] = Field(
         default=0.0,
@@ -317,6 +320,17 @@ class Train(Section):
         if self.dtype == self.compute_dtype == "bfloat16":
             raise ValueError('weights of dtype "bfloat16" compute in it anyway; leave compute_dtype out')
         return self
+
+    @property
+    def holds_reference(self) -> bool:
+        """Whether pi_ref itself, the student as it started, is held in memory beside the teacher."""
+        return self.objective == "masters" and self.beta > 0 and self.kl == "exact"
+
+    @property
+    def stores_reference(self) -> bool:
+        """Whether log pi_ref of the responses' tokens is computed before the first step and stored."""
+        needed = self.beta > 0 or self.negatives == "clipped"
+        return self.objective == "masters" and needed and not self.holds_reference
 
 
 class Evaluate(Section):

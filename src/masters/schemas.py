@@ -43,12 +43,19 @@ JUDGEMENTS = pa.schema([
 
 REWARD = [(name, pa.float64()) for name in ("divergence", "reward_accuracy", "reward_distillation")]
 
-# a training step: means over its questions; kd and sft have no rewards, few steps a probe
+DIAGNOSTICS = [(name, pa.float64()) for name in (
+    "entropy", "greedy_end", "log_pi_right_teacher", "log_pi_right_student", "log_pi_wrong_teacher",
+    "log_pi_wrong_student", "rare_negatives", "rare_negatives_gradient", "largest_token_kl", "distillation_agreement",
+    "reward_agreement",
+)]  # fmt: skip
+
+# a training step: means over its questions, diagnostics over what each is counted in; kd and sft have no rewards, few
+# steps a probe
 HISTORY = pa.schema([
     ("step", pa.int64()), ("epoch", pa.int32()), ("stage", pa.int32()), ("mask_ratio", pa.float64()),
     ("questions", pa.int32()), ("learning_rate", pa.float64()), ("loss", pa.float64()), *REWARD,
     ("kl_to_reference", pa.float64()), ("gradient_norm", pa.float64()),
-    ("questions_with_advantage", pa.float64()), ("probe_accuracy", pa.float64()),
+    ("questions_with_advantage", pa.float64()), ("probe_accuracy", pa.float64()), *DIAGNOSTICS,
 ])  # fmt: skip
 
 # a response in a training step; `teacher_ratio`: of the masked teacher that the student was compared with

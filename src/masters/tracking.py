@@ -219,6 +219,11 @@ class Tracker:
         if len(pending) >= METRICS_AT_ONCE and time.monotonic() > self._pause:
             self.flush()
 
+    def warning(self, name: str, text: str) -> None:
+        """Tag the current stage's run `masters.warning.NAME`. Left out where MLflow is away: the record has it too."""
+        with suppress(TrackingError):
+            self._tag(self._current, {f"masters.warning.{name}": text})
+
     def flush(self) -> None:
         """Write what waits. What MLflow does not take waits on, up to `METRICS_KEPT` a run; more is counted as lost."""
         for run_id, pending in self._pending.items():

@@ -257,6 +257,7 @@ SWITCHES = {  # of the paper's ablations: the first stage that each changes
     "train.schedule=cosine": "train",
     "train.max_gradient_norm=1.0": "train",
     "train.negatives=clipped": "train",
+    "train.negatives=first_difference": "train",
     "train.reward_weight=0.05": "train",
     "train.objective=kd": "train",
     "train.objective=kd train.targets=labels": "train",

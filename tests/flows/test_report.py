@@ -89,17 +89,26 @@ def test_a_run_leaves_its_pages(finished) -> None:
     steps = run.stages[-1]["steps"]
     assert f"{steps} of {steps} steps, loss " in str(shown["trained-train"].description)
     assert [line in str(shown["trained-stages"].data) for line in ("data", "mask", "train")] == [True] * 3
+    assert "**Warning**" not in str(shown["trained-plots"].data)
+
+
+def test_warnings_of_a_training_stand_above_its_plots(finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, pages = finished[0], []
+    monkeypatch.setattr(reporting, "create_markdown_artifact", lambda page, key: pages.append(page))
+    monkeypatch.setitem(run.made["train"].facts, "warnings", [dict(step=3, name="entropy", text="it fell <b>")])
+    reporting._plots(run, "")
+    assert pages[0].startswith("**Warning**, step 3: ") and "it fell" in pages[0] and "<b>" not in pages[0]
 
 
 def test_plots_are_pictures_with_something_on_them_and_the_same_in_mlflow(finished) -> None:
     run, shown = finished
     drawn = pictures(shown["trained-plots"].data)
-    assert len(drawn) == 3
+    assert len(drawn) == 4
     for image in drawn:
         assert len(image.convert("RGB").getcolors(1 << 24) or []) > 20  # axes alone are shades of grey
     client = MlflowClient(run.tracker.uri)
     listed = {file.path for file in client.list_artifacts(run.tracker.run_id, "figures")}
-    assert listed == {f"figures/{name}.png" for name in ("training", "rewards", "divergences")}
+    assert listed == {f"figures/{name}.png" for name in ("training", "diagnostics", "rewards", "divergences")}
 
 
 @flow
@@ -123,7 +132,11 @@ TEACHER = dict(model=str(ROOT / "demo/models/teacher"), r_max=0.2, step=0.2)
 @pytest.mark.parametrize(
     ("objective", "teachers", "drawn"),
     [
-        ("kd", [TEACHER | dict(model=str(ROOT / "demo/models/student")), TEACHER], ["training", "divergences"]),
+        (
+            "kd",
+            [TEACHER | dict(model=str(ROOT / "demo/models/student")), TEACHER],
+            ["training", "diagnostics", "divergences"],
+        ),
         ("sft", [TEACHER], ["training"]),
     ],
 )

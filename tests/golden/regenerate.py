@@ -33,7 +33,8 @@ def loss_curve(settings: Train = SETTINGS) -> list[dict[str, float]]:
         base, teacher = make_job(FAMILY), tiny_models.model(FAMILY, seed=1)
         groups = [tuple(range(number % 3, 8, 1 + number % 2)) for number in range(STEPS)]
         job = replace(
-            base, student=copy.deepcopy(base.student), teacher=teacher, train=settings, ratios=RATIOS,
+            base, student=copy.deepcopy(base.student), reference=base.student, teacher=teacher, train=settings,
+            ratios=RATIOS,
             steps=[Step(0, number * len(RATIOS) // STEPS, of) for number, of in enumerate(groups)],
             remask=lambda stage: mask(teacher, RATIOS[stage]), storage=Storage(folder), checkpoints="checkpoints",
             checkpoint_steps=STEPS, report=lambda **line: told.append(line), ledger=Ledger(), tally=Sizes(),

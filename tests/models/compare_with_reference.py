@@ -1,5 +1,7 @@
 """The code under test against `reference`, as checks that tests of mutated code call too."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -19,9 +21,12 @@ VARIANTS = {
     "gated rewards": (Train(), Rewards(combine="gated")),
     "a noise floor in nats": (Train(), Rewards(distillation_floor=0.1)),
     "a relative noise floor": (Train(), Rewards(distillation_relative_floor=0.5)),
+    "the usual estimator of the KL term": (Train(kl="k3", beta=1.0), Rewards()),
     "a squared KL term": (Train(kl="squared", beta=1.0), Rewards()),
     "a clipped KL term": (Train(kl="clipped", beta=1.0), Rewards()),
     "clipped negatives": (Train(negatives="clipped"), Rewards()),
+    "negatives from the first difference": (Train(negatives="first_difference"), Rewards()),
+    "clipped negatives without a KL term": (Train(negatives="clipped", beta=0.0), Rewards()),
     "no negatives": (Train(negatives="none", beta=0.0), Rewards(combine="gated")),
     "a shifted baseline and a weight": (Train(baseline_shift=-0.3, reward_weight=0.1), Rewards()),
     "no reward": (Train(), Rewards(accuracy="off", distillation="off")),
@@ -40,9 +45,7 @@ def draw(shape: Shape, repeats: set[tuple[int, int]], seed: int, vocabulary: tup
         questions[question][j] = questions[question][j - 1]
     tokens = np.array([t for one in questions for response in one for t in response])
     student, teacher = (rng.normal(0, 2, (len(tokens), v)).astype(np.float32).astype(float) for v in vocabulary)
-    pi_ref = (
-        float64_reference.log_pi(student + rng.normal(0, 0.8, student.shape), tokens).astype(np.float32).astype(float)
-    )
+    pi_ref = (student + rng.normal(0, 0.8, student.shape)).astype(np.float32).astype(float)
     return Batch(questions, [[score for _, score in one] for one in shape], student, teacher, pi_ref)
 
 
@@ -73,17 +76,25 @@ def packed(batch: Batch) -> Pack:
     return Pack({}, None, torch.empty(0), token_T, torch.arange(len(token_T)), *others, asked, same_R)
 
 
-def dense_terms(student: torch.Tensor, teacher: torch.Tensor, pack: Pack, train: Train) -> losses.Terms:
-    return losses.terms(student, teacher, pack.token_T, train.divergence)
+def dense_terms(
+    student: torch.Tensor, teacher: torch.Tensor, pi_ref: torch.Tensor, pack: Pack, train: Train
+) -> losses.Terms:
+    """The terms that the trainer would have, from logits; log pi_ref as it would be stored where `train` stores it."""
+    held = pi_ref if train.holds_reference else None
+    made = losses.terms(student, teacher, pack.token_T, train.divergence, held)
+    if train.stores_reference:
+        made = replace(made, reference_logp_T=losses.chosen_log_probs(pi_ref.detach(), pack.token_T))
+    return made
 
 
 def tensors(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Student's and teacher's logits, both open to gradients; log pi_ref; verdicts."""
+    """Logits of student, teacher and pi_ref, all open to gradients; verdicts."""
     student, teacher, pi_ref = (
-        torch.tensor(x, dtype=torch.float32) for x in (batch.student_TV, batch.teacher_TV, batch.reference_T)
+        torch.tensor(x, dtype=torch.float32).requires_grad_()
+        for x in (batch.student_TV, batch.teacher_TV, batch.reference_TV)
     )
     score_R = torch.tensor([score for one in batch.scores for score in one])
-    return student.requires_grad_(), teacher.requires_grad_(), pi_ref, score_R
+    return student, teacher, pi_ref, score_R
 
 
 def close(found: object, expected: object, what: str, atol: float = 2e-5) -> None:
@@ -96,17 +107,19 @@ def check_objective(batch: Batch, train: Train, rewards: Rewards) -> None:
     expected = float64_reference.objective(batch, train, rewards)
     student, teacher, pi_ref, score_R = tensors(batch)
     pack = packed(batch)
-    outcome = objective.masters(dense_terms(student, teacher, pack, train), pi_ref, score_R, pack, train, rewards)
+    outcome = objective.masters(dense_terms(student, teacher, pi_ref, pack, train), score_R, pack, train, rewards)
     outcome.loss.backward()
     assert teacher.grad is None, "a gradient reaches the teacher"
+    assert pi_ref.grad is None, "a gradient reaches pi_ref"
     close(outcome.loss, expected.loss, "loss", atol=1e-4)
     close(student.grad, expected.gradient_TV, "gradient")
     logged = {
         "loss": expected.loss,
         "divergence": expected.question_sum(expected.divergence_R, batch),
         "reward_distillation": expected.question_sum(expected.distill_R, batch),
-        "kl_to_reference": expected.question_sum(expected.kl_R, batch),
     }
+    if train.holds_reference or (train.stores_reference and train.kl != "exact"):
+        logged["kl_to_reference"] = expected.question_sum(expected.kl_R, batch)
     for name, value in logged.items():
         close(outcome.sums[name], value, name, atol=1e-4)
 
@@ -121,10 +134,13 @@ def check_responses(batch: Batch, train: Train, rewards: Rewards) -> None:
     weight_R = np.random.default_rng(0).uniform(0.5, 2, count)
     expected = float64_reference.objective(batch, train, rewards, weight_R)
     pack, (student, teacher, pi_ref, score_R) = packed(batch), tensors(batch)
-    terms = dense_terms(student, teacher, pack, train)
+    terms = dense_terms(student, teacher, pi_ref, pack, train)
     divergence_R = objective.divergences(terms, pack)
     distill_R, advantage_R = objective.advantages(divergence_R, score_R, pack, rewards, train.baseline_shift)
-    grpo_R = losses.grpo_loss(terms.logp_T, pi_ref, advantage_R, pack.response_T, train.beta, train.kl, train.negatives)
+    advantage_T = objective.bounded_advantages(terms, advantage_R, score_R, pack, train.negatives)
+    kl_T = objective.kl_term(terms, train)
+    kl_T = torch.zeros_like(terms.logp_T) if kl_T is None else kl_T
+    grpo_R = losses.grpo_loss(terms.logp_T, advantage_T, kl_T, pack.response_T, pack.responses, train.beta)
     weighed_R = (train.reward_weight * grpo_R + divergence_R) * torch.tensor(weight_R)
     loss = objective.question_means(weighed_R, pack).sum()
     loss.backward()

@@ -107,15 +107,37 @@ def kl_to_reference(logp: Array, reference: Array, estimator: str = "k3") -> Arr
     return np.where(d > 1, math.e - 2 + (math.e - 1) * (d - 1), value) if estimator == "clipped" else value
 
 
-def bounded(advantage: Array, logp_old: Array, reference: Array, negatives: str) -> Array:
-    """A token's advantage: A < 0 as it is, times min(1, pi_old / pi_ref), or 0."""
-    weight = {"full": 1.0, "clipped": np.minimum(1, np.exp(logp_old - reference)), "none": 0.0}[negatives]
+def before_the_first_difference(batch: "Batch") -> Array:
+    """Of each token: whether its response up to here is how a right response (R_acc >= 0.5) of its question begins."""
+    found = []
+    for responses, scores in zip(batch.questions, batch.scores, strict=True):
+        right = [other for other, score in zip(responses, scores, strict=True) if score >= 0.5]
+        for tokens in responses:
+            found += [any(other[:n] == tokens[:n] for other in right) for n in range(1, len(tokens) + 1)]
+    return np.array(found)
+
+
+def bounded(advantage: Array, logp_old: Array, batch: "Batch", negatives: str) -> Array:
+    """A token's advantage: A < 0 as it is, times min(1, pi_old / pi_ref), 0 before the first difference, or 0."""
+    weight = {
+        "full": 1.0,
+        "clipped": np.minimum(1, np.exp(logp_old - batch.reference_T)),
+        "first_difference": 1.0 - before_the_first_difference(batch),
+        "none": 0.0,
+    }[negatives]
     return np.where(advantage < 0, advantage * weight, advantage)
 
 
-def grpo(logp: Array, logp_old: Array, reference: Array, advantage: Array, beta: float, kl: str = "k3") -> Array:
+def kl_term(logits_TV: Array, batch: "Batch", estimator: str) -> Array:
+    """D_KL(pi || pi_ref) of each token: exact, over the vocabulary, or estimated from the tokens."""
+    if estimator == "exact":
+        return kl(softmax(logits_TV), softmax(batch.reference_TV))
+    return kl_to_reference(log_pi(logits_TV, batch.token_T), batch.reference_T, estimator)
+
+
+def grpo(logp: Array, logp_old: Array, advantage: Array, kl_T: Array, beta: float) -> Array:
     """Eq. 8-11, a token's term: -[ pi / pi_old A - beta D_KL(pi || pi_ref) ], pi_old a constant."""
-    return -(np.exp(logp - logp_old) * advantage - beta * kl_to_reference(logp, reference, kl))
+    return -(np.exp(logp - logp_old) * advantage - beta * kl_T)
 
 
 def slope(function: Callable[[Array], Array], logits_TV: Array, step: float = 1e-5) -> Array:
@@ -134,11 +156,16 @@ class Batch:
     scores: list[list[float]]  # NaN where there is no verdict
     student_TV: Array
     teacher_TV: Array
-    reference_T: Array  # log pi_ref of the tokens
+    reference_TV: Array  # logits of pi_ref
 
     @property
     def token_T(self) -> Array:
         return np.array([token for responses in self.questions for tokens in responses for token in tokens])
+
+    @property
+    def reference_T(self) -> Array:
+        """log pi_ref of the tokens."""
+        return log_pi(self.reference_TV, self.token_T)
 
 
 @dataclass(frozen=True)
@@ -219,14 +246,14 @@ def objective(
             share_T[t], advantage_T[t] = weight / (t.stop - t.start) / len(responses), a
             adv.append(a)
         d, distill, reward = [*d, *d_G], [*distill, *distill_G], [*reward, *reward_G]
-    advantage_T = bounded(advantage_T, logp_T, batch.reference_T, train.negatives)
+    advantage_T = bounded(advantage_T, logp_T, batch, train.negatives)
 
     def terms(logits_TV: Array) -> Array:
         pi_T = log_pi(logits_TV, batch.token_T)
-        rewarded_T = grpo(pi_T, logp_T, batch.reference_T, advantage_T, train.beta, train.kl)
+        rewarded_T = grpo(pi_T, logp_T, advantage_T, kl_term(logits_TV, batch, train.kl), train.beta)
         return train.reward_weight * rewarded_T + measure(logits_TV, batch.teacher_TV)
 
     loss, gradient_TV = (share_T * terms(batch.student_TV)).sum(), share_T[:, None] * slope(terms, batch.student_TV)
-    k_T = kl_to_reference(logp_T, batch.reference_T, train.kl)
+    k_T = kl_term(batch.student_TV, batch, train.kl)
     k = [k_T[t].mean() for tokens in spans(batch) for t in tokens]
     return Result(loss, gradient_TV, *(np.array(x) for x in (d, distill, reward, adv, k)))

@@ -7,10 +7,22 @@ from types import ModuleType
 
 import pytest
 
-from masters.models import fitting, losses, masking, objective, packing, schedule, trainer, trees
+from masters.models import (
+    first_difference,
+    fitting,
+    losses,
+    masking,
+    objective,
+    packing,
+    schedule,
+    trainer,
+    trees,
+)
 from masters.rewards import advantages, distillation
 
-MODULES = (fitting, losses, masking, objective, packing, schedule, trainer, trees, advantages, distillation)
+MODULES = (
+    first_difference, fitting, losses, masking, objective, packing, schedule, trainer, trees, advantages, distillation,
+)  # fmt: skip
 Edit = tuple[ModuleType, str, str, str]  # module, function, piece of its source, what takes its place
 
 

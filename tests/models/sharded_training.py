@@ -42,7 +42,7 @@ SPOILT = 6  # the question whose image becomes infinite
 STEPS = [Step(n // 3, 0, of) for n, of in enumerate([(0, 1, 2, 3), tuple(range(8)), (0, 4), (6,), (1, 3, 5), (2, 7)])]
 RATIOS = [0.4, 0.2]
 CASES = {
-    "tied": (FAMILY, True, {}),
+    "tied": (FAMILY, True, dict(kl="squared")),  # with a reference pass ahead; the next one holds pi_ref instead
     "untied": (FAMILY, False, dict(schedule="cosine", warmup_steps=2, max_gradient_norm=0.05)),
     "kd": ("qwen2_5_vl", True, dict(objective="kd")),
     "sft": ("internvl3", True, dict(objective="sft", targets="labels")),
@@ -69,14 +69,15 @@ class Trained:
         family, _, values = CASES[case]
         base, sharding = make_job(family), self.sharded()
         config = Train.model_validate(dict(learning_rate=1e-4) | values | train)
-        teacher = sharding.hold(copy.deepcopy(base.teacher)) if values.get("objective") != "sft" else None
+        teacher = sharding.hold(copy.deepcopy(base.teacher)) if config.objective != "sft" else None
+        reference = sharding.hold(copy.deepcopy(base.reference)) if config.holds_reference else None
         *groups, last = base.groups
         image_word = [base.student.config.image_token_id, *last.responses[0][1:]]  # that one rank alone looks up
         groups.append(replace(last, responses=[image_word, *last.responses[1:]]))
         told: list[dict] = []
         made = replace(
-            base, student=sharding.hold(self.student(case), config), teacher=teacher, groups=groups, steps=STEPS,
-            ratios=RATIOS, train=config, token_budget=BUDGET,
+            base, student=sharding.hold(self.student(case), config), teacher=teacher, reference=reference,
+            groups=groups, steps=STEPS, ratios=RATIOS, train=config, token_budget=BUDGET,
             storage=Storage(str(self.folder / store)), checkpoints=case, checkpoint_steps=CUT, probe=[],
             report=lambda **fields: told.append(fields), rank=self.rank, world=self.world, sharding=sharding,
             remask=lambda stage: remask(self.folder, teacher, stage, sharding) if family == FAMILY else None,
@@ -92,7 +93,7 @@ class Trained:
     def gradients(self, case: str, job: trainer.Job | None = None) -> list[dict]:
         """Of each step the sums, this rank's passes, and the gradients that the optimiser would get."""
         job = job or self.job(case)
-        known = references(replace(make_job(CASES[case][0]), student=self.student(case)))
+        known = references(replace(make_job(CASES[case][0]), student=self.student(case), train=job.train))
         found, held, stage = [], job.sharding.held(job.student), None
         for step in STEPS:
             if step.stage != stage and job.teacher is not None:
@@ -121,11 +122,12 @@ class Trained:
     def remasked(self) -> list[Tensors]:
         """The teacher at each stage, after a pass at the one before."""
         job, found = self.job("tied"), []
+        known = references(replace(make_job(FAMILY), student=self.student("tied"), train=job.train))
         for stage in range(len(RATIOS)):
             job.remask(stage)
             held = job.sharding.held(job.teacher)
             found.append({k: v.clone() for k, v in collected(job.sharding, held, held).items()})
-            trainer.run_step(job, STEPS[0], references(replace(make_job(FAMILY), student=self.student("tied"))))
+            trainer.run_step(job, STEPS[0], known)
         return found
 
     def spoilt(self) -> str:

@@ -36,13 +36,14 @@ def test_the_table_of_the_documentation() -> None:
 
 def test_full_coverage_asks_every_teacher() -> None:
     found = estimate.flops(config(generate__coverage="full"), STUDENT, [TEACHER], OF)
-    assert sum(found.values()) * 1.5e6 / (0.4 * 989e12) / 3600 == pytest.approx(2832, rel=5e-3)
+    assert sum(found.values()) * 1.5e6 / (0.4 * 989e12) / 3600 == pytest.approx(2916, rel=5e-3)
 
 
 @pytest.mark.parametrize(
     ("values", "none"),
     [
         (dict(train__beta=0.0), {"reference"}),
+        (dict(train__beta=0.0, train__negatives="clipped"), set()),
         (dict(rewards__accuracy="rules"), {"score"}),
         (dict(rewards__judge="http://127.0.0.1:1/v1"), {"score"}),
         (dict(train__objective="kd"), {"reference", "score"}),
@@ -54,6 +55,13 @@ def test_full_coverage_asks_every_teacher() -> None:
 def test_what_a_configuration_leaves_out_costs_nothing(values: dict, none: set[str]) -> None:
     found = estimate.flops(config(**values), STUDENT, [TEACHER], OF)
     assert {stage for stage, count in found.items() if not count} == none | {"evaluate"}
+
+
+def test_pi_ref_is_read_at_every_step_where_it_is_held_and_once_where_its_numbers_are_stored() -> None:
+    once = 2 * 8e9 * (1000 + 8 * 64)
+    for kl, epochs, expected in (("exact", 3, 3 * once), ("squared", 3, once), ("exact", 1, once)):
+        found = estimate.flops(config(train__kl=kl, train__epochs=epochs), STUDENT, [TEACHER], OF)
+        assert found["reference"] == pytest.approx(expected)
 
 
 def test_fine_tuning_reads_no_teacher() -> None:

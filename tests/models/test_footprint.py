@@ -7,7 +7,7 @@ import torch
 
 from demo import families
 from masters import memory
-from masters.config import Train
+from masters.config import Runtime, Train
 from masters.errors import InputError
 from masters.models import footprint
 from masters.models.families import family_of
@@ -64,9 +64,28 @@ def test_weights_and_what_goes_with_them_are_counted_exactly(dtype: str) -> None
     made = footprint.footprint(STUDENT, TEACHER, Train(dtype=dtype), (0, 0), 1, False)
     taught = sum(p.nbytes for p in teacher.parameters())
     assert (made.weights, made.gradients, made.optimiser, made.teacher) == (weights, weights, states, taught)
-    assert made.total == weights * 2 + states + taught
-    shared = footprint.footprint(STUDENT, None, Train(dtype=dtype), (0, 0), 2, True)
+    assert made.reference == weights  # pi_ref, for the exact KL term
+    assert made.total == weights * 3 + states + taught
+    alone = Train(dtype=dtype, kl="squared")
+    shared = footprint.footprint(STUDENT, None, alone, (0, 0), 2, True)
     assert shared.total == weights * 5 + shared.saving and shared.saving == 5 * weights and shared.teacher == 0
+
+
+@pytest.mark.parametrize("values", [dict(beta=0.0), dict(kl="k3"), dict(objective="kd")])
+def test_pi_ref_is_counted_only_where_it_is_held(values: dict) -> None:
+    made = footprint.footprint(STUDENT, TEACHER, Train.model_validate(values), (0, 0), 1, False)
+    assert made.reference == 0 and "reference" not in str(made)
+
+
+@pytest.mark.parametrize("way", ["fsdp2", "zero3"])
+def test_ranks_share_pi_ref(way: str) -> None:
+    runtime = Runtime.model_validate(dict(sharding=way, train_processes=2))
+    held, stored = (
+        footprint.footprint(STUDENT, TEACHER, Train.model_validate(dict(kl=kl)), (0, 0), 2, False, runtime=runtime)
+        for kl in ("exact", "squared")
+    )
+    assert held.reference == held.weights
+    assert held.exchange > stored.exchange  # it is gathered too, block by block
 
 
 def of(activations: int, saving: int = 0) -> Footprint:

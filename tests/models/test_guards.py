@@ -94,7 +94,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update_and_names_the_question
 
 
 def test_the_reference_pass_stops_at_what_is_no_number(tmp_path: Path) -> None:
-    job, _ = run_of(tmp_path)
+    job, _ = run_of(tmp_path, kl="squared")
     job.question, job.token_budget = spoiling(job.question, 6, math.nan), 1
     with pytest.raises(MastersError, match="reference log-probabilities of question q6"):
         trainer.fit(job)

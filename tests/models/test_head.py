@@ -11,8 +11,10 @@ T, H_STUDENT, H_TEACHER = 13, 8, 12
 WIDTHS = {"equal": (50, 50), "student padded": (57, 50), "teacher padded": (50, 57)}
 
 
-def projections(widths: tuple[int, int], dtype: torch.dtype = torch.float32) -> tuple[Projection, Projection]:
-    generator = torch.Generator().manual_seed(1)
+def projections(
+    widths: tuple[int, int], dtype: torch.dtype = torch.float32, seed: int = 1
+) -> tuple[Projection, Projection]:
+    generator = torch.Generator().manual_seed(seed)
 
     def made(width: int, vocabulary: int) -> Projection:
         parts = torch.randn(T, width, generator=generator), torch.randn(vocabulary, width, generator=generator)
@@ -21,15 +23,26 @@ def projections(widths: tuple[int, int], dtype: torch.dtype = torch.float32) -> 
     return made(H_STUDENT, widths[0]), made(H_TEACHER, widths[1])
 
 
+def pi_ref(widths: tuple[int, int], dtype: torch.dtype = torch.float32) -> Projection:
+    """Another student: of the same vocabulary."""
+    return projections(widths, dtype, seed=5)[0]
+
+
 TOKEN_T = torch.arange(T) * 3
-SLOPES = torch.randn(2, T, generator=torch.Generator().manual_seed(2))
+SLOPES = torch.randn(3, T, generator=torch.Generator().manual_seed(2))
+TERMS = ("log pi", "D", "KL", "log pi_ref", "entropy", "||onehot - pi||^2", "greedy", "hidden's slope", "weight's")
+
+
+def weighed(found: losses.Terms) -> torch.Tensor:
+    """A sum that weighs every token's three terms unlike."""
+    assert found.kl_T is not None
+    return (SLOPES[0] * found.logp_T + SLOPES[1] * found.divergence_T + SLOPES[2] * found.kl_T).sum()
 
 
 def pull(found: losses.Terms, student: Projection) -> tuple[torch.Tensor, ...]:
-    """Values, and gradients of a sum that weighs every token's two terms unlike."""
-    total = (SLOPES[0] * found.logp_T + SLOPES[1] * found.divergence_T).sum()
-    slopes = torch.autograd.grad(total, (student.hidden_TH, student.weight_VH))
-    return found.logp_T.detach(), found.divergence_T.detach(), *slopes
+    """Values, and gradients of `weighed`."""
+    slopes = torch.autograd.grad(weighed(found), (student.hidden_TH, student.weight_VH))
+    return *(value_T.detach().float() for value_T in vars(found).values()), *slopes
 
 
 @pytest.fixture(params=[1, 4, 5, 13, 100], ids="{} tokens a chunk".format)
@@ -41,10 +54,10 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("divergence", ["jsd", "kl", "skew"])
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
 def test_chunks_give_what_whole_logits_give(widths: tuple[int, int], divergence: str) -> None:
-    student, teacher = projections(widths)
-    dense = pull(losses.terms(student.logits(), teacher.logits(), TOKEN_T, divergence), student)
-    chunked = pull(head.terms(student, teacher, TOKEN_T, divergence), student)
-    for name, expected, found in zip(("log pi", "D", "hidden's slope", "weight's"), dense, chunked, strict=True):
+    (student, teacher), reference = projections(widths), pi_ref(widths)
+    whole = losses.terms(student.logits(), teacher.logits(), TOKEN_T, divergence, reference.logits())
+    chunked = pull(head.terms(student, teacher, TOKEN_T, divergence, reference), student)
+    for name, expected, found in zip(TERMS, pull(whole, student), chunked, strict=True):
         scale = expected.abs().max().item()
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * max(1.0, scale), msg=lambda m, n=name: n + m)
 
@@ -66,16 +79,17 @@ def test_without_a_teacher_it_is_the_tokens_log_probability() -> None:
 @pytest.mark.parametrize("divergence", ["jsd", "kl", "skew"])
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
 def test_the_slope_is_that_of_finite_differences(widths: tuple[int, int], divergence: str) -> None:
-    student, teacher = projections(widths)
-    found = pull(head.terms(student, teacher, TOKEN_T, divergence), student)[2]
+    (student, teacher), reference = projections(widths), pi_ref(widths)
+    found = pull(head.terms(student, teacher, TOKEN_T, divergence, reference), student)[-2]
     generator, step = torch.Generator().manual_seed(3), 1e-2
     for _ in range(4):
         along = torch.randn(T, H_STUDENT, generator=generator)
 
         def total(sign: int, along: torch.Tensor = along) -> float:
             moved = Projection(student.hidden_TH.detach() + sign * step * along, student.weight_VH)
-            values = losses.terms(moved.logits().double(), teacher.logits().double(), TOKEN_T, divergence)
-            return (SLOPES[0] * values.logp_T + SLOPES[1] * values.divergence_T).sum().item()
+            logits = (one.logits().double() for one in (moved, teacher, reference))
+            own, taught, known = logits
+            return weighed(losses.terms(own, taught, TOKEN_T, divergence, known)).item()
 
         measured = (total(1) - total(-1)) / (2 * step)
         np.testing.assert_allclose((found * along).sum().item(), measured, rtol=5e-3, atol=5e-3)
@@ -94,17 +108,27 @@ def test_a_large_vocabulary_loses_no_digits(noise: float) -> None:
     np.testing.assert_allclose(found, expected, atol=3e-7, rtol=0)
 
 
-def test_no_gradient_reaches_the_teacher() -> None:
-    student, teacher = projections((50, 50))
-    head.terms(student, teacher, TOKEN_T, "jsd").divergence_T.sum().backward()
+def test_no_gradient_reaches_teacher_or_reference() -> None:
+    (student, teacher), reference = projections((50, 50)), pi_ref((50, 50))
+    found = head.terms(student, teacher, TOKEN_T, "jsd", reference)
+    assert found.reference_logp_T is not None and not found.reference_logp_T.requires_grad
+    weighed(found).backward()
     assert student.hidden_TH.grad is not None
-    assert teacher.hidden_TH.grad is None and teacher.weight_VH.grad is None
+    for frozen in (teacher, reference):
+        assert frozen.hidden_TH.grad is None and frozen.weight_VH.grad is None
+
+
+def test_without_a_reference_there_is_no_kl_term() -> None:
+    found = head.terms(*projections((50, 50)), TOKEN_T, "jsd")
+    assert found.kl_T is None and found.reference_logp_T is None
 
 
 def test_equal_models_diverge_nowhere_and_pull_nowhere() -> None:
     student, _ = projections((50, 50))
     same = Projection(student.hidden_TH.detach(), student.weight_VH.detach())
-    value_T = head.terms(student, same, TOKEN_T, "jsd").divergence_T
+    terms = head.terms(student, same, TOKEN_T, "jsd", same)
+    assert terms.kl_T is not None
+    value_T = terms.divergence_T + terms.kl_T
     value_T.sum().backward()
     assert student.hidden_TH.grad is not None
     assert value_T.detach().abs().max() < 1e-6
@@ -124,13 +148,14 @@ def test_distributions_far_apart_diverge_by_ln_2(gap: float) -> None:
 
 
 def test_bfloat16_weights_have_float32_sums() -> None:
-    student, teacher = projections((50, 50), torch.bfloat16)
-    found = head.terms(student, teacher, TOKEN_T, "jsd")
-    assert found.logp_T.dtype == found.divergence_T.dtype == torch.float32
-    exact = losses.terms(student.logits(), teacher.logits(), TOKEN_T, "jsd")  # logits rounded to bfloat16 alike
-    torch.testing.assert_close(found.logp_T, exact.logp_T)
-    torch.testing.assert_close(found.divergence_T, exact.divergence_T)
-    got, dense = (pull(terms, student)[2:] for terms in (found, exact))
-    for one, other in zip(got, dense, strict=True):
+    (student, teacher), reference = projections((50, 50), torch.bfloat16), pi_ref((50, 50), torch.bfloat16)
+    found = head.terms(student, teacher, TOKEN_T, "jsd", reference)
+    # logits rounded to bfloat16 alike
+    exact = losses.terms(student.logits(), teacher.logits(), TOKEN_T, "jsd", reference.logits())
+    got, dense = (pull(terms, student) for terms in (found, exact))
+    for one, other in zip(got[:-2], dense[:-2], strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other)
+    for one, other in zip(got[-2:], dense[-2:], strict=True):
         assert one.dtype == torch.bfloat16
         torch.testing.assert_close(one, other, rtol=0.03, atol=0.03)

@@ -9,18 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from masters.models.losses import (
+    Terms,
     chosen_log_probs,
+    exact_kl,
     grpo_loss,
     jensen_shannon,
     kl_divergence,
     kl_to_reference,
     response_means,
     skew_divergence,
+    token_advantages,
 )
 from tests.models.float64_reference import jsd, kl, softmax
 from tests.models.float64_reference import kl_to_reference as kl_estimate
 
 LOSSES = [jensen_shannon, kl_divergence, skew_divergence]
+AGAINST = [*LOSSES, exact_kl]  # what a student's distribution is compared with another's by
 ESTIMATORS = ["k3", "clipped", "squared"]
 logit = st.floats(-1e4, 1e4, width=32)
 
@@ -93,7 +97,7 @@ def test_no_nan_with_padding_and_infinite_logits(loss, widths: tuple[int, int]) 
     assert student.grad[1:].abs().sum(-1).gt(0).all()
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", AGAINST)
 def test_gradient_is_the_students_alone(loss) -> None:
     student, teacher = logits(3, 6).requires_grad_(), logits(3, 6, seed=1).requires_grad_()
     loss(student, teacher).sum().backward()
@@ -108,7 +112,7 @@ def test_gradient_is_the_students_alone(loss) -> None:
         assert math.isclose(student.grad[t, v].item(), (ends[0] - ends[1]) / (2 * step), rel_tol=2e-2, abs_tol=2e-4)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", AGAINST)
 def test_sixteen_bit_logits_are_summed_in_float32(loss) -> None:
     student, teacher = logits(3, 400).bfloat16(), logits(3, 400, seed=1).bfloat16()
     assert loss(student, teacher).dtype == torch.float32
@@ -145,6 +149,50 @@ def test_kl_to_reference_pulls_to_the_reference_and_only_k3_without_bound(
         assert abs(pi.grad.item()) <= max(math.e - 1, abs(d)) * 1.001
 
 
+def test_the_exact_kl_is_of_the_student_from_the_reference() -> None:
+    student, reference = logits(7, 50), logits(7, 50, seed=1)
+    q, r = softmax(student.double().numpy()), softmax(reference.double().numpy())
+    np.testing.assert_allclose(exact_kl(student, reference).numpy(), kl(q, r), rtol=1e-5)
+    assert np.abs(kl(q, r) - kl(r, q)).min() > 1e-3  # the direction shows
+
+
+tokens = st.integers(2, 8).flatmap(
+    lambda width: st.tuples(
+        *(st.lists(st.floats(-40, 40, width=32), min_size=width, max_size=width),) * 2, st.integers(0, width - 1)
+    )
+)
+
+
+def slope_size(term: torch.Tensor, student: torch.Tensor) -> float:
+    """1-norm of a KL term's gradient with respect to one token's logits."""
+    return torch.autograd.grad(term.sum(), student, retain_graph=True)[0].abs().sum().item()
+
+
+@given(tokens)
+def test_the_slope_of_the_kl_term_is_bounded_on_any_stored_token(drawn: tuple[list[float], list[float], int]) -> None:
+    """exact: sum_v q |x - KL| with x = log q - log r is at most E|x| + KL, and E|x| = KL + 2 E[x's negative part] is at
+    most KL + 2, as q log(r / q) <= r - q; KL <= max_v -log r, a constant of the reference. clipped: e - 1 at most,
+    squared: |d|, times the 2 of onehot - q."""
+    student, reference = torch.tensor([drawn[0]], requires_grad=True), torch.tensor([drawn[1]])
+    token_T = torch.tensor([drawn[2]])
+    pi, pi_ref = chosen_log_probs(student, token_T), chosen_log_probs(reference, token_T)
+    rarest = -reference.log_softmax(-1).min().item()
+    bounds = {"clipped": 2 * (math.e - 1), "squared": 2 * abs((pi_ref - pi).item())}
+    assert slope_size(exact_kl(student, reference), student) <= 2 * (1 + rarest) + 1e-3
+    for estimator, bound in bounds.items():
+        assert slope_size(kl_to_reference(pi, pi_ref, estimator), student) <= bound + 1e-3
+
+
+@pytest.mark.parametrize("given_up", [20.0, 40.0])
+def test_the_slope_of_k3_is_not(given_up: float) -> None:
+    """Of a token that the reference finds as likely as any, and the student does not expect."""
+    student, reference = torch.tensor([[-given_up, 0.0, 0.0]], requires_grad=True), torch.zeros(1, 3)
+    token_T = torch.tensor([0])
+    k3 = kl_to_reference(chosen_log_probs(student, token_T), chosen_log_probs(reference, token_T), "k3")
+    assert slope_size(k3, student) > math.exp(given_up - 2)
+    assert slope_size(exact_kl(student, reference), student) <= 2 * (1 + math.log(3))
+
+
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.randoms(use_true_random=False))
 def test_response_means(lengths: list[int], random) -> None:
     response = [r for r, n in enumerate(lengths) for _ in range(n)]
@@ -161,25 +209,33 @@ def example() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return logp_T.requires_grad_(), reference_T, torch.tensor([1.5, -0.5]).double(), torch.tensor([0, 0, 0, 1, 1])
 
 
+def example_loss(
+    logp_T: torch.Tensor, reference_T: torch.Tensor, advantage_R: torch.Tensor, response_T: torch.Tensor, beta: float
+) -> torch.Tensor:
+    advantage_T = token_advantages(Terms(logp_T, logp_T), advantage_R[response_T], "full")
+    kl_T = kl_to_reference(logp_T, reference_T, "k3")
+    return grpo_loss(logp_T, advantage_T, kl_T, response_T, len(advantage_R), beta)
+
+
 def test_grpo_loss_is_the_formula() -> None:
     logp_T, reference_T, advantage_R, response_T = example()
     d = (reference_T - logp_T).detach().numpy()
     gain = advantage_R.numpy()[response_T] - 0.1 * (np.exp(d) - d - 1)  # the ratio is 1 in value
     expected = [-gain[:3].mean(), -gain[3:].mean()]
-    found = grpo_loss(logp_T, reference_T, advantage_R, response_T, 0.1, "k3", "full").detach().numpy()
+    found = example_loss(logp_T, reference_T, advantage_R, response_T, 0.1).detach().numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_grpo_gradient_is_the_advantage_times_that_of_log_pi() -> None:
     logp_T, reference_T, advantage_R, response_T = example()
     advantage_R.requires_grad_()
-    grpo_loss(logp_T, reference_T, advantage_R, response_T, 0.0, "k3", "full").sum().backward()
+    example_loss(logp_T, reference_T, advantage_R, response_T, 0.0).sum().backward()
     torch.testing.assert_close(logp_T.grad, -advantage_R.detach()[response_T] / torch.tensor([3, 3, 3, 2, 2]))
     assert advantage_R.grad is None
 
 
 def test_grpo_penalty_pulls_towards_the_reference() -> None:
     logp_T, reference_T, _, response_T = example()
-    grpo_loss(logp_T, reference_T, torch.zeros(2).double(), response_T, 0.1, "k3", "full").sum().backward()
+    example_loss(logp_T, reference_T, torch.zeros(2).double(), response_T, 0.1).sum().backward()
     pull = torch.sign(reference_T - logp_T.detach())
     assert torch.equal(torch.sign(-logp_T.grad), pull)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from masters.models import losses, masking, objective, schedule
+from masters.models import first_difference, losses, masking, objective, schedule
 from masters.rewards import advantages, combination, distillation
 from tests.models import float64_reference
 from tests.models.compare_with_reference import check_all
@@ -19,7 +19,18 @@ OBJECTIVE: dict[str, list[Edit]] = {
     ],
     "positive advantages clipped too": [(losses, "token_advantages", "advantage_T < 0, ", "advantage_T < 9, ")],
     "a weight above one": [(losses, "token_advantages", ".clamp(max=1.0)", "")],
-    "negatives where there are to be none": [(losses, "token_advantages", ".clamp(min=0.0)", "")],
+    "negatives where there are to be none": [
+        (losses, "token_advantages", "return advantage_T.clamp(min=0.0)", "return advantage_T")
+    ],
+    "right tokens that are not spared": [
+        (losses, "token_advantages", "advantage_T.clamp(min=0.0), advantage_T)", "advantage_T, advantage_T)")
+    ],
+    "positive advantages spared too": [
+        (losses, "token_advantages", "torch.where(spared_T, advantage_T.clamp(min=0.0)", "torch.where(spared_T, 0.0")
+    ],
+    "wrong responses that spare": [(first_difference, "spared_tokens", "if right_R[r]", "if True")],
+    "the shortest prefix": [(first_difference, "spared_tokens", "shared = max(", "shared = min(")],
+    "a token too many": [(first_difference, "spared_tokens", "t < shared", "t <= shared")],
     "a sum where rewards are gated": [(combination, "combined_rewards", "accuracy_G * (1 + ", "accuracy_G + (0 + ")],
     "no baseline shift": [(advantages, "group_advantages", " - baseline_shift", "")],
     "no weight of the rewards": [(objective, "masters", "train.reward_weight * ", "")],
@@ -27,6 +38,11 @@ OBJECTIVE: dict[str, list[Edit]] = {
     "no floor in nats": [(distillation, "distillation_rewards", "max(floors[0], ", "max(0.0, ")],
     "the KL term's sign": [(losses, "grpo_loss", "- beta *", "+ beta *")],
     "no KL term": [(losses, "grpo_loss", "- beta *", "- 0 * beta *")],
+    "the exact KL turned round": [(losses, "exact_kl", "_expected(q, r)", "_expected(r, q)")],
+    "the exact KL from the teacher": [
+        (losses, "terms", "exact_kl(student_logits_TV, reference", "exact_kl(student_logits_TV, teacher")
+    ],
+    "an estimate for the exact KL": [(objective, "kl_term", 'train.kl == "exact" or', "False or")],
     "the KL estimator turned round": [
         (losses, "kl_to_reference", "reference_logp_T - logp_T", "logp_T - reference_logp_T")
     ],
@@ -47,7 +63,7 @@ OBJECTIVE: dict[str, list[Edit]] = {
     "KL in the wrong direction": [(losses, "kl_divergence", "_expected(p, q)", "_expected(q, p)")],
     "a gradient to the teacher": [(losses, "_log_probs", "teacher_logits_TV.detach()", "teacher_logits_TV")],
     "a gradient through the rewards": [
-        (losses, "grpo_loss", "advantage_R.detach()", "advantage_R"),
+        (losses, "grpo_loss", "advantage_T.detach()", "advantage_T"),
         (advantages, "group_advantages", "torch.as_tensor(reward_G).detach()", "torch.as_tensor(reward_G)"),
         (distillation, "_prepared", "torch.as_tensor(divergence_G).detach()", "torch.as_tensor(divergence_G)"),
     ],
@@ -80,8 +96,8 @@ OBJECTIVE: dict[str, list[Edit]] = {
         (
             losses,
             "grpo_loss",
-            "-response_means(gain_T, response_T, len(advantage_R))",
-            "-torch.zeros(len(advantage_R)).index_add(0, response_T, gain_T)",
+            "-response_means(gain_T, response_T, responses)",
+            "-torch.zeros(responses).index_add(0, response_T, gain_T)",
         )
     ],
     "a sum over tokens and responses": [(losses, "response_means", "return sums /", "return sums  #")],

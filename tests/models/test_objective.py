@@ -71,9 +71,10 @@ def test_distillation_and_supervision_alone_equal_the_reference() -> None:
         "sft": lambda logits: -float64_reference.log_pi(logits, batch.token_T),
     }
     for kind, terms in kinds.items():
-        student, teacher, _, _ = tensors(batch)
+        student, teacher, pi_ref, _ = tensors(batch)
         if kind == "kd":
-            outcome = objective.distillation(dense_terms(student, teacher, packed(batch), Train()), packed(batch))
+            train = Train(objective="kd")
+            outcome = objective.distillation(dense_terms(student, teacher, pi_ref, packed(batch), train), packed(batch))
         else:
             logp_T = losses.chosen_log_probs(student, packed(batch).token_T)
             outcome = objective.supervised(logp_T, packed(batch))
@@ -85,12 +86,12 @@ def test_distillation_and_supervision_alone_equal_the_reference() -> None:
 
 def test_the_policy_ratio_is_one_and_its_gradient_the_advantage_times_that_of_log_pi() -> None:
     batch, pack = awkward(), packed(awkward())
-    student, _, pi_ref, _ = tensors(batch)
+    student, *_ = tensors(batch)
     advantage_R = torch.linspace(-2, 2, pack.responses)
+    logp_T = losses.chosen_log_probs(student, pack.token_T)
     loss_R = losses.grpo_loss(
-        losses.chosen_log_probs(student, pack.token_T), pi_ref, advantage_R, pack.response_T, beta=0.0,
-        kl="k3", negatives="full",
-    )  # fmt: skip
+        logp_T, advantage_R[pack.response_T], torch.zeros_like(logp_T), pack.response_T, pack.responses, beta=0.0
+    )
     close(loss_R, -advantage_R.numpy(), "a ratio other than 1")
     loss_R.sum().backward()
     count_T = np.bincount(pack.response_T)[pack.response_T]
@@ -109,8 +110,8 @@ def test_a_shift_of_all_rewards_changes_nothing(shift: float) -> None:
     batch, gradients, values = awkward(), [], []
     for moved in (0.0, shift):
         student, teacher, pi_ref, score_R = tensors(batch)
-        terms = dense_terms(student, teacher, packed(batch), Train())
-        outcome = objective.masters(terms, pi_ref, score_R + moved, packed(batch), Train(), Rewards())
+        terms = dense_terms(student, teacher, pi_ref, packed(batch), Train())
+        outcome = objective.masters(terms, score_R + moved, packed(batch), Train(), Rewards())
         outcome.loss.backward()
         gradients.append(student.grad)
         values.append(outcome.loss.detach())
@@ -133,12 +134,12 @@ def test_degenerate_groups_have_no_advantage_and_no_nan(case: str, variant: str)
     shape, repeats = DEGENERATE[case]
     batch = draw(shape, repeats, seed=2)
     student, teacher, pi_ref, score_R = tensors(batch)
-    terms = dense_terms(student, teacher, packed(batch), train)
+    terms = dense_terms(student, teacher, pi_ref, packed(batch), train)
     divergence_R = objective.divergences(terms, packed(batch))
     distill_R, advantage_R = objective.advantages(divergence_R, score_R, packed(batch), rewards)
     assert advantage_R.tolist() == [0.0] * packed(batch).responses
     assert distill_R.isfinite().all()
-    outcome = objective.masters(terms, pi_ref, score_R, packed(batch), train, rewards)
+    outcome = objective.masters(terms, score_R, packed(batch), train, rewards)
     outcome.loss.backward()
     assert outcome.loss.isfinite()
     assert student.grad is not None
@@ -177,10 +178,10 @@ def test_no_configuration_leaves_a_question_without_a_gradient(kind: str, diverg
         dict(objective=kind, divergence=divergence, beta=0.0, targets="labels" if kind == "sft" else "responses")
     )
     batch = draw([[(3, 1.0), (2, 1.0)], [(2, 0.0), (1, 0.0)]], set(), seed=4)
-    (student, teacher, _, score_R), pack = tensors(batch), packed(batch)
-    terms = dense_terms(student, teacher, pack, train)
+    (student, teacher, pi_ref, score_R), pack = tensors(batch), packed(batch)
+    terms = dense_terms(student, teacher, pi_ref, pack, train)
     if kind == "masters":
-        outcome = objective.masters(terms, None, score_R, pack, train, Rewards(distillation="off"))
+        outcome = objective.masters(terms, score_R, pack, train, Rewards(distillation="off"))
         assert outcome.sums["questions_with_advantage"] == 0
     elif kind == "kd":
         outcome = objective.distillation(terms, pack)
@@ -194,8 +195,8 @@ def test_no_configuration_leaves_a_question_without_a_gradient(kind: str, diverg
 def test_equal_verdicts_leave_the_divergence_to_decide(scores: list[float], shared: bool) -> None:
     shape: Shape = [[(2, score) for score in scores]]
     batch = draw(shape, {(0, j) for j in range(1, 8)} if shared else set(), seed=3)
-    student, teacher, _, score_R = tensors(batch)
-    divergence_R = objective.divergences(dense_terms(student, teacher, packed(batch), Train()), packed(batch))
+    student, teacher, pi_ref, score_R = tensors(batch)
+    divergence_R = objective.divergences(dense_terms(student, teacher, pi_ref, packed(batch), Train()), packed(batch))
     _, advantage_R = objective.advantages(divergence_R, score_R, packed(batch), Rewards())
     assert bool(advantage_R.any()) is not shared
     if not shared:
@@ -205,9 +206,9 @@ def test_equal_verdicts_leave_the_divergence_to_decide(scores: list[float], shar
 def test_a_question_is_rewarded_by_itself() -> None:
     """The rewards of a batch are those of its questions, each alone."""
     batch = awkward()
-    student, teacher, _, score_R = tensors(batch)
+    student, teacher, pi_ref, score_R = tensors(batch)
     pack = packed(batch)
-    divergence_R = objective.divergences(dense_terms(student, teacher, pack, Train()), pack).detach()
+    divergence_R = objective.divergences(dense_terms(student, teacher, pi_ref, pack, Train()), pack).detach()
     together = objective.advantages(divergence_R, score_R, pack, Rewards())
     for question, responses in enumerate(batch.questions):
         of = pack.question_R == question

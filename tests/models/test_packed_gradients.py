@@ -14,7 +14,7 @@ import torch
 
 from demo import families
 from masters.config import Rewards, Train
-from masters.models import head, losses, objective, packing, trainer, trees
+from masters.models import head, losses, objective, packing, step_sums, trainer, trees
 from masters.models.checkpoints import load_model
 from masters.models.masking import group_thresholds, safetensors_tensors
 from masters.models.packing import pack, response_logits, response_states
@@ -38,6 +38,11 @@ def masked_model(folder: Path, ratio: float) -> torch.nn.Module:
 @pytest.fixture(params=families.NAMES)
 def job(request: pytest.FixtureRequest) -> trainer.Job:
     return make_job(request.param)
+
+
+def stored(job: trainer.Job) -> trainer.Job:
+    """The same with a KL term from stored log pi_ref."""
+    return replace(job, train=Train(kl="squared"), reference=None)
 
 
 def alone(model: torch.nn.Module, question: Question, response: list[int]) -> torch.Tensor:
@@ -66,11 +71,8 @@ def check_accumulation(job: trainer.Job, monkeypatch: pytest.MonkeyPatch, worlds
     step, ref, found = Step(0, 0, tuple(range(8))), references(job), []
     for world in worlds:
         job.student.zero_grad()
-        sums: dict[str, float] = {}
-        for rank in range(world):
-            own = trainer.run_step(replace(job, rank=rank, world=world), step, ref)
-            sums = {name: sums.get(name, 0.0) + value for name, value in own.items()}
-        found.append((gradient(job.student), sums))
+        ranks = [trainer.run_step(replace(job, rank=rank, world=world), step, ref) for rank in range(world)]
+        found.append((gradient(job.student), step_sums.merged(ranks)))
     job.student.zero_grad()
     (expected, sums), *others = found
     assert expected.norm() > 1e-3
@@ -90,27 +92,31 @@ def test_packed_gradients_are_those_of_separate_sequences(name: str, tied: bool,
     student, teacher = load_model(folder, "float32"), masked_model(folder, 0.2)
     made = family_questions.questions(folder, [SIDES[n % len(SIDES)] for n in range(len(LENGTHS))], LENGTHS, (10, 260))
     job = replace(
-        make_job(name), student=student, teacher=teacher, rewards=Rewards(distillation="off"),
+        make_job(name), student=student, teacher=teacher, reference=masked_model(folder, 0.4),
+        rewards=Rewards(distillation="off"),
         question=lambda group: made[group.ref.row],
     )  # fmt: skip
-    everything, ref = list(range(len(job.groups))), references(job)
+    everything = list(range(len(job.groups)))
     batch = packed(job, everything)
-    trainer.batch_outcome(job, batch, everything, ref).loss.backward()
+    trainer.batch_outcome(job, batch, everything, {}).loss.backward()
     found = gradient(student)
     student.zero_grad()
     questions = [job.question(job.groups[g]) for g in everything]
-    logits = [torch.cat([alone(m, q, r) for q in questions for r in q.responses]) for m in (student, teacher)]
-    terms = losses.terms(logits[0], logits[1].detach(), batch.token_T, "jsd")
+    own, *others = [
+        torch.cat([alone(m, q, r) for q in questions for r in q.responses]) for m in (student, teacher, job.reference)
+    ]
+    taught, known = (logits.detach() for logits in others)
+    terms = losses.terms(own, taught, batch.token_T, "jsd", known)
     score_R = torch.from_numpy(np.concatenate([group.scores for group in job.groups])).float()
-    known_T = torch.cat([ref[g] for g in everything])
-    objective.masters(terms, known_T, score_R, batch, job.train, job.rewards).loss.backward()
+    objective.masters(terms, score_R, batch, job.train, job.rewards).loss.backward()
     expected = gradient(student)
     assert expected.norm() > 1e-3
     assert (found - expected).norm() / expected.norm() < 1e-5
 
 
-def test_a_small_token_budget_makes_the_same_gradient(job: trainer.Job) -> None:
-    found = []
+@pytest.mark.parametrize("kept", [False, True], ids=["held", "stored"])
+def test_a_small_token_budget_makes_the_same_gradient(job: trainer.Job, kept: bool) -> None:
+    job, found = stored(job) if kept else job, []
     for budget in (10_000, 60, 1):
         sums = trainer.run_step(replace(job, token_budget=budget), Step(0, 0, tuple(range(8))), references(job))
         found.append((gradient(job.student), sums))
@@ -154,24 +160,24 @@ def test_a_fault_in_packing_or_accumulation_is_noticed(fault: str, monkeypatch: 
 
 def test_the_batch_objective_is_the_references(job: trainer.Job) -> None:
     """From the models' logits, taken one response at a time, to the loss and to every response's advantage."""
-    everything, teacher, ref = list(range(len(job.groups))), job.teacher, references(job)
+    everything = list(range(len(job.groups)))
     questions = [job.question(job.groups[g]) for g in everything]
     with torch.no_grad():
         logits = [
             torch.cat([alone(model, q, r) for q in questions for r in q.responses]).double().numpy()
-            for model in (job.student, teacher)
+            for model in (job.student, job.teacher, job.reference)
         ]
-        outcome = trainer.batch_outcome(job, packed(job, everything), everything, ref)
+        outcome = trainer.batch_outcome(job, packed(job, everything), everything, {})
     batch = Batch(
         [[tuple(r) for r in q.responses] for q in questions],
         [group.scores.tolist() for group in job.groups],
         *logits,
-        torch.cat([ref[g] for g in everything]).double().numpy(),
     )
     expected = float64_reference.objective(batch)
     close(outcome.loss, expected.loss, "loss", atol=1e-4)
     divergence_sum = expected.question_sum(expected.divergence_R, batch)
     close(outcome.sums["divergence"], divergence_sum, "divergence", atol=1e-4)
+    close(outcome.sums["kl_to_reference"], expected.question_sum(expected.kl_R, batch), "KL term", atol=1e-4)
     distill_sum = expected.question_sum(expected.distill_R, batch)
     close(outcome.sums["reward_distillation"], distill_sum, "distillation reward", atol=1e-3)
 
@@ -265,11 +271,11 @@ def test_the_images_token_in_a_response_is_a_word(job: trainer.Job) -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
-def test_no_gradient_reaches_the_teacher(job: trainer.Job) -> None:
-    teacher = job.teacher
+def test_no_gradient_reaches_teacher_or_reference(job: trainer.Job) -> None:
     trainer.run_step(job, Step(0, 0, (0, 3)), references(job))
     job.student.zero_grad()
-    assert all(p.grad is None for p in teacher.parameters())
+    for frozen in (job.teacher, job.reference):
+        assert all(p.grad is None for p in frozen.parameters())
 
 
 def test_identical_responses_get_one_reward_wherever_they_are_packed(job: trainer.Job) -> None:
@@ -293,13 +299,14 @@ def test_identical_responses_get_one_reward_wherever_they_are_packed(job: traine
 
 
 def test_without_beta_the_reference_has_no_part(job: trainer.Job) -> None:
-    without, step, found = replace(job, train=Train(beta=0.0)), Step(0, 0, tuple(range(8))), []
-    for known in (references(job), {}):
-        sums = trainer.run_step(without, step, known)
-        found.append((gradient(job.student), sums.pop("kl_to_reference", None), sums))
+    step, found = Step(0, 0, tuple(range(8))), []
+    for reference in (job.reference, None):
+        sums = trainer.run_step(replace(job, train=Train(beta=0.0), reference=reference), step, {})
+        kl = sums.pop("kl_to_reference", None), sums.pop("largest_token_kl", None)
+        found.append((gradient(job.student), kl, sums))
         job.student.zero_grad()
     assert torch.equal(found[0][0], found[1][0]) and found[0][2] == found[1][2]
-    assert found[0][1] is not None and found[1][1] is None  # what was not computed is not logged
+    assert None not in found[0][1] and found[1][1] == (None, None)  # what was not computed is not logged
 
 
 def test_the_reference_pass_reads_a_question_once_for_all_its_stages(job: trainer.Job, tmp_path) -> None:

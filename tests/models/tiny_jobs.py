@@ -23,7 +23,8 @@ SHARED_IMAGE = 5  # the questions from this number on are about one image
 
 @cache
 def make_job(name: str) -> trainer.Job:
-    """Eight questions on a family's student and its masked teacher; no store, no optimiser."""
+    """Eight questions on a family's student, its masked teacher and a pi_ref that is not the student, so that the KL
+    term has a gradient; no store, no optimiser."""
     student, teacher = tiny_models.model(name, seed=0), tiny_models.model(name, seed=1, ratio=0.2)
     groups = []
     for number, (lengths, scores) in enumerate(zip(LENGTHS, SCORES, strict=True)):
@@ -45,6 +46,7 @@ def make_job(name: str) -> trainer.Job:
             student, group.ref.row, 3 + group.ref.row, group.responses, min(group.ref.row, SHARED_IMAGE)
         ),
         teacher=teacher,
+        reference=tiny_models.model(name, seed=2),
         remask=lambda stage: None,
         storage=cast(Any, None),
         checkpoints="",
@@ -60,8 +62,10 @@ def packed(job: trainer.Job, groups: list[int]) -> Pack:
 
 @torch.no_grad()
 def references(job: trainer.Job) -> dict[int, torch.Tensor]:
-    """log pi_ref of a reference that is not the student, so that the KL term has a gradient."""
-    made = {}
+    """Stored log pi_ref of a reference that is not the student; none where `job.train` stores none."""
+    made: dict[int, torch.Tensor] = {}
+    if not job.train.stores_reference:
+        return made
     for g in range(len(job.groups)):
         one = packed(job, [g])
         logits_TV = response_logits(job.student, one)

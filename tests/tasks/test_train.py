@@ -215,6 +215,16 @@ def test_too_little_memory_is_refused_before_a_model_is_loaded(source, tmp_path,
         train_worker.prepare(job, tmp_path / "job.json", 0, 1)
 
 
+def test_a_warning_is_told_once_and_kept(capsys: pytest.CaptureFixture) -> None:
+    tags: dict[str, str] = {}
+    watch = tasks_train._Watch(SimpleNamespace(tracker=SimpleNamespace(warning=tags.__setitem__)), None, [0.2])  # pyright: ignore
+    for step in (3, 6):  # the second from a trainer that went on from a checkpoint
+        watch("rank-0", dict(event="warning", step=step, name="entropy", text="the entropy fell"))
+    assert watch.warnings == [dict(step=3, name="entropy", text="the entropy fell")]
+    assert tags == {"entropy": "step 3: the entropy fell"}
+    assert capsys.readouterr().err.count("train, step 3: the entropy fell") == 1
+
+
 def test_looks_at_the_probe_that_are_taken_again_are_told_once() -> None:
     watch = tasks_train._Watch(SimpleNamespace(tracker=SimpleNamespace(metrics=lambda *_: None)), None, [0.2])  # pyright: ignore
     for step in (0, 2, 4):
