@@ -70,7 +70,7 @@ def flops(config: Config, student: Weights, teachers: list[Weights], of: Questio
 def _round(config: Config, student: Weights, teacher: Weights, of: Questions, passes: int) -> dict[str, float]:
     """FLOPs a question of one teacher's round."""
     generate, train, rewards, length = config.generate, config.train, config.rewards, config.generate.max_tokens
-    labels, full = train.targets == "labels", train.objective == "masters"
+    labels = train.targets == "labels"
     said = length * (1 if labels else generate.responses)
     counts = {"train": train.epochs * passes * 3 * student.forward(of, said)}
     if train.objective != "sft":

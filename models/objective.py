@@ -12,12 +12,10 @@ import torch
 
 from masters.config import Rewards, Train
 from masters.models import losses
-from masters.models.first_difference import spared_tokens
+from masters.models.first_difference import RIGHT, spared_tokens
 from masters.models.losses import Terms
 from masters.models.packing import Pack
 from masters.rewards import combined_rewards, distillation_rewards, group_advantages, raw_distillation_rewards
-
-RIGHT = 0.5  # R_acc, in [0, 1], from which on a response is right
 
 
 @dataclass(frozen=True)
