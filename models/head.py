@@ -183,25 +183,26 @@ class _Terms(torch.autograd.Function):
     def forward(ctx: Any, hidden_TH, weight_VH, token_T, teacher, divergence, reference) -> tuple:
         student, teacher = Projection(hidden_TH, weight_VH).aligned(), teacher and teacher.aligned()
         reference = reference and reference.aligned()
-        made_8T = [hidden_TH.new_zeros(len(token_T), dtype=torch.float32) for _ in range(8)]
-        logp_T, value_T, kept_T, kl_T, reference_logp_T, *looked_3T = made_8T
+        made_5T = [hidden_TH.new_zeros(len(token_T), dtype=torch.float32) for _ in range(5)]
+        logp_T, value_T, kept_T, kl_T, reference_logp_T = made_5T
+        looked_3T = hidden_TH.new_zeros(3, len(token_T), dtype=torch.float32)
         for of in student.chunks():
             q_CV = student.log_softmax(of)
             logp_T[of] = _chosen(q_CV, token_T[of])
-            for looked_T, found_C in zip(looked_3T, _looked(q_CV, logp_T[of]), strict=True):
-                looked_T[of] = found_C
             if reference is not None:
                 r_CV = reference.log_softmax(of)
                 reference_logp_T[of] = _chosen(r_CV, token_T[of])
                 kl_T[of] = ToReference.value(q_CV, r_CV)
                 del r_CV  # before the teacher's is made: no more buffers are held at a time than without a reference
             if teacher is not None:
+                looked_3T[:, of] = _looked(q_CV, logp_T[of])
                 value_T[of], kept_T[of] = divergence.value(q_CV, teacher.log_softmax(of))
         ctx.save_for_backward(hidden_TH, weight_VH, token_T, kept_T, kl_T)
         ctx.teacher, ctx.divergence, ctx.reference = teacher, divergence, reference
-        ctx.mark_non_differentiable(reference_logp_T, *looked_3T)
+        looked = [looked_T.clone() for looked_T in looked_3T]  # outputs of their own, no views
+        ctx.mark_non_differentiable(reference_logp_T, *looked)
         compared = (kl_T, reference_logp_T) if reference is not None else (None, None)
-        return logp_T, value_T, *compared, *looked_3T
+        return logp_T, value_T, *compared, *looked
 
     @staticmethod
     @once_differentiable
@@ -232,11 +233,11 @@ def _chosen(q_CV: torch.Tensor, token_C: torch.Tensor) -> torch.Tensor:
     return q_CV.gather(1, token_C[:, None])[:, 0]
 
 
-def _looked(q_CV: torch.Tensor, logp_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Entropy, ||onehot - q||^2, and whether the token is the likeliest, [C] each, of a chunk's log-probabilities."""
+def _looked(q_CV: torch.Tensor, logp_C: torch.Tensor) -> torch.Tensor:
+    """Entropy, ||onehot - q||^2, and 1 where the token is the likeliest, [3, C], of a chunk's log-probabilities."""
     pi_CV = q_CV.exp()
     squared_C = 1 - 2 * logp_C.exp() + _dot(pi_CV, pi_CV)
-    return -_dot(pi_CV, q_CV), squared_C.clamp_(min=0.0), logp_C >= q_CV.amax(-1)
+    return torch.stack([-_dot(pi_CV, q_CV), squared_C.clamp_(min=0.0), (logp_C >= q_CV.amax(-1)).float()])
 
 
 def _product(a_CH: torch.Tensor, b_HV: torch.Tensor) -> torch.Tensor:
