@@ -9,11 +9,11 @@ from pathlib import Path
 from masters.errors import MastersError
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ROOT / "configs/demo.toml"
+CONFIG = ROOT / "configs/easyvqa.toml"
 
 
 def run(*command: str, **values: object) -> tuple[dict, float]:
-    """Run `masters COMMAND configs/demo.toml --set KEY=VALUE...` (`__` in a key stands for a dot).
+    """Run `masters COMMAND configs/easyvqa.toml --set KEY=VALUE...` (`__` in a key stands for a dot).
 
     Returns its summary and wall seconds. Raises MastersError with what it said last.
     """

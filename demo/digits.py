@@ -170,7 +170,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("which", choices=RECIPES)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "models")
-    parser.add_argument("--more", type=int, help="go on with phase two for so many steps, at half the learning rate")
+    parser.add_argument("--more", type=int, help="go on with phase two for so many steps, more gently")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
@@ -182,14 +182,15 @@ def main() -> None:
     torch.manual_seed(given.seed)
     recipe, folder = RECIPES[given.which], given.out / f"digits-{given.which}"
     written, pool, seed = handwriting(), POOLS["teacher"], given.seed + (100 if given.more else 0)
-    scenes = Scenes(written, pool[: recipe.digits], recipe.distortion, seed)
     held = Scenes(written, pool[-HELD_OUT:], 0.0, seed + 1)
     text, history = tokenizer(), []
     if given.more:
         model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         history = json.loads((folder / "training.json").read_text())
-        recipe = replace(recipe, steps=given.more, learning_rate=recipe.learning_rate / 2)
-    else:
+        gentle = dict(learning_rate=recipe.learning_rate / 2, distortion=0.4 * recipe.distortion)
+        recipe = replace(recipe, steps=given.more, **gentle)
+    scenes = Scenes(written, pool[: recipe.digits], recipe.distortion, seed)
+    if not given.more:
         model = build.model(given.which, text)
         print(given.which, f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
         train_eye(model, scenes, held, recipe)

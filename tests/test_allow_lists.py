@@ -13,7 +13,7 @@ from masters.preflight import open_storage
 from masters.sources.files import Parquet
 from masters.tracking import tracking_uri
 
-DEMO = Path(__file__).parents[1] / "configs" / "demo.toml"
+DEMO = Path(__file__).parents[1] / "configs" / "easyvqa.toml"
 
 
 @pytest.fixture(autouse=True)

@@ -110,7 +110,7 @@ def test_a_large_run_is_as_large_as_it_says(tmp_path: Path, monkeypatch: pytest.
     """Also where the configuration takes fewer questions."""
     text = large.CONFIG.read_text()
     assert "train_limit = 8000" in text
-    monkeypatch.setattr(large, "CONFIG", tmp_path / "demo.toml")
+    monkeypatch.setattr(large, "CONFIG", tmp_path / "easyvqa.toml")
     large.CONFIG.write_text(text.replace("train_limit = 8000", "train_limit = 8"))
     found = large.run(40)
     assert (found["data"]["rows"], found["generate"]["rows"], found["score"]["rows"]) == (

@@ -8,7 +8,7 @@ import pytest
 from masters import cli
 from masters.errors import RunsFailed
 
-DEMO = Path(__file__).parents[1] / "configs/studies/demo.toml"
+DEMO = Path(__file__).parents[1] / "configs/studies/easyvqa.toml"
 REPORT = dict(markdown="| arm |\n", failed=[], arms=[])
 
 
@@ -33,6 +33,6 @@ def test_the_report_is_printed_also_where_runs_failed(
     cli.study(DEMO, as_json)
     with pytest.raises(RunsFailed, match="1 run failed") as failed:
         cli.study(DEMO, as_json)
-    assert failed.value.exit_code == 1 and asked == [("study", "demo")] * 2
+    assert failed.value.exit_code == 1 and asked == [("study", "easyvqa")] * 2
     printed = json.dumps(REPORT) if as_json else REPORT["markdown"]
     assert capsys.readouterr().out == 2 * f"{printed}\n"

@@ -7,7 +7,7 @@ from masters import presets
 from masters.config_file import changed, load
 from masters.errors import InputError
 
-DEMO = Path(__file__).parents[1] / "configs" / "demo.toml"
+DEMO = Path(__file__).parents[1] / "configs" / "easyvqa.toml"
 
 
 @pytest.mark.parametrize("path", sorted(DEMO.parent.glob("*.toml")), ids=lambda p: p.name)

@@ -10,10 +10,10 @@ from masters.errors import InputError
 from masters.study_file import Study, arm_config, load_study
 
 ROOT = Path(__file__).parents[1]
-DEMO = ROOT / "configs/studies/demo.toml"
+DEMO = ROOT / "configs/studies/easyvqa.toml"
 STUDY = f"""
 name = "s"
-config = "{ROOT}/configs/demo.toml"
+config = "{ROOT}/configs/easyvqa.toml"
 results = "results"
 learning_rates = [2e-4, 1e-4]
 seeds = [1, 2]
@@ -47,7 +47,7 @@ def test_an_arm_has_the_configuration_the_base_and_its_own_settings(tmp_path: Pa
 def test_folders_are_relative_to_the_studys_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config, study = load_study(DEMO)
-    assert config.name == "easyvqa" and study.results == str(DEMO.parent / "demo")
+    assert config.name == "easyvqa" and study.results == str(DEMO.parent / "easyvqa")
 
 
 def test_a_form_takes_what_a_file_holds(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_form_takes_what_a_file_holds(tmp_path: Path) -> None:
         ("[base]", "[validation]\nshare = 0.0\n[base]", "validation.share"),
         ("[arms.plain]", "[[comparisons]]\nbetter = 'plain'\nthan = 'none'\n[arms.plain]", "found none"),
         ("[arms.plain]", "[[comparisons]]\nbetter = 'plain'\nthan = 'plain'\n[arms.plain]", "found plain twice"),
-        ("configs/demo.toml", "configs/none.toml", "configuration not found"),
+        ("configs/easyvqa.toml", "configs/none.toml", "configuration not found"),
     ],
 )
 def test_a_study_that_cannot_work_is_refused(piece: str, other: str, says: str, tmp_path: Path) -> None:

@@ -101,7 +101,9 @@ def evaluate(
 
 @app.command()
 def study(
-    file: Annotated[Path, typer.Argument(metavar="STUDY", help="A study's TOML file, e.g. configs/studies/demo.toml")],
+    file: Annotated[
+        Path, typer.Argument(metavar="STUDY", help="A study's TOML file, e.g. configs/studies/digits.toml")
+    ],
     as_json: Json = False,
 ) -> None:
     """Arms compared over learning rates and seeds; run again, it goes on from the results that are there."""

@@ -13,7 +13,7 @@ from tests.fork_server import PYTHON
 from tests.shape_data import write_questions
 
 ROOT = Path(__file__).parents[2]
-DEMO = ROOT / "configs/demo.toml"
+DEMO = ROOT / "configs/easyvqa.toml"
 STUDENT = ROOT / "demo/models/student"
 
 

@@ -12,7 +12,7 @@ from masters.errors import InputError
 from masters.models.masking import is_masked
 from masters.preflight import check_answers, check_installed
 
-DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
+DEMO = Path(__file__).parents[2] / "configs" / "easyvqa.toml"
 LONGEST = 1000  # characters of an error: it is read in a terminal
 
 # an override, and what the line says

@@ -20,7 +20,7 @@ from masters.rewards.verdict import Triple
 from masters.sources.base import COLUMNS
 from masters.sources.files import Jsonl
 
-DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
+DEMO = Path(__file__).parents[2] / "configs" / "easyvqa.toml"
 KEYS = [
     f"{section}.{name}" if section not in ("name", "teachers") else section
     for section, of in load(DEMO).model_dump().items()

@@ -174,7 +174,7 @@ def test_a_model_that_knows_too_few_positions(model: Path) -> None:
     """For the configuration's longest answer: of a model that is sound otherwise."""
     config(max_position_embeddings=64)(model)
     few = preflight.local_model(Model(model=str(model)))
-    settings = load(ROOT / "configs/demo.toml")
+    settings = load(ROOT / "configs/easyvqa.toml")
     assert few.probed is not None and few.probed.positions == 64
     preflight.check_room(few, changed_config(settings, {"generate.max_tokens": 64 - few.probed.prompt}))
     with pytest.raises(InputError, match=r"generate.max_tokens 64, .* max_position_embeddings \(64\): raise"):

@@ -94,7 +94,7 @@ class Commands:
         log = world.folder / f"{store.name}.log"
         with open(log, "ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "masters.cli", *command, "configs/demo.toml", *settings], cwd=ROOT,
+                [sys.executable, "-m", "masters.cli", *command, "configs/easyvqa.toml", *settings], cwd=ROOT,
                 env=kept | ours | (fault.variables() if fault else {}), stdin=subprocess.DEVNULL, stdout=output,
                 stderr=output, start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip

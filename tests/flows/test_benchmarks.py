@@ -27,7 +27,7 @@ installed = pytest.mark.skipif(
 
 
 def settings(place: Path) -> Config:
-    return load(ROOT / "configs/demo.toml", overridden(place))
+    return load(ROOT / "configs/easyvqa.toml", overridden(place))
 
 
 def overridden(place: Path) -> list[str]:
@@ -47,7 +47,7 @@ def test_lmms_eval_and_our_evaluation_agree_to_the_row(
     benchmark.write(tmp_path / "tasks", DOCUMENTS)
     chosen = [part for setting in overridden(tmp_path) for part in ("--set", setting)]
     environment = prefect | {"MASTERS_BENCHMARK_TASKS": str(tmp_path / "tasks"), "HF_HUB_OFFLINE": "1"}
-    words = ("evaluate", "configs/demo.toml", STUDENT, *chosen, "--benchmark", benchmark.TASK, "--json")
+    words = ("evaluate", "configs/easyvqa.toml", STUDENT, *chosen, "--benchmark", benchmark.TASK, "--json")
     first = told(masters(*words, home=tmp_path / "home", **environment))
     stages = {stage["name"]: stage for stage in first["stages"]}
     assert [stage["outcome"] for stage in first["stages"]] == ["built"] * 3

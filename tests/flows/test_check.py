@@ -11,7 +11,7 @@ from tests.command_line import masters
 def test_the_demo_models_pass(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     arguments = ("--set", f"store.root={tmp_path / 'store'}", "--parity")
-    done = masters("check", "configs/demo.toml", *arguments, home=tmp_path / "home")
+    done = masters("check", "configs/easyvqa.toml", *arguments, home=tmp_path / "home")
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout
     verdicts = [line.split()[0] for line in done.stdout.splitlines() if "(limit" in line]
     assert verdicts == ["ok"] * 7  # two of packing a model, the student whole, the teacher masked and whole

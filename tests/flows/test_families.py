@@ -43,7 +43,7 @@ def distil(place: Path, source: Path, teacher: Path, student: Path, prefect: dic
         "runtime.max_model_len": 128, "runtime.train_processes": 1,
     }  # fmt: skip
     (place / "home").mkdir()
-    done = masters("distill", "configs/demo.toml", *options(values), "--json", home=place / "home", **prefect)
+    done = masters("distill", "configs/easyvqa.toml", *options(values), "--json", home=place / "home", **prefect)
     return told(done)
 
 

@@ -27,7 +27,7 @@ def test_a_run_ends_when_told_to(stop: signal.Signals, code: int, line: str | No
     home.mkdir()
     write_questions(tmp_path / "data", 64)
     running = subprocess.Popen(
-        [sys.executable, "-m", "masters.cli", "distill", "configs/demo.toml", *settings(tmp_path)],
+        [sys.executable, "-m", "masters.cli", "distill", "configs/easyvqa.toml", *settings(tmp_path)],
         cwd=ROOT, env=environment(home, MASTERS_PYTHON=sys.executable), stderr=subprocess.PIPE, text=True,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it

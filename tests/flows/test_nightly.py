@@ -64,7 +64,8 @@ def nights(tmp_path_factory: pytest.TempPathFactory, webhook: Webhook, prefect: 
             "generate.responses": RESPONSES, "nightly.max_category_drop": 0.05,
         }  # fmt: skip
         environment = {"MASTERS_WEBHOOK_URL": webhook.url} | prefect
-        done = masters("nightly", "configs/demo.toml", *options(values), "--json", home=folder / "home", **environment)
+        words = ("nightly", "configs/easyvqa.toml", *options(values), "--json")
+        done = masters(*words, home=folder / "home", **environment)
         assert webhook.url not in done.stdout + done.stderr
         return told(done) | dict(said=len(webhook.said))
 
@@ -148,7 +149,7 @@ def test_a_night_that_fails_is_reported(tmp_path: Path, prefect: dict[str, str])
     write_rows(tmp_path / "data", [json.loads(line) | dict(answer="") for line in path.read_text().splitlines()])
     values = {"data.source": path, "store.root": tmp_path / "store", "name": "unlucky"}
     environment = {"MASTERS_WEBHOOK_URL": hook.url} | prefect
-    done = masters("nightly", "configs/demo.toml", *options(values), home=tmp_path, **environment)
+    done = masters("nightly", "configs/easyvqa.toml", *options(values), home=tmp_path, **environment)
     hook.server.shutdown()
     assert done.returncode != 0 and "Traceback" not in done.stderr
     [said] = hook.said

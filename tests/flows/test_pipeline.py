@@ -41,7 +41,7 @@ def settings(place: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def first(place: Path) -> dict:
-    done = masters("distill", "configs/demo.toml", *settings(place), "--json", home=place / "home")
+    done = masters("distill", "configs/easyvqa.toml", *settings(place), "--json", home=place / "home")
     assert "report is incomplete" not in done.stderr and "Error logging" not in done.stderr, done.stderr[-3000:]
     return told(done)
 
@@ -131,7 +131,7 @@ def test_transformers_loads_the_student_and_answers_alike(first: dict) -> None:
 
 
 def test_running_again_reuses_everything(first: dict, place: Path) -> None:
-    done = masters("distill", "configs/demo.toml", *settings(place), "--json", home=place / "home")
+    done = masters("distill", "configs/easyvqa.toml", *settings(place), "--json", home=place / "home")
     again = told(done)
     assert {s["outcome"] for s in again["stages"]} == {"reused"}
     assert again["student"] == first["student"]
@@ -159,7 +159,7 @@ def test_lineage_leads_from_the_student_to_the_questions(first: dict, place: Pat
 
 
 def test_gc_finds_nothing_to_remove_of_a_candidate(first: dict, place: Path) -> None:
-    done = masters("gc", "configs/demo.toml", *settings(place), "--json", home=place / "home")
+    done = masters("gc", "configs/easyvqa.toml", *settings(place), "--json", home=place / "home")
     gone = {item["uri"] for item in told(done)["items"]}
     assert not gone & {stage["uri"] for stage in first["stages"]}
 
@@ -181,7 +181,7 @@ def test_no_process_of_a_run_is_left(first: dict, place: Path) -> None:
 @pytest.mark.slow
 def test_the_number_of_workers_changes_no_response(first: dict, place: Path, prefect: dict[str, str]) -> None:
     arguments = [*settings(place), "--set", f"store.root={place / 'other'}", "--set", "runtime.generate_workers=1"]
-    done = masters("stage", "generate", "configs/demo.toml", *arguments, "--json", home=place / "home", **prefect)
+    done = masters("stage", "generate", "configs/easyvqa.toml", *arguments, "--json", home=place / "home", **prefect)
     other = told(done)
     assert [s["name"] for s in other["stages"]] == ["data", "mask", "generate"]
     assert rows(other, "generate", "responses") == rows(first, "generate", "responses")
@@ -191,7 +191,7 @@ def lines(place: Path, *overrides: str, rebuild: Collection[Stage] = ()) -> dict
     """What `--plan` tells of each stage."""
     given = [part for part in settings(place) if part != "--set"]
     os.chdir(ROOT)  # the demo's configuration names its models from there
-    return {line["name"]: line for line in plan(load("configs/demo.toml", [*given, *overrides]), rebuild)}
+    return {line["name"]: line for line in plan(load("configs/easyvqa.toml", [*given, *overrides]), rebuild)}
 
 
 def planned(place: Path, *overrides: str, rebuild: Collection[Stage] = ()) -> dict[str, str]:
@@ -215,7 +215,7 @@ def test_the_plan_names_what_changed_of_stages_whose_inputs_are_not_built(first:
 
 def test_the_plan_is_printed_and_names_what_changed(first: dict, place: Path) -> None:
     done = masters(
-        "distill", "configs/demo.toml", *settings(place), "--set", "train.seed=1", "--plan", home=place / "home"
+        "distill", "configs/easyvqa.toml", *settings(place), "--set", "train.seed=1", "--plan", home=place / "home"
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = {line.split()[0]: line for line in done.stdout.splitlines()}
@@ -295,7 +295,7 @@ def test_another_image_under_an_old_id_is_other_data(first: dict, place: Path, p
     shutil.copytree(place / "data", place / "edited")
     shutil.copy(place / "edited/images/3.png", place / "edited/images/5.png")
     arguments = [*settings(place), "--set", f"data.source={place / 'edited/questions.jsonl'}"]
-    done = masters("stage", "generate", "configs/demo.toml", *arguments, "--json", home=place / "home", **prefect)
+    done = masters("stage", "generate", "configs/easyvqa.toml", *arguments, "--json", home=place / "home", **prefect)
     stages = {s["name"]: s for s in told(done)["stages"]}
     assert [stages[n]["outcome"] for n in ("data", "mask", "generate")] == ["built", "reused", "built"]
     # the student's one shard, and the teacher's at the stages that lost or won the question
@@ -305,7 +305,7 @@ def test_another_image_under_an_old_id_is_other_data(first: dict, place: Path, p
 
 def test_too_many_rejected_rows_stop_the_run_with_one_line(first: dict, place: Path, prefect: dict[str, str]) -> None:
     arguments = [*settings(place), "--set", "data.max_rejected_share=0.01"]
-    done = masters("distill", "configs/demo.toml", *arguments, home=place / "home", **prefect)
+    done = masters("distill", "configs/easyvqa.toml", *arguments, home=place / "home", **prefect)
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if "data.max_rejected_share" in line and "5 of 69" in line]
     assert "Traceback" not in done.stderr
@@ -325,7 +325,7 @@ def test_too_many_rejected_rows_stop_the_run_with_one_line(first: dict, place: P
     ],
 )
 def test_bad_input_is_one_clear_line_before_work_starts(override: str, says: str, place: Path) -> None:
-    done = masters("check", "configs/demo.toml", *settings(place), "--set", override, home=place / "home")
+    done = masters("check", "configs/easyvqa.toml", *settings(place), "--set", override, home=place / "home")
     assert done.returncode == 2
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
@@ -340,7 +340,7 @@ def test_different_tokenizers_are_refused(place: Path) -> None:
     vocabulary[first_token], vocabulary[second_token] = vocabulary[second_token], vocabulary[first_token]
     (other / "tokenizer.json").write_text(json.dumps(text))
     done = masters(
-        "check", "configs/demo.toml", "--set", f"teachers.0.model={other}", *settings(place), home=place / "home"
+        "check", "configs/easyvqa.toml", "--set", f"teachers.0.model={other}", *settings(place), home=place / "home"
     )
     assert done.returncode == 2
     assert "different tokenizers" in done.stderr

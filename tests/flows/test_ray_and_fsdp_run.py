@@ -32,7 +32,7 @@ def start(place: Path, name: str, runtime: dict, prefect: dict[str, str]) -> sub
         "train.questions_per_step": 2, "runtime.checkpoint_steps": 4, "runtime.mlflow_uri": f"sqlite:///{place}/{name}.db",
         **{f"runtime.{key}": value for key, value in runtime.items()},
     }  # fmt: skip
-    command = [sys.executable, "-m", "masters.cli", "distill", "configs/demo.toml", *options(values), "--json"]
+    command = [sys.executable, "-m", "masters.cli", "distill", "configs/easyvqa.toml", *options(values), "--json"]
     given = environment(place / "home", **prefect, MASTERS_PYTHON=sys.executable)  # their ranks are found and killed
     with open(place / f"{name}.log", "wb") as log:
         return subprocess.Popen(command, cwd=ROOT, env=given, stdout=subprocess.PIPE, stderr=log)

@@ -20,7 +20,7 @@ from masters.study_file import load_study
 
 SCHEMA = preprocess_schema(parameter_schema(distill).model_dump())
 DEFINITIONS = parameter_schema(distill).model_dump()["definitions"]
-TREE = load(Path(__file__).parents[2] / "configs/demo.toml").model_dump()
+TREE = load(Path(__file__).parents[2] / "configs/easyvqa.toml").model_dump()
 
 
 def form_accepts(tree: dict) -> bool:
@@ -110,7 +110,7 @@ def test_the_form_of_a_study_takes_what_a_studys_file_holds(monkeypatch: pytest.
     """Settings of an arm are any keys: the form passes them on, and the flow checks them as the file's are."""
     root = Path(__file__).parents[2]
     monkeypatch.chdir(root)
-    config, design = load_study(root / "configs/studies/demo.toml")
+    config, design = load_study(root / "configs/studies/easyvqa.toml")
     sent = dict(config=config.model_dump(mode="json"), design=design.model_dump(mode="json"))
     assert is_valid(sent, preprocess_schema(parameter_schema(study).model_dump()))
     assert study.validate_parameters(sent) == dict(config=config, design=design)

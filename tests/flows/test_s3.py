@@ -38,7 +38,7 @@ def masters(
         "student.model": ROOT / "demo/models/student", "teachers.0.model": ROOT / "demo/models/teacher",
         "train.epochs": 1, "train.questions_per_step": 4, "runtime.checkpoint_steps": 3, "runtime.train_processes": 2,
     }  # fmt: skip
-    words = (arguments[0], str(ROOT / "configs/demo.toml"), *options(values), *arguments[1:])
+    words = (arguments[0], str(ROOT / "configs/easyvqa.toml"), *options(values), *arguments[1:])
     return command_line.masters(*words, home=home, here=here, **aws)
 
 

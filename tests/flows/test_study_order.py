@@ -17,7 +17,7 @@ from masters.study_file import Study
 from masters.study_results import Cell, Result, packed_bits, questions_of
 from masters.tasks.stage import Context
 
-DEMO = load(Path(__file__).parents[2] / "configs/demo.toml")
+DEMO = load(Path(__file__).parents[2] / "configs/easyvqa.toml")
 IMAGES = {f"q{n}": f"image {n}" for n in range(40)}
 BEST = {"a": 2e-4, "b": 1e-4}  # by arm, the rate that is best on validation
 

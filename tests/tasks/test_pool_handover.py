@@ -26,7 +26,7 @@ from masters.tracking import Tracker
 from tests.scoring_run import Quiet
 from tests.tracked_run import NAME, configured, made
 
-DEMO = Path(__file__).parents[2] / "configs/demo.toml"
+DEMO = Path(__file__).parents[2] / "configs/easyvqa.toml"
 NAMED = ["runtime.pools.cpu=c", "runtime.pools.generate=g", "runtime.pools.train=t"]
 KEY = "0" * 32
 BEGAN = datetime(2026, 1, 1, tzinfo=UTC)

@@ -61,7 +61,7 @@ class Digits:
     """12,000 training and 3,000 test questions about 7,500 scenes; the questions of a scene follow each other."""
 
     def digest(self) -> str:
-        every = ([row.id, digest(row.image), row.question, row.answer] for row in self._drawn)
+        every = ([row.id, digest(_image(row)), row.question, row.answer] for row in self._drawn)
         return digest(canonical(list(every)).encode())
 
     def rows(self) -> Iterator[RawRow]:
@@ -106,6 +106,11 @@ def questions(digits: list[int]) -> list[Question]:
         Question("ends", "what is the first digit plus the last?", str(a + c), f"{a} + {c} = {a + c}"),
         Question("order", "is the first digit larger than the last?", larger, f"{a} > {c} = {larger}"),
     ]
+
+
+def _image(row: RawRow) -> bytes:
+    assert isinstance(row.image, bytes)  # as it was drawn
+    return row.image
 
 
 def _png(picture: Image.Image) -> bytes:
