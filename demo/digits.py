@@ -170,7 +170,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("which", choices=RECIPES)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "models")
-    parser.add_argument("--more", type=int, help="go on with phase two for so many steps, more gently")
+    parser.add_argument("--more", type=int, help="go on with phase two for so many steps")
+    parser.add_argument("--learning-rate", type=float, help="of phase two, at its highest")
+    parser.add_argument("--distortion", type=float, help="of the digits' shapes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
@@ -180,15 +182,15 @@ def main() -> None:
     given = arguments()
     torch.set_num_threads(given.threads)
     torch.manual_seed(given.seed)
-    recipe, folder = RECIPES[given.which], given.out / f"digits-{given.which}"
+    chosen = dict(steps=given.more, learning_rate=given.learning_rate, distortion=given.distortion)
+    recipe = replace(RECIPES[given.which], **{name: value for name, value in chosen.items() if value is not None})
+    folder = given.out / f"digits-{given.which}"
     written, pool, seed = handwriting(), POOLS["teacher"], given.seed + (100 if given.more else 0)
     held = Scenes(written, pool[-HELD_OUT:], 0.0, seed + 1)
     text, history = tokenizer(), []
     if given.more:
         model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         history = json.loads((folder / "training.json").read_text())
-        gentle = dict(learning_rate=recipe.learning_rate / 2, distortion=0.4 * recipe.distortion)
-        recipe = replace(recipe, steps=given.more, **gentle)
     scenes = Scenes(written, pool[: recipe.digits], recipe.distortion, seed)
     if not given.more:
         model = build.model(given.which, text)

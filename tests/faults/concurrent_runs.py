@@ -1,12 +1,14 @@
 """Two runs at once on one machine: one builds, the other waits; the one that builds is killed; the other rebuilds."""
 
+import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from masters.stages import Stage
 from tests.faults.run_spec import Shape
-from tests.faults.world import TRAIN, Running, Seen, World, until
+from tests.faults.world import TRAIN, Running, Seen, World, started, until
 
 
 def two_at_once(world: World) -> Seen:
@@ -40,7 +42,6 @@ def holder_killed(world: World) -> Seen:
     """Of two runs the one that trains is killed once the other waits for it: that one goes on from there."""
 
     def end(first: Running, second: Running) -> int:
-        until(lambda: "waiting for it" in second.said(), "the second waits")
         first.kill()
         assert first.wait() == -signal.SIGKILL
         return second.wait()
@@ -49,15 +50,34 @@ def holder_killed(world: World) -> Seen:
     return _while_one_trains(world, kind, TRAIN, end, "kill train/holder")
 
 
+@contextmanager
+def stopped(pids: list[int]) -> Iterator[None]:
+    """Processes that stand still (SIGSTOP) for the time of the body."""
+    assert pids
+    try:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
 def _while_one_trains(
     world: World, kind: str, shape: Shape, end: Callable[[Running, Running], int], where: str
 ) -> Seen:
-    """A second run begins once the first has a checkpoint; `end` gives the exit code."""
+    """A second run begins once the first has a checkpoint; `end` gives the exit code.
+
+    The first one's trainers are stopped until the second waits: they would be done before it on a busy machine.
+    """
     store = world.store()
 
     def disturb() -> tuple[int, list[str]]:
         first = world.start(store, TRAIN)
         until(lambda: any(store.glob("train/*/checkpoints/step-*")), "a checkpoint")
-        return end(first, world.start(store, shape)), [where]
+        with stopped(started(store, "train_worker")):
+            second = world.start(store, shape)
+            until(lambda: "waiting for it" in second.said(), "the second waits")
+        return end(first, second), [where]
 
     return world.disturbed(kind, store, disturb, TRAIN)
