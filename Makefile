@@ -66,7 +66,8 @@ bench: setup
 	$(BIN)/masters bench scale
 	$(BIN)/masters bench large
 
-# hours; the digit task's teacher ships after the phases in its training.json, of which these are the first and the last
+# hours; the digit task's teacher ships after the phases in its training.json, of which these are the first and the
+# fourth: it makes another teacher than the shipped one, in its place
 demo-models: setup
 	$(BIN)/python -m demo.digits teacher
 	$(BIN)/python -m demo.digits teacher --more 900 --learning-rate 4e-4 --distortion 0.4 --seed 11
