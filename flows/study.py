@@ -132,7 +132,6 @@ class Conductor:
     def _keep(self, cell: Cell, run: Run, made_of: str) -> Result:
         """Write the result of a finished run."""
         evaluated, data = run.made[Stage.EVALUATE], run.made[Stage.DATA]
-        trained = next(made for stage, made in reversed(run.made.items()) if stage.split("-")[0] == Stage.TRAIN)
         rows = evaluated.rows("predictions", ["question_id", "model", "correct"])
         correct = {row["question_id"]: row["correct"] for row in rows if row["model"] == AFTER}
         images = {
@@ -143,12 +142,18 @@ class Conductor:
         asked, scores = questions_of(images), evaluated.facts["scores"]
         result = Result(
             arm=cell.arm, phase=cell.phase, learning_rate=cell.learning_rate, seed=cell.seed, settings=made_of,
-            steps=trained.facts["steps"], accuracy=scores[AFTER]["accuracy"],
+            steps=steps_taken(run), accuracy=scores[AFTER]["accuracy"],
             standard_error=scores[AFTER]["standard_error"], untrained=scores[BEFORE]["accuracy"],
             questions=asked.digest, count=asked.count, correct=packed_bits(correct), mlflow_run_id=run.tracker.run_id,
         )  # fmt: skip
         self._results.keep(result, asked)
         return result
+
+
+def steps_taken(run: Run) -> int:
+    """Optimizer steps of all rounds, without those after which a student was put back."""
+    trained = [made.facts for stage, made in run.made.items() if stage.split("-")[0] == Stage.TRAIN]
+    return sum(facts["rolled_back"]["at"] if facts.get("rolled_back") else facts["steps"] for facts in trained)
 
 
 def tuning_cells(design: Study) -> Iterator[Cell]:

@@ -1,6 +1,7 @@
 """Negative controls, ours: training whose verdicts or advantages say nothing about the responses.
 
-A gain that remains under a control is not owed to the rewards. The table `rewards` holds what was trained on.
+A gain that remains with shuffled verdicts is not owed to the verdicts (the distillation reward is real), one that
+remains with random advantages not to either reward. The table `rewards` holds what was trained on.
 Shapes: G responses of one question.
 """
 

@@ -125,9 +125,9 @@ def markdown(arms: Sequence[dict], comparisons: Sequence[dict], errors: Mapping[
 
 READING = (
     "Differences are means over seeds and test questions, paired by both. By image: the seeds are fixed, images vary "
-    "(clustered interval, exact sign-flip test). By seed: the questions are fixed, trainings vary (paired t). The "
-    "primary p is the larger of the two, corrected by Holm over the planned comparisons; intervals hold together at "
-    "95 % (Bonferroni)."
+    "(clustered interval, exact sign-flip test). By seed: questions and responses are fixed, the order of training "
+    "varies (paired t). The primary p is the larger of the two, corrected by Holm over the planned comparisons; "
+    "intervals hold together at 95 % (Bonferroni)."
 )
 
 

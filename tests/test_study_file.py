@@ -44,6 +44,15 @@ def test_an_arm_has_the_configuration_the_base_and_its_own_settings(tmp_path: Pa
     assert (study.rates("plain"), study.rates("other")) == ([1e-4, 2e-4], [1e-3])
 
 
+def test_an_arms_preset_goes_before_shared_keys_and_after_its_own(tmp_path: Path) -> None:
+    shared = STUDY.replace("[base]", '[base]\ntrain.negatives = "none"\ntrain.beta = 0.0')
+    config, study = load_study(written(tmp_path, shared + '[arms.paper]\npreset = "paper"\ntrain.divergence = "kl"\n'))
+    paper = arm_config(config, study, "paper")
+    assert (paper.train.negatives, paper.train.beta) == ("full", 0.1)  # the preset's
+    assert (paper.train.divergence, paper.train.schedule) == ("kl", "cosine")
+    assert arm_config(config, study, "plain").train.negatives == "none"
+
+
 def test_folders_are_relative_to_the_studys_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config, study = load_study(DEMO)

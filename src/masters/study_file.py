@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
+from masters import presets
 from masters.config import NAME, Config, Section, Seed, Text
 from masters.config_file import changed, explained, flat, load, read
 from masters.errors import InputError
@@ -122,9 +123,15 @@ def load_study(path: Path) -> tuple[Config, Study]:
 
 
 def arm_config(config: Config, study: Study, arm: str) -> Config:
-    """The configuration of an arm, without learning rate and seed. Raises InputError as `changed` does."""
+    """The configuration of an arm, without learning rate and seed. Raises InputError as `changed` does.
+
+    An arm's own keys go before its preset, and its preset before the keys that all arms share.
+    """
     held_out = {"data.validation_share": study.validation.share}
+    own, shared = study.arms[arm].settings, flat(study.base)
     try:
-        return changed(config, flat(study.base) | study.arms[arm].settings | held_out)
+        decided = presets.settings(own["preset"]) if "preset" in own else {}
+        shared = {key: value for key, value in shared.items() if key not in decided}
+        return changed(config, shared | own | held_out)
     except InputError as error:
         raise InputError(f"study {study.name}, arm {arm}: {error}") from None

@@ -5,6 +5,7 @@ once in a file of its own, named by the digest of ids and images. So a study goe
 """
 
 import base64
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ class Result(Section):
     @property
     def correct_Q(self) -> np.ndarray:
         """Whether each question was answered rightly, bool [Q], in the order of their ids."""
-        bits = np.frombuffer(base64.b64decode(self.correct), np.uint8)
+        bits = np.frombuffer(base64.b64decode(self.correct, validate=True), np.uint8)
         return np.unpackbits(bits, count=self.count).astype(bool)
 
 
@@ -112,8 +113,8 @@ class Results:
                 f"{file} is the result of other settings, models, data or code (expected {settings}, found "
                 f"{found.settings}): move it away to have it run again, or choose another folder for results"
             )
-        if self.questions(found.questions).count != found.count:
-            raise InputError(f"{file} does not have as many answers as its questions: move it away to run it again")
+        if not _is_whole(found, self.questions(found.questions)):
+            raise InputError(f"{file}, or its questions' file, is damaged: move it away to run it again")
         return found
 
     def keep(self, result: Result, asked: Questions) -> None:
@@ -128,6 +129,15 @@ class Results:
 
     def _questions_file(self, digest: str) -> Path:
         return self.folder / f"questions-{digest}.json"
+
+
+def _is_whole(found: Result, asked: Questions) -> bool:
+    """Whether answers and images can be read, there is one of each a question, and the answers give the accuracy."""
+    try:
+        right, images = int(found.correct_Q.sum()), len(asked.image_Q)
+    except (ValueError, zlib.error):  # no Base64, bits missing, no zlib
+        return False
+    return asked.count == found.count == images and math.isclose(right, found.accuracy * found.count, abs_tol=1e-6)
 
 
 def _read(file: Path, kind: type[S]) -> S:

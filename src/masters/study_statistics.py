@@ -2,9 +2,10 @@
 
 Shapes: S seeds, Q questions. Two things vary by chance: the training (the seed) and the images that are asked about.
 The sign-flip test over images averages over the seeds and treats these as fixed: it says whether the difference would
-hold on other images. The t test over seeds treats the questions as fixed: it says whether the difference would hold in
-another training. Ours: the p-value of a comparison is the larger of the two, so that a difference counts only where
-both kinds of chance are ruled out (an intersection-union test, which needs no model of how they combine).
+hold on other images. The t test over seeds treats the questions and the generated responses as fixed: it says whether
+the difference would hold in another training on the same responses. Ours: the p-value of a comparison is the larger of
+the two, so that a difference counts only where both kinds of chance are ruled out (an intersection-union test, which
+needs no model of how they combine).
 """
 
 import math

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -10,12 +10,12 @@ from masters.config import Train
 from masters.config_file import changed, load
 from masters.errors import InputError, MastersError
 from masters.flows import study as flow
-from masters.flows.study import Conductor
+from masters.flows.study import Conductor, steps_taken
 from masters.identity import fingerprint
 from masters.preflight import LocalModel, Ready
 from masters.study_file import Study
 from masters.study_results import Cell, Result, packed_bits, questions_of
-from masters.tasks.stage import Context
+from masters.tasks.stage import Context, Run
 
 DEMO = load(Path(__file__).parents[2] / "configs/easyvqa.toml")
 IMAGES = {f"q{n}": f"image {n}" for n in range(40)}
@@ -177,3 +177,17 @@ def test_a_result_is_of_all_that_it_follows_from(changes: dict, same: bool, monk
         return flow.settings_digest(Context(config, Ready(storage, source, models[0], models[1:], ())))
 
     assert (made_of(changes) == made_of({})) is same
+
+
+def test_steps_of_all_rounds_count_but_those_taken_back() -> None:
+    def made(**facts: object) -> SimpleNamespace:
+        return SimpleNamespace(facts=facts)
+
+    rounds = {
+        "data": made(),
+        "train": made(steps=7),
+        "train-2": made(steps=9, rolled_back=dict(at=4)),
+        "evaluate": made(),
+    }
+    assert steps_taken(cast(Run, SimpleNamespace(made=rounds))) == 11
+    assert steps_taken(cast(Run, SimpleNamespace(made={"train": made(steps=7, rolled_back=None)}))) == 7

@@ -89,6 +89,22 @@ def test_a_file_that_is_no_result_is_refused(content: str, tmp_path: Path) -> No
         Results(tmp_path).find(cell, "made of")
 
 
+@pytest.mark.parametrize("damage", [dict(correct="////"), dict(correct="AAAA"), dict(correct="/"), dict(count=25)])
+def test_a_result_whose_answers_are_damaged_is_refused(damage: dict, tmp_path: Path) -> None:
+    cell, results = Cell("final", "a", 1e-4, 1), Results(tmp_path)
+    results.keep(result(cell), ASKED)
+    results.keep(result(cell, **damage), ASKED)
+    with pytest.raises(InputError, match="damaged: move it away"):
+        results.find(cell, "made of")
+
+
+def test_a_result_whose_questions_are_damaged_is_refused(tmp_path: Path) -> None:
+    cell, results = Cell("final", "a", 1e-4, 1), Results(tmp_path)
+    results.keep(result(cell), ASKED.model_copy(update=dict(images="AAAA")))
+    with pytest.raises(InputError, match="damaged: move it away"):
+        results.find(cell, "made of")
+
+
 def test_a_result_without_its_questions_is_refused(tmp_path: Path) -> None:
     cell = Cell("final", "a", 1e-4, 1)
     Results(tmp_path).keep(result(cell), ASKED)
