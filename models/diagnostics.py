@@ -47,14 +47,17 @@ def log_pi_sums(terms: Terms, packed: Pack, score_R: torch.Tensor, sources: Sequ
     return found
 
 
-def negative_sums(terms: Terms, advantage_T: torch.Tensor) -> dict[str, float]:
+def negative_sums(terms: Terms, advantage_T: torch.Tensor, packed: Pack) -> dict[str, float]:
     """How many tokens with a negative advantage have pi < `RARE`, and their part of the reward gradient.
 
-    The gradient: |A_t|^2 ||onehot - pi||^2 of each token, that of A log pi with respect to its logits, squared.
+    The gradient: |w_t A_t|^2 ||onehot - pi||^2 of each token, that of w A log pi with respect to its logits, squared;
+    w_t is the loss's weight of the token, 1 / (tokens of its response * responses of its question).
     """
     assert terms.squared_slope_T is not None
-    logp_T, slope_T, bounded_T = _on_cpu(terms.logp_T, terms.squared_slope_T, advantage_T)
-    squared_T, rare_T = bounded_T.square() * slope_T, (bounded_T < 0) & (logp_T.exp() < RARE)
+    weight_R = 1 / (torch.bincount(packed.response_T) * torch.bincount(packed.question_R)[packed.question_R])
+    weighted_T = advantage_T * weight_R.to(advantage_T)[packed.response_T]
+    logp_T, slope_T, weighted_T = _on_cpu(terms.logp_T, terms.squared_slope_T, weighted_T)
+    squared_T, rare_T = weighted_T.square() * slope_T, (weighted_T < 0) & (logp_T.exp() < RARE)
     return {
         "rare_negatives": float(rare_T.sum()),
         "rare_negatives_gradient": squared_T[rare_T].sum().item(),

@@ -4,6 +4,7 @@ Ours. At the end of each tenth of the steps the mean over its last quarter is co
 steps, as many. It is said once for each limit; training goes on.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ HALVED = 0.5  # of the first share of greedy end tokens
 
 @dataclass(frozen=True)
 class Limit:
-    """`is_crossed` is given the mean over the first steps and that over the latest."""
+    """`is_crossed` is given the mean over the first steps, NaN if none of them has the column, and over the latest."""
 
     column: str
     is_crossed: Callable[[float, float], bool]
@@ -77,14 +78,15 @@ class RunWarnings:
             return
         for limit in LIMITS:
             first, now = _mean(self._first, limit.column), _mean(self._latest, limit.column)
-            if first is None or now is None or limit.column in self._said or not limit.is_crossed(first, now):
+            if math.isnan(now) or limit.column in self._said or not limit.is_crossed(first, now):
                 continue
             self._said.add(limit.column)
-            text = f"{limit.says} ({first:.3g} in the first steps, {now:.3g} now)"
+            before = "not known" if math.isnan(first) else f"{first:.3g}"
+            text = f"{limit.says} ({before} in the first steps, {now:.3g} now)"
             self._job.report(event="warning", step=number, name=limit.column, text=text)
 
 
-def _mean(rows: Sequence[Row] | deque[Row], column: str) -> float | None:
-    """Mean over the rows that have the column; None if none has."""
+def _mean(rows: Sequence[Row] | deque[Row], column: str) -> float:
+    """Mean over the rows that have the column; NaN if none has."""
     known = [value for row in rows if (value := row.get(column)) is not None]
-    return sum(known) / len(known) if known else None
+    return sum(known) / len(known) if known else math.nan

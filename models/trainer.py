@@ -161,7 +161,7 @@ def _reward_sums(
 ) -> dict[str, float]:
     """Diagnostics of the rewards: where they push, and whether they agree with the verdicts."""
     assert outcome.advantage_T is not None
-    found = diagnostics.negative_sums(terms, outcome.advantage_T)
+    found = diagnostics.negative_sums(terms, outcome.advantage_T, packed)
     for name, column in (("distillation", "reward_distillation"), ("reward", "reward")):
         reward_R = torch.tensor(outcome.responses[column])
         found[f"{name}_agreement"], found[f"pairs_{name}"] = diagnostics.agreement(reward_R, score_R, packed)

@@ -75,7 +75,8 @@ def plain(job: trainer.Job, batch: Batch) -> dict[str, list[float]]:
                 found["entropy"].append(-(q[t] * np.log(q[t])).sum())
                 rare = result.advantage_R[r + j] < 0 and q[t][token] < 1e-3
                 found["rare_negatives"].append(float(rare))
-                squared = result.advantage_R[r + j] ** 2 * ((onehot - q[t]) ** 2).sum()
+                weight = 1 / (len(tokens) * len(responses))  # mean over tokens, mean over responses
+                squared = (weight * result.advantage_R[r + j]) ** 2 * ((onehot - q[t]) ** 2).sum()
                 gradient = [gradient[0] + squared * rare, gradient[1] + squared]
         r += len(responses)
     found["rare_negatives_gradient"] = [gradient[0] / gradient[1]]

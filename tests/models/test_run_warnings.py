@@ -77,6 +77,12 @@ def test_a_step_that_lacks_a_mean_does_not_count() -> None:
     assert {line["name"] for line in said} == HEALTHY.keys()
 
 
+def test_a_limit_without_regard_to_the_first_steps_holds_where_these_lack_the_mean() -> None:
+    said = watched(200, [{}] * 20 + [{"rare_negatives_gradient": 0.9, "entropy": 0.0}] * 20)
+    assert [line["name"] for line in said] == ["rare_negatives_gradient"]
+    assert "(not known in the first steps, 0.9 now)" in said[0]["text"]
+
+
 def test_a_short_run_is_not_judged_by_single_steps() -> None:
     assert watched(9, [HEALTHY, *[WRONG] * 8]) == []
     assert {line["step"] for line in watched(12, [HEALTHY] * 5 + [WRONG] * 7)} == {10}
