@@ -287,6 +287,18 @@ def test_a_run_whose_process_was_on_another_machine_is_ended_by_its_key(storage:
     assert client.get_run(other.run_id).info.status == "RUNNING"
 
 
+def test_what_lies_below_a_run_is_ended_with_it_at_any_depth(storage: Storage) -> None:
+    study = Tracker(configured(Path(storage.uri(""))), storage, "flow-run-1", "study")
+    own = Tracker(configured(Path(storage.uri(""))), storage, "cell-1")
+    own.nest(study.run_id, "cell", {})
+    client = MlflowClient(study.uri)
+    experiment = client.get_run(own.run_id).info.experiment_id
+    stage = client.create_run(experiment, tags={"mlflow.parentRunId": own.run_id})
+    tracking.close_of(study.uri, storage, "flow-run-1")
+    runs = [client.get_run(run) for run in (study.run_id, own.run_id, stage.info.run_id)]
+    assert [run.info.status for run in runs] == ["KILLED"] * 3
+
+
 def test_a_live_run_is_found_behind_any_number_of_experiments(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -401,7 +401,8 @@ def close_of(uri: str, storage: Storage, key: str) -> None:
 
 
 def close(client: MlflowClient, run: Run) -> None:
-    """End a distillation's run and those of its stages that are still held for running."""
+    """End a run and all below it that are still held for running: stages, and a study's runs with their stages."""
     query = f"{LIVE} and tags.`mlflow.parentRunId` = '{run.info.run_id}'"
-    for each in [*client.search_runs([run.info.experiment_id], query, max_results=1000), run]:
-        client.set_terminated(each.info.run_id, "KILLED")
+    for child in client.search_runs([run.info.experiment_id], query, max_results=1000):
+        close(client, child)
+    client.set_terminated(run.info.run_id, "KILLED")
