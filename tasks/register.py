@@ -10,7 +10,7 @@ from masters.identity import digest
 from masters.rewards.verifiers import verifier_of
 from masters.tasks.stage import STAGE, Context, Run, build_or_reuse
 
-VERSION = 3  # 2: inputs by what they hold; 3: the card names the verifier
+VERSION = 3  # 2: inputs by what they hold; 3: the card names verifier and split
 CARD = """---
 library_name: transformers
 pipeline_tag: image-text-to-text
@@ -26,8 +26,8 @@ offline reinforcement. Started from `{{ student }}`, taught by {{ teachers }}.
 {% for model, s in scores.items() -%}
 | {{ model }} | {{ "%.4f" | format(s.accuracy) }} | {{ s.n }} | {{ "%.4f" | format(s.standard_error) }} |
 {% endfor %}
-Evaluation split of `{{ source }}`, greedy answers through vLLM. Right is what
-`answers.verifier = "{{ answers.verifier }}"` accepts
+Split "{{ split }}" of `{{ source }}`, greedy answers through vLLM; standard errors are clustered by image. Right is
+what `answers.verifier = "{{ answers.verifier }}"` accepts
 {%- if answers.final_pattern %} with `final_pattern` `{{ answers.final_pattern }}`{% endif %}; texts are compared after
 Unicode NFKC, case folding, and removal of surrounding space, quotes and closing punctuation.
 
@@ -70,6 +70,7 @@ def card(run: Run, trained: Artifact, evaluated: Artifact) -> str:
     config = run.config
     return jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(CARD).render(
         name=config.name, student=run.ready.student.name, teachers=", ".join(f"`{t.name}`" for t in run.ready.teachers),
-        scores=evaluated.facts["scores"], source=config.data.source, train=config.train, trained=trained.folder,
+        scores=evaluated.facts["scores"], source=config.data.source, split=config.evaluate.split,
+        train=config.train, trained=trained.folder,
         answers=config.answers, metric=verifier_of(config.answers).metric,
     )  # fmt: skip

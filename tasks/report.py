@@ -53,7 +53,7 @@ def benchmarks_reported(name: str, scores: dict[str, list[dict]]) -> None:
 
 
 def study_reported(name: str, rows: list[dict[str, str]]) -> None:
-    """The arms of a study, or its comparisons, as a table."""
+    """Publish the arms of a study as a table."""
     _harmless(lambda: create_table_artifact(rows, key=key(name, "study"), description="Arms at their chosen rates"))
 
 
@@ -104,7 +104,7 @@ def _tables(run: Run) -> None:
             }
             for model, score in evaluated.facts["scores"].items()
         ]
-        told = "Evaluation split, greedy answers through vLLM"
+        told = f"Split {run.config.evaluate.split}, greedy answers through vLLM; standard errors clustered by image"
         create_table_artifact(rows, key=key(run.config.name, "result"), description=told)
     rows = [
         {

@@ -255,7 +255,11 @@ def _table(summary: dict) -> None:
     console = Console(markup=False)  # names may hold brackets
     if "student" in summary:
         scores = Table(
-            "model", summary["metric"], "standard error", "questions", title="evaluation split, greedy, through vLLM"
+            "model",
+            summary["metric"],
+            "standard error",
+            "questions",
+            title=f"{summary['split']} split, greedy, through vLLM",
         )
         student = summary["student"]
         rows = [(t["name"], t) for t in summary["teachers"]] + [

@@ -20,11 +20,13 @@ class Summary:
         self.written: dict = {}
 
     def scores(self, evaluated: Artifact, trained: Artifact) -> None:
-        """What accuracy is called; teachers', student's before and after, each with where the model lies."""
+        """What accuracy is called and on which split it is; teachers', student's before and after, each with where the
+        model lies."""
         ready, scores = self._run.ready, evaluated.facts["scores"]
         after = self._run.storage.uri(f"{trained.folder}/model")
         self._scores = dict(
             metric=verifier_of(self._run.config.answers).metric,
+            split=self._run.config.evaluate.split,
             teachers=[dict(name=t.name, uri=str(t.folder), **scores[t.name]) for t in ready.teachers],
             student=dict(
                 before=dict(uri=str(ready.student.folder), **scores["student-before"]),
