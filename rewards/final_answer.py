@@ -9,7 +9,7 @@ LONGEST = 10_000  # characters from the end that a pattern is looked for in: all
 BOXED = "\\boxed{"
 MARKER = re.compile(
     r"####"
-    r"|(?<![<>!=])=+"  # no inequality: "x <= 5" and "x >= 5" are not the same
+    r"|(?<![<>!=])=+>?"  # also "=>"; no inequality: "x <= 5" and "x >= 5" are not the same
     r"|(?<=[^\s\d]) ?:|(?<=\d):(?=\s)"  # no clock and no ratio: "12:30" and "11:30" are not the same
     r"|\banswer is\b"
 )

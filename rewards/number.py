@@ -76,8 +76,9 @@ def _said(process: subprocess.Popen[bytes], line: bytes) -> bytes:
 
 def _line(process: subprocess.Popen[bytes], seconds: float) -> bytes:
     """The next line that a process says, nothing if it ended or said none in time."""
-    out = _pipe(process.stdout)
-    return out.readline() if select.select([out], [], [], seconds)[0] else b""
+    out, ready = _pipe(process.stdout), select.poll()  # select.select takes no descriptor from 1024 on
+    ready.register(out)
+    return out.readline() if ready.poll(seconds * 1000) else b""
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -68,6 +68,13 @@ def test_the_presets_decide_the_same_switches() -> None:
     assert len({frozenset(switches) for switches in presets.PRESETS.values()}) == 1
 
 
+def test_gated_rewards_need_verdicts_only_where_there_are_rewards() -> None:
+    off = ["preset=recommended", "rewards.accuracy=off"]
+    assert load(DEMO, [*off, "train.objective=kd"]).rewards.combine == "gated"
+    with pytest.raises(InputError, match="also of preset .recommended.*set rewards.combine"):
+        load(DEMO, off)
+
+
 def test_an_unknown_preset_is_refused() -> None:
     with pytest.raises(InputError, match="preset: expected one of paper"):
         load(DEMO, ["preset=best"])

@@ -221,12 +221,6 @@ class Rewards(Section):
     )
 
     @model_validator(mode="after")
-    def _gate(self) -> "Rewards":
-        if self.combine == "gated" and self.accuracy == "off":
-            raise ValueError('combine = "gated" multiplies by the accuracy reward, which is "off": use "sum"')
-        return self
-
-    @model_validator(mode="after")
     def _named(self) -> "Rewards":
         if self.judge_model and not is_url(self.judge):
             raise ValueError(f"judge_model names a model at a URL; judge is {self.judge!r}")
@@ -483,6 +477,11 @@ class Config(Section):
         if self.rewards.accuracy == "off" and self.train.control == "shuffled_verdicts":
             raise ValueError(
                 'train.control = "shuffled_verdicts" shuffles the verdicts of rewards.accuracy, which is "off"'
+            )
+        if self.train.objective == "masters" and self.rewards.combine == "gated" and self.rewards.accuracy == "off":
+            raise ValueError(
+                'rewards.combine = "gated" (also of preset "recommended") multiplies by the accuracy reward, which is '
+                '"off": set rewards.combine = "sum"'
             )
         if self.train.objective == "masters" and self.rewards.accuracy == self.rewards.distillation == "off":
             raise ValueError('both rewards are "off": objective "masters" has nothing to reward; use "kd"')

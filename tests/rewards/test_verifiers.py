@@ -106,6 +106,7 @@ def test_nothing_is_never_right(is_right: AnyOf, text: str, accepted: list[str])
         (r"so \boxed{11}.", "11"), (r"$\boxed{\frac{1}{2}}$ = 0.5", r"\frac{1}{2}"), (r"$\boxed{x = 5}$", "5"),
         (r"\boxed{1} and \boxed{2}", "2"), (r"\boxed{5", "5"),
         ("12:30", "12:30"), ("The time is: 12:30", "12:30"), ("3 : 4", "3 : 4"),
+        ("4 + 0 => 4", "4"),
         ("x <= 5", "x <= 5"), ("x != 5", "x != 5"), ("10 =", "10 ="), ("=", "="), ("the answer is", "the answer is"),
         (r"\boxed{}", r"\boxed{}"), ("", ""),
     ],
