@@ -7,6 +7,7 @@ Training draws its own scenes from the digits of `POOLS["teacher"]`; the data se
 """
 
 import argparse
+import copy
 import json
 import math
 import time
@@ -171,11 +172,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("which", choices=RECIPES)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "models")
     parser.add_argument("--more", type=int, help="go on with phase two for so many steps")
+    parser.add_argument("--mean", action="store_true", help="keep the mean of the weights before and after --more")
     parser.add_argument("--learning-rate", type=float, help="of phase two, at its highest")
     parser.add_argument("--distortion", type=float, help="of the digits' shapes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.mean and not given.more:
+        parser.error("--mean needs --more: there are no weights before")
+    return given
 
 
 def main() -> None:
@@ -196,9 +201,12 @@ def main() -> None:
         model = build.model(given.which, text)
         print(given.which, f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
         train_eye(model, scenes, held, recipe)
+    before = copy.deepcopy(model.state_dict())
     progress = train_answers(model, Packer(text, model, SIZE), scenes, held, recipe, seed)
+    if given.mean:
+        model.load_state_dict({name: (value + before[name]) / 2 for name, value in model.state_dict().items()})
     build.save(model, text, folder)
-    history.append(dict(seed=seed, recipe=vars(recipe), progress=progress))
+    history.append(dict(seed=seed, mean=given.mean, recipe=vars(recipe), progress=progress))
     (folder / "training.json").write_text(json.dumps(history, indent=1))
 
 
