@@ -65,11 +65,19 @@ def distillation(terms: Terms, packed: Pack) -> Outcome:
     return Outcome(loss, {"loss": loss.item(), "divergence": loss.item()}, {"divergence": divergence_R.tolist()})
 
 
-def masters(terms: Terms, score_R: torch.Tensor, packed: Pack, train: Train, rewards: Rewards) -> Outcome:
+def masters(
+    terms: Terms,
+    score_R: torch.Tensor,
+    packed: Pack,
+    train: Train,
+    rewards: Rewards,
+    taught_R: torch.Tensor | None = None,
+) -> Outcome:
     """Distillation and offline GRPO: w L_GRPO + D (Eq. 4-11; ours: the weight w), summed over questions.
 
     `score_R` are the verdicts R_acc, NaN where there is none. D is that of this very step, detached in the rewards
-    (Eq. 6-7). Ours: a response without a verdict has no advantage and keeps its D and KL terms.
+    (Eq. 6-7). Ours: a response without a verdict has no advantage and keeps its D and KL terms. `taught_R`: which
+    responses are a teacher's; `balance = "teacher_accuracy"` needs it.
     """
     divergence_R, kl_T = divergences(terms, packed), kl_term(terms, train)
     distill_R, advantage_R = advantages(divergence_R.detach().cpu(), score_R, packed, rewards, train.baseline_shift)
@@ -78,7 +86,9 @@ def masters(terms: Terms, score_R: torch.Tensor, packed: Pack, train: Train, rew
         terms.logp_T, advantage_T, torch.zeros_like(terms.logp_T) if kl_T is None else kl_T,
         packed.response_T, packed.responses, train.beta,
     )  # fmt: skip
-    loss = question_means(train.reward_weight * grpo_R + divergence_R, packed).sum()
+    reward_share_R, distill_share_R = shares(score_R, packed, train, taught_R)
+    loss_R = reward_share_R * train.reward_weight * grpo_R + distill_share_R * divergence_R
+    loss = question_means(loss_R, packed).sum()
     sums = {
         "loss": loss.item(),
         "divergence": _question_sum(divergence_R.detach(), packed),
@@ -91,6 +101,28 @@ def masters(terms: Terms, score_R: torch.Tensor, packed: Pack, train: Train, rew
         sums |= {"kl_to_reference": _question_sum(kl_R, packed), "largest_token_kl": kl_T.detach().max().item()}
     responses = {"divergence": divergence_R.tolist(), "advantage": advantage_R.tolist()}
     return Outcome(loss, sums, responses | _rewards(score_R, distill_R, rewards), advantage_T)
+
+
+def shares(
+    score_R: torch.Tensor, packed: Pack, train: Train, taught_R: torch.Tensor | None
+) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+    """The weights of L_GRPO and of D in the loss of each response, [R] each, as `train.balance` says.
+
+    Ours: "teacher_accuracy" gives D the share of the teacher's responses to the question that are right, and L_GRPO
+    the rest: where the teacher is often wrong its distribution is no target. Of responses with a verdict; 1 and 0 in a
+    question without one.
+    """
+    if train.balance == "sum":
+        return 1.0, 1.0
+    assert taught_R is not None, "the balance needs to know whose responses there are"
+    known_R = taught_R & ~score_R.isnan()
+    known_Q, right_Q = (
+        torch.zeros(len(packed.asked)).index_add(0, packed.question_R.cpu(), of_R.float())
+        for of_R in (known_R, known_R & (score_R >= RIGHT))
+    )
+    trust_Q = torch.where(known_Q > 0, right_Q / known_Q.clamp(min=1), 1.0)
+    trust_R = trust_Q.to(packed.question_R.device)[packed.question_R]
+    return 1 - trust_R, trust_R
 
 
 def bounded_advantages(

@@ -142,7 +142,8 @@ def batch_outcome(job: Job, packed: Pack, groups: list[int], references: dict[in
         stored_T = torch.cat([references[g] for g in groups]).to(terms.logp_T.device)
         terms = replace(terms, reference_logp_T=stored_T)
     sources = [source for g in groups for source, *_ in job.groups[g].keys]
-    outcome = objective.masters(terms, rewarded_R, packed, job.train, controls.rewards(job.rewards, job.train))
+    rewards, taught_R = controls.rewards(job.rewards, job.train), torch.tensor([of == "teacher" for of in sources])
+    outcome = objective.masters(terms, rewarded_R, packed, job.train, rewards, taught_R)
     found_R = _verdicts([job.groups[g].scores for g in groups])  # also where a control rewards something else
     return _with(outcome, tokens | _reward_sums(outcome, terms, found_R, sources, packed))
 

@@ -35,6 +35,8 @@ def identity(context: Context, current: Round, inputs: Inputs) -> Identity:
         plain = plain | {"compute_dtype"}  # as before there was a choice
     if train.control == "none":
         plain = plain | {"control"}  # likewise
+    if train.balance == "sum" or train.objective != "masters":
+        plain = plain | {"balance"}  # likewise
     config = dict(
         train=train.model_dump(exclude=plain), ratios=current.ratios, coverage=context.config.generate.coverage
     )

@@ -278,6 +278,11 @@ class Train(Section):
     reward_weight: NotNegative = Field(
         default=1.0, description="Weight of the reward term L_GRPO beside the distillation term D"
     )
+    balance: Literal["sum", "teacher_accuracy"] = Field(
+        default="sum",
+        description="Of the two terms of a question's loss. sum: L_GRPO + D; teacher_accuracy: (1 - p) L_GRPO + p D, "
+        "where p is the share of the teacher's responses to the question that are right",
+    )
     control: Literal["none", "shuffled_verdicts", "random_advantages"] = Field(
         default="none",
         description="Negative control. shuffled_verdicts: each question's verdicts are permuted across its responses; "
@@ -482,6 +487,13 @@ class Config(Section):
             raise ValueError(
                 'rewards.combine = "gated" (also of preset "recommended") multiplies by the accuracy reward, which is '
                 '"off": set rewards.combine = "sum"'
+            )
+        unjudged = self.rewards.accuracy == "off" or self.generate.student_share == 1
+        if self.train.objective == "masters" and self.train.balance == "teacher_accuracy" and unjudged:
+            raise ValueError(
+                'train.balance = "teacher_accuracy" (also of preset "recommended") needs verdicts on responses of the '
+                f'teacher: found rewards.accuracy = "{self.rewards.accuracy}", generate.student_share = '
+                f'{self.generate.student_share}; set train.balance = "sum"'
             )
         if self.train.objective == "masters" and self.rewards.accuracy == self.rewards.distillation == "off":
             raise ValueError('both rewards are "off": objective "masters" has nothing to reward; use "kd"')

@@ -7,15 +7,16 @@ PRESETS: dict[str, dict[str, object]] = {
     "paper": {
         "train.objective": "masters", "train.targets": "responses", "train.divergence": "jsd", "train.beta": 0.1,
         "train.kl": "exact", "train.negatives": "full", "train.baseline_shift": 0.0, "train.reward_weight": 1.0,
-        "rewards.distillation": "minmax", "rewards.combine": "sum", "rewards.distillation_floor": 1e-5,
-        "rewards.distillation_relative_floor": 0.0,
+        "train.balance": "sum", "rewards.distillation": "minmax", "rewards.combine": "sum",
+        "rewards.distillation_floor": 1e-5, "rewards.distillation_relative_floor": 0.0,
     },
-    # the advantage of right responses alone, and a divergence whose slope stays where the student is confidently wrong
+    # the teacher's distribution where the teacher is right, elsewhere the advantage of right responses alone; a
+    # divergence whose slope stays where the student is confidently wrong
     "recommended": {
         "train.objective": "masters", "train.targets": "responses", "train.divergence": "kl", "train.beta": 0.0,
         "train.kl": "exact", "train.negatives": "none", "train.baseline_shift": 0.0, "train.reward_weight": 1.0,
-        "rewards.distillation": "minmax", "rewards.combine": "gated", "rewards.distillation_floor": 1e-5,
-        "rewards.distillation_relative_floor": 0.0,
+        "train.balance": "teacher_accuracy", "rewards.distillation": "minmax", "rewards.combine": "gated",
+        "rewards.distillation_floor": 1e-5, "rewards.distillation_relative_floor": 0.0,
     },
 }  # fmt: skip
 

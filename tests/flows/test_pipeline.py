@@ -259,6 +259,7 @@ SWITCHES = {  # of the paper's ablations: the first stage that each changes
     "train.negatives=clipped": "train",
     "train.negatives=first_difference": "train",
     "train.reward_weight=0.05": "train",
+    "train.balance=teacher_accuracy": "train",
     "train.objective=kd": "train",
     "train.objective=kd train.targets=labels": "train",
     "train.objective=sft train.targets=labels": "train",

@@ -29,6 +29,7 @@ VARIANTS = {
     "clipped negatives without a KL term": (Train(negatives="clipped", beta=0.0), Rewards()),
     "no negatives": (Train(negatives="none", beta=0.0), Rewards(combine="gated")),
     "a shifted baseline and a weight": (Train(baseline_shift=-0.3, reward_weight=0.1), Rewards()),
+    "balanced by the teacher's accuracy": (Train(balance="teacher_accuracy", reward_weight=0.5), Rewards()),
     "no reward": (Train(), Rewards(accuracy="off", distillation="off")),
 }
 Shape = list[list[tuple[int, float]]]  # per question, per response: its length and its verdict
@@ -76,6 +77,11 @@ def packed(batch: Batch) -> Pack:
     return Pack({}, None, torch.empty(0), token_T, torch.arange(len(token_T)), *others, asked, same_R)
 
 
+def taught(pack: Pack) -> torch.Tensor:
+    """Every other response of a question is a teacher's, as `float64_reference.objective` has it, [R]."""
+    return torch.tensor([j % 2 == 0 for own in pack.asked for j in range(len(own))])
+
+
 def dense_terms(
     student: torch.Tensor, teacher: torch.Tensor, pi_ref: torch.Tensor, pack: Pack, train: Train
 ) -> losses.Terms:
@@ -107,7 +113,8 @@ def check_objective(batch: Batch, train: Train, rewards: Rewards) -> None:
     expected = float64_reference.objective(batch, train, rewards)
     student, teacher, pi_ref, score_R = tensors(batch)
     pack = packed(batch)
-    outcome = objective.masters(dense_terms(student, teacher, pi_ref, pack, train), score_R, pack, train, rewards)
+    terms = dense_terms(student, teacher, pi_ref, pack, train)
+    outcome = objective.masters(terms, score_R, pack, train, rewards, taught(pack))
     outcome.loss.backward()
     assert teacher.grad is None, "a gradient reaches the teacher"
     assert pi_ref.grad is None, "a gradient reaches pi_ref"
@@ -141,7 +148,9 @@ def check_responses(batch: Batch, train: Train, rewards: Rewards) -> None:
     kl_T = objective.kl_term(terms, train)
     kl_T = torch.zeros_like(terms.logp_T) if kl_T is None else kl_T
     grpo_R = losses.grpo_loss(terms.logp_T, advantage_T, kl_T, pack.response_T, pack.responses, train.beta)
-    weighed_R = (train.reward_weight * grpo_R + divergence_R) * torch.tensor(weight_R)
+    reward_share_R, distill_share_R = objective.shares(score_R, pack, train, taught(pack))
+    loss_R = reward_share_R * train.reward_weight * grpo_R + distill_share_R * divergence_R
+    weighed_R = loss_R * torch.tensor(weight_R)
     loss = objective.question_means(weighed_R, pack).sum()
     loss.backward()
     assert teacher.grad is None, "a gradient reaches the teacher"

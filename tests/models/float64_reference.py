@@ -218,16 +218,22 @@ def objective(
     train: Train = METHOD,
     rewards: Rewards = BOTH,
     weight_R: Array | None = None,
+    taught: Callable[[int, int], bool] = lambda question, j: j % 2 == 0,
 ) -> Result:
     """Eq. 4-11: w L_GRPO + D, mean over a response's tokens and a question's responses, summed over questions.
 
-    Rewards and advantages are constants in the gradient. `weight_R` weighs responses (default: all alike).
+    Rewards and advantages are constants in the gradient. `weight_R` weighs responses (default: all alike). `taught`
+    says which responses of a question are a teacher's.
     """
     measure = {"jsd": jsd, "kl": kl_ablation, "skew": skewed}[train.divergence]
     logp_T, divergence_T = log_pi(batch.student_TV, batch.token_T), measure(batch.student_TV, batch.teacher_TV)
     floors = (rewards.distillation_floor, rewards.distillation_relative_floor)
     d, distill, reward, adv, share_T, advantage_T = [], [], [], [], np.zeros(len(logp_T)), np.zeros(len(logp_T))
-    for responses, scores, tokens in zip(batch.questions, batch.scores, spans(batch), strict=True):
+    trust_T = np.zeros(len(logp_T))
+    for q, (responses, scores, tokens) in enumerate(zip(batch.questions, batch.scores, spans(batch), strict=True)):
+        verdicts = [x for j, x in enumerate(scores) if taught(q, j) and not math.isnan(x)]
+        for t in tokens:
+            trust_T[t] = np.mean([x >= 0.5 for x in verdicts]) if verdicts else 1.0
         d_G, score_G = np.array([divergence_T[t].mean() for t in tokens]), np.array(scores)
         if rewards.accuracy == "off":
             score_G = np.zeros(len(responses))
@@ -251,7 +257,10 @@ def objective(
     def terms(logits_TV: Array) -> Array:
         pi_T = log_pi(logits_TV, batch.token_T)
         rewarded_T = grpo(pi_T, logp_T, advantage_T, kl_term(logits_TV, batch, train.kl), train.beta)
-        return train.reward_weight * rewarded_T + measure(logits_TV, batch.teacher_TV)
+        divergent_T = measure(logits_TV, batch.teacher_TV)
+        if train.balance == "teacher_accuracy":
+            return (1 - trust_T) * train.reward_weight * rewarded_T + trust_T * divergent_T
+        return train.reward_weight * rewarded_T + divergent_T
 
     loss, gradient_TV = (share_T * terms(batch.student_TV)).sum(), share_T[:, None] * slope(terms, batch.student_TV)
     k_T = kl_term(batch.student_TV, batch, train.kl)

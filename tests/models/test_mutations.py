@@ -34,6 +34,9 @@ OBJECTIVE: dict[str, list[Edit]] = {
     "a sum where rewards are gated": [(combination, "combined_rewards", "accuracy_G * (1 + ", "accuracy_G + (0 + ")],
     "no baseline shift": [(advantages, "group_advantages", " - baseline_shift", "")],
     "no weight of the rewards": [(objective, "masters", "train.reward_weight * ", "")],
+    "the balance of all responses": [(objective, "shares", "taught_R & ~score_R", "~score_R")],
+    "the balance turned round": [(objective, "shares", "1 - trust_R, trust_R", "trust_R, 1 - trust_R")],
+    "no trust without a verdict": [(objective, "shares", "clamp(min=1), 1.0)", "clamp(min=1), 0.0)")],
     "no relative floor": [(distillation, "distillation_rewards", "floors[1] * d", "0 * d")],
     "no floor in nats": [(distillation, "distillation_rewards", "max(floors[0], ", "max(0.0, ")],
     "the KL term's sign": [(losses, "grpo_loss", "- beta *", "+ beta *")],
@@ -114,7 +117,7 @@ OBJECTIVE: dict[str, list[Edit]] = {
         (objective, "advantages", "else ~score_R[of].isnan()", "else torch.ones(len(of), dtype=torch.bool)"),
         (objective, "advantages", "else score_R[of]", "else score_R[of].nan_to_num(0.0)"),
     ],
-    "no divergence in the loss": [(objective, "masters", "grpo_R + divergence_R", "grpo_R + divergence_R.detach()")],
+    "no divergence in the loss": [(objective, "masters", "distill_share_R * divergence_R", "distill_share_R * divergence_R.detach()")],
     "fine-tuning on wrong responses too": [(objective, "supervised", "score_R >= RIGHT", "score_R >= 0")],
     "half right is wrong": [(objective, "supervised", "score_R >= RIGHT", "score_R > RIGHT")],
     "a mean over all of a question's responses": [
