@@ -23,7 +23,7 @@ class Outcome:
     """A batch's loss (to be divided by the step's questions), what to log, summed over questions, and by response.
 
     `responses`: columns of the table `rewards`, R values each, NaN where there is none. `advantage_T`: of each token,
-    as it is in the loss; None in objectives without rewards.
+    times the share that `train.balance` gives it, as it is in the loss; None in objectives without rewards.
     """
 
     loss: torch.Tensor
@@ -100,20 +100,22 @@ def masters(
         kl_R = losses.response_means(kl_T.detach(), packed.response_T, packed.responses)
         sums |= {"kl_to_reference": _question_sum(kl_R, packed), "largest_token_kl": kl_T.detach().max().item()}
     responses = {"divergence": divergence_R.tolist(), "advantage": advantage_R.tolist()}
-    return Outcome(loss, sums, responses | _rewards(score_R, distill_R, rewards), advantage_T)
+    given_T = reward_share_R[packed.response_T] * advantage_T
+    return Outcome(loss, sums, responses | _rewards(score_R, distill_R, rewards), given_T)
 
 
 def shares(
     score_R: torch.Tensor, packed: Pack, train: Train, taught_R: torch.Tensor | None
-) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The weights of L_GRPO and of D in the loss of each response, [R] each, as `train.balance` says.
 
     Ours: "teacher_accuracy" gives D the share of the teacher's responses to the question that are right, and L_GRPO
     the rest: where the teacher is often wrong its distribution is no target. Of responses with a verdict; 1 and 0 in a
     question without one.
     """
+    one_R = torch.ones(len(score_R), device=packed.question_R.device)
     if train.balance == "sum":
-        return 1.0, 1.0
+        return one_R, one_R
     assert taught_R is not None, "the balance needs to know whose responses there are"
     known_R = taught_R & ~score_R.isnan()
     known_Q, right_Q = (

@@ -117,7 +117,7 @@ OBJECTIVE: dict[str, list[Edit]] = {
         (objective, "advantages", "else ~score_R[of].isnan()", "else torch.ones(len(of), dtype=torch.bool)"),
         (objective, "advantages", "else score_R[of]", "else score_R[of].nan_to_num(0.0)"),
     ],
-    "no divergence in the loss": [(objective, "masters", "distill_share_R * divergence_R", "distill_share_R * divergence_R.detach()")],
+    "no divergence in the loss": [(objective, "masters", "share_R * divergence_R", "share_R * divergence_R.detach()")],
     "fine-tuning on wrong responses too": [(objective, "supervised", "score_R >= RIGHT", "score_R >= 0")],
     "half right is wrong": [(objective, "supervised", "score_R >= RIGHT", "score_R > RIGHT")],
     "a mean over all of a question's responses": [
