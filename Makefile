@@ -73,6 +73,7 @@ demo-models: setup
 	$(BIN)/python -m demo.digits teacher --more 600 --learning-rate 7.5e-4 --distortion 0.4 --seed 7
 	$(BIN)/python -m demo.digits teacher --more 900 --learning-rate 4e-4 --distortion 0.4 --seed 11
 	$(BIN)/python -m demo.digits teacher --more 400 --learning-rate 2e-4 --distortion 0.2 --seed 13 --mean
+	$(BIN)/python -m demo.digits middle
 	$(BIN)/python -m demo.digits student
 	$(BIN)/python -m demo.train teacher --threads 2
 	$(BIN)/python -m demo.train student --threads 1

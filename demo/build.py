@@ -26,6 +26,7 @@ CHAT_TEMPLATE = (
 )
 SIZES = {
     "teacher": dict(width=128, inner=384, layers=4, heads=4, kv=2, eye=128, eye_inner=256, eye_layers=4, stack=[1, 2]),
+    "middle": dict(width=96, inner=256, layers=3, heads=3, kv=1, eye=96, eye_inner=192, eye_layers=3, stack=[1]),
     "student": dict(width=64, inner=192, layers=3, heads=2, kv=1, eye=64, eye_inner=128, eye_layers=3, stack=[1]),
     # never shown an image
     "judge": dict(width=128, inner=320, layers=4, heads=4, kv=2, eye=32, eye_inner=32, eye_layers=1, stack=[0]),

@@ -1,4 +1,4 @@
-"""Train the digit task's teacher and student from scratch: `make demo-models` gives the commands.
+"""Train the digit task's teacher, middle model and student from scratch: `make demo-models` gives the commands.
 
 Two phases. First the vision tower alone learns to read three handwritten digits; then the whole model learns to answer
 in steps, all questions of a scene packed behind one copy of it. In a share of the answers one digit is changed and
@@ -44,6 +44,7 @@ class Recipe:
 
 RECIPES = {
     "teacher": Recipe(digits=len(POOLS["teacher"]) - HELD_OUT, eye_steps=1500, steps=700, distortion=1.0),
+    "middle": Recipe(digits=450, eye_steps=900, steps=700, distortion=0.5),
     "student": Recipe(digits=150, eye_steps=800, steps=800),
 }
 
