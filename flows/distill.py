@@ -22,11 +22,12 @@ from masters.tasks.data import data
 from masters.tasks.evaluate import ahead, before, evaluate
 from masters.tasks.generate import generate
 from masters.tasks.mask import mask
+from masters.tasks.refresh import begun, following, student_engine
 from masters.tasks.register import register
 from masters.tasks.report import reported
 from masters.tasks.score import score
 from masters.tasks.stage import Context, Round, Run, warn
-from masters.tasks.train import train
+from masters.tasks.train import Inputs, train
 from masters.tracking import Tracker, close_lost, close_of, tracking_uri
 
 
@@ -102,20 +103,12 @@ def pipeline(run: Run, summary: Summary, until: Stage = Stage.REGISTER) -> Disti
     student = run.ready.student
     for number, (teacher, model) in enumerate(zip(run.config.teachers, run.ready.teachers, strict=True), 1):
         current = Round(number, teacher, model, student)
-        inputs = {"data": questions, "masks": mask(run, current)}
+        masks = mask(run, current)
         if until == Stage.MASK:
             continue
-        if Stage.GENERATE in needs(run.config):
-            later = ahead(run, current, questions) if until in (Stage.EVALUATE, Stage.REGISTER) else []
-            inputs["responses"] = generate(run, current, questions, inputs["masks"], later)
-        last = number == len(run.config.teachers)
-        if last and until == Stage.GENERATE:
+        trained = taught(run, begun(run.config, current, questions), questions, masks, until)
+        if trained is None:
             return None
-        if Stage.SCORE in needs(run.config):
-            inputs["verdicts"] = score(run, current, questions, inputs["responses"])
-        if last and until == Stage.SCORE:
-            return None
-        trained = train(run, current, inputs)
         student = run.trained(trained)
     if until not in (Stage.EVALUATE, Stage.REGISTER):
         return None
@@ -126,6 +119,34 @@ def pipeline(run: Run, summary: Summary, until: Stage = Stage.REGISTER) -> Disti
     registered, version = register(run, trained, evaluated)
     summary.registered(registered, version)
     return Distilled(questions, student, evaluated, registered, version)
+
+
+def taught(run: Run, current: Round, questions: Artifact, masks: Artifact, until: Stage) -> Artifact | None:
+    """The training that ends a round, of all mask stages at once or one by one; None if `until` comes before it."""
+    with student_engine(run, current):
+        while True:
+            inputs = prepared(run, current, questions, masks, until)
+            if inputs is None:
+                return None
+            trained = train(run, current, inputs)
+            if (coming := following(run, current, trained)) is None:
+                return trained
+            current = coming
+
+
+def prepared(run: Run, current: Round, questions: Artifact, masks: Artifact, until: Stage) -> Inputs | None:
+    """What a training reads, with responses and verdicts; None if `until`, of the last one, comes before it."""
+    inputs = {"data": questions, "masks": masks}
+    is_last = current.number == len(run.config.teachers) and current.ends
+    if Stage.GENERATE in needs(run.config):
+        evaluated = current.begins and until in (Stage.EVALUATE, Stage.REGISTER)
+        later = ahead(run, current, questions) if evaluated else []
+        inputs["responses"] = generate(run, current, questions, masks, later)
+    if is_last and until == Stage.GENERATE:
+        return None
+    if Stage.SCORE in needs(run.config):
+        inputs["verdicts"] = score(run, current, questions, inputs["responses"])
+    return None if is_last and until == Stage.SCORE else inputs
 
 
 def needs(config: Config) -> tuple[Stage, ...]:

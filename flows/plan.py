@@ -14,7 +14,7 @@ from masters.flows.distill import needs
 from masters.preflight import preflight
 from masters.stages import Stage
 from masters.storage import Storage
-from masters.tasks import data, evaluate, generate, mask, register, score, train
+from masters.tasks import data, evaluate, generate, mask, refresh, register, score, train
 from masters.tasks.stage import Context, Round
 
 
@@ -27,6 +27,7 @@ class Plan:
 
     def __init__(self, storage: Storage, rebuild: frozenset[Stage]) -> None:
         self.storage, self.rebuild, self.lines = storage, rebuild, []
+        self.left_out: set[str] = set()  # suffixes of mask stages that a round does without
 
     def find(self, identity: Identity, upstream: Mapping[str, Artifact] = MappingProxyType({})) -> Artifact:
         artifact = None if identity.kind in self.rebuild else artifacts.find(self.storage, identity, upstream)
@@ -50,7 +51,11 @@ def plan(config: Config, rebuild: Collection[Stage] = ()) -> list[dict]:
     with suppress(Unknown):
         _walk(context, found)
     known = {line["name"]: line for line in found.lines}
-    return [known.get(identity.stage) or _behind(ready.storage, identity) for identity in settings(context)]
+    return [
+        known.get(identity.stage) or _behind(ready.storage, identity)
+        for identity in settings(context)
+        if identity.stage.removeprefix(identity.kind) not in found.left_out
+    ]
 
 
 def changes(storage: Storage, identity: Identity) -> list[str]:
@@ -92,11 +97,12 @@ def settings(context: Context) -> Iterator[Identity]:
     for number, (teacher, model) in enumerate(zip(config.teachers, ready.teachers, strict=True), 1):
         current = Round(number, teacher, model, ready.student)
         yield mask.identity(context, current)
-        if Stage.GENERATE in needs(config):
-            yield generate.identity(context, current, [])
-        if Stage.SCORE in needs(config):
-            yield score.first(context, current, [])
-        yield train.identity(context, current, {})
+        for part in refresh.every_part(config, current):
+            if Stage.GENERATE in needs(config):
+                yield generate.identity(context, part, [])
+            if Stage.SCORE in needs(config):
+                yield score.first(context, part, [])
+            yield train.identity(context, part, {})
     yield evaluate.identity(context, [])
     yield register.identity(context, {})
 
@@ -107,14 +113,28 @@ def _walk(context: Context, found: Plan) -> None:
     student = ready.student
     for number, (teacher, model) in enumerate(zip(config.teachers, ready.teachers, strict=True), 1):
         current = Round(number, teacher, model, student)
-        inputs = {"data": questions, "masks": found.find(mask.identity(context, current))}
-        if Stage.GENERATE in needs(config):
-            asked = generate.orders(context, current, questions, inputs["masks"])
-            inputs["responses"] = found.find(generate.identity(context, current, asked), inputs)
-        if Stage.SCORE in needs(config):
-            inputs["verdicts"] = found.find(score.identity(context, current, inputs["responses"]), inputs)
-        trained = found.find(train.identity(context, current, inputs), inputs)
+        trained = _walk_round(context, found, current, questions)
         student = context.trained(trained)
     asked = evaluate.orders(context, questions, [*ready.teachers, evaluate.before(ready), student])
     evaluated = found.find(evaluate.identity(context, asked), {"data": questions})
     found.find(register.identity(context, {"train": trained, "evaluate": evaluated}))
+
+
+def _walk_round(context: Context, found: Plan, current: Round, questions: Artifact) -> Artifact:
+    """The training that ends a round."""
+    config, masks = context.config, found.find(mask.identity(context, current))
+    with_questions = {part.suffix for part in refresh.parts(config, current, questions)}
+    found.left_out |= {part.suffix for part in refresh.every_part(config, current) if part.only} - with_questions
+    coming: Round | None = refresh.begun(config, current, questions)
+    while coming:
+        current, inputs = coming, {"data": questions, "masks": masks}
+        with_questions -= {current.suffix}
+        if Stage.GENERATE in needs(config):
+            asked = generate.orders(context, current, questions, masks)
+            inputs["responses"] = found.find(generate.identity(context, current, asked), inputs)
+        if Stage.SCORE in needs(config):
+            inputs["verdicts"] = found.find(score.identity(context, current, inputs["responses"]), inputs)
+        trained = found.find(train.identity(context, current, inputs), train.read(current, inputs))
+        coming = refresh.following(context, current, trained)
+    found.left_out |= with_questions  # after a student that was put back
+    return trained

@@ -25,6 +25,7 @@ from masters.tasks.evaluate import ahead, before, evaluate
 from masters.tasks.generate import generate
 from masters.tasks.log import warn
 from masters.tasks.mask import mask
+from masters.tasks.refresh import parts
 from masters.tasks.score import score
 from masters.tasks.stage import Context, Round, Run
 from masters.tasks.train import train
@@ -103,7 +104,22 @@ def _round(run: Run, wanted: Assignment, given: Given) -> Round:
     if not 1 <= number <= len(teachers):
         raise InputError(f"assignment.stage: {wanted.stage} asks for round {number}, and there are {len(teachers)}")
     student = run.trained(given["student"]) if number > 1 and "student" in given else run.ready.student
-    return Round(number, teachers[number - 1], run.ready.teachers[number - 1], student)
+    current = Round(number, teachers[number - 1], run.ready.teachers[number - 1], student)
+    return current if wanted.mask_stage is None else _part(run, wanted, given, current)
+
+
+def _part(run: Run, wanted: Assignment, given: Given, current: Round) -> Round:
+    """The mask stage of a round that is asked for. Raises InputError if the round is not worked on in such parts."""
+    by_name = {f"{wanted.kind}{part.suffix}": part for part in parts(run.config, current, given["data"])}
+    part = by_name.get(wanted.stage)
+    if part is None or part.only is None:
+        raise InputError(f"assignment.stage: expected one of {', '.join(by_name) or 'none'}, found {wanted.stage}")
+    if wanted.stage == next(iter(by_name)) or wanted.kind == Stage.SCORE:
+        return part
+    if wanted.kind == Stage.GENERATE:
+        earlier = given["student"]
+        return replace(part, only=replace(part.only, earlier=earlier, student=run.trained(earlier)))
+    return replace(part, only=replace(part.only, earlier=given["earlier"]))
 
 
 def _model(run: Run, name: str, given: Given) -> LocalModel:

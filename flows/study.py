@@ -21,7 +21,7 @@ from masters.stages import Stage
 from masters.study_file import Study, arm_config
 from masters.study_results import Cell, Result, Results, packed_bits, questions_of
 from masters.summary import Summary
-from masters.tasks import pools
+from masters.tasks import pools, train
 from masters.tasks.evaluate import sampling_of
 from masters.tasks.report import study_reported
 from masters.tasks.stage import Context, Run, warn
@@ -153,7 +153,7 @@ class Conductor:
 def steps_taken(run: Run) -> int:
     """Optimizer steps of all rounds, without those after which a student was put back."""
     trained = [made.facts for stage, made in run.made.items() if stage.split("-")[0] == Stage.TRAIN]
-    return sum(facts["rolled_back"]["at"] if facts.get("rolled_back") else facts["steps"] for facts in trained)
+    return sum(train.steps_taken(facts) for facts in trained)
 
 
 def tuning_cells(design: Study) -> Iterator[Cell]:

@@ -17,6 +17,7 @@ from masters.config import Generate, Runtime
 from masters.errors import InputError
 from masters.models import devices
 from masters.models.checkpoints import masked_tensors
+from masters.models.masking import safetensors_tensors
 from masters.models.prompt_length import PromptLength
 from masters.models.prompts import chat, conversation_tokens, opened
 from masters.rewards.judge_prompts import Conversation
@@ -80,13 +81,27 @@ def only_words(llm: Any, tokenizer: Any) -> None:
 
 
 class MaskExtension:
-    """Mixed into vLLM's worker. Masks the checkpoint's tensors before they enter: vLLM fuses them after."""
+    """Mixed into vLLM's worker: other weights for a running engine. Masks are taken of the checkpoint's tensors before
+    they enter, as vLLM fuses them after."""
 
     reload_weights: Callable[..., None]  # the worker's
     model_runner: Any  # the worker's
 
     def remask(self, folder: str, thresholds: dict[str, float]) -> None:
         self.reload_weights(weights_iterator=masked_tensors(Path(folder), thresholds))
+
+    def load(self, folder: str) -> None:
+        """Take the weights of another folder.
+
+        A head that shares the embedding's weight loads none of its own, and on a CPU vLLM multiplies by a packed copy
+        of it, which would stay that of the weights before.
+        """
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        self.reload_weights(weights_iterator=safetensors_tensors(Path(folder)))
+        for module in self.model_runner.get_model().modules():
+            if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
+                module.quant_method.process_weights_after_loading(module)
 
     def only_words(self, count: int) -> None:
         """Give ids from `count` on probability zero: rows that pad the embedding matrix and stand for no token."""
@@ -105,12 +120,19 @@ class MaskExtension:
 class Engine:
     """A vLLM engine on one model folder. Use as a context manager; a process holds one at a time."""
 
-    def __init__(self, folder: Path, dtype: str, runtime: Runtime, own_code: bool = False) -> None:
-        """`own_code`: the model runs code of its own; preflight has asked whether it may."""
+    def __init__(
+        self, folder: Path, dtype: str, runtime: Runtime, own_code: bool = False, sleeps: bool = False
+    ) -> None:
+        """Start the engine. `own_code`: the model runs code of its own; preflight has asked whether it may. `sleeps`:
+        `sleep` is to free the device's memory, where vLLM can do that."""
         chosen = settings(folder, dtype, runtime, own_code)
         from transformers import AutoProcessor
         from vllm import LLM
+        from vllm.platforms import current_platform
 
+        self._sleeps = sleeps and current_platform.is_sleep_mode_available()
+        if self._sleeps:
+            chosen["enable_sleep_mode"] = True
         self.folder, self.own_code = folder, own_code
         self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=own_code)
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)  # a model of text alone has no processor
@@ -131,6 +153,25 @@ class Engine:
         """Serve the model masked at these thresholds; an empty dict serves it untouched."""
         self.llm.collective_rpc("remask", args=(str(self.folder), thresholds))
         self.reset()
+
+    def load(self, folder: Path) -> None:
+        """Serve the weights of another folder, of the same architecture, tokenizer and processor, from now on.
+
+        The engine answers as one that was started on that folder.
+        """
+        self.folder = folder
+        self.llm.collective_rpc("load", args=(str(folder),))
+        self.reset()
+
+    def sleep(self) -> None:
+        """Free the device's memory until `wake`; nothing on a CPU, where vLLM has no such mode."""
+        if self._sleeps:
+            self.llm.sleep(level=1)
+
+    def wake(self) -> None:
+        """Take the device's memory again after `sleep`."""
+        if self._sleeps:
+            self.llm.wake_up()
 
     def reset(self) -> None:
         """Empty every cache, the scheduler's encoder cache too: it would answer for weights that are gone."""

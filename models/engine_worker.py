@@ -24,13 +24,27 @@ def first_seed(shard: dict, question: dict) -> int:
 
 
 class Answers:
-    """An engine of one model that answers shards. Its process ends with it."""
+    """An engine of one model that answers shards. Its process ends with it.
+
+    `setup["stays"]`, where it is given: the engine is asked again later, and leaves the device meanwhile.
+    """
 
     def __init__(self, setup: dict) -> None:
         self._storage = Storage(setup["store"])
         self._reader = Reader(artifacts.load(self._storage, setup["data"]))
         self._thresholds, self._ratio = setup["thresholds"], 0.0
-        self._engine = Engine(Path(setup["folder"]), setup["dtype"], Runtime(**setup["runtime"]))
+        folder, runtime = Path(setup["folder"]), Runtime(**setup["runtime"])
+        self._engine = Engine(folder, setup["dtype"], runtime, sleeps=setup.get("stays", False))
+
+    def turn_to(self, setup: dict) -> None:
+        """Answer with the weights of another setup from now on, on the same questions in the same way."""
+        self._engine.wake()
+        self._engine.load(Path(setup["folder"]))
+        self._thresholds, self._ratio = setup["thresholds"], 0.0
+
+    def rest(self) -> None:
+        """Leave the device until `turn_to`."""
+        self._engine.sleep()
 
     def do(self, shard: dict) -> dict:
         """Answer a shard and commit it, if it is not there; its line of progress."""
@@ -39,7 +53,9 @@ class Answers:
             questions = list(self._reader.rows(tuple(Ref(*ref) for ref in shard["refs"])))
             replies = answer(self._engine, questions, shard)
             rows_of, schema = TABLES[shard["kind"]]
-            rows = [row for q, r in zip(questions, replies, strict=True) for row in rows_of(shard, q, r)]
+            kept = set(shard["kept"])
+            pairs = ((q, r) for q, r in zip(questions, replies, strict=True) if q["question_id"] in kept)
+            rows = [row for question, replied in pairs for row in rows_of(shard, question, replied)]
             self._storage.create(shard["out"], schemas.encode(rows, schema))
         return dict(event="shard", questions=len(shard["refs"]))
 
@@ -53,11 +69,18 @@ opened = Answers
 
 
 def main(job_file: Path) -> None:
-    job = json.loads(job_file.read_text())
-    answers = opened(job)
-    processes.report(job_file, event="engine")
-    for shard in job["pieces"]:
-        processes.report(job_file, **answers.do(shard))
+    answers = None
+    for now in processes.jobs(job_file):
+        job = json.loads(now.read_text())
+        if answers is None:
+            answers = opened(job)
+        else:
+            answers.turn_to(job)
+        processes.report(now, event="engine")
+        for shard in job["pieces"]:
+            processes.report(now, **answers.do(shard))
+        if processes.stays():
+            answers.rest()
 
 
 def answer(engine: Engine, questions: list[dict], shard: dict) -> list[list[Reply]]:

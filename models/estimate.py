@@ -78,9 +78,10 @@ def _round(config: Config, student: Weights, teacher: Weights, of: Questions, pa
     if labels:
         return counts
     theirs, ours = generate.teacher_responses, generate.student_responses
-    answers = passes * theirs + ours
+    anew = passes if generate.refresh == "stage" else 1
+    answers = passes * theirs + anew * ours
     counts["generate"] = passes * teacher.forward(of, theirs * length) if theirs else 0.0
-    counts["generate"] += student.forward(of, ours * length) if ours else 0.0
+    counts["generate"] += anew * student.forward(of, ours * length) if ours else 0.0
     if train.holds_reference:
         counts["reference"] = train.epochs * passes * student.forward(of, said)
     if train.stores_reference:

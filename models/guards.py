@@ -19,6 +19,7 @@ from masters.models.job import Job
 from masters.models.packing import Pack, response_states
 from masters.models.ranks import collected, gathered, spread
 from masters.models.sharding import own
+from masters.storage import Storage
 
 KEPT = 3  # best weights: of either checkpoint, and of one that was on its way
 
@@ -98,7 +99,8 @@ class ProbeGuard:
         if job.rank == 0:
             self._remove([name for name in self._names() if _step(name) > done])  # will be found again
         if done:
-            self.step, self.right = max((_step(name), _right(name)) for name in self._names() if _step(name) <= done)
+            kept = [name for name in self._everywhere() if _step(name) <= done]
+            self.step, self.right = max((_step(name), _right(name)) for name in kept)
         else:
             self.step, self.right = 0, -1
             self.look(0)
@@ -126,7 +128,7 @@ class ProbeGuard:
         """The student's best weights put back."""
         job, tensors = self.job, {}
         if job.rank == 0:
-            name = next(name for name in self._names() if (_step(name), _right(name)) == (self.step, self.right))
+            name = self._best()
             data = job.storage.read(name)
             if (now := digest(data)) not in name:
                 raise ArtifactError(f"best weights {job.storage.uri(name)} are damaged: found SHA-256 {now}")
@@ -135,6 +137,12 @@ class ProbeGuard:
         with torch.no_grad():
             for name, whole in spread(tensors):
                 held[name].copy_(job.sharding.part(whole, held[name]))
+
+    def hand_over(self, place: str) -> None:
+        """Leave the best weights so far for the part of the round that follows, where they are watched."""
+        if self.on and self.job.rank == 0:
+            name = self._best()
+            self.job.storage.copy(name, f"{place}/{name.rsplit('/', 1)[1]}")
 
     def _fell(self, number: int, accuracy: float) -> None:
         best = self.right / len(self.job.probe)
@@ -160,9 +168,21 @@ class ProbeGuard:
         for name in names:
             self.job.storage.remove(name)
 
+    def _best(self) -> str:
+        """The file of the best weights."""
+        return next(n for n in self._everywhere() if (_step(n), _right(n)) == (self.step, self.right))
+
+    def _everywhere(self) -> list[str]:
+        """Best weights of this training, and those that it was handed."""
+        handed = self.job.part.handed_over
+        return self._names() + (_best_in(self.job.storage, handed) if handed else [])
+
     def _names(self) -> list[str]:
-        prefix = f"{self.job.checkpoints}/best-"
-        return sorted(name for name in self.job.storage.names(self.job.checkpoints) if name.startswith(prefix))
+        return _best_in(self.job.storage, self.job.checkpoints)
+
+
+def _best_in(storage: Storage, prefix: str) -> list[str]:
+    return sorted(name for name in storage.names(prefix) if name.startswith(f"{prefix}/best-"))
 
 
 def _step(name: str) -> int:

@@ -106,12 +106,12 @@ class Census:
         self._keys += found.group_by(keys).aggregate([]).num_rows
         self._answered += found.group_by(["step", "question_id"]).aggregate([]).num_rows
 
-    def check(self, steps: int, rewarded: bool) -> None:
-        """Every step up to `steps` is there once; `rewarded`: and so are the responses of all its questions.
+    def check(self, steps: int, rewarded: bool, before: int = 0) -> None:
+        """Each of `steps` steps is there once; `rewarded`: and so are the responses of all its questions.
 
-        Raises ArtifactError.
+        `before`: the steps of the round that another training took. Raises ArtifactError.
         """
-        expected, times = range(1, steps + 1), Counter(self._steps)
+        expected, times = range(before + 1, before + steps + 1), Counter(self._steps)
         if wrong := [step for step in sorted({*expected, *times}) if times[step] != (step in expected)]:
             raise ArtifactError(f"history: expected each of {steps} steps once, {_listed(wrong, times)}; {AGAIN}")
         if self._rows != self._keys:

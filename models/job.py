@@ -9,6 +9,7 @@ from masters.config import Rewards, Train
 from masters.models.families.base import Family
 from masters.models.history import Ledger
 from masters.models.passes import size_of
+from masters.models.round_part import Part
 from masters.models.sharding import Replicate, Sharding
 from masters.models.training_data import Group, Step
 from masters.models.trees import Question, Sizes
@@ -23,7 +24,8 @@ class Job:
     `reference`: pi_ref, the student as it was at the round's start, None where `train` does not hold it. `end_tokens`:
     those that end a response. `token_budget`: tokens of a forward pass; it becomes less where memory does not hold one.
     `probe`: questions that are looked at while it trains. `sharding`: how the models are held over the ranks. `ledger`
-    collects the rows of the tables, `tally` the sizes of this rank's training passes.
+    collects the rows of the tables, `tally` the sizes of this rank's training passes. `part`: where in its round the
+    training lies, whose steps are counted through.
     """
 
     student: torch.nn.Module
@@ -49,6 +51,17 @@ class Job:
     sharding: Sharding = field(default_factory=Replicate)
     ledger: Ledger = field(default_factory=Ledger)
     tally: Sizes = Sizes()
+    part: Part = Part()
 
     def __post_init__(self) -> None:
         self.sizes = [size_of(group) for group in self.groups]  # tokens of each, as the tables say
+
+    @property
+    def last_step(self) -> int:
+        """The number of this training's last step, counted from the round's first, which is 1."""
+        return self.part.steps_before + len(self.steps)
+
+    @property
+    def round_steps(self) -> int:
+        """The steps of the whole round."""
+        return self.last_step + self.part.steps_after

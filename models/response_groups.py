@@ -28,14 +28,20 @@ STRANGE = 2**10 - 1
 
 
 class ResponseGroups(Sequence[Group]):
-    """Groups of every question at the stages that train on it, in the order of `refs`, then of stages."""
+    """Groups of every question at the stages that train on it, in the order of `refs`, then of stages.
 
-    def __init__(self, refs: Sequence[Ref], told: "Responses", scores_R: np.ndarray, ratios: list[float], full: bool):
+    `only`: the one stage whose groups are made; None: all of them.
+    """
+
+    def __init__(
+        self, refs: Sequence[Ref], told: "Responses", scores_R: np.ndarray, ratios: list[float], full: bool,
+        only: int | None = None,
+    ) -> None:  # fmt: skip
         self._refs, self._told, self._scores_R, self._ratios = refs, told, scores_R, ratios
         self._from_Q = np.searchsorted(told.place_R, np.arange(len(refs) + 1, dtype=np.int64) << QUESTION)
         every = range(len(ratios))
         asked = ((q, s) for q, ref in enumerate(refs) for s in (every if full else [stage_of(ref.digest, len(ratios))]))
-        there = ((q, s) for q, s in asked if len(self._members(q, s)))
+        there = ((q, s) for q, s in asked if only in (None, s) and len(self._members(q, s)))
         self._group_G2 = np.fromiter(there, np.dtype((np.int32, 2)))
 
     def __len__(self) -> int:
@@ -88,13 +94,17 @@ class Responses:
 
 
 def response_groups(
-    refs: Sequence[Ref], responses: Artifact, verdicts: Artifact | None, ratios: list[float], coverage: str
-) -> tuple[ResponseGroups, int]:
-    """Groups of every question at the stages that train on it, and how many responses were set aside as empty."""
+    refs: Sequence[Ref], responses: Artifact, verdicts: Artifact | None, ratios: list[float], coverage: str,
+    only: int | None = None,
+) -> tuple[ResponseGroups, int]:  # fmt: skip
+    """Groups of every question at the stages that train on it, and how many responses were set aside as empty.
+
+    `only`: see `ResponseGroups`.
+    """
     numbers = {ref.question_id: number for number, ref in enumerate(refs)}
     told = _responses(numbers, responses, ratios)
     scores_R = _scores(numbers, verdicts, ratios, told.place_R)
-    return ResponseGroups(refs, told, scores_R, ratios, coverage == "full"), told.empty
+    return ResponseGroups(refs, told, scores_R, ratios, coverage == "full", only), told.empty
 
 
 def _responses(numbers: dict[str, int], responses: Artifact, ratios: list[float]) -> Responses:

@@ -78,6 +78,21 @@ def newest(storage: Storage, prefix: str) -> tuple[Checkpoint | None, list[str]]
     return None, refused
 
 
+def handed_over(storage: Storage, prefix: str, step: int) -> Checkpoint:
+    """The state after `step` steps that a training left for the part of its round that follows.
+
+    Raises ArtifactError if it is not there, or is not what was written.
+    """
+    found = [read(storage, name) for name in _names(storage, prefix)]
+    if [one.step for one in found] != [step]:
+        there = ", ".join(f"step {one.step}" for one in found) or "none"
+        raise ArtifactError(
+            f"{storage.uri(prefix)}: expected the state after step {step}, found {there}; train the mask stage before "
+            "it again with --rebuild train"
+        )
+    return found[0]
+
+
 def read(storage: Storage, name: str) -> Checkpoint:
     """A checkpoint, proven. Raises ArtifactError if it is not what was written, or lacks what it stands on."""
     data, found = storage.read(name), NAME.search(name)

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from masters import artifacts
 from masters.models import history
 from masters.models.job import Job
 
@@ -57,20 +58,27 @@ LIMITS = (
 
 
 class RunWarnings:
-    """Compares a run's latest steps with its first. A run that goes on reads its earlier steps from the history."""
+    """Compares a round's latest steps with its first. A run that goes on reads its earlier steps from the history."""
 
     def __init__(self, job: Job, done: int) -> None:
-        """`done`: steps that are behind a checkpoint; what was said of them is said again, to a new reader."""
-        self._job, self._every = job, max(1, len(job.steps) // 10)
+        """`done`: steps that are behind a checkpoint; what was said of them is said again, to a new reader. What was
+        said of the parts of the round before this one is not."""
+        self._job, self._every = job, max(1, job.round_steps // 10)
         self._window = max(FEWEST, self._every // 4)
         self._first: list[Row] = []
         self._latest: deque[Row] = deque(maxlen=self._window)
         self._said: set[str] = set()
+        for folder in job.part.histories if done else ():
+            for row in artifacts.load(job.storage, folder).rows("history"):
+                self._look(row["step"], row, said_before=True)
         for row in history.steps(job.storage, job.checkpoints) if done else ():
             self.look(row["step"], row)
 
     def look(self, number: int, row: Row) -> None:
         """Take in a step's means; report a warning for every limit that is crossed at the end of a tenth."""
+        self._look(number, row, said_before=False)
+
+    def _look(self, number: int, row: Row, said_before: bool) -> None:
         if number <= self._window:
             self._first.append(row)
         self._latest.append(row)
@@ -81,6 +89,8 @@ class RunWarnings:
             if math.isnan(now) or limit.column in self._said or not limit.is_crossed(first, now):
                 continue
             self._said.add(limit.column)
+            if said_before:
+                continue
             before = "not known" if math.isnan(first) else f"{first:.3g}"
             text = f"{limit.says} ({before} in the first steps, {now:.3g} now)"
             self._job.report(event="warning", step=number, name=limit.column, text=text)

@@ -30,6 +30,7 @@ from masters.models.masking import safetensors_tensors
 from masters.models.prompts import label_tokens, model_inputs
 from masters.models.ranks import collected
 from masters.models.response_groups import response_groups
+from masters.models.round_part import Part
 from masters.models.sharding import Sharding, own, sharding_of
 from masters.models.training_data import Group, label_groups, plan_steps
 from masters.models.trees import Question
@@ -147,6 +148,7 @@ def prepare(job: dict, job_file: Path, rank: int, world: int) -> trainer.Job:
         rank=rank,
         world=world,
         sharding=sharding,
+        part=Part(**job["part"]),
     )
 
 
@@ -161,7 +163,7 @@ def _check_memory(
     image_token = AutoConfig.from_pretrained(job["student"], trust_remote_code=False).image_token_id
     images = sum(int((groups[g].prompt == image_token).sum()) for g in planned.largest) if planned else 0
     length = tokens if device == "cpu" else blocks.whole(tokens)
-    saves = device == "cpu" and steps > job["checkpoint_steps"]
+    saves = device == "cpu" and (steps > job["checkpoint_steps"] or bool(job["part"]["hand_over"]))
     teacher = None if train.objective == "sft" else Path(job["teacher"])
     runtime = Runtime(sharding=job["sharding"], activation_checkpointing=job["activation_checkpointing"])
     needed = footprint.footprint(Path(job["student"]), teacher, train, (length, images), world, saves, device, runtime)
@@ -222,7 +224,7 @@ def _groups(job: dict, storage: Storage, train: Train, data: artifacts.Artifact,
     tables = job["tables"]
     verdicts = artifacts.load(storage, tables["verdicts"]) if "verdicts" in tables else None
     responses = artifacts.load(storage, tables["responses"])
-    return response_groups(refs, responses, verdicts, job["ratios"], job["coverage"])
+    return response_groups(refs, responses, verdicts, job["ratios"], job["coverage"], job["mask_stage"])
 
 
 def _probe(prompts: Prompts, refs: list[Ref]) -> list[Question]:

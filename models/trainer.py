@@ -35,26 +35,26 @@ Taken = tuple[list[int], Sizes, dict[str, list[float]]]  # of a pass: its groups
 
 def fit(job: Job) -> None:
     """Run all steps, from the last checkpoint if there is one; fewer where the student falls and is put back."""
-    references = reference_log_probs(job) if job.train.stores_reference else {}
+    references = reference_log_probs(job) if job.train.stores_reference and job.groups else {}
     parameters = job.sharding.held(job.student)  # after passes: what these left whole would hide what is restored
     optimiser = torch.optim.AdamW(parameters.values(), lr=job.train.learning_rate, weight_decay=0.0)
     done = start(job, parameters, optimiser)
     guard = ProbeGuard(job, done)
     warnings = RunWarnings(job, done if job.rank == 0 else 0)  # of which rank 0 alone has the steps, and speaks
-    stage, every = None, max(1, len(job.steps) // 10)
-    for number, step in enumerate(job.steps[done:], done + 1):
+    stage, every, fell = None, max(1, job.round_steps // 10), False
+    for number, step in enumerate(job.steps[done - job.part.steps_before :], done + 1):
         if step.stage != stage and job.teacher is not None:
             began, stage = time.monotonic(), step.stage
             job.remask(stage)
             job.report(event="remask", stage=stage, seconds=time.monotonic() - began)
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(job.train, number, len(job.steps))
+            group["lr"] = learning_rate(job.train, number, job.round_steps)
         with one_step(number):
             means = _take(job, number, step, references, optimiser)
         if job.rank == 0:
             warnings.look(number, means)
-        last, probe, fell = number == len(job.steps), {}, False
-        probed = number % every == 0 or last
+        last, probe = number == job.last_step, {}
+        probed = number % every == 0 or number == job.round_steps
         if probed:
             probe["probe_accuracy"], fell = guard.look(number)
         if job.rank == 0:
@@ -68,7 +68,21 @@ def fit(job: Job) -> None:
         if fell:
             guard.roll_back()
             break
+    if job.part.hand_over and not fell:
+        hand_over(job, parameters, optimiser, guard)
     job.report(event="packed", **asdict(sum(gathered(job, job.tally), Sizes())))
+
+
+def hand_over(
+    job: Job, parameters: dict[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer, guard: ProbeGuard
+) -> None:
+    """Leave the state for the part of the round that follows, and the best weights where they are watched."""
+    place = job.part.hand_over
+    if job.rank == 0:
+        for name in job.storage.names(place):  # of an attempt that ended before it was told
+            job.storage.remove(name)
+    resume.save(job.storage, place, job.last_step, parameters, optimiser, job.sharding)
+    guard.hand_over(place)
 
 
 def _take(
@@ -87,7 +101,7 @@ def _take(
         means["gradient_norm"] = clip_gradient(job, job.train.max_gradient_norm)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    told = dict(step=number, of=len(job.steps), stage=step.stage, epoch=step.epoch)
+    told = dict(step=number, of=job.round_steps, stage=step.stage, epoch=step.epoch)
     job.report(event="step", **told, seconds=time.monotonic() - began, **means)
     return means
 
@@ -208,7 +222,11 @@ def _no_number(job: Job, number: int, step: Step, references: dict[int, torch.Te
 
 
 def start(job: Job, parameters: dict[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> int:
-    """Go on from the newest good checkpoint. Returns the steps it has behind it, 0 without one."""
+    """Go on from the newest good checkpoint, else from the state that the round's part before ended with.
+
+    Returns the steps of the round that it has behind it, 0 without either. Raises ArtifactError if that state is not
+    what was written.
+    """
     found, refused = resume.newest(job.storage, job.checkpoints) if job.rank == 0 else (None, [])
     for why in refused:
         job.report(event="refused_checkpoint", why=why)
@@ -218,5 +236,9 @@ def start(job: Job, parameters: dict[str, torch.nn.Parameter], optimiser: torch.
         drop_after(job.storage, job.checkpoints, done)
     if done:
         resume.restore(found, parameters, optimiser, job.sharding)
-        job.report(event="resumed", step=done, of=len(job.steps))
+        job.report(event="resumed", step=done, of=job.round_steps)
+    elif job.part.handed_over:
+        done = job.part.steps_before
+        found = resume.handed_over(job.storage, job.part.handed_over, done) if job.rank == 0 else None
+        resume.restore(found, parameters, optimiser, job.sharding)
     return done

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from masters import answering, schemas
 from masters.answering import Order
 from masters.artifacts import Artifact, Identity
+from masters.engines import Stay
 from masters.errors import MastersError
 from masters.processes import Child
 from masters.storage import Storage
@@ -23,17 +24,18 @@ def answered(
     ahead: Sequence[Order] = (),
     beside: Child | None = None,
     completed: Callable[[bytes], bytes] | None = None,
+    stay: Stay | None = None,
 ) -> tuple[dict[str, str], dict]:
     """Files of the artifact with digests, and how it ran.
 
     `ahead`: orders of a later stage, answered while the engines of their models are up; `beside`: a process that runs
-    with them. `completed`: see `answering.gather`.
+    with them. `completed`: see `answering.gather`; `stay`: see `engines.run`.
     """
     built = len(answering.missing(run.storage, asked))
     with run.progress(made_of, "questions") as progress:
         how = answering.fulfil(
             data, [*asked, *ahead], run.config.runtime, run.work(made_of),
-            progress.update, beside,
+            progress.update, beside, stay,
         )  # fmt: skip
     how |= dict(shards=len(asked), shards_built=built, shards_reused=len(asked) - built)
     return answering.gather(run.storage, made_of, asked, completed), how
@@ -70,3 +72,5 @@ def forget(storage: Storage, asked: list[Order]) -> None:
     """Remove the shards of these orders: rebuilding answers every one again."""
     for order in asked:
         storage.remove(order.file)
+        if order.batch:
+            storage.remove(order.whole)

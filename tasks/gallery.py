@@ -2,7 +2,7 @@
 
 import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from PIL import Image
 
@@ -23,19 +23,20 @@ Found = dict[str, dict[tuple, dict]]  # by question and by whose response: colum
 
 
 def gallery(
-    data: Artifact, responses: Artifact, verdicts: Artifact | None = None, trained: Artifact | None = None
+    data: Artifact, responses: Sequence[Artifact], verdicts: Sequence[Artifact] = (), trained: Sequence[Artifact] = ()
 ) -> str:
-    """Questions of every kind that there is, good and bad: the same ones whenever the tables are the same."""
+    """Questions of every kind that there is, good and bad: the same ones whenever the tables are the same.
+
+    `responses`, `verdicts`, `trained`: of a round, or in order of its mask stages.
+    """
     refs = shards.references(data, "train")[:CANDIDATES]
     found: Found = {ref.question_id: {} for ref in refs}
-    if verdicts:
-        _gather(found, verdicts, "verdicts", ["score", "status"])
+    _gather(found, verdicts, "verdicts", ["score", "status"])
     chosen = {ref: kind for ref, kind in _chosen(refs, found)}
     found = {ref.question_id: found[ref.question_id] for ref in chosen}
     _gather(found, responses, "responses", ["text"])
-    if trained:  # in order of steps: what it was at the last one stays
-        columns = ["divergence", "reward_distillation", "reward", "advantage"]
-        _gather(found, trained, "rewards", columns)
+    # in order of steps: what it was at the last one stays
+    _gather(found, trained, "rewards", ["divergence", "reward_distillation", "reward", "advantage"])
     rows = shards.Reader(data).rows(tuple(chosen))
     parts = [
         _question(row, kind, found[ref.question_id]) for row, (ref, kind) in zip(rows, chosen.items(), strict=True)
@@ -43,8 +44,8 @@ def gallery(
     return "\n\n".join(["# Questions with their responses", LEGEND, *parts])
 
 
-def _gather(found: Found, artifact: Artifact, name: str, columns: list[str]) -> None:
-    for row in artifact.rows(name, ["question_id", *KEY, *columns]):
+def _gather(found: Found, artifacts: Sequence[Artifact], name: str, columns: list[str]) -> None:
+    for row in (row for artifact in artifacts for row in artifact.rows(name, ["question_id", *KEY, *columns])):
         if row["question_id"] in found:
             key = tuple(row[part] for part in KEY)
             found[row["question_id"]].setdefault(key, {}).update({column: row[column] for column in columns})

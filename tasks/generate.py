@@ -9,11 +9,14 @@ from masters import judging, shards
 from masters.answering import NO_SHARD, Answerer, Order
 from masters.artifacts import Artifact, Identity
 from masters.config import Generate
-from masters.models.schedule import stage_of
+from masters.engines import Stay
 from masters.processes import Child
+from masters.reuse import narrowed
+from masters.shards import Ref
 from masters.stages import Stage
 from masters.tasks.answers import answered, forget, set_aside, tell_set_aside
 from masters.tasks.mask import thresholds
+from masters.tasks.refresh import of_stage
 from masters.tasks.score import judge_of
 from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse
 
@@ -27,27 +30,57 @@ def sampling(config: Generate) -> dict:
 
 
 def orders(context: Context, current: Round, data: Artifact, masks: Artifact) -> list[Order]:
-    """Who answers which shard: each mask stage's teacher its questions (all, with full coverage), the student all."""
-    config, stages, teacher, student = context.config.generate, current.ratios, current.teacher, current.student
+    """Who answers which shard: each mask stage's teacher its questions (all, with full coverage), the student all.
+
+    Of a mask stage that is worked on alone, its teacher and its questions.
+    """
     refs = shards.references(data, "train")
-    theirs = Answerer(teacher.name, teacher.folder, teacher.digest, thresholds(masks), masks.fingerprint)
-    ours = Answerer(student.name, student.folder, student.digest, {})
-    asked = []
-    for stage, ratio in enumerate(stages):
-        own = [ref for ref in refs if config.coverage == "full" or stage_of(ref.digest, len(stages)) == stage]
-        if config.teacher_responses:
-            count = config.teacher_responses
-            order = Order(theirs, NO_SHARD, "responses", "teacher", ratio, stage, count, sampling(config))
-            asked += context.earlier.orders(order, own)
-    if config.student_responses:
-        order = Order(ours, NO_SHARD, "responses", "student", None, 0, config.student_responses, sampling(config))
-        asked += context.earlier.orders(order, refs)
+    stages = (current.only.number,) if current.only else tuple(range(len(current.ratios)))
+    return _of_teacher(context, current, refs, masks, stages) + _of_student(context, current, refs)
+
+
+def teachers_ahead(context: Context, current: Round, data: Artifact, masks: Artifact) -> list[Order]:
+    """What the teacher is asked at the mask stages that follow a round's first one: known as that one begins, so that
+    one start of its engine does for all."""
+    if not (current.only and current.begins and current.only.later):
+        return []
+    return _of_teacher(context, current, shards.references(data, "train"), masks, current.only.later)
+
+
+def _of_teacher(
+    context: Context, current: Round, refs: list[Ref], masks: Artifact, stages: tuple[int, ...]
+) -> list[Order]:
+    config, teacher = context.config.generate, current.teacher
+    if not (count := config.teacher_responses):
+        return []
+    theirs, asked = Answerer(teacher.name, teacher.folder, teacher.digest, thresholds(masks), masks.fingerprint), []
+    for stage in stages:
+        ratio = current.ratios[stage]
+        order = Order(theirs, NO_SHARD, "responses", "teacher", ratio, stage, count, sampling(config))
+        asked += context.earlier.orders(order, of_stage(context.config, current, refs, stage))
     return asked
+
+
+def _of_student(context: Context, current: Round, refs: list[Ref]) -> list[Order]:
+    """The student's shards are planned over all questions even where it answers those of a mask stage alone: so it
+    answers them as it would have answered them before the round with the weights that it has now."""
+    config, student = context.config.generate, current.answering
+    if not (count := config.student_responses):
+        return []
+    ours = Answerer(student.name, student.folder, student.digest, {})
+    order = Order(ours, NO_SHARD, "responses", "student", None, 0, count, sampling(config))
+    planned = context.earlier.orders(order, refs)
+    if current.only is None:
+        return planned
+    wanted = set(of_stage(context.config, current, refs, current.only.number))
+    return [own for whole in planned if (own := narrowed(whole, wanted))]
 
 
 def identity(context: Context, current: Round, asked: list[Order]) -> Identity:
     config = context.config.generate
     made_of = dict(responses=config.responses, coverage=config.coverage, sampling=sampling(config))
+    if current.only:
+        made_of |= dict(mask_stage=current.only.number)
     inputs = {f"shard-{order.fingerprint}": order.fingerprint for order in asked}
     return Identity(f"generate{current.suffix}", VERSION, made_of, inputs, slug=context.config.name)
 
@@ -55,18 +88,27 @@ def identity(context: Context, current: Round, asked: list[Order]) -> Identity:
 @task(name="generate", task_run_name="generate{current.suffix}", **STAGE)
 def generate(run: Run, current: Round, data: Artifact, masks: Artifact, ahead: Sequence[Order] = ()) -> Artifact:
     """Table `responses`. `ahead`: what a later stage asks of the same models, for one start of their engines."""
-    asked = orders(run, current, data, masks)
+    with_evaluation = bool(ahead)
+    asked, ahead = orders(run, current, data, masks), [*teachers_ahead(run, current, data, masks), *ahead]
     made_of = identity(run, current, asked)
 
     def build() -> tuple[dict[str, str], dict, dict]:
-        files, how = answered(run, made_of, data, asked, ahead, _judge_beside(run, current, made_of, data, asked))
+        judge = _judge_beside(run, current, made_of, data, asked)
+        files, how = answered(run, made_of, data, asked, ahead, judge, stay=_stay(run, current))
         rows = sum(order.samples * len(order.shard.refs) for order in asked)
         return files, dict(rows=rows) | set_aside(run.storage, asked), how
 
-    upstream = dict(data=data, masks=masks, teacher=current.teacher.origin, student=current.student.origin)
+    upstream = dict(data=data, masks=masks, teacher=current.teacher.origin, student=current.answering.origin)
     forgotten = partial(forget, run.storage, asked)
-    made = build_or_reuse(run, made_of, upstream, build, forgotten, ahead=bool(ahead))
+    made = build_or_reuse(run, made_of, upstream, build, forgotten, ahead=with_evaluation)
     return tell_set_aside(run, made_of, made, "their responses are empty and are not learnt from")
+
+
+def _stay(run: Run, current: Round) -> Stay | None:
+    """The student's engine, where it stays for the mask stages that follow."""
+    if run.standing is None or current.only is None:
+        return None
+    return Stay(run.standing, current.only.student.digest, again=bool(current.only.later))
 
 
 def _judge_beside(run: Run, current: Round, made_of: Identity, data: Artifact, asked: list[Order]) -> Child | None:

@@ -1,7 +1,7 @@
 """Plots of a training run from the tables that it left, so that a reused stage has them too."""
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,11 +30,14 @@ LOG_PI = {
 LEAST = 1e-6  # nats: smaller divergences are drawn here
 
 
-def plots(trained: Artifact) -> dict[str, bytes]:
-    """PNGs by name. Objectives without rewards or divergences have no picture of them."""
-    steps = pa.concat_tables(trained.batches("history"))
+def plots(trained: Sequence[Artifact]) -> dict[str, bytes]:
+    """PNGs of a round by name. Objectives without rewards or divergences have no picture of them.
+
+    `trained`: the round's training, or in order those of its mask stages.
+    """
+    steps = pa.concat_tables(batch for part in trained for batch in part.batches("history"))
     columns = ["teacher_ratio", "source", "divergence", "reward"]
-    responses, stride = sampled(trained.batches("rewards", columns), SAMPLED)
+    responses, stride = sampled((batch for part in trained for batch in part.batches("rewards", columns)), SAMPLED)
     figures = {"training": training(steps)}
     if steps["entropy"].null_count < steps.num_rows:
         figures["diagnostics"] = diagnostics(steps)

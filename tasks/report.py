@@ -1,5 +1,6 @@
 """report: what a run found out, as artifacts in Prefect's UI, and its plots in MLflow. Nothing is decided by it."""
 
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
+from masters.artifacts import Artifact
 from masters.rewards.verifiers import verifier_of
 from masters.secrets import masked
 from masters.stages import Stage
@@ -76,13 +78,21 @@ def report(run: Run, version: int | None) -> None:
     """Artifacts for everything that `run` has made so far. `version`: of the registered model."""
     _links(run, version)
     _tables(run)
-    rounds = [name.removeprefix("train") for name in run.made if name.split("-")[0] == Stage.TRAIN]
-    for suffix in rounds:
-        _plots(run, suffix)
-    for suffix in [name.removeprefix("generate") for name in run.made if name.split("-")[0] == Stage.GENERATE]:
-        made = run.made
-        page = gallery(made["data"], made[f"generate{suffix}"], made.get(f"score{suffix}"), made.get(f"train{suffix}"))
+    for suffix, trained in _by_round(run, Stage.TRAIN).items():
+        _plots(run, suffix, trained)
+    verdicts, trained = _by_round(run, Stage.SCORE), _by_round(run, Stage.TRAIN)
+    for suffix, responses in _by_round(run, Stage.GENERATE).items():
+        page = gallery(run.made["data"], responses, verdicts.get(suffix, []), trained.get(suffix, []))
         create_markdown_artifact(page, key=key(run.config.name, f"gallery{suffix}"))
+
+
+def _by_round(run: Run, kind: Stage) -> dict[str, list[Artifact]]:
+    """What `run` made of a kind, by the round's suffix; of a round whose mask stages are worked on one by one, each."""
+    found: dict[str, list[Artifact]] = {}
+    for name, artifact in run.made.items():
+        if name.split("-")[0] == kind:
+            found.setdefault(re.sub("-mask[0-9]+$", "", name.removeprefix(kind)), []).append(artifact)
+    return found
 
 
 def _links(run: Run, version: int | None) -> None:
@@ -126,10 +136,10 @@ def _link(run: Run, run_id: str) -> str:
     return f"[{run_id[:8]}]({page})" if page else run_id
 
 
-def _plots(run: Run, suffix: str) -> None:
-    trained = run.made[f"train{suffix}"]
+def _plots(run: Run, suffix: str, trained: list[Artifact]) -> None:
     drawn = plots(trained)
-    parts = [f"**Warning**, step {one['step']}: {inert(one['text'], 300)}" for one in trained.facts["warnings"]]
+    warnings = [one for part in trained for one in part.facts["warnings"]]
+    parts = [f"**Warning**, step {one['step']}: {inert(one['text'], 300)}" for one in warnings]
     parts += [f"## {CAPTIONS[name]}\n\n{picture(content, 'png', name)}" for name, content in drawn.items()]
     create_markdown_artifact("\n\n".join(parts), key=key(run.config.name, f"plots{suffix}"))
     with tempfile.TemporaryDirectory() as folder:

@@ -22,6 +22,7 @@ from masters.identity import digest
 from masters.machine import cache
 from masters.models.schedule import mask_stages
 from masters.preflight import AFTER, LocalModel, Ready, Server
+from masters.processes import Standing
 from masters.reuse import Earlier
 from masters.stages import Stage
 from masters.storage import Storage
@@ -54,23 +55,57 @@ def work_folder(storage: Storage) -> Path:
 
 
 @dataclass(frozen=True)
+class MaskStage:
+    """A mask stage that is answered, scored and trained by itself: `generate.refresh = "stage"`.
+
+    `number`: 0 for the largest mask. `student`: who answers, with the weights that training has reached when the stage
+    begins. `earlier`: the training of the mask stage before, None for the round's first. `later`: those that follow.
+    """
+
+    number: int
+    student: LocalModel
+    earlier: Artifact | None
+    later: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Round:
-    """One teacher's turn in the chain, and the student as it is when the round starts."""
+    """One teacher's turn in the chain, and the student as it is when the round starts, which is pi_ref.
+
+    `only`: the mask stage that is worked on; None: all of them at once.
+    """
 
     number: int
     config: Teacher
     teacher: LocalModel
     student: LocalModel
+    only: MaskStage | None = None
 
     @property
     def suffix(self) -> str:
-        """Of stage names: nothing in the first round, then "-2", "-3", ..."""
-        return "" if self.number == 1 else f"-{self.number}"
+        """Of stage names: nothing in the first round, then "-2", "-3", ...; of a mask stage also "-mask0", ..."""
+        own = "" if self.number == 1 else f"-{self.number}"
+        return f"{own}-mask{self.only.number}" if self.only else own
 
     @property
     def ratios(self) -> list[float]:
         """The mask ratios of the round's stages, from r_max down to 0."""
         return mask_stages(self.config.r_max, self.config.step)
+
+    @property
+    def begins(self) -> bool:
+        """Whether nothing of the round comes before."""
+        return self.only is None or self.only.earlier is None
+
+    @property
+    def ends(self) -> bool:
+        """Whether nothing of the round follows."""
+        return self.only is None or not self.only.later
+
+    @property
+    def answering(self) -> LocalModel:
+        """The student whose responses are learnt from."""
+        return self.only.student if self.only else self.student
 
 
 class Context:
@@ -102,6 +137,7 @@ class Run(Context):
         self.tracker, self.rebuild = tracker, rebuild
         self.key, self.began = tracker.key, datetime.now(UTC)
         self.stages: list[dict] = []
+        self.standing: Standing | None = None  # the student's engine, where it stays between mask stages
         self.made: dict[str, Artifact] = {}  # by stage, "generate-2" in a later round
 
     def work(self, identity: Identity) -> Path:

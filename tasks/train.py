@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 from prefect import task
@@ -11,8 +12,11 @@ from masters.artifacts import Artifact, Identity
 from masters.errors import InputError, WorkerError
 from masters.identity import digest, file_digest
 from masters.models import history
+from masters.models.round_part import Part
+from masters.shards import Ref
 from masters.tasks.mask import thresholds
 from masters.tasks.progress import Progress
+from masters.tasks.refresh import of_stage
 from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse, warn
 
 # 3: identical responses are read once, questions of one image share its tokens; 4: history and rewards; 5: inputs by
@@ -23,6 +27,7 @@ VERSION = 7
 PROBE = 128  # questions watched while it trains: of the evaluation split, as long as nothing is chosen by them
 HELD_OUT = 10  # with `train.probe_drop` they are training questions instead, at most one in so many
 GUARD = {"probe_drop", "on_drop"}
+STATE = "state"  # of weights, optimizer and random numbers, for the mask stage that goes on from them
 
 
 Inputs = dict[str, Artifact]  # data, masks and, where the configuration needs them, responses and verdicts
@@ -37,33 +42,45 @@ def identity(context: Context, current: Round, inputs: Inputs) -> Identity:
         plain = plain | {"control"}  # likewise
     if train.balance == "sum" or train.objective != "masters":
         plain = plain | {"balance"}  # likewise
-    config = dict(
+    config: dict = dict(
         train=train.model_dump(exclude=plain), ratios=current.ratios, coverage=context.config.generate.coverage
     )
+    if current.only:
+        config["mask_stage"] = current.only.number
     if train.objective == "masters":
         config["rewards"] = rewards.model_dump(exclude={"judge", "judge_model"})  # theirs are the verdicts' identity
     made_from = {"teacher": current.teacher.digest, "student": current.student.digest}
-    made_from |= {name: artifact.content for name, artifact in inputs.items()}
+    made_from |= {name: artifact.content for name, artifact in read(current, inputs).items()}
     return Identity(f"train{current.suffix}", VERSION, config, made_from, slug=context.config.name)
+
+
+def read(current: Round, inputs: Inputs) -> Inputs:
+    """Every artifact but models that a training reads: also the training of the mask stage before."""
+    earlier = current.only.earlier if current.only else None
+    return inputs | {"earlier": earlier} if earlier else inputs
 
 
 @task(name="train", task_run_name="train{current.suffix}", **STAGE)
 def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
-    """The trained student as a Hugging Face folder under `model/`; tables `history` and `rewards`."""
+    """The trained student as a Hugging Face folder under `model/`; tables `history` and `rewards`.
+
+    Of a mask stage that is trained alone and not its round's last also `state/`, from which the next one goes on.
+    """
     made_of = identity(run, current, inputs)
     checkpoints = f"{made_of.folder}/checkpoints"
 
     def build() -> tuple[dict[str, str], dict, dict]:
         work = run.work(made_of)
-        job = _job(run, current, inputs, checkpoints, work / "model")
+        part = part_of(run, current, inputs["data"], f"{made_of.folder}/{STATE}")
+        job = _job(run, current, inputs, part, checkpoints, work / "model")
         with run.progress(made_of, "steps") as progress:
-            watch = _Watch(run, progress, current.ratios)
+            watch = _Watch(run, progress, current.ratios, part.steps_before)
             ran = _ran(run, job, work, watch)
         if artifacts.find(run.storage, made_of):  # another machine was first: its files stay what its record says
             return {}, {}, {}
         run.storage.upload(work / "model", f"{made_of.folder}/model")
         files = {f"model/{p.name}": file_digest(p) for p in sorted((work / "model").iterdir())}
-        files |= _tables(run, made_of, checkpoints, watch.taken)
+        files |= _tables(run, made_of, checkpoints, part, watch.taken) | _state(run, part, made_of, watch)
         how = dict(
             **watch.held, steps=watch.steps, resumed_at_step=watch.resumed,
             remask_seconds=watch.remasks, planned=watch.planned, packed=watch.packed,
@@ -77,26 +94,58 @@ def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
             probes=watch.probes,
             warnings=watch.warnings,
         )
+        if current.only:
+            facts["steps_before"] = part.steps_before
         if run.config.train.probe_drop is not None:
             facts |= dict(held_out=len(job["probe"]), rolled_back=watch.rolled_back)
         return files, facts, how
 
     models = dict(teacher=current.teacher.origin, student=current.student.origin)
-    artifact = build_or_reuse(run, made_of, inputs | models, build)
+    artifact = build_or_reuse(run, made_of, read(current, inputs) | models, build)
     # not before the record is there: without the rows beside it a checkpoint that is still there would lose them
     for name in run.storage.names(checkpoints):
         run.storage.remove(name)
     return artifact
 
 
-def _job(run: Run, current: Round, inputs: Inputs, checkpoints: str, out: Path) -> dict:
-    refs = shards.references(inputs["data"], "train")
-    probe = shards.references(inputs["data"], run.config.probe_split)[:PROBE]
-    if run.config.train.probe_drop is not None:
-        refs, probe = held_out(refs)
+def part_of(context: Context, current: Round, data: Artifact, state: str) -> Part:
+    """Where in its round the training of `current` lies. `state`: where it leaves what a part after it goes on from."""
+    if current.only is None:
+        return Part()
+    train, earlier = context.config.train, current.only.earlier
+    # known before their responses are: a question that gets none takes no part in its step
+    refs, _ = learnt_from(context, data)
+    expected = (len(of_stage(context.config, current, refs, stage)) for stage in current.only.later)
+    return Part(
+        steps_before=earlier.facts["steps_before"] + earlier.facts["steps"] if earlier else 0,
+        steps_after=sum(train.epochs * math.ceil(count / train.questions_per_step) for count in expected),
+        handed_over=f"{earlier.folder}/{STATE}" if earlier else "",
+        hand_over=state if current.only.later else "",
+        histories=[artifact.folder for artifact in _trained_before(earlier)],
+    )
+
+
+def _trained_before(earlier: Artifact | None) -> list[Artifact]:
+    """The trainings of a round's mask stages up to one, in order."""
+    return [*_trained_before(earlier.upstream("earlier")), earlier] if earlier else []
+
+
+def learnt_from(context: Context, data: Artifact) -> tuple[list[Ref], list[Ref]]:
+    """The questions of all mask stages to learn from, and those that are only looked at."""
+    refs = shards.references(data, "train")
+    probe = shards.references(data, context.config.probe_split)[:PROBE]
+    if context.config.train.probe_drop is not None:
+        return held_out(refs)
+    return refs, probe
+
+
+def _job(run: Run, current: Round, inputs: Inputs, part: Part, checkpoints: str, out: Path) -> dict:
+    refs, probe = learnt_from(run, inputs["data"])
+    if current.only:
+        refs = of_stage(run.config, current, refs, current.only.number)
     return dict(
         store=run.storage.uri(""), tables={name: artifact.folder for name, artifact in inputs.items()},
-        refs=_refs(refs), probe=_refs(probe),
+        refs=_refs(refs), probe=_refs(probe), part=asdict(part), mask_stage=current.only and current.only.number,
         teacher=str(current.teacher.folder), student=str(current.student.folder), ratios=current.ratios,
         thresholds={str(ratio): values for ratio, values in thresholds(inputs["masks"]).items()},
         coverage=run.config.generate.coverage,
@@ -107,7 +156,7 @@ def _job(run: Run, current: Round, inputs: Inputs, checkpoints: str, out: Path) 
     )  # fmt: skip
 
 
-def held_out(refs: list[shards.Ref]) -> tuple[list[shards.Ref], list[shards.Ref]]:
+def held_out(refs: list[Ref]) -> tuple[list[Ref], list[Ref]]:
     """Training questions to learn from, and those that only the probe looks at, of whatever mask stage.
 
     Raises InputError where there are too few to hold any out.
@@ -152,7 +201,15 @@ def _ranks(run: Run, job: dict, work: Path) -> list[processes.Child]:
     ]
 
 
-def _tables(run: Run, made_of: Identity, checkpoints: str, steps: int) -> dict[str, str]:
+def _state(run: Run, part: Part, made_of: Identity, watch: "_Watch") -> dict[str, str]:
+    """What the trainers left for the part of the round that follows, if one does. Returns {name: SHA-256}."""
+    if not part.hand_over or watch.rolled_back:
+        return {}
+    names = run.storage.names(part.hand_over)
+    return {name.removeprefix(f"{made_of.folder}/"): run.storage.digest(name) for name in names}
+
+
+def _tables(run: Run, made_of: Identity, checkpoints: str, part: Part, steps: int) -> dict[str, str]:
     """The trainers' tables put into the artifact. Returns {name: SHA-256}.
 
     Raises ArtifactError where they are not of these steps, each once.
@@ -164,12 +221,18 @@ def _tables(run: Run, made_of: Identity, checkpoints: str, steps: int) -> dict[s
             run.storage.write(f"{made_of.folder}/{name}", content)
             written[name] = digest(content)
             census.count(table, content)
-    census.check(steps, rewarded=run.config.train.objective == "masters")
+    census.check(steps, rewarded=run.config.train.objective == "masters", before=part.steps_before)
     return written
 
 
-def _refs(refs: list[shards.Ref]) -> list[list]:
+def _refs(refs: list[Ref]) -> list[list]:
     return [[r.digest, r.question_id, r.file, r.row] for r in refs]
+
+
+def steps_taken(facts: dict) -> int:
+    """Optimizer steps of a training by what its record says, without those after which a student was put back."""
+    back = facts.get("rolled_back")
+    return back["at"] - facts.get("steps_before", 0) if back else facts["steps"]
 
 
 def _shares(sizes: dict) -> dict:
@@ -184,8 +247,9 @@ def _shares(sizes: dict) -> dict:
 class _Watch:
     """Follows the trainer's progress lines: the progress shown, metrics, and what the record keeps."""
 
-    def __init__(self, run: Run, progress: Progress, mask_ratios: list[float]) -> None:
+    def __init__(self, run: Run, progress: Progress, mask_ratios: list[float], steps_before: int = 0) -> None:
         self._run, self._progress, self._mask_ratios = run, progress, mask_ratios
+        self._steps_before = steps_before
         self.groups = self.steps = self.empty = self.resumed = 0
         self.last: dict = {}
         self.probes: list[dict] = []
@@ -202,7 +266,7 @@ class _Watch:
     @property
     def taken(self) -> int:
         """Steps that there are: a student that fell and was put back takes no more."""
-        return self.rolled_back["at"] if self.rolled_back else self.steps
+        return self.rolled_back["at"] - self._steps_before if self.rolled_back else self.steps
 
     def __call__(self, _: str, line: dict) -> None:
         event = line.pop("event")

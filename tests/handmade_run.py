@@ -40,8 +40,8 @@ def first_round(context: Context) -> Round:
     return Round(1, context.config.teachers[0], context.ready.teachers[0], context.ready.student)
 
 
-def write_table(run: Run, kind: str, rows: list[dict], schema) -> Artifact:
-    made_of = Identity(kind, 1, {}, {}, "by-hand")
+def write_table(run: Run, kind: str, rows: list[dict], schema, part: str = "") -> Artifact:
+    made_of = Identity(kind, 1, {}, dict(part=part) if part else {}, "by-hand")
     content = schemas.encode(rows, schema)
     run.storage.write(f"{made_of.folder}/{kind}/0.parquet", content)
     return artifacts.commit(run.storage, made_of, {f"{kind}/0.parquet": digest(content)}, {"rows": len(rows)})

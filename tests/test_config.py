@@ -32,6 +32,8 @@ def test_every_recipe_loads(path: Path) -> None:
         ("train.control=shuffled_verdicts rewards.accuracy=off", "shuffles the verdicts of rewards.accuracy"),
         ("train.balance=teacher_accuracy rewards.accuracy=off", "needs verdicts on responses of the teacher"),
         ("train.balance=teacher_accuracy generate.student_share=1", "needs verdicts on responses of the teacher"),
+        ("generate.refresh=stage train.targets=labels train.objective=kd", "learns from no response"),
+        ("generate.refresh=stage generate.student_share=0.0", "raise generate.student_share, or set"),
         ("evaluate.split=validation", "needs data.validation_share above 0"),
         ("data.validation_share=1.0", "data.validation_share"),
         ("train.objective=sft rewards.accuracy=off", 'expected rewards.accuracy "llm" or "rules"'),

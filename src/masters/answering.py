@@ -14,7 +14,7 @@ from masters import artifacts, engines, processes, schemas
 from masters.config import Runtime
 from masters.errors import StoreError
 from masters.identity import digest, fingerprint
-from masters.shards import Shard
+from masters.shards import Ref, Shard
 from masters.storage import Storage
 
 ENGINE = "masters.models.engine_worker"  # the module of the processes that answer
@@ -37,7 +37,12 @@ class Answerer:
 
 @dataclass(frozen=True)
 class Order:
-    """A shard to be answered by someone in some way."""
+    """A shard to be answered by someone in some way.
+
+    `part_of` names the shard that this one is a part of, without some of its questions. `batch` holds all questions of
+    that shard: where it is not in the store they are answered together, since what a question is answered depends on
+    its batch, and the part alone is kept.
+    """
 
     answerer: Answerer
     shard: Shard
@@ -49,6 +54,7 @@ class Order:
     sampling: dict
     stored: str | None = None  # the name of an earlier run's shard, or of a part of one
     part_of: str | None = None
+    batch: tuple[Ref, ...] = ()
 
     @property
     def asker(self) -> str:
@@ -70,11 +76,22 @@ class Order:
     def file(self) -> str:
         return f"shards/{self.kind}/{self.fingerprint}.parquet"
 
+    @property
+    def whole(self) -> str:
+        """The file of the shard that this one is a part of."""
+        return f"shards/{self.kind}/{self.part_of}.parquet"
+
+    @property
+    def asked(self) -> tuple[Ref, ...]:
+        """The questions that an engine answers as one batch."""
+        return self.batch or self.shard.refs
+
     def job(self) -> dict:
-        refs = [[r.digest, r.question_id, r.file, r.row] for r in self.shard.refs]
+        refs = [[r.digest, r.question_id, r.file, r.row] for r in self.asked]
+        kept = [r.question_id for r in self.shard.refs]
         return dict(
             out=self.file, kind=self.kind, model=self.answerer.name, mask_ratio=self.mask_ratio, stage=self.stage,
-            source=self.source, samples=self.samples, sampling=self.sampling, refs=refs,
+            source=self.source, samples=self.samples, sampling=self.sampling, refs=refs, kept=kept,
         )  # fmt: skip
 
 
@@ -91,22 +108,23 @@ def fulfil(
     folder: Path,
     on_progress: Callable[[int, int, str], None],
     beside: processes.Child | None = None,
+    stay: engines.Stay | None = None,
 ) -> dict:
     """Answer what is missing, at least one engine per model. Returns how it ran, for the summary.
 
     `on_progress` hears questions done, questions in all, and the shards as a note. `beside`: runs with the engines,
-    if there are any, and is waited for; what it says it `judged` is counted.
+    if there are any, and is waited for; what it says it `judged` is counted. `stay`: see `engines.run`.
     """
     todo = []
     for order in missing(data.storage, orders):
-        if order.part_of:
+        if order.part_of and (not order.batch or data.storage.exists(order.whole)):
             _cut(data.storage, order)
         else:
             todo.append(order)
     jobs: dict[tuple[str, str], list[Order]] = {}
     for order in todo:
         jobs.setdefault((order.answerer.digest, order.sampling["dtype"]), []).append(order)
-    done, shards, judged, questions = 0, 0, 0, sum(len(order.shard.refs) for order in todo)
+    done, shards, judged, questions = 0, 0, 0, sum(len(order.asked) for order in todo)
 
     def count(_: str, line: dict) -> None:
         nonlocal done, shards, judged
@@ -117,7 +135,7 @@ def fulfil(
 
     on_progress(0, questions, f"0 of {len(todo):,} shards")
     work = [_work(part, data, runtime) for part in jobs.values()]
-    how = engines.run(work, runtime, folder, count, [beside] if beside else [])
+    how = engines.run(work, runtime, folder, count, [beside] if beside else [], stay)
     return how | ({"judged_ahead": judged} if beside else {})
 
 
@@ -173,7 +191,7 @@ def _plan_rows(orders: list[Order]) -> Iterator[dict]:
 
 def _cut(storage: Storage, order: Order) -> None:
     """A shard of its own from an earlier one: without the questions that are withdrawn or changed."""
-    table = schemas.read(storage, f"shards/{order.kind}/{order.part_of}.parquet")
+    table = schemas.read(storage, order.whole)
     kept = {ref.question_id for ref in order.shard.refs}
     rows = [row for row in table.to_pylist() if row["question_id"] in kept]
     storage.create(order.file, schemas.encode(rows, table.schema))
@@ -194,6 +212,6 @@ def _work(orders: list[Order], data: artifacts.Artifact, runtime: Runtime) -> en
         name=f"{answerer.name}-{answerer.digest[:8]}", module=ENGINE, setup=setup,
         pieces=[order.job() for order in ordered], folder=str(answerer.folder), digest=answerer.digest,
         # a token costs a pass over the weights
-        cost=float(weights * sum(order.samples * len(order.shard.refs) for order in orders)),
+        cost=float(weights * sum(order.samples * len(order.asked) for order in orders)),
         environment=engines.ONE_THREAD if runtime.generate_workers > 1 else {},
     )  # fmt: skip

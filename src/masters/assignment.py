@@ -6,6 +6,7 @@ that it reaches the same store, and the worker's answer is left beside it.
 
 import json
 import os
+import re
 import socket
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -42,7 +43,10 @@ class Assignment(BaseModel):
     run: str = Field(pattern=r"^[0-9a-f-]{32,36}$", description="What the run that asks is known by in MLflow")
     began: AwareDatetime = Field(description="When it did: what others built since is not built again")
     tracked: Key = Field(description="The stage's run in MLflow")
-    stage: str = Field(pattern=r"^[a-z]+(-[a-z0-9]+)?$", description="generate, in a second round generate-2")
+    stage: str = Field(
+        pattern=r"^[a-z]+(-[a-z0-9]+){0,2}$",
+        description="generate, in a second round generate-2; of a mask stage alone generate-mask0, generate-2-mask0",
+    )
     inputs: dict[str, Folder] = Field(default={}, description="Artifacts that it reads, by their role")
     outside: dict[str, str | None] = Field(default={}, description="Digests of what it reads from elsewhere, by role")
     models: list[str] = Field(default=[], description="Of evaluate: who is asked, in this order")
@@ -58,8 +62,14 @@ class Assignment(BaseModel):
 
     @property
     def round(self) -> int:
-        number = self.stage.rpartition("-")[2]
-        return int(number) if number.isdigit() else 1
+        found = re.fullmatch(r"[a-z]+-([0-9]+)(-mask[0-9]+)?", self.stage)
+        return int(found[1]) if found else 1
+
+    @property
+    def mask_stage(self) -> int | None:
+        """The mask stage that is worked on alone, None for all of a round's."""
+        found = re.fullmatch(r"[a-z]+(-[0-9]+)?-mask([0-9]+)", self.stage)
+        return int(found[2]) if found else None
 
     def check_reads(self, upstream: Upstream) -> None:
         """Raises InputError if a model or the data on this machine is not what the run that asks has found."""

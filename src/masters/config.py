@@ -141,6 +141,11 @@ class Generate(Section):
         default="partition",
         description="partition: each question is answered at one mask ratio; full: at each of them",
     )
+    refresh: Literal["round", "stage"] = Field(
+        default="round",
+        description="When the student answers. round: all questions before a teacher's round; stage: those of each "
+        "mask stage as that stage begins, with the weights that training has reached",
+    )
     dtype: Dtype = Field(default="bfloat16", description="Arithmetic of the engines")
     seed: Seed = Field(default=0, description="Of the sampled responses")
 
@@ -500,6 +505,17 @@ class Config(Section):
         if self.train.targets == "responses" and self.train.objective == "masters" and self.generate.responses < 2:
             raise ValueError(
                 'objective "masters" compares the responses of a question: generate.responses must be >= 2'
+            )
+        if self.generate.refresh == "stage" and self.train.targets == "labels":
+            raise ValueError(
+                'generate.refresh = "stage" has the student answer as each mask stage begins, and train.targets = '
+                '"labels" learns from no response: set generate.refresh = "round"'
+            )
+        if self.generate.refresh == "stage" and not self.generate.student_responses:
+            raise ValueError(
+                'generate.refresh = "stage" has the student answer as each mask stage begins, and '
+                "generate.student_share = 0 leaves it no response: raise generate.student_share, or set "
+                'generate.refresh = "round"'
             )
         if self.generate.max_tokens >= self.runtime.max_model_len:
             raise ValueError(

@@ -7,7 +7,7 @@ the flow stays light, and silence, a lost driver and a cancellation end it as th
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from masters import processes
@@ -36,31 +36,51 @@ class Work:
     environment: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Stay:
+    """An engine that is kept for a model's next weights.
+
+    `digest`: of the model that it serves in this run, in the weights that it has or is to take. `again`: whether it
+    will be asked once more. On Ray engines end with their run, and start anew.
+    """
+
+    standing: processes.Standing
+    digest: str
+    again: bool
+
+
 def run(
     work: list[Work],
     runtime: Runtime,
     folder: Path,
     on_progress: Callable[[str, dict], None],
     beside: Sequence[processes.Child] = (),
+    stay: Stay | None = None,
 ) -> dict:
     """Do all pieces with at most `runtime.generate_workers` engines at a time. Returns how it ran, for the summary.
 
-    `engines` started in all, `workers` at a time; on Ray also `restarts` after an engine died. `beside` runs with the
-    engines, if there are any. Raises as `processes.run` does.
+    `engines` started in all, `workers` at a time; on Ray also `restarts` after an engine died; `kept` engines that were
+    there already. `beside` runs with the engines, if there are any. `stay`: an engine that outlives the run. Raises as
+    `processes.run` does.
     """
     work = [part for part in work if part.pieces]
     if work and runtime.ray_address:
         return _on_ray(work, runtime, folder, on_progress, beside)
-    children = [child for part in work for child in _children(part, folder)]
+    kept = sum(bool(stay and stay.standing.alive and part.digest == stay.digest) for part in work)
+    children = [child for part in work for child in _children(part, folder, stay)]
     at_once, silence = runtime.generate_workers, runtime.silence_minutes * 60
     ran = processes.run(children, at_once, on_progress, silence, beside if children else ())
-    return dict(engines=len(children), workers=min(at_once, len(children)), **ran.told())
+    how = dict(engines=len(children) - kept, workers=min(at_once, len(children)), **ran.told())
+    return how | (dict(kept=kept) if kept else {})
 
 
-def _children(work: Work, folder: Path) -> list[processes.Child]:
+def _children(work: Work, folder: Path, stay: Stay | None) -> list[processes.Child]:
     def child(name: str, pieces: list[dict]) -> processes.Child:
         return processes.Child(name, work.module, work.setup | dict(pieces=pieces), folder, work.environment)
 
+    if stay and stay.digest == work.digest and (stay.again or stay.standing.alive):
+        one = child(work.name, work.pieces)
+        return [replace(one, job=one.job | dict(stays=stay.again), standing=stay.standing, stays=stay.again)]
     if work.children == 1:
         return [child(work.name, work.pieces)]
     return [child(f"{work.name}-{n}", work.pieces[n :: work.children]) for n in range(work.children)]

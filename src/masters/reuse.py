@@ -5,7 +5,7 @@ shard's questions would be answered again. So a night keeps an earlier run's sha
 plans only the rest. Every artifact that engines answered has the table `plan`, which says what each shard holds.
 """
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import replace
 
 from masters import shards
@@ -43,6 +43,19 @@ class Earlier:
                 orders.append(_of(asked, name, kept, whole=len(kept) == len(set(held))))
         fresh = [replace(asked, shard=shard) for shard in shards.plan(sorted(wanted.values()))]
         return sorted([*orders, *fresh], key=lambda order: order.shard.refs)
+
+
+def narrowed(order: Order, wanted: Container[Ref]) -> Order | None:
+    """The order without the questions that are not wanted; None if none is left.
+
+    The others are answered exactly as the whole order has them answered: in the same batch.
+    """
+    kept = tuple(ref for ref in order.shard.refs if ref in wanted)
+    if not kept or len(kept) == len(order.shard.refs):
+        return order if kept else None
+    whole, batch = (order.part_of, ()) if order.part_of else (order.fingerprint, order.shard.refs)
+    shard = Shard(order.shard.prefix, kept)
+    return replace(order, shard=shard, stored=fingerprint([whole, shard.questions]), part_of=whole, batch=batch)
 
 
 def _of(asked: Order, name: str, kept: tuple[Ref, ...], whole: bool) -> Order:

@@ -96,7 +96,7 @@ def test_warnings_of_a_training_stand_above_its_plots(finished, monkeypatch: pyt
     run, pages = finished[0], []
     monkeypatch.setattr(reporting, "create_markdown_artifact", lambda page, key: pages.append(page))
     monkeypatch.setitem(run.made["train"].facts, "warnings", [dict(step=3, name="entropy", text="it fell <b>")])
-    reporting._plots(run, "")
+    reporting._plots(run, "", [run.made["train"]])
     assert pages[0].startswith("**Warning**, step 3: ") and "it fell" in pages[0] and "<b>" not in pages[0]
 
 
@@ -165,7 +165,7 @@ def test_pages_of_other_objectives_and_of_a_second_teacher(
 def test_the_gallery_shows_what_the_tables_say(finished) -> None:
     run, shown = finished
     page = str(shown["trained-gallery"].data)
-    assert page == gallery(run.made["data"], run.made["generate"], run.made["score"], run.made["train"])
+    assert page == gallery(run.made["data"], [run.made["generate"]], [run.made["score"]], [run.made["train"]])
     assert len(pictures(page)) == page.count("reference answer") == 2  # by hand every question is right in part
     said = [line.split(" | ") for line in page.splitlines() if line.startswith("| student")]
     assert [(row[1], row[-1]) for row in said] == [("1", f"{inert('red circle')} |")] * 2
@@ -192,7 +192,8 @@ def test_every_kind_of_question_is_there_and_hostile_text_is_text(tmp_path: Path
         table(storage, "responses", [said], schemas.RESPONSES),
         table(storage, "verdicts", [verdicts], schemas.VERDICTS),
     ]
-    page = gallery(*tables)
+    questions, *rest = tables
+    page = gallery(questions, *([one] for one in rest))
     for kind in ("every response right", "some right", "none right", "no verdict"):
         assert page.count(f"**{kind}**") == 1
     assert "<script>" not in page and "\x1b" not in page and "\u202e" not in page

@@ -39,6 +39,18 @@ def test_full_coverage_asks_every_teacher() -> None:
     assert sum(found.values()) * 1.5e6 / (0.4 * 989e12) / 3600 == pytest.approx(2916, rel=5e-3)
 
 
+def test_a_student_that_answers_at_every_mask_stage_costs_more_where_each_has_all_questions() -> None:
+    ours = STUDENT.forward(OF, 4 * 64)
+    for coverage, more in (("partition", 0), ("full", 4)):  # mask stages after the first
+        once, anew = (
+            estimate.flops(config(generate__coverage=coverage, generate__refresh=when), STUDENT, [TEACHER], OF)
+            for when in ("round", "stage")
+        )
+        assert anew["generate"] - once["generate"] == pytest.approx(more * ours)
+        assert anew["score"] == pytest.approx(once["score"] * (24 + 4 * more) / 24 if more else once["score"])
+        assert anew["train"] == once["train"]
+
+
 @pytest.mark.parametrize(
     ("values", "none"),
     [

@@ -1,6 +1,7 @@
 """Warnings of a run that goes wrong: on tiny models that are driven to it, and limit by limit."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,9 +9,13 @@ from typing import Any, cast
 
 import pytest
 
+from masters import artifacts
+from masters.artifacts import Identity
 from masters.config import Train
-from masters.models import run_warnings, trainer
+from masters.identity import digest
+from masters.models import history, run_warnings, trainer
 from masters.models.history import Ledger
+from masters.models.round_part import Part
 from masters.models.run_warnings import LIMITS, RunWarnings
 from masters.models.training_data import Step
 from masters.models.trees import Sizes
@@ -51,12 +56,16 @@ def test_a_healthy_run_says_nothing(tmp_path: Path) -> None:
     assert run(tmp_path, learning_rate=1e-4) == []
 
 
-def watched(steps: int, rows: list[dict], done: int = 0, storage: Any = None) -> list[dict]:
-    """Warnings on steps with these means; the first `done` of them are in the history of a run that goes on."""
+def watched(
+    steps: int, rows: list[dict], done: int = 0, storage: Any = None, histories: Sequence[str] = ()
+) -> list[dict]:
+    """Warnings on steps with these means; the first `done` of them are in the history of a run that goes on, or in
+    artifacts of the round's parts before."""
     told: list[dict] = []
     job = SimpleNamespace(
-        steps=[None] * steps, report=lambda **line: told.append(line), storage=storage, checkpoints="c"
-    )
+        round_steps=steps, report=lambda **line: told.append(line), storage=storage, checkpoints="c",
+        part=Part(histories=histories),
+    )  # fmt: skip
     warnings = RunWarnings(cast(Any, job), done)
     for number, row in enumerate(rows[done:], done + 1):
         warnings.look(number, row)
@@ -97,3 +106,20 @@ def test_a_run_that_goes_on_compares_with_the_steps_before(tmp_path: Path) -> No
         if number in (7, 25):
             ledger.write(storage, "c", 0)
     assert watched(100, rows, 25, storage) == watched(100, rows) != []
+
+
+def test_a_part_of_a_round_compares_with_the_parts_before_and_says_what_they_did_not(tmp_path: Path) -> None:
+    storage, ledger, folders = Storage(str(tmp_path)), Ledger(), []
+    rows = [HEALTHY] * 13 + [WRONG | {"entropy": 2.0}] * 12 + [WRONG] * 15
+    for number, row in enumerate(rows[:25], 1):
+        ledger.begin(number, 0, 0, 0.2)
+        ledger.end(8, row)
+        if number in (8, 25):
+            ledger.write(storage, f"part-{number}", 0)
+            made_of = Identity("train", number, {}, {})
+            content = next(history.files(storage, f"part-{number}", "history"))
+            storage.write(f"{made_of.folder}/history/0.parquet", content)
+            folders.append(artifacts.commit(storage, made_of, {"history/0.parquet": digest(content)}, {}).folder)
+    said = watched(100, rows)
+    assert {line["name"] for line in said} > {"entropy"}
+    assert watched(100, rows, 25, storage, folders) == [line for line in said if line["step"] > 25] != []

@@ -11,6 +11,7 @@ from masters.answering import Order
 from masters.artifacts import Artifact
 from masters.config import Config
 from masters.models.response_groups import response_groups
+from masters.models.round_part import Part
 from masters.models.schedule import stage_of
 from masters.models.training_data import Group, label_groups, plan_steps
 from masters.tasks import evaluate
@@ -127,7 +128,7 @@ def test_validation_questions_are_watched_and_never_trained_on(source: Path, spl
     run = made_run(tmp_path, source, data=dict(validation_share=0.3), evaluate=dict(split=split))
     current, questions = first_round(run), data.fn(run)
     inputs = {"data": questions, "masks": mask.fn(run, current), **by_hand(run, current, questions)}
-    job = _job(run, current, inputs, "", tmp_path)
+    job = _job(run, current, inputs, Part(), "", tmp_path)
     evaluated = [ref for order in evaluate.orders(run, questions, [current.student]) for ref in order.shard.refs]
     told = {name: sorted(shards.Ref(*ref) for ref in job[name]) for name in ("refs", "probe")} | {split: evaluated}
     expected = {"refs": "train", "probe": "validation", split: split}

@@ -35,7 +35,7 @@ EDGE = {"q6": "train"}  # as long as it may be
 class StandIn(Engine):
     """Its vLLM answers any prompt with the label that every model knows, and refuses a batch as vLLM does."""
 
-    def __init__(self, folder: Path, dtype: str, runtime: Runtime) -> None:
+    def __init__(self, folder: Path, dtype: str, runtime: Runtime, sleeps: bool = False) -> None:
         self.folder, self.processor = folder, AutoProcessor.from_pretrained(folder)
         known = AutoConfig.from_pretrained(folder).get_text_config().max_position_embeddings
         limit = SimpleNamespace(max_model_len=min(runtime.max_model_len, known))

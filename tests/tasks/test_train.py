@@ -12,6 +12,7 @@ from masters import memory, processes
 from masters.errors import InputError, WorkerLost
 from masters.identity import digest
 from masters.models import checkpoints, train_worker
+from masters.models.round_part import Part
 from masters.models.schedule import stage_of
 from masters.shards import Ref
 from masters.tasks import train as tasks_train
@@ -208,7 +209,7 @@ def test_too_little_memory_is_refused_before_a_model_is_loaded(source, tmp_path,
     run = made_run(tmp_path, source)
     current, questions = first_round(run), data.fn(run)
     inputs = {"data": questions, "masks": mask.fn(run, current), **by_hand(run, current, questions)}
-    job = _job(run, current, inputs, "checkpoints", tmp_path / "out")
+    job = _job(run, current, inputs, Part(), "checkpoints", tmp_path / "out")
     monkeypatch.setattr(checkpoints, "load_model", lambda *_: pytest.fail("a model was loaded"))
     monkeypatch.setattr(memory, "available", lambda: 8 << 20)
     with pytest.raises(InputError, match=r"0.01 GiB are free \(weights .* pass: \d{2,} tokens\): take a smaller"):
