@@ -219,10 +219,12 @@ def check_handed_over(run: Run, common: dict, first: Artifact, said: dict, last:
         _round(run, wanted(stage="score-mask2"), common)
 
 
-def test_mask_stages_trained_one_by_one_end_where_the_round_ends(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_mask_stages_trained_one_by_one_end_where_the_round_ends(ranks: int, source: Path, tmp_path: Path) -> None:
     """On the same responses: the same student, tables and looks at the probe; each knows what it went on from."""
     learning = dict(learning_rate=1e-3, questions_per_step=4, schedule="cosine", warmup_steps=3)
-    run = made_run(tmp_path, source, train=learning, **STAGE)
+    shared = dict(train_processes=ranks, sharding="fsdp2" if ranks > 1 else "replicate")
+    run = made_run(tmp_path, source, train=learning, runtime=shared, **STAGE)
     current, questions = first_round(run), data.fn(run)
     said, common = ByHand(run, current, questions), {"data": questions, "masks": mask.fn(run, current)}
     whole = train.fn(run, current, common | said.whole)
