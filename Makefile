@@ -46,7 +46,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/deptry flows tasks models rewards infra benchmarks src demo
+	$(BIN)/deptry flows tasks models rewards infra benchmarks examples src demo
 
 check: lint
 	$(BIN)/pip-audit --no-deps --disable-pip --progress-spinner off -r requirements/$(EXTRA).txt

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from masters.benchmarks.measure import Row
+    from benchmarks.measure import Row
 
 
 class Benchmark(StrEnum):
@@ -23,7 +23,7 @@ class Benchmark(StrEnum):
 
 def benchmark(name: Benchmark) -> "Callable[[], list[Row]]":
     """The function that measures; its libraries are imported now."""
-    return import_module(f"masters.benchmarks.{name.replace('-', '_')}").measured
+    return import_module(f"benchmarks.{name.replace('-', '_')}").measured
 
 
 def gpu_rows(name: Benchmark) -> "list[Row]":
@@ -34,4 +34,4 @@ def gpu_rows(name: Benchmark) -> "list[Row]":
 
     if not torch.cuda.is_available():
         return []
-    return import_module("masters.benchmarks.gpu").ROWS[name]()
+    return import_module("benchmarks.gpu").ROWS[name]()

@@ -1,7 +1,7 @@
 """`masters bench end-to-end`: the demo's generate and train, against the same method in one plain script.
 
 Ours is `masters stage train`, everything in it (Prefect, MLflow, tables, checkpoints); the baseline is
-`benchmarks/straightforward.py`. Each is a fresh process with an empty folder, on the same questions. Evaluation is left
+`examples/straightforward.py`. Each is a fresh process with an empty folder, on the same questions. Evaluation is left
 out: of the evaluation split ours gets the one question that it insists on.
 """
 
@@ -15,14 +15,14 @@ from pathlib import Path
 from resource import RUSAGE_CHILDREN, getrusage
 from tempfile import TemporaryDirectory
 
-from masters.benchmarks import pipeline
-from masters.benchmarks.measure import Row, medians
-from masters.benchmarks.straightforward import Settings
+from benchmarks import pipeline
+from benchmarks.measure import Row, medians
+from examples.straightforward import Settings
+from masters.common.errors import MastersError
 from masters.config import Config
-from masters.config_file import load
-from masters.errors import MastersError
-from masters.models.schedule import mask_stages
-from masters.sources.easyvqa import EasyVqa
+from masters.config.loading import load
+from masters.config.mask_schedule import mask_stages
+from masters.data.sources.easyvqa import EasyVqa
 
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "max_tokens")
 PARTS = ("whole", "generate", "train", "cpu")
@@ -98,7 +98,7 @@ def straightforward(questions: Path, out: Path, sizes: Sizes) -> Seconds:
     job.write_text(json.dumps(asdict(settings(load(pipeline.CONFIG), questions, out, sizes))))
     began, before = time.monotonic(), children_cpu()
     done = subprocess.run(
-        [sys.executable, "-m", "masters.benchmarks.straightforward", str(job)],
+        [sys.executable, "-m", "examples.straightforward", str(job)],
         cwd=pipeline.ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True,
         env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},  # as ours: no step stands still for a neighbour on a core
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """`masters bench engine`: time until the demo's teacher, masked at five ratios, has answered 64 prompts at each.
 
 Ours: one engine, its weights masked anew between the ratios. Baseline: an engine started for each of five masked
-checkpoints, which lie there before; the same start (`masters.models.engine`), the same requests. Every engine is a
-fresh process, imports included. Both must say the same.
+checkpoints, which lie there before; the same start (`masters.models.generation.engine`), the same requests. Every
+engine is a fresh process, imports included. Both must say the same.
 """
 
 import json
@@ -15,16 +15,16 @@ from tempfile import TemporaryDirectory
 
 from safetensors.torch import save_file
 
-from masters import processes
-from masters.benchmarks.measure import Row, compare
-from masters.benchmarks.pipeline import CONFIG, ROOT
+from benchmarks.measure import Row, compare
+from benchmarks.pipeline import CONFIG, ROOT
 from masters.config import Config, Generate, Runtime
-from masters.config_file import load
-from masters.models.checkpoints import masked_tensors
+from masters.config.loading import load
+from masters.config.mask_schedule import mask_stages
+from masters.data.sources.easyvqa import EasyVqa
+from masters.execution import processes
+from masters.execution.processes import Child
 from masters.models.masking import group_thresholds, safetensors_tensors
-from masters.models.schedule import mask_stages
-from masters.processes import Child
-from masters.sources.easyvqa import EasyVqa
+from masters.models.model_loading import masked_tensors
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def child(name: str, models: list[Masked], prompts: list[list[str]], config: Con
         samples=config.generate.teacher_responses, sampling=config.generate.model_dump(),
         runtime=config.runtime.model_dump(),
     )  # fmt: skip
-    return Child(name, "masters.benchmarks.engine", job, work, {})
+    return Child(name, "benchmarks.engine", job, work, {})
 
 
 def seconds(children: list[Child]) -> float:
@@ -96,7 +96,7 @@ def answers(children: list[Child]) -> list:
 
 def main(job_file: Path) -> None:
     """The engine's process: every model of the job answers all prompts."""
-    from masters.models.engine import Engine, Request
+    from masters.models.generation.engine import Engine, Request
 
     job = json.loads(job_file.read_text())
     sampling, models = Generate(**job["sampling"]), [Masked(**model) for model in job["models"]]

@@ -12,14 +12,14 @@ from functools import partial
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from masters.benchmarks import head, step
-from masters.benchmarks.measure import Row, compare, gpu_mib, seconds
-from masters.benchmarks.step import IMAGE, RESPONSES, Models, Shape
+from benchmarks import head, step
+from benchmarks.measure import Row, compare, gpu_mib, seconds
+from benchmarks.step import IMAGE, RESPONSES, Models, Shape
 from masters.config import Train
-from masters.models import precision
-from masters.models.checkpoints import attention
+from masters.models.distributed import mixed_precision
 from masters.models.families.base import VLM
-from masters.models.trees import Question
+from masters.models.model_loading import attention
+from masters.models.packing.prefix_tree import Question
 
 REPEATS = 5
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16 FLOP/s, by a part of the device's name
@@ -79,10 +79,10 @@ def step_rows(sizes: Sizes = Sizes()) -> list[Row]:
     Tokens are those of responses. The share of the peak is of what each way computes at all, so that repeated prompts
     count for the baseline.
     """
-    trained, frozen = (getattr(torch, kind) for kind in (sizes.train.dtype, precision.frozen_dtype(sizes.train)))
+    trained, frozen = (getattr(torch, kind) for kind in (sizes.train.dtype, mixed_precision.frozen_dtype(sizes.train)))
     kinds = (sizes.student, trained), (sizes.teacher, frozen), (sizes.student, frozen)
     models = Models(*(model(part, sizes.device, kind) for part, kind in kinds))
-    precision.computing(models.student, sizes.train)
+    mixed_precision.computing(models.student, sizes.train)
     asked = [step.question(sizes.shape, seed) for seed in range(sizes.questions)]
     case = f"GPU, {sizes.questions} x {sizes.shape}"
 

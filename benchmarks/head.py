@@ -2,7 +2,7 @@
 
 Baselines: whole logits (`losses.terms`); TRL's divergence function on whole logits; Liger's chunked loss. The last two
 give one number for all tokens, from which no reward can be computed; they are timed for what they do give. T, V, H as
-in `masters.models.head`. All in float32, forward and backward.
+in `masters.models.losses.chunked_head`. All in float32, forward and backward.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from masters.benchmarks.measure import Row, compare, extra_mib, gpu_mib, seconds
-from masters.models import head, losses
-from masters.models.head import Projection
+from benchmarks.measure import Row, compare, extra_mib, gpu_mib, seconds
+from masters.models.losses import chunked_head, formulas
+from masters.models.losses.chunked_head import Projection
 
 REPEATS = 3
 
@@ -71,12 +71,12 @@ def prepared(way: Way, sizes: Sizes) -> Callable[[], None]:
 
 
 def chunked(student: Projection, teacher: Projection, token_T: torch.Tensor) -> torch.Tensor:
-    terms = head.terms(student, teacher, token_T, "jsd")
+    terms = chunked_head.terms(student, teacher, token_T, "jsd")
     return (terms.divergence_T - terms.logp_T).mean()
 
 
 def dense(student: Projection, teacher: Projection, token_T: torch.Tensor) -> torch.Tensor:
-    terms = losses.terms(student.logits(), teacher.logits(), token_T, "jsd")
+    terms = formulas.terms(student.logits(), teacher.logits(), token_T, "jsd")
     return (terms.divergence_T - terms.logp_T).mean()
 
 

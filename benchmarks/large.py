@@ -1,7 +1,7 @@
 """`masters bench large`: 100,000 questions through all of a run but its models, and stores that hold 10,000 shards.
 
 Questions are easy-VQA's, asked again in other words. The models are left out: whoever answers is a stand-in that says
-a word at once (`masters.benchmarks.stand_in`), rules judge, and of training only what comes before its first step is
+a word at once (`benchmarks.stand_in`), rules judge, and of training only what comes before its first step is
 done: groups, steps and the plan of packed passes. All else is a run's own code and its own processes. Each size runs
 in a fresh process. Baselines as in `scale`: of time the smallest size's, multiplied as the questions are, of memory
 the smallest size's itself. A store's are those of its smallest number of shards, multiplied likewise; one lies in
@@ -22,22 +22,25 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
-from masters import answering, artifacts, memory, schemas, shards
-from masters.answering import NO_SHARD, Answerer, Order
-from masters.artifacts import Artifact, Identity
-from masters.benchmarks import scale
-from masters.benchmarks.measure import Row, once
-from masters.benchmarks.pipeline import CONFIG
-from masters.config_file import load
-from masters.identity import digest
+from benchmarks import scale
+from benchmarks.measure import Row, once
+from benchmarks.pipeline import CONFIG
+from masters.checks.preflight import preflight
+from masters.common import machine
+from masters.common.hashing import digest
+from masters.config.loading import load
+from masters.data import question_shards
+from masters.data.question_shards import Ref
+from masters.data.sources.easyvqa import EasyVqa
 from masters.infra import object_store, service
-from masters.preflight import preflight
-from masters.shards import Ref
-from masters.sources.easyvqa import EasyVqa
-from masters.storage import Storage
-from masters.tracking import Tracker
+from masters.models.generation import shards as answering
+from masters.models.generation.shards import NO_SHARD, Answerer, Order
+from masters.store import artifacts, tables
+from masters.store.artifacts import Artifact, Identity
+from masters.store.storage import Storage
+from masters.tracking.run_writer import Tracker
 
-STAND_IN = "masters.benchmarks.stand_in"
+STAND_IN = "benchmarks.stand_in"
 WORDS = ("{}", "look at the image: {}", "please answer briefly: {}")  # easy-VQA has 38,575 questions to train on
 EVALUATION = 500
 START_SECONDS = 60  # of an S3 server
@@ -69,7 +72,7 @@ def _apart(work: Callable[[int], Any], size: int) -> Any:
 def run(questions: int) -> dict[str, dict]:
     """By stage `seconds`, `peak_mib` and, with processes of its own, `children_peak_mib`."""
     from masters.tasks import data, generate, mask, score
-    from masters.tasks.stage import Context, Round, Run
+    from masters.tasks.run_context import Context, Round, Run
 
     with TemporaryDirectory(prefix="masters-bench-") as work, patch.object(answering, "ENGINE", STAND_IN):
         source = write_source(Path(work) / "source", questions)
@@ -88,16 +91,20 @@ def run(questions: int) -> dict[str, dict]:
 
 def packing(current, table: Artifact, responses: Artifact, verdicts: Artifact, made) -> dict[str, float]:
     """What the trainer does with tables before its first step."""
-    from masters.models import passes, response_groups, training_data
+    from masters.models.training import groups as response_groups
+    from masters.models.training import groups as training_data
+    from masters.models.training import microbatches
 
-    memory.forget_peak()
+    machine.forget_peak()
     began, train, runtime = time.monotonic(), made.config.train, made.config.runtime
-    refs, ratios = shards.references(table, "train"), current.ratios
+    refs, ratios = question_shards.references(table, "train"), current.ratios
     coverage = made.config.generate.coverage
     groups, _ = response_groups.response_groups(refs, responses, verdicts, ratios, coverage)
     steps = training_data.plan_steps(groups, len(ratios), train.epochs, train.questions_per_step, train.seed)
-    passes.plan(steps, [passes.size_of(group) for group in groups], runtime.token_budget, runtime.train_processes)
-    return dict(seconds=time.monotonic() - began, peak_mib=memory.peak_mib())
+    microbatches.plan(
+        steps, [microbatches.size_of(group) for group in groups], runtime.token_budget, runtime.train_processes
+    )
+    return dict(seconds=time.monotonic() - began, peak_mib=machine.peak_mib())
 
 
 def write_source(folder: Path, questions: int) -> Path:
@@ -147,12 +154,12 @@ def store(root: str, count: int) -> dict[str, float]:
     asker = Answerer("m", Path("m"), "d", {})
     order = Order(asker, NO_SHARD, "predictions", "evaluation", None, 0, 1, dict(dtype="float32"))
     storage, seconds = Storage(root), {}
-    orders = [replace(order, shard=shards.Shard("", (_ref(number),))) for number in range(count)]
+    orders = [replace(order, shard=question_shards.Shard("", (_ref(number),))) for number in range(count)]
     row = dict(model="m", text="red", finish_reason="stop")
 
     def write() -> None:
         for each in orders:
-            content = schemas.encode([row | dict(question_id=each.shard.refs[0].question_id)], schemas.PREDICTED)
+            content = tables.encode([row | dict(question_id=each.shard.refs[0].question_id)], tables.PREDICTED)
             storage.create(each.file, content)
 
     def commit() -> None:

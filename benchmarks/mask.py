@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.utils import prune
 
-from masters.benchmarks.measure import Row, compare, extra_mib, once, seconds
-from masters.models.checkpoints import remask
+from benchmarks.measure import Row, compare, extra_mib, once, seconds
 from masters.models.masking import group_thresholds, magnitude_thresholds, rank, safetensors_tensors
+from masters.models.model_loading import remask
 
 SHAPE = (4096, 14336)
 RATIOS = [0.2, 0.15, 0.1, 0.05, 0.01]

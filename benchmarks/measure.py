@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from masters import memory
+from masters.common import machine
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def extra_mib(prepare: Callable[[], Callable[[], object]]) -> Callable[[], float
 
 def _peak(prepare: Callable[[], Callable[[], object]], send) -> None:
     work = prepare()
-    memory.forget_peak()  # imports have one too
-    before = memory.peak_mib()
+    machine.forget_peak()  # imports have one too
+    before = machine.peak_mib()
     work()
-    send.send(memory.peak_mib() - before)
+    send.send(machine.peak_mib() - before)

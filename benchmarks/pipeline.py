@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from masters.errors import MastersError
+from masters.common.errors import MastersError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs/easyvqa.toml"

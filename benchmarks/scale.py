@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from masters.benchmarks import pipeline
-from masters.benchmarks.measure import Row, once
+from benchmarks import pipeline
+from benchmarks.measure import Row, once
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import cast
 
 from transformers import AutoProcessor
 
-from masters import processes
 from masters.config import Generate, Runtime
-from masters.models import engine_worker
-from masters.models.engine import Engine, Reply, Request
+from masters.execution import processes
+from masters.models.generation import worker
+from masters.models.generation.engine import Engine, Reply, Request
 from masters.models.prompts import model_inputs
 
 WORDS = ("red", "blue", "green", "yes", "no", "circle", "triangle", "rectangle")
@@ -43,5 +43,5 @@ class StandIn:
 
 
 if __name__ == "__main__":
-    engine_worker.Engine = cast(type[Engine], StandIn)
-    processes.child_main(engine_worker.main)
+    worker.Engine = cast(type[Engine], StandIn)
+    processes.child_main(worker.main)

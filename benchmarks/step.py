@@ -13,15 +13,16 @@ from functools import partial
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from masters.benchmarks.head import trl
-from masters.benchmarks.measure import Row, compare, seconds
+from benchmarks.head import trl
+from benchmarks.measure import Row, compare, seconds
 from masters.config import Rewards, Train
-from masters.models import head, losses, objective
 from masters.models.families import family_of
 from masters.models.families.base import VLM
-from masters.models.head import Projection
-from masters.models.packing import Pack, pack, response_states
-from masters.models.trees import Question
+from masters.models.losses import chunked_head, formulas
+from masters.models.losses.chunked_head import Projection
+from masters.models.packing.packed_batch import Pack, pack, response_states
+from masters.models.packing.prefix_tree import Question
+from masters.models.training import objective
 
 RESPONSES, REPEATS = 8, 3
 VOCABULARY, IMAGE = 4096, 4  # IMAGE: the image's token
@@ -112,14 +113,14 @@ def packed_loss(models: Models, *asked: Question, row: int = 0) -> torch.Tensor:
     with torch.no_grad():
         taught, known = (response_states(frozen, batch) for frozen in (models.teacher, models.reference))
     states = response_states(models.student, batch)
-    return _objective(head.terms(states, taught, batch.token_U, "jsd", known), batch)
+    return _objective(chunked_head.terms(states, taught, batch.token_U, "jsd", known), batch)
 
 
 def separate_loss(models: Models, asked: Question) -> torch.Tensor:
     with torch.no_grad():
         taught, known = (separate_states(frozen, asked).logits() for frozen in (models.teacher, models.reference))
     logits, batch = separate_states(models.student, asked).logits(), pack([asked], models.student, FAMILY)
-    return _objective(losses.terms(logits, taught, batch.token_U, "jsd", known), batch)
+    return _objective(formulas.terms(logits, taught, batch.token_U, "jsd", known), batch)
 
 
 def trl_loss(models: Models, asked: Question) -> torch.Tensor:
@@ -139,7 +140,7 @@ def separate_states(model: VLM, asked: Question) -> Projection:
     return Projection(hidden.last_hidden_state[:, len(asked.ids_P) - 1 : -1].flatten(0, 1), model.lm_head.weight)
 
 
-def _objective(terms: losses.Terms, batch: Pack) -> torch.Tensor:
+def _objective(terms: formulas.Terms, batch: Pack) -> torch.Tensor:
     """The method's loss: half of the responses right."""
     terms = batch.spread(terms)
     score_R = torch.arange(batch.responses) % 2

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneratio
 
 from demo import build
 from demo import train as packed
-from masters.sources.digits import DIGITS, HEIGHT, POOLS, SLOT, WIDTH, Handwriting, handwriting, questions
+from masters.data.sources.digits import DIGITS, HEIGHT, POOLS, SLOT, WIDTH, Handwriting, handwriting, questions
 
 SIZE = (HEIGHT, WIDTH)
 HELD_OUT = 200  # digits, the last of the pool, never trained on: the progress is measured on them

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from masters.sources.digits import Digits
+from masters.data.sources.digits import Digits
 
 BATCH = 64
 TOKENS = 16  # at most, of an answer

@@ -24,7 +24,7 @@ from transformers import AddedToken, PreTrainedTokenizerFast, Qwen3VLForConditio
 
 from demo import build
 from demo.train import IGNORE, answer_loss, schedule, stacked, update
-from masters.identity import digest, unit_interval
+from masters.common.hashing import digest, unit_interval
 from masters.rewards import judge_prompts
 from masters.rewards.rules import exact_match, normalise
 from masters.rewards.verdict import Triple

@@ -8,27 +8,31 @@ from prefect import Flow, State, flow
 from prefect.client.schemas.objects import FlowRun
 from prefect.runtime import flow_run
 
-from masters.allowed import check_config
-from masters.artifacts import Artifact
+from masters.checks.model_folder import LocalModel
+from masters.checks.preflight import preflight
+from masters.common.errors import StoreError
 from masters.config import Config
-from masters.errors import StoreError
-from masters.flows.attempts import attempt, patient
-from masters.preflight import LocalModel, preflight
-from masters.stages import Stage
-from masters.storage import Storage
-from masters.summary import Summary
-from masters.tasks import pools
+from masters.config.allowlist import check_config
+from masters.config.stages import Stage
+from masters.flows.retries import attempt, patient
+from masters.flows.summary import Summary
+from masters.store.artifacts import Artifact
+from masters.store.storage import Storage
+from masters.tasks import work_pools
 from masters.tasks.data import data
 from masters.tasks.evaluate import ahead, before, evaluate
 from masters.tasks.generate import generate
 from masters.tasks.mask import mask
+from masters.tasks.progress import warn
 from masters.tasks.refresh import begun, following, student_engine
 from masters.tasks.register import register
 from masters.tasks.report import reported
+from masters.tasks.run_context import Context, Round, Run
 from masters.tasks.score import score
-from masters.tasks.stage import Context, Round, Run, warn
 from masters.tasks.train import Inputs, train
-from masters.tracking import Tracker, close_lost, close_of, tracking_uri
+from masters.tracking.locations import tracking_uri
+from masters.tracking.open_runs import close_lost, close_of
+from masters.tracking.run_writer import Tracker
 
 
 def crashed(flow: Flow, flow_run: FlowRun, state: State) -> None:
@@ -60,7 +64,7 @@ def distill(config: Config, rebuild: list[Stage] | None = None, until: Stage = S
 @contextmanager
 def tracked(context: Context, rebuild: frozenset[Stage] = frozenset()) -> Iterator[tuple[Run, Summary]]:
     """A run in MLflow and its summary, both ended as the body ends."""
-    pools.check(context.config, context.storage)
+    work_pools.check(context.config, context.storage)
     key = str(flow_run.id or "")
     run = Run(context, patient(lambda: Tracker(context.config, context.storage, key)), rebuild)
     summary = Summary(run, key)

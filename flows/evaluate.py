@@ -6,26 +6,30 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.runtime import flow_run
 
-from masters import allowed, artifacts, lmms_tasks
-from masters.allowed import Setting
-from masters.artifacts import Artifact
-from masters.assignment import here
-from masters.config import Config, Model
-from masters.errors import InputError
-from masters.flows.attempts import attempt, patient
+from masters.checks.model_folder import LocalModel, local_model
+from masters.checks.preflight import preflight
+from masters.common.errors import InputError
+from masters.common.machine import cache
+from masters.config import Config, Model, allowlist
+from masters.config.allowlist import Setting
+from masters.evaluation import benchmark_selection
+from masters.execution.pool_request import here
 from masters.flows.distill import crashed
-from masters.machine import cache
-from masters.preflight import LocalModel, local_model, preflight
-from masters.registry import shown
+from masters.flows.retries import attempt, patient
 from masters.rewards.verifiers import verifier_of
-from masters.storage import Storage
+from masters.store import artifacts
+from masters.store.artifacts import Artifact
+from masters.store.storage import Storage
 from masters.tasks.benchmark import benchmark
 from masters.tasks.data import data
 from masters.tasks.evaluate import evaluate as answer
+from masters.tasks.progress import warn
 from masters.tasks.report import benchmarks_reported
-from masters.tasks.stage import Context, Run, warn
-from masters.trace import find
-from masters.tracking import Tracker, tracking_uri
+from masters.tasks.run_context import Context, Run
+from masters.tracking.client import shown
+from masters.tracking.lineage_report import find
+from masters.tracking.locations import tracking_uri
+from masters.tracking.run_writer import Tracker
 
 
 @flow(name="evaluate", flow_run_name="{config.name}", on_crashed=[crashed], persist_result=False)
@@ -61,14 +65,16 @@ def evaluate(
     return dict(metric=metric, scores=scores, benchmarks=found_out, stages=run.stages, mlflow=mlflow)
 
 
-def understood(benchmarks: list[str] | None, limit: int | None) -> lmms_tasks.Asked | None:
+def understood(benchmarks: list[str] | None, limit: int | None) -> benchmark_selection.Asked | None:
     """The tasks that are meant, None without any. Raises InputError before anything has run."""
     if limit is not None and limit < 1:
         raise InputError(f"benchmark_limit: expected at least 1, found {limit}")
-    return lmms_tasks.understood(benchmarks) if benchmarks else None
+    return benchmark_selection.understood(benchmarks) if benchmarks else None
 
 
-def benchmarked(run: Run, models: list[LocalModel], wanted: lmms_tasks.Asked, limit: int | None) -> dict[str, list]:
+def benchmarked(
+    run: Run, models: list[LocalModel], wanted: benchmark_selection.Asked, limit: int | None
+) -> dict[str, list]:
     """Scores of benchmarks by model: a row a task, metric and filter."""
     scores = {}
     for number, model in enumerate(models, 1):
@@ -100,7 +106,7 @@ def _student(model: str, tracking: str) -> Artifact:
     """What a version of a registered model stands for."""
     _, target = find(model, tracking)
     (folder,) = target.folders
-    allowed.check(Setting.STORES, f"the store of {target.title}", target.store)
+    allowlist.check(Setting.STORES, f"the store of {target.title}", target.store)
     student = artifacts.load(Storage(target.store), folder)
     if student.record["digest"] != target.folders[folder]:
         raise InputError(f"{target.title}: {student.uri} was built again since, it is another student")

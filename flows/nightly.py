@@ -7,25 +7,29 @@ from dataclasses import dataclass
 from prefect import Flow, State, flow
 from prefect.client.schemas.objects import FlowRun
 
-from masters import artifacts, webhook
-from masters.allowed import check_config
-from masters.artifacts import RECORD, Artifact
+from masters.checks.model_folder import LocalModel
+from masters.checks.preflight import Ready, preflight, started_from
+from masters.common.errors import ArtifactError, InputError
 from masters.config import Config
-from masters.errors import ArtifactError, InputError
-from masters.flows.attempts import attempt, patient
+from masters.config.allowlist import check_config
+from masters.config.stages import Stage
+from masters.evaluation.promotion_gate import Comparison, compare, objections, regressions
+from masters.flows import webhook
 from masters.flows.distill import Distilled, crashed, pipeline, tracked
-from masters.gate import Comparison, compare, objections, regressions
-from masters.machine import turn
-from masters.preflight import LocalModel, Ready, open_storage, preflight, started_from
-from masters.registry import Registry
-from masters.reuse import Earlier
+from masters.flows.retries import attempt, patient
+from masters.models.generation.shards import Earlier
 from masters.rewards.verifiers import verifier_of
-from masters.stages import Stage
-from masters.storage import Storage
+from masters.store import artifacts
+from masters.store.artifacts import RECORD, Artifact
+from masters.store.locks import turn
+from masters.store.storage import Storage, open_storage
 from masters.tasks.evaluate import evaluate
+from masters.tasks.progress import warn
 from masters.tasks.report import night_reported
-from masters.tasks.stage import Context, Run, warn
-from masters.tracking import check_answers, tracking_uri
+from masters.tasks.run_context import Context, Run
+from masters.tracking.client import check_answers
+from masters.tracking.locations import tracking_uri
+from masters.tracking.registry import Registry
 
 NOTHING = dict(reasons=[], regressions=[])
 UNTRAINED = dict(

@@ -6,16 +6,16 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from types import MappingProxyType
 
-from masters import artifacts
-from masters.artifacts import Artifact, Identity
+from masters.checks.preflight import preflight
 from masters.config import Config
-from masters.config_file import flat
+from masters.config.loading import flat
+from masters.config.stages import Stage
 from masters.flows.distill import needs
-from masters.preflight import preflight
-from masters.stages import Stage
-from masters.storage import Storage
+from masters.store import artifacts
+from masters.store.artifacts import Artifact, Identity
+from masters.store.storage import Storage
 from masters.tasks import data, evaluate, generate, mask, refresh, register, score, train
-from masters.tasks.stage import Context, Round
+from masters.tasks.run_context import Context, Round
 
 
 class Unknown(Exception):

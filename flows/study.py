@@ -6,28 +6,29 @@ from pathlib import Path
 from prefect import flow
 from prefect.runtime import flow_run
 
-from masters import allowed
-from masters.allowed import Setting
-from masters.config import Config
-from masters.config_file import changed
-from masters.errors import RunsFailed
-from masters.flows.attempts import attempt, patient
+from masters.checks.model_folder import AFTER, BEFORE
+from masters.checks.preflight import preflight
+from masters.common.errors import RunsFailed
+from masters.common.hashing import digest, fingerprint
+from masters.common.redaction import masked
+from masters.config import Config, allowlist
+from masters.config.allowlist import Setting
+from masters.config.loading import changed
+from masters.config.stages import Stage
+from masters.config.study_file import Study, arm_config
+from masters.evaluation.study_results import Cell, Result, Results, packed_bits, questions_of
 from masters.flows.distill import crashed, pipeline
 from masters.flows.plan import settings
-from masters.identity import digest, fingerprint
-from masters.preflight import AFTER, BEFORE, preflight
-from masters.secrets import masked
-from masters.stages import Stage
-from masters.study_file import Study, arm_config
-from masters.study_results import Cell, Result, Results, packed_bits, questions_of
-from masters.summary import Summary
-from masters.tasks import pools, train
+from masters.flows.retries import attempt, patient
+from masters.flows.summary import Summary
+from masters.reporting.study_report import write_report
+from masters.reporting.study_table import StudyRuns, shown_arm
+from masters.tasks import train, work_pools
 from masters.tasks.evaluate import sampling_of
+from masters.tasks.progress import warn
 from masters.tasks.report import study_reported
-from masters.tasks.stage import Context, Run, warn
-from masters.tasks.study_report import write_report
-from masters.tasks.study_table import StudyRuns, shown_arm
-from masters.tracking import Tracker
+from masters.tasks.run_context import Context, Run
+from masters.tracking.run_writer import Tracker
 
 RATE = 1e-6  # in the digest of an arm's settings, to which each run adds its own rate, seed and split
 
@@ -44,7 +45,7 @@ def study(config: Config, design: Study) -> dict:
         design: The arms, their learning rates and seeds, and the planned comparisons.
     """
     with attempt():
-        allowed.check(Setting.STORES, "results", allowed.on_disk(design.results))
+        allowlist.check(Setting.STORES, "results", allowlist.on_disk(design.results))
         conductor = Conductor(config, design)
         tracker = patient(lambda: Tracker(config, conductor.storage, str(flow_run.id or ""), "study"))
         status = "FAILED"
@@ -75,7 +76,7 @@ class Conductor:
         self.found = StudyRuns(design)
         self.storage = next(iter(self._arms.values())).storage
         for own in configs.values():
-            pools.check(own, self.storage)
+            work_pools.check(own, self.storage)
 
     def conduct(self, tracker: Tracker) -> dict:
         """Run every cell that has no result yet. Returns the report; its files are also in MLflow's run."""

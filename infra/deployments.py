@@ -92,7 +92,7 @@ async def deploy_stages(settings: Settings) -> None:
     """
     if not settings.pools:
         return
-    from masters.flows.stage import stage  # seconds of imports that no other deployment needs
+    from masters.flows.pool_stage import stage  # seconds of imports that no other deployment needs
 
     for pool in settings.pools:
         deployment = await stage.ato_deployment(

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import urlopen
 
-from masters.errors import MastersError
+from masters.common.errors import MastersError
 from masters.infra.ports import free_ports
 
 START_SECONDS = 120

@@ -10,7 +10,7 @@ import botocore.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from masters.errors import InputError
+from masters.common.errors import InputError
 from masters.infra.ports import free_ports, is_free
 from masters.infra.service import Service
 

@@ -7,7 +7,7 @@ import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
-from masters.errors import InputError, MastersError
+from masters.common.errors import InputError, MastersError
 from masters.infra.service import Service
 
 DATABASES = ("prefect", "mlflow")

@@ -4,7 +4,7 @@ import sys
 
 import uvicorn
 
-from masters.processes import die_with_parent
+from masters.execution.processes import die_with_parent
 
 
 def main(port: int) -> None:

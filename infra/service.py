@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from masters.errors import MastersError
+from masters.common.errors import MastersError
 
 MARK = "MASTERS_SERVICE"
 POLITE_SECONDS = 10  # to end before it is killed

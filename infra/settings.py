@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 
-from masters.errors import InputError
+from masters.common.errors import InputError
 
 PORTS = (1, 65535)
 RANGES = {

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from masters.errors import InputError, MastersError
+from masters.common.errors import InputError, MastersError
 from masters.infra import object_store, postgres
 from masters.infra.api import answers, post, worker_is_online
 from masters.infra.service import Service, Started, log_of, start, stop, wait

@@ -4,8 +4,8 @@ import os
 
 import torch
 
-from masters.errors import InputError
-from masters.processes import SLOT
+from masters.common.errors import InputError
+from masters.execution.processes import SLOT
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from masters import patterns
+from masters.common import safe_regex
 
 PIECE = 1 << 20  # elements counted at a time
 BUCKETS = 1 << 15  # of a magnitude's 15 high bits
@@ -174,7 +174,7 @@ def is_masked(name: str, dimensions: int, exclude: tuple[str, ...] = ()) -> bool
     Ours: the paper does not say which tensors are masked.
     """
     eligible = name.endswith(".weight") and dimensions >= 2 and not NEVER.search(name)
-    return eligible and not any(patterns.found(pattern, name) for pattern in exclude)
+    return eligible and not any(safe_regex.found(pattern, name) for pattern in exclude)
 
 
 def mask_group(name: str, granularity: str) -> str:

@@ -5,7 +5,7 @@ import io
 import torch
 from PIL import Image
 
-from masters.images import rgb
+from masters.data.images import rgb
 from masters.rewards.judge_prompts import TAGS, Conversation
 
 
@@ -44,3 +44,20 @@ def label_tokens(tokenizer, answer: str) -> list[int]:
 def model_inputs(processor, question: str, image: bytes) -> dict[str, torch.Tensor]:
     """The processor's output: [1, P] token tensors and the family's image tensors."""
     return dict(processor(text=[chat(processor, question)], images=[opened(image)], return_tensors="pt"))
+
+
+class PromptLength:
+    """Counts as the processor it is given does, to the token; it is asked once, for what it writes around an image."""
+
+    def __init__(self, processor) -> None:
+        self._processor, self._around = processor, 0
+        image, text = Image.new("RGB", (64, 64)), chat(processor, "?")
+        real = len(processor(text=[text], images=[image])["input_ids"][0])
+        self._around = real - self(text, image.size)
+
+    def __call__(self, text: str, size: tuple[int, int]) -> int:
+        """`text`: of the chat template, one image in it; `size`: the image's width and height in pixels."""
+        width, height = size
+        counted = self._processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
+        words = len(self._processor.tokenizer(text)["input_ids"])
+        return words + counted["num_image_tokens"][0] + self._around

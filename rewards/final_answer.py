@@ -2,7 +2,7 @@
 
 import re
 
-from masters import patterns
+from masters.common import safe_regex
 from masters.rewards.rules import exact_match, normalise
 
 LONGEST = 10_000  # characters from the end that a pattern is looked for in: all its matches may take their square
@@ -48,5 +48,5 @@ def _content(text: str) -> str:
 
 
 def _found(pattern: str, text: str) -> str:
-    part = patterns.last(pattern, text[-LONGEST:])
+    part = safe_regex.last(pattern, text[-LONGEST:])
     return text if part is None else part

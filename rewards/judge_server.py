@@ -1,15 +1,17 @@
 """A judge behind the URL of an OpenAI-compatible server: bounded concurrency, retries with back-off, time-outs."""
 
 import os
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import Any, cast
 
+import httpx
 import openai
 
-from masters.judge_url import KEY
+from masters.config.judge_url import KEY
 from masters.rewards.judge import Answer
-from masters.rewards.judge_limits import client
 from masters.rewards.judge_prompts import Conversation
 
 RETRIES = 8  # a request, 0.5 s to 8 s apart (a server may ask for more): about 40 s without an answer
@@ -17,6 +19,8 @@ GIVE_UP = 32  # requests in a row without an answer, each after its retries
 LONGEST_NAME = 1000  # characters
 UNNAMED = "default"  # asked for where the server lists no model; servers of one model ignore the name
 NOT_THIS_PROMPT = (400, 413, 422)
+
+LARGEST = 1 << 20  # bytes of an answer
 
 
 class Server:
@@ -88,3 +92,39 @@ def _text(content: object) -> str:
 
 def _line(text: str) -> str:
     return " ".join(text.split())[:300]
+
+
+class Limited(httpx.SyncByteStream):
+    """A body that ends with an error when it is too long or takes too long: read time-outs hold for a piece alone."""
+
+    def __init__(self, body: httpx.SyncByteStream, seconds: float) -> None:
+        self._body, self._seconds = body, seconds
+
+    def __iter__(self) -> Iterator[bytes]:
+        deadline, size = time.monotonic() + self._seconds, 0
+        for piece in self._body:
+            size += len(piece)
+            if size > LARGEST:
+                raise httpx.DecodingError(f"an answer of more than {LARGEST} bytes")
+            if time.monotonic() > deadline:
+                raise httpx.ReadTimeout(f"an answer of more than {self._seconds:g} s")
+            yield piece
+
+    def close(self) -> None:
+        self._body.close()
+
+
+def client(seconds: float) -> httpx.Client:
+    """An HTTP client with these limits that follows no redirect: who allowed a host did not allow another."""
+
+    def limit(response: httpx.Response) -> None:
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise httpx.DecodingError("a compressed answer, which was not asked for")
+        if isinstance(response.stream, httpx.SyncByteStream):
+            response.stream = Limited(response.stream, seconds)
+
+    headers = {"Accept-Encoding": "identity"}  # what is small when packed may be without end
+    return httpx.Client(
+        timeout=seconds, follow_redirects=False, headers=headers, event_hooks=dict(response=[limit]),
+        limits=httpx.Limits(max_connections=None),
+    )  # fmt: skip

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from threading import Lock
 from typing import IO
 
-from masters.errors import WorkerError
+from masters.common.errors import WorkerError
 
 LONGEST = 1000  # characters from a text's end: the final number stands there, and parsing takes long on long texts
 START_SECONDS = 300.0  # to import SymPy, on a busy machine too

@@ -9,7 +9,7 @@ judge_failed    the judge could not be had; a later run asks it again
 from dataclasses import dataclass
 from typing import Literal
 
-from masters.identity import canonical, digest
+from masters.common.hashing import canonical, digest
 
 Status = Literal["ok", "parse_failed", "refused", "judge_failed"]
 FINAL = ("ok", "parse_failed")  # what asking again would not change

@@ -6,14 +6,16 @@ from pathlib import Path
 
 from prefect import task
 
-from masters import processes, schemas
-from masters.artifacts import Artifact, External, Identity, Upstream
+from masters.checks.model_folder import LocalModel
+from masters.common.hashing import digest
 from masters.config import Config
-from masters.identity import digest
-from masters.lmms_results import check_whole, sample_rows, score_rows
-from masters.lmms_tasks import PACKAGES, Asked
-from masters.preflight import LocalModel
-from masters.tasks.stage import STAGE, Context, Run, build_or_reuse
+from masters.evaluation.benchmark_results import check_whole, sample_rows, score_rows
+from masters.evaluation.benchmark_selection import PACKAGES, Asked
+from masters.execution import processes
+from masters.store import tables
+from masters.store.artifacts import Artifact, External, Identity, Upstream
+from masters.tasks.build import STAGE, build_or_reuse
+from masters.tasks.run_context import Context, Run
 
 VERSION = 1
 # images reach the model as they are, and nothing is told to anybody
@@ -55,8 +57,8 @@ def benchmark(
             samples += sample_rows(benchmark, results)
             raw = {key: value for key, value in results.items() if key != "samples"}
             files[f"results/{number}.json"] = json.dumps(raw, indent=1).encode()
-        files["scores/0.parquet"] = schemas.encode(scores, schemas.BENCHMARK_SCORES)
-        files["samples/0.parquet"] = schemas.encode(samples, schemas.BENCHMARK_SAMPLES)
+        files["scores/0.parquet"] = tables.encode(scores, tables.BENCHMARK_SCORES)
+        files["samples/0.parquet"] = tables.encode(samples, tables.BENCHMARK_SAMPLES)
         for file, content in files.items():
             run.storage.write(f"{made_of.folder}/{file}", content)
         facts = dict(rows=len(samples), scores=scores, lmms_eval=asked.version)
@@ -79,7 +81,9 @@ def child(config: Config, model: LocalModel, asked: Asked, limit: int | None, fo
     )  # fmt: skip
     path = os.pathsep.join(part for part in (str(PACKAGES), os.environ.get("PYTHONPATH")) if part)
     environment = ENVIRONMENT | {"PYTHONPATH": path}
-    return processes.Child(f"benchmarks-{model.name}", "masters.models.benchmark_worker", job, folder, environment)
+    return processes.Child(
+        f"benchmarks-{model.name}", "masters.models.generation.benchmark_worker", job, folder, environment
+    )
 
 
 def _ran(run: Run, made_of: Identity, process: processes.Child) -> dict:

@@ -6,16 +6,19 @@ from functools import partial
 
 from prefect import task
 
-from masters import schemas, shards
-from masters.answering import NO_SHARD, Answerer, Order
-from masters.artifacts import Artifact, Identity
+from masters.checks.model_folder import BEFORE, LocalModel
+from masters.checks.preflight import Ready
 from masters.config import Config
-from masters.preflight import BEFORE, LocalModel, Ready
+from masters.data import question_shards
+from masters.evaluation.statistics import clustered_standard_error
+from masters.models.generation.shards import NO_SHARD, Answerer, Order
 from masters.rewards import verifiers
 from masters.rewards.verifiers import AnyOf
-from masters.statistics import clustered_standard_error
-from masters.tasks.answers import answered, forget, set_aside, tell_set_aside
-from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse
+from masters.store import tables
+from masters.store.artifacts import Artifact, Identity
+from masters.tasks.build import STAGE, build_or_reuse
+from masters.tasks.generation_stage import answered, forget, set_aside, tell_set_aside
+from masters.tasks.run_context import Context, Round, Run
 
 VERSION = 3  # 2: standard errors are clustered by image; 3: answers are verified here, not by the engines
 COLUMNS = ["question_id", "image_digest", "accepted_answers"]
@@ -35,7 +38,7 @@ def before(ready: Ready) -> LocalModel:
 
 def orders(context: Context, data: Artifact, models: list[LocalModel]) -> list[Order]:
     sampling = sampling_of(context.config)
-    refs, asked = shards.references(data, context.config.evaluate.split), []
+    refs, asked = question_shards.references(data, context.config.evaluate.split), []
     for m in {m.name: m for m in models}.values():  # a chain may name a teacher twice
         answerer = Answerer(m.name, m.folder, m.digest, {})
         order = Order(answerer, NO_SHARD, "predictions", "evaluation", None, 0, 1, sampling)
@@ -81,11 +84,11 @@ def evaluate(run: Run, data: Artifact, models: list[LocalModel], name: str = "ev
 
 def verified(is_right: AnyOf, accepted: dict[str, list[str]], shard: bytes) -> bytes:
     """A file of `predictions` from a shard that an engine answered."""
-    rows = schemas.decode(shard, schemas.PREDICTED.names).to_pylist()
+    rows = tables.decode(shard, tables.PREDICTED.names).to_pylist()
     for row in rows:
-        asked = row["finish_reason"] != schemas.PROMPT_TOO_LONG  # what was not asked is not right, whatever is accepted
+        asked = row["finish_reason"] != tables.PROMPT_TOO_LONG  # what was not asked is not right, whatever is accepted
         row["correct"] = asked and is_right(row["text"], accepted[row["question_id"]])
-    return schemas.encode(rows, schemas.PREDICTIONS)
+    return tables.encode(rows, tables.PREDICTIONS)
 
 
 def score(right: dict[str, bool], images: dict[str, str]) -> dict[str, float]:
@@ -100,7 +103,7 @@ def _right(run: Run, made_of: Identity, files: Collection[str]) -> dict[str, dic
     right: dict[str, dict[str, bool]] = {}
     for name in files:
         if name.startswith("predictions/"):
-            table = schemas.read(run.storage, f"{made_of.folder}/{name}", ["model", "question_id", "correct"])
+            table = tables.read(run.storage, f"{made_of.folder}/{name}", ["model", "question_id", "correct"])
             for row in table.to_pylist():
                 right.setdefault(row["model"], {})[row["question_id"]] = row["correct"]
     return right

@@ -5,20 +5,21 @@ from functools import partial
 
 from prefect import task
 
-from masters import judging, shards
-from masters.answering import NO_SHARD, Answerer, Order
-from masters.artifacts import Artifact, Identity
 from masters.config import Generate
-from masters.engines import Stay
-from masters.processes import Child
-from masters.reuse import narrowed
-from masters.shards import Ref
-from masters.stages import Stage
-from masters.tasks.answers import answered, forget, set_aside, tell_set_aside
+from masters.config.stages import Stage
+from masters.data import question_shards
+from masters.data.question_shards import Ref
+from masters.execution.engines import Stay
+from masters.execution.processes import Child
+from masters.models.generation.shards import NO_SHARD, Answerer, Order, narrowed
+from masters.models.judging import batches
+from masters.store.artifacts import Artifact, Identity
+from masters.tasks.build import STAGE, build_or_reuse
+from masters.tasks.generation_stage import answered, forget, set_aside, tell_set_aside
 from masters.tasks.mask import thresholds
 from masters.tasks.refresh import of_stage
+from masters.tasks.run_context import Context, Round, Run
 from masters.tasks.score import judge_of
-from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse
 
 VERSION = 1
 
@@ -34,7 +35,7 @@ def orders(context: Context, current: Round, data: Artifact, masks: Artifact) ->
 
     Of a mask stage that is worked on alone, its teacher and its questions.
     """
-    refs = shards.references(data, "train")
+    refs = question_shards.references(data, "train")
     stages = (current.only.number,) if current.only else tuple(range(len(current.ratios)))
     return _of_teacher(context, current, refs, masks, stages) + _of_student(context, current, refs)
 
@@ -44,7 +45,7 @@ def teachers_ahead(context: Context, current: Round, data: Artifact, masks: Arti
     one start of its engine does for all."""
     if not (current.only and current.begins and current.only.later):
         return []
-    return _of_teacher(context, current, shards.references(data, "train"), masks, current.only.later)
+    return _of_teacher(context, current, question_shards.references(data, "train"), masks, current.only.later)
 
 
 def _of_teacher(
@@ -116,4 +117,4 @@ def _judge_beside(run: Run, current: Round, made_of: Identity, data: Artifact, a
     judge = judge_of(run, current)
     if judge is None or Stage.SCORE in run.rebuild:  # which forgets what was judged
         return None
-    return judging.ahead(data, judge, [order.file for order in asked], run.config.runtime, run.work(made_of))
+    return batches.ahead(data, judge, [order.file for order in asked], run.config.runtime, run.work(made_of))

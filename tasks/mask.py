@@ -2,10 +2,11 @@
 
 from prefect import task
 
-from masters import schemas
-from masters.artifacts import Artifact, Identity
-from masters.identity import digest
-from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse
+from masters.common.hashing import digest
+from masters.store import tables
+from masters.store.artifacts import Artifact, Identity
+from masters.tasks.build import STAGE, build_or_reuse
+from masters.tasks.run_context import Context, Round, Run
 
 VERSION = 1
 
@@ -28,7 +29,7 @@ def mask(run: Run, current: Round) -> Artifact:
         rows = group_thresholds(
             lambda: safetensors_tensors(folder), ratios, settings.granularity, tuple(settings.exclude)
         )
-        data = schemas.encode(rows, schemas.THRESHOLDS)
+        data = tables.encode(rows, tables.THRESHOLDS)
         run.storage.write(f"{made_of.folder}/thresholds/all.parquet", data)
         sparsity = {
             str(ratio): sum(r["zeros"] for r in rows if r["mask_ratio"] == ratio)

@@ -8,19 +8,21 @@ import contextvars
 import re
 import threading
 from types import TracebackType
-from typing import cast
+from typing import Literal, cast
 from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import TaskRunContext
+from prefect.exceptions import MissingContextError
+from prefect.logging import get_run_logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from masters.tasks.log import log
-
 SECONDS = 2.0
 LAST_SECONDS = 5.0  # a stage waits this long at its end for its last state to be sent
+
+CONSOLE = Console(stderr=True, markup=False)  # names may hold brackets
 
 
 def key(run: str, what: str) -> str:
@@ -85,3 +87,17 @@ def _sent(artifact: UUID | None, name: str, percent: float, said: str) -> UUID:
         return cast(UUID, create_progress_artifact(percent, key=name, description=said))
     update_progress_artifact(artifact, progress=percent, description=said)
     return artifact
+
+
+def log(level: Literal["info", "warning"], line: str) -> None:
+    try:
+        logger = get_run_logger()
+    except MissingContextError:
+        return
+    getattr(logger, level)(line)
+
+
+def warn(line: str) -> None:
+    """On the terminal and in the log of Prefect's UI."""
+    log("warning", line)
+    CONSOLE.print(f"warning: {line}", style="yellow", highlight=False, markup=False)

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from masters import shards
-from masters.artifacts import Artifact
 from masters.config import Config
-from masters.models.schedule import stage_of
-from masters.processes import Standing
-from masters.shards import Ref
-from masters.tasks.stage import Context, MaskStage, Round, Run
+from masters.config.mask_schedule import stage_of
+from masters.data import question_shards
+from masters.data.question_shards import Ref
+from masters.execution.processes import Standing
+from masters.store.artifacts import Artifact
+from masters.tasks.run_context import Context, MaskStage, Round, Run
 
 
 def begun(config: Config, current: Round, data: Artifact) -> Round:
@@ -22,7 +22,7 @@ def parts(config: Config, current: Round, data: Artifact) -> list[Round]:
     """The mask stages of a round that are worked on one by one: those that have questions. None if all are at once."""
     if not (stages := separate_stages(config, current)):
         return []
-    refs = shards.references(data, "train")
+    refs = question_shards.references(data, "train")
     return _parts(current, [stage for stage in stages if of_stage(config, current, refs, stage)])
 
 

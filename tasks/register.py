@@ -5,10 +5,11 @@ from collections.abc import Mapping
 import jinja2
 from prefect import task
 
-from masters.artifacts import Artifact, Identity
-from masters.identity import digest
+from masters.common.hashing import digest
 from masters.rewards.verifiers import verifier_of
-from masters.tasks.stage import STAGE, Context, Run, build_or_reuse
+from masters.store.artifacts import Artifact, Identity
+from masters.tasks.build import STAGE, build_or_reuse
+from masters.tasks.run_context import Context, Run
 
 VERSION = 3  # 2: inputs by what they hold; 3: the card names verifier and split
 CARD = """---

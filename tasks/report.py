@@ -9,16 +9,15 @@ from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from masters.artifacts import Artifact
+from masters.common.redaction import masked
+from masters.config.stages import Stage
+from masters.reporting.gallery import gallery
+from masters.reporting.markdown import inert, picture
+from masters.reporting.plots import plots
 from masters.rewards.verifiers import verifier_of
-from masters.secrets import masked
-from masters.stages import Stage
-from masters.tasks.gallery import gallery
-from masters.tasks.log import log
-from masters.tasks.markdown import inert, picture
-from masters.tasks.plots import plots
-from masters.tasks.progress import key
-from masters.tasks.stage import CONSOLE, Run
+from masters.store.artifacts import Artifact
+from masters.tasks.progress import CONSOLE, key, log
+from masters.tasks.run_context import Run
 
 CAPTIONS = {
     "training": "Loss, divergence, accuracy on the probe and mask ratio over training",

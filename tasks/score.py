@@ -8,19 +8,22 @@ from pathlib import PurePosixPath
 
 from prefect import task
 
-from masters import artifacts, judging, schemas
-from masters.artifacts import Artifact, External, Identity, Upstream
+from masters.checks.model_folder import Server
+from masters.common.errors import WorkerError
+from masters.common.hashing import digest
 from masters.config import Answers
-from masters.errors import WorkerError
-from masters.identity import digest
-from masters.judging import Judge
-from masters.preflight import Server
+from masters.config.stages import Stage
+from masters.data.question_shards import split
+from masters.models.judging import batches
+from masters.models.judging.batches import Judge
 from masters.rewards import verifiers
 from masters.rewards.verdict import FINAL, Triple, Verdict
-from masters.shards import split
-from masters.stages import Stage
-from masters.storage import Storage
-from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse, warn
+from masters.store import artifacts, tables
+from masters.store.artifacts import Artifact, External, Identity, Upstream
+from masters.store.storage import Storage
+from masters.tasks.build import STAGE, build_or_reuse
+from masters.tasks.progress import warn
+from masters.tasks.run_context import Context, Round, Run
 
 VERSION = 1
 KEY = ("question_id", "source", "mask_ratio", "sample")
@@ -78,7 +81,7 @@ def judge_of(context: Context, current: Round) -> Judge | None:
 @task(name="score", task_run_name="score{current.suffix}", **STAGE)
 def score(run: Run, current: Round, data: Artifact, responses: Artifact) -> Artifact:
     """Table `verdicts`, file for file beside `responses`; from an LLM also `judgements`, a row a distinct triple."""
-    chain, judge, asked = attempts(run, current, responses), judge_of(run, current), judging.untold(data)
+    chain, judge, asked = attempts(run, current, responses), judge_of(run, current), batches.untold(data)
     if run.rebuilds(chain[0]):
         chain = chain[:1]
     judged = cache(lambda: _judged(run, chain[-1], judge, set(_triples(responses, asked))))
@@ -128,7 +131,7 @@ def _judged(run: Run, made_of: Identity, judge: Judge | None, triples: set[Tripl
         with verifiers.verifying(run.config.answers) as is_right:
             return {triple: verifiers.verdict(is_right, triple) for triple in triples}, dict(triples=len(triples))
     with run.progress(made_of, "texts judged") as progress:
-        return judging.fulfil(run.storage, judge, list(triples), run.config.runtime, run.work(made_of), progress.update)
+        return batches.fulfil(run.storage, judge, list(triples), run.config.runtime, run.work(made_of), progress.update)
 
 
 def _forget(storage: Storage, judge: Judge | None) -> None:
@@ -149,13 +152,13 @@ def _verdict_files(
     files, statuses = {}, Counter()
     for name in responses.files("responses"):
         rows = []
-        for row in schemas.read(storage, name, [*KEY, "text"]).to_pylist():
+        for row in tables.read(storage, name, [*KEY, "text"]).to_pylist():
             verdict = verdicts[replace(asked[row["question_id"]], text=row.pop("text"))]
             said = dict(score=verdict.score, status=verdict.status, explanation=verdict.explanation)
             rows.append(row | said | dict(judge=made_of.config["judge"]))
             statuses[verdict.status] += 1
         table = f"verdicts/{_stem(name)}.parquet"
-        files[table] = _write(storage, made_of, table, schemas.encode(rows, schemas.VERDICTS))
+        files[table] = _write(storage, made_of, table, tables.encode(rows, tables.VERDICTS))
     return files, statuses
 
 
@@ -163,10 +166,10 @@ def _judgement_files(storage: Storage, made_of: Identity, verdicts: Verdicts) ->
     """What the judge said in both calls, by triple; those that it could not be asked about are in `verdicts` alone."""
     files = {}
     told = sorted((t for t, v in verdicts.items() if v.status in FINAL), key=lambda triple: triple.digest)
-    for prefix, part in split(told, judging.BATCH):
+    for prefix, part in split(told, batches.BATCH):
         name = f"judgements/{prefix or 'all'}.parquet"
-        rows = [judging.row(triple, verdicts[triple]) for triple in part]
-        files[name] = _write(storage, made_of, name, schemas.encode(rows, schemas.JUDGEMENTS))
+        rows = [batches.row(triple, verdicts[triple]) for triple in part]
+        files[name] = _write(storage, made_of, name, tables.encode(rows, tables.JUDGEMENTS))
     return files
 
 

@@ -7,17 +7,20 @@ from pathlib import Path
 
 from prefect import task
 
-from masters import artifacts, processes, shards
-from masters.artifacts import Artifact, Identity
-from masters.errors import InputError, WorkerError
-from masters.identity import digest, file_digest
-from masters.models import history
-from masters.models.round_part import Part
-from masters.shards import Ref
+from masters.common.errors import InputError, WorkerError
+from masters.common.hashing import digest, file_digest
+from masters.data import question_shards
+from masters.data.question_shards import Ref
+from masters.execution import processes
+from masters.models.training import history
+from masters.models.training.round_part import Part
+from masters.store import artifacts
+from masters.store.artifacts import Artifact, Identity
+from masters.tasks.build import STAGE, build_or_reuse
 from masters.tasks.mask import thresholds
-from masters.tasks.progress import Progress
+from masters.tasks.progress import Progress, warn
 from masters.tasks.refresh import of_stage
-from masters.tasks.stage import STAGE, Context, Round, Run, build_or_reuse, warn
+from masters.tasks.run_context import Context, Round, Run
 
 # 3: identical responses are read once, questions of one image share its tokens; 4: history and rewards; 5: inputs by
 # what they hold, so that a student that was made from other answers under the same identity keeps its files; 6: the
@@ -132,8 +135,8 @@ def _trained_before(earlier: Artifact | None) -> list[Artifact]:
 
 def learnt_from(context: Context, data: Artifact) -> tuple[list[Ref], list[Ref]]:
     """The questions of all mask stages to learn from, and those that are only looked at."""
-    refs = shards.references(data, "train")
-    probe = shards.references(data, context.config.probe_split)[:PROBE]
+    refs = question_shards.references(data, "train")
+    probe = question_shards.references(data, context.config.probe_split)[:PROBE]
     if context.config.train.probe_drop is not None:
         return held_out(refs)
     return refs, probe
@@ -196,7 +199,7 @@ def _ranks(run: Run, job: dict, work: Path) -> list[processes.Child]:
     shared["OMP_WAIT_POLICY"] = "PASSIVE"
     shared["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // world))
     return [
-        processes.Child(f"rank-{rank}", "masters.models.train_worker", job, work, shared | {"RANK": str(rank)})
+        processes.Child(f"rank-{rank}", "masters.models.training.worker", job, work, shared | {"RANK": str(rank)})
         for rank in range(world)
     ]
 

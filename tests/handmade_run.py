@@ -5,14 +5,16 @@ from pathlib import Path
 import pytest
 from transformers import AutoProcessor
 
-from masters import artifacts, schemas, shards
-from masters.artifacts import Artifact, Identity
+from masters.checks.model_folder import LocalModel
+from masters.checks.preflight import preflight
+from masters.common.hashing import digest
 from masters.config import Config
-from masters.identity import digest
-from masters.preflight import LocalModel, preflight
+from masters.data import question_shards
+from masters.store import artifacts, tables
+from masters.store.artifacts import Artifact, Identity
 from masters.tasks import evaluate
-from masters.tasks.stage import Context, Round, Run
-from masters.tracking import Tracker
+from masters.tasks.run_context import Context, Round, Run
+from masters.tracking.run_writer import Tracker
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,7 +44,7 @@ def first_round(context: Context) -> Round:
 
 def write_table(run: Run, kind: str, rows: list[dict], schema, part: str = "") -> Artifact:
     made_of = Identity(kind, 1, {}, dict(part=part) if part else {}, "by-hand")
-    content = schemas.encode(rows, schema)
+    content = tables.encode(rows, schema)
     run.storage.write(f"{made_of.folder}/{kind}/0.parquet", content)
     return artifacts.commit(run.storage, made_of, {f"{kind}/0.parquet": digest(content)}, {"rows": len(rows)})
 
@@ -50,8 +52,8 @@ def write_table(run: Run, kind: str, rows: list[dict], schema, part: str = "") -
 def by_hand(run: Run, current: Round, questions: Artifact) -> dict[str, Artifact]:
     """The teacher, at each of its mask ratios, is right; the student says something else."""
     processor = AutoProcessor.from_pretrained(current.student.folder)
-    reader, responses, verdicts = shards.Reader(questions), [], []
-    for ref in shards.references(questions, "train"):
+    reader, responses, verdicts = question_shards.Reader(questions), [], []
+    for ref in question_shards.references(questions, "train"):
         row = next(reader.rows((ref,)))
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]}
         text = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
@@ -66,8 +68,8 @@ def by_hand(run: Run, current: Round, questions: Artifact) -> dict[str, Artifact
             )  # fmt: skip
             verdicts.append(key | dict(score=float(source == "teacher"), status="ok", judge="t", explanation=""))
     return {
-        "responses": write_table(run, "responses", responses, schemas.RESPONSES),
-        "verdicts": write_table(run, "verdicts", verdicts, schemas.VERDICTS),
+        "responses": write_table(run, "responses", responses, tables.RESPONSES),
+        "verdicts": write_table(run, "verdicts", verdicts, tables.VERDICTS),
     }
 
 
@@ -80,7 +82,7 @@ def predicted(run: Run, questions: Artifact, models: list[LocalModel]) -> None:
             dict(question_id=ref.question_id, model=order.answerer.name, text=answers[ref.question_id])
             for ref in order.shard.refs
         ]
-        run.storage.create(order.file, schemas.encode(rows, schemas.PREDICTED))
+        run.storage.create(order.file, tables.encode(rows, tables.PREDICTED))
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> str:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from masters import processes
+from masters.execution import processes
 
 
 def hold(job_file: Path) -> None:

@@ -9,8 +9,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from masters.execution.ray_engines.guard import session
 from masters.infra.ports import free_ports
-from masters.models.ray_guard import session
 from tests.local_stack import until
 
 ROOT = Path(__file__).parents[1]

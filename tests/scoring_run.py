@@ -5,15 +5,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
-from masters import artifacts, schemas
-from masters.artifacts import Artifact, Identity
+from masters.checks.model_folder import LocalModel
+from masters.checks.preflight import Ready, judge_of
+from masters.common.hashing import digest
 from masters.config import Config
-from masters.identity import digest
-from masters.preflight import LocalModel, Ready, judge_of
-from masters.stages import Stage
-from masters.storage import Storage
+from masters.config.stages import Stage
+from masters.store import artifacts, tables
+from masters.store.artifacts import Artifact, Identity
+from masters.store.storage import Storage
 from masters.tasks import score as stage
-from masters.tasks.stage import Context, Round, Run
+from masters.tasks.run_context import Context, Round, Run
 
 Questions = dict[str, tuple[str, str | list[str]]]  # question and answer, or accepted answers, by id
 Texts = dict[str, list[str]]  # responses by question's id
@@ -66,7 +67,7 @@ def question_table(run: Run, questions: Questions) -> Artifact:
     for key, (question, answer) in questions.items():
         answers = [answer] if isinstance(answer, str) else answer
         rows.append(dict(question_id=key, question=question, answer=answers[0], accepted_answers=answers))
-    return table(run.storage, "questions", [rows], schemas.QUESTIONS)
+    return table(run.storage, "questions", [rows], tables.QUESTIONS)
 
 
 def responses(run: Run, texts: Texts) -> Artifact:
@@ -78,12 +79,12 @@ def responses(run: Run, texts: Texts) -> Artifact:
         ]
         for key, said in texts.items()
     ]
-    return table(run.storage, "responses", files, schemas.RESPONSES)
+    return table(run.storage, "responses", files, tables.RESPONSES)
 
 
 def table(storage: Storage, name: str, files: list[list[dict]], schema) -> Artifact:
     """An artifact of one table, its content its identity."""
-    parts = [schemas.encode(rows, schema) for rows in files]
+    parts = [tables.encode(rows, schema) for rows in files]
     made_of = Identity(name, 1, {}, {str(n): digest(data) for n, data in enumerate(parts)})
     written = {}
     for data in parts:

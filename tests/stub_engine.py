@@ -5,7 +5,7 @@ import signal
 import time
 from pathlib import Path
 
-from masters.errors import InputError
+from masters.common.errors import InputError
 
 
 class Pieces:

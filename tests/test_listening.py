@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from masters.processes import LOOPBACK
+from masters.execution.processes import LOOPBACK
 from tests.listening_sockets import addresses, reachable
 
 

@@ -9,12 +9,12 @@ from prefect.flows import Flow
 from prefect.tasks import Task
 
 from masters.flows import distill, evaluate, nightly, study
-from masters.models import checkpoints
+from masters.models import model_loading
 from masters.tasks import data, generate, mask, register, report, score, train
 from masters.tasks import evaluate as evaluation
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("flows", "tasks", "models", "rewards", "infra", "demo", "benchmarks", "src/masters")
+FOLDERS = ("flows", "tasks", "models", "rewards", "infra", "demo", "benchmarks", "examples", "src/masters")
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
 CALLS = {
     "torch.load",
@@ -67,16 +67,16 @@ def test_no_module_has_unsafe_code() -> None:
     files = [file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")]
     found = {str(file.relative_to(ROOT)): list(faults(file.read_text())) for file in files}
     for name, of in found.items():
-        if name.startswith(("benchmarks/", "demo/")):  # they load the repository's own models alone
+        if name.startswith(("benchmarks/", "demo/", "examples/")):  # they load the repository's own models alone
             found[name] = [fault for fault in of if "leaves it" not in fault]
     assert len(files) > 100 and {name: of for name, of in found.items() if of} == {}
 
 
 def test_weights_are_read_as_safetensors_alone() -> None:
     """By transformers, where a folder holds others too, and by vLLM."""
-    assert "use_safetensors=True" in (ROOT / "models/checkpoints.py").read_text()
-    assert 'load_format="safetensors"' in (ROOT / "models/engine.py").read_text()
-    assert {"*.bin", "*.pt", "*.pth", "*.pkl"} <= set(checkpoints.UNWANTED)
+    assert "use_safetensors=True" in (ROOT / "models/model_loading.py").read_text()
+    assert 'load_format="safetensors"' in (ROOT / "models/generation/engine.py").read_text()
+    assert {"*.bin", "*.pt", "*.pth", "*.pkl"} <= set(model_loading.UNWANTED)
 
 
 def test_prefect_keeps_no_result() -> None:

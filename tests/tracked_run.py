@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from masters import artifacts
-from masters.artifacts import Artifact, External, Identity, Upstream
+from masters.common.hashing import digest
 from masters.config import Config
-from masters.identity import digest
-from masters.storage import Storage
-from masters.tracking import Tracker
+from masters.store import artifacts
+from masters.store.artifacts import Artifact, External, Identity, Upstream
+from masters.store.storage import Storage
+from masters.tracking.run_writer import Tracker
 
 NAME = "tracked"
 TABLES = {"data": "questions"}

@@ -3,7 +3,7 @@
 Adding a family is one file here with a `Family` and its entry in `FAMILIES`.
 """
 
-from masters.errors import InputError
+from masters.common.errors import InputError
 from masters.models.families import internvl, qwen_vl
 from masters.models.families.base import Family
 

@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
-from masters import artifacts
-from masters.artifacts import Artifact
+from masters.checks.preflight import Ready
 from masters.config import Config
-from masters.preflight import Ready
-from masters.sources import open_source
-from masters.storage import Storage
-from masters.tasks import data as stage
-from masters.tasks.stage import Context
+from masters.data import question_table
+from masters.data.sources import open_source
+from masters.store import artifacts
+from masters.store.artifacts import Artifact
+from masters.store.storage import Storage
+from masters.tasks import data
+from masters.tasks.run_context import Context
 
 TOKENS = ("<|im_end|>", "<|image_pad|>")
 
@@ -27,8 +28,10 @@ def built(store: Path, source: object) -> Artifact:
     """Raises InputError where the source as a whole is at fault."""
     config, storage = configured(source), Storage(str(store))
     ready = Ready(storage, open_source(config.data), None, [], TOKENS)  # pyright: ignore
-    made_of = stage.identity(Context(config, ready))
-    return artifacts.commit(storage, made_of, *stage.tables(config, ready.source, storage, made_of.folder, TOKENS), {})
+    made_of = data.identity(Context(config, ready))
+    return artifacts.commit(
+        storage, made_of, *question_table.write_tables(config, ready.source, storage, made_of.folder, TOKENS), {}
+    )
 
 
 def outcomes(artifact: Artifact) -> dict[str, str]:

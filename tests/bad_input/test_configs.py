@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from masters import preflight
+from masters.checks import preflight
+from masters.checks.preflight import check_answers, check_installed
+from masters.common.errors import InputError
 from masters.config import Config
-from masters.config_file import changed, load
-from masters.errors import InputError
+from masters.config.loading import changed, load
 from masters.models.masking import is_masked
-from masters.preflight import check_answers, check_installed
 
 DEMO = Path(__file__).parents[2] / "configs" / "easyvqa.toml"
 LONGEST = 1000  # characters of an error: it is read in a terminal

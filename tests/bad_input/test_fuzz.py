@@ -10,15 +10,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from masters import config_file
-from masters.config_file import changed, load
-from masters.errors import InputError
-from masters.ingest import Rejected, validated
-from masters.judge_url import base_url
+from masters.common.errors import InputError
+from masters.config import loading
+from masters.config.judge_url import base_url
+from masters.config.loading import changed, load
+from masters.data.sources.base import COLUMNS
+from masters.data.sources.files import Jsonl
+from masters.data.validation import Rejected, validated
 from masters.rewards.judge import Answer, judge
 from masters.rewards.verdict import Triple
-from masters.sources.base import COLUMNS
-from masters.sources.files import Jsonl
 
 DEMO = Path(__file__).parents[2] / "configs" / "easyvqa.toml"
 KEYS = [
@@ -46,7 +46,7 @@ SAID = st.one_of(st.text(), st.lists(FRAGMENTS, max_size=12).map("".join))
 @given(st.one_of(st.binary(max_size=200), st.text(max_size=200).map(str.encode)))
 def test_config_files_of_any_bytes_raise_only_input_errors(content: bytes) -> None:
     with pytest.MonkeyPatch.context() as patch, suppress(InputError):
-        patch.setattr(config_file, "open", lambda path, mode: io.BytesIO(content), raising=False)
+        patch.setattr(loading, "open", lambda path, mode: io.BytesIO(content), raising=False)
         load("x.toml")
 
 

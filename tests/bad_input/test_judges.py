@@ -11,7 +11,7 @@ from threading import Thread
 
 import pytest
 
-from masters.rewards import judge_limits
+from masters.rewards import judge_server
 from masters.rewards.judge import judge
 from masters.rewards.judge_server import UNNAMED, Server
 from masters.rewards.verdict import Triple, Verdict
@@ -177,7 +177,7 @@ def test_an_answer_that_comes_in_drops_ends_at_the_time_limit() -> None:
 
 
 def test_an_answer_without_end_ends_at_the_size_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge_limits, "LARGEST", 1000)
+    monkeypatch.setattr(judge_server, "LARGEST", 1000)
     with raw(http(completion(FIRST) + b" " * 100_000)) as server:
         assert verdict(server).status == "judge_failed"
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from masters.artifacts import Artifact
 from masters.models.prompts import opened
+from masters.store.artifacts import Artifact
 from tests.bad_input import image_files
 from tests.bad_input.data_stage import built, outcomes
 from tests.bad_input.image_files import encoded, icon_with, plain, png_header

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from masters.errors import InputError
+from masters.common.errors import InputError
 from tests.bad_input.data_stage import built, outcomes
 from tests.bad_input.image_files import encoded, plain
 

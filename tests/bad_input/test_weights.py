@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from demo import families
-from masters import preflight
+from masters.checks import model_folder
+from masters.checks import weights as soundness
+from masters.common.errors import InputError
+from masters.common.hashing import model_digest
 from masters.config import Model
-from masters.config_file import changed as changed_config
-from masters.config_file import load
-from masters.errors import InputError
-from masters.models import soundness
+from masters.config.loading import changed as changed_config
+from masters.config.loading import load
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "demo/models/student"
@@ -164,7 +165,7 @@ def test_a_faulty_model_folder_is_refused(model: Path, home: Path, name: str) ->
     change, says = FOLDERS[name]
     change(model)
     with pytest.raises(InputError) as refused:
-        preflight.local_model(Model(model=str(model)))
+        model_folder.local_model(Model(model=str(model)))
     line = str(refused.value)
     assert all(part in line for part in says) and "\n" not in line, line
     assert not (home / ".cache/masters/sound").exists()  # what is at fault is looked at again
@@ -173,44 +174,44 @@ def test_a_faulty_model_folder_is_refused(model: Path, home: Path, name: str) ->
 def test_a_model_that_knows_too_few_positions(model: Path) -> None:
     """For the configuration's longest answer: of a model that is sound otherwise."""
     config(max_position_embeddings=64)(model)
-    few = preflight.local_model(Model(model=str(model)))
+    few = model_folder.local_model(Model(model=str(model)))
     settings = load(ROOT / "configs/easyvqa.toml")
     assert few.probed is not None and few.probed.positions == 64
-    preflight.check_room(few, changed_config(settings, {"generate.max_tokens": 64 - few.probed.prompt}))
+    model_folder.check_room(few, changed_config(settings, {"generate.max_tokens": 64 - few.probed.prompt}))
     with pytest.raises(InputError, match=r"generate.max_tokens 64, .* max_position_embeddings \(64\): raise"):
-        preflight.check_room(few, changed_config(settings, {"generate.max_tokens": 64}))
+        model_folder.check_room(few, changed_config(settings, {"generate.max_tokens": 64}))
 
 
 def test_what_was_found_is_known_again_without_looking(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = preflight.local_model(Model(model=str(model)))
+    first = model_folder.local_model(Model(model=str(model)))
     monkeypatch.setattr(soundness, "probe", None)
-    assert preflight.local_model(Model(model=str(model))) == first
+    assert model_folder.local_model(Model(model=str(model))) == first
     (note,) = (Path.home() / ".cache/masters/sound").iterdir()
     note.write_text("{")  # by hand: looked at again
     monkeypatch.undo()
-    assert preflight.local_model(Model(model=str(model))) == first
+    assert model_folder.local_model(Model(model=str(model))) == first
 
 
 @pytest.mark.parametrize("name", families.NAMES)
 def test_every_family_is_probed(name: str, tmp_path: Path) -> None:
     folder = families.save(name, tmp_path / "model", ["what shape is it?"])
-    found = preflight.local_model(Model(model=str(folder))).probed
+    found = model_folder.local_model(Model(model=str(folder))).probed
     assert found is not None and found.positions == 512 and found.prompt > 10
 
 
 def test_a_tensor_that_no_model_asks_for_harms_nothing(model: Path) -> None:
     weights(lambda tensors: tensors.update(extra=torch.zeros(2)))(model)
-    preflight.local_model(Model(model=str(model)))
+    model_folder.local_model(Model(model=str(model)))
 
 
 def test_what_is_sound_is_looked_at_once_and_again_when_it_changes(model: Path, monkeypatch) -> None:
     asked: list[Path] = []
     monkeypatch.setattr(soundness, "check_finite", asked.append)
     for _ in range(2):
-        preflight.local_model(Model(model=str(model)))
+        model_folder.local_model(Model(model=str(model)))
     assert asked == [model]
     one(GATE, 0.5)(model)
-    preflight.local_model(Model(model=str(model)))
+    model_folder.local_model(Model(model=str(model)))
     assert asked == [model, model]
 
 
@@ -233,9 +234,9 @@ def test_code_that_a_model_brings_is_not_run(model: Path, tmp_path: Path, monkey
     found = json.loads((model / CONFIG).read_text()) | dict(model_type="evil", auto_map={"AutoConfig": "evil.C"})
     (model / CONFIG).write_text(json.dumps(found))
     with pytest.raises(InputError, match="code of its own, which is off.*MASTERS_TRUST_REMOTE_CODE"):
-        preflight.local_model(Model(model=str(model)))
+        model_folder.local_model(Model(model=str(model)))
     monkeypatch.setenv("MASTERS_TRUST_REMOTE_CODE", f"/elsewhere,{model}")
-    assert preflight.local_model(Model(model=str(model))).own_code
+    assert model_folder.local_model(Model(model=str(model))).own_code
     assert not marker.exists()
 
 
@@ -246,14 +247,14 @@ def test_code_of_our_families_is_transformers_own(model: Path, tmp_path: Path) -
         auto_map={"AutoConfig": "evil.C", "AutoModelForImageTextToText": "evil.C"}
     )
     (model / CONFIG).write_text(json.dumps(found))
-    ready = preflight.local_model(Model(model=str(model)))
+    ready = model_folder.local_model(Model(model=str(model)))
     assert not ready.own_code and not marker.exists()
 
 
 def test_a_models_code_is_part_of_its_identity(model: Path) -> None:
-    before = preflight.model_digest(model)
+    before = model_digest(model)
     (model / "modeling.py").write_text("x = 1")
-    assert preflight.model_digest(model) != before
+    assert model_digest(model) != before
 
 
 def gate_as(dtype: torch.dtype) -> Callable[[Path], object]:

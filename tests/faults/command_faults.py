@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 from masters.infra.ports import free_ports
-from masters.storage import Storage
+from masters.store.storage import Storage
 from tests.faults import verify_store
 from tests.faults.fault_points import HOWS, At, Fault
 from tests.faults.verify_store import Finished

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from masters.stages import Stage
+from masters.config.stages import Stage
 from tests.faults.run_spec import Shape
 from tests.faults.world import TRAIN, Running, Seen, World, started, until
 
@@ -75,7 +75,7 @@ def _while_one_trains(
     def disturb() -> tuple[int, list[str]]:
         first = world.start(store, TRAIN)
         until(lambda: any(store.glob("train/*/checkpoints/step-*")), "a checkpoint")
-        with stopped(started(store, "train_worker")):
+        with stopped(started(store, "training.worker")):
             second = world.start(store, shape)
             until(lambda: "waiting for it" in second.said(), "the second waits")
         return end(first, second), [where]

@@ -22,8 +22,8 @@ VARIABLE = "MASTERS_FAULT"
 HOWS = ("before", "half", "after")
 # the first word that a command line holds; a forked pipeline says itself that it is the flow
 ROLES = {
-    "rank-1.json": "second trainer", "train_worker": "trainer", "engine_worker": "engine", "judge_worker": "judge",
-    "masters.cli": "flow",
+    "rank-1.json": "second trainer", "training.worker": "trainer", "generation.worker": "engine",
+    "judging.worker": "judge", "masters.cli": "flow",
 }  # fmt: skip
 
 

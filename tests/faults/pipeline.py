@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from masters.errors import MastersError
-from masters.preflight import LocalModel
-from masters.stages import Stage
+from masters.checks.model_folder import LocalModel
+from masters.common.errors import MastersError
+from masters.config.stages import Stage
 from masters.tasks.data import data
 from masters.tasks.evaluate import before, evaluate
 from masters.tasks.mask import mask

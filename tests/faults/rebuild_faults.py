@@ -5,7 +5,7 @@ import random
 import signal
 from pathlib import Path
 
-from masters.stages import Stage
+from masters.config.stages import Stage
 from tests.faults.fault_points import HOWS, At, Fault
 from tests.faults.run_spec import Shape
 from tests.faults.world import REGISTER, Running, Seen, World, stage_of

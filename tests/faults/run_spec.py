@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from masters.stages import Stage
+from masters.config.stages import Stage
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from masters.identity import digest
-from masters.stages import Stage
-from masters.storage import Storage
+from masters.common.hashing import digest
+from masters.config.stages import Stage
+from masters.store.storage import Storage
 from tests.faults.proxy import LEASES, WRITES, Plan, Proxy
 from tests.faults.run_spec import Shape
 from tests.faults.verify_store import Verdict
@@ -21,7 +21,7 @@ from tests.s3_server import BUCKET, S3
 PARTS = 101 << 20  # bytes of a file that s3fs sends in parts, of 50 MiB each
 UPLOAD = """
 import pathlib, sys
-from masters.storage import Storage
+from masters.store.storage import Storage
 Storage(sys.argv[1]).upload(pathlib.Path(sys.argv[2]), "large")
 """
 WENT_ON, FAILED = "went on", "failed"
@@ -102,7 +102,7 @@ def trainer_killed_on_s3(world: World, remote: Remote, rng: random.Random, numbe
     store = remote.place(remote.stores + 1)
 
     def call() -> None:
-        for trainer in started(store, "train_worker"):
+        for trainer in started(store, "training.worker"):
             os.kill(trainer, signal.SIGKILL)
 
     plan = Plan(methods=("PUT",), at=at, call=call, within="/checkpoints/")

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from masters import schemas
-from masters.storage import Storage
+from masters.store import tables
+from masters.store.storage import Storage
 from tests.faults import process_faults, proxy, s3_faults
 from tests.faults.s3_faults import Remote
 from tests.faults.verify_store import compare
@@ -55,10 +55,10 @@ def test_a_judge_that_could_not_tell_is_none(world: World) -> None:
     storage = Storage(str(store))
     assert compare(expected, storage).right
     [verdicts] = [name for name in storage.names("score") if name.endswith(".parquet")]
-    table = schemas.decode(storage.read(verdicts))
+    table = tables.decode(storage.read(verdicts))
     rows = table.to_pylist()
     wrong = [rows[0] | dict(score=0.5), rows[1], rows[1], *rows[3:]]
-    storage.write(verdicts, schemas.encode(wrong, table.schema))
+    storage.write(verdicts, tables.encode(wrong, table.schema))
     [record] = [name for name in storage.names("mask") if name.endswith("record.json")]
     storage.remove(record)
     found = compare(expected, storage)

@@ -5,10 +5,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from masters import schemas
-from masters.artifacts import RECORD
-from masters.identity import digest
-from masters.storage import Storage
+from masters.common.hashing import digest
+from masters.store import tables as schemas
+from masters.store.artifacts import RECORD
+from masters.store.storage import Storage
 
 REBUILT = "rebuilt-"  # says which run built it again
 RESPONSE = tuple(name for name, _ in schemas.RESPONSE_KEY)

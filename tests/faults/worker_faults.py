@@ -3,7 +3,7 @@
 import os
 import signal
 
-from masters.storage import Storage
+from masters.store.storage import Storage
 from tests.faults import verify_store
 from tests.faults.verify_store import Finished
 from tests.faults.world import Running, Seen, World

@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from masters.stages import Stage
-from masters.storage import Storage
+from masters.config.stages import Stage
+from masters.store.storage import Storage
 from tests.faults import verify_store
 from tests.faults.fault_points import Fault
 from tests.faults.run_spec import Shape

@@ -9,14 +9,16 @@ import pyarrow.parquet as parquet
 import pytest
 
 from demo import benchmark
-from masters import artifacts, processes
+from masters.checks.model_folder import LocalModel, local_model
+from masters.checks.preflight import preflight
+from masters.common.errors import InputError
 from masters.config import Config, Model
-from masters.config_file import load
-from masters.errors import InputError
-from masters.lmms_tasks import PACKAGES, PAPER, understood
-from masters.preflight import LocalModel, local_model, preflight
+from masters.config.loading import load
+from masters.evaluation.benchmark_selection import PACKAGES, PAPER, understood
+from masters.execution import processes
+from masters.store import artifacts
 from masters.tasks.benchmark import child, identity
-from masters.tasks.stage import Context
+from masters.tasks.run_context import Context
 from tests.command_line import ROOT, masters, rows, told
 
 STUDENT = "demo/models/student"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from masters.artifacts import Artifact
-from masters.storage import Storage
+from masters.store.artifacts import Artifact
+from masters.store.storage import Storage
 from tests.command_line import ROOT, masters, rows, told
 from tests.shape_data import write_questions
 

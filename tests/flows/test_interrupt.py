@@ -34,7 +34,7 @@ def test_a_run_ends_when_told_to(stop: signal.Signals, code: int, line: str | No
     )  # fmt: skip
     assert running.stderr
     deadline = time.monotonic() + 900
-    while not any("engine_worker" in line for line in processes_of(home)):
+    while not any("generation.worker" in line for line in processes_of(home)):
         assert running.poll() is None and time.monotonic() < deadline
         time.sleep(0.5)
     assert len(processes_of(home)) >= 3  # the run, Prefect's server, an engine

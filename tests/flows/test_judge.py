@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from masters import judging
-from masters.artifacts import Artifact
+from masters.models.judging import batches as judging
 from masters.rewards.rules import exact_match
+from masters.store.artifacts import Artifact
 from tests.ray_cluster import Cluster
 from tests.scoring_run import Questions, Texts, made_run, scored
 

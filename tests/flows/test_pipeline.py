@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from masters.config_file import load
+from masters.config.loading import load
+from masters.config.stages import Stage
 from masters.flows.plan import plan
-from masters.stages import Stage
 from tests.command_line import ROOT, masters, options, rows, told
 from tests.shape_data import write_questions, write_rows
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from masters.models.ray_guard import session
+from masters.execution.ray_engines.guard import session
 from tests.command_line import ROOT, environment, options, rows
 from tests.listening_sockets import addresses, reachable
 from tests.shape_data import write_questions
@@ -63,7 +63,7 @@ def driver(place: Path) -> int:
 
 def second_rank(run: subprocess.Popen) -> int:
     found = psutil.Process(run.pid).children(recursive=True)
-    return next(p.pid for p in found if "train_worker" in " ".join(p.cmdline()) and p.environ().get("RANK") == "1")
+    return next(p.pid for p in found if "training.worker" in " ".join(p.cmdline()) and p.environ().get("RANK") == "1")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from masters.models.schedule import stage_of
+from masters.config.mask_schedule import stage_of
 from tests.command_line import ROOT, environment, masters, options, rows, told
 from tests.flows.test_pipeline import processes_of
 from tests.local_stack import until
@@ -105,10 +105,10 @@ def test_a_run_killed_between_mask_stages_goes_on_and_ends_with_the_same_student
     while not list((place / "killed").glob("train/*/record.json")):
         assert running.poll() is None and time.monotonic() < deadline, (place / "killed.log").read_text()[-3000:]
         time.sleep(0.1)
-    assert any("engine_worker" in line for line in processes_of(home))  # the student's engine waits
+    assert any("generation.worker" in line for line in processes_of(home))  # the student's engine waits
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
-    until(lambda: not any("engine_worker" in line for line in processes_of(home)), "the engine to be gone")
+    until(lambda: not any("generation.worker" in line for line in processes_of(home)), "the engine to be gone")
     done = masters("distill", *arguments(place, "killed"), "--json", home=home)
     again = told(done)
     outcomes = {name: stage["outcome"] for name, stage in stages(again).items()}

@@ -18,17 +18,17 @@ from prefect.context import FlowRunContext, SyncClientContext
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 
-from masters import schemas
-from masters.storage import Storage
+from masters.reporting.gallery import gallery
+from masters.reporting.markdown import inert
+from masters.reporting.plots import sampled
+from masters.store import tables as schemas
+from masters.store.storage import Storage
 from masters.tasks import report as reporting
 from masters.tasks.data import data
-from masters.tasks.gallery import gallery
-from masters.tasks.markdown import inert
 from masters.tasks.mask import mask
-from masters.tasks.plots import sampled
-from masters.tasks.progress import LAST_SECONDS, Progress
+from masters.tasks.progress import CONSOLE, LAST_SECONDS, Progress
 from masters.tasks.report import reported
-from masters.tasks.stage import CONSOLE, Round, Run
+from masters.tasks.run_context import Round, Run
 from masters.tasks.train import train
 from tests.handmade_run import ROOT, by_hand, first_round, made_run
 from tests.scoring_run import table

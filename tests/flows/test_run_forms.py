@@ -11,12 +11,12 @@ from prefect.utilities.schema_tools.validation import is_valid, preprocess_schem
 from pydantic import ValidationError
 
 from masters.config import Config
-from masters.config_file import load
+from masters.config.loading import load
+from masters.config.study_file import load_study
 from masters.flows.distill import distill
 from masters.flows.evaluate import evaluate
 from masters.flows.nightly import nightly
 from masters.flows.study import study
-from masters.study_file import load_study
 
 SCHEMA = preprocess_schema(parameter_schema(distill).model_dump())
 DEFINITIONS = parameter_schema(distill).model_dump()["definitions"]

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from masters.artifacts import Artifact, Identity
-from masters.errors import InputError
-from masters.identity import digest
-from masters.preflight import Ready
-from masters.storage import Storage
-from masters.tasks.stage import Context, Run
-from masters.tracking import check_beside
+from masters.checks.preflight import Ready
+from masters.common.errors import InputError
+from masters.common.hashing import digest
+from masters.store.artifacts import Artifact, Identity
+from masters.store.storage import Storage
+from masters.tasks.run_context import Context, Run
+from masters.tracking.locations import check_beside
 from tests import command_line
 from tests.command_line import ROOT, options, told
 from tests.s3_server import BUCKET, S3, serve

@@ -6,16 +6,17 @@ from typing import Any, cast
 
 import pytest
 
+from masters.checks.model_folder import LocalModel
+from masters.checks.preflight import Ready
+from masters.common.errors import InputError, MastersError
+from masters.common.hashing import fingerprint
 from masters.config import Train
-from masters.config_file import changed, load
-from masters.errors import InputError, MastersError
+from masters.config.loading import changed, load
+from masters.config.study_file import Study
+from masters.evaluation.study_results import Cell, Result, packed_bits, questions_of
 from masters.flows import study as flow
 from masters.flows.study import Conductor, steps_taken
-from masters.identity import fingerprint
-from masters.preflight import LocalModel, Ready
-from masters.study_file import Study
-from masters.study_results import Cell, Result, packed_bits, questions_of
-from masters.tasks.stage import Context, Run
+from masters.tasks.run_context import Context, Run
 
 DEMO = load(Path(__file__).parents[2] / "configs/easyvqa.toml")
 IMAGES = {f"q{n}": f"image {n}" for n in range(40)}
@@ -32,7 +33,7 @@ class Runs:
         ready: Any = SimpleNamespace(storage=None)
         monkeypatch.setattr(flow, "preflight", lambda config: ready)
         monkeypatch.setattr(flow, "settings_digest", lambda context: fingerprint(context.config.model_dump()))
-        monkeypatch.setattr(flow.pools, "check", lambda config, storage: None)
+        monkeypatch.setattr(flow.work_pools, "check", lambda config, storage: None)
         monkeypatch.setattr(flow, "study_reported", lambda name, rows: None)
         monkeypatch.setattr(Conductor, "_run", self._run())
 

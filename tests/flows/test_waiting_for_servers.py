@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from masters.errors import InputError, Unreachable
-from masters.flows import attempts
+from masters.common.errors import InputError, Unreachable
+from masters.flows import retries
 
 
 class Away:
@@ -24,31 +24,31 @@ class Away:
 
 @pytest.fixture
 def deployed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attempts, "deployment", SimpleNamespace(id="a deployment's"))
+    monkeypatch.setattr(retries, "deployment", SimpleNamespace(id="a deployment's"))
     monkeypatch.setattr(time, "sleep", lambda _: None)
 
 
 def test_a_deployment_waits_for_its_store(deployed: None) -> None:
     store = Away(3, Unreachable("away"))
-    assert attempts.patient(store) == "there" and store.asked == 4
+    assert retries.patient(store) == "there" and store.asked == 4
 
 
 def test_waiting_for_a_store_ends(deployed: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attempts, "PATIENCE", 0.0)
+    monkeypatch.setattr(retries, "PATIENCE", 0.0)
     with pytest.raises(Unreachable, match="away"):
-        attempts.patient(Away(10, Unreachable("away")))
+        retries.patient(Away(10, Unreachable("away")))
 
 
 def test_bad_input_is_not_waited_for(deployed: None) -> None:
     store = Away(1, InputError("wrong"))
     with pytest.raises(InputError, match="wrong"):
-        attempts.patient(store)
+        retries.patient(store)
     assert store.asked == 1
 
 
 def test_a_person_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attempts, "deployment", SimpleNamespace(id=None))
+    monkeypatch.setattr(retries, "deployment", SimpleNamespace(id=None))
     store = Away(1, Unreachable("away"))
     with pytest.raises(Unreachable):
-        attempts.patient(store)
+        retries.patient(store)
     assert store.asked == 1

@@ -20,7 +20,13 @@ from typing import NoReturn
 
 FOLDER = os.environ.get("FORK_SERVER", "")  # holds the session's environment, the server's socket and its log
 COMMANDS = ("masters.cli", "tests.fork_server.call")
-CHILDREN = ("engine_worker", "judge_worker", "judge_ahead", "train_worker", "parity")  # modules of masters.models
+CHILDREN = (
+    "masters.models.generation.worker",
+    "masters.models.judging.worker",
+    "masters.models.judging.ahead_worker",
+    "masters.models.training.worker",
+    "masters.checks.parity_worker",
+)
 READ_AT_IMPORT = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE")  # by libraries
 PASSED_ON = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
 START_SECONDS = 300
@@ -33,7 +39,7 @@ def main(arguments: list[str]) -> NoReturn:
     same = all(os.environ.get(name) == session["environment"].get(name) for name in READ_AT_IMPORT)
     if not same or not forkable(arguments):
         os.execv(session["python"], [session["python"], *arguments])
-    if arguments[1] == "masters.processes":
+    if arguments[1] == "masters.execution.processes":
         die_with_parent(int(arguments[2]))
     signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
     ignored = [number for number in PASSED_ON if signal.getsignal(number) == signal.SIG_IGN]
@@ -53,13 +59,13 @@ def main(arguments: list[str]) -> NoReturn:
 def forkable(arguments: list[str]) -> bool:
     if len(arguments) < 2 or arguments[0] != "-m":
         return False
-    if arguments[1] == "masters.processes":
-        return arguments[3] in [f"masters.models.{name}" for name in CHILDREN]
+    if arguments[1] == "masters.execution.processes":
+        return arguments[3] in CHILDREN
     return arguments[1] in COMMANDS
 
 
 def die_with_parent(parent: int) -> None:
-    """As `masters.processes` does in the process that it starts, which here is another one's child."""
+    """As `masters.execution.processes` does in the process that it starts, which here is another one's child."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit("the parent is gone")

@@ -39,15 +39,15 @@ FDS = 3  # stdin, stdout, stderr
 def preload() -> dict[str, str]:
     """Import what engines, trainers and commands import. Returns the variables that they set: children need them."""
     before = dict(os.environ)
-    import masters.models.engine  # noqa: F401, I001  # sets what vLLM reads when it is imported
+    import masters.models.generation.engine  # noqa: F401, I001  # sets what vLLM reads when it is imported
     import matplotlib.pyplot  # noqa: F401
     import mlflow.tracking  # noqa: F401
     import vllm.v1.engine.llm_engine  # noqa: F401
     from vllm import LLM, SamplingParams  # noqa: F401
     from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: F401
 
-    import masters.models.trainer  # noqa: F401
-    import masters.preflight  # noqa: F401
+    import masters.models.training.trainer  # noqa: F401
+    import masters.checks.preflight  # noqa: F401
 
     return {name: value for name, value in os.environ.items() if before.get(name) != value}
 
@@ -171,10 +171,10 @@ def _customize() -> None:
 
 
 def _main(arguments: list[str]) -> None:
-    """`-m MODULE ARGUMENTS`; of `masters.processes`, which ties a child to its parent, the module that it runs."""
+    """`-m MODULE ARGUMENTS`; of `masters.execution.processes`, which ties a child to its parent, the module it runs."""
     sys.orig_argv = [sys.executable, *arguments]
     _, module, *rest = arguments
-    if module == "masters.processes":
+    if module == "masters.execution.processes":
         _, module, *rest = rest
     sys.argv = [module, *rest]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from masters.config import Train
-from masters.models import trainer
-from masters.models.history import Ledger
 from masters.models.masking import apply_mask, is_masked, magnitude_thresholds
-from masters.models.training_data import Step
-from masters.models.trees import Sizes
-from masters.storage import Storage
+from masters.models.packing.prefix_tree import Sizes
+from masters.models.training import trainer
+from masters.models.training.groups import Step
+from masters.models.training.history import Ledger
+from masters.store.storage import Storage
 from tests.models import tiny_models
 from tests.models.tiny_jobs import make_job
 

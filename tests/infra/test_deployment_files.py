@@ -19,11 +19,12 @@ from prefect.utilities.schema_tools.validation import ValidationError, validate
 from prefect.utilities.templating import apply_values
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
-from masters import tracking, webhook
-from masters.allowed import Setting
+from masters.config.allowlist import Setting
+from masters.flows import webhook
 from masters.infra.deployments import DEFINITIONS
 from masters.infra.settings import POOL, Settings
 from masters.rewards import judge_server
+from masters.tracking import client
 
 INFRA = Path(__file__).parents[2] / "infra"
 TEMPLATE = json.loads((INFRA / "kubernetes-job-template.json").read_text())
@@ -81,7 +82,7 @@ def test_whoever_owns_a_worker_says_to_compose_what_its_runs_may_and_know() -> N
         given = {name for name, value in environment.items() if value is None}
         assert {*Setting, webhook.ADDRESS, judge_server.KEY, "HF_TOKEN"} <= given
         assert environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] and environment["MLFLOW_TRACKING_URI"]
-        assert environment[tracking.PUBLIC].endswith("http://127.0.0.1:5000}")
+        assert environment[client.PUBLIC].endswith("http://127.0.0.1:5000}")
     limits = {f"MASTERS_{f.name.upper()}" for f in fields(Settings) if not f.name.endswith("_port")}
     assert limits <= services["deployments"]["environment"].keys()
 

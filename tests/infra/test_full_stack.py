@@ -17,9 +17,9 @@ import httpx
 import pytest
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
-from masters.artifacts import Artifact, load
 from masters.infra.api import post
-from masters.storage import Storage
+from masters.store.artifacts import Artifact, load
+from masters.store.storage import Storage
 from tests.local_stack import Stack, serve
 from tests.shape_data import write_questions, write_rows
 

@@ -6,7 +6,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.utilities.templating import apply_values
 from prefect.workers.process import ProcessJobConfiguration
 
-from masters.flows.stage import stage
+from masters.flows.pool_stage import stage
 from masters.infra.deployments import OWNERS, STAGE_FLOW, job_template, resumed
 from masters.infra.settings import Settings
 

@@ -21,7 +21,7 @@ def test_a_run_lost_with_its_worker_is_crashed_by_its_silence_and_goes_on_with_t
             train=dict(questions_per_step=4), runtime=dict(max_model_len=512),
         )  # fmt: skip
         run = stack.start("distill", config=config, until="train")
-        until(lambda: stack.children("engine_worker") or stack.children("train_worker"), "work")
+        until(lambda: stack.children("generation.worker") or stack.children("training.worker"), "work")
         for name in ("infra.worker", "prefect.engine"):
             os.kill(next(pid for pid, line in stack.processes().items() if name in line), signal.SIGKILL)
         until(lambda: stack.run(run)["state_type"] == "CRASHED", "the automation")

@@ -127,9 +127,9 @@ def both(stack: Stack, workers: dict[str, subprocess.Popen]) -> tuple[dict, dict
     same run in one process, into a store of its own.
     """
     run = stack.start("distill", config=config(stack))
-    until(lambda: stack.children("engine_worker"), f"engines: {stack.run(run)['state']}")
+    until(lambda: stack.children("generation.worker"), f"engines: {stack.run(run)['state']}")
     kill(workers["gpu-generate"])
-    assert not stack.children("engine_worker")
+    assert not stack.children("generation.worker")
     workers["gpu-generate"] = worker(stack, "gpu-generate")
     tree = config(stack, store=dict(root=str(stack.folder / "plain")), runtime=dict(max_model_len=512))
     plain = start(stack, toml(stack, tree | dict(name="plain")))  # while the loss is noticed
@@ -239,7 +239,7 @@ def resumed(stack: Stack, pooled: dict) -> str:
     """A run that was killed while its pool trained, and that goes on."""
     wanted = config(stack) | dict(train=dict(learning_rate=1e-4, questions_per_step=1, epochs=400))
     run = stack.start("distill", config=wanted, until="train")
-    until(lambda: stack.children("train_worker"), "the trainer")
+    until(lambda: stack.children("training.worker"), "the trainer")
     for process in processes_of(run):
         process.kill()
     until(lambda: stack.run(run)["state_type"] in ("CRASHED", "SCHEDULED"), "noticed")
@@ -263,9 +263,9 @@ def tasks(stack: Stack, run: str) -> dict[str, list[str]]:
 
 
 def test_cancelling_a_run_cancels_the_stage_on_its_pool(stack: Stack, resumed: str) -> None:
-    assert stack.children("train_worker")
+    assert stack.children("training.worker")
     stack.cancel(resumed)
-    until(lambda: not stack.children("train_worker"), "the trainer ends")  # two workers look every so often
+    until(lambda: not stack.children("training.worker"), "the trainer ends")  # two workers look every so often
     until(lambda: stack.run(resumed)["state_type"] == "CANCELLED", "cancelled")
     body = {"flow_runs": {"state": {"type": {"any_": ["RUNNING", "PENDING", "SCHEDULED", "CANCELLING"]}}}}
     until(lambda: httpx.post(f"{stack.api}/flow_runs/filter", json=body).json() == [], "the stage's run too")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from masters.errors import MastersError
+from masters.common.errors import MastersError
 from masters.infra import service
 from masters.infra.service import Service, birth, marked, start, stop, wait
 from tests.local_stack import until

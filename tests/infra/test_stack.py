@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from masters.infra.api import post
-from masters.storage import Storage
+from masters.store.storage import Storage
 from tests.local_stack import RESUMED, ROOT, Stack, serve, until
 from tests.shape_data import write_questions
 
@@ -77,7 +77,7 @@ def test_a_value_out_of_range_is_refused(stack: Stack) -> None:
 
 def test_a_run_cancelled_in_generate_leaves_no_child_and_nothing_half_written(stack: Stack, store: Storage) -> None:
     run = stack.start("distill", config=config(stack))
-    until(lambda: stack.children("engine_worker"), "engines")
+    until(lambda: stack.children("generation.worker"), "engines")
     stack.cancel(run)
     until(lambda: not stack.children(), "engines end")
     until(lambda: state(stack, run) == "CANCELLED", "cancelled")
@@ -90,9 +90,9 @@ def test_a_run_cancelled_in_generate_leaves_no_child_and_nothing_half_written(st
 def killed(stack: Stack) -> str:
     """A run whose engine, and whose own process later, in train, are killed."""
     run = stack.start("distill", config=config(stack))
-    until(lambda: stack.children("engine_worker"), "engines")
-    os.kill(next(iter(stack.children("engine_worker"))), signal.SIGKILL)
-    until(lambda: stack.children("train_worker"), "the generate task's second try, then training")
+    until(lambda: stack.children("generation.worker"), "engines")
+    os.kill(next(iter(stack.children("generation.worker"))), signal.SIGKILL)
+    until(lambda: stack.children("training.worker"), "the generate task's second try, then training")
     flow = next(pid for pid, line in stack.processes().items() if "prefect.engine" in line)
     os.kill(flow, signal.SIGKILL)
     until(lambda: not stack.children(), "the trainer ends with its parent")
@@ -100,7 +100,7 @@ def killed(stack: Stack) -> str:
 
 
 def test_a_crashed_run_goes_on_by_itself(stack: Stack, killed: str) -> None:
-    until(lambda: stack.run(killed)["run_count"] == 2 and stack.children("train_worker"), "second attempt")
+    until(lambda: stack.run(killed)["run_count"] == 2 and stack.children("training.worker"), "second attempt")
 
 
 def test_down_leaves_no_process_and_up_takes_the_run_up_again(stack: Stack, killed: str, store: Storage) -> None:

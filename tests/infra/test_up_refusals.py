@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from masters.errors import InputError
+from masters.common.errors import InputError
 from masters.infra import object_store, stack
 from masters.infra.settings import Settings
 

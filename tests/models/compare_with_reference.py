@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from masters.config import Rewards, Train
-from masters.models import losses, objective
-from masters.models.packing import Pack
+from masters.models.losses import formulas
+from masters.models.packing.packed_batch import Pack
+from masters.models.training import objective
 from tests.models import float64_reference
 from tests.models.float64_reference import Batch
 
@@ -84,12 +85,12 @@ def taught(pack: Pack) -> torch.Tensor:
 
 def dense_terms(
     student: torch.Tensor, teacher: torch.Tensor, pi_ref: torch.Tensor, pack: Pack, train: Train
-) -> losses.Terms:
+) -> formulas.Terms:
     """The terms that the trainer would have, from logits; log pi_ref as it would be stored where `train` stores it."""
     held = pi_ref if train.holds_reference else None
-    made = losses.terms(student, teacher, pack.token_T, train.divergence, held)
+    made = formulas.terms(student, teacher, pack.token_T, train.divergence, held)
     if train.stores_reference:
-        made = replace(made, reference_logp_T=losses.chosen_log_probs(pi_ref.detach(), pack.token_T))
+        made = replace(made, reference_logp_T=formulas.chosen_log_probs(pi_ref.detach(), pack.token_T))
     return made
 
 
@@ -147,7 +148,7 @@ def check_responses(batch: Batch, train: Train, rewards: Rewards) -> None:
     advantage_T = objective.bounded_advantages(terms, advantage_R, score_R, pack, train.negatives)
     kl_T = objective.kl_term(terms, train)
     kl_T = torch.zeros_like(terms.logp_T) if kl_T is None else kl_T
-    grpo_R = losses.grpo_loss(terms.logp_T, advantage_T, kl_T, pack.response_T, pack.responses, train.beta)
+    grpo_R = formulas.grpo_loss(terms.logp_T, advantage_T, kl_T, pack.response_T, pack.responses, train.beta)
     reward_share_R, distill_share_R = objective.shares(score_R, pack, train, taught(pack))
     loss_R = reward_share_R * train.reward_weight * grpo_R + distill_share_R * divergence_R
     weighed_R = loss_R * torch.tensor(weight_R)
@@ -164,7 +165,7 @@ def check_responses(batch: Batch, train: Train, rewards: Rewards) -> None:
 def check_fine_tuning(batch: Batch) -> None:
     """`objective.supervised` on the responses that are right: the loss and its gradient."""
     (student, _, _, score_R), pack = tensors(batch), packed(batch)
-    loss = objective.supervised(losses.chosen_log_probs(student, pack.token_T), pack, score_R).loss
+    loss = objective.supervised(formulas.chosen_log_probs(student, pack.token_T), pack, score_R).loss
     loss.backward()
     expected, gradient_TV = float64_reference.fine_tuning(batch)
     close(loss, expected, "fine-tuning loss")

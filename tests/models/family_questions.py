@@ -7,8 +7,8 @@ import torch
 from transformers import AutoProcessor
 
 from demo import shapes
-from masters.models.checkpoints import load_model, remask
-from masters.models.trees import Question
+from masters.models.model_loading import load_model, remask
+from masters.models.packing.prefix_tree import Question
 
 
 def questions(

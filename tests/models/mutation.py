@@ -7,21 +7,16 @@ from types import ModuleType
 
 import pytest
 
-from masters.models import (
-    first_difference,
-    fitting,
-    losses,
-    masking,
-    objective,
-    packing,
-    schedule,
-    trainer,
-    trees,
-)
+from masters.config import mask_schedule
+from masters.models import masking
+from masters.models.losses import formulas
+from masters.models.packing import packed_batch, prefix_tree
+from masters.models.training import first_difference, objective, oom_retry, trainer
 from masters.rewards import advantages, distillation
 
 MODULES = (
-    first_difference, fitting, losses, masking, objective, packing, schedule, trainer, trees, advantages, distillation,
+    first_difference, oom_retry, formulas, masking, objective, packed_batch, mask_schedule, trainer, prefix_tree,
+    advantages, distillation,
 )  # fmt: skip
 Edit = tuple[ModuleType, str, str, str]  # module, function, piece of its source, what takes its place
 

@@ -1,13 +1,13 @@
-"""Groups of a table of responses, read row by row: what `masters.models.response_groups` is held to."""
+"""Groups of a table of responses, read row by row: what `masters.models.training.groups` is held to."""
 
 from array import array
 
 import numpy as np
 
-from masters.artifacts import Artifact
-from masters.models.schedule import stage_of
-from masters.models.training_data import Group
-from masters.shards import Ref
+from masters.config.mask_schedule import stage_of
+from masters.data.question_shards import Ref
+from masters.models.training.groups import Group
+from masters.store.artifacts import Artifact
 
 
 def response_groups(

@@ -19,18 +19,19 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from demo import families
+from masters.common.errors import MastersError
 from masters.config import Train
-from masters.errors import MastersError
-from masters.models import checkpoints, trainer
-from masters.models.activations import checkpoint_activations
-from masters.models.history import Ledger
+from masters.models import model_loading
+from masters.models.distributed import Sharding, own, sharding_of
+from masters.models.distributed.activation_checkpointing import checkpoint_activations
+from masters.models.distributed.collectives import collected
 from masters.models.masking import is_masked, magnitude_thresholds
-from masters.models.packing import pack, response_logits
-from masters.models.ranks import collected
-from masters.models.sharding import Sharding, own, sharding_of
-from masters.models.training_data import Step
-from masters.models.trees import Question, Sizes
-from masters.storage import Storage
+from masters.models.packing.packed_batch import pack, response_logits
+from masters.models.packing.prefix_tree import Question, Sizes
+from masters.models.training import trainer
+from masters.models.training.groups import Step
+from masters.models.training.history import Ledger
+from masters.store.storage import Storage
 from tests.models import tiny_models
 from tests.models.tiny_jobs import make_job, references
 
@@ -184,10 +185,10 @@ def prepare(folder: Path) -> None:
 
 
 def remask(folder: Path, teacher: Any, stage: int, sharding: Sharding) -> None:
-    tensors = checkpoints.safetensors_tensors(teacher_folder(folder))
+    tensors = model_loading.safetensors_tensors(teacher_folder(folder))
     masked = {name: tensor for name, tensor in tensors if is_masked(name, tensor.ndim)}
     limits = {name: magnitude_thresholds(tensor, [RATIOS[stage]])[0] for name, tensor in masked.items()}
-    checkpoints.remask(teacher, teacher_folder(folder), limits, sharding)
+    model_loading.remask(teacher, teacher_folder(folder), limits, sharding)
 
 
 def gradients_times(world: Trained, factor: float) -> Any:
@@ -203,7 +204,7 @@ def gradients_times(world: Trained, factor: float) -> Any:
 
 def unproven(world: Trained) -> list[dict]:
     """Gradients where a mean is taken, as a backend may, and nobody looks."""
-    with patch(f"masters.models.sharding.{world.way}.prove"), gradients_times(world, 1 / world.world):
+    with patch(f"masters.models.distributed.{world.way}.prove"), gradients_times(world, 1 / world.world):
         return world.gradients("tied")
 
 

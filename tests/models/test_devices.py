@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
-from masters.errors import InputError
+from masters.common.errors import InputError
+from masters.execution.processes import SLOT
 from masters.models import devices
-from masters.processes import SLOT
 
 
 @pytest.fixture

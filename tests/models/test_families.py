@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from demo import families
-from masters.models.checkpoints import load_model, remask
 from masters.models.masking import apply_mask, group_thresholds, magnitude_thresholds, safetensors_tensors
+from masters.models.model_loading import load_model, remask
 from tests.models.family_questions import load_masked
 
 RATIO = 0.3

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from demo import families
-from masters import schemas
 from masters.models import masking
 from masters.models.masking import (
     apply_mask,
@@ -23,6 +22,7 @@ from masters.models.masking import (
     mask_group,
     safetensors_tensors,
 )
+from masters.store import tables
 from tests.models import float64_reference
 
 RATIOS = [0.2, 0.15, 0.1, 0.05, 0.0]
@@ -223,7 +223,7 @@ def test_group_thresholds(dtype: torch.dtype, granularity: str, tmp_path: Path) 
         assert row["zeros"] == int((apply_mask(weight, row["threshold"]) == 0).sum())
         assert row["numel"] == weight.numel()
         assert row["sparsity"] == row["zeros"] / weight.numel()
-    assert schemas.decode(schemas.encode(rows, schemas.THRESHOLDS)).to_pylist() == rows
+    assert tables.decode(tables.encode(rows, tables.THRESHOLDS)).to_pylist() == rows
 
 
 MASKED = [

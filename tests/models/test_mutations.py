@@ -6,27 +6,35 @@ import numpy as np
 import pytest
 import torch
 
-from masters.models import first_difference, losses, masking, objective, schedule
+from masters.config import mask_schedule
+from masters.models import masking
+from masters.models.losses import formulas
+from masters.models.training import first_difference, objective
 from masters.rewards import advantages, combination, distillation
 from tests.models import float64_reference
 from tests.models.compare_with_reference import check_all
 from tests.models.mutation import Edit, mutate
 
 OBJECTIVE: dict[str, list[Edit]] = {
-    "the advantage's sign": [(losses, "grpo_loss", "ratio_T * advantage_T", "-ratio_T * advantage_T")],
+    "the advantage's sign": [(formulas, "grpo_loss", "ratio_T * advantage_T", "-ratio_T * advantage_T")],
     "negatives as they are where they are to be clipped": [
-        (losses, "token_advantages", "torch.where(advantage_T < 0, advantage_T * weight_T, advantage_T)", "advantage_T")
+        (
+            formulas,
+            "token_advantages",
+            "torch.where(advantage_T < 0, advantage_T * weight_T, advantage_T)",
+            "advantage_T",
+        )
     ],
-    "positive advantages clipped too": [(losses, "token_advantages", "advantage_T < 0, ", "advantage_T < 9, ")],
-    "a weight above one": [(losses, "token_advantages", ".clamp(max=1.0)", "")],
+    "positive advantages clipped too": [(formulas, "token_advantages", "advantage_T < 0, ", "advantage_T < 9, ")],
+    "a weight above one": [(formulas, "token_advantages", ".clamp(max=1.0)", "")],
     "negatives where there are to be none": [
-        (losses, "token_advantages", "return advantage_T.clamp(min=0.0)", "return advantage_T")
+        (formulas, "token_advantages", "return advantage_T.clamp(min=0.0)", "return advantage_T")
     ],
     "right tokens that are not spared": [
-        (losses, "token_advantages", "advantage_T.clamp(min=0.0), advantage_T)", "advantage_T, advantage_T)")
+        (formulas, "token_advantages", "advantage_T.clamp(min=0.0), advantage_T)", "advantage_T, advantage_T)")
     ],
     "positive advantages spared too": [
-        (losses, "token_advantages", "torch.where(spared_T, advantage_T.clamp(min=0.0)", "torch.where(spared_T, 0.0")
+        (formulas, "token_advantages", "torch.where(spared_T, advantage_T.clamp(min=0.0)", "torch.where(spared_T, 0.0")
     ],
     "wrong responses that spare": [(first_difference, "spared_tokens", "if right_R[r]", "if True")],
     "the shortest prefix": [(first_difference, "spared_tokens", "shared = max(", "shared = min(")],
@@ -39,34 +47,34 @@ OBJECTIVE: dict[str, list[Edit]] = {
     "no trust without a verdict": [(objective, "shares", "clamp(min=1), 1.0)", "clamp(min=1), 0.0)")],
     "no relative floor": [(distillation, "distillation_rewards", "floors[1] * d", "0 * d")],
     "no floor in nats": [(distillation, "distillation_rewards", "max(floors[0], ", "max(0.0, ")],
-    "the KL term's sign": [(losses, "grpo_loss", "- beta *", "+ beta *")],
-    "no KL term": [(losses, "grpo_loss", "- beta *", "- 0 * beta *")],
-    "the exact KL turned round": [(losses, "exact_kl", "_expected(q, r)", "_expected(r, q)")],
+    "the KL term's sign": [(formulas, "grpo_loss", "- beta *", "+ beta *")],
+    "no KL term": [(formulas, "grpo_loss", "- beta *", "- 0 * beta *")],
+    "the exact KL turned round": [(formulas, "exact_kl", "_expected(q, r)", "_expected(r, q)")],
     "the exact KL from the teacher": [
-        (losses, "terms", "exact_kl(student_logits_TV, reference", "exact_kl(student_logits_TV, teacher")
+        (formulas, "terms", "exact_kl(student_logits_TV, reference", "exact_kl(student_logits_TV, teacher")
     ],
     "an estimate for the exact KL": [(objective, "kl_term", 'train.kl == "exact" or', "False or")],
     "the KL estimator turned round": [
-        (losses, "kl_to_reference", "reference_logp_T - logp_T", "logp_T - reference_logp_T")
+        (formulas, "kl_to_reference", "reference_logp_T - logp_T", "logp_T - reference_logp_T")
     ],
-    "no tangent beyond the clip": [(losses, "kl_to_reference", "math.expm1(1) * (d - near)", "0 * d")],
-    "a k3 that is clipped": [(losses, "kl_to_reference", 'if estimator == "clipped" else d', 'if estimator else d')],
-    "the square without its half": [(losses, "kl_to_reference", "0.5 * d.square()", "d.square()")],
-    "a ratio without gradient": [(losses, "grpo_loss", "exp(logp_T - ", "exp(logp_T.detach() - ")],
+    "no tangent beyond the clip": [(formulas, "kl_to_reference", "math.expm1(1) * (d - near)", "0 * d")],
+    "a k3 that is clipped": [(formulas, "kl_to_reference", 'if estimator == "clipped" else d', 'if estimator else d')],
+    "the square without its half": [(formulas, "kl_to_reference", "0.5 * d.square()", "d.square()")],
+    "a ratio without gradient": [(formulas, "grpo_loss", "exp(logp_T - ", "exp(logp_T.detach() - ")],
     "M in logit space": [
         (
-            losses,
+            formulas,
             "jensen_shannon",
             "torch.logaddexp(p.masked_fill(none, 0.0), q.masked_fill(none, 0.0)) - LN2",
             "((p.clamp(min=-50) + q.clamp(min=-50)) / 2).log_softmax(-1)",
         )
     ],
-    "half of the divergence": [(losses, "jensen_shannon", "_expected(p, m) + _expected(q, m)", "_expected(p, m)")],
-    "a mixture of other shares": [(losses, "skew_divergence", "math.log(1 - SKEW)", "math.log(SKEW)")],
-    "KL in the wrong direction": [(losses, "kl_divergence", "_expected(p, q)", "_expected(q, p)")],
-    "a gradient to the teacher": [(losses, "_log_probs", "teacher_logits_TV.detach()", "teacher_logits_TV")],
+    "half of the divergence": [(formulas, "jensen_shannon", "_expected(p, m) + _expected(q, m)", "_expected(p, m)")],
+    "a mixture of other shares": [(formulas, "skew_divergence", "math.log(1 - SKEW)", "math.log(SKEW)")],
+    "KL in the wrong direction": [(formulas, "kl_divergence", "_expected(p, q)", "_expected(q, p)")],
+    "a gradient to the teacher": [(formulas, "_log_probs", "teacher_logits_TV.detach()", "teacher_logits_TV")],
     "a gradient through the rewards": [
-        (losses, "grpo_loss", "advantage_T.detach()", "advantage_T"),
+        (formulas, "grpo_loss", "advantage_T.detach()", "advantage_T"),
         (advantages, "group_advantages", "torch.as_tensor(reward_G).detach()", "torch.as_tensor(reward_G)"),
         (distillation, "_prepared", "torch.as_tensor(divergence_G).detach()", "torch.as_tensor(divergence_G)"),
     ],
@@ -91,25 +99,25 @@ OBJECTIVE: dict[str, list[Edit]] = {
         (
             objective,
             "divergences",
-            "losses.response_means(terms.divergence_T, packed.response_T, packed.responses)",
+            "formulas.response_means(terms.divergence_T, packed.response_T, packed.responses)",
             "torch.zeros(packed.responses).index_add(0, packed.response_T, terms.divergence_T)",
         )
     ],
     "a sum over tokens in GRPO": [
         (
-            losses,
+            formulas,
             "grpo_loss",
             "-response_means(gain_T, response_T, responses)",
             "-torch.zeros(responses).index_add(0, response_T, gain_T)",
         )
     ],
-    "a sum over tokens and responses": [(losses, "response_means", "return sums /", "return sums  #")],
+    "a sum over tokens and responses": [(formulas, "response_means", "return sums /", "return sums  #")],
     "a mean over the batch's responses": [
         (
             objective,
             "question_means",
-            "return losses",
-            "return value_R.mean() * torch.ones(int(packed.question_R.max()) + 1)\n    return losses",
+            "return formulas",
+            "return value_R.mean() * torch.ones(int(packed.question_R.max()) + 1)\n    return formulas",
         )
     ],
     "no shared divergence": [(distillation, "_prepared", "d[same] = d[same].mean()", "pass")],
@@ -136,9 +144,9 @@ OTHERS: dict[str, list[Edit]] = {
     "the signed weight is compared": [(masking, "_kept", "weight.abs()", "weight")],
     "a rank too high": [(masking, "rank", "math.floor(Fraction(str(ratio)) * count)", "math.ceil(ratio * count)")],
     "a rank in floats": [(masking, "rank", "Fraction(str(ratio))", "ratio")],
-    "stages from the bottom": [(schedule, "mask_stages", "range(count, -1, -1)", "range(count + 1)")],
-    "a stage too late": [(schedule, "mask_ratio", "iteration * len", "(iteration - 1) * len")],
-    "one stage too many": [(schedule, "stage_of", "* stages", "* (stages + 1)")],
+    "stages from the bottom": [(mask_schedule, "mask_stages", "range(count, -1, -1)", "range(count + 1)")],
+    "a stage too late": [(mask_schedule, "mask_ratio", "iteration * len", "(iteration - 1) * len")],
+    "one stage too many": [(mask_schedule, "stage_of", "* stages", "* (stages + 1)")],
 }
 
 
@@ -152,9 +160,9 @@ def check_masks_and_schedule() -> None:
             )
     for i in range(1, 14):
         expected = float64_reference.mask_ratio(i, 13, Fraction("0.2"), Fraction("0.05"))
-        assert schedule.mask_ratio(i, 13, 0.2, 0.05) == float(expected)
+        assert mask_schedule.mask_ratio(i, 13, 0.2, 0.05) == float(expected)
         digest = f"{i:x}" + "7" * 63
-        assert schedule.stage_of(digest, 5) == float64_reference.stage(digest, 5)
+        assert mask_schedule.stage_of(digest, 5) == float64_reference.stage(digest, 5)
 
 
 def test_the_code_as_it_is_passes() -> None:

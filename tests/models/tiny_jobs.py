@@ -7,11 +7,12 @@ import numpy as np
 import torch
 
 from masters.config import Rewards, Train
-from masters.models import losses, trainer
+from masters.data.question_shards import Ref
 from masters.models.families import family_of
-from masters.models.packing import Pack, pack, response_logits
-from masters.models.training_data import Group
-from masters.shards import Ref
+from masters.models.losses import formulas
+from masters.models.packing.packed_batch import Pack, pack, response_logits
+from masters.models.training import trainer
+from masters.models.training.groups import Group
 from tests.models import tiny_models
 
 NAN = float("nan")
@@ -70,7 +71,7 @@ def references(job: trainer.Job) -> dict[int, torch.Tensor]:
         one = packed(job, [g])
         logits_TV = response_logits(job.student, one)
         noise = torch.randn(logits_TV.shape, generator=torch.Generator().manual_seed(g))
-        made[g] = losses.chosen_log_probs(logits_TV + 0.3 * noise, one.token_T)
+        made[g] = formulas.chosen_log_probs(logits_TV + 0.3 * noise, one.token_T)
     return made
 
 

@@ -5,7 +5,7 @@ import torch
 
 from demo import families
 from masters.models.masking import apply_mask, is_masked, magnitude_thresholds
-from masters.models.trees import Question
+from masters.models.packing.prefix_tree import Question
 
 IMAGE_TOKENS = 4
 WORDS = (20, 120)  # token numbers that are no special tokens

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from masters.config import Generate, Runtime
-from masters.models.engine import Engine, Request
+from masters.models.generation.engine import Engine, Request
 from tests.fork_server.call import call_in_process
 from tests.models.family_questions import load_masked
 

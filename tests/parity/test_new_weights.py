@@ -7,9 +7,8 @@ import torch
 
 from demo import families
 from masters.config import Generate, Runtime
-from masters.models.checkpoints import load_model
-from masters.models.engine import Engine, Reply, Request
-from masters.models.train_worker import export
+from masters.models.generation.engine import Engine, Reply, Request
+from masters.models.model_loading import export, load_model
 from tests.fork_server.call import call_in_process
 from tests.parity.test_masked_engine import PADDING, questions
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from masters.rewards import group_advantages
+from masters.rewards.advantages import group_advantages
 from tests.models import float64_reference
 
 reward = st.one_of(st.floats(0, 2), st.just(math.nan))

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from masters.rewards import distillation_rewards, raw_distillation_rewards
+from masters.rewards.distillation import distillation_rewards, raw_distillation_rewards
 from tests.models import float64_reference
 
 groups = st.lists(st.floats(0, math.log(2)), min_size=1, max_size=16)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from masters.errors import InputError
-from masters.judge_url import base_url
+from masters.common.errors import InputError
+from masters.config.judge_url import base_url
 from masters.rewards import judge_server
 from masters.rewards.judge import judge
 from masters.rewards.judge_prompts import grading

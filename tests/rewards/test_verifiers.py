@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from masters.common.errors import WorkerError
 from masters.config import Answers
-from masters.errors import WorkerError
 from masters.rewards import number, verifiers
 from masters.rewards.choice import letters
 from masters.rewards.final_answer import final_part

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from masters import artifacts, processes
-from masters.exclusive import locked
-from masters.identity import digest
-from masters.processes import Ran
+from masters.common.hashing import digest
+from masters.execution import processes
+from masters.execution.processes import Ran
+from masters.store import artifacts
+from masters.store.locks import locked
 from masters.tasks import train as stage
 from masters.tasks.data import data
 from masters.tasks.mask import mask
@@ -22,7 +23,7 @@ from tests.shape_data import write_questions
 HOLDER = """
 import sys, time
 from pathlib import Path
-from masters.exclusive import locked
+from masters.store.locks import locked
 with locked(Path(sys.argv[1]), print):
     print("inside", flush=True)
     time.sleep(60)

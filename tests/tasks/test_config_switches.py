@@ -6,19 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from masters import shards
-from masters.answering import Order
-from masters.artifacts import Artifact
 from masters.config import Config
-from masters.models.response_groups import response_groups
-from masters.models.round_part import Part
-from masters.models.schedule import stage_of
-from masters.models.training_data import Group, label_groups, plan_steps
+from masters.config.mask_schedule import stage_of
+from masters.data import question_shards
+from masters.models.generation.shards import Order
+from masters.models.training.groups import Group, label_groups, plan_steps, response_groups
+from masters.models.training.round_part import Part
+from masters.store.artifacts import Artifact
 from masters.tasks import evaluate
 from masters.tasks.data import data
 from masters.tasks.generate import orders
 from masters.tasks.mask import mask
-from masters.tasks.stage import Context, Run
+from masters.tasks.run_context import Context, Run
 from masters.tasks.train import _job
 from tests.handmade_run import by_hand, first_round, made_run
 from tests.shape_data import write_questions
@@ -42,8 +41,8 @@ def questions(run: Run) -> Artifact:
 
 
 @pytest.fixture(scope="module")
-def refs(questions: Artifact) -> list[shards.Ref]:
-    return shards.references(questions, "train")
+def refs(questions: Artifact) -> list[question_shards.Ref]:
+    return question_shards.references(questions, "train")
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +129,11 @@ def test_validation_questions_are_watched_and_never_trained_on(source: Path, spl
     inputs = {"data": questions, "masks": mask.fn(run, current), **by_hand(run, current, questions)}
     job = _job(run, current, inputs, Part(), "", tmp_path)
     evaluated = [ref for order in evaluate.orders(run, questions, [current.student]) for ref in order.shard.refs]
-    told = {name: sorted(shards.Ref(*ref) for ref in job[name]) for name in ("refs", "probe")} | {split: evaluated}
+    told = {name: sorted(question_shards.Ref(*ref) for ref in job[name]) for name in ("refs", "probe")} | {
+        split: evaluated
+    }
     expected = {"refs": "train", "probe": "validation", split: split}
-    assert told == {name: shards.references(questions, of) for name, of in expected.items()}
+    assert told == {name: question_shards.references(questions, of) for name, of in expected.items()}
     assert all(told.values())
 
 

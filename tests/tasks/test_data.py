@@ -14,17 +14,18 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from masters import artifacts, schemas
-from masters.artifacts import Artifact
+from masters.checks.preflight import Ready
+from masters.common.errors import InputError
+from masters.common.hashing import digest
 from masters.config import Config
-from masters.errors import InputError
-from masters.identity import digest
-from masters.preflight import Ready
-from masters.reuse import Earlier
-from masters.sources import RawRow, open_source
-from masters.storage import Storage
+from masters.data import question_table, selection
+from masters.data.sources import RawRow, open_source
+from masters.models.generation.shards import Earlier
+from masters.store import artifacts, tables
+from masters.store.artifacts import Artifact
+from masters.store.storage import Storage
 from masters.tasks import data as stage
-from masters.tasks.stage import Context
+from masters.tasks.run_context import Context
 
 
 def png(seed: int) -> bytes:
@@ -65,7 +66,7 @@ def night(store: Path, source: object, known: Artifact | None, **data) -> Artifa
     config, storage = configured(source, **data), Storage(str(store))
     ready = opened(config, storage)
     made_of, questions = stage.identity(Context(config, ready, known=known)), stage.training_questions(known)
-    written = stage.tables(config, ready.source, storage, made_of.folder, known=questions)
+    written = question_table.write_tables(config, ready.source, storage, made_of.folder, known=questions)
     return artifacts.commit(storage, made_of, *written, {"known": known} if known else {})
 
 
@@ -141,7 +142,7 @@ def test_the_tables_and_the_facts(tmp_path):
     rows[3]["answer"], rows[8]["answer"], rows[9]["image"] = None, "", "../x.png"
     artifact = built(tmp_path / "store", write_jsonl(tmp_path, rows))
     found = questions(artifact)
-    assert schemas.decode(artifact.storage.read(artifact.files("questions")[0])).schema.equals(schemas.QUESTIONS)
+    assert tables.decode(artifact.storage.read(artifact.files("questions")[0])).schema.equals(tables.QUESTIONS)
     assert {r["question_id"] for r in found} == {r["id"] for r in rows} - {"q3", "q8", "q9"}
     assert all(r["image"] == png(int(r["question_id"][1:]) // 2) for r in found)
     assert list(artifact.rows("rejected")) == [
@@ -197,7 +198,7 @@ def test_limits_take_the_rows_of_smallest_rank_and_keep_their_choice_as_data_gro
         built(tmp_path / "c", large, **limits),
     )
     for split, limit in (("train", 40), ("test", 10)):
-        ranked = sorted((stage.rank(r), r["question_id"]) for r in questions(everything) if r["split"] == split)
+        ranked = sorted((selection.rank(r), r["question_id"]) for r in questions(everything) if r["split"] == split)
         assert ids(more, split) == {question_id for _, question_id in ranked[:limit]}
         kept = ids(more, split) & {r["id"] for r in records(300)}
         assert kept <= ids(few, split), "a row chosen among more rows is chosen among fewer"
@@ -326,12 +327,12 @@ def raw(count: int, images: list[bytes] | None = None) -> list[RawRow]:
 )  # fmt: skip
 def test_a_source_that_changes_between_the_passes_is_refused(tmp_path, second):
     with pytest.raises(InputError, match="changed while it was read"):
-        stage.tables(configured("given"), Given(raw(10), second), Storage(str(tmp_path)), "data/x")
+        question_table.write_tables(configured("given"), Given(raw(10), second), Storage(str(tmp_path)), "data/x")
 
 
 def test_a_source_that_grows_before_the_first_pass_is_refused(tmp_path, monkeypatch):
     """Both passes find the new rows; the artifact's identity, which was there before, is that of the old ones."""
-    path, validated = write_jsonl(tmp_path, records(60)), stage.validated
+    path, validated = write_jsonl(tmp_path, records(60)), question_table.validated
     config, storage = configured(path), Storage(str(tmp_path / "store"))
     run: Any = SimpleNamespace(config=config, ready=opened(config, storage), storage=storage, known=None)
     monkeypatch.setattr(stage, "build_or_reuse", lambda run, made_of, upstream, build: build())
@@ -340,7 +341,7 @@ def test_a_source_that_grows_before_the_first_pass_is_refused(tmp_path, monkeypa
         path.write_text(path.read_text() + json.dumps(records(61)[60] | dict(image="images/0.png")) + "\n")
         return validated(source, special_tokens)
 
-    monkeypatch.setattr(stage, "validated", grown)
+    monkeypatch.setattr(question_table, "validated", grown)
     with pytest.raises(InputError, match="changed while it was read"):
         stage.data.fn(run)
 
@@ -350,10 +351,10 @@ def test_a_source_that_grows_before_the_first_pass_is_refused(tmp_path, monkeypa
 
 def written(monkeypatch, tmp_path: Path, count: int, **constants) -> dict[str, list[dict]]:
     for name, value in constants.items():
-        monkeypatch.setattr(stage, name, value)
+        monkeypatch.setattr(question_table, name, value)
     storage = Storage(str(tmp_path))
-    files, _ = stage.tables(configured("given"), Given(raw(count)), storage, "x")
-    return {n: schemas.decode(storage.read(f"x/{n}")).to_pylist() for n in sorted(files) if n.startswith("questions/")}
+    files, _ = question_table.write_tables(configured("given"), Given(raw(count)), storage, "x")
+    return {n: tables.decode(storage.read(f"x/{n}")).to_pylist() for n in sorted(files) if n.startswith("questions/")}
 
 
 @pytest.mark.parametrize(("count", "digits"), [(4, 0), (5, 1), (64, 1), (65, 2)])
@@ -378,9 +379,9 @@ def test_a_large_bucket_or_a_full_buffer_starts_a_new_file(monkeypatch, tmp_path
 
 
 def test_rejections_go_to_files_of_bounded_size(monkeypatch, tmp_path):
-    monkeypatch.setattr(stage, "REJECTED_ROWS", 4)
+    monkeypatch.setattr(selection, "REJECTED_ROWS", 4)
     bad = [RawRow(str(i), png(0), "q?", None) for i in range(9)]
-    artifact_files, facts = stage.tables(
+    artifact_files, facts = question_table.write_tables(
         configured("given", max_rejected_share=0.9), Given(raw(10) + bad), Storage(str(tmp_path)), "x"
     )
     parts = [n for n in sorted(artifact_files) if n.startswith("rejected/")]
@@ -389,7 +390,7 @@ def test_rejections_go_to_files_of_bounded_size(monkeypatch, tmp_path):
 
 def test_memory_does_not_grow_with_the_rows(monkeypatch, tmp_path):
     for name, value in {"BUCKET_ROWS": 200, "FILE_BYTES": 1 << 20, "BUFFER_BYTES": 2 << 20}.items():
-        monkeypatch.setattr(stage, name, value)  # 16 buckets either way, and both fill the buffer
+        monkeypatch.setattr(question_table, name, value)  # 16 buckets either way, and both fill the buffer
     pictures = []
     for _ in range(20):
         sink = io.BytesIO()
@@ -407,7 +408,7 @@ def test_memory_does_not_grow_with_the_rows(monkeypatch, tmp_path):
         source = Fresh(raw(count, pictures))
         gc.collect()
         tracemalloc.start()
-        stage.tables(configured("given"), source, Storage(str(tmp_path / str(count))), "x")
+        question_table.write_tables(configured("given"), source, Storage(str(tmp_path / str(count))), "x")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert size * 2000 > 20 << 20, "the images alone would show"

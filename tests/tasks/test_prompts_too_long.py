@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoProcessor
 
-from masters import processes
-from masters.artifacts import Artifact
+from masters.common.errors import MastersError
 from masters.config import Generate, Runtime
-from masters.errors import MastersError
-from masters.models import engine_worker
-from masters.models.engine import Engine
+from masters.execution import processes
+from masters.models.generation import worker
+from masters.models.generation.engine import Engine
 from masters.models.prompts import model_inputs
-from masters.schemas import PROMPT_TOO_LONG
+from masters.store.artifacts import Artifact
+from masters.store.tables import PROMPT_TOO_LONG
 from masters.tasks.data import data
 from masters.tasks.evaluate import evaluate
 from masters.tasks.generate import generate
 from masters.tasks.mask import mask
-from masters.tasks.stage import Run
+from masters.tasks.run_context import Run
 from tests.handmade_run import first_round, made_run, told
 from tests.shape_data import write_questions, write_rows
 
@@ -73,11 +73,11 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         for child in children:
             child.folder.mkdir(parents=True, exist_ok=True)
             child.job_file.write_text(json.dumps(child.job))
-            engine_worker.main(child.job_file)
+            worker.main(child.job_file)
         return processes.Ran()
 
     monkeypatch.setattr(processes, "run", run)
-    monkeypatch.setattr(engine_worker, "Engine", StandIn)
+    monkeypatch.setattr(worker, "Engine", StandIn)
 
 
 @pytest.fixture(scope="module")

@@ -8,26 +8,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from masters import schemas, shards
-from masters.answering import Order
-from masters.artifacts import Artifact
-from masters.assignment import Assignment
+from masters.checks.model_folder import LocalModel
+from masters.common.errors import InputError
 from masters.config import Config
-from masters.errors import InputError
+from masters.config.mask_schedule import stage_of
+from masters.data import question_shards
+from masters.execution.pool_request import Assignment
 from masters.flows.plan import settings
-from masters.flows.stage import _round
-from masters.models.schedule import stage_of
-from masters.preflight import LocalModel
-from masters.reuse import narrowed
+from masters.flows.pool_stage import _round
+from masters.models.generation.shards import Order, narrowed
+from masters.store import tables
+from masters.store.artifacts import Artifact
 from masters.tasks import generate, score
 from masters.tasks.data import data
 from masters.tasks.mask import mask
 from masters.tasks.refresh import begun, every_part, following, parts
-from masters.tasks.stage import Context, Round, Run
+from masters.tasks.run_context import Context, Round, Run
 from masters.tasks.train import identity, train
 from tests.handmade_run import by_hand, first_round, made_run, write_table
 from tests.shape_data import write_questions
-from tests.tasks.test_pool_handover import wanted
+from tests.tasks.test_work_pools import wanted
 
 STAGE = dict(generate=dict(responses=2, max_tokens=8, refresh="stage"))
 
@@ -67,7 +67,7 @@ def changed(run: Run, **values: object) -> Context:
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of at most 5 questions, so that some lie across two mask stages."""
-    monkeypatch.setattr(shards.plan, "__defaults__", (5,))
+    monkeypatch.setattr(question_shards.plan, "__defaults__", (5,))
 
 
 def of(asked: list[Order], source: str) -> list[Order]:
@@ -88,7 +88,7 @@ def test_with_equal_weights_the_parts_ask_what_the_round_asks(run, questions, ma
     assert len(asked) == 3 and teacher == of(whole, "teacher")
     for stage, orders in enumerate(asked):
         own = [ref.digest for order in orders for ref in order.shard.refs]
-        every = [ref.digest for ref in shards.references(questions, "train")]
+        every = [ref.digest for ref in question_shards.references(questions, "train")]
         assert own == [d for d in every if coverage == "full" or stage_of(d, 3) == stage]
         for order in orders:
             same = student[order.part_of or order.fingerprint]
@@ -172,9 +172,9 @@ def test_an_assignment_says_round_and_mask_stage(stage: str, number: int, mask_s
 
 
 def test_mask_stages_without_questions_are_left_out(run, questions) -> None:
-    refs = [ref for ref in shards.references(questions, "train") if stage_of(ref.digest, 2) == 1]
+    refs = [ref for ref in question_shards.references(questions, "train") if stage_of(ref.digest, 2) == 1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "references", lambda *_: refs)
+        patch.setattr(question_shards, "references", lambda *_: refs)
         (only,) = parts(run.config, first_round(run), questions)
     assert only.only.number == 1 and only.begins and only.ends
     assert len(every_part(run.config, first_round(run))) == 2
@@ -186,10 +186,12 @@ class ByHand:
     def __init__(self, run: Run, current: Round, questions: Artifact) -> None:
         self.whole = by_hand(run, current, questions)
         self._run = run
-        self._stage = {ref.question_id: stage_of(ref.digest, 2) for ref in shards.references(questions, "train")}
+        self._stage = {
+            ref.question_id: stage_of(ref.digest, 2) for ref in question_shards.references(questions, "train")
+        }
 
     def of(self, stage: int) -> dict[str, Artifact]:
-        kinds = dict(responses=schemas.RESPONSES, verdicts=schemas.VERDICTS)
+        kinds = dict(responses=tables.RESPONSES, verdicts=tables.VERDICTS)
         return {
             kind: write_table(self._run, kind, list(self._rows(kind, stage)), schema, f"mask{stage}")
             for kind, schema in kinds.items()

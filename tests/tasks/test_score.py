@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from masters import processes
-from masters.artifacts import Artifact
-from masters.errors import WorkerError
-from masters.models import judge_worker
+from masters.common.errors import WorkerError
+from masters.execution import processes
+from masters.models.judging import worker
 from masters.rewards import judge_prompts
+from masters.store.artifacts import Artifact
+from masters.tasks.run_context import Run
 from masters.tasks.score import judge_of
-from masters.tasks.stage import Run
 from tests import scoring_run as by_hand
 from tests.fake_judge import FakeJudge, inside, serve, verdict
 from tests.handmade_run import told
@@ -33,7 +33,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
             child.folder.mkdir(parents=True, exist_ok=True)
             child.progress.unlink(missing_ok=True)
             child.job_file.write_text(json.dumps(child.job))
-            judge_worker.main(child.job_file)
+            worker.main(child.job_file)
             for line in child.progress.read_text().splitlines():
                 on_progress(child.name, json.loads(line))
         return processes.Ran()

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from masters.artifacts import Artifact, Identity
-from masters.errors import StoreError
-from masters.identity import digest
-from masters.registry import CHAMPION
-from masters.stages import Stage
+from masters.common.errors import StoreError
+from masters.common.hashing import digest
+from masters.config.stages import Stage
+from masters.store.artifacts import Artifact, Identity
 from masters.tasks import evaluate
+from masters.tasks.build import build_or_reuse
 from masters.tasks.data import data
 from masters.tasks.mask import mask
-from masters.tasks.stage import build_or_reuse
+from masters.tracking.registry import CHAMPION
 from tests.handmade_run import first_round, made_run, predicted, told
 from tests.shape_data import write_questions
 

@@ -8,17 +8,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from masters import memory, processes
-from masters.errors import InputError, WorkerLost
-from masters.identity import digest
-from masters.models import checkpoints, train_worker
-from masters.models.round_part import Part
-from masters.models.schedule import stage_of
-from masters.shards import Ref
+from masters.common import machine
+from masters.common.errors import InputError, WorkerLost
+from masters.common.hashing import digest
+from masters.config.mask_schedule import stage_of
+from masters.data.question_shards import Ref
+from masters.execution import processes
+from masters.models import model_loading
+from masters.models.training import worker
+from masters.models.training.round_part import Part
 from masters.tasks import train as tasks_train
 from masters.tasks.data import data
 from masters.tasks.mask import mask
-from masters.tasks.stage import Run
+from masters.tasks.run_context import Run
 from masters.tasks.train import GUARD, PROBE, _job, held_out, identity, train
 from tests.handmade_run import ROOT, by_hand, first_round, made_run
 from tests.shape_data import write_questions
@@ -210,10 +212,10 @@ def test_too_little_memory_is_refused_before_a_model_is_loaded(source, tmp_path,
     current, questions = first_round(run), data.fn(run)
     inputs = {"data": questions, "masks": mask.fn(run, current), **by_hand(run, current, questions)}
     job = _job(run, current, inputs, Part(), "checkpoints", tmp_path / "out")
-    monkeypatch.setattr(checkpoints, "load_model", lambda *_: pytest.fail("a model was loaded"))
-    monkeypatch.setattr(memory, "available", lambda: 8 << 20)
+    monkeypatch.setattr(model_loading, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(machine, "available", lambda: 8 << 20)
     with pytest.raises(InputError, match=r"0.01 GiB are free \(weights .* pass: \d{2,} tokens\): take a smaller"):
-        train_worker.prepare(job, tmp_path / "job.json", 0, 1)
+        worker.prepare(job, tmp_path / "job.json", 0, 1)
 
 
 def test_a_warning_is_told_once_and_kept(capsys: pytest.CaptureFixture) -> None:

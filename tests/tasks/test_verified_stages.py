@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from masters import answering, schemas
-from masters.artifacts import Artifact
+from masters.models.generation import shards
+from masters.store import tables
+from masters.store.artifacts import Artifact
 from masters.tasks import evaluate
 from masters.tasks.data import data
 from masters.tasks.register import card
+from masters.tasks.run_context import Run
 from masters.tasks.score import score
-from masters.tasks.stage import Run
 from tests.handmade_run import first_round, made_run, write_table
 from tests.shape_data import write_questions, write_rows
 
@@ -36,7 +37,7 @@ def responses(run: Run, questions: Artifact) -> Artifact:
         for question in ids
         for sample, text in enumerate(SAID)
     ]
-    return write_table(run, "responses", rows, schemas.RESPONSES)
+    return write_table(run, "responses", rows, tables.RESPONSES)
 
 
 def predicted(run: Run, questions: Artifact) -> None:
@@ -46,7 +47,7 @@ def predicted(run: Run, questions: Artifact) -> None:
             dict(question_id=ref.question_id, model=order.answerer.name, text="11", finish_reason="stop")
             for ref in order.shard.refs
         ]
-        run.storage.create(order.file, schemas.encode(rows, schemas.PREDICTED))
+        run.storage.create(order.file, tables.encode(rows, tables.PREDICTED))
 
 
 def evaluated(run: Run, questions: Artifact) -> Artifact:
@@ -68,15 +69,15 @@ def test_score_accepts_what_the_verifier_accepts_of_any_accepted_answer(tmp_path
 def test_another_verifier_evaluates_what_was_answered_without_an_engine(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answering, "_work", lambda *_: pytest.fail("an engine was asked"))
+    monkeypatch.setattr(shards, "_work", lambda *_: pytest.fail("an engine was asked"))
     runs = {v: made_run(tmp_path / "store", source, answers=dict(verifier=v)) for v in ("final", "exact", "number")}
     questions = data.fn(runs["final"])
     predicted(runs["final"], questions)
     made = {verifier: evaluated(run, questions) for verifier, run in runs.items()}
     assert len({artifact.fingerprint for artifact in made.values()}) == 3
     for verifier, right in dict(final=True, exact=False, number=True).items():
-        table = schemas.read(runs[verifier].storage, made[verifier].files("predictions")[0])
-        assert table.schema.equals(schemas.PREDICTIONS)
+        table = tables.read(runs[verifier].storage, made[verifier].files("predictions")[0])
+        assert table.schema.equals(tables.PREDICTIONS)
         assert {(row["text"], row["correct"]) for row in made[verifier].rows("predictions")} == {("11", right)}
         (counted,) = made[verifier].facts["scores"].values()
         assert (counted["accuracy"], counted["n"]) == (float(right), 3)

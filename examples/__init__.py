@@ -1,0 +1,1 @@
+"""Programs to read and to run beside the package; nothing of it imports them."""

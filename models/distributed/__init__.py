@@ -1,0 +1,22 @@
+"""How weights are held over the ranks of a training run: chosen by `runtime.sharding`, no part of any identity.
+
+A way is one file with a class that does what `base.Sharding` says.
+"""
+
+from masters.models.distributed.base import Sharding, own
+from masters.models.distributed.replicate import Replicate
+
+__all__ = ["Replicate", "Sharding", "own", "sharding_of"]
+
+
+def sharding_of(way: str, device: str) -> Sharding:
+    """The way of that name, on this rank's device."""
+    if way == "replicate":
+        return Replicate(device)
+    if way == "fsdp2":
+        from masters.models.distributed.fsdp2 import Fsdp2
+
+        return Fsdp2(device)
+    from masters.models.distributed.zero3 import Zero3
+
+    return Zero3(device)

@@ -1,0 +1,1 @@
+"""Models answer questions."""

@@ -1,0 +1,84 @@
+"""Sums over a pass that show a run which goes wrong, from what the losses compute anyway; `step_sums` divides them.
+
+Ours. Shapes: T response tokens, R responses. All sums are taken on the CPU in float64, after one transfer a pass.
+"""
+
+from collections.abc import Collection, Sequence
+
+import torch
+
+from masters.models.losses.formulas import Terms
+from masters.models.packing.packed_batch import Pack
+from masters.models.training.first_difference import RIGHT
+
+RARE = 1e-3  # pi of a token that the student has all but given up
+
+
+def token_sums(terms: Terms, packed: Pack, end_tokens: Collection[int]) -> dict[str, float]:
+    """Entropy of the student's distribution over the tokens, and how many end tokens are its greedy choice.
+
+    `greedy_end` counts responses that end with one of `end_tokens`: one cut at the length limit does not.
+    """
+    assert terms.entropy_T is not None and terms.greedy_T is not None
+    entropy_T, greedy_T = _on_cpu(terms.entropy_T, terms.greedy_T)
+    last_R = torch.bincount(packed.response_T, minlength=packed.responses).cumsum(0).cpu() - 1
+    ended_R = torch.isin(packed.token_T.cpu()[last_R], torch.tensor(sorted(end_tokens), dtype=torch.int64))
+    return {
+        "tokens": float(len(entropy_T)),
+        "entropy": entropy_T.sum().item(),
+        "ended_responses": float(ended_R.sum()),
+        "greedy_end": greedy_T[last_R][ended_R].sum().item(),
+    }
+
+
+def log_pi_sums(terms: Terms, packed: Pack, score_R: torch.Tensor, sources: Sequence[str]) -> dict[str, float]:
+    """log pi, summed over the tokens of right and of wrong responses, by who gave them; those without a verdict aside.
+
+    `sources`: "teacher" or "student", R of them.
+    """
+    (logp_T,) = _on_cpu(terms.logp_T)
+    response_T, found = packed.response_T.cpu(), {}
+    for source in ("teacher", "student"):
+        own_R = torch.tensor([one == source for one in sources])
+        for verdict, is_R in (("right", score_R >= RIGHT), ("wrong", score_R < RIGHT)):
+            of_T = (own_R & is_R)[response_T]
+            found[f"log_pi_{verdict}_{source}"] = logp_T[of_T].sum().item()
+            found[f"tokens_{verdict}_{source}"] = float(of_T.sum())
+    return found
+
+
+def negative_sums(terms: Terms, advantage_T: torch.Tensor, packed: Pack) -> dict[str, float]:
+    """How many tokens with a negative advantage have pi < `RARE`, and their part of the reward gradient.
+
+    The gradient: |w_t A_t|^2 ||onehot - pi||^2 of each token, that of w A log pi with respect to its logits, squared;
+    w_t is the loss's weight of the token, 1 / (tokens of its response * responses of its question).
+    """
+    assert terms.squared_slope_T is not None
+    weight_R = 1 / (torch.bincount(packed.response_T) * torch.bincount(packed.question_R)[packed.question_R])
+    weighted_T = advantage_T * weight_R.to(advantage_T)[packed.response_T]
+    logp_T, slope_T, weighted_T = _on_cpu(terms.logp_T, terms.squared_slope_T, weighted_T)
+    squared_T, rare_T = weighted_T.square() * slope_T, (weighted_T < 0) & (logp_T.exp() < RARE)
+    return {
+        "rare_negatives": float(rare_T.sum()),
+        "rare_negatives_gradient": squared_T[rare_T].sum().item(),
+        "squared_reward_gradient": squared_T.sum().item(),
+    }
+
+
+def agreement(reward_R: torch.Tensor, score_R: torch.Tensor, packed: Pack) -> tuple[float, float]:
+    """Pairs of a right and a wrong response of one question in which the right one has the larger reward, a tie for a
+    half; and all such pairs. Responses without a verdict or a reward (NaN) take no part."""
+    agreeing = pairs = 0.0
+    for own in packed.asked:
+        of = torch.tensor(own)
+        reward_G, score_G = reward_R[of], score_R[of]
+        known_G = ~reward_G.isnan()
+        right_G, wrong_G = (reward_G[known_G & is_G] for is_G in (score_G >= RIGHT, score_G < RIGHT))
+        agreeing += 0.5 * (1 + torch.sign(right_G[:, None] - wrong_G)).sum().item()
+        pairs += len(right_G) * len(wrong_G)
+    return agreeing, pairs
+
+
+def _on_cpu(*values_T: torch.Tensor) -> torch.Tensor:
+    """Vectors of one length, stacked, without gradients."""
+    return torch.stack([value_T.detach().float() for value_T in values_T]).cpu().double()

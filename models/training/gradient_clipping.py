@@ -1,0 +1,25 @@
+"""Clipping of a step's gradient to a global norm, however ranks hold the weights."""
+
+import math
+
+import torch
+
+from masters.models.distributed.base import own
+from masters.models.distributed.collectives import gathered
+from masters.models.training.context import Job
+
+
+@torch.no_grad()
+def clip_gradient(job: Job, limit: float) -> float:
+    """Scale the student's gradient, in place, so that its Euclidean norm is at most `limit`. Returns the norm before.
+
+    Where ranks hold shares of the weights, the norm is that of the whole gradient, the same on all ranks.
+    """
+    parameters = job.sharding.held(job.student).values()
+    mine = [own(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    squared = sum(gradient.double().square().sum().item() for gradient in mine)
+    norm = math.sqrt(sum(gathered(job, squared)) if job.sharding.lockstep else squared)
+    if norm > limit:
+        for gradient in mine:
+            gradient.mul_(limit / norm)
+    return norm

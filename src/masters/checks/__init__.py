@@ -1,0 +1,1 @@
+"""What is refused, and what can be known, before hours are spent."""

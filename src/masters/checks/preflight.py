@@ -1,0 +1,118 @@
+"""Everything that can be refused before work starts: store, source, models, families, tokenizers."""
+
+import socket
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+
+from masters.checks.model_folder import (
+    LocalModel,
+    Server,
+    check_pair,
+    check_room,
+    distinct,
+    local_model,
+    special_tokens,
+)
+from masters.checks.weights import check_maskable
+from masters.common.errors import InputError
+from masters.common.machine import cache
+from masters.config import Config, Model
+from masters.config.allowlist import check_config
+from masters.config.fields import TEACHER
+from masters.config.judge_url import base_url, is_url
+from masters.data.sources import Source, open_source
+from masters.store.artifacts import Artifact
+from masters.store.storage import Storage, open_storage
+
+RAY_SECONDS = 5.0  # for the head of a Ray cluster to answer
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A configuration whose parts were found and fit together."""
+
+    storage: Storage
+    source: Source
+    student: LocalModel
+    teachers: list[LocalModel]
+    special_tokens: tuple[str, ...]  # of the tokenizer that all models share
+    judge: LocalModel | Server | None = None  # None: no LLM judges, or each round's teacher does
+
+
+def preflight(config: Config) -> Ready:
+    """Check all parts together. Raises InputError with what was expected, what was found and what to do."""
+    check_config(config)
+    check_answers(config.runtime.cluster)
+    check_installed(config)
+    judge = judge_of(config)
+    source = open_source(config.data)
+    student = local_model(config.student, config.store.root)
+    teachers = [local_model(teacher, config.store.root) for teacher in config.teachers]
+    check_room(student, config)
+    for teacher, wanted in zip(teachers, config.teachers, strict=True):
+        check_pair(teacher, student)
+        check_room(teacher, config)
+        if wanted.r_max > 0:
+            check_maskable(teacher.folder, tuple(config.mask.exclude))
+    storage = open_storage(config.store.root)
+    student, *teachers = distinct([student, *teachers])
+    return Ready(storage, source, student, teachers, special_tokens(student.folder), judge)
+
+
+def started_from(config: Config, trained: Artifact, name: str) -> Ready:
+    """What preflight finds with a trained student as the student: lineage goes on into its train artifact."""
+    folder = trained.storage.download(f"{trained.folder}/model", cache() / "models" / trained.parts["model"][:32])
+    ready = preflight(config.model_copy(update=dict(student=Model(model=str(folder)))))
+    return replace(ready, student=replace(ready.student, name=name, made=trained))
+
+
+def check_answers(cluster: str | None) -> None:
+    """Raises InputError if nothing listens where a Ray cluster should. Ray itself is asked when engines are."""
+    if cluster is None:
+        return
+    host, port = cluster.rsplit(":", 1)
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), RAY_SECONDS):
+            pass
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"runtime.ray_address: no Ray cluster answers at {cluster} ({error}); "
+            "start its head with `ray start --head`, or leave the setting out"
+        ) from error
+
+
+def check_installed(config: Config) -> None:
+    """Raises InputError where a stage would need a package that is not here."""
+    if config.answers.verifier == "number" and find_spec("math_verify") is None:
+        raise InputError(
+            'answers.verifier = "number" needs math-verify, which is not installed: install masters[number], or take '
+            '"final"'
+        )
+    if config.runtime.sharding == "zero3" and find_spec("deepspeed") is None:
+        raise InputError(
+            'runtime.sharding = "zero3" needs DeepSpeed, which is not installed: install masters[zero3], or take '
+            '"fsdp2", which holds shares too'
+        )
+
+
+def judge_of(config: Config) -> LocalModel | Server | None:
+    """The judge that the configuration names, where it needs one beside the teachers."""
+    rewards = config.rewards
+    if rewards.accuracy != "llm" or not config.needs_verdicts or rewards.judge == TEACHER:
+        return None
+    if is_url(rewards.judge):
+        return Server(base_url(rewards.judge), rewards.judge_model)
+    try:
+        return local_model(Model(model=rewards.judge), config.store.root)
+    except InputError as error:
+        raise InputError(f"rewards.judge: {error}") from error
+
+
+def warnings_of(config: Config) -> list[str]:
+    """What is allowed but was found to do harm."""
+    return [
+        f"teacher {t.model}: r_max = {t.r_max} is above 0.2; "
+        "in the paper three of four teachers did worse at 0.3 than without masks"
+        for t in config.teachers
+        if t.r_max > 0.2
+    ]

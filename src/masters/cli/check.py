@@ -1,0 +1,62 @@
+"""`masters check`: what can be refused, and what can be known, before hours are spent."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from masters.cli.options import ConfigPath, Overrides
+from masters.common.errors import MastersError
+from masters.config import Config
+from masters.config.allowlist import check_config
+from masters.config.loading import load
+
+if TYPE_CHECKING:
+    from masters.checks.preflight import Ready
+
+app = typer.Typer()
+
+
+@app.command()
+def check(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    parity: Annotated[
+        bool, typer.Option("--parity", help="Also load the models: fast paths against plain ones, vLLM against PyTorch")
+    ] = False,
+    price: Annotated[
+        float | None, typer.Option("--price", min=0, help="Of an hour of a device, in any currency, for the estimate")
+    ] = None,
+) -> None:
+    """Before hours are spent: configuration, source, models, families and tokenizers, store, memory, time, cost."""
+    settings = load(config, overrides)
+    check_config(settings)
+
+    from masters.checks.estimates import estimate_lines, memory_needed
+    from masters.checks.preflight import preflight, warnings_of
+
+    ready = preflight(settings)
+    for line in warnings_of(settings):
+        typer.echo(f"warning: {line}", err=True)
+    typer.echo(f"source     {settings.data.source}")
+    typer.echo(f"student    {ready.student.folder} ({ready.student.digest[:16]})")
+    for teacher in ready.teachers:
+        typer.echo(f"teacher    {teacher.folder} ({teacher.digest[:16]})")
+    typer.echo(f"store      {ready.storage.uri('')}: read, write, conditional write")
+    typer.echo(f"memory     {memory_needed(settings, ready)}")
+    for line in estimate_lines(settings, ready, price):
+        typer.echo(line)
+    if parity:
+        _parity(settings, ready)
+    typer.echo("ready")
+
+
+def _parity(settings: Config, ready: "Ready") -> None:
+    """Print each difference with its verdict. Raises MastersError if one is more than rounding."""
+    from masters.checks.parity import parity
+
+    differences = parity(settings, ready)
+    for line in differences:
+        verdict = "ok" if line["found"] <= line["limit"] else "DIFFERENT"
+        typer.echo(f"{verdict:<10} {line['found']:.1e} (limit {line['limit']:.0e})  {line['name']}")
+    if any(line["found"] > line["limit"] for line in differences):
+        raise MastersError("this machine does not compute the method as written; see the lines marked DIFFERENT")

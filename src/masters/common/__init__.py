@@ -1,0 +1,1 @@
+"""Needs nothing of the other packages."""

@@ -1,0 +1,23 @@
+"""The configuration: what may be asked for. Imports no torch."""
+
+from masters.config.fields import Section
+from masters.config.schema import Config, Data, Evaluate, Generate, Mask, Model, Nightly, Pools, Runtime, Store, Teacher
+from masters.config.training import Answers, Rewards, Train
+
+__all__ = [
+    "Answers",
+    "Config",
+    "Data",
+    "Evaluate",
+    "Generate",
+    "Mask",
+    "Model",
+    "Nightly",
+    "Pools",
+    "Rewards",
+    "Runtime",
+    "Section",
+    "Store",
+    "Teacher",
+    "Train",
+]

@@ -1,0 +1,45 @@
+"""easy-VQA, as the `easy_vqa` package carries it: shapes of 64 x 64 pixels, the official training and test split."""
+
+import json
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from masters.common.errors import InputError
+from masters.common.hashing import folder_digest
+from masters.data.sources.base import RawRow
+
+COLOURS = frozenset(("red", "green", "blue", "yellow", "brown", "black", "gray", "teal"))
+SPLITS = ("train", "test")
+
+
+class EasyVqa:
+    """48,248 questions about 5,000 images; the questions of an image follow each other."""
+
+    def __init__(self) -> None:
+        # found, not imported: only the data is wanted
+        spec = find_spec("easy_vqa")
+        if spec is None or not spec.origin:
+            raise InputError("source easyvqa: expected the package easy-vqa, found none; run `make setup`")
+        self.folder = Path(spec.origin).parent / "data"
+        missing = [s for s in SPLITS if not (self.folder / s / "questions.json").is_file()]
+        if missing:
+            raise InputError(f"source easyvqa: {self.folder} lacks {missing[0]}/questions.json; run `make setup` again")
+
+    def digest(self) -> str:
+        return folder_digest(self.folder, (".json", ".png"))
+
+    def rows(self) -> Iterator[RawRow]:
+        for split in SPLITS:
+            root = self.folder / split / "images"
+            questions = json.loads((self.folder / split / "questions.json").read_bytes())
+            for number, (question, answer, image) in enumerate(questions):
+                yield RawRow(f"{split}-{number}", f"{image}.png", question, answer, split, category(question), root)
+
+
+def category(question: str) -> str:
+    """What a question asks for, from its words: a colour or a shape, by name or as yes or no."""
+    words = question.rstrip("?").split()
+    if words[0] == "what":
+        return "color" if "color" in words else "shape"
+    return "color-yes-no" if COLOURS.intersection(words) else "shape-yes-no"

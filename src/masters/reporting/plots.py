@@ -1,0 +1,156 @@
+"""Plots of a training run from the tables that it left, so that a reused stage has them too."""
+
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from masters.store.artifacts import Artifact
+
+pc: Any = pyarrow.compute  # its functions are made when it is imported, out of a type checker's sight
+POINTS = 400  # of a curve: means over equal parts of the steps
+SAMPLED = 500_000  # responses in a distribution; of more, every second, fourth, ... is taken
+SOURCES = {"teacher": "tab:blue", "student": "tab:orange", "label": "tab:green"}
+SHARES = {
+    "greedy_end": "end tokens that are the greedy choice",
+    "rare_negatives_gradient": "reward gradient on tokens given up",
+    "distillation_agreement": "distillation reward agrees with the verdict",
+    "reward_agreement": "reward agrees with the verdict",
+}
+LOG_PI = {
+    f"log_pi_{verdict}_{source}": f"{verdict}, {source}"
+    for verdict in ("right", "wrong")
+    for source in ("teacher", "student")
+}
+LEAST = 1e-6  # nats: smaller divergences are drawn here
+
+
+def plots(trained: Sequence[Artifact]) -> dict[str, bytes]:
+    """PNGs of a round by name. Objectives without rewards or divergences have no picture of them.
+
+    `trained`: the round's training, or in order those of its mask stages.
+    """
+    steps = pa.concat_tables(batch for part in trained for batch in part.batches("history"))
+    columns = ["teacher_ratio", "source", "divergence", "reward"]
+    responses, stride = sampled((batch for part in trained for batch in part.batches("rewards", columns)), SAMPLED)
+    figures = {"training": training(steps)}
+    if steps["entropy"].null_count < steps.num_rows:
+        figures["diagnostics"] = diagnostics(steps)
+    taken = f" (every {stride}th)" if stride > 1 else ""
+    for name, column, label in (
+        ("rewards", "reward", f"reward of a response, accuracy + distillation{taken}"),
+        ("divergences", "divergence", f"divergence of student and masked teacher on a response, nats{taken}"),
+    ):
+        known = responses.filter(pc.is_valid(responses[column]))
+        if known.num_rows:
+            figures[name] = distributions(known, column, label, logarithmic=column == "divergence")
+    return {name: png(figure) for name, figure in figures.items()}
+
+
+def sampled(batches: Iterable[pa.Table], limit: int) -> tuple[pa.Table, int]:
+    """Every n-th row, n the smallest power of two that leaves at most `limit` of them; and n. Holds few more."""
+    kept, stride, seen = [], 1, 0
+    for batch in batches:
+        kept.append(batch.take(pa.array(range(-seen % stride, batch.num_rows, stride), pa.int64())))
+        seen += batch.num_rows
+        while sum(part.num_rows for part in kept) > limit:
+            whole = pa.concat_tables(kept)
+            kept, stride = [whole.take(pa.array(range(0, whole.num_rows, 2), pa.int64()))], 2 * stride
+    return pa.concat_tables(kept), stride
+
+
+def training(steps: pa.Table) -> Figure:
+    """Loss and divergence above; accuracy on the probe, and how much of the teacher is masked, below."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    upper, lower = figure.subplots(2, sharex=True)
+    step = _column(steps, "step")
+    for name in ("loss", "divergence"):
+        values = _column(steps, name)
+        if not np.isnan(values).all():
+            upper.plot(_means(step), _means(values), label=name, linewidth=1)
+    upper.set_ylabel("mean over a step's questions")
+    upper.legend()
+    probe = _column(steps, "probe_accuracy")
+    looked = ~np.isnan(probe)
+    lower.plot(step[looked], probe[looked], "o-", color="tab:green")
+    lower.set(xlabel="step", ylabel="accuracy on the probe", ylim=(-0.03, 1.03))
+    masked = lower.twinx()
+    masked.step(step, _column(steps, "mask_ratio"), where="mid", color="tab:gray", linestyle="--")
+    masked.set_ylabel("mask ratio (dashed)")
+    masked.set_ylim(bottom=-0.01)
+    return figure
+
+
+def diagnostics(steps: pa.Table) -> Figure:
+    """log pi of right and wrong responses, the entropy of the student's distribution, and what shares go where."""
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    panels = figure.subplots(3, sharex=True)
+    drawn = (LOG_PI, "log pi, nats a token"), ({"entropy": "entropy"}, "nats a token"), (SHARES, "share")
+    for panel, (columns, label) in zip(panels, drawn, strict=True):
+        for column in columns:
+            known = steps.filter(pc.is_valid(steps[column]))
+            if known.num_rows:
+                panel.plot(_means(_column(known, "step")), _means(_column(known, column)), label=columns[column])
+        panel.set_ylabel(label)
+        if panel.lines:
+            panel.legend(fontsize="x-small")
+    panels[-1].set(xlabel="step", ylim=(-0.03, 1.03))
+    return figure
+
+
+def distributions(responses: pa.Table, column: str, label: str, logarithmic: bool) -> Figure:
+    """A panel for each ratio at which the teacher was masked: what each source's responses got."""
+    values, ratios = _column(responses, column), _column(responses, "teacher_ratio")
+    if logarithmic:
+        values = np.maximum(values, LEAST)
+    sources = np.array(responses["source"].to_pylist())
+    edges = _edges(values, logarithmic)
+    panels = sorted(set(ratios), reverse=True)
+    figure = Figure(figsize=(8, 1.2 + 1.1 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for panel, ratio in zip(axes, panels, strict=True):
+        here = {source: values[(ratios == ratio) & (sources == source)] for source in ("teacher", "student")}
+        _histograms(panel, {source: found for source, found in here.items() if len(found)}, edges)
+        panel.set_ylabel(f"mask {ratio:g}")
+    if logarithmic:
+        axes[-1].set_xscale("log")
+    axes[-1].set_xlabel(label)
+    figure.supylabel("share of responses")
+    return figure
+
+
+def _histograms(panel: Axes, found: dict[str, np.ndarray], edges: np.ndarray) -> None:
+    for source, values in found.items():
+        weights = np.full(len(values), 1 / len(values))
+        told = f"{source}, n = {len(values):,}, mean {values.mean():.3g}"
+        look: dict[str, Any] = dict(histtype="step") if source == "student" else dict(histtype="stepfilled", alpha=0.4)
+        panel.hist(values, list(edges), weights=weights, color=SOURCES[source], label=told, **look)
+    panel.legend(fontsize="x-small")
+
+
+def _edges(values: np.ndarray, logarithmic: bool) -> np.ndarray:
+    low, high = values.min(), values.max()
+    if low == high:
+        low, high = low * 0.5 - 0.5 * (not logarithmic), high * 1.5 + 0.5
+    return np.geomspace(low, high, 41) if logarithmic else np.linspace(low, high, 41)
+
+
+def _column(table: pa.Table, name: str) -> np.ndarray:
+    """A column as floats, NaN where there is nothing."""
+    return table[name].cast(pa.float64()).to_numpy()
+
+
+def _means(values: np.ndarray) -> list[float]:
+    return [float(part.mean()) for part in np.array_split(values, min(POINTS, len(values)))]
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG file's content."""
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png", dpi=100)
+    return sink.getvalue()

@@ -1,0 +1,1 @@
+"""Artifacts: what is built, and where it lies."""

@@ -1,0 +1,63 @@
+"""The comparison that `masters check --parity` prints notices what it should."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoProcessor
+
+from demo import shapes
+from masters.checks import parity_worker
+from masters.models import model_loading, prompts
+from masters.models.families import family_of
+from masters.models.losses import formulas
+from masters.models.masking import group_thresholds, safetensors_tensors
+from masters.models.packing import packed_batch
+from masters.models.packing.packed_batch import pack, response_logits
+from masters.models.packing.prefix_tree import Question
+from tests.models.family_questions import load_masked
+
+FOLDER = Path(__file__).parents[2] / "demo/models/teacher"
+FAMILY = family_of(AutoConfig.from_pretrained(FOLDER).model_type)
+
+
+@pytest.fixture(scope="module")
+def prompt() -> dict[str, torch.Tensor]:
+    png = io.BytesIO()
+    shapes.draw(np.random.default_rng(0))[0].save(png, "PNG")
+    return prompts.model_inputs(AutoProcessor.from_pretrained(FOLDER), "what color is the shape?", png.getvalue())
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    return model_loading.load_model(FOLDER, "float32")
+
+
+def test_packing_as_it_is_agrees_with_separate_rows(model, prompt) -> None:
+    question = Question("q", prompt, [[40, 41, 2], [50, 2], [60, 61, 62, 2]])
+    for difference in parity_worker.packed_against_separate("teacher", model, FAMILY, question):
+        assert difference.found <= difference.limit, difference
+
+
+def test_responses_that_see_each_other_are_noticed(model, prompt, monkeypatch) -> None:
+    def causal(place_3BL: torch.Tensor) -> torch.Tensor:
+        _, rows, length = place_3BL.shape
+        return torch.ones(rows, 1, length, length, dtype=torch.bool).tril()
+
+    monkeypatch.setattr(packed_batch, "attention_mask", causal)
+    question = Question("q", prompt, [[40, 41, 2], [50, 2], [60, 61, 62, 2]])
+    for difference in parity_worker.packed_against_separate("teacher", model, FAMILY, question):
+        assert difference.found > difference.limit, difference
+
+
+def test_an_engine_that_serves_other_weights_is_noticed(model, prompt) -> None:
+    tokens = [40, 41, 2]
+    packed = pack([Question("q", prompt, [tokens])], model, FAMILY)
+    with torch.no_grad():
+        said = formulas.chosen_log_probs(response_logits(model, packed), packed.token_T).tolist()
+    assert parity_worker.log_prob_difference(model, FAMILY, prompt, tokens, said) == 0
+    rows = group_thresholds(lambda: safetensors_tensors(FOLDER), [0.2], "matrix")
+    masked = load_masked(FOLDER, {r["tensor"]: r["threshold"] for r in rows}, "float32")
+    assert parity_worker.log_prob_difference(masked, FAMILY, prompt, tokens, said) > parity_worker.LOG_PROBS["float32"]

@@ -1,0 +1,63 @@
+"""Names that tell models apart in tables: folders are often called the same; and which models are a pair."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from masters.checks.model_folder import STUDENTS, LocalModel, check_pair, distinct, local_model
+from masters.common.errors import InputError
+from masters.config import Model
+from tests.command_line import ROOT
+
+MODELS = st.builds(
+    LocalModel,
+    name=st.sampled_from(["final", "last", *STUDENTS]),
+    folder=st.just(Path("/models")),
+    digest=st.sampled_from([letter * 64 for letter in "abc"]),
+)
+
+
+@given(st.lists(MODELS, max_size=6))
+def test_a_name_belongs_to_one_model(models: list[LocalModel]) -> None:
+    named = distinct(models)
+    assert [model.digest for model in named] == [model.digest for model in models]
+    assert len({model.name for model in named}) == len({(model.name, model.digest) for model in models})
+    assert not any(model.name in STUDENTS for model in named)
+
+
+@given(st.lists(MODELS, max_size=6))
+def test_a_name_stays_where_nothing_else_has_it(models: list[LocalModel]) -> None:
+    for before, after in zip(models, distinct(models), strict=True):
+        shared = any(other.name == before.name and other.digest != before.digest for other in models)
+        assert (after.name == before.name) == (not shared and before.name not in STUDENTS)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "why"),
+    [
+        ("chat_template.jinja", "{%", "Look.{%", "other tokens|tokens with a small picture"),
+        (
+            "processor_config.json",
+            '"longest_edge": 4096',
+            '"longest_edge": 16384',
+            "41 and 41 tokens with a small picture, 79 and 37 with a large one",
+        ),
+        ("processor_config.json", "0.5,", "0.25,", "other pixels"),
+    ],
+)
+def test_models_that_make_other_prompts_of_a_question_are_no_pair(
+    file: str, old: str, new: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same tokenizer, same family: responses would be sampled behind one prompt and learnt behind another."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ours = local_model(Model(model=str(ROOT / "demo/models/student")))
+    check_pair(local_model(Model(model=str(ROOT / "demo/models/teacher"))), ours)
+    folder = shutil.copytree(ROOT / "demo/models/teacher", tmp_path / "teacher")
+    text = (folder / file).read_text()
+    assert old in text
+    (folder / file).write_text(text.replace(old, new, 1))
+    with pytest.raises(InputError, match=f"make different prompts of one question and picture: .*({why})"):
+        check_pair(local_model(Model(model=str(folder))), ours)

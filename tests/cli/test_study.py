@@ -1,0 +1,38 @@
+"""What `masters study` prints, and how it ends."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from masters.cli import main
+from masters.common.errors import RunsFailed
+
+DEMO = Path(__file__).parents[2] / "configs/studies/easyvqa.toml"
+REPORT = dict(markdown="| arm |\n", failed=[], arms=[])
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(DEMO.parents[2])
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_report_is_printed_also_where_runs_failed(
+    as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def ended(name: str, settings: object, **arguments: object) -> dict:
+        asked.append((name, arguments["design"].name))  # pyright: ignore
+        if len(asked) == 2:
+            raise RunsFailed("1 run failed", REPORT)
+        return REPORT
+
+    monkeypatch.setattr(main, "_outcome", ended)
+    main.study(DEMO, as_json)
+    with pytest.raises(RunsFailed, match="1 run failed") as failed:
+        main.study(DEMO, as_json)
+    assert failed.value.exit_code == 1 and asked == [("study", "easyvqa")] * 2
+    printed = json.dumps(REPORT) if as_json else REPORT["markdown"]
+    assert capsys.readouterr().out == 2 * f"{printed}\n"

@@ -1,0 +1,92 @@
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from masters.common.errors import InputError
+from masters.config import presets
+from masters.config.loading import changed, load
+
+DEMO = Path(__file__).parents[2] / "configs" / "easyvqa.toml"
+
+
+@pytest.mark.parametrize("path", sorted(DEMO.parent.glob("*.toml")), ids=lambda p: p.name)
+def test_every_recipe_loads(path: Path) -> None:
+    assert load(path).name == tomllib.loads(path.read_text())["name"]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.learning_rate=nan", "train.learning_rate"),
+        ("train.learning_rate=-1", "train.learning_rate"),
+        ("train.epochs=0", "train.epochs"),
+        ("generate.top_p=1.5", "generate.top_p"),
+        ("generate.responses=3", "student_share"),
+        ("teachers.0.r_max=0.13", "multiple of step"),
+        ("teachers.7.r_max=0.2", "expected a number below 1"),
+        ("train.targets=labels", "labels"),
+        ("train.control=random_advantages train.objective=kd", 'needs objective "masters", found'),
+        ("train.control=shuffled_verdicts train.objective=kd", 'or "sft" with targets = "responses"'),
+        ("train.control=shuffled_verdicts train.objective=sft train.targets=labels", 'or "sft" with targets'),
+        ("train.control=shuffled_verdicts rewards.accuracy=off", "shuffles the verdicts of rewards.accuracy"),
+        ("train.balance=teacher_accuracy rewards.accuracy=off", "needs verdicts on responses of the teacher"),
+        ("train.balance=teacher_accuracy generate.student_share=1", "needs verdicts on responses of the teacher"),
+        ("generate.refresh=stage train.targets=labels train.objective=kd", "learns from no response"),
+        ("generate.refresh=stage generate.student_share=0.0", "raise generate.student_share, or set"),
+        ("evaluate.split=validation", "needs data.validation_share above 0"),
+        ("data.validation_share=1.0", "data.validation_share"),
+        ("train.objective=sft rewards.accuracy=off", 'expected rewards.accuracy "llm" or "rules"'),
+        ("trian.epochs=1", "trian: unknown key"),
+        ("no_equals", "KEY=VALUE"),
+        ("name=", "name"),
+        ("store.root.deeper=1", "not a section"),
+    ],
+)
+def test_bad_values_name_their_key(override: str, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        load(DEMO, override.split())
+
+
+def test_an_objective_without_any_reward_is_refused() -> None:
+    with pytest.raises(InputError, match="nothing to reward"):
+        load(DEMO, ["rewards.accuracy=off", "rewards.distillation=off"])
+
+
+def test_overrides_are_toml_literals_else_strings() -> None:
+    config = load(DEMO, ["train.epochs=7", "data.source=my.jsonl", "teachers.0.r_max=0.1", "generate.student_share=0"])
+    assert (config.train.epochs, config.data.source, config.teachers[0].r_max) == (7, "my.jsonl", 0.1)
+    assert (config.generate.teacher_responses, config.generate.student_responses) == (8, 0)
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_a_preset_sets_what_the_file_and_the_overrides_leave_open(name: str) -> None:
+    config = load(DEMO, [f"preset={name}", "train.beta=0.7"])
+    found = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in presets.settings(name)}
+    assert found == presets.settings(name) | {"train.beta": 0.7}
+    assert config.train.learning_rate == load(DEMO).train.learning_rate
+    assert changed(load(DEMO, ["train.divergence=kl"]), {"preset": name, "train.beta": 0.7}) == config
+
+
+def test_the_presets_decide_the_same_switches() -> None:
+    assert len({frozenset(switches) for switches in presets.PRESETS.values()}) == 1
+
+
+def test_gated_rewards_need_verdicts_only_where_there_are_rewards() -> None:
+    off = ["preset=recommended", "rewards.accuracy=off"]
+    assert load(DEMO, [*off, "train.objective=kd"]).rewards.combine == "gated"
+    with pytest.raises(InputError, match="also of preset .recommended.*set rewards.combine"):
+        load(DEMO, off)
+
+
+def test_an_unknown_preset_is_refused() -> None:
+    with pytest.raises(InputError, match="preset: expected one of paper"):
+        load(DEMO, ["preset=best"])
+
+
+def test_the_config_needs_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, masters.config, masters.cli.main; sys.exit('torch' in sys.modules or 'prefect' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

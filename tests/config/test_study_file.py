@@ -1,0 +1,104 @@
+"""A study is understood, or refused with one line, before anything runs."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from masters.common.errors import InputError
+from masters.config.study_file import Study, arm_config, load_study
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "configs/studies/easyvqa.toml"
+STUDY = f"""
+name = "s"
+config = "{ROOT}/configs/easyvqa.toml"
+results = "results"
+learning_rates = [2e-4, 1e-4]
+seeds = [1, 2]
+[base]
+train.schedule = "cosine"
+"teachers.0.r_max" = 0.1
+[arms.plain]
+[arms.other]
+learning_rates = [1e-3]
+train.objective = "kd"
+"train.schedule" = "linear"
+"""
+
+
+def written(folder: Path, text: str = STUDY) -> Path:
+    (folder / "study.toml").write_text(text)
+    return folder / "study.toml"
+
+
+def test_an_arm_has_the_configuration_the_base_and_its_own_settings(tmp_path: Path) -> None:
+    config, study = load_study(written(tmp_path))
+    plain, other = (arm_config(config, study, arm) for arm in ("plain", "other"))
+    assert (plain.train.schedule, other.train.schedule, other.train.objective) == ("cosine", "linear", "kd")
+    assert plain.teachers[0].r_max == other.teachers[0].r_max == 0.1
+    assert plain.data.validation_share == 0.1
+    values = dict(train=config.train, teachers=config.teachers, data=config.data)
+    assert other.model_copy(update=values) == config.model_copy(update=values)
+    assert (study.rates("plain"), study.rates("other")) == ([1e-4, 2e-4], [1e-3])
+
+
+def test_an_arms_preset_goes_before_shared_keys_and_after_its_own(tmp_path: Path) -> None:
+    shared = STUDY.replace("[base]", '[base]\ntrain.negatives = "none"\ntrain.beta = 0.0')
+    config, study = load_study(written(tmp_path, shared + '[arms.paper]\npreset = "paper"\ntrain.divergence = "kl"\n'))
+    paper = arm_config(config, study, "paper")
+    assert (paper.train.negatives, paper.train.beta) == ("full", 0.1)  # the preset's
+    assert (paper.train.divergence, paper.train.schedule) == ("kl", "cosine")
+    assert arm_config(config, study, "plain").train.negatives == "none"
+
+
+def test_folders_are_relative_to_the_studys_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config, study = load_study(DEMO)
+    assert config.name == "easyvqa" and study.results == str(DEMO.parent / "easyvqa")
+
+
+def test_a_form_takes_what_a_file_holds(tmp_path: Path) -> None:
+    _, study = load_study(written(tmp_path))
+    assert Study.model_validate_json(study.model_dump_json()) == study
+
+
+@pytest.mark.parametrize(
+    ("piece", "other", "says"),
+    [
+        ('name = "s"', 'nmae = "s"', "name: missing; nmae: unknown key"),
+        ("seeds = [1, 2]", "seeds = [1]", "seeds: List should have at least 2"),
+        ("seeds = [1, 2]", "seeds = [1, 1]", "seeds: expected each value once"),
+        ("seeds = [1, 2]", "seeds = [0, 1]", r"other seeds than tuning_seeds, found \[0\]"),
+        ("[2e-4, 1e-4]", "[]", "learning_rates: List should have at least 1"),
+        ("[2e-4, 1e-4]", "[2e-4, 2e-4]", "learning_rates: expected each value once"),
+        ("[1e-3]", "[1e-3, 1e-3]", "arms.other.learning_rates: expected each value once"),
+        ("[1e-3]", "[-1e-3]", "arms.other.learning_rates.0"),
+        ("[arms.plain]", "[arms.'no name']", "no name"),
+        ("[arms.plain]", "[arms.plain]\ntrain.bta = 1", "arm plain: .*train.bta: unknown key"),
+        ("[arms.plain]", "[arms.plain]\ntrain.seed = 1", "arms.plain: train.seed is no setting of an arm"),
+        ("[arms.plain]", "[arms.plain]\nlearning_rate = 1", "learning_rate: unknown key"),
+        ("[arms.plain]", "[arms.plain]\nevaluate.split = 'test'", "evaluate.split is no setting"),
+        ("[base]", "[base]\nstore.root = 'a'", "base: store.root is no setting of an arm"),
+        ("[base]", "[base]\nteachers.7.r_max = 0.1", "expected a number below 1"),
+        ("[base]", "[validation]\nshare = 0.0\n[base]", "validation.share"),
+        ("[arms.plain]", "[[comparisons]]\nbetter = 'plain'\nthan = 'none'\n[arms.plain]", "found none"),
+        ("[arms.plain]", "[[comparisons]]\nbetter = 'plain'\nthan = 'plain'\n[arms.plain]", "found plain twice"),
+        ("configs/easyvqa.toml", "configs/none.toml", "configuration not found"),
+    ],
+)
+def test_a_study_that_cannot_work_is_refused(piece: str, other: str, says: str, tmp_path: Path) -> None:
+    assert STUDY.count(piece) == 1
+    with pytest.raises(InputError, match=says) as refused:
+        load_study(written(tmp_path, STUDY.replace(piece, other)))
+    assert "\n" not in str(refused.value)
+
+
+def test_every_study_of_the_repository_is_understood() -> None:
+    files = sorted((ROOT / "configs/studies").glob("*.toml"))
+    assert files
+    for file in files:
+        config, study = load_study(file)
+        told: dict[str, Any] = tomllib.loads(file.read_text())
+        assert study.arms.keys() == told["arms"].keys() and config.name

@@ -1,0 +1,296 @@
+"""Every rule of acceptance, by its reason; and that no row ends a run."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from masters.common.errors import InputError
+from masters.common.hashing import canonical, digest, unit_interval
+from masters.data import images
+from masters.data.sources.base import RawRow
+from masters.data.validation import Rejected, reread, validated
+
+
+class Rows:
+    """A source of given rows."""
+
+    def __init__(self, *rows: RawRow) -> None:
+        self.given = rows
+
+    def digest(self) -> str:
+        return "0" * 64
+
+    def rows(self):
+        yield from self.given
+
+
+def encoded(mode: str = "RGB", size: tuple[int, int] = (6, 5), kind: str = "PNG", **options) -> bytes:
+    sink = io.BytesIO()
+    Image.new(mode, size).save(sink, kind, **options)
+    return sink.getvalue()
+
+
+GOOD = encoded()
+
+
+def row(**changes) -> RawRow:
+    return RawRow(**({"id": "a", "image": GOOD, "question": "what?", "answer": "that"} | changes))
+
+
+def judge(*rows: RawRow) -> list:
+    return list(validated(Rows(*rows)))
+
+
+def reason(**changes) -> str:
+    (found,) = judge(row(**changes))
+    assert isinstance(found, Rejected), found
+    assert found.reason.startswith(found.kind)
+    return found.reason
+
+
+def accepted(**changes) -> dict:
+    (found,) = judge(row(**changes))
+    assert isinstance(found, dict), found
+    return found
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size without having the pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    )
+
+
+# what is accepted
+
+
+@pytest.mark.parametrize("name", ["question", "answer"])
+def test_a_text_with_a_control_token_of_the_models_is_refused(name: str) -> None:
+    rows = Rows(row(id="a", **{name: "what is <|image_pad|> here"}), row(id="b", **{name: "what is <b> here"}))
+    first, second = validated(rows, ("<|im_end|>", "<|image_pad|>"))
+    assert first == Rejected("a", f"{name} has a special token", f"{name} has a special token (<|image_pad|>)")
+    assert second[name] == "what is <b> here"
+
+
+def test_an_accepted_row_is_a_question_as_it_was():
+    found = accepted(question=" Wie groß?\n\tsehr\r\n", answer="groß", category="size", split="test")
+    content = digest(canonical([" Wie groß?\n\tsehr\r\n", "groß", digest(GOOD)]).encode())
+    assert found == {
+        "question_id": "a", "question_digest": content, "image_digest": digest(GOOD), "image": GOOD,
+        "question": " Wie groß?\n\tsehr\r\n", "answer": "groß", "accepted_answers": ["groß"], "split": "test",
+        "category": "size",
+    }  # fmt: skip
+
+
+def test_the_digest_is_of_question_answer_and_image_alone():
+    base = accepted()["question_digest"]
+    assert accepted(id="b", category="c", split="test")["question_digest"] == base
+    others = [accepted(question="who?"), accepted(answer="this"), accepted(image=encoded(size=(7, 5)))]
+    assert len({base, *(o["question_digest"] for o in others)}) == 4
+
+
+def test_the_first_of_several_answers_is_the_one_to_learn_and_each_is_accepted_once():
+    found = accepted(answer=["eleven", "11", "eleven", " 11"])
+    assert (found["answer"], found["accepted_answers"]) == ("eleven", ["eleven", "11", " 11"])
+
+
+def test_the_digest_tells_what_is_accepted_apart_and_one_answer_is_one_however_it_is_written():
+    lists = (["this"], ["this", "that"], ["that", "this"], ["this", "that", "it"])
+    digests = {accepted(answer=answers)["question_digest"] for answers in lists}
+    assert len(digests) == 4 and accepted(answer="this")["question_digest"] in digests
+
+
+def test_every_accepted_answer_is_looked_through_for_control_tokens():
+    (found,) = validated(Rows(row(answer=["this", "<|im_end|>"])), ("<|im_end|>",))
+    assert found == Rejected("a", "answer has a special token", "answer has a special token (<|im_end|>)")
+
+
+def test_whole_number_ids_become_their_decimals():
+    assert accepted(id=17)["question_id"] == "17"
+    first, second = judge(row(id=17), row(id="17"))
+    assert first["question_id"] == "17" and second.reason == "duplicate id"
+
+
+def test_rereading_gives_the_same_question(tmp_path):
+    (tmp_path / "x.png").write_bytes(GOOD)
+    for raw in (
+        row(category=""),
+        row(answer=["this", "that"]),
+        row(id=3, split="test", category="c"),
+        row(image="x.png", root=tmp_path),
+    ):
+        assert judge(raw) == [reread(raw)]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])
+def test_every_png_mode_is_accepted(mode):
+    data = encoded(mode)
+    assert accepted(image=data)["image"] == data, "bytes are kept, not encoded again"
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [
+        ("JPEG", "RGB", {}), ("JPEG", "CMYK", {}), ("JPEG", "L", {}),
+        ("WEBP", "RGBA", {}), ("BMP", "RGB", {}), ("TIFF", "I;16", {}), ("PPM", "L", {}),
+        ("GIF", "P", {"save_all": True, "append_images": [Image.new("P", (6, 5), 1)]}),
+    ],
+)  # fmt: skip
+def test_every_image_format_is_accepted(kind, mode, options):
+    accepted(image=encoded(mode, kind=kind, **options))
+
+
+# the split
+
+
+def test_without_a_split_the_image_decides_so_that_none_is_in_both():
+    pictures = [encoded(size=(1 + n % 20, 1 + n // 20)) for n in range(300)]
+    found = judge(*(row(id=f"{n}-{k}", image=p, question=f"{k}?") for n, p in enumerate(pictures) for k in range(3)))
+    split_of: dict[bytes, set] = {}
+    for question in found:
+        split_of.setdefault(question["image"], set()).add(question["split"])
+    assert all(len(splits) == 1 for splits in split_of.values())
+    held_out = [p for p, splits in split_of.items() if splits == {"test"}]
+    assert held_out == [p for p in split_of if unit_interval(digest(p)) < 0.1]
+    assert 15 <= len(held_out) <= 45, "a tenth of 300"
+
+
+def test_a_given_split_is_kept():
+    assert {accepted(split=s)["split"] for s in ("train", "test")} == {"train", "test"}
+
+
+# what is rejected
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"id": None}, "id is missing"),
+        ({"id": ""}, "id is missing"),
+        ({"id": "  "}, "id is empty"),
+        ({"id": True}, "id is not text (found bool)"),
+        ({"id": 1.5}, "id is not text (found float)"),
+        ({"id": "x" * 1001}, "id is too long (1001 characters, limit 1000)"),
+        ({"question": None}, "question is missing"),
+        ({"answer": None}, "answer is missing"),
+        ({"question": ""}, "question is empty"),
+        ({"answer": " \n\t\u00a0"}, "answer is empty"),
+        ({"answer": 3}, "answer is not text (found int)"),
+        ({"answer": True}, "answer is not text (found bool)"),
+        ({"answer": []}, "answer is an empty list"),
+        ({"answer": ["a"] * 101}, "answer is too long a list (101 texts, limit 100)"),
+        ({"answer": ["a", 3]}, "answer is not text (found int)"),
+        ({"answer": ["a", None]}, "answer is missing"),
+        ({"answer": ["a", " "]}, "answer is empty"),
+        ({"answer": [["a"]]}, "answer is not text (found list)"),
+        ({"answer": {"a": "b"}}, "answer is not text (found dict)"),
+        ({"question": ["what?"]}, "question is not text (found list)"),
+        ({"question": b"what?"}, "question is not text (found bytes)"),
+        ({"question": "x" * 20_001}, "question is too long (20001 characters, limit 20000)"),
+        ({"answer": "x" * 10_001}, "answer is too long (10001 characters, limit 10000)"),
+        ({"answer": "ab\x00"}, "answer has control characters (U+0000 at 2)"),
+        ({"question": "\x1b[31m"}, "question has control characters (U+001B at 0)"),
+        ({"question": "x\x7f"}, "question has control characters (U+007F at 1)"),
+        ({"answer": "\ud800"}, "answer is not valid Unicode"),
+        ({"category": 4}, "category is not text (found int)"),
+        ({"split": "dev"}, "unknown split (found 'dev', expected train or test)"),
+        ({"split": 0}, "unknown split (found 0, expected train or test)"),
+        ({"split": ["train"]}, "unknown split (found ['train'], expected train or test)"),
+        ({"image": ""}, "image is missing"),
+        ({"image": 7}, "image is neither bytes nor a path (found int)"),
+        ({"image": "x.png"}, "image is a path (this source has no folder; expected bytes)"),
+        ({"image": png_header(9000, 9000)}, "image has too many pixels (9000 x 9000, limit 64000000)"),
+        ({"image": png_header(60000, 60000)}, "image has too many pixels (limit 64000000)"),
+        ({"image": encoded(size=(201, 1))}, "image is too narrow (201 x 1, limit 200:1)"),
+        ({"image": encoded(size=(1, 201))}, "image is too narrow (1 x 201, limit 200:1)"),
+        ({"fault": "line is not an object (found list)"}, "line is not an object (found list)"),
+        ({"fault": "line is not UTF-8"}, "line is not UTF-8"),
+    ],
+)  # fmt: skip
+def test_a_faulty_row_is_rejected_with_its_reason(changes, expected):
+    assert reason(**changes) == expected
+
+
+def test_limits_themselves_are_accepted():
+    accepted(id="x" * 1000, question="x" * 20_000, answer="x" * 10_000, image=encoded(size=(200, 1)))
+
+
+def test_a_bomb_is_refused_by_its_header(monkeypatch):
+    monkeypatch.setattr(images, "_decoded", lambda image: pytest.fail("decoded"))
+    reason(image=png_header(8001, 8000))
+
+
+def test_an_oversized_file_is_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr("masters.data.validation.MAX_BYTES", 100)
+    (tmp_path / "big.png").write_bytes(bytes(101))
+    assert reason(image=bytes(101)) == "image is too large (101 bytes, limit 100)"
+    assert reason(image="big.png", root=tmp_path) == "image is too large (101 bytes, limit 100)"
+
+
+# paths
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "data"
+    (root / "images").mkdir(parents=True)
+    (root / "images" / "x.png").write_bytes(GOOD)
+    (root / "in.png").symlink_to(root / "images" / "x.png")
+    return root
+
+
+@pytest.mark.parametrize("path", ["images/x.png", "./images/x.png", "in.png", Path("images/x.png")])
+def test_paths_inside_the_folder(folder, path):
+    assert accepted(image=path, root=folder)["image"] == GOOD
+
+
+# isolation
+
+
+def test_ids_are_taken_by_accepted_rows_only():
+    first, second, third = judge(row(answer=None), row(), row(answer="other"))
+    assert (first.kind, second["answer"], third.kind) == ("answer is missing", "that", "duplicate id")
+
+
+def test_a_rejected_row_is_named_by_its_id_or_its_place():
+    found = judge(row(id=None), row(id=[1]), row(id="b", answer=None), row(id="x" * 5000), row(id="\ud800"))
+    assert [r.id for r in found] == ["row 1", "row 2", "b", "x" * 200, "\\ud800"]
+
+
+def test_an_unforeseen_error_costs_one_row(monkeypatch):
+    def explode(data, name):
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("masters.data.validation.image_fault", explode)
+        assert reason() == "row cannot be processed (MemoryError: no room)"
+
+
+def test_an_error_of_the_source_is_not_swallowed():
+    class Ends(Rows):
+        def rows(self):
+            yield row()
+            raise InputError("the source broke off")
+
+    with pytest.raises(InputError, match="broke off"):
+        list(validated(Ends()))
+
+
+def test_verdicts_on_images_are_remembered_but_not_for_ever(monkeypatch):
+    monkeypatch.setattr(images, "REMEMBERED", 3)
+    monkeypatch.setattr(images, "_verdicts", {})
+    judged = []
+    monkeypatch.setattr(images, "_examine", lambda data: judged.append(data))
+    for data in (b"1", b"1", b"2", b"3", b"4", b"2", b"1"):
+        images.image_fault(data, digest(data))
+        assert len(images._verdicts) <= 3
+    assert judged == [b"1", b"2", b"3", b"4", b"1"]

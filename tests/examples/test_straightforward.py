@@ -1,0 +1,140 @@
+"""The plain script that `bench end-to-end` compares with is the same method: masks, rewards, advantages, losses."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoProcessor
+
+from demo import shapes
+from examples import straightforward as plain
+from masters.config import Rewards, Train
+from masters.data.question_shards import Ref
+from masters.models import model_loading
+from masters.models.families import family_of
+from masters.models.losses import chunked_head
+from masters.models.masking import group_thresholds, safetensors_tensors
+from masters.models.packing.packed_batch import pack, response_states
+from masters.models.packing.prefix_tree import Question
+from masters.models.prompts import model_inputs
+from masters.models.training import objective, trainer
+from masters.models.training.groups import Group, Step
+from masters.store.storage import Storage
+from tests.shape_data import QUESTIONS
+
+ROOT = Path(__file__).parents[2]
+TEACHER, STUDENT = (ROOT / "demo/models" / name for name in ("teacher", "student"))
+RATIO, STEPS, PER_STEP = 0.2, 4, 3
+TRAIN = Train(learning_rate=1e-4, questions_per_step=PER_STEP)
+# what a model may say of an image: right and wrong, short and long, the same twice, two in the same words
+SAID = (("red", "red", "blue circle", "circle", "red."), ("yes", "no", "no"), ("circle", "circle"), ("gray", "a teal"))
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> list[plain.Group]:
+    """Stored responses to drawn questions, tokens as a model would have sampled them."""
+    folder, rng = tmp_path_factory.mktemp("asked"), np.random.default_rng(3)
+    tokenizer, groups = AutoProcessor.from_pretrained(STUDENT).tokenizer, []
+    for number in range(STEPS * PER_STEP):
+        image, shape, color = shapes.draw(rng)
+        image.save(folder / f"{number}.png")
+        question = plain.Question(folder / f"{number}.png", QUESTIONS[number % 3], "red")
+        said = [
+            ([*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id], text)
+            for text in SAID[number % len(SAID)]
+        ]
+        groups.append(plain.group(question, [*said, ([], "")]))
+    return groups
+
+
+@pytest.fixture(scope="module")
+def thresholds() -> dict[str, float]:
+    rows = group_thresholds(lambda: safetensors_tensors(TEACHER), [RATIO], "matrix")
+    return {row["tensor"]: row["threshold"] for row in rows}
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return plain.masked_checkpoint(str(TEACHER), RATIO, tmp_path_factory.mktemp("masked"))
+
+
+def theirs(asked: list[plain.Group], masked: str) -> Iterator[plain.Outcome]:
+    """The script's steps, as `train` takes them."""
+    student, teacher, reference = (plain.load(folder) for folder in (str(STUDENT), masked, str(STUDENT)))
+    processor = AutoProcessor.from_pretrained(STUDENT)
+    optimiser = torch.optim.AdamW(student.parameters(), lr=TRAIN.learning_rate, weight_decay=0.0)
+    for at in range(0, len(asked), PER_STEP):
+        outcome = plain.step_outcome(student, teacher, reference, processor, asked[at : at + PER_STEP], TRAIN.beta)
+        yield outcome
+        optimiser.zero_grad()
+        outcome.loss.backward()
+        optimiser.step()
+
+
+def ours(asked: list[plain.Group], thresholds: dict[str, float], job: trainer.Job) -> Iterator[plain.Outcome]:
+    """The pipeline's steps on the same responses."""
+    optimiser = torch.optim.AdamW(job.student.parameters(), lr=TRAIN.learning_rate, weight_decay=0.0)
+    model_loading.remask(job.teacher, TEACHER, thresholds)
+    for at in range(0, len(asked), PER_STEP):
+        members = list(range(at, at + PER_STEP))
+        packed = pack([job.question(job.groups[g]) for g in members], job.student, job.family)
+        with torch.no_grad():
+            taught = response_states(job.teacher, packed)
+            terms = chunked_head.terms(response_states(job.student, packed), taught, packed.token_U, "jsd")
+        score_R = torch.tensor([score for g in members for score in asked[g].scores])
+        divergence_R = objective.divergences(packed.spread(terms), packed)
+        distill_R, advantage_R = objective.advantages(divergence_R, score_R, packed, Rewards())
+        sums = trainer.run_step(job, Step(0, 0, tuple(members)), {})
+        yield plain.Outcome(torch.tensor(sums["loss"] / PER_STEP), score_R + distill_R, advantage_R)
+        optimiser.step()
+        optimiser.zero_grad()
+
+
+def make_job(asked: list[plain.Group], store: Path) -> trainer.Job:
+    processor = AutoProcessor.from_pretrained(STUDENT)
+
+    def question(group: Group) -> Question:
+        one = asked[group.ref.row]
+        buffer = io.BytesIO(one.question.image.read_bytes())
+        prompt = model_inputs(processor, one.question.question, buffer.getvalue())
+        return Question(str(group.ref.row), prompt, group.responses)
+
+    groups = [
+        Group(
+            Ref("", str(n), 0, n),
+            0,
+            None,
+            g.responses,
+            np.array(g.scores),
+            [("teacher", RATIO, n) for n in range(len(g.scores))],
+        )
+        for n, g in enumerate(asked)
+    ]
+    return trainer.Job(
+        student=model_loading.load_model(STUDENT, "float32"), teacher=model_loading.load_model(TEACHER, "float32"),
+        reference=model_loading.load_model(STUDENT, "float32"),
+        remask=lambda stage: None, family=family_of("qwen3_vl"), train=TRAIN, rewards=Rewards(accuracy="rules"),
+        ratios=[RATIO], groups=groups, steps=[], question=question, storage=Storage(str(store)),
+        checkpoints="reference", checkpoint_steps=1, token_budget=16_384, report=lambda **_: None,
+    )  # fmt: skip
+
+
+def test_masked_checkpoints_are_the_same(masked: str, thresholds: dict[str, float]) -> None:
+    expected = dict(model_loading.masked_tensors(TEACHER, thresholds))
+    found = dict(safetensors_tensors(Path(masked)))
+    assert found.keys() == expected.keys()
+    assert {name for name in found if not torch.equal(found[name], expected[name])} == set()
+
+
+def test_rewards_advantages_and_losses_are_the_same(asked, masked, thresholds, tmp_path) -> None:
+    steps = list(zip(theirs(asked, masked), ours(asked, thresholds, make_job(asked, tmp_path)), strict=True))
+    assert len(steps) == STEPS
+    for plainly, fast in steps:
+        for name in ("reward_N", "advantage_N", "loss"):
+            found, expected = getattr(plainly, name), getattr(fast, name)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, check_dtype=False)
+    assert len({round(outcome.loss.item(), 3) for outcome, _ in steps}) == STEPS
+    assert sum(outcome.advantage_N.count_nonzero().item() for outcome, _ in steps) > STEPS * PER_STEP

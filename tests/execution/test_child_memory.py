@@ -1,0 +1,38 @@
+"""Child processes report what they took; real processes, small ones."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import mask
+from benchmarks.measure import extra_mib
+from masters.execution import processes
+from masters.execution.processes import Child, Ran
+
+
+def children(folder: Path, *sizes: int) -> list[Child]:
+    return [Child(f"child-{n}", "tests.memory_child", dict(mib=mib), folder, {}) for n, mib in enumerate(sizes)]
+
+
+@pytest.mark.parametrize(("at_once", "together"), [(1, 256), (2, 384), (3, 448)])
+def test_the_peak_is_that_of_the_largest_that_ran_together(tmp_path: Path, at_once: int, together: int) -> None:
+    said = []
+    small = processes.run(children(tmp_path / "small", 0), 1, lambda *_: None).peak_mib
+    ran = processes.run(children(tmp_path, 64, 256, 128), at_once, lambda _, line: said.append(line["mib"]))
+    assert sorted(said) == [64, 128, 256]  # and no line about peaks reaches the caller
+    assert len(ran.startup_seconds) == 3
+    assert ran.peak_mib == pytest.approx(together + at_once * small, abs=8 * at_once)
+
+
+def test_no_children_take_nothing() -> None:
+    assert processes.run([], 0, lambda *_: None) == Ran()
+
+
+@pytest.mark.parametrize("prepare", [mask.thresholds_of, pytest.param(mask.remask_of, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_masks_of_a_checkpoint_take_less_than_twice_its_largest_tensor(tmp_path: Path, dtype, prepare) -> None:
+    """Among a hundred small ones: what is kept of each would add up."""
+    mask.write_checkpoint(tmp_path, (4096, 16384 // dtype.itemsize), dtype, small=100)  # 64 MiB each
+    assert extra_mib(partial(prepare, tmp_path))() < 2 * 64

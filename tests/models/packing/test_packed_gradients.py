@@ -1,0 +1,332 @@
+"""Gradients through whole (tiny, random) models: where they flow, and that packing and accumulation do not show.
+
+B rows, L packed length, H width of the model, R responses.
+"""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from demo import families
+from masters.config import Rewards, Train
+from masters.models.losses import chunked_head, formulas
+from masters.models.masking import group_thresholds, safetensors_tensors
+from masters.models.model_loading import load_model
+from masters.models.packing import packed_batch, prefix_tree
+from masters.models.packing.packed_batch import pack, response_logits, response_states
+from masters.models.packing.prefix_tree import Question
+from masters.models.training import objective, step_sums, trainer
+from masters.models.training.groups import Step
+from masters.store.storage import Storage
+from tests.models import family_questions, float64_reference, tiny_models
+from tests.models.compare_with_reference import close
+from tests.models.float64_reference import Batch
+from tests.models.mutation import Edit, mutate
+from tests.models.tiny_jobs import LENGTHS, gradient, make_job, packed, references
+
+SIDES = [(64, 64), (120, 60), (56, 180)]
+
+
+def masked_model(folder: Path, ratio: float) -> torch.nn.Module:
+    rows = group_thresholds(lambda: safetensors_tensors(folder), [ratio], "matrix")
+    return family_questions.load_masked(folder, {row["tensor"]: row["threshold"] for row in rows}, "float32")
+
+
+@pytest.fixture(params=families.NAMES)
+def job(request: pytest.FixtureRequest) -> trainer.Job:
+    return make_job(request.param)
+
+
+def stored(job: trainer.Job) -> trainer.Job:
+    """The same with a KL term from stored log pi_ref."""
+    return replace(job, train=Train(kl="squared"), reference=None)
+
+
+def alone(model: torch.nn.Module, question: Question, response: list[int]) -> torch.Tensor:
+    """Logits that predict a response's tokens, from one plain forward."""
+    ids = torch.cat([question.prompt["input_ids"], torch.tensor([response])], 1)
+    inputs = {k: v for k, v in question.prompt.items() if k in ("pixel_values", "image_grid_thw")}
+    if model.config.model_type.startswith("qwen"):
+        inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits
+    return logits[0, -len(response) - 1 : -1]
+
+
+def check_logits(job: trainer.Job) -> None:
+    """Packed logits are those of every response alone."""
+    everything = list(range(len(job.groups)))
+    with torch.no_grad():
+        questions = [job.question(job.groups[g]) for g in everything]
+        together = response_logits(job.student, packed_batch.pack(questions, job.student, job.family))
+        apart = torch.cat([alone(job.student, q, r) for q in questions for r in q.responses])
+    torch.testing.assert_close(together, apart, atol=2e-5, rtol=1e-4)
+
+
+def check_accumulation(job: trainer.Job, monkeypatch: pytest.MonkeyPatch, worlds: tuple[int, ...] = (1, 8, 3)) -> None:
+    """One process with eight questions = eight processes with one each, gradients summed: same denominators."""
+    monkeypatch.setattr(trainer, "reduced", lambda job, sums: sums)  # gradients add up in the one student instead
+    step, ref, found = Step(0, 0, tuple(range(8))), references(job), []
+    for world in worlds:
+        job.student.zero_grad()
+        ranks = [trainer.run_step(replace(job, rank=rank, world=world), step, ref) for rank in range(world)]
+        found.append((gradient(job.student), step_sums.merged(ranks)))
+    job.student.zero_grad()
+    (expected, sums), *others = found
+    assert expected.norm() > 1e-3
+    for other, other_sums in others:
+        assert (other - expected).norm() / expected.norm() < 2e-5
+        assert other_sums == pytest.approx(sums, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("name", families.NAMES)
+def test_packed_gradients_are_those_of_separate_sequences(name: str, tied: bool, tmp_path: Path) -> None:
+    """One sequence per response and whole logits give the same gradient; images of several sizes, real processors.
+
+    Without R_distill: min-max stretches the little that random models' D differ by, and its rounding with it.
+    """
+    folder = families.save(name, tmp_path, ["what shape is it now?"], "teacher", tied)
+    student, teacher = load_model(folder, "float32"), masked_model(folder, 0.2)
+    made = family_questions.questions(folder, [SIDES[n % len(SIDES)] for n in range(len(LENGTHS))], LENGTHS, (10, 260))
+    job = replace(
+        make_job(name), student=student, teacher=teacher, reference=masked_model(folder, 0.4),
+        rewards=Rewards(distillation="off"),
+        question=lambda group: made[group.ref.row],
+    )  # fmt: skip
+    everything = list(range(len(job.groups)))
+    batch = packed(job, everything)
+    trainer.batch_outcome(job, batch, everything, {}).loss.backward()
+    found = gradient(student)
+    student.zero_grad()
+    questions = [job.question(job.groups[g]) for g in everything]
+    own, *others = [
+        torch.cat([alone(m, q, r) for q in questions for r in q.responses]) for m in (student, teacher, job.reference)
+    ]
+    taught, known = (logits.detach() for logits in others)
+    terms = formulas.terms(own, taught, batch.token_T, "jsd", known)
+    score_R = torch.from_numpy(np.concatenate([group.scores for group in job.groups])).float()
+    objective.masters(terms, score_R, batch, job.train, job.rewards).loss.backward()
+    expected = gradient(student)
+    assert expected.norm() > 1e-3
+    assert (found - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["held", "stored"])
+def test_a_small_token_budget_makes_the_same_gradient(job: trainer.Job, kept: bool) -> None:
+    job, found = stored(job) if kept else job, []
+    for budget in (10_000, 60, 1):
+        sums = trainer.run_step(replace(job, token_budget=budget), Step(0, 0, tuple(range(8))), references(job))
+        found.append((gradient(job.student), sums))
+        job.student.zero_grad()
+    for other, sums in found[1:]:
+        assert (other - found[0][0]).norm() / found[0][0].norm() < 2e-5
+        assert sums == pytest.approx(found[0][1], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"), [("masters", "responses"), ("kd", "responses"), ("sft", "labels"), ("sft", "responses")]
+)
+def test_eight_packs_of_one_make_the_gradient_of_one_pack_of_eight(
+    job: trainer.Job, kind: str, targets: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = Train.model_validate(dict(objective=kind, targets=targets))
+    check_accumulation(replace(job, train=train), monkeypatch)
+
+
+FAULTS: dict[str, Edit] = {
+    "responses see each other": (packed_batch, "visible", "(response_k == 0) |", "(response_k >= 0) |"),
+    "questions of one image see each other": (packed_batch, "visible", "(question_k == 0) |", "(question_k >= 0) |"),
+    "images in a row see each other": (packed_batch, "visible", "(image_k == image)", "(image_k > 0)"),
+    "responses do not see the prompt": (packed_batch, "visible", "(response_k == 0) |", ""),
+    "questions do not see the image": (packed_batch, "visible", "(question_k == 0) |", ""),
+    "positions run on from response to response": (prefix_tree, "lay", "(positions.max() + 1", "(into.length"),
+    "a first token predicted by the token before it in the pack": (prefix_tree, "lay", "[last, *", "[at - 1, *"),
+    "a wrong image taken for the same": (prefix_tree, "_shared", "if not all(", "if False and not all("),
+    "a mean over one process's questions": (trainer, "_passes", "len(step.groups)).backward", "len(mine)).backward"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_packing_or_accumulation_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job(families.NAMES[0])
+    mutate(monkeypatch, [FAULTS[fault]])
+    with pytest.raises(AssertionError):
+        check_logits(job)
+        check_accumulation(job, monkeypatch, (1, 8))
+
+
+def test_the_batch_objective_is_the_references(job: trainer.Job) -> None:
+    """From the models' logits, taken one response at a time, to the loss and to every response's advantage."""
+    everything = list(range(len(job.groups)))
+    questions = [job.question(job.groups[g]) for g in everything]
+    with torch.no_grad():
+        logits = [
+            torch.cat([alone(model, q, r) for q in questions for r in q.responses]).double().numpy()
+            for model in (job.student, job.teacher, job.reference)
+        ]
+        outcome = trainer.batch_outcome(job, packed(job, everything), everything, {})
+    batch = Batch(
+        [[tuple(r) for r in q.responses] for q in questions],
+        [group.scores.tolist() for group in job.groups],
+        *logits,
+    )
+    expected = float64_reference.objective(batch)
+    close(outcome.loss, expected.loss, "loss", atol=1e-4)
+    divergence_sum = expected.question_sum(expected.divergence_R, batch)
+    close(outcome.sums["divergence"], divergence_sum, "divergence", atol=1e-4)
+    close(outcome.sums["kl_to_reference"], expected.question_sum(expected.kl_R, batch), "KL term", atol=1e-4)
+    distill_sum = expected.question_sum(expected.distill_R, batch)
+    close(outcome.sums["reward_distillation"], distill_sum, "distillation reward", atol=1e-3)
+
+
+class Watch:
+    """The student's hidden states [B, L, H] and token embeddings [B, L, H], with their gradients."""
+
+    def __init__(self, student: Any) -> None:
+        self.kept: dict[str, torch.Tensor] = {}
+        self.hooks = [
+            student.model.register_forward_hook(lambda _, __, out: self.keep("hidden", out.last_hidden_state)),
+            student.get_input_embeddings().register_forward_hook(lambda _, __, out: self.keep("embedded", out)),
+        ]
+
+    def keep(self, name: str, value: torch.Tensor) -> None:
+        value.retain_grad()
+        self.kept[name] = value
+
+    def moved(self, name: str) -> torch.Tensor:
+        """Positions [B, L] that have any gradient."""
+        grad = self.kept[name].grad
+        assert grad is not None
+        return grad.abs().sum(-1) != 0
+
+    def __enter__(self) -> "Watch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def test_gradients_enter_at_the_predictors_and_never_at_prompt_or_padding(job: trainer.Job) -> None:
+    groups = [0, 2, 3]
+    pack_ = packed(job, groups)
+    ids_BL = pack_.inputs["input_ids"]
+    predictor_BL = torch.zeros_like(ids_BL, dtype=torch.bool)
+    real_BL = torch.zeros_like(predictor_BL)
+    for row, g in enumerate(
+        [3, 0, 2]
+    ):  # longest first; by hand: the prompt's last token and all but the last of each response
+        prompt, at = 1 + tiny_models.IMAGE_TOKENS + 3 + g, 1 + tiny_models.IMAGE_TOKENS + 3 + g
+        predictor_BL[row, prompt - 1] = True
+        for n in LENGTHS[g]:
+            predictor_BL[row, at : at + n - 1] = True
+            at += n
+        real_BL[row, :at] = True
+    assert not real_BL.all()  # there is padding
+    ref = references(job)
+    with Watch(job.student) as watch:
+        trainer.batch_outcome(job, pack_, groups, ref).loss.backward()
+    job.student.zero_grad()
+    assert torch.equal(watch.moved("hidden"), predictor_BL)
+    image_BL = ids_BL == job.student.config.image_token_id  # the image takes these embeddings' place
+    last_BL = real_BL & ~predictor_BL & (torch.arange(ids_BL.shape[1]) >= predictor_BL.int().argmax(1)[:, None])
+    assert torch.equal(watch.moved("embedded"), real_BL & ~image_BL & ~last_BL)
+
+
+def test_a_response_has_no_gradient_in_another(job: trainer.Job) -> None:
+    pack_ = packed(job, [0, 1])
+    with Watch(job.student) as watch:
+        logits_TV = response_logits(job.student, pack_)
+        (logits_TV[pack_.response_T == 2] ** 2).sum().backward()  # question 0's last response, five tokens
+    job.student.zero_grad()
+    prompt = 1 + tiny_models.IMAGE_TOKENS + 3
+    image_L = pack_.inputs["input_ids"][0] == job.student.config.image_token_id
+    expected_L = torch.zeros_like(image_L)
+    expected_L[:prompt] = ~image_L[:prompt]
+    expected_L[prompt + 4 : prompt + 4 + 4] = True  # after responses of three and one; its own last predicts nothing
+    moved_BL = watch.moved("embedded")
+    assert torch.equal(moved_BL[0], expected_L)
+    assert not moved_BL[1].any()
+
+
+def test_the_images_token_in_a_response_is_a_word(job: trainer.Job) -> None:
+    """A model may sample it. The engine embeds it like any other, so a word with the same embedding is its twin."""
+    student, twin = copy.deepcopy(job.student), tiny_models.WORDS[1]
+    image = student.config.image_token_id
+    with torch.no_grad():
+        student.get_input_embeddings().weight[twin] = student.get_input_embeddings().weight[image]
+    found = []
+    for token in (image, twin):
+        student.zero_grad()
+        questions = [tiny_models.question(student, n, 3 + n, [[30, token, 31], [token], [40, 41]]) for n in range(2)]
+        one = pack(questions, student, job.family)
+        assert one.token_T.tolist().count(token) == 4  # it stays what is to be predicted
+        logits_TV = response_logits(student, one)
+        (logits_TV[:, :10] ** 2).sum().backward()
+        weight = student.get_input_embeddings().weight.grad
+        found.append((logits_TV.detach(), weight[image] + weight[twin]))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_no_gradient_reaches_teacher_or_reference(job: trainer.Job) -> None:
+    trainer.run_step(job, Step(0, 0, (0, 3)), references(job))
+    job.student.zero_grad()
+    for frozen in (job.teacher, job.reference):
+        assert all(p.grad is None for p in frozen.parameters())
+
+
+def test_identical_responses_get_one_reward_wherever_they_are_packed(job: trainer.Job) -> None:
+    same, other, third = tiny_models.random_responses(9, [3, 2, 4])
+    longer = tiny_models.question(job.student, 7, 30, tiny_models.random_responses(10, [9, 9]))
+    orders = [[same, other, same, third], [third, same, same, other], [other, third, same, same]]
+    rewards, teacher = [], job.teacher
+    for order in orders:
+        for company in ([], [longer]):
+            pack_ = pack([tiny_models.question(job.student, 1, 5, order), *company], job.student, job.family)
+            with torch.no_grad():
+                states = response_states(job.student, pack_), response_states(teacher, pack_)
+                divergence_R = objective.divergences(
+                    pack_.spread(chunked_head.terms(*states, pack_.token_U, "jsd")), pack_
+                )
+            score_R = torch.tensor([float(r is not third) for r in order] + [1.0] * 2 * len(company))
+            distill_R, advantage_R = objective.advantages(divergence_R, score_R, pack_, job.rewards)
+            first, second = (j for j, r in enumerate(order) if r is same)
+            assert distill_R[first] == distill_R[second]
+            assert advantage_R[first] == advantage_R[second]
+            rewards.append([advantage_R[j] for r in (same, other, third) for j in [order.index(r)]])
+    torch.testing.assert_close(torch.tensor(rewards), torch.tensor(rewards[:1] * 6), atol=1e-3, rtol=1e-3)
+
+
+def test_without_beta_the_reference_has_no_part(job: trainer.Job) -> None:
+    step, found = Step(0, 0, tuple(range(8))), []
+    for reference in (job.reference, None):
+        sums = trainer.run_step(replace(job, train=Train(beta=0.0), reference=reference), step, {})
+        kl = sums.pop("kl_to_reference", None), sums.pop("largest_token_kl", None)
+        found.append((gradient(job.student), kl, sums))
+        job.student.zero_grad()
+    assert torch.equal(found[0][0], found[1][0]) and found[0][2] == found[1][2]
+    assert None not in found[0][1] and found[1][1] == (None, None)  # what was not computed is not logged
+
+
+def test_the_reference_pass_reads_a_question_once_for_all_its_stages(job: trainer.Job, tmp_path) -> None:
+    """Full coverage: every question has a group a stage, with the student's responses in each of them."""
+    later = [
+        replace(group, stage=1, responses=[*group.responses[:1], *tiny_models.random_responses(20 + n, [2, 3])])
+        for n, group in enumerate(job.groups)
+    ]
+    both = replace(
+        job, groups=[*later, *job.groups], storage=Storage(str(tmp_path)), checkpoints="kept", token_budget=60
+    )
+    found = trainer.reference_log_probs(both)
+    for g, group in enumerate(both.groups):
+        with torch.no_grad():
+            one = pack([job.question(group)], job.student, job.family)
+            expected = formulas.chosen_log_probs(response_logits(job.student, one), one.token_T)
+        torch.testing.assert_close(found[g], expected, atol=2e-5, rtol=1e-4)
+    again = trainer.reference_log_probs(replace(both, student=cast(Any, None)))
+    assert all(torch.equal(again[g], found[g]) for g in found)  # stored, not computed

@@ -1,0 +1,227 @@
+"""The whole objective against the float64 reference, and what must hold of it whatever the numbers."""
+
+import math
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from masters.config import Rewards, Train
+from masters.models.losses import formulas
+from masters.models.training import objective
+from tests.models import float64_reference
+from tests.models.compare_with_reference import (
+    VARIANTS,
+    Shape,
+    awkward,
+    check_fine_tuning,
+    check_objective,
+    check_responses,
+    close,
+    dense_terms,
+    draw,
+    packed,
+    tensors,
+)
+from tests.models.float64_reference import Batch
+
+NAN = math.nan
+response = st.tuples(st.integers(1, 4), st.sampled_from([0.0, 1.0, 0.25, NAN]))
+shapes = st.lists(st.lists(response, min_size=1, max_size=6), min_size=1, max_size=4)
+
+
+@st.composite
+def batches(draw_from: st.DrawFn) -> Batch:
+    shape = draw_from(shapes)
+    later = [(q, j) for q, one in enumerate(shape) for j in range(1, len(one))]
+    repeats = draw_from(st.sets(st.sampled_from(later), max_size=3)) if later else set()
+    for q, j in sorted(repeats):  # a repeated response is as long as the one before it
+        shape[q][j] = (shape[q][j - 1][0], shape[q][j][1])
+    widths = draw_from(st.sampled_from([(11, 11), (9, 12), (12, 9)]))
+    return draw(shape, repeats, draw_from(st.integers(0, 2**32 - 1)), widths)
+
+
+def settled(batch: Batch) -> bool:
+    """Whether divergences of a question are either the same or well apart: rewards stretch a small difference."""
+    result = float64_reference.objective(batch, rewards=Rewards(distillation="raw"))
+    groups = np.split(result.distill_R, np.cumsum([len(one) for one in batch.questions])[:-1])
+    spreads = [np.ptp(d[~np.isnan(s)]) for d, s in zip(groups, batch.scores, strict=True) if not np.isnan(s).all()]
+    return all(spread < 1e-12 or spread > 1e-2 for spread in spreads)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@settings(max_examples=15)
+@given(batch=batches())
+def test_equals_the_reference(variant: str, batch: Batch) -> None:
+    assume(settled(batch))
+    check_objective(batch, *VARIANTS[variant])
+    check_responses(batch, *VARIANTS[variant])
+
+
+def test_distillation_and_supervision_alone_equal_the_reference() -> None:
+    batch = awkward()
+    shares = np.zeros(len(batch.token_T))
+    for tokens in float64_reference.spans(batch):
+        for t in tokens:
+            shares[t] = 1 / (t.stop - t.start) / len(tokens)
+    kinds = {
+        "kd": lambda logits: float64_reference.jsd(logits, batch.teacher_TV),
+        "sft": lambda logits: -float64_reference.log_pi(logits, batch.token_T),
+    }
+    for kind, terms in kinds.items():
+        student, teacher, pi_ref, _ = tensors(batch)
+        if kind == "kd":
+            train = Train(objective="kd")
+            outcome = objective.distillation(dense_terms(student, teacher, pi_ref, packed(batch), train), packed(batch))
+        else:
+            logp_T = formulas.chosen_log_probs(student, packed(batch).token_T)
+            outcome = objective.supervised(logp_T, packed(batch))
+        outcome.loss.backward()
+        assert teacher.grad is None
+        close(outcome.loss, (shares * terms(batch.student_TV)).sum(), kind)
+        close(student.grad, shares[:, None] * float64_reference.slope(terms, batch.student_TV), kind)
+
+
+def test_the_policy_ratio_is_one_and_its_gradient_the_advantage_times_that_of_log_pi() -> None:
+    batch, pack = awkward(), packed(awkward())
+    student, *_ = tensors(batch)
+    advantage_R = torch.linspace(-2, 2, pack.responses)
+    logp_T = formulas.chosen_log_probs(student, pack.token_T)
+    loss_R = formulas.grpo_loss(
+        logp_T, advantage_R[pack.response_T], torch.zeros_like(logp_T), pack.response_T, pack.responses, beta=0.0
+    )
+    close(loss_R, -advantage_R.numpy(), "a ratio other than 1")
+    loss_R.sum().backward()
+    count_T = np.bincount(pack.response_T)[pack.response_T]
+    a_T, old_T = advantage_R.numpy()[pack.response_T], float64_reference.log_pi(batch.student_TV, batch.token_T)
+    surrogate = float64_reference.slope(
+        lambda logits: np.exp(float64_reference.log_pi(logits, batch.token_T) - old_T) * a_T, batch.student_TV
+    )
+    close(student.grad, -surrogate / count_T[:, None], "against finite differences")
+    chosen = np.eye(batch.student_TV.shape[1])[batch.token_T]
+    by_hand = a_T[:, None] * (chosen - float64_reference.softmax(batch.student_TV))
+    close(student.grad, -by_hand / count_T[:, None], "against A (1[v = token] - pi)")
+
+
+@pytest.mark.parametrize("shift", [-1.0, 0.5, 3.0])
+def test_a_shift_of_all_rewards_changes_nothing(shift: float) -> None:
+    batch, gradients, values = awkward(), [], []
+    for moved in (0.0, shift):
+        student, teacher, pi_ref, score_R = tensors(batch)
+        terms = dense_terms(student, teacher, pi_ref, packed(batch), Train())
+        outcome = objective.masters(terms, score_R + moved, packed(batch), Train(), Rewards())
+        outcome.loss.backward()
+        gradients.append(student.grad)
+        values.append(outcome.loss.detach())
+    torch.testing.assert_close(values[0], values[1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
+
+
+DEGENERATE: dict[str, tuple[Shape, set[tuple[int, int]]]] = {
+    "one response": ([[(3, 1.0)]], set()),
+    "the same response throughout": ([[(2, 1.0)] * 4], {(0, 1), (0, 2), (0, 3)}),
+    "no verdicts": ([[(2, NAN), (3, NAN), (1, NAN)]], set()),
+    "one verdict": ([[(2, NAN), (3, 1.0), (1, NAN)]], set()),
+}
+
+
+@pytest.mark.parametrize("case", DEGENERATE)
+@pytest.mark.parametrize("variant", ["method", "raw"])
+def test_degenerate_groups_have_no_advantage_and_no_nan(case: str, variant: str) -> None:
+    train, rewards = VARIANTS[variant]
+    shape, repeats = DEGENERATE[case]
+    batch = draw(shape, repeats, seed=2)
+    student, teacher, pi_ref, score_R = tensors(batch)
+    terms = dense_terms(student, teacher, pi_ref, packed(batch), train)
+    divergence_R = objective.divergences(terms, packed(batch))
+    distill_R, advantage_R = objective.advantages(divergence_R, score_R, packed(batch), rewards)
+    assert advantage_R.tolist() == [0.0] * packed(batch).responses
+    assert distill_R.isfinite().all()
+    outcome = objective.masters(terms, score_R, packed(batch), train, rewards)
+    outcome.loss.backward()
+    assert outcome.loss.isfinite()
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+    assert student.grad.abs().sum(-1).gt(0).all()  # the divergence still pulls at every token
+    assert all(map(math.isfinite, outcome.sums.values()))
+
+
+@settings(max_examples=30)
+@given(batch=batches())
+def test_fine_tuning_on_right_responses_equals_the_reference(batch: Batch) -> None:
+    check_fine_tuning(batch)
+
+
+def test_fine_tuning_on_responses_logs_their_accuracy() -> None:
+    batch = draw([[(1, 1.0), (2, 0.25), (1, NAN)], [(3, 0.5)]], set(), seed=2)
+    (student, _, _, score_R), pack = tensors(batch), packed(batch)
+    logp_T = formulas.chosen_log_probs(student, pack.token_T)
+    assert objective.supervised(logp_T, pack, score_R).sums["reward_accuracy"] == pytest.approx(1.25 / 3 + 0.5)
+    assert objective.supervised(logp_T, pack).sums.keys() == {"loss"}
+
+
+def test_fine_tuning_without_a_right_response_pulls_nowhere() -> None:
+    batch = draw([[(3, 0.0), (1, NAN)]], set(), seed=2)
+    student, _, _, score_R = tensors(batch)
+    outcome = objective.supervised(formulas.chosen_log_probs(student, packed(batch).token_T), packed(batch), score_R)
+    outcome.loss.backward()
+    assert outcome.loss == 0 and not student.grad.any()
+
+
+@pytest.mark.parametrize("divergence", get_args(Train.model_fields["divergence"].annotation))
+@pytest.mark.parametrize("kind", get_args(Train.model_fields["objective"].annotation))
+def test_no_configuration_leaves_a_question_without_a_gradient(kind: str, divergence: str) -> None:
+    """Not even with equal rewards and beta = 0: so no question is skipped. A way to turn D off would change that."""
+    train = Train.model_validate(
+        dict(objective=kind, divergence=divergence, beta=0.0, targets="labels" if kind == "sft" else "responses")
+    )
+    batch = draw([[(3, 1.0), (2, 1.0)], [(2, 0.0), (1, 0.0)]], set(), seed=4)
+    (student, teacher, pi_ref, score_R), pack = tensors(batch), packed(batch)
+    terms = dense_terms(student, teacher, pi_ref, pack, train)
+    if kind == "masters":
+        outcome = objective.masters(terms, score_R, pack, train, Rewards(distillation="off"))
+        assert outcome.sums["questions_with_advantage"] == 0
+    elif kind == "kd":
+        outcome = objective.distillation(terms, pack)
+    else:
+        outcome = objective.supervised(terms.logp_T, pack)
+    outcome.loss.backward()
+    assert student.grad is not None and student.grad.abs().sum(-1).gt(1e-6).all()
+
+
+@pytest.mark.parametrize(("scores", "shared"), [([1.0] * 8, False), ([0.0] * 8, True)])
+def test_equal_verdicts_leave_the_divergence_to_decide(scores: list[float], shared: bool) -> None:
+    shape: Shape = [[(2, score) for score in scores]]
+    batch = draw(shape, {(0, j) for j in range(1, 8)} if shared else set(), seed=3)
+    student, teacher, pi_ref, score_R = tensors(batch)
+    divergence_R = objective.divergences(dense_terms(student, teacher, pi_ref, packed(batch), Train()), packed(batch))
+    _, advantage_R = objective.advantages(divergence_R, score_R, packed(batch), Rewards())
+    assert bool(advantage_R.any()) is not shared
+    if not shared:
+        assert advantage_R.argmax() == divergence_R.argmin()
+
+
+def test_a_question_is_rewarded_by_itself() -> None:
+    """The rewards of a batch are those of its questions, each alone."""
+    batch = awkward()
+    student, teacher, pi_ref, score_R = tensors(batch)
+    pack = packed(batch)
+    divergence_R = objective.divergences(dense_terms(student, teacher, pi_ref, pack, Train()), pack).detach()
+    together = objective.advantages(divergence_R, score_R, pack, Rewards())
+    for question, responses in enumerate(batch.questions):
+        of = pack.question_R == question
+        single = Batch([responses], [batch.scores[question]], *(np.empty(0),) * 3)
+        alone = objective.advantages(divergence_R[of], score_R[of], packed(single), Rewards())
+        assert all(torch.equal(whole[of], own) for whole, own in zip(together, alone, strict=True))
+
+
+def test_equal_models_diverge_nowhere_and_pull_nowhere() -> None:
+    student, _, _, _ = tensors(awkward())
+    value_T = formulas.jensen_shannon(student, student.detach().clone())
+    value_T.sum().backward()
+    assert student.grad is not None
+    assert value_T.detach().abs().max() < 1e-6
+    assert student.grad.abs().max() < 1e-6
