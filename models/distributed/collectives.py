@@ -7,30 +7,22 @@ import torch
 import torch.distributed as dist
 
 from masters.models.distributed import Sharding
-from masters.models.training.context import Job
-from masters.models.training.step_sums import merged
 
 T = TypeVar("T")
 
 
-def gathered(job: Job, own: T) -> list[T]:
-    """What every process has, in order of rank, on all of them."""
-    if job.world == 1:
+def gathered(world: int, own: T) -> list[T]:
+    """What each of `world` processes has, in order of rank, on all of them."""
+    if world == 1:
         return [own]
-    everyone = [own] * job.world
+    everyone = [own] * world
     dist.all_gather_object(everyone, own)
     return everyone
 
 
-def reduced(job: Job, sums: dict[str, float]) -> dict[str, float]:
-    """Sum gradients, already divided by the step's questions on all processes, and metrics over the processes."""
-    job.sharding.sum_gradients(job.student)
-    return merged(gathered(job, sums))
-
-
-def in_step(job: Job, own: Iterable[T]) -> Iterator[T | None]:
+def in_step(sharding: Sharding, world: int, own: Iterable[T]) -> Iterator[T | None]:
     """This rank's items; where a pass needs all ranks, None as long as another rank still has one."""
-    if not job.sharding.lockstep or job.world == 1:
+    if not sharding.lockstep or world == 1:
         yield from own
         return
     waiting = iter(own)

@@ -18,7 +18,7 @@ def clip_gradient(job: Job, limit: float) -> float:
     parameters = job.sharding.held(job.student).values()
     mine = [own(parameter.grad) for parameter in parameters if parameter.grad is not None]
     squared = sum(gradient.double().square().sum().item() for gradient in mine)
-    norm = math.sqrt(sum(gathered(job, squared)) if job.sharding.lockstep else squared)
+    norm = math.sqrt(sum(gathered(job.world, squared)) if job.sharding.lockstep else squared)
     if norm > limit:
         for gradient in mine:
             gradient.mul_(limit / norm)

@@ -34,7 +34,7 @@ def gradient_size(parameters: Iterable[torch.nn.Parameter]) -> float:
 def largest_gradient(job: Job) -> float:
     """The largest magnitude in the student's gradients, the same on all ranks; NaN if one is."""
     size = gradient_size(job.sharding.held(job.student).values())
-    sizes = gathered(job, size) if job.sharding.lockstep else [size]
+    sizes = gathered(job.world, size) if job.sharding.lockstep else [size]
     return math.nan if any(map(math.isnan, sizes)) else max(sizes)
 
 
@@ -111,7 +111,7 @@ class ProbeGuard:
         Raises MastersError at a fall where `train.on_drop` is "stop".
         """
         job = self.job
-        right = gathered(job, probe_right(job))[0]  # one rank decides for all
+        right = gathered(job.world, probe_right(job))[0]  # one rank decides for all
         accuracy = right / max(1, len(job.probe))
         job.report(event="probe", step=number, accuracy=accuracy)
         if not self.on:

@@ -45,7 +45,7 @@ def each_pass(
     job: Job, asked: Iterable[tuple[T, Question]], work: Callable[[list[T], Pack], None], spare: Spare
 ) -> None:
     """Give questions to `work` with what they are called, packed within the token budget. Raises PassTooLarge."""
-    for batch in in_step(job, batches(asked, lambda one: one[1].tokens, job.token_budget)):
+    for batch in in_step(job.sharding, job.world, batches(asked, lambda one: one[1].tokens, job.token_budget)):
         if batch is None:
             idle = spare.question()
             with one_pass([idle]):

@@ -26,16 +26,16 @@ def reference_log_probs(job: Job) -> dict[int, torch.Tensor]:
     A question's groups (of several mask stages) are read together, questions in the order of the table, where those
     of one image lie together. The numbers are kept beside the checkpoints, so that a resumed run uses the very same.
     """
-    if not gathered(job, job.rank == 0 and _kept(job) is not None)[0]:  # one rank decides for all
+    if not gathered(job.world, job.rank == 0 and _kept(job) is not None)[0]:  # one rank decides for all
         asked: dict[Ref, list[int]] = {}
         for g in sorted(range(len(job.groups)), key=lambda g: (job.groups[g].ref.file, job.groups[g].ref.row)):
             asked.setdefault(job.groups[g].ref, []).append(g)
         mine = list(asked.values())[len(asked) * job.rank // job.world : len(asked) * (job.rank + 1) // job.world]
-        everyone = gathered(job, _computed(job, mine, next(iter(asked.values()), [])))
+        everyone = gathered(job.world, _computed(job, mine, next(iter(asked.values()), [])))
         if job.rank == 0:
             data = _packed({group: values for part in everyone for group, values in part.items()})
             job.storage.write(f"{job.checkpoints}/{KEPT}{digest(data)}.safetensors", data)
-        gathered(job, None)  # no rank reads before it is written
+        gathered(job.world, None)  # no rank reads before it is written
     found = _kept(job)
     if found is None:
         raise StoreError(f"{job.storage.uri(job.checkpoints)}: the reference log-probabilities are gone")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from masters.common.errors import MastersError
-from masters.models.distributed.collectives import gathered, reduced
+from masters.models.distributed.collectives import gathered
 from masters.models.losses import chunked_head
 from masters.models.losses.chunked_head import Projection
 from masters.models.losses.formulas import Terms
@@ -64,14 +64,14 @@ def fit(job: Job) -> None:
         if due or last or fell or job.ledger.full:
             job.ledger.write(job.storage, job.checkpoints, job.rank)
         if due:
-            gathered(job, None)  # every rank's rows are there before the checkpoint that they belong to
+            gathered(job.world, None)  # every rank's rows are there before the checkpoint that they belong to
             checkpoint.save(job.storage, job.checkpoints, number, parameters, optimiser, job.sharding)
         if fell:
             guard.roll_back()
             break
     if job.part.hand_over and not fell:
         hand_over(job, parameters, optimiser, guard)
-    job.report(event="packed", **asdict(sum(gathered(job, job.tally), Sizes())))
+    job.report(event="packed", **asdict(sum(gathered(job.world, job.tally), Sizes())))
 
 
 def hand_over(
@@ -115,6 +115,12 @@ def run_step(job: Job, step: Step, references: dict[int, torch.Tensor]) -> dict[
         job.ledger.responses([job.groups[g] for g in groups], responses)
         job.tally += sizes
     return reduced(job, sums)
+
+
+def reduced(job: Job, sums: dict[str, float]) -> dict[str, float]:
+    """Sum gradients, already divided by the step's questions on all processes, and metrics over the processes."""
+    job.sharding.sum_gradients(job.student)
+    return step_sums.merged(gathered(job.world, sums))
 
 
 def _passes(
@@ -210,7 +216,7 @@ def _no_number(job: Job, number: int, step: Step, references: dict[int, torch.Te
 
     # where gradients are summed pass by pass, a question is alone if all ranks take it
     mine = list(step.groups) if job.sharding.lockstep else dealt(step.groups, job.sizes, job.world)[job.rank]
-    everyone = gathered(job, not_finite(job, mine, loss_of))
+    everyone = gathered(job.world, not_finite(job, mine, loss_of))
     found = list(dict.fromkeys(name for own in everyone for name in own))
     asked = found or [job.groups[g].ref.question_id for g in step.groups]
     names = ", ".join(asked[:NAMED]) + (f" and {len(asked) - NAMED} more" if len(asked) > NAMED else "")
@@ -231,7 +237,7 @@ def start(job: Job, parameters: dict[str, torch.nn.Parameter], optimiser: torch.
     found, refused = checkpoint.newest(job.storage, job.checkpoints) if job.rank == 0 else (None, [])
     for why in refused:
         job.report(event="refused_checkpoint", why=why)
-    done = gathered(job, found.step if found else 0)[0]  # one rank decides for all
+    done = gathered(job.world, found.step if found else 0)[0]  # one rank decides for all
     if job.rank == 0:
         # no rank writes before its first step is done, in which this one takes part
         drop_after(job.storage, job.checkpoints, done)
