@@ -1,4 +1,8 @@
-"""A question as models see it: the chat template over one user turn, the image, then the text, nothing added."""
+"""A question as models see it: the chat template over one user turn, the image, then the text, nothing added.
+
+How many tokens a prompt has with its image expanded is counted without making the image's tensors: the text is
+tokenized, the image's tokens come from the processor's own arithmetic on its size, which transformers keeps for vLLM.
+"""
 
 import io
 

@@ -1,4 +1,7 @@
-"""A judge behind the URL of an OpenAI-compatible server: bounded concurrency, retries with back-off, time-outs."""
+"""A judge behind the URL of an OpenAI-compatible server: bounded concurrency, retries with back-off, time-outs.
+
+A server may send so much, for so long, from nowhere else: an answer is a few hundred tokens.
+"""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""What all stages share: a run's context, and building or reusing an artifact with its timing and tracking."""
+"""Build an artifact, or reuse the one that is there, with its timing and tracking: what all stages share."""
 
 import time
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """data: a source becomes the tables `questions` and `rejected`.
 
-Two passes over the source. The first judges every row and keeps eight bytes a row: which ones to take. The second
-reads those again and writes them. So memory does not grow with the images.
+Two passes over the source: the first selects rows (`masters.data.selection`), the second writes them
+(`masters.data.question_table`).
 """
 
 from prefect import task

@@ -2,6 +2,8 @@
 
 The artifact is sent from a thread of its own, the latest state at most every `SECONDS`: neither a flow of many shards
 nor a server that is away slows a stage down, and no update that fails fails it.
+
+Lines of the log go to the log tab of Prefect's UI. Outside of a flow they go nowhere: the terminal has its own.
 """
 
 import contextvars

@@ -20,7 +20,7 @@ def frozen_dtype(train: Train) -> str:
 def computing(model: VLM, train: Train) -> VLM:
     """The model with its products in `train.compute_dtype`, in place; its hidden states come out in that type.
 
-    The vocabulary's products are `head`'s own, which takes states of one type and weights of another.
+    The vocabulary's products are `chunked_head`'s own, which takes states of one type and weights of another.
     """
     if train.compute_dtype == "float32":
         return model

@@ -2,6 +2,11 @@
 
 Generation and evaluation share it. A shard lies at `shards/<kind>/<fingerprint>.parquet` in the store, named by
 what it was made from, so later runs and other artifacts reuse it; an artifact holds its own (hard-linked) copy.
+
+Shards are fixed lists: planned afresh, one new question would change the shard that it falls into, and all of that
+shard's questions would be answered again. So a night keeps an earlier run's shards (`Earlier`), cuts out what was
+withdrawn, and plans only the rest. Every artifact that engines answered has the table `plan`, which says what each
+shard holds.
 """
 
 from collections.abc import Callable, Container, Iterable, Iterator

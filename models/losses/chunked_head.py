@@ -74,8 +74,8 @@ def terms(
 ) -> Terms:
     """log pi of each token and D_t (Eq. 4-5), [T] each, differentiable in the student's two tensors alone.
 
-    `divergence`: "jsd", "kl" or "skew", as `losses.jensen_shannon`, `losses.kl_divergence` and
-    `losses.skew_divergence` define them. With a `reference`, pi_ref, also `losses.exact_kl` and log pi_ref.
+    `divergence`: "jsd", "kl" or "skew", as `formulas.jensen_shannon`, `formulas.kl_divergence` and
+    `formulas.skew_divergence` define them. With a `reference`, pi_ref, also `formulas.exact_kl` and log pi_ref.
     """
     others = teacher.frozen(), DIVERGENCES[divergence], reference and reference.frozen()
     return Terms(*_Terms.apply(student.hidden_TH, student.weight_VH, token_T, *others))

@@ -1,4 +1,9 @@
-"""What the trainer trains on: groups (a question, its responses, their verdicts) and the order of steps."""
+"""What the trainer trains on: groups (a question, its responses, their verdicts) and the order of steps.
+
+The groups of a table of responses are held in columns, 28 bytes a response and 4 a token, of a run of any size; a
+`Group` is made when it is asked for. Shapes: R responses that are not empty, T their tokens, P prompt tokens, Q
+questions, G groups.
+"""
 
 import random
 from array import array

@@ -1,4 +1,4 @@
-"""Everything that can be refused before work starts: store, source, models, families, tokenizers."""
+"""Refuse, before work starts, what cannot work: store, source, models and whether they fit together."""
 
 import socket
 from dataclasses import dataclass, replace

@@ -1,5 +1,5 @@
 """Whether a model folder can be used, before an engine or a trainer starts: weights that are finite and shaped as it
-says, and, for our families, a processor that makes prompts (`probe`).
+says, and, for our families, a processor that makes prompts (`processor`).
 
 Weights are read once, tensor by tensor. What was found sound is noted on this machine under the folder's digest, so
 that the next run neither reads them again nor imports the model's code.

@@ -1,4 +1,7 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options that several commands share, and silence for libraries.
+
+Progress and results are printed by us; libraries' logs go to their servers and log files.
+"""
 
 import logging
 import os

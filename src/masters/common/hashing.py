@@ -1,4 +1,4 @@
-"""Identity by content: canonical JSON of literals, SHA-256 of it, and digests of files and folders."""
+"""Identity by content: canonical JSON of literals, SHA-256 of it, and digests of files, folders and models."""
 
 import hashlib
 import json
@@ -41,6 +41,11 @@ def folder_digest(folder: str | Path, suffixes: tuple[str, ...] | None = None) -
     return digest(canonical([[p.relative_to(root).as_posix(), file_digest(p)] for p in files]).encode())
 
 
+def model_digest(folder: Path) -> str:
+    """Identity of a model folder, by content."""
+    return folder_digest(folder, IDENTITY_SUFFIXES)
+
+
 def unit_interval(hexadecimal: str) -> float:
     """A number in [0, 1) from the first 13 digits (52 bits, exact in a float) of a digest."""
     return int(hexadecimal[:13], 16) / 16**13
@@ -60,8 +65,3 @@ def _checked(value: object) -> object:
             raise TypeError("identity takes string keys only")
         return {k: _checked(v) for k, v in value.items()}
     raise TypeError(f"identity takes literals only, found {type(value).__name__}")
-
-
-def model_digest(folder: Path) -> str:
-    """Identity of a model folder, by content."""
-    return folder_digest(folder, IDENTITY_SUFFIXES)

@@ -1,4 +1,7 @@
-"""What this machine keeps for itself, and which of its processes still run."""
+"""This machine: where it keeps what is its own, which of its processes still run, and how much memory there is.
+
+Memory is counted as Linux does: resident pages, shared ones too.
+"""
 
 import os
 import re

@@ -1,4 +1,8 @@
-"""First pass over a source: reject rows, select questions within the limits, and find them again."""
+"""First pass over a source: reject rows, select questions within the limits, and find them again.
+
+The first of two passes judges every row and keeps eight bytes a row: which ones to take. The second reads those again
+and writes them (`question_table`). So memory does not grow with the images.
+"""
 
 import heapq
 from array import array

@@ -1,4 +1,10 @@
-"""One run at a time builds an artifact: a lock file on a machine, a lease in the store between machines."""
+"""One run at a time builds an artifact: a lock file on a machine, a lease in the store between machines.
+
+A lease is an object that its holder rewrites every few seconds. Whoever waits takes over where it did not change for
+`PATIENCE` seconds by the waiter's own clock: machines need not agree on the time. Each holder has a number of its own,
+one more than the last, created exclusively, so one of several waiters wins; a holder that was believed dead sees the
+higher number and gives up. Numbers only grow: the last holder's object stays, marked as released.
+"""
 
 import fcntl
 import json

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from masters.common.errors import InputError, MastersError
+from masters.common.hashing import model_digest
 from masters.config import Data
 from masters.config.schema import BUILT_IN
+from masters.data.sources import open_source
 from masters.store import lineage
 from masters.store.lineage import Link
 from masters.store.storage import Storage
@@ -103,7 +105,10 @@ def _stage(link: Link, links: list[Link], runs: dict[str, str | None]) -> dict:
 
 def state(made: dict) -> str:
     """What became of an input from outside the store: "same", "changed since", "not here", or "not checked"."""
-    digests: dict[str, Callable[[str], str]] = {"model": _model_digest, "source": _source_digest}
+    digests: dict[str, Callable[[str], str]] = {
+        "model": lambda folder: model_digest(Path(folder)),
+        "source": _source_digest,
+    }
     if made["digest"] is None or made["kind"] not in digests:
         return "not checked"
     if not Path(made["uri"]).exists() and made["uri"] not in BUILT_IN:
@@ -114,13 +119,5 @@ def state(made: dict) -> str:
         return "changed since"
 
 
-def _model_digest(folder: str) -> str:
-    from masters.common.hashing import model_digest
-
-    return model_digest(Path(folder))
-
-
 def _source_digest(place: str) -> str:
-    from masters.data.sources import open_source
-
     return open_source(Data(source=place)).digest()

@@ -1,6 +1,6 @@
 """What a stage's MLflow run says about where its output came from: data sets read and written, and tags.
 
-`tasks.stage.build_or_reuse` has it written for every stage, from what the stage names as its upstream; a stage that
+`masters.tasks.build` has it written for every stage, from what the stage names as its upstream; a stage that
 names none cannot be written down. The same goes into the artifact's record, which `masters.store.lineage` walks.
 """
 

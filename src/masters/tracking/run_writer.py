@@ -1,7 +1,7 @@
 """A distillation in MLflow: one run, a child a stage with its lineage and metrics, the model's version at the end.
 
-`lineage` says what goes into a stage's run, `registry` what becomes of the versions, `stage_tracking` writes for a
-stage that another process asked for; no other module imports MLflow.
+`run_lineage` says what goes into a stage's run, `registry` what becomes of the versions, `pool_stage` writes for a
+stage that another process asked for.
 """
 
 import re

@@ -14,7 +14,7 @@ COLUMNS = (*REQUIRED, "split", "category")
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """One row as found. Every value may be anything; `ingest` decides what is accepted.
+    """One row as found. Every value may be anything; `masters.data.validation` decides what is accepted.
 
     `image` is bytes, or a path relative to `root` that must not leave it. `fault` says why a row could not even be
     read (a broken line); then only `id`, which names the place, is set.

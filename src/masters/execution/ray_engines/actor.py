@@ -15,6 +15,7 @@ from typing import Any
 
 from masters.common import machine
 from masters.common.errors import InputError
+from masters.common.hashing import model_digest
 from masters.common.redaction import mask_logs
 from masters.execution.processes import LOOPBACK, SLOT, die_with_parent
 from masters.store.storage import Storage
@@ -74,8 +75,6 @@ class EngineActor:
 
 
 def _check_node(work: dict, expected: Alike) -> None:
-    from masters.common.hashing import model_digest
-
     node = os.uname().nodename
     if (found := _versions()) != expected.versions:
         raise InputError(f"Ray node {node} has {found}, the driver {expected.versions}: versions must be the same")

@@ -1,7 +1,7 @@
 """Ray for the time of a stage: one of our own on this machine, or a cluster that somebody else runs.
 
 Our own listens on loopback alone, has no dashboard, asks every caller for a token that this process made, and ends with
-this process whatever ends it: Ray's processes die with their parents, and what does not at once `ray_guard` kills.
+this process whatever ends it: Ray's processes die with their parents, and what does not at once `guard` kills.
 """
 
 import math
