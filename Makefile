@@ -58,13 +58,13 @@ down: setup
 	$(BIN)/masters down
 
 bench: setup
-	$(BIN)/masters bench mask
-	$(BIN)/masters bench head
-	$(BIN)/masters bench step
-	$(BIN)/masters bench engine
-	$(BIN)/masters bench end-to-end
-	$(BIN)/masters bench scale
-	$(BIN)/masters bench large
+	$(BIN)/python -m benchmarks mask
+	$(BIN)/python -m benchmarks head
+	$(BIN)/python -m benchmarks step
+	$(BIN)/python -m benchmarks engine
+	$(BIN)/python -m benchmarks end-to-end
+	$(BIN)/python -m benchmarks scale
+	$(BIN)/python -m benchmarks large
 
 # hours; other rounding gives other weights, for which committed study results do not count
 demo-models: setup

@@ -1,4 +1,4 @@
-"""What `masters bench NAME` measures: each case against what a user would write otherwise, in the same run."""
+"""What `python -m benchmarks NAME` measures: each case against what a user would write otherwise, in the same run."""
 
 from collections.abc import Callable
 from enum import StrEnum

@@ -1,4 +1,4 @@
-"""`masters bench end-to-end`: the demo's generate and train, against the same method in one plain script.
+"""`python -m benchmarks end-to-end`: the demo's generate and train, against the same method in one plain script.
 
 Ours is `masters stage train`, everything in it (Prefect, MLflow, tables, checkpoints); the baseline is
 `examples/straightforward.py`. Each is a fresh process with an empty folder, on the same questions. Evaluation is left

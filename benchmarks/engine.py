@@ -1,4 +1,4 @@
-"""`masters bench engine`: time until the demo's teacher, masked at five ratios, has answered 64 prompts at each.
+"""`python -m benchmarks engine`: time until the demo's teacher, masked at five ratios, has answered 64 prompts at each.
 
 Ours: one engine, its weights masked anew between the ratios. Baseline: an engine started for each of five masked
 checkpoints, which lie there before; the same start (`masters.models.generation.engine`), the same requests. Every

@@ -1,4 +1,4 @@
-"""What `masters bench head` and `masters bench step` add on a CUDA machine: the same at the size of real models.
+"""What `python -m benchmarks head` and `... step` add on a CUDA machine: the same at the size of real models.
 
 Random weights, a Qwen3-VL student of 1.1B, a pi_ref of its size and a teacher of 4.0B (vision towers aside), computed
 as `train.compute_dtype = "bfloat16"` does: the student's weights in float32, the others' and all products in bfloat16,

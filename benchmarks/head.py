@@ -1,4 +1,4 @@
-"""`masters bench head`: log-probabilities and divergence of response tokens over a real vocabulary.
+"""`python -m benchmarks head`: log-probabilities and divergence of response tokens over a real vocabulary.
 
 Baselines: whole logits (`losses.terms`); TRL's divergence function on whole logits; Liger's chunked loss. The last two
 give one number for all tokens, from which no reward can be computed; they are timed for what they do give. T, V, H as

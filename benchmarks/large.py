@@ -1,4 +1,4 @@
-"""`masters bench large`: 100,000 questions through all of a run but its models, and stores that hold 10,000 shards.
+"""`python -m benchmarks large`: 100,000 questions through all of a run but its models; stores that hold 10,000 shards.
 
 Questions are easy-VQA's, asked again in other words. The models are left out: whoever answers is a stand-in that says
 a word at once (`benchmarks.stand_in`), rules judge, and of training only what comes before its first step is

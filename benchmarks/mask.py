@@ -1,4 +1,4 @@
-"""`masters bench mask`: all five thresholds of a large matrix; the memory that a checkpoint's masks take.
+"""`python -m benchmarks mask`: all five thresholds of a large matrix; the memory that a checkpoint's masks take.
 
 Memory rows are single runs, each in a fresh process, against twice the largest tensor: what is allowed.
 """

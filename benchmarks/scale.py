@@ -1,4 +1,4 @@
-"""`masters bench scale`: the whole demo at 250, 1,000 and 4,000 training questions: time and peak memory of each stage.
+"""`python -m benchmarks scale`: time and peak memory of each stage at 250, 1,000 and 4,000 training questions.
 
 There is nothing to compare with but the smallest run. Of time the baseline is the smallest run's, multiplied as the
 questions are: a ratio of 1 and more is no worse than linear. Of memory it is the smallest run's itself: 1 is bounded.

@@ -1,6 +1,6 @@
 """A process that answers shards like an engine's, with a stand-in for the model: it says a word at once.
 
-Plan, prompts' tokens, tables, commits and progress are the real ones. For `masters bench large` alone.
+Plan, prompts' tokens, tables, commits and progress are the real ones. For `python -m benchmarks large` alone.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`masters bench step`: a training step of one question with eight responses, forward and backward, in float32.
+"""`python -m benchmarks step`: a training step of one question with eight responses, forward and backward, in float32.
 
 Ours packs the responses behind one prompt and image and reads the vocabulary chunk by chunk. Baselines take eight
 sequences through plain transformers, each with its prompt and image, and logits at response positions: with the same

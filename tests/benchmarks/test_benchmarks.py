@@ -1,4 +1,4 @@
-"""`masters bench` measures what it says, here at sizes that take a moment."""
+"""`python -m benchmarks` measures what it says, here at sizes that take a moment."""
 
 import json
 import time
@@ -13,8 +13,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import Benchmark, benchmark, end_to_end, engine, gpu, gpu_rows, head, large, mask, scale, step
+from benchmarks import __main__ as command
 from benchmarks.measure import Row, compare, extra_mib, seconds
-from masters.cli import main
 from masters.common.errors import MastersError
 from masters.config import Rewards, Train
 from masters.models.losses import chunked_head
@@ -198,11 +198,11 @@ def test_what_the_command_measured_is_kept_and_told(
         raise RuntimeError("CUDA error: no kernel image")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(main, "benchmark", lambda name: measured)
+    monkeypatch.setattr(command, "benchmark", lambda name: measured)
     if gpu_fails:
-        monkeypatch.setattr(main, "gpu_rows", broken)
+        monkeypatch.setattr(command, "gpu_rows", broken)
     with pytest.raises(MastersError, match="GPU rows failed.*no kernel") if gpu_fails else nullcontext():
-        main.bench(Benchmark.STEP, as_json=True)
+        command.bench(Benchmark.STEP, as_json=True)
     out, err = capsys.readouterr()
     told = json.loads(out.splitlines()[-1])
     assert told == json.loads((tmp_path / "runs/bench/step.json").read_text())

@@ -15,11 +15,10 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import Benchmark, benchmark, gpu_rows
 from masters.cli import check, registry
 from masters.cli.options import ConfigPath, Json, Overrides, Rebuild, quiet
 from masters.cli.output import show_plan, show_summary
-from masters.common.errors import InputError, MastersError, RunsFailed
+from masters.common.errors import MastersError, RunsFailed
 from masters.common.machine import cache
 from masters.common.redaction import masked
 from masters.config import Config
@@ -116,28 +115,6 @@ def study(
 
 
 @app.command()
-def bench(name: Annotated[Benchmark, typer.Argument(help="What to measure")], as_json: Json = False) -> None:
-    """Our fast paths against what one would write otherwise, on this machine."""
-    try:
-        rows = [row.as_dict() for row in benchmark(name)()]
-    except ImportError as error:
-        raise InputError(f"expected the baselines' libraries (extra dev), found {error}: run `make setup`") from None
-    failed = None
-    try:
-        rows += [row.as_dict() for row in gpu_rows(name)]
-    except Exception as error:  # what the CPU took minutes for is told first
-        failed = error
-    _measurements(name, rows, as_json)
-    if as_json:
-        print(json.dumps(dict(name=name, rows=rows)))
-    file = Path("runs", "bench", f"{name}.json")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(dict(name=name, rows=rows), indent=1) + "\n")
-    if failed:
-        raise MastersError(f"bench {name}: its GPU rows failed, the others are in {file}: {failed!r}") from failed
-
-
-@app.command()
 def up(
     services: Annotated[
         Services, typer.Option(envvar="MASTERS_STACK", help="full: Postgres and an S3-compatible store too")
@@ -220,21 +197,3 @@ def _outcome(name: str, settings: Config, **arguments: object) -> dict:
         flow = getattr(import_module(f"masters.flows.{name}"), name)
         wait_until_ready(url)
         return flow(settings, **arguments)
-
-
-def _measurements(name: str, rows: list[dict], as_json: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("case", "ours", "baseline", "unit", "ratio", title=f"{name}: median (smallest to largest)")
-    for row in rows:
-        sides = [
-            f"{row[side]:.4g}" + (f" ({low:.4g} to {high:.4g})" if low != high else "")
-            for side, (low, high) in zip(("ours", "baseline"), row["spread"], strict=True)
-        ]
-        table.add_row(row["case"], *sides, row["unit"], f"{row['ratio']:.2f} x" if row["ratio"] else "-")
-    Console(stderr=as_json, markup=False).print(table)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """Where runs are tracked: which MLflow a run goes to, and which ones a store and this machine know of.
 
-A store keeps the addresses without secrets. What aliases stand for in one of these MLflows must not be removed; a machine that never
-made a run must know of it.
+A store keeps the addresses without secrets. What aliases stand for in one of these MLflows must not be removed; a
+machine that never made a run must know of it.
 """
 
 import fcntl
