@@ -47,6 +47,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/deptry flows tasks models rewards infra benchmarks examples src demo
+	$(BIN)/lint-imports --no-cache --no-logo
 
 check: lint
 	$(BIN)/pip-audit --no-deps --disable-pip --progress-spinner off -r requirements/$(EXTRA).txt
