@@ -22,6 +22,20 @@ def test_every_module_imports() -> None:
         importlib.import_module(name)
 
 
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("masters.models.masking", "magnitude_thresholds"),
+        ("masters.models.schedule", "mask_ratio"),
+        ("masters.models.losses", "jensen_shannon"),
+        ("masters.rewards", "distillation_rewards"),
+        ("masters.rewards", "group_advantages"),
+    ],
+)
+def test_names_that_scripts_import_stay_where_they_are(module: str, name: str) -> None:
+    assert callable(getattr(importlib.import_module(module), name))
+
+
 # each takes seconds that a command which refuses its input would spend
 HEAVY = {"torch.distributed.tensor", "deepspeed", "transformers", "vllm", "ray", "mlflow", "prefect", "datasets"}
 
