@@ -1,13 +1,18 @@
 """Every module of the package imports, engines and trainers included."""
 
+import ast
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import masters
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_every_module_imports() -> None:
@@ -20,6 +25,20 @@ def test_every_module_imports() -> None:
     } <= set(found)
     for name in found:
         importlib.import_module(name)
+
+
+def test_modules_that_are_named_in_strings_exist() -> None:
+    """Workers are started by name; tags of MLflow, such as "masters.stage", have one dot."""
+    found = {module.name for module in pkgutil.walk_packages(masters.__path__, "masters.")}
+    named = {
+        node.value
+        for folder in ("flows", "tasks", "models", "rewards", "infra", "src/masters")
+        for file in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and re.fullmatch(r"masters(\.\w+){2,}", str(node.value))
+    }
+    assert len(named) > 10
+    assert {name for name in named if not {name, name.rpartition(".")[0]} & found} == set()
 
 
 @pytest.mark.parametrize(
@@ -54,14 +73,10 @@ def test_imports_that_a_process_may_do_without_are_made_where_they_are_used(modu
 
 
 def test_functions_stay_short() -> None:
-    import ast
-    from pathlib import Path
-
-    root = Path(__file__).parents[1]
     long = [
         f"{file}:{node.lineno} {node.name}"
         for folder in ("flows", "tasks", "models", "rewards", "infra", "demo", "benchmarks", "examples", "src/masters")
-        for file in (root / folder).rglob("*.py")
+        for file in (ROOT / folder).rglob("*.py")
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 50
     ]
