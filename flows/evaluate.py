@@ -16,13 +16,13 @@ from masters.evaluation import benchmark_selection
 from masters.execution.pool_request import here
 from masters.flows.distill import crashed
 from masters.flows.retries import attempt, patient
-from masters.rewards.verifiers import verifier_of
 from masters.store import artifacts
 from masters.store.artifacts import Artifact
 from masters.store.storage import Storage
 from masters.tasks.benchmark import benchmark
 from masters.tasks.data import data
 from masters.tasks.evaluate import evaluate as answer
+from masters.tasks.judges import metric_of
 from masters.tasks.progress import warn
 from masters.tasks.report import benchmarks_reported
 from masters.tasks.run_context import Context, Run
@@ -61,7 +61,7 @@ def evaluate(
             if untold := tracker.finish(status):
                 warn(untold)
     mlflow = dict(run_id=tracker.run_id, tracking_uri=shown(tracker.uri))
-    metric = verifier_of(config.answers).metric
+    metric = metric_of(config)
     return dict(metric=metric, scores=scores, benchmarks=found_out, stages=run.stages, mlflow=mlflow)
 
 

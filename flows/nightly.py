@@ -18,12 +18,12 @@ from masters.flows import webhook
 from masters.flows.distill import Distilled, crashed, pipeline, tracked
 from masters.flows.retries import attempt, patient
 from masters.models.generation.shards import Earlier
-from masters.rewards.verifiers import verifier_of
 from masters.store import artifacts
 from masters.store.artifacts import RECORD, Artifact
 from masters.store.locks import turn
 from masters.store.storage import Storage, open_storage
 from masters.tasks.evaluate import evaluate
+from masters.tasks.judges import metric_of
 from masters.tasks.progress import warn
 from masters.tasks.report import night_reported
 from masters.tasks.run_context import Context, Run
@@ -66,7 +66,7 @@ def nightly(config: Config) -> dict:
             webhook.report(config.name, "failed", str(error))
             raise
         told = summary["nightly"]
-        night_reported(config.name, told, verifier_of(config.answers).metric)
+        night_reported(config.name, told, metric_of(config))
         if told["regressions"]:
             tell(Registry(tracking_uri(config, open_storage(config.store.root))), config.name, told)
     return summary

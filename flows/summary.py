@@ -3,8 +3,8 @@
 import json
 
 from masters.common.redaction import masked
-from masters.rewards.verifiers import verifier_of
 from masters.store.artifacts import Artifact
+from masters.tasks.judges import metric_of
 from masters.tasks.run_context import Run
 from masters.tracking.client import shown
 
@@ -25,7 +25,7 @@ class Summary:
         ready, scores = self._run.ready, evaluated.facts["scores"]
         after = self._run.storage.uri(f"{trained.folder}/model")
         self._scores = dict(
-            metric=verifier_of(self._run.config.answers).metric,
+            metric=metric_of(self._run.config),
             split=self._run.config.evaluate.split,
             teachers=[dict(name=t.name, uri=str(t.folder), **scores[t.name]) for t in ready.teachers],
             student=dict(

@@ -1,27 +1,34 @@
 """evaluate: teachers, student before and student after on the split `evaluate.split`, greedy, through vLLM."""
 
-from collections.abc import Collection
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from prefect import task
 
 from masters.checks.model_folder import BEFORE, LocalModel
 from masters.checks.preflight import Ready
+from masters.common.errors import WorkerError
 from masters.config import Config
 from masters.data import question_shards
 from masters.evaluation.statistics import clustered_standard_error
-from masters.models.generation.shards import NO_SHARD, Answerer, Order
+from masters.models.generation.shards import NO_SHARD, Answerer, Order, gather
+from masters.models.judging.batches import Judge, untold
 from masters.rewards import verifiers
-from masters.rewards.verifiers import AnyOf
+from masters.rewards.verdict import Triple
 from masters.store import tables
-from masters.store.artifacts import Artifact, Identity
+from masters.store.artifacts import Artifact, External, Identity
+from masters.tasks import judges
 from masters.tasks.build import STAGE, build_or_reuse
-from masters.tasks.generation_stage import answered, forget, set_aside, tell_set_aside
+from masters.tasks.generation_stage import answer, forget, set_aside, tell_set_aside
+from masters.tasks.progress import warn
 from masters.tasks.run_context import Context, Round, Run
 
 VERSION = 3  # 2: standard errors are clustered by image; 3: answers are verified here, not by the engines
-COLUMNS = ["question_id", "image_digest", "accepted_answers"]
+COLUMNS = ["question_id", "image_digest"]
+NOT_ASKED = tables.PROMPT_TOO_LONG  # finish_reason: what was not asked is not right, whatever is accepted
 GREEDY = dict(temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, seed=0)
 
 
@@ -53,41 +60,117 @@ def sampling_of(config: Config) -> dict:
 
 def identity(context: Context, asked: list[Order], name: str = "evaluate") -> Identity:
     inputs = {f"shard-{order.fingerprint}": order.fingerprint for order in asked}
-    return Identity(name, VERSION, verifiers.identity(context.config.answers), inputs, slug=context.config.name)
+    judge = judges.evaluation_judge(context)
+    decides = verifiers.identity(context.config.answers) if judge is None else dict(judge=judge.name, **judge.identity)
+    return Identity(name, VERSION, decides, inputs, slug=context.config.name)
 
 
 @task(name="evaluate", task_run_name="{name}", **STAGE)
 def evaluate(run: Run, data: Artifact, models: list[LocalModel], name: str = "evaluate") -> Artifact:
-    """Table `predictions`; facts `scores`: per model `accuracy` by the configuration's verifier, `n`, and
-    `standard_error`, clustered by image.
+    """Table `predictions`; facts `scores`: per model `accuracy` by verifier or judge, `n`, and `standard_error`,
+    clustered by image. From an LLM also `judgements`, a row a distinct triple.
 
-    `name`: of the stage, another one where a run evaluates twice.
+    `name`: of the stage, another one where a run evaluates twice. Raises WorkerError where a judge could not be had.
     """
-    asked = orders(run, data, models)
+    asked, judge = orders(run, data, models), judges.evaluation_judge(run)
     made_of = identity(run, asked, name)
 
     def build() -> tuple[dict[str, str], dict, dict]:
         questions = {row.pop("question_id"): row for row in data.rows("questions", COLUMNS)}
-        accepted = {question: row["accepted_answers"] for question, row in questions.items()}
-        with verifiers.verifying(run.config.answers) as is_right:
-            files, how = answered(run, made_of, data, asked, completed=partial(verified, is_right, accepted))
+        how = answer(run, made_of, data, asked)
+        with _deciding(run, made_of, data, asked, judge) as decided:
+            files = gather(run.storage, made_of, asked, completed=partial(verified, decided.is_right))
         right = _right(run, made_of, files)
         images = {question: row["image_digest"] for question, row in questions.items()}
         scores = {model: score(hits, images) for model, hits in right.items()}
         rows = sum(len(hits) for hits in right.values())
-        return files, dict(rows=rows, scores=scores) | set_aside(run.storage, asked), how
+        facts = dict(rows=rows, scores=scores) | decided.facts | set_aside(run.storage, asked)
+        return files | decided.files, facts, how | decided.how
 
-    upstream = {"data": data} | {f"model {model.name}": model.origin for model in models}
-    made = build_or_reuse(run, made_of, upstream, build, lambda: forget(run.storage, asked))
+    upstream: dict[str, Artifact | External] = {"data": data}
+    upstream |= {f"model {model.name}": model.origin for model in models}
+    if run.ready.judge and judge:
+        upstream["judge"] = run.ready.judge.origin
+    made = build_or_reuse(run, made_of, upstream, build, lambda: _forget(run, asked, judge))
+    _tell_unjudged(run, made)
     return tell_set_aside(run, made_of, made, "they count as wrong")
 
 
-def verified(is_right: AnyOf, accepted: dict[str, list[str]], shard: bytes) -> bytes:
+def _forget(run: Run, asked: list[Order], judge: Judge | None) -> None:
+    forget(run.storage, asked)
+    judges.forget(run.storage, judge)
+
+
+Correct = Callable[[str, str], bool]  # whether a question, by its id, is answered by a text
+
+
+@dataclass(frozen=True)
+class Decided:
+    """Which answers are right, and what a judge adds to the artifact: files by digest, facts, how it ran."""
+
+    is_right: Correct
+    files: dict[str, str] = field(default_factory=dict)
+    facts: dict = field(default_factory=dict)
+    how: dict = field(default_factory=dict)
+
+
+@contextmanager
+def _deciding(
+    run: Run, made_of: Identity, data: Artifact, asked: list[Order], judge: Judge | None
+) -> Iterator[Decided]:
+    """What decides on the answers that lie in the shards of `asked`: rules, or a judge, who is asked here."""
+    if judge is not None:
+        yield _judged(run, made_of, data, asked, judge)
+        return
+    rows = data.rows("questions", ["question_id", "accepted_answers"])
+    accepted = {row["question_id"]: row["accepted_answers"] for row in rows}
+    with verifiers.verifying(run.config.answers) as is_right:
+        yield Decided(lambda question, text: is_right(text, accepted[question]))
+
+
+def _judged(run: Run, made_of: Identity, data: Artifact, asked: list[Order], judge: Judge) -> Decided:
+    """The judge's verdicts on all answers. Raises WorkerError if it could not be had for some: a run that goes on has
+    what it said until then.
+
+    An answer that it cannot take, or on which its score cannot be read, is final: it counts as wrong, and is told.
+    """
+    questions, given = untold(data), Counter[Triple]()
+    for order in asked:
+        table = tables.read(run.storage, order.file, ["question_id", "text", "finish_reason"])
+        for row in table.to_pylist():
+            if row["finish_reason"] != NOT_ASKED:
+                given[replace(questions[row["question_id"]], text=row["text"])] += 1
+    verdicts, how = judges.judged(run, made_of, judge, list(given))
+    judges.check_any(judge.name, verdicts)
+    lost = Counter[str]()
+    for triple, count in given.items():
+        lost[verdicts[triple].status] += count
+    del lost["ok"]
+    if missing := lost["judge_failed"]:
+        raise WorkerError(
+            f"{made_of.stage}: judge {judge.name} could not be had for {missing:,} of {given.total():,} answers, and "
+            "accuracy on the others alone would be another number; run again: it is asked for what is missing"
+        )
+
+    def is_right(question: str, text: str) -> bool:
+        return verdicts[replace(questions[question], text=text)].score == 1.0
+
+    files = judges.judgement_files(run.storage, made_of, verdicts)
+    return Decided(is_right, files, {"no_verdict": dict(lost)} if lost else {}, how)
+
+
+def _tell_unjudged(run: Run, evaluated: Artifact) -> None:
+    """Counts of answers without a verdict in the stage's entry and a warning, built or reused."""
+    if lost := evaluated.facts.get("no_verdict"):
+        run.stages[-1]["no_verdict"] = lost
+        warn(f"{run.stages[-1]['name']}: answers without a verdict count as wrong ({judges.counted(lost)})")
+
+
+def verified(is_right: Correct, shard: bytes) -> bytes:
     """A file of `predictions` from a shard that an engine answered."""
     rows = tables.decode(shard, tables.PREDICTED.names).to_pylist()
     for row in rows:
-        asked = row["finish_reason"] != tables.PROMPT_TOO_LONG  # what was not asked is not right, whatever is accepted
-        row["correct"] = asked and is_right(row["text"], accepted[row["question_id"]])
+        row["correct"] = row["finish_reason"] != NOT_ASKED and is_right(row["question_id"], row["text"])
     return tables.encode(rows, tables.PREDICTIONS)
 
 

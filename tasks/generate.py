@@ -11,15 +11,15 @@ from masters.data import question_shards
 from masters.data.question_shards import Ref
 from masters.execution.engines import Stay
 from masters.execution.processes import Child
-from masters.models.generation.shards import NO_SHARD, Answerer, Order, narrowed
+from masters.models.generation.shards import NO_SHARD, Answerer, Order, gather, narrowed
 from masters.models.judging import batches
 from masters.store.artifacts import Artifact, Identity
 from masters.tasks.build import STAGE, build_or_reuse
-from masters.tasks.generation_stage import answered, forget, set_aside, tell_set_aside
+from masters.tasks.generation_stage import answer, forget, set_aside, tell_set_aside
+from masters.tasks.judges import judge_of
 from masters.tasks.mask import thresholds
 from masters.tasks.refresh import of_stage
 from masters.tasks.run_context import Context, Round, Run
-from masters.tasks.score import judge_of
 
 VERSION = 1
 
@@ -95,7 +95,8 @@ def generate(run: Run, current: Round, data: Artifact, masks: Artifact, ahead: S
 
     def build() -> tuple[dict[str, str], dict, dict]:
         judge = _judge_beside(run, current, made_of, data, asked)
-        files, how = answered(run, made_of, data, asked, ahead, judge, stay=_stay(run, current))
+        how = answer(run, made_of, data, asked, ahead, judge, stay=_stay(run, current))
+        files = gather(run.storage, made_of, asked)
         rows = sum(order.samples * len(order.shard.refs) for order in asked)
         return files, dict(rows=rows) | set_aside(run.storage, asked), how
 
@@ -114,7 +115,7 @@ def _stay(run: Run, current: Round) -> Stay | None:
 
 def _judge_beside(run: Run, current: Round, made_of: Identity, data: Artifact, asked: list[Order]) -> Child | None:
     """A judge that is a server gives its verdicts while the engines answer; `score` finds them."""
-    judge = judge_of(run, current)
+    judge = judge_of(run, current) if run.config.needs_verdicts else None
     if judge is None or Stage.SCORE in run.rebuild:  # which forgets what was judged
         return None
     return batches.ahead(data, judge, [order.file for order in asked], run.config.runtime, run.work(made_of))

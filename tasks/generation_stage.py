@@ -1,8 +1,8 @@
-"""What generate and evaluate share: their shards answered by engines, with a bar, and gathered into the artifact, and
-what is said of questions that could not be asked.
+"""What generate and evaluate share: their shards answered by engines, with a bar, and what is said of questions that
+could not be asked.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from masters.common.errors import MastersError
 from masters.execution.engines import Stay
@@ -18,20 +18,19 @@ from masters.tasks.run_context import Run
 REMEDY = "raise runtime.max_model_len (a model's max_position_embeddings bounds it too) or shrink images and questions"
 
 
-def answered(
+def answer(
     run: Run,
     made_of: Identity,
     data: Artifact,
     asked: list[Order],
     ahead: Sequence[Order] = (),
     beside: Child | None = None,
-    completed: Callable[[bytes], bytes] | None = None,
     stay: Stay | None = None,
-) -> tuple[dict[str, str], dict]:
-    """Files of the artifact with digests, and how it ran.
+) -> dict:
+    """Have the orders answered; the shards lie in the store then. Returns how it ran.
 
     `ahead`: orders of a later stage, answered while the engines of their models are up; `beside`: a process that runs
-    with them. `completed`: see `answering.gather`; `stay`: see `engines.run`.
+    with them; `stay`: see `engines.run`.
     """
     built = len(shards.missing(run.storage, asked))
     with run.progress(made_of, "questions") as progress:
@@ -39,8 +38,7 @@ def answered(
             data, [*asked, *ahead], run.config.runtime, run.work(made_of),
             progress.update, beside, stay,
         )  # fmt: skip
-    how |= dict(shards=len(asked), shards_built=built, shards_reused=len(asked) - built)
-    return shards.gather(run.storage, made_of, asked, completed), how
+    return how | dict(shards=len(asked), shards_built=built, shards_reused=len(asked) - built)
 
 
 def set_aside(storage: Storage, asked: list[Order]) -> dict[str, int]:

@@ -6,9 +6,9 @@ import jinja2
 from prefect import task
 
 from masters.common.hashing import digest
-from masters.rewards.verifiers import verifier_of
 from masters.store.artifacts import Artifact, Identity
 from masters.tasks.build import STAGE, build_or_reuse
+from masters.tasks.judges import evaluation_judge, metric_of
 from masters.tasks.run_context import Context, Run
 
 VERSION = 3  # 2: inputs by what they hold; 3: the card names verifier and split
@@ -28,9 +28,11 @@ offline reinforcement. Started from `{{ student }}`, taught by {{ teachers }}.
 | {{ model }} | {{ "%.4f" | format(s.accuracy) }} | {{ s.n }} | {{ "%.4f" | format(s.standard_error) }} |
 {% endfor %}
 Split "{{ split }}" of `{{ source }}`, greedy answers through vLLM; standard errors are clustered by image. Right is
-what `answers.verifier = "{{ answers.verifier }}"` accepts
+{% if judge %}what the language model `{{ judge }}` judges to say the same as the ground truth.
+{%- else %}what `answers.verifier = "{{ answers.verifier }}"` accepts
 {%- if answers.final_pattern %} with `final_pattern` `{{ answers.final_pattern }}`{% endif %}; texts are compared after
 Unicode NFKC, case folding, and removal of surrounding space, quotes and closing punctuation.
+{%- endif %}
 
 Objective `{{ train.objective }}` on `{{ train.targets }}`, divergence `{{ train.divergence }}`, learning rate
 {{ train.learning_rate }}, {{ train.epochs }} epoch(s), {{ train.questions_per_step }} questions a step,
@@ -68,10 +70,10 @@ def register(run: Run, trained: Artifact, evaluated: Artifact) -> tuple[Artifact
 
 def card(run: Run, trained: Artifact, evaluated: Artifact) -> str:
     """The model card."""
-    config = run.config
+    config, judge = run.config, evaluation_judge(run)
     return jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(CARD).render(
         name=config.name, student=run.ready.student.name, teachers=", ".join(f"`{t.name}`" for t in run.ready.teachers),
         scores=evaluated.facts["scores"], source=config.data.source, split=config.evaluate.split,
         train=config.train, trained=trained.folder,
-        answers=config.answers, metric=verifier_of(config.answers).metric,
+        answers=config.answers, metric=metric_of(config), judge=judge and judge.name,
     )  # fmt: skip

@@ -14,8 +14,8 @@ from masters.config.stages import Stage
 from masters.reporting.gallery import gallery
 from masters.reporting.markdown import inert, picture
 from masters.reporting.plots import plots
-from masters.rewards.verifiers import verifier_of
 from masters.store.artifacts import Artifact
+from masters.tasks.judges import metric_of
 from masters.tasks.progress import CONSOLE, key, log
 from masters.tasks.run_context import Run
 
@@ -103,7 +103,7 @@ def _links(run: Run, version: int | None) -> None:
 
 def _tables(run: Run) -> None:
     if evaluated := run.made.get(Stage.EVALUATE):
-        metric = verifier_of(run.config.answers).metric
+        metric = metric_of(run.config)
         rows = [
             {
                 "model": inert(model),

@@ -8,27 +8,24 @@ from pathlib import PurePosixPath
 
 from prefect import task
 
-from masters.checks.model_folder import Server
-from masters.common.errors import WorkerError
 from masters.common.hashing import digest
 from masters.config import Answers
 from masters.config.stages import Stage
-from masters.data.question_shards import split
 from masters.models.judging import batches
 from masters.models.judging.batches import Judge
 from masters.rewards import verifiers
-from masters.rewards.verdict import FINAL, Triple, Verdict
+from masters.rewards.verdict import Triple
 from masters.store import artifacts, tables
 from masters.store.artifacts import Artifact, External, Identity, Upstream
 from masters.store.storage import Storage
 from masters.tasks.build import STAGE, build_or_reuse
+from masters.tasks.judges import Verdicts, check_any, counted, forget, judge_of, judged, judgement_files
 from masters.tasks.progress import warn
 from masters.tasks.run_context import Context, Round, Run
 
 VERSION = 1
 KEY = ("question_id", "source", "mask_ratio", "sample")
 
-Verdicts = dict[Triple, Verdict]
 Asked = dict[str, Triple]  # by question_id, without a text
 
 
@@ -65,50 +62,36 @@ def _rules(answers: Answers) -> dict:
     return dict(judge=decides.pop("verifier"), **decides)
 
 
-def judge_of(context: Context, current: Round) -> Judge | None:
-    """The configuration's LLM judge in this round, None for the rules."""
-    if context.config.rewards.accuracy != "llm":
-        return None
-    judge = context.ready.judge or current.teacher
-    if isinstance(judge, Server):
-        model = dict(url=judge.url, model=judge.model)
-        return Judge(judge.model or judge.url, model, model)
-    dtype = context.config.generate.dtype
-    reach = dict(folder=str(judge.folder), dtype=dtype, own_code=judge.own_code)
-    return Judge(judge.name, dict(digest=judge.digest, dtype=dtype), reach)
-
-
 @task(name="score", task_run_name="score{current.suffix}", **STAGE)
 def score(run: Run, current: Round, data: Artifact, responses: Artifact) -> Artifact:
     """Table `verdicts`, file for file beside `responses`; from an LLM also `judgements`, a row a distinct triple."""
     chain, judge, asked = attempts(run, current, responses), judge_of(run, current), batches.untold(data)
     if run.rebuilds(chain[0]):
         chain = chain[:1]
-    judged = cache(lambda: _judged(run, chain[-1], judge, set(_triples(responses, asked))))
+    said = cache(lambda: _said(run, chain[-1], judge, set(_triples(responses, asked))))
     made_of = chain[-1]
     here = not run.pool(Stage.SCORE)  # else the pool's worker asks the judge
-    if here and len(chain) > 1 and not _found(run, made_of, responses) and not judged()[1]["answered"]:
+    if here and len(chain) > 1 and not _found(run, made_of, responses) and not said()[1]["answered"]:
         made_of = chain[-2]  # the judge still cannot be had for these: what there is stays
 
     def build() -> tuple[dict[str, str], dict, dict]:
-        verdicts, how = judged()
-        if verdicts and not any(verdict.status == "ok" for verdict in verdicts.values()):
-            raise WorkerError(_nothing(made_of, verdicts))
+        verdicts, how = said()
+        check_any(made_of.config["judge"], verdicts)
         files, statuses = _verdict_files(run.storage, made_of, responses, asked, verdicts)
         if judge:
-            files |= _judgement_files(run.storage, made_of, verdicts)
+            files |= judgement_files(run.storage, made_of, verdicts)
         rows = statuses.total()
         return files, dict(rows=rows, rejected=rows - statuses["ok"], statuses=dict(statuses)), how
 
     upstream = _upstream(run, current, data, responses, chain[: chain.index(made_of)])
-    return _told(run, build_or_reuse(run, made_of, upstream, build, lambda: _forget(run.storage, judge)))
+    return _told(run, build_or_reuse(run, made_of, upstream, build, lambda: forget(run.storage, judge)))
 
 
 def _told(run: Run, scored: Artifact) -> Artifact:
     """How many responses have no verdict, by status: in the stage's entry, and as a warning, built or reused."""
     lost = {status: count for status, count in sorted(scored.facts["statuses"].items()) if status != "ok"}
     if lost:
-        entry, listed = run.stages[-1], ", ".join(f"{status} {count:,}" for status, count in lost.items())
+        entry, listed = run.stages[-1], counted(lost)
         entry["no_verdict"] = lost
         of = f"{sum(lost.values()):,} of {scored.facts['rows']:,} responses"
         warn(f"{entry['name']}: {of} have no verdict and get no reward ({listed})")
@@ -125,19 +108,12 @@ def _upstream(run: Run, current: Round, data: Artifact, responses: Artifact, bef
     return upstream
 
 
-def _judged(run: Run, made_of: Identity, judge: Judge | None, triples: set[Triple]) -> tuple[Verdicts, dict]:
+def _said(run: Run, made_of: Identity, judge: Judge | None, triples: set[Triple]) -> tuple[Verdicts, dict]:
     """A verdict on each triple, and how it ran."""
     if judge is None:
         with verifiers.verifying(run.config.answers) as is_right:
             return {triple: verifiers.verdict(is_right, triple) for triple in triples}, dict(triples=len(triples))
-    with run.progress(made_of, "texts judged") as progress:
-        return batches.fulfil(run.storage, judge, list(triples), run.config.runtime, run.work(made_of), progress.update)
-
-
-def _forget(storage: Storage, judge: Judge | None) -> None:
-    """Remove what an LLM said: rebuilding asks it everything again."""
-    for name in storage.names(judge.folder) if judge else ():
-        storage.remove(name)
+    return judged(run, made_of, judge, triples)
 
 
 def _triples(responses: Artifact, asked: Asked) -> Iterator[Triple]:
@@ -162,28 +138,9 @@ def _verdict_files(
     return files, statuses
 
 
-def _judgement_files(storage: Storage, made_of: Identity, verdicts: Verdicts) -> dict[str, str]:
-    """What the judge said in both calls, by triple; those that it could not be asked about are in `verdicts` alone."""
-    files = {}
-    told = sorted((t for t, v in verdicts.items() if v.status in FINAL), key=lambda triple: triple.digest)
-    for prefix, part in split(told, batches.BATCH):
-        name = f"judgements/{prefix or 'all'}.parquet"
-        rows = [batches.row(triple, verdicts[triple]) for triple in part]
-        files[name] = _write(storage, made_of, name, tables.encode(rows, tables.JUDGEMENTS))
-    return files
-
-
 def _write(storage: Storage, made_of: Identity, name: str, data: bytes) -> str:
     storage.write(f"{made_of.folder}/{name}", data)
     return digest(data)
-
-
-def _nothing(made_of: Identity, verdicts: Verdicts) -> str:
-    counts = Counter(verdict.status for verdict in verdicts.values())
-    listed = ", ".join(f"{status} {count}" for status, count in sorted(counts.items()))
-    said = " ".join(next(iter(verdicts.values())).explanation.split())[:200]
-    judge, texts = made_of.config["judge"], len(verdicts)
-    return f"judge {judge} gave no verdict on any of {texts} texts ({listed}); first it said: {said!r}"
 
 
 def _stem(name: str) -> str:

@@ -36,6 +36,7 @@ def test_every_recipe_loads(path: Path) -> None:
         ("generate.refresh=stage generate.student_share=0.0", "raise generate.student_share, or set"),
         ("evaluate.split=validation", "needs data.validation_share above 0"),
         ("data.validation_share=1.0", "data.validation_share"),
+        ("evaluate.accuracy=llm", "a teacher would judge its own answers"),
         ("train.objective=sft rewards.accuracy=off", 'expected rewards.accuracy "llm" or "rules"'),
         ("trian.epochs=1", "trian: unknown key"),
         ("no_equals", "KEY=VALUE"),

@@ -12,8 +12,8 @@ from masters.execution import processes
 from masters.models.judging import worker
 from masters.rewards import judge_prompts
 from masters.store.artifacts import Artifact
+from masters.tasks.judges import judge_of
 from masters.tasks.run_context import Run
-from masters.tasks.score import judge_of
 from tests import scoring_run as by_hand
 from tests.fake_judge import FakeJudge, inside, serve, verdict
 from tests.handmade_run import told

@@ -98,7 +98,7 @@ def check_installed(config: Config) -> None:
 def judge_of(config: Config) -> LocalModel | Server | None:
     """The judge that the configuration names, where it needs one beside the teachers."""
     rewards = config.rewards
-    if rewards.accuracy != "llm" or not config.needs_verdicts or rewards.judge == TEACHER:
+    if not config.needs_judge or rewards.judge == TEACHER:
         return None
     if is_url(rewards.judge):
         return Server(base_url(rewards.judge), rewards.judge_model)

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from masters.common import safe_regex
 from masters.config import store_root
-from masters.config.fields import LARGEST, NAME, Count, Dtype, PoolName, Section, Seed, Share, Text
+from masters.config.fields import LARGEST, NAME, TEACHER, Count, Dtype, PoolName, Section, Seed, Share, Text
 from masters.config.training import Answers, Rewards, Train
 
 STAGES = 1000  # of a teacher's mask
@@ -141,6 +141,11 @@ class Evaluate(Section):
         description="test: the evaluation split; validation: the training images that data.validation_share holds out, "
         "to choose settings by",
     )
+    accuracy: Literal["rules", "llm"] = Field(
+        default="rules",
+        description="Whether an answer is right: by rules (answers.verifier), or judged by the language model that "
+        "rewards.judge names",
+    )
 
 
 class Pools(Section):
@@ -267,6 +272,11 @@ class Config(Section):
         return train.targets == "responses" and train.objective != "kd" and self.rewards.accuracy != "off"
 
     @property
+    def needs_judge(self) -> bool:
+        """Whether a language model judges anything: responses, or the answers of an evaluation."""
+        return (self.needs_verdicts and self.rewards.accuracy == "llm") or self.evaluate.accuracy == "llm"
+
+    @property
     def probe_split(self) -> Literal["test", "validation"]:
         """The split that training is watched on: the test split only where no validation split is held out."""
         return "validation" if self.data.validation_share else "test"
@@ -275,6 +285,11 @@ class Config(Section):
     def _needed(self) -> "Config":
         if self.evaluate.split == "validation" and not self.data.validation_share:
             raise ValueError('evaluate.split = "validation" needs data.validation_share above 0, e.g. 0.1, found 0')
+        if self.evaluate.accuracy == "llm" and self.rewards.judge == TEACHER:
+            raise ValueError(
+                'evaluate.accuracy = "llm" has all models judged by rewards.judge, and a teacher would judge its own '
+                f'answers: expected a folder, a Hugging Face id or a URL in rewards.judge, found "{TEACHER}"'
+            )
         if self.rewards.accuracy == "off" and self.train.targets == "responses" and self.train.objective == "sft":
             raise ValueError(
                 'objective "sft" on responses trains on the right ones: expected rewards.accuracy "llm" or "rules", '

@@ -10,7 +10,7 @@ from masters.config.judge_url import is_url
 
 
 class Answers(Section):
-    """When an answer counts as right: by `rewards.accuracy = "rules"`, and in every evaluation."""
+    """When an answer counts as right by rules: `rewards.accuracy = "rules"`, `evaluate.accuracy = "rules"`."""
 
     verifier: Literal["exact", "final", "number", "choice"] = Field(
         default="exact",

@@ -41,7 +41,7 @@ def about(config: Config) -> dict[str, str]:
     """Tags of every run and version: mask schedules, prompts of the judge, code."""
     schedules = [" ".join(f"{r:g}" for r in mask_stages(t.r_max, t.step)) for t in config.teachers]
     tags = {"masters.mask_schedule": "; ".join(schedules), "masters.code": __version__}
-    if config.rewards.accuracy == "llm":
+    if "llm" in (config.rewards.accuracy, config.evaluate.accuracy):
         tags["masters.judge_prompts"] = str(judge_prompts.VERSION)
     if found := commit():
         tags["masters.commit"] = found

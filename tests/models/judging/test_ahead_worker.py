@@ -10,8 +10,8 @@ from masters.models.generation import shards as answering
 from masters.models.judging import batches
 from masters.store.artifacts import Identity
 from masters.tasks.generate import _judge_beside
+from masters.tasks.judges import judge_of
 from masters.tasks.run_context import Run
-from masters.tasks.score import judge_of
 from tests import scoring_run as by_hand
 from tests.fake_judge import FakeJudge, serve
 from tests.scoring_run import first_round, made_run, question_table, responses
