@@ -20,7 +20,7 @@ WORDS = ("red", "blue", "green", "yes", "no", "circle", "triangle", "rectangle")
 class StandIn:
     """Answers as `Engine` does, a word that the seed chooses."""
 
-    def __init__(self, folder: Path, dtype: str, runtime: Runtime) -> None:
+    def __init__(self, folder: Path, dtype: str, runtime: Runtime, sleeps: bool = False) -> None:
         self._processor = AutoProcessor.from_pretrained(folder)
         self._prompts: dict[str, list[int]] = {}  # by question: all images of the demo have one size
 
