@@ -282,7 +282,7 @@ class Config(Section):
         return "validation" if self.data.validation_share else "test"
 
     @model_validator(mode="after")
-    def _needed(self) -> "Config":
+    def _evaluable(self) -> "Config":
         if self.evaluate.split == "validation" and not self.data.validation_share:
             raise ValueError('evaluate.split = "validation" needs data.validation_share above 0, e.g. 0.1, found 0')
         if self.evaluate.accuracy == "llm" and self.rewards.judge == TEACHER:
@@ -290,6 +290,10 @@ class Config(Section):
                 'evaluate.accuracy = "llm" has all models judged by rewards.judge, and a teacher would judge its own '
                 f'answers: expected a folder, a Hugging Face id or a URL in rewards.judge, found "{TEACHER}"'
             )
+        return self
+
+    @model_validator(mode="after")
+    def _needed(self) -> "Config":
         if self.rewards.accuracy == "off" and self.train.targets == "responses" and self.train.objective == "sft":
             raise ValueError(
                 'objective "sft" on responses trains on the right ones: expected rewards.accuracy "llm" or "rules", '
