@@ -100,7 +100,7 @@ def straightforward(questions: Path, out: Path, sizes: Sizes) -> Seconds:
     done = subprocess.run(
         [sys.executable, "-m", "examples.straightforward", str(job)],
         cwd=pipeline.ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},  # as ours: no step stands still for a neighbour on a core
+        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},  # as ours: no step stands still for a neighbor on a core
     )  # fmt: skip
     whole, cpu = time.monotonic() - began, children_cpu() - before
     if done.returncode:
@@ -111,7 +111,7 @@ def straightforward(questions: Path, out: Path, sizes: Sizes) -> Seconds:
 
 
 def children_cpu() -> float:
-    """Seconds of all processes that ended below this one: other than wall time, hardly a neighbour's doing."""
+    """Seconds of all processes that ended below this one: other than wall time, hardly a neighbor's doing."""
     used = getrusage(RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -121,7 +121,7 @@ def settings(config: Config, questions: Path, out: Path, sizes: Sizes) -> Settin
     generate, train, teacher = config.generate, config.train, config.teachers[0]
     return Settings(
         questions=str(questions), teacher=teacher.model, student=config.student.model, out=str(out),
-        ratios=mask_stages(sizes.r_max, teacher.step), samples=generate.teacher_responses,
+        ratios=mask_stages(sizes.r_max, teacher.mask_step), samples=generate.teacher_responses,
         sampling={name: getattr(generate, name) for name in SAMPLING}, max_model_len=config.runtime.max_model_len,
         learning_rate=train.learning_rate, beta=train.beta, epochs=train.epochs,
         questions_per_step=train.questions_per_step, seed=train.seed,

@@ -46,7 +46,7 @@ def measured(sizes: Sizes = Sizes()) -> list[Row]:
     """Raises AssertionError if the two ways answer differently."""
     config = load(CONFIG)
     teacher, of = ROOT / config.teachers[0].model, config.teachers[0]
-    ratios = mask_stages(of.r_max, of.step)[: sizes.ratios]
+    ratios = mask_stages(of.r_max, of.mask_step)[: sizes.ratios]
     rows = group_thresholds(lambda: safetensors_tensors(teacher), ratios, config.mask.granularity)
     masks = [{r["tensor"]: r["threshold"] for r in rows if r["mask_ratio"] == ratio} for ratio in ratios]
     prompts = [[f"{row.root}/{row.image}", row.question] for row in islice(EasyVqa().rows(), sizes.prompts)]

@@ -34,11 +34,11 @@ from masters.data.question_shards import Ref
 from masters.data.sources.easyvqa import EasyVqa
 from masters.infra import object_store, service
 from masters.models.generation import shards as answering
-from masters.models.generation.shards import NO_SHARD, Answerer, Order
+from masters.models.generation.shards import NO_SHARD, GeneratingModel, ShardRequest
 from masters.store import artifacts, tables
 from masters.store.artifacts import Artifact, Identity
 from masters.store.storage import Storage
-from masters.tracking.run_writer import Tracker
+from masters.tracking.run_writer import RunWriter
 
 STAND_IN = "benchmarks.stand_in"
 WORDS = ("{}", "look at the image: {}", "please answer briefly: {}")  # easy-VQA has 38,575 questions to train on
@@ -80,7 +80,7 @@ def run(questions: int) -> dict[str, dict]:
         settings = [f"data.source={source}", f"store.root={work}/store", "rewards.accuracy=rules", *limits]
         config = load(CONFIG, settings)
         context = Context(config, preflight(config))
-        made = Run(context, Tracker(config, context.storage))
+        made = Run(context, RunWriter(config, context.storage))
         current = Round(1, config.teachers[0], context.ready.teachers[0], context.ready.student)
         table, masks = data.data.fn(made), mask.mask.fn(made, current)
         responses = generate.generate.fn(made, current, table, masks)
@@ -151,8 +151,8 @@ def on_s3(count: int) -> dict[str, float]:
 
 def store(root: str, count: int) -> dict[str, float]:
     """Seconds to write shards of 1 KiB, to find what is missing among them, and to commit an artifact of them all."""
-    asker = Answerer("m", Path("m"), "d", {})
-    order = Order(asker, NO_SHARD, "predictions", "evaluation", None, 0, 1, dict(dtype="float32"))
+    asker = GeneratingModel("m", Path("m"), "d", {})
+    order = ShardRequest(asker, NO_SHARD, "predictions", "evaluation", None, 0, 1, dict(dtype="float32"))
     storage, seconds = Storage(root), {}
     orders = [replace(order, shard=question_shards.Shard("", (_ref(number),))) for number in range(count)]
     row = dict(model="m", text="red", finish_reason="stop")
@@ -165,9 +165,13 @@ def store(root: str, count: int) -> dict[str, float]:
     def commit() -> None:
         content = digest("".join(each.fingerprint for each in orders).encode())
         identity = Identity("evaluate", 1, {}, dict(shards=content))
-        artifacts.commit(storage, identity, answering.gather(storage, identity, orders), {})
+        artifacts.commit(storage, identity, answering.collect_shards(storage, identity, orders), {})
 
-    for name, part in (("write", write), ("list", lambda: answering.missing(storage, orders)), ("commit", commit)):
+    for name, part in (
+        ("write", write),
+        ("list", lambda: answering.missing_shards(storage, orders)),
+        ("commit", commit),
+    ):
         began = time.monotonic()
         part()
         seconds[name] = time.monotonic() - began

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch.nn.utils import prune
 
 from benchmarks.measure import Row, compare, extra_mib, once, seconds
-from masters.models.masking import group_thresholds, magnitude_thresholds, rank, safetensors_tensors
+from masters.models.masking import group_thresholds, magnitude_thresholds, order_index, safetensors_tensors
 from masters.models.model_loading import remask
 
 SHAPE = (4096, 14336)
@@ -61,7 +61,7 @@ def matrix(shape: tuple[int, int], seed: int) -> torch.Tensor:
 
 def kth_values(weight: torch.Tensor) -> list[float]:
     magnitude = weight.abs().flatten().float()
-    return [magnitude.kthvalue(rank(ratio, len(magnitude)) + 1).values.item() for ratio in RATIOS]
+    return [magnitude.kthvalue(order_index(ratio, len(magnitude)) + 1).values.item() for ratio in RATIOS]
 
 
 def pruned(weight: torch.Tensor) -> None:

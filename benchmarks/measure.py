@@ -1,4 +1,4 @@
-"""Times and memory of two ways to do the same, taken turn by turn, so that a busy neighbour disturbs both."""
+"""Times and memory of two ways to do the same, taken turn by turn, so that a busy neighbor disturbs both."""
 
 import multiprocessing
 import statistics

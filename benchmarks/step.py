@@ -20,7 +20,7 @@ from masters.models.families import family_of
 from masters.models.families.base import VLM
 from masters.models.losses import chunked_head, formulas
 from masters.models.losses.chunked_head import Projection
-from masters.models.packing.packed_batch import Pack, pack, response_states
+from masters.models.packing.packed_batch import PackedBatch, pack, response_states
 from masters.models.packing.prefix_tree import Question
 from masters.models.training import objective
 
@@ -140,8 +140,8 @@ def separate_states(model: VLM, asked: Question) -> Projection:
     return Projection(hidden.last_hidden_state[:, len(asked.ids_P) - 1 : -1].flatten(0, 1), model.lm_head.weight)
 
 
-def _objective(terms: formulas.Terms, batch: Pack) -> torch.Tensor:
+def _objective(terms: formulas.Terms, batch: PackedBatch) -> torch.Tensor:
     """The method's loss: half of the responses right."""
     terms = batch.spread(terms)
     score_R = torch.arange(batch.responses) % 2
-    return objective.masters(terms, score_R.float(), batch, Train(), REWARDS).loss
+    return objective.masters_loss(terms, score_R.float(), batch, Train(), REWARDS).loss

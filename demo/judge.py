@@ -26,7 +26,7 @@ from demo import build
 from demo.train import IGNORE, answer_loss, schedule, stacked, update
 from masters.common.hashing import digest, unit_interval
 from masters.rewards import judge_prompts
-from masters.rewards.rules import exact_match, normalise
+from masters.rewards.rules import exact_match, normalize
 from masters.rewards.verdict import Triple
 
 Lesson = tuple[judge_prompts.Conversation, str]  # a prompt and its answer
@@ -53,7 +53,7 @@ REPEATED = re.compile(r"(.{2,}?)(?:[\s,.;]*\1)+")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How far the judge is trained: optimiser steps of `rows` rows, each of `packed` conversations."""
+    """How far the judge is trained: optimizer steps of `rows` rows, each of `packed` conversations."""
 
     steps: int = 4000
     rows: int = 4
@@ -74,7 +74,7 @@ def explanation(triple: Triple) -> str:
     """What the judge is to say in the first call."""
     if exact_match(triple.text, triple.reference):
         return f"{REASONS['same']} <answer>1</answer>"
-    plain = normalise(triple.text)
+    plain = normalize(triple.text)
     kind = "empty" if not plain else "repeated" if REPEATED.fullmatch(plain) else "other"
     return f"{REASONS[kind]} <answer>0</answer>"
 
@@ -186,7 +186,7 @@ def second_lesson(rng: np.random.Generator, triple: Triple) -> Lesson:
 def tokenizer(rng: np.random.Generator) -> PreTrainedTokenizerFast:
     """The demo's byte-level BPE, learned from the prompts' words and the answers; each tag is one token.
 
-    It reads NFKC in lower case, as `normalise` does: the model need not learn that "Teal" is "teal".
+    It reads NFKC in lower case, as `normalize` does: the model need not learn that "Teal" is "teal".
     """
     maker = Maker(rng, 0.0)
     texts = [judge_prompts.GRADE, judge_prompts.READ, *REASONS.values(), *(q for q, _ in maker.pairs)]
@@ -281,12 +281,12 @@ def scores(model, packer: Packer, seed: int, count: int) -> dict[str, float]:
 
 def train(model: Qwen3VLForConditionalGeneration, packer: Packer, recipe: Recipe, seed: int) -> list[dict]:
     """Every parameter of the language model learns. Returns the progress on held-out triples."""
-    optimiser = torch.optim.AdamW(model.model.language_model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95))
-    planner, began, progress = schedule(optimiser, recipe.steps), time.process_time(), []
+    optimizer = torch.optim.AdamW(model.model.language_model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95))
+    planner, began, progress = schedule(optimizer, recipe.steps), time.process_time(), []
     stream = batches(recipe, np.random.default_rng(seed))
     for step in range(1, recipe.steps + 1):
         loss, _ = loss_of(model, *packer(next(stream)))
-        update(model, optimiser, planner, loss)
+        update(model, optimizer, planner, loss)
         if step % max(1, recipe.steps // 20) == 0:
             progress.append(dict(step=step, loss=round(loss.item(), 4), **scores(model, packer, seed + 1, 100)))
             print(progress[-1], f"{time.process_time() - began:.0f} s", flush=True)

@@ -25,7 +25,7 @@ SHAPES = ("circle", "rectangle", "triangle")
 
 
 def draw(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
-    """Draw one shape. Returns the 64 x 64 RGB image, the shape's name and its colour's name."""
+    """Draw one shape. Returns the 64 x 64 RGB image, the shape's name and its color's name."""
     shape, color = rng.choice(SHAPES), rng.choice(list(COLORS))
     ground = tuple(int(v) for v in rng.integers(225, 256, 3))
     image = Image.new("RGB", (SIDE * SCALE, SIDE * SCALE), ground)

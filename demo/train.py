@@ -1,6 +1,6 @@
 """Train the demo's teacher and student from scratch: `make demo-models`.
 
-Two phases. First the eye alone learns to tell drawn shapes and colours apart (an ordinary classifier over its
+Two phases. First the eye alone learns to tell drawn shapes and colors apart (an ordinary classifier over its
 mean output); then the whole model learns to answer, all questions of an image packed behind one copy of it.
 Only easy-VQA's training split is read, its last images kept aside to watch the progress.
 """
@@ -29,7 +29,7 @@ SQUARE = (shapes.SIDE, shapes.SIDE)  # pixels: height and width of easy-VQA's im
 
 @dataclass(frozen=True)
 class Recipe:
-    """How far a model is trained. Counts are optimiser steps; `images` bounds the labelled images it sees."""
+    """How far a model is trained. Counts are optimizer steps; `images` bounds the labeled images it sees."""
 
     eye_steps: int
     steps: int
@@ -46,7 +46,7 @@ RECIPES = {
 }
 
 
-def labelled() -> list[tuple[str, list[tuple[str, str]]]]:
+def labeled() -> list[tuple[str, list[tuple[str, str]]]]:
     """The training split as (image path, [(question, answer), ...]) per image."""
     paths = easy_vqa.get_train_image_paths()
     grouped: dict[int, list[tuple[str, str]]] = {}
@@ -71,28 +71,28 @@ def grid(count: int, size: tuple[int, int] = SQUARE) -> torch.Tensor:
     return torch.tensor([[1, height // build.PATCH, width // build.PATCH]]).expand(count, 3)
 
 
-def schedule(optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
     """Warm-up over 100 steps, then a cosine to zero."""
     return torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda s: min(1, (s + 1) / 100) * 0.5 * (1 + math.cos(math.pi * min(1, s / steps)))
+        optimizer, lambda s: min(1, (s + 1) / 100) * 0.5 * (1 + math.cos(math.pi * min(1, s / steps)))
     )
 
 
-def update(module: torch.nn.Module, optimiser, planner, loss: torch.Tensor) -> None:
-    """One optimiser step, gradients of `module` clipped to a norm of 1."""
-    optimiser.zero_grad()
+def update(module: torch.nn.Module, optimizer, planner, loss: torch.Tensor) -> None:
+    """One optimizer step, gradients of `module` clipped to a norm of 1."""
+    optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-    optimiser.step()
+    optimizer.step()
     planner.step()
 
 
 def train_eye(model: Qwen3VLForConditionalGeneration, recipe: Recipe, rng: np.random.Generator) -> None:
-    """Phase one: shape and colour from the mean of the eye's outputs, on drawn images alone."""
+    """Phase one: shape and color from the mean of the eye's outputs, on drawn images alone."""
     eye, width = model.model.visual, model.config.text_config.hidden_size
     head = torch.nn.Linear(width, len(shapes.SHAPES) + len(shapes.COLORS))
-    optimiser = torch.optim.AdamW([*eye.parameters(), *head.parameters()], lr=1e-3, weight_decay=0.01)
-    planner, colors, right, began = schedule(optimiser, recipe.eye_steps), list(shapes.COLORS), 0.0, time.time()
+    optimizer = torch.optim.AdamW([*eye.parameters(), *head.parameters()], lr=1e-3, weight_decay=0.01)
+    planner, colors, right, began = schedule(optimizer, recipe.eye_steps), list(shapes.COLORS), 0.0, time.time()
     for step in range(recipe.eye_steps):
         drawn = [shapes.draw(rng) for _ in range(64)]
         out = eye(patches([d[0] for d in drawn]), grid_thw=grid(64)).pooler_output
@@ -101,7 +101,7 @@ def train_eye(model: Qwen3VLForConditionalGeneration, recipe: Recipe, rng: np.ra
         shape = torch.tensor([shapes.SHAPES.index(d[1]) for d in drawn])
         color = torch.tensor([colors.index(d[2]) for d in drawn])
         loss = F.cross_entropy(logits[:, :3], shape) + F.cross_entropy(logits[:, 3:], color)
-        update(eye, optimiser, planner, loss)
+        update(eye, optimizer, planner, loss)
         right = 0.98 * right + 0.02 * (logits[:, :3].argmax(1) == shape).float().mean().item()
         if step % 250 == 249:
             print(
@@ -231,17 +231,17 @@ def exact_match(model: Qwen3VLForConditionalGeneration, packer: Packer, rows: li
 
 def train_answers(model, packer: Packer, recipe: Recipe, rng: np.random.Generator) -> list[dict]:
     """Phase two: every parameter learns to answer. Returns the progress on the held-out training images."""
-    rows = labelled()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
+    rows = labeled()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
     planner, stream, began, progress = (
-        schedule(optimiser, recipe.steps),
+        schedule(optimizer, recipe.steps),
         batches(recipe, rows[: recipe.images], rng),
         time.time(),
         [],
     )
     for step in range(1, recipe.steps + 1):
         loss, _ = loss_of(model, *packer(next(stream)))
-        update(model, optimiser, planner, loss)
+        update(model, optimizer, planner, loss)
         if step % max(1, recipe.steps // 10) == 0:
             score = exact_match(model, packer, rows[-HELD_OUT:])
             progress.append(dict(step=step, loss=round(loss.item(), 4), held_out_exact_match=round(score, 4)))
@@ -259,7 +259,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     torch.manual_seed(given.seed)
     rng, recipe = np.random.default_rng(given.seed), RECIPES[given.which]
-    text = build.tokenizer([t for _, questions in labelled() for pair in questions for t in pair])
+    text = build.tokenizer([t for _, questions in labeled() for pair in questions for t in pair])
     model = build.model(given.which, text)
     print(given.which, f"{sum(p.numel() for p in model.parameters()):,} parameters", recipe, flush=True)
     train_eye(model, recipe, rng)

@@ -130,11 +130,11 @@ def generate(teachers: list[str], stages: list[list[Question]], settings: Settin
 def group(question: Question, said: list[tuple[list[int], str]]) -> Group:
     """Tokens and verdicts of what was said; a response of no tokens is none."""
     said = [(tokens, text) for tokens, text in said if tokens]
-    scores = [float(normalised(text) == normalised(question.answer)) for _, text in said]
+    scores = [float(normalized(text) == normalized(question.answer)) for _, text in said]
     return Group(question, [tokens for tokens, _ in said], scores)
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     return " ".join(text.casefold().split()).strip(" .,!?;:\"'")
 
 
@@ -195,7 +195,7 @@ def train(teachers: list[str], stages: list[list[Group]], settings: Settings) ->
     """Stage by stage, each with its masked teacher. Returns the student and the loss of every step."""
     processor, student = AutoProcessor.from_pretrained(settings.student), load(settings.student)
     reference = load(settings.student)
-    optimiser = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate, weight_decay=0.0)
     size, shuffle, losses = settings.questions_per_step, random.Random(settings.seed), []
     for folder, groups in zip(teachers, stages, strict=True):
         teacher = load(folder)
@@ -205,8 +205,8 @@ def train(teachers: list[str], stages: list[list[Group]], settings: Settings) ->
                 chosen = [groups[n] for n in order[at : at + size]]
                 outcome = step_outcome(student, teacher, reference, processor, chosen, settings.beta)
                 outcome.loss.backward()
-                optimiser.step()
-                optimiser.zero_grad()
+                optimizer.step()
+                optimizer.zero_grad()
                 losses.append(outcome.loss.item())
     return student, losses
 

@@ -14,13 +14,13 @@ from masters.common.errors import StoreError
 from masters.config import Config
 from masters.config.allowlist import check_config
 from masters.config.stages import Stage
-from masters.flows.retries import attempt, patient
+from masters.flows.retries import attempt, retry_unreachable
 from masters.flows.summary import Summary
 from masters.store.artifacts import Artifact
 from masters.store.storage import Storage
 from masters.tasks import work_pools
 from masters.tasks.data import data
-from masters.tasks.evaluate import ahead, before, evaluate
+from masters.tasks.evaluate import before, evaluate, prefetch
 from masters.tasks.generate import generate
 from masters.tasks.mask import mask
 from masters.tasks.progress import warn
@@ -32,7 +32,7 @@ from masters.tasks.score import score
 from masters.tasks.train import Inputs, train
 from masters.tracking.locations import tracking_uri
 from masters.tracking.open_runs import close_lost, close_of
-from masters.tracking.run_writer import Tracker
+from masters.tracking.run_writer import RunWriter
 
 
 def crashed(flow: Flow, flow_run: FlowRun, state: State) -> None:
@@ -55,7 +55,7 @@ def distill(config: Config, rebuild: list[Stage] | None = None, until: Stage = S
         until: The last stage to run.
     """
     with attempt():
-        context = Context(config, patient(lambda: preflight(config)))
+        context = Context(config, retry_unreachable(lambda: preflight(config)))
         with tracked(context, frozenset(rebuild or [])) as (run, summary):
             pipeline(run, summary, until)
     return summary.written
@@ -66,7 +66,7 @@ def tracked(context: Context, rebuild: frozenset[Stage] = frozenset()) -> Iterat
     """A run in MLflow and its summary, both ended as the body ends."""
     work_pools.check(context.config, context.storage)
     key = str(flow_run.id or "")
-    run = Run(context, patient(lambda: Tracker(context.config, context.storage, key)), rebuild)
+    run = Run(context, retry_unreachable(lambda: RunWriter(context.config, context.storage, key)), rebuild)
     summary = Summary(run, key)
     try:
         yield run, summary
@@ -144,7 +144,7 @@ def prepared(run: Run, current: Round, questions: Artifact, masks: Artifact, unt
     is_last = current.number == len(run.config.teachers) and current.ends
     if Stage.GENERATE in needs(run.config):
         evaluated = current.begins and until in (Stage.EVALUATE, Stage.REGISTER)
-        later = ahead(run, current, questions) if evaluated else []
+        later = prefetch(run, current, questions) if evaluated else []
         inputs["responses"] = generate(run, current, questions, masks, later)
     if is_last and until == Stage.GENERATE:
         return None

@@ -13,9 +13,9 @@ from masters.common.machine import cache
 from masters.config import Config, Model, allowlist
 from masters.config.allowlist import Setting
 from masters.evaluation import benchmark_selection
-from masters.execution.pool_request import here
+from masters.execution.pool_request import without_pools
 from masters.flows.distill import crashed
-from masters.flows.retries import attempt, patient
+from masters.flows.retries import attempt, retry_unreachable
 from masters.store import artifacts
 from masters.store.artifacts import Artifact
 from masters.store.storage import Storage
@@ -26,10 +26,10 @@ from masters.tasks.judges import metric_of
 from masters.tasks.progress import warn
 from masters.tasks.report import benchmarks_reported
 from masters.tasks.run_context import Context, Run
-from masters.tracking.client import shown
+from masters.tracking.client import redact_uri
 from masters.tracking.lineage_report import find
 from masters.tracking.locations import tracking_uri
-from masters.tracking.run_writer import Tracker
+from masters.tracking.run_writer import RunWriter
 
 
 @flow(name="evaluate", flow_run_name="{config.name}", on_crashed=[crashed], persist_result=False)
@@ -46,9 +46,9 @@ def evaluate(
     """
     with attempt():
         wanted = understood(benchmarks, benchmark_limit)
-        context = Context(here(config), patient(lambda: preflight(config)))
+        context = Context(without_pools(config), retry_unreachable(lambda: preflight(config)))
         asked = found(models, tracking_uri(config, context.storage), context.storage)
-        tracker = patient(lambda: Tracker(config, context.storage, str(flow_run.id or ""), "evaluate"))
+        tracker = retry_unreachable(lambda: RunWriter(config, context.storage, str(flow_run.id or ""), "evaluate"))
         status = "FAILED"
         try:
             run = Run(context, tracker)
@@ -60,20 +60,20 @@ def evaluate(
         finally:
             if untold := tracker.finish(status):
                 warn(untold)
-    mlflow = dict(run_id=tracker.run_id, tracking_uri=shown(tracker.uri))
+    mlflow = dict(run_id=tracker.run_id, tracking_uri=redact_uri(tracker.uri))
     metric = metric_of(config)
     return dict(metric=metric, scores=scores, benchmarks=found_out, stages=run.stages, mlflow=mlflow)
 
 
-def understood(benchmarks: list[str] | None, limit: int | None) -> benchmark_selection.Asked | None:
+def understood(benchmarks: list[str] | None, limit: int | None) -> benchmark_selection.BenchmarkSelection | None:
     """The tasks that are meant, None without any. Raises InputError before anything has run."""
     if limit is not None and limit < 1:
         raise InputError(f"benchmark_limit: expected at least 1, found {limit}")
-    return benchmark_selection.understood(benchmarks) if benchmarks else None
+    return benchmark_selection.select_benchmarks(benchmarks) if benchmarks else None
 
 
 def benchmarked(
-    run: Run, models: list[LocalModel], wanted: benchmark_selection.Asked, limit: int | None
+    run: Run, models: list[LocalModel], wanted: benchmark_selection.BenchmarkSelection, limit: int | None
 ) -> dict[str, list]:
     """Scores of benchmarks by model: a row a task, metric and filter."""
     scores = {}

@@ -15,14 +15,14 @@ from pathlib import PurePosixPath
 from masters.common import machine
 from masters.common.errors import InputError
 from masters.common.hashing import fingerprint
-from masters.common.redaction import masked
+from masters.common.redaction import redact
 from masters.config import Config
 from masters.config.stages import Stage
 from masters.store import artifacts, lineage
 from masters.store.artifacts import RECORD
 from masters.store.storage import Storage, open_storage, work_folder
 from masters.tracking import locations, open_runs
-from masters.tracking.client import shown
+from masters.tracking.client import redact_uri
 from masters.tracking.locations import check_there
 from masters.tracking.registry import Registry
 
@@ -104,8 +104,8 @@ def _registries(config: Config, storage: Storage) -> tuple[list[Registry], list[
     """
     named = locations.tracking_uri(config, storage)
     check_there(named)
-    known = {shown(uri): uri for uri in [*locations.remembered(), named]}  # with what a note must not hold
-    told = locations.noted(storage, locations.beside(storage))
+    known = {redact_uri(uri): uri for uri in [*locations.remembered(), named]}  # with what a note must not hold
+    told = locations.noted(storage, locations.default_uri(storage))
     if last := _summary(storage).get("mlflow", {}).get("tracking_uri"):
         told.setdefault(last, storage.uri("summary.json"))
     asked, silent = [named], []
@@ -124,7 +124,7 @@ def _unasked(uri: str) -> str | None:
         check_there(uri)
         Registry(uri).wanted()
     except Exception as error:  # drivers of databases raise what they like
-        return masked(str(error)).partition("\n")[0]
+        return redact(str(error)).partition("\n")[0]
     return None
 
 

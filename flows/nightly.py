@@ -16,11 +16,11 @@ from masters.config.stages import Stage
 from masters.evaluation.promotion_gate import Comparison, compare, objections, regressions
 from masters.flows import webhook
 from masters.flows.distill import Distilled, crashed, pipeline, tracked
-from masters.flows.retries import attempt, patient
-from masters.models.generation.shards import Earlier
+from masters.flows.retries import attempt, retry_unreachable
+from masters.models.generation.shards import ShardCache
 from masters.store import artifacts
 from masters.store.artifacts import RECORD, Artifact
-from masters.store.locks import turn
+from masters.store.locks import machine_lock
 from masters.store.storage import Storage, open_storage
 from masters.tasks.evaluate import evaluate
 from masters.tasks.judges import metric_of
@@ -97,17 +97,17 @@ def from_champion(config: Config, champion: Champion) -> Ready:
 def night(config: Config) -> dict:
     """The night without its reports. A second one of this name waits: its champion is what the first one makes."""
     check_config(config)
-    storage = patient(lambda: open_storage(config.store.root))
+    storage = retry_unreachable(lambda: open_storage(config.store.root))
     waiting = f"another night of {config.name} is under way on this machine: waiting for its end"
-    with turn(f"night {config.name} {storage.uri('')}", lambda: warn(waiting)):
+    with machine_lock(f"night {config.name} {storage.uri('')}", lambda: warn(waiting)):
         return _night(config, storage)
 
 
 def _night(config: Config, storage: Storage) -> dict:
     uri = tracking_uri(config, storage)
-    patient(lambda: check_answers(uri))
+    retry_unreachable(lambda: check_answers(uri))
     champion = champion_of(Registry(uri), config.name, storage)
-    earlier = Earlier(storage, last_night(storage, config.name))
+    earlier = ShardCache(storage, last_night(storage, config.name))
     if champion and config.nightly.start == "champion":
         context = Context(config, from_champion(config, champion), earlier, champion.questions)
     else:

@@ -14,14 +14,14 @@ from masters.config import Config
 from masters.config.allowlist import check_config
 from masters.config.stages import Stage
 from masters.execution import pool_request as meeting
-from masters.execution.pool_request import Assignment, here
-from masters.flows.retries import attempt, patient
-from masters.models.generation.shards import Earlier
+from masters.execution.pool_request import StageRequest, without_pools
+from masters.flows.retries import attempt, retry_unreachable
+from masters.models.generation.shards import ShardCache
 from masters.store import artifacts
 from masters.store.artifacts import Artifact
 from masters.store.storage import Storage, open_storage
 from masters.tasks.data import data
-from masters.tasks.evaluate import ahead, before, evaluate
+from masters.tasks.evaluate import before, evaluate, prefetch
 from masters.tasks.generate import generate
 from masters.tasks.mask import mask
 from masters.tasks.progress import warn
@@ -29,7 +29,7 @@ from masters.tasks.refresh import parts
 from masters.tasks.run_context import Context, Round, Run
 from masters.tasks.score import score
 from masters.tasks.train import train
-from masters.tracking.pool_stage import StageTracker
+from masters.tracking.pool_stage import PoolStageWriter
 
 TABLES = ("data", "masks", "responses", "verdicts")  # what train reads
 ONCE: Any = dict(retries=0)  # whether it is tried again, the run that asked decides
@@ -38,7 +38,7 @@ Given = dict[str, Artifact]
 
 
 @flow(name="stage", flow_run_name="{config.name} {assignment.stage}", persist_result=False)
-def stage(config: Config, assignment: Assignment) -> State | None:
+def stage(config: Config, assignment: StageRequest) -> State | None:
     """Build one stage. Runs with `runtime.pools` start this; by hand use `masters stage`.
 
     Args:
@@ -47,18 +47,18 @@ def stage(config: Config, assignment: Assignment) -> State | None:
     """
     try:
         with attempt():
-            _work(here(config), assignment)
+            _work(without_pools(config), assignment)
     except MastersError as error:  # its kind is the state's name: the run that asked raises it again
         return Failed(name=type(error).__name__, message=str(error))
     return None
 
 
-def _work(config: Config, wanted: Assignment) -> None:
+def _work(config: Config, wanted: StageRequest) -> None:
     check_config(config)
-    storage = patient(lambda: open_storage(config.store.root))
+    storage = retry_unreachable(lambda: open_storage(config.store.root))
     meeting.check_asked(storage, wanted.key)
-    context = patient(lambda: _context(config, wanted, storage))
-    tracker = patient(lambda: StageTracker(config, storage, wanted))
+    context = retry_unreachable(lambda: _context(config, wanted, storage))
+    tracker = retry_unreachable(lambda: PoolStageWriter(config, storage, wanted))
     run = Run(context, tracker, frozenset(wanted.rebuild))
     run.began = wanted.began
     _build(run, wanted)
@@ -67,9 +67,9 @@ def _work(config: Config, wanted: Assignment) -> None:
     meeting.answer(storage, wanted.key, run.made[wanted.stage], run.stages[-1])
 
 
-def _context(config: Config, wanted: Assignment, storage: Storage) -> Context:
+def _context(config: Config, wanted: StageRequest, storage: Storage) -> Context:
     """What the run that asked knows, found again."""
-    earlier = Earlier(storage, [artifacts.load(storage, folder) for folder in wanted.earlier])
+    earlier = ShardCache(storage, [artifacts.load(storage, folder) for folder in wanted.earlier])
     known = artifacts.load(storage, wanted.known) if wanted.known else None
     if student := wanted.student:
         ready = started_from(config, artifacts.load(storage, student.folder), student.name)
@@ -78,7 +78,7 @@ def _context(config: Config, wanted: Assignment, storage: Storage) -> Context:
     return Context(config, ready, earlier, known)
 
 
-def _build(run: Run, wanted: Assignment) -> None:
+def _build(run: Run, wanted: StageRequest) -> None:
     given = {role: artifacts.load(run.storage, folder) for role, folder in wanted.inputs.items()}
     current = _round(run, wanted, given)
     match wanted.kind:
@@ -87,7 +87,7 @@ def _build(run: Run, wanted: Assignment) -> None:
         case Stage.MASK:
             mask.with_options(**ONCE)(run, current)
         case Stage.GENERATE:
-            later = ahead(run, current, given["data"]) if wanted.ahead else []
+            later = prefetch(run, current, given["data"]) if wanted.ahead else []
             generate.with_options(**ONCE)(run, current, given["data"], given["masks"], later)
         case Stage.SCORE:
             score.with_options(**ONCE)(run, current, given["data"], given["responses"])
@@ -100,7 +100,7 @@ def _build(run: Run, wanted: Assignment) -> None:
             raise InputError(f"assignment.stage: {wanted.stage} runs on no pool of its own")
 
 
-def _round(run: Run, wanted: Assignment, given: Given) -> Round:
+def _round(run: Run, wanted: StageRequest, given: Given) -> Round:
     number, teachers = wanted.round, run.config.teachers
     if not 1 <= number <= len(teachers):
         raise InputError(f"assignment.stage: {wanted.stage} asks for round {number}, and there are {len(teachers)}")
@@ -109,7 +109,7 @@ def _round(run: Run, wanted: Assignment, given: Given) -> Round:
     return current if wanted.mask_stage is None else _part(run, wanted, given, current)
 
 
-def _part(run: Run, wanted: Assignment, given: Given, current: Round) -> Round:
+def _part(run: Run, wanted: StageRequest, given: Given, current: Round) -> Round:
     """The mask stage of a round that is asked for. Raises InputError if the round is not worked on in such parts."""
     by_name = {f"{wanted.kind}{part.suffix}": part for part in parts(run.config, current, given["data"])}
     part = by_name.get(wanted.stage)

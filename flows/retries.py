@@ -13,7 +13,7 @@ from prefect.states import Crashed
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
 from masters.common.errors import MastersError, Unreachable
-from masters.common.redaction import mask_logs
+from masters.common.redaction import redact_logs
 from masters.tasks.progress import log
 
 PAGE = 200  # task runs a request, as many as Prefect gives
@@ -24,7 +24,7 @@ T = TypeVar("T")
 @contextmanager
 def attempt() -> Iterator[None]:
     """A flow's body. Whatever it raises that is not meant for people becomes one line without secrets."""
-    mask_logs()
+    redact_logs()
     end_stale_tasks()
     try:
         yield
@@ -34,18 +34,18 @@ def attempt() -> Iterator[None]:
         raise MastersError(f"unexpected {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
-def patient(what: Callable[[], T]) -> T:
+def retry_unreachable(what: Callable[[], T]) -> T:
     """What `what` gives. In a deployment, where nobody looks on, a store or server that is away is waited for."""
     if not deployment.id:
         return what()
     trying = Retrying(
         retry=retry_if_exception_type(Unreachable), stop=stop_after_delay(PATIENCE), reraise=True,
-        wait=wait_exponential(max=30), before_sleep=_told,
+        wait=wait_exponential(max=30), before_sleep=_log_retry,
     )  # fmt: skip
     return trying(what)
 
 
-def _told(state: RetryCallState) -> None:
+def _log_retry(state: RetryCallState) -> None:
     assert state.outcome  # it has failed
     log("warning", f"{state.outcome.exception()}")
 

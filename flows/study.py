@@ -10,7 +10,7 @@ from masters.checks.model_folder import AFTER, BEFORE
 from masters.checks.preflight import preflight
 from masters.common.errors import RunsFailed
 from masters.common.hashing import digest, fingerprint
-from masters.common.redaction import masked
+from masters.common.redaction import redact
 from masters.config import Config, allowlist
 from masters.config.allowlist import Setting
 from masters.config.loading import changed
@@ -19,7 +19,7 @@ from masters.config.study_file import Study, arm_config
 from masters.evaluation.study_results import Cell, Result, Results, packed_bits, questions_of
 from masters.flows.distill import crashed, pipeline
 from masters.flows.plan import settings
-from masters.flows.retries import attempt, patient
+from masters.flows.retries import attempt, retry_unreachable
 from masters.flows.summary import Summary
 from masters.reporting.study_report import write_report
 from masters.reporting.study_table import StudyRuns, shown_arm
@@ -28,7 +28,7 @@ from masters.tasks.evaluate import sampling_of
 from masters.tasks.progress import warn
 from masters.tasks.report import study_reported
 from masters.tasks.run_context import Context, Run
-from masters.tracking.run_writer import Tracker
+from masters.tracking.run_writer import RunWriter
 
 RATE = 1e-6  # in the digest of an arm's settings, to which each run adds its own rate, seed and split
 
@@ -47,7 +47,7 @@ def study(config: Config, design: Study) -> dict:
     with attempt():
         allowlist.check(Setting.STORES, "results", allowlist.on_disk(design.results))
         conductor = Conductor(config, design)
-        tracker = patient(lambda: Tracker(config, conductor.storage, str(flow_run.id or ""), "study"))
+        tracker = retry_unreachable(lambda: RunWriter(config, conductor.storage, str(flow_run.id or ""), "study"))
         status = "FAILED"
         try:
             report = conductor.conduct(tracker)
@@ -70,7 +70,9 @@ class Conductor:
 
     def __init__(self, config: Config, design: Study) -> None:
         configs = {arm: arm_config(config, design, arm) for arm in design.arms}
-        self._arms = {arm: Context(own, patient(lambda own=own: preflight(own))) for arm, own in configs.items()}
+        self._arms = {
+            arm: Context(own, retry_unreachable(lambda own=own: preflight(own))) for arm, own in configs.items()
+        }
         self._made_of = {arm: settings_digest(own) for arm, own in self._arms.items()}
         self._design, self._results = design, Results(Path(design.results))
         self.found = StudyRuns(design)
@@ -78,7 +80,7 @@ class Conductor:
         for own in configs.values():
             work_pools.check(own, self.storage)
 
-    def conduct(self, tracker: Tracker) -> dict:
+    def conduct(self, tracker: RunWriter) -> dict:
         """Run every cell that has no result yet. Returns the report; its files are also in MLflow's run."""
         self._finish(list(tuning_cells(self._design)), tracker)
         self._finish(list(final_cells(self.found)), tracker)
@@ -89,7 +91,7 @@ class Conductor:
         tracker.metrics(accuracies, 0)
         return report
 
-    def _finish(self, cells: list[Cell], tracker: Tracker) -> None:
+    def _finish(self, cells: list[Cell], tracker: RunWriter) -> None:
         """Find or make the result of every cell. Raises MastersError where arms took unequal numbers of steps."""
         contexts = [self._context(cell) for cell in cells]
         digests = [fingerprint([self._made_of[c.arm], c.learning_rate, c.seed, c.split]) for c in cells]
@@ -105,19 +107,19 @@ class Conductor:
         values = {"train.learning_rate": cell.learning_rate, "train.seed": cell.seed, "evaluate.split": cell.split}
         return Context(changed(arm.config, values), arm.ready)
 
-    def _tried(self, cell: Cell, context: Context, made_of: str, tracker: Tracker) -> Result | None:
+    def _tried(self, cell: Cell, context: Context, made_of: str, tracker: RunWriter) -> Result | None:
         """The result of a run, None if it failed: the others still run."""
         try:
             return self._run(cell, context, made_of, tracker)
         except Exception as error:  # of whatever kind
-            self.found.errors[cell] = masked(str(error) or type(error).__name__)
+            self.found.errors[cell] = redact(str(error) or type(error).__name__)
             warn(f"{cell.name} failed: {self.found.errors[cell]}")
         return None
 
-    def _run(self, cell: Cell, context: Context, made_of: str, parent: Tracker) -> Result:
+    def _run(self, cell: Cell, context: Context, made_of: str, parent: RunWriter) -> Result:
         """Train and evaluate a cell's student, below the study's run in MLflow, and keep what came of it."""
         key = digest(f"{parent.key} {cell.name}".encode())[:32]
-        tracker = Tracker(context.config, context.storage, key)
+        tracker = RunWriter(context.config, context.storage, key)
         tracker.nest(parent.run_id, cell.name, {"study.arm": cell.arm, "study.phase": cell.phase})
         status = "FAILED"
         try:

@@ -2,11 +2,11 @@
 
 import json
 
-from masters.common.redaction import masked
+from masters.common.redaction import redact
 from masters.store.artifacts import Artifact
 from masters.tasks.judges import metric_of
 from masters.tasks.run_context import Run
-from masters.tracking.client import shown
+from masters.tracking.client import redact_uri
 
 
 class Summary:
@@ -50,10 +50,12 @@ class Summary:
 
     def write(self, status: str, error: str | None = None) -> None:
         tracker = self._run.tracker
-        mlflow = dict(run_id=tracker.run_id, tracking_uri=shown(tracker.uri), metrics_lost=tracker.lost, **self._model)
+        mlflow = dict(
+            run_id=tracker.run_id, tracking_uri=redact_uri(tracker.uri), metrics_lost=tracker.lost, **self._model
+        )
         self.written = dict(
             run_id=tracker.run_id, name=self._run.config.name, status=status, stages=self._run.stages, **self._scores,
             **self._night, mlflow=mlflow, prefect=dict(flow_run_id=self._flow_run_id),
-            **({"error": masked(error)} if error else {}),
+            **({"error": redact(error)} if error else {}),
         )  # fmt: skip
         self._run.storage.write("summary.json", json.dumps(self.written, indent=1).encode())

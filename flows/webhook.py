@@ -9,7 +9,7 @@ import os
 import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
-from masters.common.redaction import masked
+from masters.common.redaction import redact
 
 ADDRESS = "MASTERS_WEBHOOK_URL"
 SECONDS = 10.0
@@ -25,7 +25,7 @@ def report(name: str, status: str, reason: str) -> bool:
     url = os.environ.get(ADDRESS)
     if not url:
         return False
-    reason = masked(reason)  # it may be any library's error
+    reason = redact(reason)  # it may be any library's error
     body = dict(text=f"masters {name}: {status}: {reason}", name=name, status=status, reason=reason)
     try:
         for attempt in Retrying(

@@ -14,7 +14,7 @@ DATABASES = ("prefect", "mlflow")
 
 
 def service(folder: Path, sockets: Path, environment: dict[str, str]) -> Service:
-    """The server over `folder`, which is initialised if it is new. `sockets` is a short path to an empty folder."""
+    """The server over `folder`, which is initialized if it is new. `sockets` is a short path to an empty folder."""
     programs = _programs()
     owner = _owner(folder)
     folder.mkdir(parents=True, exist_ok=True)

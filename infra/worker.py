@@ -21,11 +21,11 @@ with warnings.catch_warnings():
             self, flow_run: FlowRun, message: str, client: PrefectClient | None = None
         ) -> None:
             """Say that this attempt has crashed, unless that is known. `flow_run`: as it was when it was taken up."""
-            if not await _told(client or self.client, flow_run):
+            if not await _crash_is_known(client or self.client, flow_run):
                 await super()._propose_crashed_state(flow_run, message, client)
 
 
-async def _told(client: PrefectClient, flow_run: FlowRun) -> bool:
+async def _crash_is_known(client: PrefectClient, flow_run: FlowRun) -> bool:
     """Whether the server has heard of a crash since this attempt was taken up; not where it does not answer."""
     try:
         states = await client.read_flow_run_states(flow_run.id)

@@ -1,7 +1,7 @@
 """Masked teachers (Eq. 1-2): a weight is kept where |w| >= lambda_r, else zero for a while. Nothing is pruned for good.
 
 Ours, exactly: lambda_r is the magnitude at 0-based rank floor(r N) in ascending order; ties at the threshold are kept,
-so the realised sparsity can fall short of r. r = 0 gives 0, r = 1 gives infinity. The paper takes thresholds per layer,
+so the realized sparsity can fall short of r. r = 0 gives 0, r = 1 gives infinity. The paper takes thresholds per layer,
 as one for the whole network prunes some layers until the model stops working; ours are per weight matrix by default.
 
 Exact order statistics come from counting magnitudes: floats of one sign order like their bit patterns, so a
@@ -38,7 +38,7 @@ BLOCK = re.compile(r"^((?:.*?\.)?(?:layers|layer|blocks|block|h)\.\d+)\.")
 Tensors = Callable[[], Iterable[tuple[str, torch.Tensor]]]
 
 
-def rank(ratio: float, count: int) -> int:
+def order_index(ratio: float, count: int) -> int:
     """floor(r N) of Eq. 1-2, ours exactly for decimal ratios (0.29 * 100 is 29, whatever floats say)."""
     if not 0 <= ratio <= 1:
         raise ValueError(f"a mask ratio lies in [0, 1], found {ratio}")
@@ -102,7 +102,7 @@ class MagnitudeRanks:
         """Per ratio the bucket of its rank and the rank within it; no bucket at r = 0 and r = 1."""
         below, total = np.cumsum(self._high), int(self._high.sum())
         places: list[tuple[int | None, int]] = []
-        for wanted in (rank(ratio, total) for ratio in self.ratios):
+        for wanted in (order_index(ratio, total) for ratio in self.ratios):
             bucket = int(np.searchsorted(below, wanted, side="right"))
             inside = wanted - int(below[bucket - 1]) if bucket else wanted
             places.append((bucket if bucket < BUCKETS else None, inside))
@@ -140,7 +140,7 @@ def _sorted_thresholds(weight: torch.Tensor, ratios: list[float]) -> list[float]
     if not weight.numel() or weight.isnan().any():
         raise ValueError("weights are empty or hold NaN: a magnitude threshold is not defined")
     magnitude = weight.detach().abs().flatten().sort().values
-    ranks = [rank(ratio, len(magnitude)) for ratio in ratios]
+    ranks = [order_index(ratio, len(magnitude)) for ratio in ratios]
     return [
         0.0 if ratio == 0 else math.inf if at == len(magnitude) else magnitude[at].item()
         for ratio, at in zip(ratios, ranks, strict=True)
@@ -190,7 +190,7 @@ def mask_group(name: str, granularity: str) -> str:
 def group_thresholds(
     tensors: Tensors, ratios: list[float], granularity: str, exclude: tuple[str, ...] = ()
 ) -> list[dict]:
-    """Rows of the thresholds table: per masked tensor and ratio its group's threshold and its realised zeros.
+    """Rows of the thresholds table: per masked tensor and ratio its group's threshold and its realized zeros.
 
     `tensors` yields (name, tensor), one of which is held at a time; it is called once where a matrix is a group, else
     once a pass. A zero is an element that is 0 once masked, whether or not it was 0 before. Raises ValueError, with the

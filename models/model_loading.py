@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from masters.common.errors import InputError
-from masters.models.distributed import Replicate, Sharding, own
+from masters.models.distributed import Replicate, Sharding, to_local
 from masters.models.families.base import VLM
 from masters.models.masking import apply_mask, copy_masked, safetensors_tensors
 
@@ -63,7 +63,7 @@ def load_model(folder: Path, dtype: str, device: str = "cpu", hold: Hold | None 
         folder, dtype=getattr(torch, dtype), attn_implementation=attention(device),
         use_safetensors=True, trust_remote_code=False,
     )  # fmt: skip
-    return (hold or Replicate(device).hold)(model).eval()
+    return (hold or Replicate(device).shard_model)(model).eval()
 
 
 def attention(device: str) -> dict[str, str]:
@@ -81,7 +81,7 @@ def remask(model: torch.nn.Module, folder: Path, thresholds: dict[str, float], s
     the model. Masks are taken on their values there, before any change of type, as the engine takes them; each rank
     takes those of what it holds. Raises InputError for a tensor that the model does not have.
     """
-    parameters, named = sharding.held(model), parameter_names(model, thresholds.keys())
+    parameters, named = sharding.local_parameters(model), parameter_names(model, thresholds.keys())
     unknown = {name for name in thresholds if named[name] not in parameters}
     if unknown:
         raise InputError(
@@ -89,7 +89,7 @@ def remask(model: torch.nn.Module, folder: Path, thresholds: dict[str, float], s
         )
     for name, tensor in safetensors_tensors(folder, thresholds.keys()):
         parameter = parameters[named[name]]
-        copy_masked(own(parameter), own(sharding.part(tensor, parameter)), thresholds[name])
+        copy_masked(to_local(parameter), to_local(sharding.shard(tensor, parameter)), thresholds[name])
 
 
 def parameter_names(model: VLM, saved: Iterable[str]) -> dict[str, str]:

@@ -36,7 +36,7 @@ def raw_distillation_rewards(
     valid_G: torch.Tensor | Sequence[bool] | None = None,
     same_G: torch.Tensor | Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """-D_j, [G]: the ablation without normalisation. Otherwise as `distillation_rewards`.
+    """-D_j, [G]: the ablation without normalization. Otherwise as `distillation_rewards`.
 
     The paper reports this ablation without a formula; the negative divergence is our reading.
     """

@@ -3,7 +3,7 @@
 import re
 
 from masters.common import safe_regex
-from masters.rewards.rules import exact_match, normalise
+from masters.rewards.rules import exact_match, normalize
 
 LONGEST = 10_000  # characters from the end that a pattern is looked for in: all its matches may take their square
 BOXED = "\\boxed{"
@@ -16,7 +16,7 @@ MARKER = re.compile(
 
 
 def same_final_answer(text: str, reference: str, pattern: str | None = None) -> bool:
-    """Whether a text's and a reference answer's final parts are equal after `normalise`.
+    """Whether a text's and a reference answer's final parts are equal after `normalize`.
 
     `pattern`: finds the final part of both in place of the markers; see `patterns.last`. An answer without a match, as
     one without a marker, is its own final part.
@@ -31,10 +31,10 @@ def final_part(text: str) -> str:
     Markers, in any case: `\boxed{}`, whose content it is, else what stands after the last of "####", "=" (not of an
     inequality), ":" (not within a time or a ratio) and "answer is".
     """
-    whole = normalise(text)
+    whole = normalize(text)
     part = _content(whole) if BOXED in whole else whole
     ends = [marker.end() for marker in MARKER.finditer(part)]
-    return normalise(part[ends[-1] :] if ends else part) or whole
+    return normalize(part[ends[-1] :] if ends else part) or whole
 
 
 def _content(text: str) -> str:

@@ -23,7 +23,7 @@ class Answer:
     status: Literal["ok", "cut_off", "refused", "judge_failed"] = "ok"
 
 
-class Voice(Protocol):
+class JudgeClient(Protocol):
     """An engine or a server that continues conversations, greedily."""
 
     def ask(self, conversations: list[Conversation], max_tokens: int) -> list[Answer]:
@@ -31,7 +31,7 @@ class Voice(Protocol):
         ...
 
 
-def judge(voice: Voice, triples: list[Triple]) -> list[Verdict]:
+def judge(voice: JudgeClient, triples: list[Triple]) -> list[Verdict]:
     """A verdict each, in order. Those whose first answer holds no score are not asked about again."""
     explanations = voice.ask([grading(triple) for triple in triples], EXPLANATION_TOKENS)
     scores = [verdict_in(answer.text) if answer.status == "ok" else None for answer in explanations]

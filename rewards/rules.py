@@ -7,12 +7,12 @@ QUOTES = " \"'`()[]\u201c\u201d\u2018\u2019\u00ab\u00bb"  # and brackets: remove
 TRAILING = QUOTES + ".,!?;:"  # removed from the end only: ".5" is not "5"
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """NFKC, case folded, white space collapsed, surrounding quotes and brackets and trailing punctuation removed."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return re.sub(r"\s+", " ", folded).lstrip(QUOTES).rstrip(TRAILING)
 
 
 def exact_match(text: str, reference: str) -> bool:
-    """Whether both are equal after `normalise`. A text of nothing matches nothing."""
-    return bool(normalise(text)) and normalise(text) == normalise(reference)
+    """Whether both are equal after `normalize`. A text of nothing matches nothing."""
+    return bool(normalize(text)) and normalize(text) == normalize(reference)

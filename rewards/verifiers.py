@@ -12,7 +12,7 @@ from masters.config import Answers
 from masters.rewards.choice import same_choice
 from masters.rewards.final_answer import same_final_answer
 from masters.rewards.number import comparing_numbers
-from masters.rewards.rules import exact_match, normalise
+from masters.rewards.rules import exact_match, normalize
 from masters.rewards.verdict import Triple, Verdict
 
 SHOWN = 200  # characters of a text in an explanation
@@ -59,6 +59,6 @@ def verifying(answers: Answers) -> Iterator[AnyOf]:
 
 def verdict(is_right: AnyOf, triple: Triple) -> Verdict:
     """1 if the text matches any accepted answer, 0 otherwise."""
-    accepted = " or ".join(repr(normalise(one)[:SHOWN]) for one in triple.accepted)
-    told = f"normalised {normalise(triple.text)[:SHOWN]!r} against {accepted}"
+    accepted = " or ".join(repr(normalize(one)[:SHOWN]) for one in triple.accepted)
+    told = f"normalized {normalize(triple.text)[:SHOWN]!r} against {accepted}"
     return Verdict(float(is_right(triple.text, triple.accepted)), "ok", told)

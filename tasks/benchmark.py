@@ -10,7 +10,7 @@ from masters.checks.model_folder import LocalModel
 from masters.common.hashing import digest
 from masters.config import Config
 from masters.evaluation.benchmark_results import check_whole, sample_rows, score_rows
-from masters.evaluation.benchmark_selection import PACKAGES, Asked
+from masters.evaluation.benchmark_selection import PACKAGES, BenchmarkSelection
 from masters.execution import processes
 from masters.store import tables
 from masters.store.artifacts import Artifact, External, Identity, Upstream
@@ -25,7 +25,7 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
-def identity(context: Context, model: LocalModel, asked: Asked, limit: int | None, name: str) -> Identity:
+def identity(context: Context, model: LocalModel, asked: BenchmarkSelection, limit: int | None, name: str) -> Identity:
     generate = context.config.generate
     made_of = dict(
         tasks=list(asked.tasks), lmms_eval=asked.version, limit=limit, max_tokens=generate.max_tokens,
@@ -37,7 +37,7 @@ def identity(context: Context, model: LocalModel, asked: Asked, limit: int | Non
 
 @task(name="benchmarks", task_run_name="{name}", **STAGE)
 def benchmark(
-    run: Run, model: LocalModel, asked: Asked, limit: int | None = None, name: str = "benchmarks"
+    run: Run, model: LocalModel, asked: BenchmarkSelection, limit: int | None = None, name: str = "benchmarks"
 ) -> Artifact:
     """Tables `scores` and `samples`, files `results/N.json`; facts `scores`: the rows of that table.
 
@@ -72,7 +72,9 @@ def benchmark(
     return artifact
 
 
-def child(config: Config, model: LocalModel, asked: Asked, limit: int | None, folder: Path) -> processes.Child:
+def child(
+    config: Config, model: LocalModel, asked: BenchmarkSelection, limit: int | None, folder: Path
+) -> processes.Child:
     """lmms-eval's process, which leaves `folder`/results/N.json of the N-th task and keeps those that are there."""
     job = dict(
         folder=str(model.folder), tasks=list(asked.tasks), own=sorted(asked.own), theirs=asked.theirs, limit=limit,
@@ -97,5 +99,5 @@ def _ran(run: Run, made_of: Identity, process: processes.Child) -> dict:
             progress.update(done, total, f"{documents:,} documents, last: {line['task']}")
 
         progress.update(0, total)
-        ran = processes.run([process], 1, count, run.config.runtime.silence_minutes * 60)
+        ran = processes.run([process], 1, count, run.config.runtime.heartbeat_timeout_minutes * 60)
     return dict(engines=1, documents=documents, **ran.told())

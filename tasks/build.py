@@ -13,7 +13,7 @@ from masters.common import machine
 from masters.common.errors import ArtifactError, StoreError, TrackingError, WorkerLost
 from masters.store import artifacts
 from masters.store.artifacts import Artifact, Identity, Upstream
-from masters.store.locks import alone
+from masters.store.locks import exclusive_build
 from masters.tasks.progress import CONSOLE, log, warn
 from masters.tasks.run_context import Run
 from masters.tasks.work_pools import handed_over
@@ -69,12 +69,12 @@ def _built(run: Run, build: Build) -> tuple[dict[str, str], dict, dict]:
         ) from error
 
 
-def _here(
+def _build_locally(
     run: Run, identity: Identity, upstream: Upstream, build: Build, forget: Callable[[], None]
 ) -> tuple[Artifact, str, dict]:
     """The artifact, built in this process, its outcome and how it ran; another run may have been first."""
     what = f"builds {identity.stage} of {run.config.name}: waiting for it"
-    with alone(run.storage, identity.folder, run.work(identity), lambda who: warn(f"{who} {what}")) as check:
+    with exclusive_build(run.storage, identity.folder, run.work(identity), lambda who: warn(f"{who} {what}")) as check:
         _discard(run, identity, upstream, forget)
         if artifact := artifacts.find(run.storage, identity, upstream):  # it was built while this run waited
             return artifact, "reused", {}
@@ -106,7 +106,7 @@ def build_or_reuse(
             folder, outcome, how = handed_over(run.config, run.storage, pool, wanted)
             artifact = artifacts.load(run.storage, folder)
         elif artifact is None:
-            artifact, outcome, how = _here(run, identity, upstream, build, forget)
+            artifact, outcome, how = _build_locally(run, identity, upstream, build, forget)
         done = dict(
             name=identity.stage, fingerprint=artifact.fingerprint, uri=artifact.uri, outcome=outcome,
             rows=artifact.facts.get("rows", 0), rejected=artifact.facts.get("rejected", 0),

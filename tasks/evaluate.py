@@ -14,7 +14,7 @@ from masters.common.errors import WorkerError
 from masters.config import Config
 from masters.data import question_shards
 from masters.evaluation.statistics import clustered_standard_error
-from masters.models.generation.shards import NO_SHARD, Answerer, Order, gather
+from masters.models.generation.shards import NO_SHARD, GeneratingModel, ShardRequest, collect_shards
 from masters.models.judging.batches import Judge, untold
 from masters.rewards import verifiers
 from masters.rewards.verdict import Triple
@@ -32,7 +32,7 @@ NOT_ASKED = tables.PROMPT_TOO_LONG  # finish_reason: what was not asked is not r
 GREEDY = dict(temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, seed=0)
 
 
-def ahead(context: Context, current: Round, data: Artifact) -> list[Order]:
+def prefetch(context: Context, current: Round, data: Artifact) -> list[ShardRequest]:
     """What is asked of a round's teacher and of the student as it came: known before anything is trained."""
     models = [current.teacher, *([before(context.ready)] if current.number == 1 else [])]
     return orders(context, data, models)
@@ -43,12 +43,12 @@ def before(ready: Ready) -> LocalModel:
     return replace(ready.student, name=BEFORE)
 
 
-def orders(context: Context, data: Artifact, models: list[LocalModel]) -> list[Order]:
+def orders(context: Context, data: Artifact, models: list[LocalModel]) -> list[ShardRequest]:
     sampling = sampling_of(context.config)
     refs, asked = question_shards.references(data, context.config.evaluate.split), []
     for m in {m.name: m for m in models}.values():  # a chain may name a teacher twice
-        answerer = Answerer(m.name, m.folder, m.digest, {})
-        order = Order(answerer, NO_SHARD, "predictions", "evaluation", None, 0, 1, sampling)
+        answerer = GeneratingModel(m.name, m.folder, m.digest, {})
+        order = ShardRequest(answerer, NO_SHARD, "predictions", "evaluation", None, 0, 1, sampling)
         asked += context.earlier.orders(order, refs)
     return asked
 
@@ -58,7 +58,7 @@ def sampling_of(config: Config) -> dict:
     return GREEDY | dict(max_tokens=config.generate.max_tokens, dtype=config.generate.dtype)
 
 
-def identity(context: Context, asked: list[Order], name: str = "evaluate") -> Identity:
+def identity(context: Context, asked: list[ShardRequest], name: str = "evaluate") -> Identity:
     inputs = {f"shard-{order.fingerprint}": order.fingerprint for order in asked}
     judge = judges.evaluation_judge(context)
     decides = verifiers.identity(context.config.answers) if judge is None else dict(judge=judge.name, **judge.identity)
@@ -79,7 +79,7 @@ def evaluate(run: Run, data: Artifact, models: list[LocalModel], name: str = "ev
         questions = {row.pop("question_id"): row for row in data.rows("questions", COLUMNS)}
         how = answer(run, made_of, data, asked)
         with _deciding(run, made_of, data, asked, judge) as decided:
-            files = gather(run.storage, made_of, asked, completed=partial(verified, decided.is_right))
+            files = collect_shards(run.storage, made_of, asked, completed=partial(verified, decided.is_right))
         right = _right(run, made_of, files)
         images = {question: row["image_digest"] for question, row in questions.items()}
         scores = {model: score(hits, images) for model, hits in right.items()}
@@ -96,7 +96,7 @@ def evaluate(run: Run, data: Artifact, models: list[LocalModel], name: str = "ev
     return tell_set_aside(run, made_of, made, "they count as wrong")
 
 
-def _forget(run: Run, asked: list[Order], judge: Judge | None) -> None:
+def _forget(run: Run, asked: list[ShardRequest], judge: Judge | None) -> None:
     forget(run.storage, asked)
     judges.forget(run.storage, judge)
 
@@ -116,7 +116,7 @@ class Decided:
 
 @contextmanager
 def _deciding(
-    run: Run, made_of: Identity, data: Artifact, asked: list[Order], judge: Judge | None
+    run: Run, made_of: Identity, data: Artifact, asked: list[ShardRequest], judge: Judge | None
 ) -> Iterator[Decided]:
     """What decides on the answers that lie in the shards of `asked`: rules, or a judge, who is asked here."""
     if judge is not None:
@@ -128,7 +128,7 @@ def _deciding(
         yield Decided(lambda question, text: is_right(text, accepted[question]))
 
 
-def _judged(run: Run, made_of: Identity, data: Artifact, asked: list[Order], judge: Judge) -> Decided:
+def _judged(run: Run, made_of: Identity, data: Artifact, asked: list[ShardRequest], judge: Judge) -> Decided:
     """The judge's verdicts on all answers. Raises WorkerError if it could not be had for some: a run that goes on has
     what it said until then.
 

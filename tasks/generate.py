@@ -11,7 +11,7 @@ from masters.data import question_shards
 from masters.data.question_shards import Ref
 from masters.execution.engines import Stay
 from masters.execution.processes import Child
-from masters.models.generation.shards import NO_SHARD, Answerer, Order, gather, narrowed
+from masters.models.generation.shards import NO_SHARD, GeneratingModel, ShardRequest, collect_shards, narrowed
 from masters.models.judging import batches
 from masters.store.artifacts import Artifact, Identity
 from masters.tasks.build import STAGE, build_or_reuse
@@ -30,7 +30,7 @@ def sampling(config: Generate) -> dict:
     return {name: getattr(config, name) for name in names}
 
 
-def orders(context: Context, current: Round, data: Artifact, masks: Artifact) -> list[Order]:
+def orders(context: Context, current: Round, data: Artifact, masks: Artifact) -> list[ShardRequest]:
     """Who answers which shard: each mask stage's teacher its questions (all, with full coverage), the student all.
 
     Of a mask stage that is worked on alone, its teacher and its questions.
@@ -40,7 +40,7 @@ def orders(context: Context, current: Round, data: Artifact, masks: Artifact) ->
     return _of_teacher(context, current, refs, masks, stages) + _of_student(context, current, refs)
 
 
-def teachers_ahead(context: Context, current: Round, data: Artifact, masks: Artifact) -> list[Order]:
+def teachers_ahead(context: Context, current: Round, data: Artifact, masks: Artifact) -> list[ShardRequest]:
     """What the teacher is asked at the mask stages that follow a round's first one: known as that one begins, so that
     one start of its engine does for all."""
     if not (current.only and current.begins and current.only.later):
@@ -50,26 +50,29 @@ def teachers_ahead(context: Context, current: Round, data: Artifact, masks: Arti
 
 def _of_teacher(
     context: Context, current: Round, refs: list[Ref], masks: Artifact, stages: tuple[int, ...]
-) -> list[Order]:
+) -> list[ShardRequest]:
     config, teacher = context.config.generate, current.teacher
     if not (count := config.teacher_responses):
         return []
-    theirs, asked = Answerer(teacher.name, teacher.folder, teacher.digest, thresholds(masks), masks.fingerprint), []
+    theirs, asked = (
+        GeneratingModel(teacher.name, teacher.folder, teacher.digest, thresholds(masks), masks.fingerprint),
+        [],
+    )
     for stage in stages:
         ratio = current.ratios[stage]
-        order = Order(theirs, NO_SHARD, "responses", "teacher", ratio, stage, count, sampling(config))
+        order = ShardRequest(theirs, NO_SHARD, "responses", "teacher", ratio, stage, count, sampling(config))
         asked += context.earlier.orders(order, of_stage(context.config, current, refs, stage))
     return asked
 
 
-def _of_student(context: Context, current: Round, refs: list[Ref]) -> list[Order]:
+def _of_student(context: Context, current: Round, refs: list[Ref]) -> list[ShardRequest]:
     """The student's shards are planned over all questions even where it answers those of a mask stage alone: so it
     answers them as it would have answered them before the round with the weights that it has now."""
     config, student = context.config.generate, current.answering
     if not (count := config.student_responses):
         return []
-    ours = Answerer(student.name, student.folder, student.digest, {})
-    order = Order(ours, NO_SHARD, "responses", "student", None, 0, count, sampling(config))
+    ours = GeneratingModel(student.name, student.folder, student.digest, {})
+    order = ShardRequest(ours, NO_SHARD, "responses", "student", None, 0, count, sampling(config))
     planned = context.earlier.orders(order, refs)
     if current.only is None:
         return planned
@@ -77,7 +80,7 @@ def _of_student(context: Context, current: Round, refs: list[Ref]) -> list[Order
     return [own for whole in planned if (own := narrowed(whole, wanted))]
 
 
-def identity(context: Context, current: Round, asked: list[Order]) -> Identity:
+def identity(context: Context, current: Round, asked: list[ShardRequest]) -> Identity:
     config = context.config.generate
     made_of = dict(responses=config.responses, coverage=config.coverage, sampling=sampling(config))
     if current.only:
@@ -87,7 +90,7 @@ def identity(context: Context, current: Round, asked: list[Order]) -> Identity:
 
 
 @task(name="generate", task_run_name="generate{current.suffix}", **STAGE)
-def generate(run: Run, current: Round, data: Artifact, masks: Artifact, ahead: Sequence[Order] = ()) -> Artifact:
+def generate(run: Run, current: Round, data: Artifact, masks: Artifact, ahead: Sequence[ShardRequest] = ()) -> Artifact:
     """Table `responses`. `ahead`: what a later stage asks of the same models, for one start of their engines."""
     with_evaluation = bool(ahead)
     asked, ahead = orders(run, current, data, masks), [*teachers_ahead(run, current, data, masks), *ahead]
@@ -96,7 +99,7 @@ def generate(run: Run, current: Round, data: Artifact, masks: Artifact, ahead: S
     def build() -> tuple[dict[str, str], dict, dict]:
         judge = _judge_beside(run, current, made_of, data, asked)
         how = answer(run, made_of, data, asked, ahead, judge, stay=_stay(run, current))
-        files = gather(run.storage, made_of, asked)
+        files = collect_shards(run.storage, made_of, asked)
         rows = sum(order.samples * len(order.shard.refs) for order in asked)
         return files, dict(rows=rows) | set_aside(run.storage, asked), how
 
@@ -113,9 +116,13 @@ def _stay(run: Run, current: Round) -> Stay | None:
     return Stay(run.standing, current.only.student.digest, again=bool(current.only.later))
 
 
-def _judge_beside(run: Run, current: Round, made_of: Identity, data: Artifact, asked: list[Order]) -> Child | None:
+def _judge_beside(
+    run: Run, current: Round, made_of: Identity, data: Artifact, asked: list[ShardRequest]
+) -> Child | None:
     """A judge that is a server gives its verdicts while the engines answer; `score` finds them."""
     judge = judge_of(run, current) if run.config.needs_verdicts else None
     if judge is None or Stage.SCORE in run.rebuild:  # which forgets what was judged
         return None
-    return batches.ahead(data, judge, [order.file for order in asked], run.config.runtime, run.work(made_of))
+    return batches.start_early_judging(
+        data, judge, [order.file for order in asked], run.config.runtime, run.work(made_of)
+    )

@@ -8,7 +8,7 @@ from masters.common.errors import MastersError
 from masters.execution.engines import Stay
 from masters.execution.processes import Child
 from masters.models.generation import shards
-from masters.models.generation.shards import Order
+from masters.models.generation.shards import ShardRequest
 from masters.store import tables
 from masters.store.artifacts import Artifact, Identity
 from masters.store.storage import Storage
@@ -22,8 +22,8 @@ def answer(
     run: Run,
     made_of: Identity,
     data: Artifact,
-    asked: list[Order],
-    ahead: Sequence[Order] = (),
+    asked: list[ShardRequest],
+    ahead: Sequence[ShardRequest] = (),
     beside: Child | None = None,
     stay: Stay | None = None,
 ) -> dict:
@@ -32,16 +32,16 @@ def answer(
     `ahead`: orders of a later stage, answered while the engines of their models are up; `beside`: a process that runs
     with them; `stay`: see `engines.run`.
     """
-    built = len(shards.missing(run.storage, asked))
+    built = len(shards.missing_shards(run.storage, asked))
     with run.progress(made_of, "questions") as progress:
-        how = shards.fulfil(
+        how = shards.run_generation(
             data, [*asked, *ahead], run.config.runtime, run.work(made_of),
             progress.update, beside, stay,
         )  # fmt: skip
     return how | dict(shards=len(asked), shards_built=built, shards_reused=len(asked) - built)
 
 
-def set_aside(storage: Storage, asked: list[Order]) -> dict[str, int]:
+def set_aside(storage: Storage, asked: list[ShardRequest]) -> dict[str, int]:
     """Facts on what could not be asked, none if all could: `rejected` rows and `prompts_too_long`.
 
     Raises MastersError where no prompt fits; the shards are removed, so that another length can be tried.
@@ -68,7 +68,7 @@ def tell_set_aside(run: Run, made_of: Identity, artifact: Artifact, consequence:
     return artifact
 
 
-def forget(storage: Storage, asked: list[Order]) -> None:
+def forget(storage: Storage, asked: list[ShardRequest]) -> None:
     """Remove the shards of these orders: rebuilding answers every one again."""
     for order in asked:
         storage.remove(order.file)

@@ -58,7 +58,9 @@ def metric_of(config: Config) -> str:
 def judged(run: Run, made_of: Identity, judge: Judge, triples: Collection[Triple]) -> tuple[Verdicts, dict]:
     """A verdict on each triple, and how it ran."""
     with run.progress(made_of, "texts judged") as progress:
-        return batches.fulfil(run.storage, judge, list(triples), run.config.runtime, run.work(made_of), progress.update)
+        return batches.run_judging(
+            run.storage, judge, list(triples), run.config.runtime, run.work(made_of), progress.update
+        )
 
 
 def check_any(judge: str, verdicts: Verdicts) -> None:

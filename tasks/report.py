@@ -9,7 +9,7 @@ from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from masters.common.redaction import masked
+from masters.common.redaction import redact
 from masters.config.stages import Stage
 from masters.reporting.gallery import gallery
 from masters.reporting.markdown import inert, picture
@@ -67,7 +67,7 @@ def _harmless(work: Callable[[], object]) -> None:
     try:
         work()
     except Exception as error:  # drawing, stores and servers raise what they like
-        line = f"the run's report is incomplete: {type(error).__name__}: {masked(str(error))}"
+        line = f"the run's report is incomplete: {type(error).__name__}: {redact(str(error))}"
         log("warning", line)
         CONSOLE.print(f"warning: {line}", style="yellow", highlight=False, markup=False)
 

@@ -12,13 +12,13 @@ from masters.common.machine import cache
 from masters.config import Config, Teacher
 from masters.config.mask_schedule import mask_stages
 from masters.config.stages import Stage
-from masters.execution.pool_request import Assignment, Student, outside
+from masters.execution.pool_request import StageRequest, Student, outside
 from masters.execution.processes import Standing
-from masters.models.generation.shards import Earlier
+from masters.models.generation.shards import ShardCache
 from masters.store.artifacts import Artifact, Identity, Upstream
 from masters.store.storage import work_folder
 from masters.tasks.progress import CONSOLE, Progress
-from masters.tracking.run_writer import Tracker
+from masters.tracking.run_writer import RunWriter
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Round:
     @property
     def ratios(self) -> list[float]:
         """The mask ratios of the round's stages, from r_max down to 0."""
-        return mask_stages(self.config.r_max, self.config.step)
+        return mask_stages(self.config.r_max, self.config.mask_step)
 
     @property
     def begins(self) -> bool:
@@ -82,10 +82,10 @@ class Context:
     """
 
     def __init__(
-        self, config: Config, ready: Ready, earlier: Earlier | None = None, known: Artifact | None = None
+        self, config: Config, ready: Ready, earlier: ShardCache | None = None, known: Artifact | None = None
     ) -> None:
         self.config, self.ready, self.storage = config, ready, ready.storage
-        self.earlier, self.known = earlier or Earlier(ready.storage), known
+        self.earlier, self.known = earlier or ShardCache(ready.storage), known
 
     def fetched(self, trained: Artifact) -> Path:
         """A trained student's folder on this machine. A copy is named by its content: built again, it is another."""
@@ -99,7 +99,7 @@ class Context:
 class Run(Context):
     """One run of the pipeline: also where it tracks, what is built again, and what its stages did."""
 
-    def __init__(self, context: Context, tracker: Tracker, rebuild: frozenset[Stage] = frozenset()) -> None:
+    def __init__(self, context: Context, tracker: RunWriter, rebuild: frozenset[Stage] = frozenset()) -> None:
         super().__init__(context.config, context.ready, context.earlier, context.known)
         self.tracker, self.rebuild = tracker, rebuild
         self.key, self.began = tracker.key, datetime.now(UTC)
@@ -137,10 +137,10 @@ class Run(Context):
         }
         return pool_of.get(kind, "")
 
-    def assignment(self, identity: Identity, upstream: Upstream, ahead: bool) -> Assignment:
+    def assignment(self, identity: Identity, upstream: Upstream, ahead: bool) -> StageRequest:
         """A stage of this run as references to what it is made from."""
         made = self.ready.student.made
-        return Assignment(
+        return StageRequest(
             key=digest(identity.folder.encode())[:32], tracked=self.tracker.current, stage=identity.stage,
             run=self.key, began=self.began,
             inputs={role: made.folder for role, made in upstream.items() if isinstance(made, Artifact)},

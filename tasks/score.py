@@ -84,10 +84,10 @@ def score(run: Run, current: Round, data: Artifact, responses: Artifact) -> Arti
         return files, dict(rows=rows, rejected=rows - statuses["ok"], statuses=dict(statuses)), how
 
     upstream = _upstream(run, current, data, responses, chain[: chain.index(made_of)])
-    return _told(run, build_or_reuse(run, made_of, upstream, build, lambda: forget(run.storage, judge)))
+    return _warn_missing_scores(run, build_or_reuse(run, made_of, upstream, build, lambda: forget(run.storage, judge)))
 
 
-def _told(run: Run, scored: Artifact) -> Artifact:
+def _warn_missing_scores(run: Run, scored: Artifact) -> Artifact:
     """How many responses have no verdict, by status: in the stage's entry, and as a warning, built or reused."""
     lost = {status: count for status, count in sorted(scored.facts["statuses"].items()) if status != "ok"}
     if lost:

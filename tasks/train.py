@@ -28,8 +28,8 @@ from masters.tasks.run_context import Context, Round, Run
 # 7: history has diagnostics
 VERSION = 7
 PROBE = 128  # questions watched while it trains: of the evaluation split, as long as nothing is chosen by them
-HELD_OUT = 10  # with `train.probe_drop` they are training questions instead, at most one in so many
-GUARD = {"probe_drop", "on_drop"}
+HELD_OUT = 10  # with `train.max_validation_drop` they are training questions instead, at most one in so many
+GUARD = {"max_validation_drop", "on_drop"}
 STATE = "state"  # of weights, optimizer and random numbers, for the mask stage that goes on from them
 
 
@@ -38,7 +38,7 @@ Inputs = dict[str, Artifact]  # data, masks and, where the configuration needs t
 
 def identity(context: Context, current: Round, inputs: Inputs) -> Identity:
     train, rewards = context.config.train, context.config.rewards
-    plain = set() if train.probe_drop is not None else GUARD  # without it, no part in what is made
+    plain = set() if train.max_validation_drop is not None else GUARD  # without it, no part in what is made
     if train.compute_dtype == "float32":
         plain = plain | {"compute_dtype"}  # as before there was a choice
     if train.control == "none":
@@ -99,7 +99,7 @@ def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
         )
         if current.only:
             facts["steps_before"] = part.steps_before
-        if run.config.train.probe_drop is not None:
+        if run.config.train.max_validation_drop is not None:
             facts |= dict(held_out=len(job["probe"]), rolled_back=watch.rolled_back)
         return files, facts, how
 
@@ -137,7 +137,7 @@ def learnt_from(context: Context, data: Artifact) -> tuple[list[Ref], list[Ref]]
     """The questions of all mask stages to learn from, and those that are only looked at."""
     refs = question_shards.references(data, "train")
     probe = question_shards.references(data, context.config.probe_split)[:PROBE]
-    if context.config.train.probe_drop is not None:
+    if context.config.train.max_validation_drop is not None:
         return held_out(refs)
     return refs, probe
 
@@ -167,7 +167,7 @@ def held_out(refs: list[Ref]) -> tuple[list[Ref], list[Ref]]:
     count = min(PROBE, len(refs) // HELD_OUT)
     if not count:
         raise InputError(
-            f"train.probe_drop holds one training question in {HELD_OUT} out: expected {HELD_OUT} or more, "
+            f"train.max_validation_drop holds one training question in {HELD_OUT} out: expected {HELD_OUT} or more, "
             f"found {len(refs)}; leave it out"
         )
     # not the digest itself: its leading bits choose the mask stage
@@ -180,7 +180,9 @@ def _ran(run: Run, job: dict, work: Path, watch: "_Watch") -> processes.Ran:
     runtime = run.config.runtime
     while True:
         try:
-            return processes.run(_ranks(run, job, work), runtime.train_processes, watch, runtime.silence_minutes * 60)
+            return processes.run(
+                _ranks(run, job, work), runtime.train_processes, watch, runtime.heartbeat_timeout_minutes * 60
+            )
         except WorkerError as error:
             if not watch.smaller:
                 raise
@@ -195,7 +197,7 @@ def _ranks(run: Run, job: dict, work: Path) -> list[processes.Child]:
     meeting = work / "rendezvous"
     meeting.unlink(missing_ok=True)
     shared = {"WORLD_SIZE": str(world), "MASTERS_RENDEZVOUS": str(meeting)}
-    # with spinning barriers one busy neighbour on a core stalls every step (measured: 0.08 s a step became 2.5 s)
+    # with spinning barriers one busy neighbor on a core stalls every step (measured: 0.08 s a step became 2.5 s)
     shared["OMP_WAIT_POLICY"] = "PASSIVE"
     shared["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // world))
     return [
@@ -217,7 +219,7 @@ def _tables(run: Run, made_of: Identity, checkpoints: str, part: Part, steps: in
 
     Raises ArtifactError where they are not of these steps, each once.
     """
-    written, census = {}, history.Census()
+    written, census = {}, history.HistoryCheck()
     for table in history.SCHEMAS:
         for number, content in enumerate(history.files(run.storage, checkpoints, table)):
             name = f"{table}/{number:04d}.parquet"
@@ -240,10 +242,10 @@ def steps_taken(facts: dict) -> int:
 
 def _shares(sizes: dict) -> dict:
     """What the passes of this run were made of, beside a sequence a response."""
-    separate, laid, padded = (sizes[name] for name in ("separate", "laid", "padded"))
+    separate, packed, padded = (sizes[name] for name in ("separate", "packed_tokens", "padded"))
     return dict(
-        passes=sizes["passes"], tokens=laid, padding_share=round(1 - laid / max(1, padded), 4),
-        saved_share=round(1 - laid / max(1, separate), 4),
+        passes=sizes["passes"], tokens=packed, padding_share=round(1 - packed / max(1, padded), 4),
+        saved_share=round(1 - packed / max(1, separate), 4),
     )  # fmt: skip
 
 

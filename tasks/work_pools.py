@@ -22,10 +22,10 @@ from masters.common.errors import InputError, MastersError, WorkerError, WorkerL
 from masters.common.hashing import digest
 from masters.config import Config
 from masters.execution import pool_request as meeting
-from masters.execution.pool_request import Assignment, portable
+from masters.execution.pool_request import StageRequest, portable
 from masters.store.storage import Storage
 from masters.tasks.progress import log, warn
-from masters.tracking.locations import beside, tracking_uri
+from masters.tracking.locations import default_uri, tracking_uri
 
 FLOW = "stage"
 POLL = 2.0  # seconds
@@ -42,7 +42,7 @@ def check(config: Config, storage: Storage) -> None:
         return
     if not storage.local and not storage.s3:
         raise InputError(f"store.root {storage.uri('')}: runtime.pools need a store that workers reach: a folder or S3")
-    if not storage.local and tracking_uri(config, storage) == beside(storage):
+    if not storage.local and tracking_uri(config, storage) == default_uri(storage):
         raise InputError(
             "runtime.pools need an MLflow that workers reach, and the default is a file in this working folder: "
             "set MLFLOW_TRACKING_URI, for the workers too"
@@ -65,7 +65,7 @@ def _check_pool(client: SyncPrefectClient, pool: str) -> None:
         warn(f"no worker of pool {pool} is online: its stages wait for one (prefect worker start --pool {pool})")
 
 
-def handed_over(config: Config, storage: Storage, pool: str, wanted: Assignment) -> tuple[str, str, dict]:
+def handed_over(config: Config, storage: Storage, pool: str, wanted: StageRequest) -> tuple[str, str, dict]:
     """Folder of the artifact that a worker of the pool has built, its outcome, and how it ran.
 
     Raises what the stage raised there; WorkerLost if its process was lost, so that the task tries again.
@@ -110,7 +110,7 @@ def _asked(found: dict[str, FlowRun], keys: list[str], stage: str) -> tuple[str,
     return free[0], None
 
 
-def _start(config: Config, storage: Storage, pool: str, wanted: Assignment) -> FlowRun:
+def _start(config: Config, storage: Storage, pool: str, wanted: StageRequest) -> FlowRun:
     sent = portable(config, storage.uri(""))
     return run_deployment(  # pyright: ignore[reportReturnType]
         f"{FLOW}/{pool}", timeout=0, idempotency_key=wanted.key, flow_run_name=f"{config.name} {wanted.stage}",

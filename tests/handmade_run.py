@@ -14,7 +14,7 @@ from masters.store import artifacts, tables
 from masters.store.artifacts import Artifact, Identity
 from masters.tasks import evaluate
 from masters.tasks.run_context import Context, Round, Run
-from masters.tracking.run_writer import Tracker
+from masters.tracking.run_writer import RunWriter
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,13 +29,13 @@ def made_run(
     values: dict = dict(
         name="trained", store=dict(root=str(folder)), data=dict(source=str(source)),
         student=dict(model=str(ROOT / "demo/models/student")),
-        teachers=teachers or [dict(model=str(ROOT / "demo/models/teacher"), r_max=0.2, step=0.2)],
+        teachers=teachers or [dict(model=str(ROOT / "demo/models/teacher"), r_max=0.2, mask_step=0.2)],
         generate=dict(responses=2, max_tokens=8), rewards=dict(accuracy="rules"),
         train=dict(learning_rate=1e-3, questions_per_step=4),
     )  # fmt: skip
     config = Config.model_validate(values | {name: values.get(name, {}) | own for name, own in sections.items()})
     ready = preflight(config)
-    return Run(Context(config, ready), Tracker(config, ready.storage, key))
+    return Run(Context(config, ready), RunWriter(config, ready.storage, key))
 
 
 def first_round(context: Context) -> Round:

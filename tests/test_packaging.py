@@ -36,7 +36,7 @@ def test_the_wheel_holds_every_module(built: Path) -> None:
     assert not [name for name in names if name.startswith(("tests/", "demo/", "tasks/", "benchmarks/", "examples/"))]
 
 
-def test_the_source_archive_holds_licence_and_modules(built: Path) -> None:
+def test_the_source_archive_holds_license_and_modules(built: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     assert {"LICENSE", "README.md", "pyproject.toml"} <= names

@@ -7,7 +7,7 @@ from masters.config import Config
 from masters.store import artifacts
 from masters.store.artifacts import Artifact, External, Identity, Upstream
 from masters.store.storage import Storage
-from masters.tracking.run_writer import Tracker
+from masters.tracking.run_writer import RunWriter
 
 NAME = "tracked"
 TABLES = {"data": "questions"}
@@ -31,7 +31,7 @@ def made(storage: Storage, stage: str, upstream: Upstream | None = None, content
     return artifacts.commit(storage, identity, files, dict(scores=scores), upstream)
 
 
-def staged(tracker: Tracker, storage: Storage, stage: str, upstream: Upstream, content: bytes = b"rows") -> Artifact:
+def staged(tracker: RunWriter, storage: Storage, stage: str, upstream: Upstream, content: bytes = b"rows") -> Artifact:
     with tracker.stage(Identity(stage, 1, {}, {"content": digest(content)}, NAME), upstream) as tracked:
         artifact = made(storage, stage, upstream, content)
         tracked(artifact, dict(outcome="built", rows=1, seconds=0.1))
@@ -40,9 +40,9 @@ def staged(tracker: Tracker, storage: Storage, stage: str, upstream: Upstream, c
 
 def registered(
     storage: Storage, content: bytes = b"rows", key: str = "", student: Artifact | None = None
-) -> tuple[Tracker, int]:
+) -> tuple[RunWriter, int]:
     """A distillation of four stages, to its end. `student`: what it starts from, if that was trained before."""
-    tracker = Tracker(configured(storage.uri("")), storage, key)
+    tracker = RunWriter(configured(storage.uri("")), storage, key)
     data = staged(tracker, storage, "data", {"source": External("source", "/q.jsonl", "5" * 64)})
     trained = staged(tracker, storage, "train", {"data": data} | ({"student": student} if student else {}), content)
     evaluated = staged(tracker, storage, "evaluate", {"data": data, "student": trained}, content)

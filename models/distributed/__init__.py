@@ -3,20 +3,16 @@
 A way is one file with a class that does what `base.Sharding` says.
 """
 
-from masters.models.distributed.base import Sharding, own
+from masters.models.distributed.base import Sharding, to_local
 from masters.models.distributed.replicate import Replicate
 
-__all__ = ["Replicate", "Sharding", "own", "sharding_of"]
+__all__ = ["Replicate", "Sharding", "sharding_of", "to_local"]
 
 
 def sharding_of(way: str, device: str) -> Sharding:
     """The way of that name, on this rank's device."""
     if way == "replicate":
         return Replicate(device)
-    if way == "fsdp2":
-        from masters.models.distributed.fsdp2 import Fsdp2
+    from masters.models.distributed.fsdp2 import Fsdp2  # here: its import takes seconds
 
-        return Fsdp2(device)
-    from masters.models.distributed.zero3 import Zero3
-
-    return Zero3(device)
+    return Fsdp2(device)

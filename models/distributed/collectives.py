@@ -11,7 +11,7 @@ from masters.models.distributed import Sharding
 T = TypeVar("T")
 
 
-def gathered(world: int, own: T) -> list[T]:
+def all_gather(world: int, own: T) -> list[T]:
     """What each of `world` processes has, in order of rank, on all of them."""
     if world == 1:
         return [own]
@@ -20,7 +20,7 @@ def gathered(world: int, own: T) -> list[T]:
     return everyone
 
 
-def in_step(sharding: Sharding, world: int, own: Iterable[T]) -> Iterator[T | None]:
+def lockstep(sharding: Sharding, world: int, own: Iterable[T]) -> Iterator[T | None]:
     """This rank's items; where a pass needs all ranks, None as long as another rank still has one."""
     if not sharding.lockstep or world == 1:
         yield from own
@@ -35,7 +35,7 @@ def in_step(sharding: Sharding, world: int, own: Iterable[T]) -> Iterator[T | No
         yield item
 
 
-def collected(
+def gather_to_rank0(
     sharding: Sharding, held: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.nn.Parameter]
 ) -> dict[str, torch.Tensor]:
     """Whole tensors on the CPU, on rank 0; none on the others, which hold one at a time. All ranks call it together.
@@ -44,13 +44,13 @@ def collected(
     """
     first, found = _rank() == 0, {}
     for name, tensor in held.items():
-        whole = sharding.whole(tensor.detach(), parameters[name])
+        whole = sharding.full_tensor(tensor.detach(), parameters[name])
         if first:
             found[name] = whole.cpu().contiguous()
     return found
 
 
-def spread(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+def broadcast_from_rank0(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of what rank 0 has, on every rank, one at a time. The others' own is not looked at."""
     if not dist.is_initialized():
         yield from tensors.items()

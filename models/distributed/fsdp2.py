@@ -1,8 +1,9 @@
-"""FSDP2: every rank holds a share of each weight, gradient and optimiser state, blocks are gathered while they run.
+"""FSDP2: every rank holds a share of each weight, gradient and optimizer state, blocks are gathered while they run.
 
 What would go wrong silently, and is not done here: sharding `model.model` and then the model (tied heads come apart);
 calling a part of the model outside of its root's forward (tensors and shares mix); leaving the mean over ranks to a
-backend (some sum where a mean is wanted: gradients are summed here, which `prove` shows before anything is trained).
+backend (some sum where a mean is wanted: gradients are summed here, which `check_gradient_sum` shows before anything
+is trained).
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from masters.config import Train
-from masters.models.distributed.base import prove, transformer_blocks
+from masters.models.distributed.base import check_gradient_sum, transformer_blocks
 
 T = TypeVar("T")
 FORWARD = "within_forward"  # the method of a root in which its weights are whole
@@ -36,9 +37,9 @@ class Fsdp2:
         if kind == "cuda":
             torch.cuda.set_device(device)
         self._mesh = init_device_mesh(kind, (dist.get_world_size(),))
-        prove(self, "fsdp2", device)
+        check_gradient_sum(self, "fsdp2", device)
 
-    def hold(self, model: torch.nn.Module, train: Train | None = None) -> torch.nn.Module:
+    def shard_model(self, model: torch.nn.Module, train: Train | None = None) -> torch.nn.Module:
         policy = MixedPrecisionPolicy()
         if train and train.compute_dtype != "float32":
             policy = MixedPrecisionPolicy(getattr(torch, train.compute_dtype), reduce_dtype=torch.float32)
@@ -46,7 +47,7 @@ class Fsdp2:
             self._shard(block, policy)
         return self._shard(model, policy)  # and what is in no block: embeddings, the head, norms, as one
 
-    def held(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    def local_parameters(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         # a root keeps its own weights gathered after a forward pass without gradients, and would go on with them
         cast(FSDPModule, model).reshard()
         return dict(model.named_parameters())
@@ -57,10 +58,10 @@ class Fsdp2:
     def sum_gradients(self, model: torch.nn.Module) -> None:
         """They are: every backward pass sums what it adds."""
 
-    def whole(self, part: torch.Tensor, like: torch.nn.Parameter) -> torch.Tensor:
+    def full_tensor(self, part: torch.Tensor, like: torch.nn.Parameter) -> torch.Tensor:
         return part.full_tensor() if isinstance(part, DTensor) else part
 
-    def part(self, whole: torch.Tensor, like: torch.nn.Parameter) -> torch.Tensor:
+    def shard(self, whole: torch.Tensor, like: torch.nn.Parameter) -> torch.Tensor:
         shared = cast(DTensor, like)
         # every rank has the whole, so that nothing is sent
         return distribute_tensor(whole, shared.device_mesh, shared.placements, src_data_rank=None)

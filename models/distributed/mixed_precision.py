@@ -1,4 +1,4 @@
-"""Products in bfloat16 with weights, optimiser states and sums in float32: PyTorch's autocast around a model.
+"""Products in bfloat16 with weights, optimizer states and sums in float32: PyTorch's autocast around a model.
 
 A step of 1e-6 is far below what bfloat16 tells apart, so weights that are trained stay in float32. What is not trained
 needs no such copy: a teacher is loaded in the type that is computed in, and so is pi_ref.

@@ -13,18 +13,18 @@ T = TypeVar("T")
 
 
 class Replicate:
-    """Weights, gradients and optimiser states whole on every rank (see `base.Sharding`)."""
+    """Weights, gradients and optimizer states whole on every rank (see `base.Sharding`)."""
 
     lockstep = False
 
     def __init__(self, device: str = "cpu") -> None:
         self._device = device
 
-    def hold(self, model: torch.nn.Module, train: Train | None = None) -> torch.nn.Module:
+    def shard_model(self, model: torch.nn.Module, train: Train | None = None) -> torch.nn.Module:
         model.to(self._device)
         return mixed_precision.computing(model, train) if train else model
 
-    def held(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    def local_parameters(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         return dict(model.named_parameters())
 
     def within(self, model: torch.nn.Module, work: Callable[[torch.nn.Module], T]) -> T:
@@ -39,8 +39,8 @@ class Replicate:
         for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter)
 
-    def whole(self, part: torch.Tensor, like: torch.nn.Parameter) -> torch.Tensor:
+    def full_tensor(self, part: torch.Tensor, like: torch.nn.Parameter) -> torch.Tensor:
         return part
 
-    def part(self, whole: torch.Tensor, like: torch.nn.Parameter) -> torch.Tensor:
+    def shard(self, whole: torch.Tensor, like: torch.nn.Parameter) -> torch.Tensor:
         return whole

@@ -37,7 +37,7 @@ def main(job_file: Path) -> None:
 
     tasks = TaskManager(include_path=job["own"] or None, include_defaults=job["theirs"], model_name=MODEL)
     for task, _ in todo:
-        _check(tasks, task)
+        _check_task(tasks, task)
     model = _backend(job)
     for task, file in todo:
         results = _evaluated(model, tasks, task, job)
@@ -46,7 +46,7 @@ def main(job_file: Path) -> None:
         processes.report(job_file, event="benchmark", task=task, documents=documents)
 
 
-def _check(tasks: Any, name: str) -> None:
+def _check_task(tasks: Any, name: str) -> None:
     """Have a benchmark's data sets loaded before the engine is. Raises InputError."""
     from lmms_eval.tasks import get_task_dict  # pyright: ignore[reportMissingImports]
 

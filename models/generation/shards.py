@@ -35,7 +35,7 @@ Plan = dict[str, dict[str, list[tuple[str, str]]]]  # who was asked, shard, ids 
 
 
 @dataclass(frozen=True)
-class Answerer:
+class GeneratingModel:
     """A model that answers: its name in tables, folder, content digest and, masked, thresholds by ratio."""
 
     name: str
@@ -46,7 +46,7 @@ class Answerer:
 
 
 @dataclass(frozen=True)
-class Order:
+class ShardRequest:
     """A shard to be answered by someone in some way.
 
     `part_of` names the shard that this one is a part of, without some of its questions. `batch` holds all questions of
@@ -54,7 +54,7 @@ class Order:
     its batch, and the part alone is kept.
     """
 
-    answerer: Answerer
+    answerer: GeneratingModel
     shard: Shard
     kind: str  # "responses", "predictions"
     source: str  # "teacher", "student"
@@ -105,15 +105,15 @@ class Order:
         )  # fmt: skip
 
 
-def missing(storage: Storage, orders: list[Order]) -> list[Order]:
+def missing_shards(storage: Storage, orders: list[ShardRequest]) -> list[ShardRequest]:
     """Orders whose shard is not there, from one listing."""
     there = set(storage.names("shards"))
     return [order for order in orders if order.file not in there]
 
 
-def fulfil(
+def run_generation(
     data: artifacts.Artifact,
-    orders: list[Order],
+    orders: list[ShardRequest],
     runtime: Runtime,
     folder: Path,
     on_progress: Callable[[int, int, str], None],
@@ -126,12 +126,12 @@ def fulfil(
     if there are any, and is waited for; what it says it `judged` is counted. `stay`: see `engines.run`.
     """
     todo = []
-    for order in missing(data.storage, orders):
+    for order in missing_shards(data.storage, orders):
         if order.part_of and (not order.batch or data.storage.exists(order.whole)):
             _cut(data.storage, order)
         else:
             todo.append(order)
-    jobs: dict[tuple[str, str], list[Order]] = {}
+    jobs: dict[tuple[str, str], list[ShardRequest]] = {}
     for order in todo:
         jobs.setdefault((order.answerer.digest, order.sampling["dtype"]), []).append(order)
     done, shards, judged, questions = 0, 0, 0, sum(len(order.asked) for order in todo)
@@ -149,10 +149,10 @@ def fulfil(
     return how | ({"judged_ahead": judged} if beside else {})
 
 
-def gather(
+def collect_shards(
     storage: Storage,
     identity: artifacts.Identity,
-    orders: list[Order],
+    orders: list[ShardRequest],
     completed: Callable[[bytes], bytes] | None = None,
 ) -> dict[str, str]:
     """Put the orders' shards into the artifact's table of their kind, and `plan` beside it. Returns {name: SHA-256}.
@@ -160,7 +160,7 @@ def gather(
     `completed`: makes a file of the table from a shard, where it is more than a copy.
     """
 
-    def put(order: Order) -> tuple[str, str]:
+    def put(order: ShardRequest) -> tuple[str, str]:
         name, data = f"{order.kind}/{order.fingerprint}.parquet", _proven(storage, order)
         if completed is None:
             storage.copy(order.file, f"{identity.folder}/{name}")
@@ -179,7 +179,7 @@ def gather(
     return files
 
 
-def _proven(storage: Storage, order: Order) -> bytes:
+def _proven(storage: Storage, order: ShardRequest) -> bytes:
     """An order's shard. One that a disk or a server damaged is removed, to be answered again.
 
     Raises StoreError then: another try of the stage makes it anew.
@@ -192,14 +192,14 @@ def _proven(storage: Storage, order: Order) -> bytes:
     return data
 
 
-def _plan_rows(orders: list[Order]) -> Iterator[dict]:
+def _plan_rows(orders: list[ShardRequest]) -> Iterator[dict]:
     for order in orders:
         common = dict(asker=order.asker, kind=order.kind, shard=order.fingerprint)
         for question_id, question_digest in order.shard.questions:
             yield common | dict(question_id=question_id, question_digest=question_digest)
 
 
-def _cut(storage: Storage, order: Order) -> None:
+def _cut(storage: Storage, order: ShardRequest) -> None:
     """A shard of its own from an earlier one: without the questions that are withdrawn or changed."""
     table = tables.read(storage, order.whole)
     kept = {ref.question_id for ref in order.shard.refs}
@@ -207,7 +207,7 @@ def _cut(storage: Storage, order: Order) -> None:
     storage.create(order.file, tables.encode(rows, table.schema))
 
 
-def _work(orders: list[Order], data: artifacts.Artifact, runtime: Runtime) -> engines.Work:
+def _work(orders: list[ShardRequest], data: artifacts.Artifact, runtime: Runtime) -> engines.Work:
     """What one model is asked. Whoever answers with it unmasked needs no thresholds."""
     answerer = max((order.answerer for order in orders), key=lambda answerer: len(answerer.thresholds))
     # runs of one mask ratio, so that an engine is re-masked once a ratio
@@ -227,7 +227,7 @@ def _work(orders: list[Order], data: artifacts.Artifact, runtime: Runtime) -> en
     )  # fmt: skip
 
 
-class Earlier:
+class ShardCache:
     """The shards of earlier artifacts that are still in the store."""
 
     def __init__(self, storage: Storage, artifacts: Iterable[Artifact] = ()) -> None:
@@ -241,7 +241,7 @@ class Earlier:
                     held = self._plan.setdefault(row["asker"], {}).setdefault(row["shard"], [])
                     held.append((row["question_id"], row["question_digest"]))
 
-    def orders(self, asked: Order, refs: list[Ref]) -> list[Order]:
+    def orders(self, asked: ShardRequest, refs: list[Ref]) -> list[ShardRequest]:
         """Orders like `asked` for these questions: first from earlier shards, then planned afresh."""
         wanted = {(ref.question_id, ref.digest): ref for ref in refs}
         orders = []
@@ -254,7 +254,7 @@ class Earlier:
         return sorted([*orders, *fresh], key=lambda order: order.shard.refs)
 
 
-def narrowed(order: Order, wanted: Container[Ref]) -> Order | None:
+def narrowed(order: ShardRequest, wanted: Container[Ref]) -> ShardRequest | None:
     """The order without the questions that are not wanted; None if none is left.
 
     The others are answered exactly as the whole order has them answered: in the same batch.
@@ -267,7 +267,7 @@ def narrowed(order: Order, wanted: Container[Ref]) -> Order | None:
     return replace(order, shard=shard, stored=fingerprint([whole, shard.questions]), part_of=whole, batch=batch)
 
 
-def _of(asked: Order, name: str, kept: tuple[Ref, ...], whole: bool) -> Order:
+def _of(asked: ShardRequest, name: str, kept: tuple[Ref, ...], whole: bool) -> ShardRequest:
     shard = Shard("", kept)
     if whole:
         return replace(asked, shard=shard, stored=name)

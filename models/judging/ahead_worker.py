@@ -17,8 +17,8 @@ from masters.common.hashing import fingerprint
 from masters.config import Runtime
 from masters.execution import processes
 from masters.models.judging import batches
-from masters.models.judging.worker import voice_of
-from masters.rewards.judge import Voice, judge
+from masters.models.judging.worker import make_judge_client
+from masters.rewards.judge import JudgeClient, judge
 from masters.rewards.verdict import FINAL, Triple
 from masters.store import artifacts, tables
 from masters.store.storage import Storage
@@ -30,7 +30,7 @@ def main(job_file: Path) -> None:
     job = json.loads(job_file.read_text())
     storage = Storage(job["store"])
     try:
-        voice = voice_of(job["reach"], Runtime(**job["runtime"]))
+        voice = make_judge_client(job["reach"], Runtime(**job["runtime"]))
         for triples in _coming(storage, job, job_file):
             if not _judged(storage, voice, triples, job["folder"]):
                 print("the judge gave no verdict: the stage score will ask again", file=sys.stderr)
@@ -44,7 +44,7 @@ def _coming(storage: Storage, job: dict, job_file: Path) -> Iterator[list[Triple
     """Triples that have no verdict, batch by batch, of each shard when it is there. Waits for the last of them."""
     data = artifacts.load(storage, job["data"])
     asked = batches.untold(data)
-    known, waiting = batches.known_digests(storage, job["folder"]), set(job["shards"])
+    known, waiting = batches.stored_verdict_digests(storage, job["folder"]), set(job["shards"])
     while waiting:
         processes.report(job_file, event="waiting")  # a sign of life
         ready = waiting & set(storage.names(job["responses"]))
@@ -59,7 +59,7 @@ def _coming(storage: Storage, job: dict, job_file: Path) -> Iterator[list[Triple
             time.sleep(PAUSE)
 
 
-def _judged(storage: Storage, voice: Voice, triples: list[Triple], folder: str) -> bool:
+def _judged(storage: Storage, voice: JudgeClient, triples: list[Triple], folder: str) -> bool:
     """Keep the final verdicts on a batch. Returns whether there was any."""
     judged = zip(triples, judge(voice, triples), strict=True)
     rows = [batches.row(triple, verdict) for triple, verdict in judged if verdict.status in FINAL]

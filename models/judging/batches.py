@@ -54,7 +54,7 @@ def untold(data: Artifact) -> dict[str, Triple]:
     }
 
 
-def known(storage: Storage, judge: Judge, triples: list[Triple]) -> dict[Triple, Verdict]:
+def stored_verdicts(storage: Storage, judge: Judge, triples: list[Triple]) -> dict[Triple, Verdict]:
     """Verdicts that the judge gave earlier on some of these triples."""
     wanted, found = {triple.digest: triple for triple in triples}, {}
     columns = ["triple_digest", "score", "status", "explanation", "reading"]
@@ -65,13 +65,15 @@ def known(storage: Storage, judge: Judge, triples: list[Triple]) -> dict[Triple,
     return found
 
 
-def known_digests(storage: Storage, folder: str) -> set[str]:
+def stored_verdict_digests(storage: Storage, folder: str) -> set[str]:
     """Of the triples that a judge gave verdicts on earlier; `folder` is the judge's."""
     columns = ["triple_digest"]
     return {d for name in storage.names(folder) for d in tables.read(storage, name, columns)[0].to_pylist()}
 
 
-def ahead(data: Artifact, judge: Judge, shards: list[str], runtime: Runtime, folder: Path) -> processes.Child | None:
+def start_early_judging(
+    data: Artifact, judge: Judge, shards: list[str], runtime: Runtime, folder: Path
+) -> processes.Child | None:
     """A process that asks a server about shards of responses as engines finish them; None for a judge of our own.
 
     An engine would take the processor from those that answer; a server has its own. What the process judges is found
@@ -86,7 +88,7 @@ def ahead(data: Artifact, judge: Judge, shards: list[str], runtime: Runtime, fol
     return processes.Child("judge-ahead", "masters.models.judging.ahead_worker", job, folder, {})
 
 
-def fulfil(
+def run_judging(
     storage: Storage,
     judge: Judge,
     triples: list[Triple],
@@ -96,7 +98,7 @@ def fulfil(
 ) -> tuple[dict[Triple, Verdict], dict]:
     """A verdict on every triple, and how it ran: `asked` now, `answered` of these, the processes it took."""
     ordered = sorted(triples, key=lambda triple: triple.digest)
-    before = known(storage, judge, ordered)
+    before = stored_verdicts(storage, judge, ordered)
     parts = [[t for t in part if t not in before] for _, part in split(ordered, BATCH)]
     asked = {triple.digest: triple for part in parts for triple in part}
     done, others = 0, {}
@@ -110,7 +112,7 @@ def fulfil(
 
     on_progress(0, len(asked))
     how = _ask(storage, judge, [part for part in parts if part], runtime, folder, follow)
-    verdicts = others | (known(storage, judge, ordered) if asked else before)
+    verdicts = others | (stored_verdicts(storage, judge, ordered) if asked else before)
     how = dict(triples=len(triples), asked=len(asked), answered=len(asked) - len(others)) | how
     return verdicts, how
 
@@ -142,7 +144,7 @@ def _ask(
     setup, module = dict(store=storage.uri(""), reach=judge.reach, runtime=runtime.model_dump()), JUDGES
     if "url" in judge.reach:
         children = [processes.Child("judge", module, setup | dict(pieces=pieces), folder, {})] if pieces else []
-        ran = processes.run(children, len(children), follow, runtime.silence_minutes * 60)
+        ran = processes.run(children, len(children), follow, runtime.heartbeat_timeout_minutes * 60)
         return dict(judges=len(children), **ran.told())
     children = min(runtime.generate_workers, -(-len(pieces) // ENGINE_BATCHES))
     work = engines.Work(

@@ -13,7 +13,7 @@ UNASKED = Answer(
 )
 
 
-class EngineVoice:
+class EngineJudge:
     """Answers conversations with vLLM, each list as one batch. Its process ends with it."""
 
     def __init__(self, folder: Path, dtype: str, runtime: Runtime, own_code: bool = False) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from masters.config import Runtime
 from masters.execution import processes
 from masters.models.judging.batches import row
-from masters.rewards.judge import Voice, judge
+from masters.rewards.judge import JudgeClient, judge
 from masters.rewards.verdict import FINAL, Triple
 from masters.store import tables
 from masters.store.storage import Storage
@@ -21,7 +21,7 @@ class Verdicts:
 
     def __init__(self, setup: dict) -> None:
         self._storage = Storage(setup["store"])
-        self._voice = voice_of(setup["reach"], Runtime(**setup["runtime"]))
+        self._voice = make_judge_client(setup["reach"], Runtime(**setup["runtime"]))
 
     def do(self, batch: dict) -> dict:
         """Judge a batch and keep what is final; its line of progress."""
@@ -45,15 +45,15 @@ def main(job_file: Path) -> None:
         processes.report(job_file, **verdicts.do(batch))
 
 
-def voice_of(reach: dict, runtime: Runtime) -> Voice:
+def make_judge_client(reach: dict, runtime: Runtime) -> JudgeClient:
     """Who answers: the server at a URL, or an engine on a folder. Only the one that is needed is imported."""
     if "url" in reach:
         from masters.rewards.judge_server import Server
 
         return Server(reach["url"], reach["model"], runtime.judge_requests, runtime.judge_timeout)
-    from masters.models.judging.engine import EngineVoice
+    from masters.models.judging.engine import EngineJudge
 
-    return EngineVoice(Path(reach["folder"]), reach["dtype"], runtime, reach["own_code"])
+    return EngineJudge(Path(reach["folder"]), reach["dtype"], runtime, reach["own_code"])
 
 
 if __name__ == "__main__":

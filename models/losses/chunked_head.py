@@ -112,7 +112,7 @@ class JensenShannon:
 
 
 class KullbackLeibler:
-    """KL(P || Q) over the entries that both models have, normalised over these."""
+    """KL(P || Q) over the entries that both models have, normalized over these."""
 
     @staticmethod
     def value(q_CV: torch.Tensor, p_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,7 +133,7 @@ class KullbackLeibler:
 
 
 class Skewed:
-    """KL(P || M), M = SKEW P + (1 - SKEW) Q, over the entries that both models have, normalised over these.
+    """KL(P || M), M = SKEW P + (1 - SKEW) Q, over the entries that both models have, normalized over these.
 
     With w = p / m, which is at most 1 / SKEW: D = sum_v p log w.
     """

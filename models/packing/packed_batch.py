@@ -20,11 +20,11 @@ from masters.models.families.base import VLM, Family
 from masters.models.losses.chunked_head import Projection
 from masters.models.losses.formulas import Terms
 from masters.models.packing import flex_attention
-from masters.models.packing.prefix_tree import Predictors, Question, Row, Sizes, lay, rows_of, trees_of
+from masters.models.packing.prefix_tree import Predictors, Question, Row, Sizes, append_to_row, rows_of, trees_of
 
 
 @dataclass(frozen=True)
-class Pack:
+class PackedBatch:
     """A batch of packed questions.
 
     `inputs` go to the model; `predictors_U2` are the (row, position) whose output predicts each distinct response
@@ -59,7 +59,7 @@ class Pack:
         return terms.at(self.distinct_T)
 
 
-def pack(questions: list[Question], model: VLM, family: Family, row: int = 0) -> Pack:
+def pack(questions: list[Question], model: VLM, family: Family, row: int = 0) -> PackedBatch:
     """Pack questions into rows as long as the largest tree, on the model's device.
 
     Where attention skips the mask's empty blocks, another tree in a row costs nothing: rows then hold up to `row`
@@ -71,7 +71,7 @@ def pack(questions: list[Question], model: VLM, family: Family, row: int = 0) ->
     laid, predictors = [Row(number) for number in range(len(rows))], {}
     for into, trees in zip(laid, rows, strict=True):
         for tree in trees:
-            predictors |= lay(tree, into, model, family)
+            predictors |= append_to_row(tree, into, model, family)
     longest = max(one.length for one in laid)
     length = flex_attention.whole(longest) if sparse else longest
     padded = [one.padded(length) for one in laid]
@@ -92,7 +92,9 @@ def pack(questions: list[Question], model: VLM, family: Family, row: int = 0) ->
     separate = sum(len(q.ids_P) + len(response) for q in questions for response in q.responses)
     sizes = Sizes(1, separate, sum(one.length for one in laid), len(laid) * length)
     before_U2, token_U, distinct_T, response_T, question_R = (part.to(device) for part in targets)
-    return Pack(inputs, image_words, before_U2, token_U, distinct_T, response_T, question_R, asked, same_R, sizes)
+    return PackedBatch(
+        inputs, image_words, before_U2, token_U, distinct_T, response_T, question_R, asked, same_R, sizes
+    )
 
 
 def visible(place_3BL: torch.Tensor, row: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -131,7 +133,7 @@ def block_mask(place_3BL: torch.Tensor) -> BlockMask:
     return flex_attention.mask(mask_mod, rows, length, place_3BL.device)
 
 
-def response_states(model: VLM, packed: Pack) -> Projection:
+def response_states(model: VLM, packed: PackedBatch) -> Projection:
     """What predicts each distinct response token: last hidden states [U, H] at those positions only, and the head."""
     with _image_words(model, packed.image_word_BL):
         hidden_BLH = model.model(**packed.inputs, use_cache=False).last_hidden_state
@@ -139,7 +141,7 @@ def response_states(model: VLM, packed: Pack) -> Projection:
     return Projection(hidden_UH, model.lm_head.weight)
 
 
-def response_logits(model: VLM, packed: Pack) -> torch.Tensor:
+def response_logits(model: VLM, packed: PackedBatch) -> torch.Tensor:
     """Logits [T, V] that predict each response token."""
     return response_states(model, packed).logits()[packed.distinct_T]
 

@@ -44,12 +44,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What forward passes were made of, in tokens: `separate` has a sequence a response, `laid` is what is left of
-    them behind shared prompts and images, `padded` what the rows take."""
+    """Token counts of forward passes.
+
+    `separate`: one sequence a response; `packed_tokens`: with prompts and images shared; `padded`: with padding.
+    """
 
     passes: int = 0
     separate: int = 0
-    laid: int = 0
+    packed_tokens: int = 0
     padded: int = 0
 
     def __add__(self, other: "Sizes") -> "Sizes":
@@ -136,7 +138,7 @@ def rows_of(trees: list[Tree], row: int) -> list[list[Tree]]:
     return [own for _, own in rows]
 
 
-def lay(tree: Tree, into: Row, model: torch.nn.Module, family: Family) -> dict[int, Predictors]:
+def append_to_row(tree: Tree, into: Row, model: torch.nn.Module, family: Family) -> dict[int, Predictors]:
     """Add a tree to a row. Returns, by question number, the predictors of its distinct responses."""
     into.images += 1
     found: dict[int, Predictors] = {}

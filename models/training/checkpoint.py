@@ -19,7 +19,7 @@ from safetensors.torch import save as save_safetensors
 from masters.common.errors import ArtifactError
 from masters.common.hashing import digest
 from masters.models.distributed import Replicate, Sharding
-from masters.models.distributed.collectives import collected, spread
+from masters.models.distributed.collectives import broadcast_from_rank0, gather_to_rank0
 from masters.models.training import history
 from masters.store.storage import Storage
 
@@ -44,7 +44,7 @@ def save(
     prefix: str,
     step: int,
     parameters: Parameters,
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     sharding: Sharding = REPLICATE,
 ) -> None:
     """Keep the state after `step` steps; of all checkpoints the last two stay. All ranks call it, one writes."""
@@ -52,9 +52,9 @@ def save(
     held: dict[str, torch.Tensor] = dict(of)
     for name, parameter in parameters.items():
         # none for a parameter that never had a gradient; counts differ where some steps had none
-        for key, value in optimiser.state.get(parameter, {}).items():
+        for key, value in optimizer.state.get(parameter, {}).items():
             held[f"adamw/{key}/{name}"], of[f"adamw/{key}/{name}"] = value, parameter
-    tensors = collected(sharding, held, of)
+    tensors = gather_to_rank0(sharding, held, of)
     if not tensors:
         return
     tensors["random/cpu"] = torch.get_rng_state()
@@ -114,22 +114,22 @@ def read(storage: Storage, name: str) -> Checkpoint:
 def restore(
     checkpoint: Checkpoint | None,
     parameters: Parameters,
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     sharding: Sharding = REPLICATE,
 ) -> None:
     """Put its state back, bit for bit. All ranks call it; rank 0 has the checkpoint and hands its tensors out."""
-    optimiser.state.clear()
+    optimizer.state.clear()
     with torch.no_grad():
-        for name, value in spread(checkpoint.tensors if checkpoint else {}):
+        for name, value in broadcast_from_rank0(checkpoint.tensors if checkpoint else {}):
             kind, _, rest = name.partition("/")
             if kind == "weight":
-                parameters[rest].copy_(sharding.part(value, parameters[rest]))
+                parameters[rest].copy_(sharding.shard(value, parameters[rest]))
             elif kind == "adamw":
                 key, _, of = rest.partition("/")
                 like = parameters[of]
                 # AdamW keeps its count of steps on the CPU, whole
-                state = value if key == "step" else sharding.part(value, like).to(like.device)
-                optimiser.state[like][key] = state.clone()
+                state = value if key == "step" else sharding.shard(value, like).to(like.device)
+                optimizer.state[like][key] = state.clone()
             elif rest == "cpu":
                 torch.set_rng_state(value)
             elif torch.cuda.is_available():

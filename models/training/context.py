@@ -10,14 +10,14 @@ from masters.models.distributed import Replicate, Sharding
 from masters.models.families.base import Family
 from masters.models.packing.prefix_tree import Question, Sizes
 from masters.models.training.groups import Group, Step
-from masters.models.training.history import Ledger
+from masters.models.training.history import HistoryWriter
 from masters.models.training.microbatches import size_of
 from masters.models.training.round_part import Part
 from masters.store.storage import Storage
 
 
 @dataclass
-class Job:
+class TrainContext:
     """All that a training run needs. `question` makes a group ready to pack.
 
     `teacher` is None where the objective has none; `remask` masks it for a stage, in place, at that one of `ratios`.
@@ -49,7 +49,7 @@ class Job:
     rank: int = 0
     world: int = 1
     sharding: Sharding = field(default_factory=Replicate)
-    ledger: Ledger = field(default_factory=Ledger)
+    ledger: HistoryWriter = field(default_factory=HistoryWriter)
     tally: Sizes = Sizes()
     part: Part = Part()
 

@@ -8,13 +8,13 @@ from collections.abc import Collection, Sequence
 import torch
 
 from masters.models.losses.formulas import Terms
-from masters.models.packing.packed_batch import Pack
+from masters.models.packing.packed_batch import PackedBatch
 from masters.models.training.first_difference import RIGHT
 
 RARE = 1e-3  # pi of a token that the student has all but given up
 
 
-def token_sums(terms: Terms, packed: Pack, end_tokens: Collection[int]) -> dict[str, float]:
+def token_sums(terms: Terms, packed: PackedBatch, end_tokens: Collection[int]) -> dict[str, float]:
     """Entropy of the student's distribution over the tokens, and how many end tokens are its greedy choice.
 
     `greedy_end` counts responses that end with one of `end_tokens`: one cut at the length limit does not.
@@ -31,7 +31,7 @@ def token_sums(terms: Terms, packed: Pack, end_tokens: Collection[int]) -> dict[
     }
 
 
-def log_pi_sums(terms: Terms, packed: Pack, score_R: torch.Tensor, sources: Sequence[str]) -> dict[str, float]:
+def log_pi_sums(terms: Terms, packed: PackedBatch, score_R: torch.Tensor, sources: Sequence[str]) -> dict[str, float]:
     """log pi, summed over the tokens of right and of wrong responses, by who gave them; those without a verdict aside.
 
     `sources`: "teacher" or "student", R of them.
@@ -47,7 +47,7 @@ def log_pi_sums(terms: Terms, packed: Pack, score_R: torch.Tensor, sources: Sequ
     return found
 
 
-def negative_sums(terms: Terms, advantage_T: torch.Tensor, packed: Pack) -> dict[str, float]:
+def negative_sums(terms: Terms, advantage_T: torch.Tensor, packed: PackedBatch) -> dict[str, float]:
     """How many tokens with a negative advantage have pi < `RARE`, and their part of the reward gradient.
 
     The gradient: |w_t A_t|^2 ||onehot - pi||^2 of each token, that of w A log pi with respect to its logits, squared;
@@ -65,7 +65,7 @@ def negative_sums(terms: Terms, advantage_T: torch.Tensor, packed: Pack) -> dict
     }
 
 
-def agreement(reward_R: torch.Tensor, score_R: torch.Tensor, packed: Pack) -> tuple[float, float]:
+def agreement(reward_R: torch.Tensor, score_R: torch.Tensor, packed: PackedBatch) -> tuple[float, float]:
     """Pairs of a right and a wrong response of one question in which the right one has the larger reward, a tie for a
     half; and all such pairs. Responses without a verdict or a reward (NaN) take no part."""
     agreeing = pairs = 0.0

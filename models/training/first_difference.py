@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 import torch
 
-from masters.models.packing.packed_batch import Pack
+from masters.models.packing.packed_batch import PackedBatch
 
 RIGHT = 0.5  # R_acc from which a response counts as right
 
 
-def spared_tokens(packed: Pack, score_R: torch.Tensor) -> torch.Tensor:
+def spared_tokens(packed: PackedBatch, score_R: torch.Tensor) -> torch.Tensor:
     """Whether a token lies before its response leaves every right response of its question, [T].
 
     These are the first tokens that the response shares with a right one, in token ids, as many as there are; of a right

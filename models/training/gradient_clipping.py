@@ -4,21 +4,21 @@ import math
 
 import torch
 
-from masters.models.distributed.base import own
-from masters.models.distributed.collectives import gathered
-from masters.models.training.context import Job
+from masters.models.distributed.base import to_local
+from masters.models.distributed.collectives import all_gather
+from masters.models.training.context import TrainContext
 
 
 @torch.no_grad()
-def clip_gradient(job: Job, limit: float) -> float:
+def clip_gradient(job: TrainContext, limit: float) -> float:
     """Scale the student's gradient, in place, so that its Euclidean norm is at most `limit`. Returns the norm before.
 
     Where ranks hold shares of the weights, the norm is that of the whole gradient, the same on all ranks.
     """
-    parameters = job.sharding.held(job.student).values()
-    mine = [own(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    parameters = job.sharding.local_parameters(job.student).values()
+    mine = [to_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     squared = sum(gradient.double().square().sum().item() for gradient in mine)
-    norm = math.sqrt(sum(gathered(job.world, squared)) if job.sharding.lockstep else squared)
+    norm = math.sqrt(sum(all_gather(job.world, squared)) if job.sharding.lockstep else squared)
     if norm > limit:
         for gradient in mine:
             gradient.mul_(limit / norm)

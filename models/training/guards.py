@@ -13,12 +13,12 @@ from safetensors.torch import save as save_safetensors
 
 from masters.common.errors import ArtifactError, MastersError
 from masters.common.hashing import digest
-from masters.models.distributed import own
-from masters.models.distributed.collectives import collected, gathered, spread
+from masters.models.distributed import to_local
+from masters.models.distributed.collectives import all_gather, broadcast_from_rank0, gather_to_rank0
 from masters.models.losses import formulas
-from masters.models.packing.packed_batch import Pack, response_states
-from masters.models.training.context import Job
-from masters.models.training.oom_retry import Spare, each_pass, within_memory
+from masters.models.packing.packed_batch import PackedBatch, response_states
+from masters.models.training.context import TrainContext
+from masters.models.training.oom_retry import DummyPass, each_pass, within_memory
 from masters.store.storage import Storage
 
 KEPT = 3  # best weights: of either checkpoint, and of one that was on its way
@@ -27,18 +27,18 @@ KEPT = 3  # best weights: of either checkpoint, and of one that was on its way
 def gradient_size(parameters: Iterable[torch.nn.Parameter]) -> float:
     """The largest magnitude in the gradients of what this rank holds; NaN if one is."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    parts = [part for part in map(own, gradients) if part.numel()]
+    parts = [part for part in map(to_local, gradients) if part.numel()]
     return torch.nn.utils.get_total_norm(parts, norm_type=math.inf).item()  # a sum of squares overflows sooner
 
 
-def largest_gradient(job: Job) -> float:
+def largest_gradient(job: TrainContext) -> float:
     """The largest magnitude in the student's gradients, the same on all ranks; NaN if one is."""
-    size = gradient_size(job.sharding.held(job.student).values())
-    sizes = gathered(job.world, size) if job.sharding.lockstep else [size]
+    size = gradient_size(job.sharding.local_parameters(job.student).values())
+    sizes = all_gather(job.world, size) if job.sharding.lockstep else [size]
     return math.nan if any(map(math.isnan, sizes)) else max(sizes)
 
 
-def not_finite(job: Job, groups: list[int], loss_of: Callable[[int], torch.Tensor]) -> list[str]:
+def not_finite(job: TrainContext, groups: list[int], loss_of: Callable[[int], torch.Tensor]) -> list[str]:
     """Which of these groups' questions, each by itself, have a loss or a gradient that is no finite number.
 
     Memory holds each: it held the passes of which they were part.
@@ -56,44 +56,44 @@ def not_finite(job: Job, groups: list[int], loss_of: Callable[[int], torch.Tenso
     return found
 
 
-def _forget_gradients(job: Job) -> None:
-    for parameter in job.sharding.held(job.student).values():
+def _forget_gradients(job: TrainContext) -> None:
+    for parameter in job.sharding.local_parameters(job.student).values():
         parameter.grad = None
 
 
 @torch.no_grad()
-def probe_right(job: Job) -> int:
+def count_correct(job: TrainContext) -> int:
     """Probe questions whose every label token (end token included) is the student's greedy choice."""
 
     def count() -> int:
         right: list[int] = []
 
-        def look(_: list[None], packed: Pack) -> None:
+        def look(_: list[None], packed: PackedBatch) -> None:
             hit_T = (_greedy(job, packed) == packed.token_U)[packed.distinct_T]
             right.append(int((formulas.response_means(hit_T.float(), packed.response_T, packed.responses) == 1).sum()))
 
         # every rank looks at all of them
-        spare = Spare(lambda: job.probe[0], lambda packed: _greedy(job, packed))
+        spare = DummyPass(lambda: job.probe[0], lambda packed: _greedy(job, packed))
         each_pass(job, ((None, question) for question in job.probe), look, spare)
         return sum(right)
 
     return within_memory(job, count)
 
 
-def _greedy(job: Job, packed: Pack) -> torch.Tensor:
+def _greedy(job: TrainContext, packed: PackedBatch) -> torch.Tensor:
     """The student's likeliest token for each distinct response token, [U]."""
     return job.sharding.within(job.student, lambda student: response_states(student, packed).likeliest())
 
 
-class ProbeGuard:
-    """Whether the student fell on the probe by more than `train.probe_drop` below its best, and the way back to it.
+class ValidationGuard:
+    """Tell when the student falls on the probe by more than `train.max_validation_drop`, and restore its best weights.
 
     With a guard a checkpoint is saved at every look, after the best weights: so a run that goes on from any checkpoint
     compares with what an undisturbed one does.
     """
 
-    def __init__(self, job: Job, done: int) -> None:
-        self.job, self.on = job, job.train.probe_drop is not None
+    def __init__(self, job: TrainContext, done: int) -> None:
+        self.job, self.on = job, job.train.max_validation_drop is not None
         if not self.on:
             return
         if job.rank == 0:
@@ -111,7 +111,7 @@ class ProbeGuard:
         Raises MastersError at a fall where `train.on_drop` is "stop".
         """
         job = self.job
-        right = gathered(job.world, probe_right(job))[0]  # one rank decides for all
+        right = all_gather(job.world, count_correct(job))[0]  # one rank decides for all
         accuracy = right / max(1, len(job.probe))
         job.report(event="probe", step=number, accuracy=accuracy)
         if not self.on:
@@ -119,7 +119,7 @@ class ProbeGuard:
         if right >= self.right:
             self.step, self.right = number, right
             self._keep()
-        elif (self.right - right) / len(job.probe) > (job.train.probe_drop or 0.0):
+        elif (self.right - right) / len(job.probe) > (job.train.max_validation_drop or 0.0):
             self._fell(number, accuracy)
             return accuracy, True
         return accuracy, False
@@ -133,10 +133,10 @@ class ProbeGuard:
             if (now := digest(data)) not in name:
                 raise ArtifactError(f"best weights {job.storage.uri(name)} are damaged: found SHA-256 {now}")
             tensors = load_safetensors(data)
-        held = job.sharding.held(job.student)
+        held = job.sharding.local_parameters(job.student)
         with torch.no_grad():
-            for name, whole in spread(tensors):
-                held[name].copy_(job.sharding.part(whole, held[name]))
+            for name, whole in broadcast_from_rank0(tensors):
+                held[name].copy_(job.sharding.shard(whole, held[name]))
 
     def hand_over(self, place: str) -> None:
         """Leave the best weights so far for the part of the round that follows, where they are watched."""
@@ -149,14 +149,14 @@ class ProbeGuard:
         if self.job.train.on_drop == "stop":
             raise MastersError(
                 f"step {number}: the student has {accuracy:.1%} of {len(self.job.probe)} held-out training questions "
-                f"right, after {best:.1%} at step {self.step}: a fall by more than train.probe_drop "
-                f"({self.job.train.probe_drop}). Lower train.learning_rate, or set train.on_drop to rollback"
+                f"right, after {best:.1%} at step {self.step}: a fall by more than train.max_validation_drop "
+                f"({self.job.train.max_validation_drop}). Lower train.learning_rate, or set train.on_drop to rollback"
             )
         self.job.report(event="rolled_back", at=number, accuracy=accuracy, to=self.step, best=best)
 
     def _keep(self) -> None:
-        held = self.job.sharding.held(self.job.student)
-        tensors = collected(self.job.sharding, held, held)
+        held = self.job.sharding.local_parameters(self.job.student)
+        tensors = gather_to_rank0(self.job.sharding, held, held)
         if self.job.rank != 0:
             return
         data = save_safetensors(tensors)

@@ -23,7 +23,7 @@ SHOWN = 3  # steps in an error
 AGAIN = "train it again with --rebuild train"
 
 
-class Ledger:
+class HistoryWriter:
     """The rows of one rank that are not written yet."""
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ def steps(storage: Storage, prefix: str) -> Iterator[dict]:
         yield from tables.read(storage, name).to_pylist()
 
 
-class Census:
+class HistoryCheck:
     """What is in the tables, counted: a part that a store lost, or a run wrote twice, is seen."""
 
     def __init__(self) -> None:

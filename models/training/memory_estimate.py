@@ -20,7 +20,7 @@ from masters.models.masking import BLOCK, mask_group
 KEPT = 1.25
 PATCHES = 4  # image patches in the vision tower for each image token of the language model, in all families
 CHUNKS = 5  # buffers of the vocabulary's pass that are held at a time
-COPIES = 2  # of weights and optimiser states, in memory while a checkpoint is written
+COPIES = 2  # of weights and optimizer states, in memory while a checkpoint is written
 VISION = ("visual", "vision", "projector", "aligner")
 GIB = 2**30
 REPLICATED = Runtime()
@@ -33,7 +33,7 @@ class Footprint:
 
     weights: int
     gradients: int
-    optimiser: int
+    optimizer: int
     teacher: int
     activations: int
     exchange: int  # of gradients and of what is gathered, between ranks
@@ -68,7 +68,7 @@ def footprint(
     `saves`: into memory of this kind, that is, on a CPU.
 
     With products in bfloat16 a pass also keeps a copy of the weights in it (of shares it has none: FSDP2 gathers them
-    in it, DeepSpeed's products keep the weight itself), and at most as much as in float32 else.
+    in it), and at most as much as in float32 else.
     """
     own, taught = shapes(student), shapes(teacher) if teacher else {}
     width, product = getattr(torch, train.dtype).itemsize, getattr(torch, frozen_dtype(train)).itemsize
@@ -83,23 +83,14 @@ def footprint(
     share, shared_teacher, shared_reference = weights // ranks, teachers // ranks, reference // ranks
     exchange = (width + product) * _gathered(own) + product * _gathered(taught)
     exchange += product * _gathered(own) if reference else 0
-    # DeepSpeed keeps gradients before they are ours, and a bucket of them; as much is on its way in and out
-    bucket = _bucket(own, width) if runtime.sharding == "zero3" else 0
-    gradients = share + (share + bucket if bucket else 0)
-    step = 3 * share + gradients + shared_teacher + shared_reference + activations + exchange + 2 * bucket
+    step = 4 * share + shared_teacher + shared_reference + activations + exchange
     # one rank alone writes all of it: its part of what the ranks need together
     saving = COPIES * 3 * weights // ranks - share - activations - exchange if saves else 0
     # every rank reads a model as a whole before it keeps its share, one model after the other
     loading = max(weights, share + teachers, share + shared_teacher + reference) - step
-    parts = share, gradients, 2 * share, shared_teacher, activations, exchange + 2 * bucket
+    parts = share, share, 2 * share, shared_teacher, activations, exchange
     loading = max(0, loading - max(0, saving))
     return Footprint(*parts, saving=max(0, saving), loading=loading, reference=shared_reference)
-
-
-def _bucket(own: Shapes, width: int) -> int:
-    from masters.models.distributed.zero3 import BUCKET  # here: it takes seconds of imports that other ways do not need
-
-    return width * min(BUCKET, _numbers(own.values()))
 
 
 def _activations(own: Shapes, width: int, tokens: tuple[int, int], device: str, computed_again: bool) -> int:

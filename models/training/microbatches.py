@@ -48,7 +48,7 @@ def batches(items: Iterable[T], size: Callable[[T], int], tokens: int) -> Iterat
         yield batch
 
 
-def dealt(groups: Sequence[int], sizes: Sequence[int | None], ranks: int) -> list[list[int]]:
+def split_across_ranks(groups: Sequence[int], sizes: Sequence[int | None], ranks: int) -> list[list[int]]:
     """A step's groups by rank, about as many tokens each: the longest first, to whoever has least. Order is kept.
 
     Where lengths are unknown they are dealt in turn.
@@ -70,7 +70,7 @@ def plan(steps: Sequence[Step], sizes: Sequence[int | None], tokens: int, ranks:
         return None
     count, total, largest, most = 0, 0, (), 0
     for step in steps:
-        for own in dealt(step.groups, sizes, ranks):
+        for own in split_across_ranks(step.groups, sizes, ranks):
             for batch in batches(own, known.__getitem__, tokens):
                 taken = sum(known[g] for g in batch)
                 count, total = count + 1, total + taken

@@ -13,7 +13,7 @@ import torch
 from masters.config import Rewards, Train
 from masters.models.losses import formulas
 from masters.models.losses.formulas import Terms
-from masters.models.packing.packed_batch import Pack
+from masters.models.packing.packed_batch import PackedBatch
 from masters.models.training.first_difference import RIGHT, spared_tokens
 from masters.rewards.advantages import group_advantages
 from masters.rewards.combination import combined_rewards
@@ -34,17 +34,17 @@ class Outcome:
     advantage_T: torch.Tensor | None = None
 
 
-def question_means(value_R: torch.Tensor, packed: Pack) -> torch.Tensor:
+def question_means(value_R: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
     """Mean over each question's responses, [B]: mean_j in Eq. 8-11, and ours for D."""
     return formulas.response_means(value_R, packed.question_R, len(packed.asked))
 
 
-def divergences(terms: Terms, packed: Pack) -> torch.Tensor:
+def divergences(terms: Terms, packed: PackedBatch) -> torch.Tensor:
     """D_j = mean_t D_t of every response, [R] (Eq. 4-5; ours: the mean over its tokens)."""
     return formulas.response_means(terms.divergence_T, packed.response_T, packed.responses)
 
 
-def supervised(logp_T: torch.Tensor, packed: Pack, score_R: torch.Tensor | None = None) -> Outcome:
+def supervised(logp_T: torch.Tensor, packed: PackedBatch, score_R: torch.Tensor | None = None) -> Outcome:
     """Plain fine-tuning, a baseline: - mean_j mean_t log pi(token), from log pi, [T], summed over questions.
 
     With verdicts R_acc in `score_R` the mean is over the question's right responses alone (rejection sampling), 0
@@ -60,17 +60,17 @@ def supervised(logp_T: torch.Tensor, packed: Pack, score_R: torch.Tensor | None 
     return Outcome(loss, {"loss": loss.item(), "reward_accuracy": _question_sum(score_R.nan_to_num(0.0), packed)})
 
 
-def distillation(terms: Terms, packed: Pack) -> Outcome:
+def distillation(terms: Terms, packed: PackedBatch) -> Outcome:
     """Distillation alone: mean_j D_j (Eq. 4-5), summed over questions."""
     divergence_R = divergences(terms, packed)
     loss = question_means(divergence_R, packed).sum()
     return Outcome(loss, {"loss": loss.item(), "divergence": loss.item()}, {"divergence": divergence_R.tolist()})
 
 
-def masters(
+def masters_loss(
     terms: Terms,
     score_R: torch.Tensor,
-    packed: Pack,
+    packed: PackedBatch,
     train: Train,
     rewards: Rewards,
     taught_R: torch.Tensor | None = None,
@@ -107,7 +107,7 @@ def masters(
 
 
 def shares(
-    score_R: torch.Tensor, packed: Pack, train: Train, taught_R: torch.Tensor | None
+    score_R: torch.Tensor, packed: PackedBatch, train: Train, taught_R: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weights of L_GRPO and of D in the loss of each response, [R] each, as `train.balance` says.
 
@@ -130,7 +130,7 @@ def shares(
 
 
 def bounded_advantages(
-    terms: Terms, advantage_R: torch.Tensor, score_R: torch.Tensor, packed: Pack, negatives: str
+    terms: Terms, advantage_R: torch.Tensor, score_R: torch.Tensor, packed: PackedBatch, negatives: str
 ) -> torch.Tensor:
     """The advantage of each token, [T], from A of its response, bounded below 0 as `negatives` says; no gradient."""
     advantage_T = advantage_R.to(packed.response_T.device)[packed.response_T]
@@ -160,12 +160,16 @@ def _rewards(score_R: torch.Tensor, distill_R: torch.Tensor, rewards: Rewards) -
     }
 
 
-def _question_sum(value_R: torch.Tensor, packed: Pack) -> float:
+def _question_sum(value_R: torch.Tensor, packed: PackedBatch) -> float:
     return question_means(value_R.to(packed.question_R.device), packed).sum().item()
 
 
 def advantages(
-    divergence_R: torch.Tensor, score_R: torch.Tensor, packed: Pack, rewards: Rewards, baseline_shift: float = 0.0
+    divergence_R: torch.Tensor,
+    score_R: torch.Tensor,
+    packed: PackedBatch,
+    rewards: Rewards,
+    baseline_shift: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """R_distill and A, [R] each, from the rewards R of each question's group by itself (Eq. 6-8).
 

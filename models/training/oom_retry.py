@@ -10,10 +10,10 @@ from typing import TypeVar
 import torch
 
 from masters.common.errors import MastersError
-from masters.models.distributed.collectives import in_step
-from masters.models.packing.packed_batch import Pack, pack
+from masters.models.distributed.collectives import lockstep
+from masters.models.packing.packed_batch import PackedBatch, pack
 from masters.models.packing.prefix_tree import Question
-from masters.models.training.context import Job
+from masters.models.training.context import TrainContext
 from masters.models.training.microbatches import batches
 
 T = TypeVar("T")
@@ -34,18 +34,21 @@ class PassTooLarge(MastersError):
 
 
 @dataclass(frozen=True)
-class Spare:
+class DummyPass:
     """What a rank that has no question left does, to no effect, in a pass that needs all ranks."""
 
     question: Callable[[], Question]
-    work: Callable[[Pack], object]
+    work: Callable[[PackedBatch], object]
 
 
 def each_pass(
-    job: Job, asked: Iterable[tuple[T, Question]], work: Callable[[list[T], Pack], None], spare: Spare
+    job: TrainContext,
+    asked: Iterable[tuple[T, Question]],
+    work: Callable[[list[T], PackedBatch], None],
+    spare: DummyPass,
 ) -> None:
     """Give questions to `work` with what they are called, packed within the token budget. Raises PassTooLarge."""
-    for batch in in_step(job.sharding, job.world, batches(asked, lambda one: one[1].tokens, job.token_budget)):
+    for batch in lockstep(job.sharding, job.world, batches(asked, lambda one: one[1].tokens, job.token_budget)):
         if batch is None:
             idle = spare.question()
             with one_pass([idle]):
@@ -71,7 +74,7 @@ def one_pass(questions: list[Question]) -> Iterator[None]:
 def one_step(number: int) -> Iterator[None]:
     """Raises MastersError where an allocation fails outside of a step's passes, which see to their own.
 
-    By then no activation is held, so smaller passes would not help; and the optimiser may have changed a part of the
+    By then no activation is held, so smaller passes would not help; and the optimizer may have changed a part of the
     weights, so the step cannot be taken again in this process: a checkpoint is what a run goes on from.
     """
     try:
@@ -81,7 +84,7 @@ def one_step(number: int) -> Iterator[None]:
             raise
         said = " ".join(str(error).split())[:SHOWN]
         raise MastersError(
-            f"step {number}: memory does not hold what the optimiser needs beside gradients and weights ({said}). "
+            f"step {number}: memory does not hold what the optimizer needs beside gradients and weights ({said}). "
             "Smaller passes would not change it: take a larger machine; the run then goes on from its last checkpoint"
         ) from error
 
@@ -91,7 +94,7 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(NO_MEMORY.search(str(error)))
 
 
-def within_memory(job: Job, work: Callable[[], T]) -> T:
+def within_memory(job: TrainContext, work: Callable[[], T]) -> T:
     """The result of `work`, done again with a smaller token budget whenever memory does not hold one of its passes.
 
     Gradients are none when it begins again, and a question's weight does not depend on the budget, so it is the same

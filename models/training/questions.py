@@ -18,7 +18,7 @@ from masters.models.training.groups import Group
 from masters.store import artifacts
 
 
-class Prompts:
+class QuestionPrompts:
     """Makes the processor's prompt (text and image tensors) of a question: one user turn, the image, the question.
 
     Rows are read at random from a memory-mapped copy of the questions table. Prompts are kept up to `CACHE_BYTES`.

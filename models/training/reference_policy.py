@@ -9,33 +9,33 @@ from safetensors.torch import save as save_safetensors
 from masters.common.errors import MastersError, StoreError
 from masters.common.hashing import digest
 from masters.data.question_shards import Ref
-from masters.models.distributed.collectives import gathered
+from masters.models.distributed.collectives import all_gather
 from masters.models.losses import chunked_head
-from masters.models.packing.packed_batch import Pack, response_states
+from masters.models.packing.packed_batch import PackedBatch, response_states
 from masters.models.packing.prefix_tree import Question
-from masters.models.training.context import Job
-from masters.models.training.oom_retry import Spare, each_pass, within_memory
+from masters.models.training.context import TrainContext
+from masters.models.training.oom_retry import DummyPass, each_pass, within_memory
 
 KEPT = "reference-"  # beside the checkpoints, named after its SHA-256
 
 
 @torch.no_grad()
-def reference_log_probs(job: Job) -> dict[int, torch.Tensor]:
+def reference_log_probs(job: TrainContext) -> dict[int, torch.Tensor]:
     """log pi_ref of every response token, by group: constants, computed once with the round's first student.
 
     A question's groups (of several mask stages) are read together, questions in the order of the table, where those
     of one image lie together. The numbers are kept beside the checkpoints, so that a resumed run uses the very same.
     """
-    if not gathered(job.world, job.rank == 0 and _kept(job) is not None)[0]:  # one rank decides for all
+    if not all_gather(job.world, job.rank == 0 and _kept(job) is not None)[0]:  # one rank decides for all
         asked: dict[Ref, list[int]] = {}
         for g in sorted(range(len(job.groups)), key=lambda g: (job.groups[g].ref.file, job.groups[g].ref.row)):
             asked.setdefault(job.groups[g].ref, []).append(g)
         mine = list(asked.values())[len(asked) * job.rank // job.world : len(asked) * (job.rank + 1) // job.world]
-        everyone = gathered(job.world, _computed(job, mine, next(iter(asked.values()), [])))
+        everyone = all_gather(job.world, _computed(job, mine, next(iter(asked.values()), [])))
         if job.rank == 0:
             data = _packed({group: values for part in everyone for group, values in part.items()})
             job.storage.write(f"{job.checkpoints}/{KEPT}{digest(data)}.safetensors", data)
-        gathered(job.world, None)  # no rank reads before it is written
+        all_gather(job.world, None)  # no rank reads before it is written
     found = _kept(job)
     if found is None:
         raise StoreError(f"{job.storage.uri(job.checkpoints)}: the reference log-probabilities are gone")
@@ -53,7 +53,7 @@ def _unpacked(data: bytes) -> dict[int, torch.Tensor]:
     return dict(enumerate(kept["logp_T"].split(kept["tokens_G"].tolist())))
 
 
-def _kept(job: Job) -> bytes | None:
+def _kept(job: TrainContext) -> bytes | None:
     """What was kept, if it is what its name says: a flipped bit would change the objective."""
     for name in job.storage.names(job.checkpoints):
         if name.startswith(f"{job.checkpoints}/{KEPT}") and digest(data := job.storage.read(name)) in name:
@@ -61,16 +61,16 @@ def _kept(job: Job) -> bytes | None:
     return None
 
 
-def _computed(job: Job, asked: list[list[int]], spare: list[int]) -> dict[int, torch.Tensor]:
+def _computed(job: TrainContext, asked: list[list[int]], spare: list[int]) -> dict[int, torch.Tensor]:
     """log pi_ref by group, of groups that are read together; `spare`: such groups, for passes of other ranks alone."""
     found: dict[int, torch.Tensor] = {}
 
-    def log_probs(packed: Pack) -> torch.Tensor:
+    def log_probs(packed: PackedBatch) -> torch.Tensor:
         return job.sharding.within(
             job.student, lambda student: chunked_head.chosen_log_probs(response_states(student, packed), packed.token_U)
         )
 
-    def read(parts: list[list[int]], packed: Pack) -> None:
+    def read(parts: list[list[int]], packed: PackedBatch) -> None:
         logp_U = log_probs(packed)
         groups = [g for own in parts for g in own]
         lengths = [sum(len(r) for r in job.groups[g].responses) for g in groups]
@@ -88,13 +88,13 @@ def _computed(job: Job, asked: list[list[int]], spare: list[int]) -> dict[int, t
 
     def rest() -> None:
         left = ((own, _together(job, own)) for own in asked if own[0] not in found)
-        each_pass(job, left, read, Spare(lambda: _together(job, spare), log_probs))
+        each_pass(job, left, read, DummyPass(lambda: _together(job, spare), log_probs))
 
     within_memory(job, rest)
     return found
 
 
-def _together(job: Job, groups: list[int]) -> Question:
+def _together(job: TrainContext, groups: list[int]) -> Question:
     """A question with the responses of all its groups."""
     first = job.question(job.groups[groups[0]])
     return replace(first, responses=[r for g in groups for r in job.groups[g].responses])

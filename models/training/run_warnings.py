@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from masters.models.training import history
-from masters.models.training.context import Job
+from masters.models.training.context import TrainContext
 from masters.store import artifacts
 
 Row = Mapping[str, float | None]  # a step's means, by name; what a step does not have is None or left out
@@ -60,7 +60,7 @@ LIMITS = (
 class RunWarnings:
     """Compares a round's latest steps with its first. A run that goes on reads its earlier steps from the history."""
 
-    def __init__(self, job: Job, done: int) -> None:
+    def __init__(self, job: TrainContext, done: int) -> None:
         """`done`: steps that are behind a checkpoint; what was said of them is said again, to a new reader. What was
         said of the parts of the round before this one is not."""
         self._job, self._every = job, max(1, job.round_steps // 10)

@@ -18,9 +18,9 @@ from masters.config import Rewards, Runtime, Train
 from masters.data.question_shards import Ref
 from masters.execution import processes
 from masters.models import devices, model_loading
-from masters.models.distributed import Sharding, mixed_precision, own, sharding_of
+from masters.models.distributed import Sharding, mixed_precision, sharding_of, to_local
 from masters.models.distributed.activation_checkpointing import checkpoint_activations
-from masters.models.distributed.collectives import collected
+from masters.models.distributed.collectives import gather_to_rank0
 from masters.models.families import family_of
 from masters.models.families.base import VLM
 from masters.models.model_loading import export
@@ -29,7 +29,7 @@ from masters.models.packing.prefix_tree import Question
 from masters.models.training import memory_estimate, microbatches, trainer
 from masters.models.training.groups import Group, label_groups, plan_steps, response_groups
 from masters.models.training.oom_retry import AGAIN
-from masters.models.training.questions import Prompts
+from masters.models.training.questions import QuestionPrompts
 from masters.models.training.round_part import Part
 from masters.store import artifacts
 from masters.store.storage import Storage
@@ -47,8 +47,8 @@ def main(job_file: Path) -> None:
         dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world)
     ready = prepare(job, job_file, rank, world)
     trainer.fit(ready)
-    held = ready.sharding.held(ready.student)
-    trained = collected(ready.sharding, held, held)
+    held = ready.sharding.local_parameters(ready.student)
+    trained = gather_to_rank0(ready.sharding, held, held)
     if rank == 0:
         export(trained, Path(job["student"]), Path(job["out"]))
         ready.report(event="exported")
@@ -56,11 +56,11 @@ def main(job_file: Path) -> None:
         dist.destroy_process_group()
 
 
-def prepare(job: dict, job_file: Path, rank: int, world: int) -> trainer.Job:
+def prepare(job: dict, job_file: Path, rank: int, world: int) -> trainer.TrainContext:
     """Load models and tables and plan the steps."""
     storage, train = Storage(job["store"]), Train(**job["train"])
     data = artifacts.load(storage, job["tables"]["data"])
-    prompts = Prompts(Path(job["student"]), data, job_file.parent)
+    prompts = QuestionPrompts(Path(job["student"]), data, job_file.parent)
     refs = [Ref(*ref) for ref in job["refs"]]
     groups, empty = _groups(job, storage, train, data, prompts, refs)
     steps = plan_steps(groups, len(job["ratios"]), train.epochs, train.questions_per_step, train.seed)
@@ -77,7 +77,7 @@ def prepare(job: dict, job_file: Path, rank: int, world: int) -> trainer.Job:
     sharding = sharding_of(job["sharding"], device)
     student, teacher, reference = _models(job, train, device, sharding)
     report(event="held", **_held(student, sharding, world), sharding=job["sharding"])
-    return trainer.Job(
+    return trainer.TrainContext(
         student=student,
         teacher=teacher,
         remask=lambda stage: _remask(teacher, job, stage, sharding),
@@ -134,13 +134,13 @@ def _models(job: dict, train: Train, device: str, sharding: Sharding) -> tuple[V
 
     What is not trained is held in the type that is computed in; a resumed run has the same pi_ref, the round's start.
     """
-    hold = partial(sharding.hold, train=train)
+    hold = partial(sharding.shard_model, train=train)
     student = model_loading.load_model(Path(job["student"]), train.dtype, device, hold)
     if job["activation_checkpointing"]:
         checkpoint_activations(student)
 
     def frozen(folder: str) -> VLM:
-        return model_loading.load_model(Path(folder), mixed_precision.frozen_dtype(train), device, sharding.hold)
+        return model_loading.load_model(Path(folder), mixed_precision.frozen_dtype(train), device, sharding.shard_model)
 
     teacher = None if train.objective == "sft" else frozen(job["teacher"])
     return student, teacher, frozen(job["student"]) if train.holds_reference else None
@@ -155,12 +155,14 @@ def _end_tokens(student: VLM, tokenizer: Any) -> frozenset[int]:
 
 def _held(student: torch.nn.Module, sharding: Sharding, world: int) -> dict[str, float]:
     """How many processes there are, and what share of the student's weights this one holds."""
-    parameters = sharding.held(student).values()
-    mine, whole = (sum(p.numel() for p in parts) for parts in (map(own, parameters), parameters))
+    parameters = sharding.local_parameters(student).values()
+    mine, whole = (sum(p.numel() for p in parts) for parts in (map(to_local, parameters), parameters))
     return dict(processes=world, weights_share=round(mine / whole, 4))
 
 
-def _groups(job: dict, storage: Storage, train: Train, data: artifacts.Artifact, prompts: Prompts, refs: list[Ref]):
+def _groups(
+    job: dict, storage: Storage, train: Train, data: artifacts.Artifact, prompts: QuestionPrompts, refs: list[Ref]
+):
     if train.targets == "labels":
         answers = {
             r["question_id"]: prompts.label(r["answer"]) for r in data.rows("questions", ["question_id", "answer"])
@@ -172,7 +174,7 @@ def _groups(job: dict, storage: Storage, train: Train, data: artifacts.Artifact,
     return response_groups(refs, responses, verdicts, job["ratios"], job["coverage"], job["mask_stage"])
 
 
-def _probe(prompts: Prompts, refs: list[Ref]) -> list[Question]:
+def _probe(prompts: QuestionPrompts, refs: list[Ref]) -> list[Question]:
     return [Question(ref.question_id, prompts.prompt(ref), [prompts.label(prompts.row(ref)["answer"])]) for ref in refs]
 
 

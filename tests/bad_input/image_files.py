@@ -26,7 +26,7 @@ def frames(count: int = 5) -> list[Image.Image]:
     return [Image.new("RGB", (8, 8), (40 * n, 0, 0)) for n in range(count)]
 
 
-def grey16() -> np.ndarray:
+def gray16() -> np.ndarray:
     """[10, 10], from black to nearly white."""
     return (np.arange(100).reshape(10, 10) * 655).astype(np.uint16)
 
@@ -70,7 +70,7 @@ def rgb16() -> bytes:
 
 
 def corners() -> np.ndarray:
-    """[4, 6, 3], no two of its eight turns alike; few colours, far apart."""
+    """[4, 6, 3], no two of its eight turns alike; few colors, far apart."""
     picture = np.zeros((4, 6, 3), np.uint8)
     picture[:2, :3], picture[:2, 3:], picture[2:, :3] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
     return picture

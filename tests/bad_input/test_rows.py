@@ -37,7 +37,7 @@ PICTURES: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "a line of pixels": (lambda: encoded(plain(size=(300, 1))), "a.png", "image is too narrow (300 x 1, limit 200:1)"),
     "one pixel": (lambda: encoded(plain(size=(1, 1))), "a.png", ACCEPTED),
     "cmyk": (lambda: encoded(plain("CMYK"), "JPEG"), "a.jpg", ACCEPTED),
-    "16 bits of grey": (lambda: encoded(Image.fromarray(image_files.grey16())), "grey16.png", ACCEPTED),
+    "16 bits of gray": (lambda: encoded(Image.fromarray(image_files.gray16())), "gray16.png", ACCEPTED),
     "16 bits a channel": (image_files.rgb16, "rgb16.png", ACCEPTED),
     "32-bit samples": (lambda: encoded(plain("I"), "TIFF"), "a.tif", f"{UNDECODABLE} (samples of mode I have no"),
     "samples with a point": (lambda: encoded(plain("F"), "TIFF"), "a.tif", f"{UNDECODABLE} (samples of mode F have no"),
@@ -202,9 +202,9 @@ def seen(table: Artifact, name: str) -> np.ndarray:
     return np.asarray(opened(image))
 
 
-def test_16_bits_of_grey_are_seen_as_8_and_not_as_white(table: Artifact) -> None:
+def test_16_bits_of_gray_are_seen_as_8_and_not_as_white(table: Artifact) -> None:
     for channel in range(3):
-        assert (seen(table, "16 bits of grey")[:, :, channel] == image_files.grey16() >> 8).all()
+        assert (seen(table, "16 bits of gray")[:, :, channel] == image_files.gray16() >> 8).all()
     assert seen(table, "16 bits a channel")[0].tolist() == [[0, 117, 255], [3, 7, 11]]
 
 
@@ -213,7 +213,7 @@ def test_of_an_animation_the_first_frame_is_seen(table: Artifact) -> None:
     assert (seen(table, "animated gif") == first).all()
 
 
-def test_cmyk_is_seen_in_its_colours(table: Artifact) -> None:
+def test_cmyk_is_seen_in_its_colors(table: Artifact) -> None:
     assert seen(table, "cmyk").min() >= 250  # no ink: white
 
 
@@ -228,11 +228,11 @@ def test_a_picture_that_says_nothing_or_nonsense_of_its_orientation_is_seen_as_i
         assert (seen(table, name) == image_files.corners()).all()
 
 
-def test_16_bits_of_grey_are_seen_upright() -> None:
+def test_16_bits_of_gray_are_seen_upright() -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
-    found = np.asarray(opened(encoded(Image.fromarray(image_files.grey16()), exif=exif)))
-    assert (found[:, :, 0] == np.rot90(image_files.grey16() >> 8, -1)).all()
+    found = np.asarray(opened(encoded(Image.fromarray(image_files.gray16()), exif=exif)))
+    assert (found[:, :, 0] == np.rot90(image_files.gray16() >> 8, -1)).all()
 
 
 def test_the_file_is_kept_as_it_came(table: Artifact) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from masters.common.errors import InputError, MastersError, StoreError
-from masters.common.redaction import looks_secret, mask_logs, masked
+from masters.common.redaction import looks_secret, redact, redact_logs
 from masters.flows import webhook
 from tests.flows.test_nightly import Webhook
 
@@ -23,7 +23,7 @@ VARIABLES = ("AWS_SECRET_ACCESS_KEY", "MASTERS_JUDGE_API_KEY", "HF_TOKEN", "MLFL
 @pytest.mark.parametrize("name", VARIABLES)
 def test_values_of_secret_variables(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, SECRET)
-    assert masked(f"denied: {SECRET}!") == "denied: ***!"
+    assert redact(f"denied: {SECRET}!") == "denied: ***!"
 
 
 def test_values_of_other_variables_are_not_masked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,7 +33,7 @@ def test_values_of_other_variables_are_not_masked(monkeypatch: pytest.MonkeyPatc
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     text = "masters-demo false-value /var/lib/masters true abc"
-    assert masked(text) == text
+    assert redact(text) == text
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_values_of_other_variables_are_not_masked(monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_a_secret_is_masked_in_each_of_its_forms(text: str, expected: str) -> None:
-    assert masked(text) == expected and looks_secret(text)
+    assert redact(text) == expected and looks_secret(text)
 
 
 @pytest.mark.parametrize(
@@ -61,14 +61,14 @@ def test_a_secret_is_masked_in_each_of_its_forms(text: str, expected: str) -> No
     ],
 )  # fmt: skip
 def test_text_without_secrets_is_not_masked(text: str) -> None:
-    assert masked(text) == text and not looks_secret(text)
+    assert redact(text) == text and not looks_secret(text)
 
 
 @given(st.text(alphabet=st.characters(categories=["L", "N"]), min_size=6), st.text(), st.text())
 def test_no_secret_is_left_wherever_it_stands(secret: str, before: str, after: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MASTERS_JUDGE_API_KEY", f"{secret}-x")
-        assert f"{secret}-x" not in masked(f"{before}{secret}-x{after}")
+        assert f"{secret}-x" not in redact(f"{before}{secret}-x{after}")
 
 
 def test_errors_hold_none_and_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,8 +87,8 @@ def logged(monkeypatch: pytest.MonkeyPatch):
     logger = logging.getLogger("some.library")
     logger.addHandler(handler)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    mask_logs()
-    mask_logs()  # once is enough, twice harms nothing
+    redact_logs()
+    redact_logs()  # once is enough, twice harms nothing
     yield logger, sink
     logger.removeHandler(handler)
     logging.setLogRecordFactory(before)

@@ -6,7 +6,7 @@ import pytest
 
 from masters.common.errors import InputError
 from masters.evaluation import benchmark_selection
-from masters.evaluation.benchmark_selection import PAPER, understood
+from masters.evaluation.benchmark_selection import PAPER, select_benchmarks
 
 JUDGE = "from lmms_eval.llm_judge import get_server\n"
 
@@ -37,8 +37,8 @@ def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_papers_set_is_its_13(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTERS_JUDGED_BENCHMARKS", "mmvet, another")
-    asked = understood(["Paper"])
-    assert asked == understood(list(PAPER)) == understood(["paper", "ai2d", "MMSTAR"])
+    asked = select_benchmarks(["Paper"])
+    assert asked == select_benchmarks(list(PAPER)) == select_benchmarks(["paper", "ai2d", "MMSTAR"])
     assert asked.tasks == tuple(PAPER.values()) and len(asked.tasks) == 13
     assert (asked.version, asked.own, asked.theirs) == ("9.9", {}, True)
 
@@ -48,7 +48,7 @@ def test_tasks_tags_and_groups_of_lmms_eval_are_known(
     theirs: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:  # fmt: skip
     monkeypatch.setenv("MASTERS_JUDGED_BENCHMARKS", "usual")
-    assert understood([name, "MMStar", name]).tasks == (name, "mmstar")
+    assert select_benchmarks([name, "MMStar", name]).tasks == (name, "mmstar")
 
 
 def test_what_a_task_includes_is_its_own(theirs: Path) -> None:
@@ -58,30 +58,30 @@ def test_what_a_task_includes_is_its_own(theirs: Path) -> None:
     (theirs / "heir" / "heir.yaml").write_text("include: ../base/base.yaml\ntask: heir\n")
     for name in ("heir", "of_base"):
         with pytest.raises(InputError, match=f"scoring {name} sends"):
-            understood([name])
+            select_benchmarks([name])
 
 
 def test_an_unknown_name_is_refused_with_what_is_near(theirs: Path) -> None:
     with pytest.raises(InputError, match=r"lmms-eval 9\.9 has no task 'mmstarr' \(near it: mmstar.*'paper'"):
-        understood(["MMStar", "mmstarr"])
+        select_benchmarks(["MMStar", "mmstarr"])
 
 
 def test_what_is_not_installed_is_said(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_selection, "PACKAGES", tmp_path / "none")
     with pytest.raises(InputError, match="make setup-benchmarks"):
-        understood(["paper"])
+        select_benchmarks(["paper"])
 
 
 def test_what_asks_a_judge_is_refused_unless_it_is_allowed(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Itself, as one of a tag, and through code that it takes over from another task."""
     with pytest.raises(InputError, match="scoring mmvet, usual sends questions.*MASTERS_JUDGED_BENCHMARKS"):
-        understood(["AI2D", "mmvet", "usual"])
-    assert understood(["mmmu_pro"]).tasks == ("mmmu_pro",)
+        select_benchmarks(["AI2D", "mmvet", "usual"])
+    assert select_benchmarks(["mmmu_pro"]).tasks == ("mmmu_pro",)
     (theirs / "shared" / "utils.py").write_text("import os\nkey = os.environ['OPENAI_API_KEY']\n")
     with pytest.raises(InputError, match="scoring mmmu_pro sends"):
-        understood(["mmmu_pro"])
+        select_benchmarks(["mmmu_pro"])
     monkeypatch.setenv("MASTERS_JUDGED_BENCHMARKS", "mmmu_pro")
-    assert understood(["mmmu_pro"]).tasks == ("mmmu_pro",)
+    assert select_benchmarks(["mmmu_pro"]).tasks == ("mmmu_pro",)
 
 
 def test_ones_own_tasks_are_known_by_their_content(
@@ -90,13 +90,13 @@ def test_ones_own_tasks_are_known_by_their_content(
     own = tmp_path / "own"
     write(own / "mine", "mine", "task: mine\n")
     with pytest.raises(InputError, match="no task 'mine'"):
-        understood(["mine"])
+        select_benchmarks(["mine"])
     monkeypatch.setenv("MASTERS_BENCHMARK_TASKS", str(own))
-    before = understood(["mine"])
+    before = select_benchmarks(["mine"])
     assert list(before.own) == [str(own / "mine")] and not before.theirs
-    assert understood(["mine", "ai2d"]).theirs
+    assert select_benchmarks(["mine", "ai2d"]).theirs
     (own / "mine" / "data.parquet").write_bytes(b"rows")
-    assert understood(["mine"]).own != before.own
+    assert select_benchmarks(["mine"]).own != before.own
     monkeypatch.setenv("MASTERS_BENCHMARK_TASKS", str(tmp_path / "none"))
     with pytest.raises(InputError, match="expected folders"):
-        understood(["mine"])
+        select_benchmarks(["mine"])

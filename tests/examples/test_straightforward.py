@@ -65,18 +65,18 @@ def theirs(asked: list[plain.Group], masked: str) -> Iterator[plain.Outcome]:
     """The script's steps, as `train` takes them."""
     student, teacher, reference = (plain.load(folder) for folder in (str(STUDENT), masked, str(STUDENT)))
     processor = AutoProcessor.from_pretrained(STUDENT)
-    optimiser = torch.optim.AdamW(student.parameters(), lr=TRAIN.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=TRAIN.learning_rate, weight_decay=0.0)
     for at in range(0, len(asked), PER_STEP):
         outcome = plain.step_outcome(student, teacher, reference, processor, asked[at : at + PER_STEP], TRAIN.beta)
         yield outcome
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         outcome.loss.backward()
-        optimiser.step()
+        optimizer.step()
 
 
-def ours(asked: list[plain.Group], thresholds: dict[str, float], job: trainer.Job) -> Iterator[plain.Outcome]:
+def ours(asked: list[plain.Group], thresholds: dict[str, float], job: trainer.TrainContext) -> Iterator[plain.Outcome]:
     """The pipeline's steps on the same responses."""
-    optimiser = torch.optim.AdamW(job.student.parameters(), lr=TRAIN.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(job.student.parameters(), lr=TRAIN.learning_rate, weight_decay=0.0)
     model_loading.remask(job.teacher, TEACHER, thresholds)
     for at in range(0, len(asked), PER_STEP):
         members = list(range(at, at + PER_STEP))
@@ -89,11 +89,11 @@ def ours(asked: list[plain.Group], thresholds: dict[str, float], job: trainer.Jo
         distill_R, advantage_R = objective.advantages(divergence_R, score_R, packed, Rewards())
         sums = trainer.run_step(job, Step(0, 0, tuple(members)), {})
         yield plain.Outcome(torch.tensor(sums["loss"] / PER_STEP), score_R + distill_R, advantage_R)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
-def make_job(asked: list[plain.Group], store: Path) -> trainer.Job:
+def make_job(asked: list[plain.Group], store: Path) -> trainer.TrainContext:
     processor = AutoProcessor.from_pretrained(STUDENT)
 
     def question(group: Group) -> Question:
@@ -113,7 +113,7 @@ def make_job(asked: list[plain.Group], store: Path) -> trainer.Job:
         )
         for n, g in enumerate(asked)
     ]
-    return trainer.Job(
+    return trainer.TrainContext(
         student=model_loading.load_model(STUDENT, "float32"), teacher=model_loading.load_model(TEACHER, "float32"),
         reference=model_loading.load_model(STUDENT, "float32"),
         remask=lambda stage: None, family=family_of("qwen3_vl"), train=TRAIN, rewards=Rewards(accuracy="rules"),

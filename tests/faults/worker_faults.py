@@ -58,7 +58,8 @@ def _config(world: World, store: str) -> dict:
     """Labels as targets, so that no engine starts; training takes long enough to be met in it."""
     return dict(
         name="stacked", store=dict(root=store), data=dict(source=str(world.source), max_rejected_share=0.2),
-        student=dict(model="demo/models/student"), teachers=[dict(model="demo/models/teacher", r_max=0.2, step=0.2)],
+        student=dict(model="demo/models/student"),
+        teachers=[dict(model="demo/models/teacher", r_max=0.2, mask_step=0.2)],
         train=dict(objective="kd", targets="labels", learning_rate=1e-4, questions_per_step=1, epochs=15),
         runtime=dict(checkpoint_steps=20),
     )  # fmt: skip

@@ -14,7 +14,7 @@ from masters.checks.preflight import preflight
 from masters.common.errors import InputError
 from masters.config import Config, Model
 from masters.config.loading import load
-from masters.evaluation.benchmark_selection import PACKAGES, PAPER, understood
+from masters.evaluation.benchmark_selection import PACKAGES, PAPER, select_benchmarks
 from masters.execution import processes
 from masters.store import artifacts
 from masters.tasks.benchmark import child, identity
@@ -80,7 +80,7 @@ def test_lmms_eval_and_our_evaluation_agree_to_the_row(
 
     monkeypatch.setenv("MASTERS_BENCHMARK_TASKS", str(tmp_path / "tasks"))
     found = Context(settings(tmp_path), preflight(settings(tmp_path)))
-    made_of = identity(found, student(), understood([benchmark.TASK]), None, "benchmarks")
+    made_of = identity(found, student(), select_benchmarks([benchmark.TASK]), None, "benchmarks")
     assert found.storage.uri(made_of.folder) == stages["benchmarks"]["uri"]  # another process finds it again
     assert artifacts.find(found.storage, made_of)
 
@@ -95,7 +95,7 @@ def test_a_benchmark_whose_data_cannot_be_had_is_one_line(tmp_path: Path, monkey
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     no_engine = replace(student(), folder=tmp_path / "none")
-    process = child(settings(tmp_path), no_engine, understood([benchmark.TASK]), None, tmp_path)
+    process = child(settings(tmp_path), no_engine, select_benchmarks([benchmark.TASK]), None, tmp_path)
     with pytest.raises(InputError, match=rf"benchmark {benchmark.TASK} cannot be loaded \(FileNotFoundError.*HF_TOKEN"):
         processes.run([process], 1, lambda *_: None)
 
@@ -104,7 +104,7 @@ def test_a_benchmark_whose_data_cannot_be_had_is_one_line(tmp_path: Path, monkey
 def test_the_installed_lmms_eval_has_the_papers_13(monkeypatch: pytest.MonkeyPatch) -> None:
     judged = ["MathVista", "MMB", "MMB-CN", "MM-Vet"]
     free = [name for name in PAPER if name not in judged]
-    assert len(understood(free).tasks) == 9
+    assert len(select_benchmarks(free).tasks) == 9
     monkeypatch.setenv("MASTERS_JUDGED_BENCHMARKS", ",".join(PAPER[name] for name in judged))
-    asked = understood(["paper"])
+    asked = select_benchmarks(["paper"])
     assert (len(asked.tasks), asked.version) == (13, "0.7.3")

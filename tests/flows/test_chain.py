@@ -21,11 +21,11 @@ model = "{models}/student"
 [[teachers]]
 model = "{models}/student"    # a first, weaker teacher
 r_max = 0.1
-step = 0.1
+mask_step = 0.1
 [[teachers]]
 model = "{models}/teacher"
 r_max = 0.2
-step = 0.2
+mask_step = 0.2
 [generate]
 max_tokens = 8
 dtype = "float32"

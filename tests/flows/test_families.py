@@ -37,7 +37,7 @@ def distil(place: Path, source: Path, teacher: Path, student: Path, prefect: dic
     """The summary of `masters distill`, with a home of its own."""
     values = {
         "store.root": place / "store", "data.source": source,
-        "student.model": student, "teachers.0.model": teacher, "teachers.0.step": 0.1,
+        "student.model": student, "teachers.0.model": teacher, "teachers.0.mask_step": 0.1,
         "generate.responses": 4, "generate.max_tokens": 6,
         "train.epochs": 1, "train.questions_per_step": 4, "train.learning_rate": 1e-3,
         "runtime.max_model_len": 128, "runtime.train_processes": 1,

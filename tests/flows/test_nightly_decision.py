@@ -152,10 +152,10 @@ def test_two_nights_of_a_name_follow_each_other(tmp_path: Path, monkeypatch: pyt
     def waits() -> None:
         raise Waits
 
-    with locks.turn("night a", waits), locks.turn("night b", waits):
-        with pytest.raises(Waits), locks.turn("night a", waits):
+    with locks.machine_lock("night a", waits), locks.machine_lock("night b", waits):
+        with pytest.raises(Waits), locks.machine_lock("night a", waits):
             pass
-    with locks.turn("night a", waits):
+    with locks.machine_lock("night a", waits):
         pass
 
 

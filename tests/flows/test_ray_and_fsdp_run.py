@@ -142,9 +142,9 @@ def test_its_ray_listened_on_loopback_alone_without_a_dashboard_and_is_gone(
 
 
 def test_its_student_is_as_good_as_the_same(one: dict, two: dict) -> None:
-    """End weights differ by less than 1 % of the distance travelled."""
+    """End weights differ by less than 1 % of the distance traveled."""
     began = load_file(ROOT / "demo/models/student/model.safetensors")
     first, second = (load_file(Path(stage(run, "train")["uri"]) / "model/model.safetensors") for run in (one, two))
-    travelled = sum((first[name] - began[name]).square().sum() for name in began) ** 0.5
+    traveled = sum((first[name] - began[name]).square().sum() for name in began) ** 0.5
     apart = sum((first[name] - second[name]).square().sum() for name in began) ** 0.5
-    assert travelled > 0 and apart < 0.01 * travelled, (apart / travelled).item()
+    assert traveled > 0 and apart < 0.01 * traveled, (apart / traveled).item()

@@ -34,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(place: Path, store: str, **values: object) -> list[str]:
     own = {
         "data.source": place / "data" / "questions.jsonl", "store.root": place / store, "generate.refresh": "stage",
-        "teachers.0.step": 0.2, "train.questions_per_step": 4, "train.learning_rate": 1e-3,
+        "teachers.0.mask_step": 0.2, "train.questions_per_step": 4, "train.learning_rate": 1e-3,
         "runtime.generate_workers": 1, "runtime.train_processes": 1,
     }  # fmt: skip
     return ["configs/easyvqa.toml", *options(own | {key.replace("__", "."): value for key, value in values.items()})]

@@ -105,7 +105,7 @@ def test_plots_are_pictures_with_something_on_them_and_the_same_in_mlflow(finish
     drawn = pictures(shown["trained-plots"].data)
     assert len(drawn) == 4
     for image in drawn:
-        assert len(image.convert("RGB").getcolors(1 << 24) or []) > 20  # axes alone are shades of grey
+        assert len(image.convert("RGB").getcolors(1 << 24) or []) > 20  # axes alone are shades of gray
     client = MlflowClient(run.tracker.uri)
     listed = {file.path for file in client.list_artifacts(run.tracker.run_id, "figures")}
     assert listed == {f"figures/{name}.png" for name in ("training", "diagnostics", "rewards", "divergences")}
@@ -125,7 +125,7 @@ def rounds(run: Run, responses: bool) -> str:
     return flow_run_id()
 
 
-TEACHER = dict(model=str(ROOT / "demo/models/teacher"), r_max=0.2, step=0.2)
+TEACHER = dict(model=str(ROOT / "demo/models/teacher"), r_max=0.2, mask_step=0.2)
 
 
 @pytest.mark.slow

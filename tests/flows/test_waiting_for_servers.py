@@ -30,19 +30,19 @@ def deployed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_deployment_waits_for_its_store(deployed: None) -> None:
     store = Away(3, Unreachable("away"))
-    assert retries.patient(store) == "there" and store.asked == 4
+    assert retries.retry_unreachable(store) == "there" and store.asked == 4
 
 
 def test_waiting_for_a_store_ends(deployed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "PATIENCE", 0.0)
     with pytest.raises(Unreachable, match="away"):
-        retries.patient(Away(10, Unreachable("away")))
+        retries.retry_unreachable(Away(10, Unreachable("away")))
 
 
 def test_bad_input_is_not_waited_for(deployed: None) -> None:
     store = Away(1, InputError("wrong"))
     with pytest.raises(InputError, match="wrong"):
-        retries.patient(store)
+        retries.retry_unreachable(store)
     assert store.asked == 1
 
 
@@ -50,5 +50,5 @@ def test_a_person_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "deployment", SimpleNamespace(id=None))
     store = Away(1, Unreachable("away"))
     with pytest.raises(Unreachable):
-        retries.patient(store)
+        retries.retry_unreachable(store)
     assert store.asked == 1

@@ -14,7 +14,7 @@ from masters.models.masking import apply_mask, is_masked, magnitude_thresholds
 from masters.models.packing.prefix_tree import Sizes
 from masters.models.training import trainer
 from masters.models.training.groups import Step
-from masters.models.training.history import Ledger
+from masters.models.training.history import HistoryWriter
 from masters.store.storage import Storage
 from tests.models import tiny_models
 from tests.models.tiny_jobs import make_job
@@ -37,7 +37,7 @@ def loss_curve(settings: Train = SETTINGS) -> list[dict[str, float]]:
             ratios=RATIOS,
             steps=[Step(0, number * len(RATIOS) // STEPS, of) for number, of in enumerate(groups)],
             remask=lambda stage: mask(teacher, RATIOS[stage]), storage=Storage(folder), checkpoints="checkpoints",
-            checkpoint_steps=STEPS, report=lambda **line: told.append(line), ledger=Ledger(), tally=Sizes(),
+            checkpoint_steps=STEPS, report=lambda **line: told.append(line), ledger=HistoryWriter(), tally=Sizes(),
         )  # fmt: skip
         trainer.fit(job)
     steps = [line for line in told if line["event"] == "step"]

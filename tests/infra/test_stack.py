@@ -42,7 +42,8 @@ def config(stack: Stack) -> dict:
     return dict(
         name="operated", store=dict(root=PREFIX),
         data=dict(source=str(stack.folder / "data/questions.jsonl"), max_rejected_share=0.2),
-        student=dict(model="demo/models/student"), teachers=[dict(model="demo/models/teacher", r_max=0.2, step=0.2)],
+        student=dict(model="demo/models/student"),
+        teachers=[dict(model="demo/models/teacher", r_max=0.2, mask_step=0.2)],
         generate=dict(responses=2, max_tokens=8, dtype="float32"), rewards=dict(accuracy="rules"),
         train=dict(learning_rate=1e-4, questions_per_step=1, epochs=24),
         runtime=dict(max_model_len=512, checkpoint_steps=20),

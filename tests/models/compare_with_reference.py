@@ -7,7 +7,7 @@ import torch
 
 from masters.config import Rewards, Train
 from masters.models.losses import formulas
-from masters.models.packing.packed_batch import Pack
+from masters.models.packing.packed_batch import PackedBatch
 from masters.models.training import objective
 from tests.models import float64_reference
 from tests.models.float64_reference import Batch
@@ -67,7 +67,7 @@ def awkward(vocabulary: tuple[int, int] = (11, 11)) -> Batch:
     return draw(shape, {(1, 1), (2, 3), (4, 1)}, seed=5, vocabulary=vocabulary)
 
 
-def packed(batch: Batch) -> Pack:
+def packed(batch: Batch) -> PackedBatch:
     """The batch's tokens as the packer describes them, without a model's inputs."""
     responses = [tokens for one in batch.questions for tokens in one]
     response_T = [r for r, tokens in enumerate(responses) for _ in tokens]
@@ -75,16 +75,16 @@ def packed(batch: Batch) -> Pack:
     asked = [[r for r, of in enumerate(question_R) if of == q] for q in range(len(batch.questions))]
     token_T, *others = map(torch.tensor, (batch.token_T.tolist(), response_T, question_R))
     same_R = [responses.index(tokens) for tokens in responses]
-    return Pack({}, None, torch.empty(0), token_T, torch.arange(len(token_T)), *others, asked, same_R)
+    return PackedBatch({}, None, torch.empty(0), token_T, torch.arange(len(token_T)), *others, asked, same_R)
 
 
-def taught(pack: Pack) -> torch.Tensor:
+def taught(pack: PackedBatch) -> torch.Tensor:
     """Every other response of a question is a teacher's, as `float64_reference.objective` has it, [R]."""
     return torch.tensor([j % 2 == 0 for own in pack.asked for j in range(len(own))])
 
 
 def dense_terms(
-    student: torch.Tensor, teacher: torch.Tensor, pi_ref: torch.Tensor, pack: Pack, train: Train
+    student: torch.Tensor, teacher: torch.Tensor, pi_ref: torch.Tensor, pack: PackedBatch, train: Train
 ) -> formulas.Terms:
     """The terms that the trainer would have, from logits; log pi_ref as it would be stored where `train` stores it."""
     held = pi_ref if train.holds_reference else None
@@ -115,7 +115,7 @@ def check_objective(batch: Batch, train: Train, rewards: Rewards) -> None:
     student, teacher, pi_ref, score_R = tensors(batch)
     pack = packed(batch)
     terms = dense_terms(student, teacher, pi_ref, pack, train)
-    outcome = objective.masters(terms, score_R, pack, train, rewards, taught(pack))
+    outcome = objective.masters_loss(terms, score_R, pack, train, rewards, taught(pack))
     outcome.loss.backward()
     assert teacher.grad is None, "a gradient reaches the teacher"
     assert pi_ref.grad is None, "a gradient reaches pi_ref"

@@ -22,15 +22,15 @@ from demo import families
 from masters.common.errors import MastersError
 from masters.config import Train
 from masters.models import model_loading
-from masters.models.distributed import Sharding, own, sharding_of
+from masters.models.distributed import Sharding, sharding_of, to_local
 from masters.models.distributed.activation_checkpointing import checkpoint_activations
-from masters.models.distributed.collectives import collected
+from masters.models.distributed.collectives import gather_to_rank0
 from masters.models.masking import is_masked, magnitude_thresholds
 from masters.models.packing.packed_batch import pack, response_logits
 from masters.models.packing.prefix_tree import Question, Sizes
 from masters.models.training import trainer
 from masters.models.training.groups import Step
-from masters.models.training.history import Ledger
+from masters.models.training.history import HistoryWriter
 from masters.store.storage import Storage
 from tests.models import tiny_models
 from tests.models.tiny_jobs import make_job, references
@@ -65,43 +65,45 @@ class Trained:
             torch.manual_seed(0)
             return families.build(family, tied)[1]
 
-    def job(self, case: str, store: str = "", **train: Any) -> trainer.Job:
+    def job(self, case: str, store: str = "", **train: Any) -> trainer.TrainContext:
         """Six steps, the teacher masked anew at each stage; a store of its own."""
         family, _, values = CASES[case]
         base, sharding = make_job(family), self.sharded()
         config = Train.model_validate(dict(learning_rate=1e-4) | values | train)
-        teacher = sharding.hold(copy.deepcopy(base.teacher)) if config.objective != "sft" else None
-        reference = sharding.hold(copy.deepcopy(base.reference)) if config.holds_reference else None
+        teacher = sharding.shard_model(copy.deepcopy(base.teacher)) if config.objective != "sft" else None
+        reference = sharding.shard_model(copy.deepcopy(base.reference)) if config.holds_reference else None
         *groups, last = base.groups
         image_word = [base.student.config.image_token_id, *last.responses[0][1:]]  # that one rank alone looks up
         groups.append(replace(last, responses=[image_word, *last.responses[1:]]))
         told: list[dict] = []
         made = replace(
-            base, student=sharding.hold(self.student(case), config), teacher=teacher, reference=reference,
+            base, student=sharding.shard_model(self.student(case), config), teacher=teacher, reference=reference,
             groups=groups, steps=STEPS, ratios=RATIOS, train=config, token_budget=BUDGET,
             storage=Storage(str(self.folder / store)), checkpoints=case, checkpoint_steps=CUT, probe=[],
             report=lambda **fields: told.append(fields), rank=self.rank, world=self.world, sharding=sharding,
             remask=lambda stage: remask(self.folder, teacher, stage, sharding) if family == FAMILY else None,
-            ledger=Ledger(), tally=Sizes(),
+            ledger=HistoryWriter(), tally=Sizes(),
         )  # fmt: skip
         made.told = told  # type: ignore[attr-defined]
         return made
 
-    def weights(self, job: trainer.Job) -> Tensors:
-        held = job.sharding.held(job.student)
-        return {k: v.clone() for k, v in collected(job.sharding, held, held).items()}
+    def weights(self, job: trainer.TrainContext) -> Tensors:
+        held = job.sharding.local_parameters(job.student)
+        return {k: v.clone() for k, v in gather_to_rank0(job.sharding, held, held).items()}
 
-    def gradients(self, case: str, job: trainer.Job | None = None) -> list[dict]:
-        """Of each step the sums, this rank's passes, and the gradients that the optimiser would get."""
+    def gradients(self, case: str, job: trainer.TrainContext | None = None) -> list[dict]:
+        """Of each step the sums, this rank's passes, and the gradients that the optimizer would get."""
         job = job or self.job(case)
         known = references(replace(make_job(CASES[case][0]), student=self.student(case), train=job.train))
-        found, held, stage = [], job.sharding.held(job.student), None
+        found, held, stage = [], job.sharding.local_parameters(job.student), None
         for step in STEPS:
             if step.stage != stage and job.teacher is not None:
                 job.remask(stage := step.stage)
             before = job.tally.passes
             sums = trainer.run_step(job, step, known)
-            grads = collected(job.sharding, {name: p.grad for name, p in held.items() if p.grad is not None}, held)
+            grads = gather_to_rank0(
+                job.sharding, {name: p.grad for name, p in held.items() if p.grad is not None}, held
+            )
             found.append(dict(sums=sums, passes=job.tally.passes - before, gradients=grads))
             for p in held.values():
                 p.grad = None
@@ -126,8 +128,8 @@ class Trained:
         known = references(replace(make_job(FAMILY), student=self.student("tied"), train=job.train))
         for stage in range(len(RATIOS)):
             job.remask(stage)
-            held = job.sharding.held(job.teacher)
-            found.append({k: v.clone() for k, v in collected(job.sharding, held, held).items()})
+            held = job.sharding.local_parameters(job.teacher)
+            found.append({k: v.clone() for k, v in gather_to_rank0(job.sharding, held, held).items()})
             trainer.run_step(job, STEPS[0], known)
         return found
 
@@ -156,7 +158,7 @@ class Trained:
         return said(lambda: trainer.fit(job)), job.told  # type: ignore[attr-defined]
 
 
-def probe_of(job: trainer.Job, student: torch.nn.Module) -> list[Question]:
+def probe_of(job: trainer.TrainContext, student: torch.nn.Module) -> list[Question]:
     """Questions that the student, as it is, has right: their labels are its own greedy answers."""
     made = []
     for group in job.groups[:4]:
@@ -193,18 +195,13 @@ def remask(folder: Path, teacher: Any, stage: int, sharding: Sharding) -> None:
 
 def gradients_times(world: Trained, factor: float) -> Any:
     """A world whose gradients come out as their sum over the ranks times a factor."""
-    if world.way == "fsdp2":
-        divide = FSDPModule.set_gradient_divide_factor
-        return patch.object(FSDPModule, "set_gradient_divide_factor", lambda module, _: divide(module, 1 / factor))
-    import deepspeed.utils
-
-    local = deepspeed.utils.safe_get_local_grad
-    return patch.object(deepspeed.utils, "safe_get_local_grad", lambda parameter: local(parameter) * factor)
+    divide = FSDPModule.set_gradient_divide_factor
+    return patch.object(FSDPModule, "set_gradient_divide_factor", lambda module, _: divide(module, 1 / factor))
 
 
 def unproven(world: Trained) -> list[dict]:
     """Gradients where a mean is taken, as a backend may, and nobody looks."""
-    with patch(f"masters.models.distributed.{world.way}.prove"), gradients_times(world, 1 / world.world):
+    with patch(f"masters.models.distributed.{world.way}.check_gradient_sum"), gradients_times(world, 1 / world.world):
         return world.gradients("tied")
 
 
@@ -218,11 +215,11 @@ def kept(world: Trained) -> int:
     way holds."""
     before, sharding = alive(), world.sharded()
     layers = [torch.nn.Linear(SIDE, SIDE, bias=False) for _ in range(MATRICES)]
-    model = sharding.hold(torch.nn.Sequential(*layers), Train())
+    model = sharding.shard_model(torch.nn.Sequential(*layers), Train())
     states = torch.randn(2, SIDE)
     sharding.within(model, lambda itself: reduce(lambda x, layer: layer(x), itself, states)).square().mean().backward()
     sharding.sum_gradients(model)
-    held = sharding.held(model)  # and what is gathered is released
+    held = sharding.local_parameters(model)  # and what is gathered is released
     return alive() - before - states.nbytes if len(held) == MATRICES else 0
 
 
@@ -231,17 +228,8 @@ def alive() -> int:
     gc.collect()
     tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
     gradients = [item.grad for item in tensors if item.is_leaf and item.grad is not None]
-    storages = [own(item).untyped_storage() for item in tensors + gradients]
+    storages = [to_local(item).untyped_storage() for item in tensors + gradients]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def stale(way: str) -> int:
-    """How often DeepSpeed takes a module's forward pass to be under way that it has on its list already."""
-    if way != "zero3":
-        return 0
-    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-
-    return len(FWD_MODULE_STACK) - len({id(module) for module in FWD_MODULE_STACK})
 
 
 def found_by(world: Trained) -> dict:
@@ -254,11 +242,10 @@ def found_by(world: Trained) -> dict:
         kept=kept(world),  # first: nothing else comes and goes then
         gradients={case: world.gradients(case) for case in CASES},
         again=world.gradients("tied", again),
-        stale=stale(world.way),
         bfloat16=world.gradients("tied", world.job("tied", compute_dtype="bfloat16")),
         runs={case: world.run(case, "two") for case in ("tied", "untied")},
         resumed=world.run("tied", "from-one"),
-        fallen=world.run("tied", "fallen", learning_rate=0.1, probe_drop=0.2, on_drop="rollback"),
+        fallen=world.run("tied", "fallen", learning_rate=0.1, max_validation_drop=0.2, on_drop="rollback"),
         remasked=world.remasked(),
         spoilt=world.spoilt(),
         unproven=unproven(world),

@@ -49,7 +49,7 @@ def awkward(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         "infinite": torch.tensor([math.inf, -math.inf, 1.0, -2.0, 0.0, 3.0], dtype=dtype),
         "one": torch.tensor(-3.0, dtype=dtype),
         "largest": torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).min, 1.0], dtype=dtype),
-        "neighbours": torch.nextafter(torch.ones(100), torch.arange(100) % 2 * 2.0).to(dtype),
+        "neighbors": torch.nextafter(torch.ones(100), torch.arange(100) % 2 * 2.0).to(dtype),
         "not contiguous": normal.to(dtype).t()[::2],
         "4-D": torch.randn(3, 2, 5, 7).to(dtype),
     }

@@ -10,7 +10,7 @@ from masters.config import Rewards, Train
 from masters.data.question_shards import Ref
 from masters.models.families import family_of
 from masters.models.losses import formulas
-from masters.models.packing.packed_batch import Pack, pack, response_logits
+from masters.models.packing.packed_batch import PackedBatch, pack, response_logits
 from masters.models.training import trainer
 from masters.models.training.groups import Group
 from tests.models import tiny_models
@@ -23,9 +23,9 @@ SHARED_IMAGE = 5  # the questions from this number on are about one image
 
 
 @cache
-def make_job(name: str) -> trainer.Job:
+def make_job(name: str) -> trainer.TrainContext:
     """Eight questions on a family's student, its masked teacher and a pi_ref that is not the student, so that the KL
-    term has a gradient; no store, no optimiser."""
+    term has a gradient; no store, no optimizer."""
     student, teacher = tiny_models.model(name, seed=0), tiny_models.model(name, seed=1, ratio=0.2)
     groups = []
     for number, (lengths, scores) in enumerate(zip(LENGTHS, SCORES, strict=True)):
@@ -35,7 +35,7 @@ def make_job(name: str) -> trainer.Job:
         keys = [("teacher", 0.2, sample) for sample in range(len(responses))]
         ref = Ref("", f"q{number}", 0, number)
         groups.append(Group(ref, 0, None, responses, np.array(scores, dtype=float), keys))
-    return trainer.Job(
+    return trainer.TrainContext(
         student=student,
         family=family_of(student.config.model_type),
         train=Train(),
@@ -57,12 +57,12 @@ def make_job(name: str) -> trainer.Job:
     )
 
 
-def packed(job: trainer.Job, groups: list[int]) -> Pack:
+def packed(job: trainer.TrainContext, groups: list[int]) -> PackedBatch:
     return pack([job.question(job.groups[g]) for g in groups], job.student, job.family)
 
 
 @torch.no_grad()
-def references(job: trainer.Job) -> dict[int, torch.Tensor]:
+def references(job: trainer.TrainContext) -> dict[int, torch.Tensor]:
     """Stored log pi_ref of a reference that is not the student; none where `job.train` stores none."""
     made: dict[int, torch.Tensor] = {}
     if not job.train.stores_reference:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from masters.rewards.rules import exact_match, normalise
+from masters.rewards.rules import exact_match, normalize
 
 
 @pytest.mark.parametrize(
@@ -17,12 +17,12 @@ from masters.rewards.rules import exact_match, normalise
     ],
 )  # fmt: skip
 def test_answers_are_normalized(text: str, expected: str) -> None:
-    assert normalise(text) == expected
+    assert normalize(text) == expected
 
 
 @given(st.text())
-def test_normalised_white_space_is_single_and_inside(text: str) -> None:
-    once = normalise(text)
+def test_normalized_white_space_is_single_and_inside(text: str) -> None:
+    once = normalize(text)
     assert once == once.strip()
     assert "  " not in once
 

@@ -10,7 +10,7 @@ import pytest
 from masters.common import machine
 from masters.common.errors import StoreError
 from masters.store import locks
-from masters.store.locks import Lease, alone, leased
+from masters.store.locks import Lease, exclusive_build, leased
 from masters.store.storage import Storage
 from tests.local_stack import until
 from tests.s3_server import BUCKET, S3
@@ -112,7 +112,7 @@ def test_a_lease_excludes_other_machines_on_s3(s3: S3, tmp_path: Path, monkeypat
 
     def machine_(name: str) -> None:
         (tmp_path / name).mkdir()
-        with alone(Storage(root), FOLDER, tmp_path / name, said.append) as check:
+        with exclusive_build(Storage(root), FOLDER, tmp_path / name, said.append) as check:
             order.append(name)
             time.sleep(1.0)
             check()

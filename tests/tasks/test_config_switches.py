@@ -9,7 +9,7 @@ import pytest
 from masters.config import Config
 from masters.config.mask_schedule import stage_of
 from masters.data import question_shards
-from masters.models.generation.shards import Order
+from masters.models.generation.shards import ShardRequest
 from masters.models.training.groups import Group, label_groups, plan_steps, response_groups
 from masters.models.training.round_part import Part
 from masters.store.artifacts import Artifact
@@ -51,11 +51,11 @@ def tables(run: Run, questions: Artifact) -> dict[str, Artifact]:
 
 
 @pytest.fixture(scope="module")
-def ask(run: Run, questions: Artifact) -> Callable[..., list[Order]]:
+def ask(run: Run, questions: Artifact) -> Callable[..., list[ShardRequest]]:
     """The orders of a configuration with other values."""
     masks = mask.fn(run, first_round(run))
 
-    def orders_of(r_max: float = 0.2, **generate: object) -> list[Order]:
+    def orders_of(r_max: float = 0.2, **generate: object) -> list[ShardRequest]:
         values = run.config.model_dump()
         values["teachers"][0]["r_max"] = r_max
         values["generate"] |= generate
@@ -66,7 +66,7 @@ def ask(run: Run, questions: Artifact) -> Callable[..., list[Order]]:
     return orders_of
 
 
-def responses_per_question(asked: list[Order]) -> dict[str, Counter]:
+def responses_per_question(asked: list[ShardRequest]) -> dict[str, Counter]:
     """How many responses each (source, mask ratio) gives a question."""
     count: dict[str, Counter] = {}
     for order in asked:

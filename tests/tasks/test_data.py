@@ -20,7 +20,7 @@ from masters.common.hashing import digest
 from masters.config import Config
 from masters.data import question_table, selection
 from masters.data.sources import RawRow, open_source
-from masters.models.generation.shards import Earlier
+from masters.models.generation.shards import ShardCache
 from masters.store import artifacts, tables
 from masters.store.artifacts import Artifact
 from masters.store.storage import Storage
@@ -86,7 +86,7 @@ def ids(artifact: Artifact, split: str) -> set[str]:
 
 def fingerprint(source: object, **data) -> str:
     config = configured(source, **data)
-    return stage.identity(Context(config, opened(config), Earlier(None))).fingerprint  # pyright: ignore
+    return stage.identity(Context(config, opened(config), ShardCache(None))).fingerprint  # pyright: ignore
 
 
 # the same content, whatever the source
@@ -198,7 +198,9 @@ def test_limits_take_the_rows_of_smallest_rank_and_keep_their_choice_as_data_gro
         built(tmp_path / "c", large, **limits),
     )
     for split, limit in (("train", 40), ("test", 10)):
-        ranked = sorted((selection.rank(r), r["question_id"]) for r in questions(everything) if r["split"] == split)
+        ranked = sorted(
+            (selection.selection_key(r), r["question_id"]) for r in questions(everything) if r["split"] == split
+        )
         assert ids(more, split) == {question_id for _, question_id in ranked[:limit]}
         kept = ids(more, split) & {r["id"] for r in records(300)}
         assert kept <= ids(few, split), "a row chosen among more rows is chosen among fewer"

@@ -174,7 +174,7 @@ def test_card_and_metric_name_the_judge(tmp_path: Path, source: Path, judge: Fak
 def test_a_judge_for_evaluation_alone_is_not_asked_about_responses(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batches, "ahead", lambda *_: pytest.fail("responses would be judged"))
+    monkeypatch.setattr(batches, "start_early_judging", lambda *_: pytest.fail("responses would be judged"))
     run = made_run(
         tmp_path, source, rewards=dict(accuracy="llm", judge="http://127.0.0.1:1/v1"), train=dict(objective="kd"),
         evaluate=dict(accuracy="llm"),

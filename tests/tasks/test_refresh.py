@@ -13,10 +13,10 @@ from masters.common.errors import InputError
 from masters.config import Config
 from masters.config.mask_schedule import stage_of
 from masters.data import question_shards
-from masters.execution.pool_request import Assignment
+from masters.execution.pool_request import StageRequest
 from masters.flows.plan import settings
 from masters.flows.pool_stage import _round
-from masters.models.generation.shards import Order, narrowed
+from masters.models.generation.shards import ShardRequest, narrowed
 from masters.store import tables
 from masters.store.artifacts import Artifact
 from masters.tasks import generate, score
@@ -70,14 +70,14 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(question_shards.plan, "__defaults__", (5,))
 
 
-def of(asked: list[Order], source: str) -> list[Order]:
+def of(asked: list[ShardRequest], source: str) -> list[ShardRequest]:
     return [order for order in asked if order.source == source]
 
 
 @pytest.mark.parametrize("coverage", ["partition", "full"])
 def test_with_equal_weights_the_parts_ask_what_the_round_asks(run, questions, masks, coverage: str) -> None:
     """The teacher's shards are the round's own. The student's are parts of the round's, answered in the same batch."""
-    context = changed(run, generate__coverage=coverage, teachers__0__step=0.1)
+    context = changed(run, generate__coverage=coverage, teachers__0__mask_step=0.1)
     whole = generate.orders(context, first_round(context), questions, masks)
     student = {order.fingerprint: order for order in of(whole, "student")}
     teacher, asked = [], []
@@ -167,7 +167,7 @@ def test_names_and_identities_tell_parts_apart(run) -> None:
     [("train-mask0", 1, 0), ("generate-2-mask10", 2, 10), ("train-3", 3, None), ("evaluate-champion", 1, None)],
 )
 def test_an_assignment_says_round_and_mask_stage(stage: str, number: int, mask_stage: int | None) -> None:
-    asked: Assignment = wanted(stage=stage)
+    asked: StageRequest = wanted(stage=stage)
     assert (asked.round, asked.mask_stage, asked.kind) == (number, mask_stage, stage.split("-")[0])
 
 

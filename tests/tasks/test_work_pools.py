@@ -17,14 +17,14 @@ from masters.config import Config
 from masters.config.allowlist import check_config
 from masters.config.loading import load
 from masters.execution import pool_request
-from masters.execution.pool_request import Assignment, outside, portable
+from masters.execution.pool_request import StageRequest, outside, portable
 from masters.infra.settings import Settings
 from masters.store.artifacts import External, Identity
 from masters.store.storage import Storage
 from masters.tasks import work_pools
 from masters.tasks.run_context import Context, Run
-from masters.tracking.pool_stage import StageTracker
-from masters.tracking.run_writer import Tracker
+from masters.tracking.pool_stage import PoolStageWriter
+from masters.tracking.run_writer import RunWriter
 from tests.scoring_run import Quiet
 from tests.tracked_run import NAME, configured, made
 
@@ -34,8 +34,8 @@ KEY = "0" * 32
 BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def wanted(**fields: object) -> Assignment:
-    return Assignment.model_validate(dict(key=KEY, run=KEY, began=BEGAN, tracked=KEY, stage="generate") | fields)
+def wanted(**fields: object) -> StageRequest:
+    return StageRequest.model_validate(dict(key=KEY, run=KEY, began=BEGAN, tracked=KEY, stage="generate") | fields)
 
 
 @pytest.mark.parametrize("folder", ["../../etc", "data/../../x-0123456789abcdef", "/data/x-0123456789abcdef", "data/x"])
@@ -136,7 +136,7 @@ def test_pools_of_the_stack_are_named_in_its_environment(monkeypatch: pytest.Mon
 
 def test_an_assignment_travels_as_json() -> None:
     told = wanted(rebuild=["score"], student=dict(name="models:/n/1", folder="train/n-0123456789abcdef"))
-    assert Assignment.model_validate(json.loads(told.model_dump_json())) == told
+    assert StageRequest.model_validate(json.loads(told.model_dump_json())) == told
 
 
 def test_what_differs_between_machines_is_told_before_it_is_built(tmp_path: Path) -> None:
@@ -160,10 +160,10 @@ def test_a_workers_metrics_go_to_the_stages_run_and_nothing_else_does(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "store").mkdir()
     config, storage = configured(tmp_path / "store"), Storage(str(tmp_path / "store"))
-    tracker, made_of = Tracker(config, storage), Identity("train", 1, {}, {}, NAME)
+    tracker, made_of = RunWriter(config, storage), Identity("train", 1, {}, {}, NAME)
     with tracker.stage(made_of, {}):
         asked = wanted(stage="train", tracked=tracker.current, run=tracker.key)
-        there = StageTracker(config, storage, asked)
+        there = PoolStageWriter(config, storage, asked)
         with there.stage(made_of, {}) as tracked:
             there.metrics(dict(loss=0.5), 7)
         client = MlflowClient(tracker.uri)
@@ -172,4 +172,4 @@ def test_a_workers_metrics_go_to_the_stages_run_and_nothing_else_does(
     (metric,) = client.get_metric_history(run.info.run_id, "loss")
     assert (metric.value, metric.step) == (0.5, 7)
     with pytest.raises(InputError, match="holds no run"):
-        StageTracker(config, storage, wanted(tracked="f" * 32))
+        PoolStageWriter(config, storage, wanted(tracked="f" * 32))

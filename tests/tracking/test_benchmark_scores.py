@@ -7,7 +7,7 @@ from mlflow import MlflowClient
 
 from masters.store.artifacts import Identity, commit
 from masters.store.storage import Storage
-from masters.tracking.run_writer import Tracker
+from masters.tracking.run_writer import RunWriter
 from tests.tracked_run import NAME, configured
 
 FIELDS = ("benchmark", "task", "version", "metric", "filter", "value", "standard_error", "n")
@@ -33,7 +33,7 @@ def test_every_score_has_a_name_that_mlflow_takes(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "store").mkdir()
     storage, identity = Storage(str(tmp_path / "store")), Identity("benchmarks", 1, {}, {}, NAME)
-    tracker = Tracker(configured(tmp_path / "store"), storage, flow="evaluate")
+    tracker = RunWriter(configured(tmp_path / "store"), storage, flow="evaluate")
     with tracker.stage(identity, {}) as tracked:
         artifact = commit(storage, identity, {}, dict(scores=SCORES, lmms_eval="0.7.3"), {})
         stage = tracked(artifact, dict(outcome="built", rows=4, seconds=0.1))

@@ -15,16 +15,16 @@ from typer.testing import CliRunner
 from masters.cli.main import app
 from masters.common import machine
 from masters.common.errors import ArtifactError, InputError
-from masters.common.redaction import masked
+from masters.common.redaction import redact
 from masters.flows.garbage_collection import FRESH, collect
 from masters.store import artifacts, lineage
 from masters.store.artifacts import Identity
 from masters.store.storage import Storage
 from masters.tracking import locations
-from masters.tracking.client import shown
+from masters.tracking.client import redact_uri
 from masters.tracking.lineage_report import find, trace
 from masters.tracking.registry import Registry
-from masters.tracking.run_writer import Tracker
+from masters.tracking.run_writer import RunWriter
 from tests.s3_server import BUCKET, S3
 from tests.tracked_run import NAME, configured, registered
 
@@ -292,7 +292,7 @@ def test_gc_removes_old_leftovers_and_no_young_ones(there: Storage) -> None:
 @pytest.mark.parametrize("flow", ["distill", "evaluate"])
 def test_gc_spares_what_a_live_run_has_and_builds(flow: str, there: Storage) -> None:
     age(there)
-    tracker = Tracker(configured(Path(there.uri(""))), there, flow=flow)
+    tracker = RunWriter(configured(Path(there.uri(""))), there, flow=flow)
     identity = Identity("train", 1, {}, {"new": "1"}, NAME)
     building = f"{identity.folder}/model/half"
     with tracker.stage(identity, {}):
@@ -342,7 +342,7 @@ def test_gc_removes_nothing_while_an_mlflow_that_tracked_into_the_store_is_away(
 
 
 def test_the_store_keeps_no_password_of_its_mlflow(there: Storage) -> None:
-    locations.note(there, shown("postgresql://me:hunter2@host/mlflow"), "sqlite:///default")
+    locations.note(there, redact_uri("postgresql://me:hunter2@host/mlflow"), "sqlite:///default")
     told = locations.noted(there, "sqlite:///default")
     assert "postgresql://host/mlflow" in told and "hunter2" not in str([there.read(n) for n in there.names("tracking")])
 
@@ -428,7 +428,7 @@ def test_gc_spares_what_was_registered_while_the_store_had_another_address(there
 
 
 def test_gc_lets_runs_be_of_a_machine_that_mounts_the_store_elsewhere(there: Storage) -> None:
-    tracker = Tracker(configured(Path(there.uri(""))), there)
+    tracker = RunWriter(configured(Path(there.uri(""))), there)
     host = machine.this_process().partition(" ")[0]
     tracker._client.set_tag(tracker.run_id, "masters.store", "/mounted/elsewhere")
     tracker._client.set_tag(tracker.run_id, "masters.process", f"not-{host} boot 1 1")
@@ -438,7 +438,7 @@ def test_gc_lets_runs_be_of_a_machine_that_mounts_the_store_elsewhere(there: Sto
 @pytest.mark.parametrize("password", ["simple", "p/w1234", "p#w1234", "p?w1234", "p@w1234"])
 def test_no_address_shows_its_password(password: str) -> None:
     uri = f"postgresql+psycopg2://user:{password}@host:5432/db"
-    assert shown(uri) == "postgresql+psycopg2://host:5432/db"
-    assert masked(f"cannot reach {uri}") == "cannot reach postgresql+psycopg2://***@host:5432/db"
-    assert shown("http://user:secret@host/a@b") == "http://host/a@b"
-    assert shown("sqlite:////data/a@b/mlflow.db") == "sqlite:////data/a@b/mlflow.db"
+    assert redact_uri(uri) == "postgresql+psycopg2://host:5432/db"
+    assert redact(f"cannot reach {uri}") == "cannot reach postgresql+psycopg2://***@host:5432/db"
+    assert redact_uri("http://user:secret@host/a@b") == "http://host/a@b"
+    assert redact_uri("sqlite:////data/a@b/mlflow.db") == "sqlite:////data/a@b/mlflow.db"

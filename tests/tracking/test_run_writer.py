@@ -22,7 +22,7 @@ from masters.store.artifacts import External, Identity, load
 from masters.store.storage import Storage
 from masters.tracking import locations, open_runs, run_lineage, run_writer
 from masters.tracking.locations import check_beside
-from masters.tracking.run_writer import Tracker
+from masters.tracking.run_writer import RunWriter
 from tests.tracked_run import NAME, configured, registered, staged
 
 
@@ -41,7 +41,7 @@ def storage(tmp_path: Path) -> Storage:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tracker, int]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunWriter, int]:
     """A run that tests only look at."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -49,14 +49,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tracker, int]:
         return registered(Storage(str(tmp_path_factory.mktemp("finished"))))
 
 
-def stage_run(tracker: Tracker, stage: str) -> Run:
+def stage_run(tracker: RunWriter, stage: str) -> Run:
     client = MlflowClient(tracker.uri)
     return client.get_run(client.get_run(tracker.run_id).data.tags[f"stage.{stage}.run_id"])
 
 
 def test_a_server_that_does_not_answer_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"127\.0\.0\.1:9 does not answer.*runtime\.mlflow_uri"):
-        Tracker(configured(tmp_path, mlflow_uri="http://127.0.0.1:9"), Storage(str(tmp_path)))
+        RunWriter(configured(tmp_path, mlflow_uri="http://127.0.0.1:9"), Storage(str(tmp_path)))
 
 
 def test_so_is_it_by_a_night_which_asks_for_the_champion_first(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_so_is_it_by_a_night_which_asks_for_the_champion_first(tmp_path: Path) -
 
 def test_a_password_in_the_configuration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="MLFLOW_TRACKING_URI") as caught:
-        Tracker(configured(tmp_path, mlflow_uri="http://me:hunter2@127.0.0.1:9"), Storage(str(tmp_path)))
+        RunWriter(configured(tmp_path, mlflow_uri="http://me:hunter2@127.0.0.1:9"), Storage(str(tmp_path)))
     assert "hunter2" not in str(caught.value)
 
 
@@ -85,11 +85,11 @@ def test_one_run_does_not_choose_where_the_next_one_is_tracked(tmp_path: Path) -
     for name in ("one", "two"):
         storage = Storage(str(tmp_path / name))
         (tmp_path / name).mkdir()
-        assert Tracker(configured(tmp_path / name), storage).uri == f"sqlite:///{tmp_path / name}/mlflow.db"
+        assert RunWriter(configured(tmp_path / name), storage).uri == f"sqlite:///{tmp_path / name}/mlflow.db"
     assert "MLFLOW_TRACKING_URI" not in os.environ
 
 
-def test_a_stage_says_what_it_read_and_wrote(finished: tuple[Tracker, int]) -> None:
+def test_a_stage_says_what_it_read_and_wrote(finished: tuple[RunWriter, int]) -> None:
     tracker, _ = finished
     run = stage_run(tracker, "train")
     used = {
@@ -112,7 +112,7 @@ def test_a_student_asked_by_its_alias_is_tracked(storage: Storage) -> None:
     tracker, _ = registered(storage)
     trained = next(found for found in storage.children("train"))
     student = load(storage, f"train/{trained}")
-    later = Tracker(configured(storage.uri("")), storage, "later", "evaluate")
+    later = RunWriter(configured(storage.uri("")), storage, "later", "evaluate")
     staged(later, storage, "evaluate", {f"models:/{NAME}@candidate": student}, b"asked by name")
     tags = MlflowClient(tracker.uri).get_run(later.run_id).data.tags
     assert tags[f"earlier.models:/{NAME}-candidate.fingerprint"] == student.fingerprint
@@ -127,7 +127,7 @@ def test_whatever_a_model_is_called_it_is_tracked(name: str, storage: Storage) -
     registered(storage)
     student = load(storage, f"train/{storage.children('train')[0]}")
     for _ in range(2):
-        tracker = Tracker(configured(storage.uri("")), storage, "one", "evaluate")
+        tracker = RunWriter(configured(storage.uri("")), storage, "one", "evaluate")
         staged(tracker, storage, "evaluate", {name: student, f"model {name}": student}, b"asked")
         tracker.metrics({f"accuracy_{name}": 0.5}, 0)
         tracker.finish("FINISHED")
@@ -146,7 +146,7 @@ def test_any_text_becomes_a_key_that_mlflow_takes(text: str) -> None:
 def test_a_role_with_a_dot_is_linked_from_the_version(storage: Storage) -> None:
     registered(storage)
     student = load(storage, f"train/{storage.children('train')[0]}")
-    tracker = Tracker(configured(storage.uri("")), storage, "later")
+    tracker = RunWriter(configured(storage.uri("")), storage, "later")
     data = staged(tracker, storage, "data", {"source": External("source", "/q.jsonl", "5" * 64)})
     trained = staged(tracker, storage, "train", {"data": data, "model v1.5 x": student}, b"more")
     evaluated = staged(tracker, storage, "evaluate", {"data": data, "student": trained}, b"more")
@@ -158,7 +158,7 @@ def test_a_role_with_a_dot_is_linked_from_the_version(storage: Storage) -> None:
 
 
 def test_links_lead_to_where_a_browser_finds_mlflow(
-    finished: tuple[Tracker, int], monkeypatch: pytest.MonkeyPatch
+    finished: tuple[RunWriter, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker, _ = finished
     assert tracker.page("1") is None
@@ -167,7 +167,7 @@ def test_links_lead_to_where_a_browser_finds_mlflow(
     assert (tracker.model_page("m", 2) or "") == "https://mlflow.example/#/models/m/versions/2"
 
 
-def test_tags_name_everything_behind_a_stage(finished: tuple[Tracker, int]) -> None:
+def test_tags_name_everything_behind_a_stage(finished: tuple[RunWriter, int]) -> None:
     tracker, _ = finished
     tags = stage_run(tracker, "register").data.tags
     assert {key for key in tags if key.startswith("upstream.")} == {
@@ -179,7 +179,7 @@ def test_tags_name_everything_behind_a_stage(finished: tuple[Tracker, int]) -> N
     assert tags["masters.code"] and tags["masters.stage_version"] == "1"
 
 
-def test_the_version_leads_to_its_training_run_and_to_every_stage(finished: tuple[Tracker, int]) -> None:
+def test_the_version_leads_to_its_training_run_and_to_every_stage(finished: tuple[RunWriter, int]) -> None:
     tracker, number = finished
     client = MlflowClient(tracker.uri)
     version = client.get_model_version(NAME, str(number))
@@ -192,7 +192,7 @@ def test_the_version_leads_to_its_training_run_and_to_every_stage(finished: tupl
     assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["model_card.md"]
 
 
-def test_scores_are_bound_to_the_model_and_the_questions(finished: tuple[Tracker, int]) -> None:
+def test_scores_are_bound_to_the_model_and_the_questions(finished: tuple[RunWriter, int]) -> None:
     tracker, _ = finished
     run = stage_run(tracker, "evaluate")
     assert run.data.metrics["accuracy_student-after"] == 0.5 and run.data.metrics["accuracy_t"] == 1.0
@@ -204,7 +204,7 @@ def test_scores_are_bound_to_the_model_and_the_questions(finished: tuple[Tracker
 
 def test_a_run_cut_short_is_opened_again(storage: Storage) -> None:
     """Nothing of it ended: no stage, no registration."""
-    first = Tracker(configured(Path(storage.uri(""))), storage, "flow-1")
+    first = RunWriter(configured(Path(storage.uri(""))), storage, "flow-1")
     child = first.stage(Identity("data", 1, {}, {"content": digest(b"rows")}, NAME), {})
     child.__enter__()  # and killed here
     again, number = registered(storage, key="flow-1")
@@ -240,7 +240,7 @@ def gone() -> Iterator[pytest.MonkeyPatch]:
 
 
 def test_metrics_are_told_later_where_mlflow_is_away(storage: Storage, gone: pytest.MonkeyPatch) -> None:
-    tracker, steps = Tracker(configured(Path(storage.uri(""))), storage), 2 * run_writer.METRICS_AT_ONCE + 1
+    tracker, steps = RunWriter(configured(Path(storage.uri(""))), storage), 2 * run_writer.METRICS_AT_ONCE + 1
     for step in range(steps):
         tracker.metrics({"loss": float(step)}, step)
     client = MlflowClient(tracker.uri)
@@ -252,7 +252,7 @@ def test_metrics_are_told_later_where_mlflow_is_away(storage: Storage, gone: pyt
 
 
 def test_what_mlflow_never_got_is_counted(storage: Storage, gone: pytest.MonkeyPatch) -> None:
-    tracker = Tracker(configured(Path(storage.uri(""))), storage)
+    tracker = RunWriter(configured(Path(storage.uri(""))), storage)
     gone.setattr(run_writer, "METRICS_KEPT", 10)
     for step in range(25):
         tracker.metrics({"loss": 1.0}, step)
@@ -263,15 +263,15 @@ def test_what_mlflow_never_got_is_counted(storage: Storage, gone: pytest.MonkeyP
 
 
 def test_runs_whose_process_is_gone_are_ended(storage: Storage) -> None:
-    lost = Tracker(configured(Path(storage.uri(""))), storage)
+    lost = RunWriter(configured(Path(storage.uri(""))), storage)
     under_way = lost.stage(Identity("data", 1, {}, {}, NAME), {})
     under_way.__enter__()
     client = MlflowClient(lost.uri)
     host, boot, pid, *_ = machine.this_process().split()
     client.set_tag(lost.run_id, "masters.process", f"{host} {boot} {pid} 1")
-    elsewhere = Tracker(configured(Path(storage.uri(""))), storage)
+    elsewhere = RunWriter(configured(Path(storage.uri(""))), storage)
     client.set_tag(elsewhere.run_id, "masters.process", f"another {boot} {pid} 1")
-    Tracker(configured(Path(storage.uri(""))), storage)
+    RunWriter(configured(Path(storage.uri(""))), storage)
     assert client.get_run(lost.run_id).info.status == "KILLED"
     assert {run.info.status for run in tracking_children(lost)} == {"KILLED"}
     assert client.get_run(elsewhere.run_id).info.status == "RUNNING"
@@ -279,8 +279,8 @@ def test_runs_whose_process_is_gone_are_ended(storage: Storage) -> None:
 
 
 def test_a_run_whose_process_was_on_another_machine_is_ended_by_its_key(storage: Storage) -> None:
-    lost = Tracker(configured(Path(storage.uri(""))), storage, "flow-run-1", "evaluate")
-    other = Tracker(configured(Path(storage.uri(""))), storage, "flow-run-2")
+    lost = RunWriter(configured(Path(storage.uri(""))), storage, "flow-run-1", "evaluate")
+    other = RunWriter(configured(Path(storage.uri(""))), storage, "flow-run-2")
     client = MlflowClient(lost.uri)
     for run in (lost, other):
         client.set_tag(run.run_id, "masters.process", "pod-7 boot 1 1")
@@ -290,8 +290,8 @@ def test_a_run_whose_process_was_on_another_machine_is_ended_by_its_key(storage:
 
 
 def test_what_lies_below_a_run_is_ended_with_it_at_any_depth(storage: Storage) -> None:
-    study = Tracker(configured(Path(storage.uri(""))), storage, "flow-run-1", "study")
-    own = Tracker(configured(Path(storage.uri(""))), storage, "cell-1")
+    study = RunWriter(configured(Path(storage.uri(""))), storage, "flow-run-1", "study")
+    own = RunWriter(configured(Path(storage.uri(""))), storage, "cell-1")
     own.nest(study.run_id, "cell", {})
     client = MlflowClient(study.uri)
     experiment = client.get_run(own.run_id).info.experiment_id
@@ -304,7 +304,7 @@ def test_what_lies_below_a_run_is_ended_with_it_at_any_depth(storage: Storage) -
 def test_a_live_run_is_found_behind_any_number_of_experiments(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracker = Tracker(configured(Path(storage.uri(""))), storage)
+    tracker = RunWriter(configured(Path(storage.uri(""))), storage)
     client = MlflowClient(tracker.uri)
     for number in range(4):
         client.create_experiment(f"later-{number}")
@@ -325,7 +325,7 @@ def test_names_remembered_at_once_are_all_remembered(home: Path) -> None:
     assert all(locations.remembered(f"name-{n}") for n in range(64))
 
 
-def tracking_children(tracker: Tracker) -> list[Run]:
+def tracking_children(tracker: RunWriter) -> list[Run]:
     return tracker.registry.stages(tracker._experiment, tracker.run_id)
 
 

@@ -66,7 +66,7 @@ def flops(config: Config, student: Weights, teachers: list[Weights], of: Questio
     """By stage, with responses as long as `generate.max_tokens`, none of them alike."""
     found: dict[str, float] = dict.fromkeys(("generate", "score", "reference", "train", "evaluate"), 0.0)
     for teacher, round_ in zip(teachers, config.teachers, strict=True):
-        passes = round(round_.r_max / round_.step) + 1 if config.generate.coverage == "full" else 1
+        passes = round(round_.r_max / round_.mask_step) + 1 if config.generate.coverage == "full" else 1
         for stage, count in _round(config, student, teacher, of, passes).items():
             found[stage] += of.train * count
     asked = [*teachers, student, student]

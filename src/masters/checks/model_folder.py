@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from masters.checks.processor import Probed
+from masters.checks.processor import ProcessorOutput
 from masters.checks.weights import check_sound
 from masters.common.errors import InputError
 from masters.common.hashing import model_digest
@@ -27,7 +27,7 @@ class LocalModel:
     digest: str
     made: Artifact | None = None  # the artifact that it was fetched from; None: it came from outside
     own_code: bool = False  # whether it runs code of its own, which this machine's owner trusts
-    probed: Probed | None = None  # what its processor made of a small prompt; None: of none of our families
+    probed: ProcessorOutput | None = None  # what its processor made of a small prompt; None: of none of our families
 
     @property
     def origin(self) -> Artifact | External:

@@ -88,11 +88,6 @@ def check_installed(config: Config) -> None:
             'answers.verifier = "number" needs math-verify, which is not installed: install masters[number], or take '
             '"final"'
         )
-    if config.runtime.sharding == "zero3" and find_spec("deepspeed") is None:
-        raise InputError(
-            'runtime.sharding = "zero3" needs DeepSpeed, which is not installed: install masters[zero3], or take '
-            '"fsdp2", which holds shares too'
-        )
 
 
 def judge_of(config: Config) -> LocalModel | Server | None:

@@ -26,7 +26,7 @@ SAID = 300  # characters of a library's complaint
 
 
 @dataclass(frozen=True)
-class Probed:
+class ProcessorOutput:
     """What became of two prompts, and how many positions the model knows."""
 
     prompt: int  # tokens of the one with the small picture
@@ -35,7 +35,7 @@ class Probed:
     pixels: list[float]  # samples of both pictures as the model sees them
     positions: int
 
-    def unlike(self, other: "Probed") -> str:
+    def unlike(self, other: "ProcessorOutput") -> str:
         """How two models' prompts of the same questions and pictures differ; empty if they do not."""
         if (self.prompt, self.large) != (other.prompt, other.large):
             return (
@@ -49,7 +49,7 @@ class Probed:
         return ""
 
 
-def probe(folder: Path) -> Probed:
+def run_processor(folder: Path) -> ProcessorOutput:
     """For models of our families. Raises InputError with what does not fit, and where it is written."""
     config, processor = _config(folder), _processor(folder)
     inputs = _inputs(folder, processor, Image.new("RGB", (SIDE, SIDE), (200, 30, 30)))
@@ -65,7 +65,7 @@ def probe(folder: Path) -> Probed:
     both = [tensor for made in (inputs, large) for _, tensor in sorted(made.items())]
     pictures = [tensor for tensor in both if tensor.is_floating_point()]
     whole = [tensor.tolist() for tensor in both if not tensor.is_floating_point()]
-    return Probed(
+    return ProcessorOutput(
         prompt=len(ids), large=large["input_ids"].shape[1],
         made=digest(repr((whole, [tuple(picture.shape) for picture in pictures])).encode()),
         pixels=[value for picture in pictures for value in _sampled(picture)],
@@ -80,8 +80,8 @@ def _sampled(picture: torch.Tensor) -> list[float]:
 
 def _gradients() -> Image.Image:
     """A large picture, no two places of it alike."""
-    grey = Image.linear_gradient("L")
-    turned = (grey, grey.rotate(90), grey.rotate(180))
+    gray = Image.linear_gradient("L")
+    turned = (gray, gray.rotate(90), gray.rotate(180))
     return Image.merge("RGB", [channel.resize(LARGE) for channel in turned])
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from masters.checks.processor import Probed, probe
+from masters.checks.processor import ProcessorOutput, run_processor
 from masters.common.errors import InputError
 from masters.common.machine import cache
 from masters.models.masking import is_masked
@@ -29,7 +29,7 @@ MASKABLE = {"BF16", "F16", "F32"}  # as files call them
 Shapes = dict[str, tuple[int, ...]]
 
 
-def check_sound(folder: Path, digest: str, shaped: bool) -> Probed | None:
+def check_sound(folder: Path, digest: str, shaped: bool) -> ProcessorOutput | None:
     """Raises InputError that names what is at fault, a tensor with its file. `digest` is the folder's.
 
     `shaped`: also compare every tensor with the model that the configuration describes, and probe the processor; for
@@ -39,12 +39,12 @@ def check_sound(folder: Path, digest: str, shaped: bool) -> Probed | None:
 
     note = cache() / "sound" / f"{digest}-{VERSION}-{transformers.__version__}-{'shaped' if shaped else 'finite'}"
     if (known := _noted(note)) is not None:
-        return Probed(**known) if shaped else None
+        return ProcessorOutput(**known) if shaped else None
     _check_index(folder)
     probed = None
     if shaped:
         check_shapes(folder)
-        probed = probe(folder)
+        probed = run_processor(folder)
     check_finite(folder)
     _write(note, asdict(probed) if probed else {})
     return probed

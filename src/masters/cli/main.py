@@ -20,7 +20,7 @@ from masters.cli.options import ConfigPath, Json, Overrides, Rebuild, quiet
 from masters.cli.output import show_plan, show_summary
 from masters.common.errors import MastersError, RunsFailed
 from masters.common.machine import cache
-from masters.common.redaction import masked
+from masters.common.redaction import redact
 from masters.config import Config
 from masters.config.allowlist import check_config
 from masters.config.loading import load
@@ -91,9 +91,9 @@ def evaluate(
     """Models on the evaluation split, and on the field's benchmarks."""
     settings = load(config, overrides)
     if benchmarks:
-        from masters.evaluation.benchmark_selection import understood
+        from masters.evaluation.benchmark_selection import select_benchmarks
 
-        understood(benchmarks)  # at once; the flow, which may be started elsewhere, does it again
+        select_benchmarks(benchmarks)  # at once; the flow, which may be started elsewhere, does it again
     _run("evaluate", settings, as_json, models=models, benchmarks=benchmarks, benchmark_limit=limit)
 
 
@@ -165,11 +165,11 @@ def main() -> None:
 
 def _kept(error: Exception) -> str:
     """An error's line, and the file that its traceback was written to."""
-    said = " ".join(masked(str(error)).split())[:300]
+    said = " ".join(redact(str(error)).split())[:300]
     try:
         file = cache() / "errors" / f"{datetime.now():%Y-%m-%d-%H%M%S}.log"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(masked("".join(traceback.format_exception(error))))
+        file.write_text(redact("".join(traceback.format_exception(error))))
     except OSError:
         return said
     return f"{said} (traceback: {file}; please report it)"

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from masters.common.redaction import mask_logs
+from masters.common.redaction import redact_logs
 from masters.config.stages import Stage
 
 ConfigPath = Annotated[Path, typer.Argument(help="A TOML configuration, e.g. configs/demo.toml")]
@@ -24,7 +24,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last 
 
 def quiet() -> None:
     """Call before Prefect and MLflow are imported."""
-    mask_logs()
+    redact_logs()
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")  # a stack takes a run without them for lost
     os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "false")

@@ -11,7 +11,7 @@ MastersError            something went wrong while it ran (exit 1)
     └── WorkerLost      it was ended from outside or fell silent: another try may succeed
 """
 
-from masters.common.redaction import masked
+from masters.common.redaction import redact
 
 
 class MastersError(Exception):
@@ -20,7 +20,7 @@ class MastersError(Exception):
     exit_code = 1
 
     def __init__(self, said: object = "") -> None:
-        super().__init__(masked(str(said)))
+        super().__init__(redact(str(said)))
 
 
 class InputError(MastersError):

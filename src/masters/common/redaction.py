@@ -40,8 +40,8 @@ def looks_secret(text: str) -> bool:
     return any(form.search(text) for form, _ in FORMS)
 
 
-def masked(text: str) -> str:
-    """`text` without the secrets that this process knows or recognises."""
+def redact(text: str) -> str:
+    """`text` without the secrets that this process knows or recognizes."""
     for value in _known():
         text = text.replace(value, MASK)
     for form, instead in FORMS:
@@ -49,7 +49,7 @@ def masked(text: str) -> str:
     return text
 
 
-def mask_logs() -> None:
+def redact_logs() -> None:
     """From now on every log record of this process is masked, whichever library makes it and wherever it goes."""
     make = logging.getLogRecordFactory()
     if getattr(make, "masks", False):
@@ -61,11 +61,11 @@ def mask_logs() -> None:
             said = made.getMessage()
         except Exception:  # a wrong format is reported by whoever writes the record, as ever
             return made
-        if (hidden := masked(said)) != said:
+        if (hidden := redact(said)) != said:
             made.msg, made.args = hidden, ()
         if made.exc_info and made.exc_info[0]:
             raised = "".join(traceback.format_exception(*made.exc_info)).rstrip("\n")
-            if (hidden := masked(raised)) != raised:
+            if (hidden := redact(raised)) != raised:
                 made.exc_text = hidden  # formatters take the text that is there
         return made
 

@@ -12,6 +12,11 @@ from masters.config import Config, presets
 
 BYTES = 1 << 20  # of a file
 SHOWN = 100  # characters of a value at fault
+RENAMED = {  # keys of earlier versions
+    "teachers.step": "mask_step",
+    "train.probe_drop": "max_validation_drop",
+    "runtime.silence_minutes": "heartbeat_timeout_minutes",
+}
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -84,7 +89,7 @@ def explained(error: ValidationError) -> str:
     faults = []
     for fault in error.errors():
         key = ".".join(str(part) for part in fault["loc"]) or "(whole file)"
-        message = {"extra_forbidden": "unknown key", "missing": "missing"}.get(fault["type"], fault["msg"])
+        message = _message(fault["type"], fault["loc"]) or fault["msg"]
         found = (
             ""
             if fault["type"] == "missing" or isinstance(fault["input"], dict | list)
@@ -93,6 +98,14 @@ def explained(error: ValidationError) -> str:
         named = key if key.isprintable() and len(key) <= SHOWN else _shown(key)
         faults.append(f"{named}: {message.removeprefix('Value error, ')}{found}")
     return "; ".join(faults)
+
+
+def _message(fault: str, location: tuple[int | str, ...]) -> str | None:
+    """Our wording of a fault; None where pydantic's will do."""
+    if fault == "extra_forbidden":
+        renamed = RENAMED.get(".".join(part for part in location if isinstance(part, str)))
+        return f"unknown key, renamed to {renamed}" if renamed else "unknown key"
+    return "missing" if fault == "missing" else None
 
 
 def _shown(value: object) -> str:

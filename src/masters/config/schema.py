@@ -55,19 +55,22 @@ class Teacher(Model):
     """A teacher and how far it is masked when its round begins."""
 
     r_max: Share = Field(
-        default=0.2, description="Mask ratio that training begins with; a multiple of step, 0 leaves the teacher whole"
+        default=0.2,
+        description="Mask ratio that training begins with; a multiple of mask_step, 0 leaves the teacher whole",
     )
-    step: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
+    mask_step: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
         default=0.05, description="How much of the mask is taken back from one stage to the next"
     )
 
     @model_validator(mode="after")
     def _multiple(self) -> "Teacher":
-        stages = self.r_max / self.step
+        stages = self.r_max / self.mask_step
         if stages > STAGES:
-            raise ValueError(f"step ({self.step}) takes r_max ({self.r_max}) back in more than {STAGES} stages")
+            raise ValueError(
+                f"mask_step ({self.mask_step}) takes r_max ({self.r_max}) back in more than {STAGES} stages"
+            )
         if abs(stages - round(stages)) > 1e-6:
-            raise ValueError(f"r_max ({self.r_max}) must be a multiple of step ({self.step})")
+            raise ValueError(f"r_max ({self.r_max}) must be a multiple of mask_step ({self.mask_step})")
         return self
 
 
@@ -187,10 +190,9 @@ class Runtime(Section):
         description="How often a stage replaces engines on Ray that died, for each of the workers",
     )
     train_processes: int = Field(default=1, ge=1, le=64, description="Training processes, one a device")
-    sharding: Literal["replicate", "fsdp2", "zero3"] = Field(
+    sharding: Literal["replicate", "fsdp2"] = Field(
         default="replicate",
-        description="What a training process holds: replicate: all weights; fsdp2, zero3 (DeepSpeed): its share of "
-        "student and teacher",
+        description="What a training process holds: replicate: all weights; fsdp2: its share of student and teacher",
     )
     activation_checkpointing: bool = Field(
         default=False,
@@ -199,7 +201,7 @@ class Runtime(Section):
     token_budget: Count = Field(
         default=16_384, description="Tokens of a training forward pass; a step takes as many passes as it needs"
     )
-    checkpoint_steps: Count = Field(default=100, description="Optimiser steps between checkpoints")
+    checkpoint_steps: Count = Field(default=100, description="Optimizer steps between checkpoints")
     engine_memory_gib: Annotated[float, Field(gt=0, le=2**20, allow_inf_nan=False)] = Field(
         default=1.0,
         description="GiB of an engine's cache of keys and values on a CPU; on a GPU vLLM takes what is free",
@@ -210,7 +212,7 @@ class Runtime(Section):
     tensor_parallel_size: int = Field(
         default=1, ge=1, le=1024, description="Devices that an engine spreads a model over"
     )
-    silence_minutes: Annotated[float, Field(gt=0, le=10**6, allow_inf_nan=False)] = Field(
+    heartbeat_timeout_minutes: Annotated[float, Field(gt=0, le=10**6, allow_inf_nan=False)] = Field(
         default=120.0, description="An engine or trainer that says nothing for so long is ended"
     )
     judge_requests: int = Field(default=16, ge=1, le=1024, description="Requests at a time to a judge's URL")

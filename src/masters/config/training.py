@@ -135,14 +135,14 @@ class Train(Section):
         "random_advantages: advantages are random numbers, normalized within the question",
     )
     epochs: int = Field(default=1, ge=1, le=1000, description="Passes over the questions of each mask stage")
-    questions_per_step: Count = Field(default=8, description="Questions that an optimiser step learns from")
+    questions_per_step: Count = Field(default=8, description="Questions that an optimizer step learns from")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Of the weights while it trains")
     compute_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
         description="Of the products while it trains; bfloat16 is what GPUs are fast at, with float32 weights and sums",
     )
     seed: Seed = Field(default=0, description="Of the order of the questions")
-    probe_drop: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
+    max_validation_drop: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
         default=None,
         description="Hold 128 training questions out (at most a tenth) and end when the share of them that the student "
         "has right falls by more than this below its best; default: no such guard",

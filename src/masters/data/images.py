@@ -12,7 +12,7 @@ MAX_PIXELS = 64_000_000  # decoded, 192 MB
 MAX_ASPECT = 200  # long to short side; Qwen's image processors refuse more
 # No PostScript, PDF or vector formats: decoding those runs programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000", "TGA", "ICO")
-DEEP = ("I;16", "I;16B", "I;16L", "I;16N")  # 16 bits of grey; Pillow would make all but the darkest of it white
+DEEP = ("I;16", "I;16B", "I;16L", "I;16N")  # 16 bits of gray; Pillow would make all but the darkest of it white
 REMEMBERED = 4096
 
 Fault = tuple[str, object]
@@ -30,7 +30,7 @@ def image_fault(data: bytes, digest: str) -> Fault | None:
 
 def rgb(image: Image.Image) -> Image.Image:
     """The picture as models see it: the first frame, upright as its EXIF says, 8 bits a channel, of 16 bits the upper 8
-    (as Pillow reads colour).
+    (as Pillow reads color).
 
     Raises ValueError where samples have no range that says what is white.
     """

@@ -52,7 +52,7 @@ def write_tables(
     limits = {"train": config.data.train_limit, "test": config.data.eval_limit}
     judged = judge(validated(source, special_tokens), limits, write, known)
     check_selection(judged, config, storage.uri(f"{folder}/rejected"))
-    writer, splits, share = Writer(judged.chosen, write), Counter(), config.data.validation_share
+    writer, splits, share = QuestionWriter(judged.chosen, write), Counter(), config.data.validation_share
     for row in chosen_rows(source, judged.marks):
         held = with_validation(row, share)
         splits[held["split"]] += 1
@@ -67,8 +67,8 @@ def write_tables(
     return files, facts | (dict(validation=splits["validation"]) if share else {})
 
 
-class Writer:
-    """Questions by bucket of their digest: neighbours in digest lie in one file, as shards want them.
+class QuestionWriter:
+    """Questions by bucket of their digest: neighbors in digest lie in one file, as shards want them.
 
     A bucket goes to a new file when it is large, the largest bucket when all together are.
     """

@@ -35,7 +35,7 @@ def with_validation(row: dict, share: float) -> dict:
 
 
 @dataclass
-class Judged:
+class Selection:
     """The first pass: a mark for every row of the source (0: not taken), counts, an example id a kind of rejection."""
 
     marks: array = field(default_factory=lambda: array("Q"))
@@ -58,12 +58,12 @@ def judge(
     limits: dict[str, int | None],
     write: Callable[[str, list[dict], pa.Schema], None],
     known: Set[Question] = frozenset(),
-) -> Judged:
+) -> Selection:
     """Look at every row, write the rejected, and mark the rows to take: per split, those of the smallest rank.
 
     A row's rank depends on it alone, so that more rows never reshuffle the choice.
     """
-    judged, rejected, parts = Judged(), [], 0
+    judged, rejected, parts = Selection(), [], 0
     best: dict[str, list[tuple[int, int]]] = {split: [] for split in limits}  # heaps of (-rank, position)
     for position, row in enumerate(rows):
         judged.marks.append(0)
@@ -82,7 +82,7 @@ def judge(
         judged.marks[position] = mark(row)
         judged.splits[split] += 1
         if limit is not None:
-            heapq.heappush(heap, (-rank(row), position))
+            heapq.heappush(heap, (-selection_key(row), position))
             if len(heap) > limit:
                 judged.marks[heapq.heappop(heap)[1]] = 0
                 judged.splits[split] -= 1
@@ -91,7 +91,7 @@ def judge(
     return judged
 
 
-def rank(row: dict) -> int:
+def selection_key(row: dict) -> int:
     return int(digest((row["question_id"] + row["question_digest"]).encode()), 16)
 
 
@@ -120,7 +120,7 @@ def chosen_rows(source: Source, marks: array) -> Iterator[dict]:
         raise changed
 
 
-def check_validation(splits: Counter, judged: Judged, config: Config) -> None:
+def check_validation(splits: Counter, judged: Selection, config: Config) -> None:
     """Raises InputError if the training questions cannot be shared out."""
     if splits["validation"] and (splits["train"] or judged.known):
         return
@@ -130,7 +130,7 @@ def check_validation(splits: Counter, judged: Judged, config: Config) -> None:
     )
 
 
-def check_selection(judged: Judged, config: Config, where: str) -> None:
+def check_selection(judged: Selection, config: Config, where: str) -> None:
     """Raises InputError if too much was rejected, or if a split is empty."""
     rows, limit = len(judged.marks), config.data.max_rejected_share
     common = "; ".join(

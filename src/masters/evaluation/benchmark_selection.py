@@ -31,7 +31,7 @@ ASKS_NOBODY = {"mmmu_val"}  # read, in 0.7.3: the verifier that its code speaks 
 
 
 @dataclass(frozen=True)
-class Asked:
+class BenchmarkSelection:
     """Tasks to run, each once and in order, with the version of lmms-eval.
 
     `own`: digests of the folders that tasks from outside of lmms-eval lie in, by folder; `theirs`: whether there are
@@ -57,7 +57,7 @@ class _Loader(yaml.CSafeLoader):
 _Loader.add_multi_constructor("!", lambda *_: None)
 
 
-def understood(names: list[str]) -> Asked:
+def select_benchmarks(names: list[str]) -> BenchmarkSelection:
     """The tasks that the names stand for: "paper", one of `PAPER` in any case, or what lmms-eval calls one.
 
     Raises InputError where lmms-eval is not installed, does not have one, or scores one by sending answers away
@@ -88,7 +88,7 @@ def understood(names: list[str]) -> Asked:
     every = set().union(*folders.values())
     outside = sorted(folder for folder in every if not folder.is_relative_to(theirs))
     digests = {str(folder): folder_digest(folder) for folder in outside}
-    return Asked(tasks, found.version, digests, len(outside) < len(every))
+    return BenchmarkSelection(tasks, found.version, digests, len(outside) < len(every))
 
 
 def _installed() -> Distribution | None:

@@ -69,7 +69,7 @@ def run(
         return _on_ray(work, runtime, folder, on_progress, beside)
     kept = sum(bool(stay and stay.standing.alive and part.digest == stay.digest) for part in work)
     children = [child for part in work for child in _children(part, folder, stay)]
-    at_once, silence = runtime.generate_workers, runtime.silence_minutes * 60
+    at_once, silence = runtime.generate_workers, runtime.heartbeat_timeout_minutes * 60
     ran = processes.run(children, at_once, on_progress, silence, beside if children else ())
     how = dict(engines=len(children) - kept, workers=min(at_once, len(children)), **ran.told())
     return how | (dict(kept=kept) if kept else {})
@@ -105,6 +105,6 @@ def _on_ray(
             on_progress(name, line)
 
     driver = processes.Child("ray", "masters.execution.ray_engines.driver", job, folder, {})
-    ran = processes.run([driver], 1, hear, runtime.silence_minutes * 60, beside)
+    ran = processes.run([driver], 1, hear, runtime.heartbeat_timeout_minutes * 60, beside)
     peak = round(ran.peak_mib + how.pop("peak_mib"))
     return how | dict(children_peak_mib=peak, ray_seconds=ran.startup_seconds[0])

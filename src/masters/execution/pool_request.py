@@ -36,7 +36,7 @@ class Student(BaseModel):
     folder: Folder = Field(description="Of its train artifact")
 
 
-class Assignment(BaseModel):
+class StageRequest(BaseModel):
     """Which stage, of which run, made from what."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -105,10 +105,10 @@ def portable(config: Config, store: str) -> Config:
         student=model(config.student), teachers=[model(teacher) for teacher in config.teachers],
         rewards=config.rewards.model_copy(update=dict(judge=place(config.rewards.judge, (TEACHER,)))),
     )  # fmt: skip
-    return here(config).model_copy(update=changes)
+    return without_pools(config).model_copy(update=changes)
 
 
-def here(config: Config) -> Config:
+def without_pools(config: Config) -> Config:
     """The configuration with every stage in the process that is given it."""
     return config.model_copy(update=dict(runtime=config.runtime.model_copy(update=dict(pools=Pools()))))
 

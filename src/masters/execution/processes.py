@@ -25,7 +25,7 @@ from typing import NoReturn
 
 from masters.common import machine
 from masters.common.errors import InputError, MastersError, StoreError, WorkerError, WorkerLost
-from masters.common.redaction import mask_logs, masked
+from masters.common.redaction import redact, redact_logs
 
 PR_SET_PDEATHSIG = 1
 POLL = 0.2  # seconds
@@ -235,7 +235,7 @@ def _log_to(file: Path) -> None:
 
 def child_main(main: Callable[[Path], None]) -> NoReturn:
     """A child's entry: its job file is the first argument; an expected error is one line and its exit code."""
-    mask_logs()
+    redact_logs()
     code = 0
     try:
         main(Path(sys.argv[1]))
@@ -244,7 +244,7 @@ def child_main(main: Callable[[Path], None]) -> NoReturn:
         print(error, file=sys.stderr)
         code = error.exit_code
     except Exception:
-        print(masked(traceback.format_exc()), file=sys.stderr, end="")
+        print(redact(traceback.format_exc()), file=sys.stderr, end="")
         code = 1
     _leave(code)
 

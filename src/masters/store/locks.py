@@ -30,7 +30,7 @@ PATIENCE = 60.0  # seconds without one, after which a holder on another machine 
 
 
 @contextmanager
-def alone(storage: Storage, folder: str, work: Path, waiting: Waiting) -> Iterator[Callable[[], None]]:
+def exclusive_build(storage: Storage, folder: str, work: Path, waiting: Waiting) -> Iterator[Callable[[], None]]:
     """The only run that writes below `folder` of a store. Whoever comes second waits.
 
     `work`: where this machine works on it. Gives a check to be called before what was built is committed: it raises
@@ -73,7 +73,7 @@ def _taken(descriptor: int) -> bool:
 
 
 @contextmanager
-def turn(what: str, waiting: Callable[[], None]) -> Iterator[None]:
+def machine_lock(what: str, waiting: Callable[[], None]) -> Iterator[None]:
     """One process of this machine at a time for the same `what`. Who must wait says so first: `waiting`.
 
     The kernel lets go of the lock when its holder dies. Raises StoreError if the home cannot be written.

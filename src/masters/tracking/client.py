@@ -29,10 +29,10 @@ class _Client:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._client, name)
-        return _told(found) if callable(found) else found
+        return _wrap_errors(found) if callable(found) else found
 
 
-def _told(call: Callable) -> Callable:
+def _wrap_errors(call: Callable) -> Callable:
     @wraps(call)
     def told(*args: Any, **named: Any) -> Any:
         try:
@@ -64,20 +64,20 @@ def check_answers(uri: str) -> None:
         )  # fmt: skip
         if answer.status_code in (401, 403):
             raise InputError(
-                f"MLflow at {shown(uri)} refuses these credentials ({answer.status_code}): set "
+                f"MLflow at {redact_uri(uri)} refuses these credentials ({answer.status_code}): set "
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
             )
         answer.raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise Unreachable(
-            f"MLflow at {shown(uri)} does not answer ({error}): start it, or choose another with runtime.mlflow_uri or "
-            "MLFLOW_TRACKING_URI"
+            f"MLflow at {redact_uri(uri)} does not answer ({error}): start it, or choose another with "
+            "runtime.mlflow_uri or MLFLOW_TRACKING_URI"
         ) from error
 
 
 def browsed(uri: str) -> str:
     """Where a browser finds the server that runs reach at `uri`."""
-    return (os.environ.get(PUBLIC) or shown(uri)).rstrip("/")
+    return (os.environ.get(PUBLIC) or redact_uri(uri)).rstrip("/")
 
 
 def point_mlflow_at(uri: str) -> None:
@@ -92,7 +92,7 @@ def point_mlflow_at(uri: str) -> None:
         os.environ["MLFLOW_TRACKING_URI"] = named
 
 
-def shown(uri: str) -> str:
+def redact_uri(uri: str) -> str:
     """A tracking URI without the user and the password that it may hold."""
     scheme, mark, rest = uri.partition("://")
     if not mark:

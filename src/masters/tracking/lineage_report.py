@@ -12,7 +12,7 @@ from masters.data.sources import open_source
 from masters.store import lineage
 from masters.store.lineage import Link
 from masters.store.storage import Storage
-from masters.tracking.client import shown
+from masters.tracking.client import redact_uri
 from masters.tracking.locations import available, uris
 from masters.tracking.registry import Registry, Target
 
@@ -27,7 +27,7 @@ def trace(reference: str, mlflow_uri: str | None = None) -> dict:
     runs = registry.run_ids(target.parent, made) if target.parent else dict.fromkeys(made)
     faults = [fault for link in links for fault in link.faults]
     return dict(
-        of=target.title, mlflow=shown(registry.uri), store=target.store, verified=not faults, faults=faults,
+        of=target.title, mlflow=redact_uri(registry.uri), store=target.store, verified=not faults, faults=faults,
         stages=[_stage(link, links, runs) for link in links],
     )  # fmt: skip
 
@@ -54,7 +54,7 @@ def registry_of(name: str, mlflow_uri: str | None = None) -> Registry:
         registry = Registry(uri)
         if registry.has(name):
             return registry
-    places = ", ".join(map(shown, tried))
+    places = ", ".join(map(redact_uri, tried))
     raise InputError(f"no registered model {name} in MLflow at {places}; name another with --mlflow-uri")
 
 

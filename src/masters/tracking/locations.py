@@ -13,11 +13,11 @@ from pathlib import Path
 from masters.common.errors import InputError
 from masters.common.hashing import fingerprint
 from masters.common.machine import cache
-from masters.common.redaction import masked
+from masters.common.redaction import redact
 from masters.config import Config, allowlist
 from masters.config.allowlist import Setting
 from masters.store.storage import Storage
-from masters.tracking.client import check_answers, shown
+from masters.tracking.client import check_answers, redact_uri
 
 FOLDER = "tracking"
 BESIDE = "beside the artifacts"  # the default database of a local store moves with it
@@ -25,9 +25,9 @@ BESIDE = "beside the artifacts"  # the default database of a local store moves w
 KEPT = 20  # tracking URIs a name
 
 
-def note(storage: Storage, shown: str, default: str) -> None:
+def note(storage: Storage, uri: str, default: str) -> None:
     """Keep an address. `default`: that of the database beside the artifacts. One file each: nobody overwrites."""
-    told = BESIDE if shown == default and storage.local else masked(shown)
+    told = BESIDE if uri == default and storage.local else redact(uri)
     name = f"{FOLDER}/{fingerprint(told)}.json"
     if not storage.exists(name):
         storage.write(name, json.dumps(dict(uri=told)).encode())
@@ -82,23 +82,23 @@ def _remembered() -> dict[str, list[str]]:
 def tracking_uri(config: Config, storage: Storage) -> str:
     """runtime.mlflow_uri, else MLFLOW_TRACKING_URI, else a SQLite file beside the artifacts (S3: in this folder)."""
     named = config.runtime.mlflow_uri
-    if named and shown(named) != named:
+    if named and redact_uri(named) != named:
         raise InputError(
             "runtime.mlflow_uri holds a user or password, and a configuration is kept with the run: set it as "
             "MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD beside the plain address"
         )
     if named:
         allowlist.check(Setting.MLFLOW, "runtime.mlflow_uri", named)
-    return named or os.environ.get("MLFLOW_TRACKING_URI") or beside(storage)
+    return named or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(storage)
 
 
-def beside(storage: Storage) -> str:
+def default_uri(storage: Storage) -> str:
     return f"sqlite:///{storage.path('mlflow.db') if storage.local else Path('mlflow.db').absolute()}"
 
 
 def check_beside(storage: Storage) -> None:
     """Raises InputError if the default database cannot be made: unlike the store, the working folder is not proven."""
-    database = beside(storage).removeprefix("sqlite:///")
+    database = default_uri(storage).removeprefix("sqlite:///")
     if strange := {"?", "%"} & set(database):
         raise InputError(
             f"the tracking database of a run goes to {database}, whose address cannot hold {' '.join(sorted(strange))}"

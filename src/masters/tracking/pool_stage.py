@@ -7,20 +7,20 @@ from mlflow.exceptions import MlflowException
 
 from masters.common.errors import InputError
 from masters.config import Config
-from masters.execution.pool_request import Assignment
+from masters.execution.pool_request import StageRequest
 from masters.store.artifacts import Identity, Upstream
 from masters.store.storage import Storage
-from masters.tracking.client import check_answers, shown
+from masters.tracking.client import check_answers, redact_uri
 from masters.tracking.client import client as mlflow_client
 from masters.tracking.locations import tracking_uri
 from masters.tracking.registry import Registry
-from masters.tracking.run_writer import Tracked, Tracker
+from masters.tracking.run_writer import RunWriter, Tracked
 
 
-class StageTracker(Tracker):
+class PoolStageWriter(RunWriter):
     """Metrics go to the opened run; the rest of it is the opener's to write."""
 
-    def __init__(self, config: Config, storage: Storage, wanted: Assignment) -> None:
+    def __init__(self, config: Config, storage: Storage, wanted: StageRequest) -> None:
         """Raises InputError if this process tracks elsewhere."""
         self.uri, self.key, self._wanted = tracking_uri(config, storage), wanted.run, wanted
         check_answers(self.uri)
@@ -30,8 +30,8 @@ class StageTracker(Tracker):
             found = self._client.get_run(wanted.tracked)
         except MlflowException as error:
             raise InputError(
-                f"MLflow at {shown(self.uri)} holds no run {wanted.tracked}: a pool's workers must track where the run "
-                "that asks does; set runtime.mlflow_uri, or MLFLOW_TRACKING_URI for each of them"
+                f"MLflow at {redact_uri(self.uri)} holds no run {wanted.tracked}: a pool's workers must track where "
+                "the run that asks does; set runtime.mlflow_uri, or MLFLOW_TRACKING_URI for each of them"
             ) from error
         self._current = wanted.tracked
         self.run_id = found.data.tags.get("mlflow.parentRunId", wanted.tracked)

@@ -15,7 +15,7 @@ from masters.config.fields import NAME
 from masters.store.artifacts import RECORD
 from masters.store.storage import Storage
 from masters.tracking.client import client as mlflow_client
-from masters.tracking.client import point_mlflow_at, shown
+from masters.tracking.client import point_mlflow_at, redact_uri
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 CHAMPIONS = "masters.champions"  # a registered model's tag: JSON list of versions, the first champion first
@@ -83,7 +83,7 @@ class Registry:
         """Versions that were champion, in order; one that was rolled back stays until the next is promoted."""
         model = self._model(name)
         if model is None:
-            raise InputError(f"there is no registered model {name} in MLflow at {shown(self.uri)}")
+            raise InputError(f"there is no registered model {name} in MLflow at {redact_uri(self.uri)}")
         return [int(version) for version in json.loads(model.tags.get(CHAMPIONS, "[]"))]
 
     def last_champion(self, name: str) -> int | None:

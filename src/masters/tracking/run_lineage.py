@@ -37,9 +37,9 @@ def key(text: str) -> str:
     return path if len(path) <= KEY_LENGTH else f"{path[: KEY_LENGTH - 17].rstrip('/')}-{fingerprint(text)}"
 
 
-def about(config: Config) -> dict[str, str]:
+def run_tags(config: Config) -> dict[str, str]:
     """Tags of every run and version: mask schedules, prompts of the judge, code."""
-    schedules = [" ".join(f"{r:g}" for r in mask_stages(t.r_max, t.step)) for t in config.teachers]
+    schedules = [" ".join(f"{r:g}" for r in mask_stages(t.r_max, t.mask_step)) for t in config.teachers]
     tags = {"masters.mask_schedule": "; ".join(schedules), "masters.code": __version__}
     if "llm" in (config.rewards.accuracy, config.evaluate.accuracy):
         tags["masters.judge_prompts"] = str(judge_prompts.VERSION)
@@ -55,10 +55,10 @@ def stage_tags(identity: Identity, upstream: Upstream, reached: dict[str, dict[s
         "masters.fingerprint": identity.fingerprint,
         "masters.stage_version": str(identity.version),
     }
-    return tags | {f"upstream.{name}": value for name, value in behind(upstream, reached).items()}
+    return tags | {f"upstream.{name}": value for name, value in upstream_fingerprints(upstream, reached).items()}
 
 
-def behind(upstream: Upstream, reached: dict[str, dict[str, str]]) -> dict[str, str]:
+def upstream_fingerprints(upstream: Upstream, reached: dict[str, dict[str, str]]) -> dict[str, str]:
     """Everything that led here, its fingerprint or digest by stage; by role what this run did not make: what lies
     outside the store, and what an earlier run left there, such as the champion that a night's student starts from.
     """
@@ -99,10 +99,10 @@ def questions(upstream: Upstream) -> dict[str, str]:
 
 
 def _parts(artifact: Artifact, context: str, tags: dict[str, str], aside: bool = False) -> Iterator[DatasetInput]:
-    about = tags | {"stage": artifact.record["stage"], "fingerprint": artifact.fingerprint}
+    described = tags | {"stage": artifact.record["stage"], "fingerprint": artifact.fingerprint}
     for part, digest in artifact.parts.items():
         if aside or part not in ASIDE:
-            yield _used(part, f"{artifact.uri}/{part}", digest, context, about)
+            yield _used(part, f"{artifact.uri}/{part}", digest, context, described)
 
 
 def _used(name: str, uri: str, digest: str, context: str, tags: dict[str, str]) -> DatasetInput:
@@ -114,7 +114,7 @@ def _used(name: str, uri: str, digest: str, context: str, tags: dict[str, str]) 
     return DatasetInput(Dataset(**described.to_dict()), [InputTag(key, value) for key, value in all_tags.items()])
 
 
-def where(artifact: Artifact) -> dict[str, str]:
+def artifact_tags(artifact: Artifact) -> dict[str, str]:
     """Tags by which an artifact is found and proven."""
     return {
         "masters.uri": artifact.uri,

@@ -18,19 +18,19 @@ from mlflow.exceptions import MlflowException
 
 from masters.common import machine
 from masters.common.errors import TrackingError
-from masters.common.redaction import masked
+from masters.common.redaction import redact
 from masters.config import Config
 from masters.config.loading import flat
 from masters.evaluation import benchmark_results
 from masters.store.artifacts import Artifact, Identity, Upstream
 from masters.store.storage import Storage
 from masters.tracking import locations, run_lineage
-from masters.tracking.client import browsed, check_answers, shown
+from masters.tracking.client import browsed, check_answers, redact_uri
 from masters.tracking.client import client as mlflow_client
-from masters.tracking.locations import beside, check_beside, files_beside, tracking_uri
+from masters.tracking.locations import check_beside, default_uri, files_beside, tracking_uri
 from masters.tracking.open_runs import PARENT, close_lost
 from masters.tracking.registry import CANDIDATE, Registry
-from masters.tracking.run_lineage import where
+from masters.tracking.run_lineage import artifact_tags
 
 PARAMETER_LENGTH = 500
 METRICS_AT_ONCE = 200
@@ -42,7 +42,7 @@ STUDENT = "student-after"
 Tracked = Callable[[Artifact, dict], str]  # gives the stage's run id
 
 
-class Tracker:
+class RunWriter:
     """Writes one run to MLflow, a distillation or what `flow` says.
 
     Everything has a key and is found again by it: a run that was cut short is opened again by who goes on with it,
@@ -53,11 +53,11 @@ class Tracker:
         """`key`: what stays the same when a run is tried again, such as the flow run's id."""
         self.uri = tracking_uri(config, storage)
         check_answers(self.uri)
-        if self.uri == beside(storage):
+        if self.uri == default_uri(storage):
             check_beside(storage)
         self.registry = Registry(self.uri)
         self._client, self._storage = mlflow_client(self.uri), storage
-        self._about = run_lineage.about(config) | {"masters.store": storage.uri("")}
+        self._about = run_lineage.run_tags(config) | {"masters.store": storage.uri("")}
         self._experiment = self._experiment_of(config.name, storage)
         self._pending: dict[str, list[Metric]] = {}  # by run
         self.lost, self._pause = 0, 0.0  # metrics that MLflow never got; until when it is left alone
@@ -65,19 +65,19 @@ class Tracker:
         self._runs: dict[str, str] = {}  # by an artifact's folder: the run of its stage
         self._questions: dict[str, dict[str, str]] = {}  # by an artifact's folder: the data set its scores are on
         close_lost(self.uri, storage)
-        locations.note(storage, shown(self.uri), beside(storage))
+        locations.note(storage, redact_uri(self.uri), default_uri(storage))
         tags = {"masters.stage": flow, PARENT: "yes", "masters.process": machine.this_process()}
         self.key = key or uuid.uuid4().hex
         self.run_id = self._current = self._open(self.key, config.name, tags)
         locations.remember(config.name, self.uri)
         values = flat(config.model_dump()).items()
         self._client.log_batch(
-            self.run_id, params=[Param(key, masked(str(value))[:PARAMETER_LENGTH]) for key, value in values]
+            self.run_id, params=[Param(key, redact(str(value))[:PARAMETER_LENGTH]) for key, value in values]
         )
 
     def _experiment_of(self, name: str, storage: Storage) -> str:
         """Its id. A new experiment of the default database keeps its files there too."""
-        ours = self.uri == beside(storage)
+        ours = self.uri == default_uri(storage)
         try:
             return self._client.create_experiment(name, files_beside(storage) if ours else None)
         except MlflowException:
@@ -117,12 +117,12 @@ class Tracker:
         self._client.log_inputs(child, run_lineage.inputs(upstream))
 
         def tracked(artifact: Artifact, done: dict) -> str:
-            self._reached[artifact.folder] = run_lineage.behind(upstream, self._reached)
+            self._reached[artifact.folder] = run_lineage.upstream_fingerprints(upstream, self._reached)
             self._runs[artifact.folder] = child
             self._questions[artifact.folder] = run_lineage.questions(upstream)
             self._earlier(upstream)
             self._client.log_inputs(child, run_lineage.outputs(artifact))
-            self._tag(child, {"masters.outcome": done["outcome"]} | where(artifact))
+            self._tag(child, {"masters.outcome": done["outcome"]} | artifact_tags(artifact))
             names = {"fingerprint": artifact.fingerprint, "run_id": child}
             self._tag(self.run_id, {f"stage.{identity.stage}.{name}": value for name, value in names.items()})
             self.metrics({"rows": float(done["rows"]), "seconds": float(done["seconds"])}, 0)
@@ -178,7 +178,7 @@ class Tracker:
         if version and "masters.registered" in version.tags:
             return int(version.version)
         run_id = self._builder(trained)
-        tags = self._about | where(registered) | {"masters.uri": source, "masters.run_id": self.run_id}
+        tags = self._about | artifact_tags(registered) | {"masters.uri": source, "masters.run_id": self.run_id}
         if version is None:
             model = mlflow.create_external_model(
                 name=name, source_run_id=run_id, tags=tags, experiment_id=self._experiment

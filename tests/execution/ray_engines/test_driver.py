@@ -3,7 +3,7 @@
 import pytest
 from ray import exceptions
 
-from masters.execution.ray_engines.driver import Pool
+from masters.execution.ray_engines.driver import ActorPool
 
 
 @pytest.mark.parametrize("error", [exceptions.RayActorError(), exceptions.OutOfMemoryError("the node is full")])
@@ -13,8 +13,8 @@ def test_an_engine_that_dies_or_that_ray_ends_for_memory_is_replaced(
     def get(_: object) -> None:
         raise error
 
-    pool, lost = object.__new__(Pool), []
+    pool, lost = object.__new__(ActorPool), []
     monkeypatch.setattr("ray.get", get)
-    monkeypatch.setattr(Pool, "_lost", lambda _, seat, why: lost.append((seat, why)))
+    monkeypatch.setattr(ActorPool, "_lost", lambda _, seat, why: lost.append((seat, why)))
     pool._hear("seat", None)  # pyright: ignore[reportArgumentType]
     assert lost == [("seat", error)]

@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from masters.execution.ray_engines.scheduler import WORTH, Deal
+from masters.execution.ray_engines.scheduler import WORTH, WorkScheduler
 
 MODELS = st.lists(st.tuples(st.integers(0, 12), st.floats(0.1, 100)), min_size=1, max_size=4)
 
@@ -15,7 +15,7 @@ class Engines:
 
     def __init__(self, models: list[tuple[int, float]], at_most: int) -> None:
         self.pieces = [[dict(out=(model, n)) for n in range(count)] for model, (count, _) in enumerate(models)]
-        self.deal = Deal(self.pieces, [cost for _, cost in models])
+        self.deal = WorkScheduler(self.pieces, [cost for _, cost in models])
         self.seats: list[list] = []  # model, piece
         self.done: Counter = Counter()
         self.started = 0

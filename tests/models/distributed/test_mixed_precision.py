@@ -17,7 +17,7 @@ EVERYTHING = Step(0, 0, tuple(range(8)))
 MIXED = Train(compute_dtype="bfloat16")
 
 
-def stepped(name: str, train: Train) -> tuple[trainer.Job, dict[str, float]]:
+def stepped(name: str, train: Train) -> tuple[trainer.TrainContext, dict[str, float]]:
     """A step's gradients in the student, and its sums. Answers alone are rewarded: min-max stretches any rounding."""
     student = mixed_precision.computing(tiny_models.model(name, 0), train)
     teacher = tiny_models.model(name, 1, 0.2).to(getattr(torch, mixed_precision.frozen_dtype(train)))

@@ -14,12 +14,14 @@ from masters.config import Runtime
 from masters.data import question_shards
 from masters.data.question_shards import Ref
 from masters.models.generation import shards as answering
-from masters.models.generation.shards import NO_SHARD, Answerer, Earlier, Order
+from masters.models.generation.shards import NO_SHARD, GeneratingModel, ShardCache, ShardRequest
 from masters.store import artifacts, tables
 from masters.store.artifacts import Artifact, Identity
 from masters.store.storage import Storage
 
-ASKED = Order(Answerer("m", Path("m"), "d", {}), NO_SHARD, "predictions", "evaluation", None, 0, 1, {"dtype": "x"})
+ASKED = ShardRequest(
+    GeneratingModel("m", Path("m"), "d", {}), NO_SHARD, "predictions", "evaluation", None, 0, 1, {"dtype": "x"}
+)
 
 
 class Nights:
@@ -30,7 +32,7 @@ class Nights:
         patch.setattr(answering.engines, "run", lambda *_: {})
         patch.setattr(answering, "_work", lambda orders, *_: [self.answer(order) for order in orders])
 
-    def answer(self, order: Order) -> None:
+    def answer(self, order: ShardRequest) -> None:
         ids = [ref.question_id for ref in order.shard.refs]
         self.answered += ids
         rows = [
@@ -43,12 +45,12 @@ class Nights:
     def night(self, questions: dict[str, int]) -> Artifact:
         """`questions`: id to version."""
         refs = sorted(Ref(digest(f"{i}/{version}".encode()), i, 0, 0) for i, version in questions.items())
-        orders = Earlier(self.storage, self.last).orders(self.asked, refs)
+        orders = ShardCache(self.storage, self.last).orders(self.asked, refs)
         self.answered = []
         data = Artifact(self.storage, "data", {})
-        answering.fulfil(data, orders, Runtime(), Path("work"), lambda *_: None)
+        answering.run_generation(data, orders, Runtime(), Path("work"), lambda *_: None)
         made_of = Identity("evaluate", 1, {}, {order.fingerprint: order.fingerprint for order in orders})
-        files = answering.gather(self.storage, made_of, orders)
+        files = answering.collect_shards(self.storage, made_of, orders)
         artifact = artifacts.commit(self.storage, made_of, files, {})
         self.last = [artifact]
         return artifact

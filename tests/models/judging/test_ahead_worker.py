@@ -36,7 +36,7 @@ def shards(run: Run) -> dict[str, bytes]:
 def child(run: Run, names: list[str], folder: Path) -> processes.Child:
     judge = judge_of(run, first_round(run))
     assert judge is not None
-    made = batches.ahead(question_table(run, QUESTIONS), judge, names, run.config.runtime, folder)
+    made = batches.start_early_judging(question_table(run, QUESTIONS), judge, names, run.config.runtime, folder)
     assert made is not None
     return made
 
@@ -99,6 +99,8 @@ def test_engines_of_a_run_have_it_beside_them_only_where_it_helps(tmp_path: Path
 def test_nothing_is_started_for_shards_that_are_there(tmp_path: Path, there: FakeJudge) -> None:
     run = made_run(tmp_path / "store", there.url)
     job = child(run, [], tmp_path / "work")
-    how = answering.fulfil(question_table(run, QUESTIONS), [], run.config.runtime, tmp_path, lambda *_: None, job)
+    how = answering.run_generation(
+        question_table(run, QUESTIONS), [], run.config.runtime, tmp_path, lambda *_: None, job
+    )
     assert how["engines"] == how["judged_ahead"] == 0
     assert not job.job_file.exists()

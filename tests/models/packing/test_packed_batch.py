@@ -41,7 +41,7 @@ def test_a_batch_is_the_sum_of_its_questions(model: torch.nn.Module, questions: 
         reference = student.detach().roll(2, dims=1)
         score = torch.tensor([s for q in some for s in scores[q.question_id]])
         terms = formulas.terms(student, teacher, packed.token_T, "jsd", reference)
-        return objective.masters(terms, score, packed, train, rewards).loss
+        return objective.masters_loss(terms, score, packed, train, rewards).loss
 
     together = loss(questions)
     apart = loss(questions[:1]) + loss(questions[1:])

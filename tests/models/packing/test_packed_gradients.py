@@ -38,11 +38,11 @@ def masked_model(folder: Path, ratio: float) -> torch.nn.Module:
 
 
 @pytest.fixture(params=families.NAMES)
-def job(request: pytest.FixtureRequest) -> trainer.Job:
+def job(request: pytest.FixtureRequest) -> trainer.TrainContext:
     return make_job(request.param)
 
 
-def stored(job: trainer.Job) -> trainer.Job:
+def stored(job: trainer.TrainContext) -> trainer.TrainContext:
     """The same with a KL term from stored log pi_ref."""
     return replace(job, train=Train(kl="squared"), reference=None)
 
@@ -57,7 +57,7 @@ def alone(model: torch.nn.Module, question: Question, response: list[int]) -> to
     return logits[0, -len(response) - 1 : -1]
 
 
-def check_logits(job: trainer.Job) -> None:
+def check_logits(job: trainer.TrainContext) -> None:
     """Packed logits are those of every response alone."""
     everything = list(range(len(job.groups)))
     with torch.no_grad():
@@ -67,7 +67,9 @@ def check_logits(job: trainer.Job) -> None:
     torch.testing.assert_close(together, apart, atol=2e-5, rtol=1e-4)
 
 
-def check_accumulation(job: trainer.Job, monkeypatch: pytest.MonkeyPatch, worlds: tuple[int, ...] = (1, 8, 3)) -> None:
+def check_accumulation(
+    job: trainer.TrainContext, monkeypatch: pytest.MonkeyPatch, worlds: tuple[int, ...] = (1, 8, 3)
+) -> None:
     """One process with eight questions = eight processes with one each, gradients summed: same denominators."""
     monkeypatch.setattr(trainer, "reduced", lambda job, sums: sums)  # gradients add up in the one student instead
     step, ref, found = Step(0, 0, tuple(range(8))), references(job), []
@@ -110,14 +112,14 @@ def test_packed_gradients_are_those_of_separate_sequences(name: str, tied: bool,
     taught, known = (logits.detach() for logits in others)
     terms = formulas.terms(own, taught, batch.token_T, "jsd", known)
     score_R = torch.from_numpy(np.concatenate([group.scores for group in job.groups])).float()
-    objective.masters(terms, score_R, batch, job.train, job.rewards).loss.backward()
+    objective.masters_loss(terms, score_R, batch, job.train, job.rewards).loss.backward()
     expected = gradient(student)
     assert expected.norm() > 1e-3
     assert (found - expected).norm() / expected.norm() < 1e-5
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["held", "stored"])
-def test_a_small_token_budget_makes_the_same_gradient(job: trainer.Job, kept: bool) -> None:
+def test_a_small_token_budget_makes_the_same_gradient(job: trainer.TrainContext, kept: bool) -> None:
     job, found = stored(job) if kept else job, []
     for budget in (10_000, 60, 1):
         sums = trainer.run_step(replace(job, token_budget=budget), Step(0, 0, tuple(range(8))), references(job))
@@ -132,7 +134,7 @@ def test_a_small_token_budget_makes_the_same_gradient(job: trainer.Job, kept: bo
     ("kind", "targets"), [("masters", "responses"), ("kd", "responses"), ("sft", "labels"), ("sft", "responses")]
 )
 def test_eight_packs_of_one_make_the_gradient_of_one_pack_of_eight(
-    job: trainer.Job, kind: str, targets: str, monkeypatch: pytest.MonkeyPatch
+    job: trainer.TrainContext, kind: str, targets: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = Train.model_validate(dict(objective=kind, targets=targets))
     check_accumulation(replace(job, train=train), monkeypatch)
@@ -160,7 +162,7 @@ def test_a_fault_in_packing_or_accumulation_is_noticed(fault: str, monkeypatch: 
         check_accumulation(job, monkeypatch, (1, 8))
 
 
-def test_the_batch_objective_is_the_references(job: trainer.Job) -> None:
+def test_the_batch_objective_is_the_references(job: trainer.TrainContext) -> None:
     """From the models' logits, taken one response at a time, to the loss and to every response's advantage."""
     everything = list(range(len(job.groups)))
     questions = [job.question(job.groups[g]) for g in everything]
@@ -212,7 +214,7 @@ class Watch:
             hook.remove()
 
 
-def test_gradients_enter_at_the_predictors_and_never_at_prompt_or_padding(job: trainer.Job) -> None:
+def test_gradients_enter_at_the_predictors_and_never_at_prompt_or_padding(job: trainer.TrainContext) -> None:
     groups = [0, 2, 3]
     pack_ = packed(job, groups)
     ids_BL = pack_.inputs["input_ids"]
@@ -238,7 +240,7 @@ def test_gradients_enter_at_the_predictors_and_never_at_prompt_or_padding(job: t
     assert torch.equal(watch.moved("embedded"), real_BL & ~image_BL & ~last_BL)
 
 
-def test_a_response_has_no_gradient_in_another(job: trainer.Job) -> None:
+def test_a_response_has_no_gradient_in_another(job: trainer.TrainContext) -> None:
     pack_ = packed(job, [0, 1])
     with Watch(job.student) as watch:
         logits_TV = response_logits(job.student, pack_)
@@ -254,7 +256,7 @@ def test_a_response_has_no_gradient_in_another(job: trainer.Job) -> None:
     assert not moved_BL[1].any()
 
 
-def test_the_images_token_in_a_response_is_a_word(job: trainer.Job) -> None:
+def test_the_images_token_in_a_response_is_a_word(job: trainer.TrainContext) -> None:
     """A model may sample it. The engine embeds it like any other, so a word with the same embedding is its twin."""
     student, twin = copy.deepcopy(job.student), tiny_models.WORDS[1]
     image = student.config.image_token_id
@@ -273,14 +275,14 @@ def test_the_images_token_in_a_response_is_a_word(job: trainer.Job) -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
-def test_no_gradient_reaches_teacher_or_reference(job: trainer.Job) -> None:
+def test_no_gradient_reaches_teacher_or_reference(job: trainer.TrainContext) -> None:
     trainer.run_step(job, Step(0, 0, (0, 3)), references(job))
     job.student.zero_grad()
     for frozen in (job.teacher, job.reference):
         assert all(p.grad is None for p in frozen.parameters())
 
 
-def test_identical_responses_get_one_reward_wherever_they_are_packed(job: trainer.Job) -> None:
+def test_identical_responses_get_one_reward_wherever_they_are_packed(job: trainer.TrainContext) -> None:
     same, other, third = tiny_models.random_responses(9, [3, 2, 4])
     longer = tiny_models.question(job.student, 7, 30, tiny_models.random_responses(10, [9, 9]))
     orders = [[same, other, same, third], [third, same, same, other], [other, third, same, same]]
@@ -302,7 +304,7 @@ def test_identical_responses_get_one_reward_wherever_they_are_packed(job: traine
     torch.testing.assert_close(torch.tensor(rewards), torch.tensor(rewards[:1] * 6), atol=1e-3, rtol=1e-3)
 
 
-def test_without_beta_the_reference_has_no_part(job: trainer.Job) -> None:
+def test_without_beta_the_reference_has_no_part(job: trainer.TrainContext) -> None:
     step, found = Step(0, 0, tuple(range(8))), []
     for reference in (job.reference, None):
         sums = trainer.run_step(replace(job, train=Train(beta=0.0), reference=reference), step, {})
@@ -313,7 +315,7 @@ def test_without_beta_the_reference_has_no_part(job: trainer.Job) -> None:
     assert None not in found[0][1] and found[1][1] == (None, None)  # what was not computed is not logged
 
 
-def test_the_reference_pass_reads_a_question_once_for_all_its_stages(job: trainer.Job, tmp_path) -> None:
+def test_the_reference_pass_reads_a_question_once_for_all_its_stages(job: trainer.TrainContext, tmp_path) -> None:
     """Full coverage: every question has a group a stage, with the student's responses in each of them."""
     later = [
         replace(group, stage=1, responses=[*group.responses[:1], *tiny_models.random_responses(20 + n, [2, 3])])

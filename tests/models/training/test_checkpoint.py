@@ -25,7 +25,7 @@ class Training:
         self.frozen.requires_grad_(False)
         modules = torch.nn.ModuleDict(dict(often=self.often, seldom=self.seldom, frozen=self.frozen))
         self.parameters, self.used = dict(modules.named_parameters()), used
-        self.optimiser = torch.optim.AdamW(self.parameters.values(), lr=0.1, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=0.1, weight_decay=0.0)
 
     def steps(self, first: int, last: int, after: Callable[[int], None] = lambda step: None) -> list[float]:
         """Take the steps `first` to `last`; the losses."""
@@ -35,19 +35,19 @@ class Training:
             x = self.often(self.frozen(x))
             loss = (self.seldom(x) if self.used[step - 1] else x).square().mean()
             loss.backward()
-            self.optimiser.step()
-            self.optimiser.zero_grad(set_to_none=True)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
             losses.append(loss.item())
             after(step)
         return losses
 
     def save(self, storage: Storage, step: int) -> None:
-        checkpoint.save(storage, "c", step, self.parameters, self.optimiser)
+        checkpoint.save(storage, "c", step, self.parameters, self.optimizer)
 
     def restore(self, storage: Storage) -> int:
         found, _ = checkpoint.newest(storage, "c")
         assert found
-        checkpoint.restore(found, self.parameters, self.optimiser)
+        checkpoint.restore(found, self.parameters, self.optimizer)
         return found.step
 
 

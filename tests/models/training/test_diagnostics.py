@@ -22,7 +22,7 @@ from tests.models.tiny_jobs import make_job, packed
 EVERYTHING = Step(0, 0, tuple(range(8)))
 
 
-def sharp(job: trainer.Job, **train: object) -> trainer.Job:
+def sharp(job: trainer.TrainContext, **train: object) -> trainer.TrainContext:
     """The job with a student that is sure of itself, so that there are tokens that it has given up; responses of both
     sources; and every other response ends with the token that this student likes best there, or another end token."""
     student = copy.deepcopy(job.student)
@@ -42,7 +42,7 @@ def sharp(job: trainer.Job, **train: object) -> trainer.Job:
     return replace(made, groups=groups, end_tokens=frozenset(ends))
 
 
-def batch_of(job: trainer.Job) -> Batch:
+def batch_of(job: trainer.TrainContext) -> Batch:
     """The job's questions with whole logits of all three models."""
     with torch.no_grad():
         pack = packed(job, list(range(len(job.groups))))
@@ -51,7 +51,7 @@ def batch_of(job: trainer.Job) -> Batch:
     return Batch(tokens, [group.scores.tolist() for group in job.groups], *logits)
 
 
-def plain(job: trainer.Job, batch: Batch) -> dict[str, list[float]]:
+def plain(job: trainer.TrainContext, batch: Batch) -> dict[str, list[float]]:
     """What each diagnostic is a mean of; shares of the gradient as numerator and denominator."""
     result, q = float64_reference.objective(batch, job.train, job.rewards), softmax(batch.student_TV)
     logp_T, found = log_pi(batch.student_TV, batch.token_T), {name: [] for name in step_sums.DENOMINATORS}

@@ -12,7 +12,7 @@ from masters.models.packing.prefix_tree import Sizes
 from masters.models.training import trainer
 from masters.models.training.gradient_clipping import clip_gradient
 from masters.models.training.groups import Step
-from masters.models.training.history import Ledger
+from masters.models.training.history import HistoryWriter
 from masters.models.training.lr_schedule import learning_rate
 from masters.store import tables
 from masters.store.storage import Storage
@@ -40,7 +40,7 @@ def test_history_has_the_learning_rate_and_the_gradient_norm_of_each_step(tmp_pa
     train = Train(learning_rate=1e-3, schedule="cosine", warmup_steps=2, max_gradient_norm=0.05)
     job = replace(
         base, student=copy.deepcopy(base.student), train=train, steps=[Step(0, 0, (0, 1, 2, 3))] * 5, storage=storage,
-        checkpoints="c", checkpoint_steps=100, ledger=Ledger(), tally=Sizes(),
+        checkpoints="c", checkpoint_steps=100, ledger=HistoryWriter(), tally=Sizes(),
     )  # fmt: skip
     trainer.fit(job)
     [name] = [name for name in storage.names("c") if "history" in name]

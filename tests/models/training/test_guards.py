@@ -16,7 +16,7 @@ from masters.models.packing.packed_batch import pack, response_states
 from masters.models.packing.prefix_tree import Question
 from masters.models.training import checkpoint, guards, history, trainer
 from masters.models.training.groups import Group, Step
-from masters.models.training.history import Ledger
+from masters.models.training.history import HistoryWriter
 from masters.store.storage import Storage
 from tests.models.tiny_jobs import make_job
 
@@ -24,7 +24,7 @@ STEPS = 6
 CALM, WILD = 1e-4, 0.1  # learning rates: the second makes of any model one that is never right
 
 
-def run_of(folder: Path, **train: Any) -> tuple[trainer.Job, list[dict]]:
+def run_of(folder: Path, **train: Any) -> tuple[trainer.TrainContext, list[dict]]:
     """A run of six steps on a store of its own, from the same student; what it reports."""
     told: list[dict] = []
     job = make_job("qwen3_vl")
@@ -38,14 +38,14 @@ def run_of(folder: Path, **train: Any) -> tuple[trainer.Job, list[dict]]:
         checkpoints="checkpoints",
         checkpoint_steps=100,
         report=lambda **fields: told.append(fields),
-        ledger=Ledger(),
+        ledger=HistoryWriter(),
         probe=[],
     )
     probed(made)
     return made, told
 
 
-def probed(job: trainer.Job) -> None:
+def probed(job: trainer.TrainContext) -> None:
     """A probe that the student, as it is, has right: its labels are its own greedy answers."""
     with torch.no_grad():
         for group in job.groups[:4]:
@@ -68,7 +68,7 @@ def spoiling(question: Callable[[Group], Question], row: int, pixel: float) -> C
     return spoilt
 
 
-def weights(job: trainer.Job) -> dict[str, torch.Tensor]:
+def weights(job: trainer.TrainContext) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in job.student.named_parameters()}
 
 
@@ -140,14 +140,14 @@ def test_without_a_guard_a_fall_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_drop_of_probe_accuracy_stops_training(tmp_path: Path) -> None:
-    job, told = run_of(tmp_path, learning_rate=WILD, probe_drop=0.2)
+    job, told = run_of(tmp_path, learning_rate=WILD, max_validation_drop=0.2)
     with pytest.raises(MastersError, match=r"step \d: the student has .* after 100.0% at step 0: a fall by more than"):
         trainer.fit(job)
     assert len(events(told, "step")) < STEPS
 
 
 def test_a_fall_rolls_back_to_the_best_weights_and_ends(tmp_path: Path) -> None:
-    job, told = run_of(tmp_path, learning_rate=WILD, probe_drop=0.2, on_drop="rollback")
+    job, told = run_of(tmp_path, learning_rate=WILD, max_validation_drop=0.2, on_drop="rollback")
     start = weights(job)
     trainer.fit(job)
     (back,) = events(told, "rolled_back")
@@ -158,7 +158,7 @@ def test_a_fall_rolls_back_to_the_best_weights_and_ends(tmp_path: Path) -> None:
 
 def test_a_guard_that_sees_no_fall_changes_no_weight(tmp_path: Path) -> None:
     found = []
-    for train in ({}, dict(probe_drop=1.0, on_drop="rollback")):
+    for train in ({}, dict(max_validation_drop=1.0, on_drop="rollback")):
         job, _ = run_of(tmp_path / str(len(found)), **train)
         trainer.fit(job)
         found.append(weights(job))
@@ -170,7 +170,7 @@ def test_a_guard_that_sees_no_fall_changes_no_weight(tmp_path: Path) -> None:
 def test_a_run_cut_short_falls_like_a_whole_one(tmp_path: Path, monkeypatch, cut: int, after: bool) -> None:
     """Cut right before and right after a checkpoint is there; the best weights of its step are written by then."""
     right = {0: 4, 1: 4, 2: 3, 3: 4, 4: 2}  # of four: a fall by more than 0.3 at step 4, the best weights at step 3
-    monkeypatch.setattr(guards, "probe_right", lambda job: right[job.ledger._step.get("step", 0)])
+    monkeypatch.setattr(guards, "count_correct", lambda job: right[job.ledger._step.get("step", 0)])
     original, ends = checkpoint.save, []
 
     def cut_short(storage: Storage, prefix: str, step: int, *state: Any) -> None:
@@ -183,8 +183,8 @@ def test_a_run_cut_short_falls_like_a_whole_one(tmp_path: Path, monkeypatch, cut
         if name == "cut":
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
                 patch.setattr(checkpoint, "save", cut_short)
-                trainer.fit(run_of(tmp_path / name, probe_drop=0.3, on_drop="rollback")[0])
-        job, told = run_of(tmp_path / name, probe_drop=0.3, on_drop="rollback")
+                trainer.fit(run_of(tmp_path / name, max_validation_drop=0.3, on_drop="rollback")[0])
+        job, told = run_of(tmp_path / name, max_validation_drop=0.3, on_drop="rollback")
         trainer.fit(job)
         (back,) = events(told, "rolled_back")
         assert (back["at"], back["to"], back["best"]) == (4, 3, 1.0)
@@ -232,13 +232,13 @@ def test_other_errors_of_a_step_are_not_taken_for_lack_of_memory(tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"objective": "kd"}, {"learning_rate": WILD, "probe_drop": 0.2, "on_drop": "rollback"}]
+    "settings", [{}, {"objective": "kd"}, {"learning_rate": WILD, "max_validation_drop": 0.2, "on_drop": "rollback"}]
 )
 def test_what_a_run_leaves_is_whole(tmp_path: Path, settings: dict) -> None:
     """As the train stage proves it before the record, also of a run that ended early."""
     job, told = run_of(tmp_path, **settings)
     trainer.fit(job)
-    census = history.Census()
+    census = history.HistoryCheck()
     for table in history.SCHEMAS:
         for content in history.files(job.storage, job.checkpoints, table):
             census.count(table, content)

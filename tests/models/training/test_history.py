@@ -12,7 +12,7 @@ from masters.common.errors import ArtifactError
 from masters.data.question_shards import Ref
 from masters.models.training import history
 from masters.models.training.groups import Group
-from masters.models.training.history import Ledger
+from masters.models.training.history import HistoryWriter
 from masters.store import tables
 from masters.store.storage import Storage
 
@@ -29,7 +29,7 @@ def attempt(storage: Storage, start: int, steps: int, every: int, dies_at: tuple
     `dies_at`: in this step, after so many ranks have written their rows.
     """
     history.drop_after(storage, "c", start)
-    ledgers, saved = [Ledger() for _ in range(RANKS)], start
+    ledgers, saved = [HistoryWriter() for _ in range(RANKS)], start
     for step in range(start + 1, steps + 1):
         for rank, ledger in enumerate(ledgers):
             ledger.begin(step, 0, 0, 0.2)
@@ -87,8 +87,8 @@ def test_parts_are_joined_to_files_of_bounded_size(tmp_path: Path, monkeypatch: 
     assert counts == [6, 6, 6, 2]
 
 
-def census(storage: Storage) -> history.Census:
-    counted = history.Census()
+def census(storage: Storage) -> history.HistoryCheck:
+    counted = history.HistoryCheck()
     for table in history.SCHEMAS:
         for content in history.files(storage, "c", table):
             counted.count(table, content)

@@ -28,7 +28,7 @@ def test_a_plan_counts_the_passes_of_all_ranks(sizes: list[int], budget: int, ra
     taken = [
         batch
         for step in steps
-        for own in microbatches.dealt(step.groups, sizes, ranks)
+        for own in microbatches.split_across_ranks(step.groups, sizes, ranks)
         for batch in microbatches.batches(own, sizes.__getitem__, budget)
     ]
     assert planned is not None
@@ -42,13 +42,15 @@ def test_a_plan_counts_the_passes_of_all_ranks(sizes: list[int], budget: int, ra
 @given(lengths, st.integers(1, 5))
 def test_ranks_share_a_step_evenly_and_keep_its_order(sizes: list[int], ranks: int) -> None:
     groups = tuple(range(len(sizes)))[::-1]
-    own = microbatches.dealt(groups, sizes, ranks)
+    own = microbatches.split_across_ranks(groups, sizes, ranks)
     assert sorted(g for part in own for g in part) == sorted(groups)
     assert all(part == [g for g in groups if g in part] for part in own)
     loads = [sum(sizes[g] for g in part) for part in own]
     assert max(loads) - min(loads) <= max(sizes)  # who has most would have less without its last question
-    assert microbatches.dealt(groups, [*sizes[:-1], None], ranks) == [list(groups[r::ranks]) for r in range(ranks)]
-    assert microbatches.dealt(groups, sizes, 1) == [list(groups)]
+    assert microbatches.split_across_ranks(groups, [*sizes[:-1], None], ranks) == [
+        list(groups[r::ranks]) for r in range(ranks)
+    ]
+    assert microbatches.split_across_ranks(groups, sizes, 1) == [list(groups)]
 
 
 def test_repeated_responses_are_counted_once_and_unknown_prompts_are_not_guessed() -> None:
@@ -71,5 +73,7 @@ def test_the_passes_taken_are_those_planned() -> None:
     job.student.zero_grad()
     assert planned is not None and planned.passes > 2
     assert job.tally.passes == planned.passes
-    assert job.tally.laid <= planned.tokens < job.tally.separate  # less where questions of a pass share an image
-    assert job.tally.laid <= job.tally.padded
+    assert (
+        job.tally.packed_tokens <= planned.tokens < job.tally.separate
+    )  # less where questions of a pass share an image
+    assert job.tally.packed_tokens <= job.tally.padded

@@ -112,7 +112,7 @@ def test_a_shift_of_all_rewards_changes_nothing(shift: float) -> None:
     for moved in (0.0, shift):
         student, teacher, pi_ref, score_R = tensors(batch)
         terms = dense_terms(student, teacher, pi_ref, packed(batch), Train())
-        outcome = objective.masters(terms, score_R + moved, packed(batch), Train(), Rewards())
+        outcome = objective.masters_loss(terms, score_R + moved, packed(batch), Train(), Rewards())
         outcome.loss.backward()
         gradients.append(student.grad)
         values.append(outcome.loss.detach())
@@ -140,7 +140,7 @@ def test_degenerate_groups_have_no_advantage_and_no_nan(case: str, variant: str)
     distill_R, advantage_R = objective.advantages(divergence_R, score_R, packed(batch), rewards)
     assert advantage_R.tolist() == [0.0] * packed(batch).responses
     assert distill_R.isfinite().all()
-    outcome = objective.masters(terms, score_R, packed(batch), train, rewards)
+    outcome = objective.masters_loss(terms, score_R, packed(batch), train, rewards)
     outcome.loss.backward()
     assert outcome.loss.isfinite()
     assert student.grad is not None
@@ -182,7 +182,7 @@ def test_no_configuration_leaves_a_question_without_a_gradient(kind: str, diverg
     (student, teacher, pi_ref, score_R), pack = tensors(batch), packed(batch)
     terms = dense_terms(student, teacher, pi_ref, pack, train)
     if kind == "masters":
-        outcome = objective.masters(terms, score_R, pack, train, Rewards(distillation="off"))
+        outcome = objective.masters_loss(terms, score_R, pack, train, Rewards(distillation="off"))
         assert outcome.sums["questions_with_advantage"] == 0
     elif kind == "kd":
         outcome = objective.distillation(terms, pack)

@@ -13,7 +13,7 @@ from masters.config import Train
 from masters.models.packing.prefix_tree import Sizes
 from masters.models.training import guards, oom_retry, trainer
 from masters.models.training.groups import Step
-from masters.models.training.history import Ledger
+from masters.models.training.history import HistoryWriter
 from masters.models.training.oom_retry import out_of_memory
 from masters.models.training.reference_policy import reference_log_probs
 from masters.store.storage import Storage
@@ -33,7 +33,7 @@ def budgets() -> list[int]:
 
 
 @pytest.fixture
-def job(budgets: list[int]) -> trainer.Job:
+def job(budgets: list[int]) -> trainer.TrainContext:
     def report(event: str, tokens: int = 0, **_: object) -> None:
         budgets.extend([tokens] if event == "token_budget" else [])
 
@@ -69,7 +69,7 @@ def memory_of(
 @pytest.mark.parametrize("kind", ERRORS)
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_step_that_memory_does_not_hold_is_the_same_step(
-    job: trainer.Job, budgets: list[int], kind: str, backward: bool
+    job: trainer.TrainContext, budgets: list[int], kind: str, backward: bool
 ) -> None:
     known = references(job)
     job.student.zero_grad()
@@ -95,7 +95,7 @@ def test_a_step_that_memory_does_not_hold_is_the_same_step(
     job.student.zero_grad()
 
 
-def test_gradients_of_passes_before_the_failure_are_not_kept(job: trainer.Job, budgets: list[int]) -> None:
+def test_gradients_of_passes_before_the_failure_are_not_kept(job: trainer.TrainContext, budgets: list[int]) -> None:
     known, found = references(job), []
     for spared in (2, 10_000):
         with memory_of(job.student, 30, spared=spared):
@@ -106,10 +106,10 @@ def test_gradients_of_passes_before_the_failure_are_not_kept(job: trainer.Job, b
     assert (found[0] - found[1]).norm() / found[1].norm() < 2e-5
 
 
-def test_what_was_taken_twice_is_recorded_once(job: trainer.Job) -> None:
+def test_what_was_taken_twice_is_recorded_once(job: trainer.TrainContext) -> None:
     rows = []
     for tokens in (10_000, 100):
-        recorded = replace(job, ledger=Ledger(), tally=Sizes())
+        recorded = replace(job, ledger=HistoryWriter(), tally=Sizes())
         recorded.ledger.begin(1, 0, 0, 0.2)
         with memory_of(job.student, tokens):
             trainer.run_step(recorded, STEP, references(job))
@@ -118,26 +118,26 @@ def test_what_was_taken_twice_is_recorded_once(job: trainer.Job) -> None:
     assert rows[0] == rows[1] and len(set(rows[0])) == len(rows[0])
 
 
-def test_reference_pass_and_probe_go_on_with_smaller_passes(job: trainer.Job, tmp_path) -> None:
+def test_reference_pass_and_probe_go_on_with_smaller_passes(job: trainer.TrainContext, tmp_path) -> None:
     job = replace(job, storage=Storage(str(tmp_path)), probe=[job.question(group) for group in job.groups])
     whole = reference_log_probs(replace(job, checkpoints="whole"))
-    right = guards.probe_right(job)
+    right = guards.count_correct(job)
     with memory_of(job.student, 100):
         parts = reference_log_probs(replace(job, checkpoints="parts"))
-        assert guards.probe_right(job) == right
+        assert guards.count_correct(job) == right
     assert whole.keys() == parts.keys()
     for g in whole:
         torch.testing.assert_close(parts[g], whole[g], atol=2e-5, rtol=1e-4)
 
 
-def test_a_question_that_does_not_fit_alone_ends_the_run(job: trainer.Job) -> None:
+def test_a_question_that_does_not_fit_alone_ends_the_run(job: trainer.TrainContext) -> None:
     known = references(job)
     with memory_of(job.student, 10), pytest.raises(MastersError, match="question q0: memory does not hold") as caught:
         trainer.run_step(job, STEP, known)
     assert "generate.max_tokens" in str(caught.value)
 
 
-def test_other_errors_are_not_taken_for_it(job: trainer.Job, budgets: list[int]) -> None:
+def test_other_errors_are_not_taken_for_it(job: trainer.TrainContext, budgets: list[int]) -> None:
     assert not out_of_memory(RuntimeError("shape mismatch")) and out_of_memory(MemoryError())
 
     def broken(*_: object) -> None:
@@ -151,7 +151,7 @@ def test_other_errors_are_not_taken_for_it(job: trainer.Job, budgets: list[int])
 
 
 @pytest.mark.parametrize("objective", ["kd", "sft"])
-def test_kd_and_sft_also_retry_with_smaller_passes(job: trainer.Job, objective: str) -> None:
+def test_kd_and_sft_also_retry_with_smaller_passes(job: trainer.TrainContext, objective: str) -> None:
     targets = "labels" if objective == "sft" else "responses"
     job = replace(job, train=Train.model_validate(dict(objective=objective, targets=targets)))
     found = []

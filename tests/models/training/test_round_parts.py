@@ -15,7 +15,7 @@ from masters.config import Train
 from masters.models.packing.prefix_tree import Sizes
 from masters.models.training import checkpoint, guards, history, trainer
 from masters.models.training.groups import Step
-from masters.models.training.history import Ledger
+from masters.models.training.history import HistoryWriter
 from masters.models.training.round_part import Part
 from masters.store import artifacts
 from masters.store.artifacts import Identity
@@ -37,7 +37,7 @@ def job_of(folder: Path, checkpoints: str, steps: slice = slice(None), part: Par
     made = replace(
         base, student=copy.deepcopy(base.student), train=Train.model_validate(values), steps=planned[steps],
         ratios=[0.2, 0.0], storage=Storage(str(folder)), checkpoints=checkpoints, checkpoint_steps=3,
-        report=lambda **fields: told.append(fields), ledger=Ledger(), tally=Sizes(), part=part,
+        report=lambda **fields: told.append(fields), ledger=HistoryWriter(), tally=Sizes(), part=part,
         probe=[base.question(group) for group in base.groups[:4]],
     )  # fmt: skip
     return made, told
@@ -58,7 +58,7 @@ def second_part(folder: Path, **train: Any):
     return job_of(folder, "two", slice(FIRST, None), part, **train)
 
 
-def weights(job: trainer.Job) -> dict[str, torch.Tensor]:
+def weights(job: trainer.TrainContext) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in job.student.named_parameters()}
 
 
@@ -67,7 +67,7 @@ def differ(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str]:
     return {name for name in a if not torch.equal(a[name], b[name])}
 
 
-def rows(job: trainer.Job, *prefixes: str) -> dict[str, list[dict]]:
+def rows(job: trainer.TrainContext, *prefixes: str) -> dict[str, list[dict]]:
     return {
         table: [
             row for prefix in prefixes for content in history.files(job.storage, prefix, table)
@@ -106,7 +106,7 @@ FAULTS: dict[str, list[Edit]] = {
     "steps that begin at one again": [(trainer, "start", "done = job.part.steps_before", "done = 0")],
     "a part that begins with the round's student": [(trainer, "start", "elif job.part.handed_over:", "elif False:")],
     "an optimizer that begins anew": [
-        (trainer, "hand_over", "parameters, optimiser, job", "parameters, torch.optim.AdamW(parameters.values()), job")
+        (trainer, "hand_over", "parameters, optimizer, job", "parameters, torch.optim.AdamW(parameters.values()), job")
     ],
 }
 
@@ -192,8 +192,8 @@ def test_a_fall_is_seen_across_parts_and_ends_with_the_best_weights_of_the_round
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right, at, to = RIGHT[case]
-    watched = dict(probe_drop=0.3, on_drop="rollback")
-    monkeypatch.setattr(guards, "probe_right", lambda job: right[job.ledger._step.get("step", 0)])
+    watched = dict(max_validation_drop=0.3, on_drop="rollback")
+    monkeypatch.setattr(guards, "count_correct", lambda job: right[job.ledger._step.get("step", 0)])
     whole, told = job_of(tmp_path / "whole", "one", **watched)
     trainer.fit(whole)
     assert [(line["at"], line["to"]) for line in told if line["event"] == "rolled_back"] == [(at, to)]

@@ -14,7 +14,7 @@ from masters.config import Train
 from masters.models.packing.prefix_tree import Sizes
 from masters.models.training import history, run_warnings, trainer
 from masters.models.training.groups import Step
-from masters.models.training.history import Ledger
+from masters.models.training.history import HistoryWriter
 from masters.models.training.round_part import Part
 from masters.models.training.run_warnings import LIMITS, RunWarnings
 from masters.store import artifacts
@@ -40,7 +40,7 @@ def run(folder: Path, **train: Any) -> list[dict]:
     job = replace(
         base, student=copy.deepcopy(base.student), reference=base.student, train=Train.model_validate(train),
         steps=[Step(0, 0, tuple(range(8)))] * STEPS, storage=Storage(str(folder)), checkpoints="c",
-        checkpoint_steps=1000, report=lambda **line: told.append(line), ledger=Ledger(), tally=Sizes(),
+        checkpoint_steps=1000, report=lambda **line: told.append(line), ledger=HistoryWriter(), tally=Sizes(),
     )  # fmt: skip
     trainer.fit(job)
     return [line for line in told if line["event"] == "warning"]
@@ -98,7 +98,7 @@ def test_a_short_run_is_not_judged_by_single_steps() -> None:
 
 
 def test_a_run_that_goes_on_compares_with_the_steps_before(tmp_path: Path) -> None:
-    storage, ledger = Storage(str(tmp_path)), Ledger()
+    storage, ledger = Storage(str(tmp_path)), HistoryWriter()
     rows = [HEALTHY] * 13 + [WRONG | {"entropy": 2.0}] * 10 + [WRONG] * 17
     for number, row in enumerate(rows[:25], 1):
         ledger.begin(number, 0, 0, 0.2)
@@ -109,7 +109,7 @@ def test_a_run_that_goes_on_compares_with_the_steps_before(tmp_path: Path) -> No
 
 
 def test_a_part_of_a_round_compares_with_the_parts_before_and_says_what_they_did_not(tmp_path: Path) -> None:
-    storage, ledger, folders = Storage(str(tmp_path)), Ledger(), []
+    storage, ledger, folders = Storage(str(tmp_path)), HistoryWriter(), []
     rows = [HEALTHY] * 13 + [WRONG | {"entropy": 2.0}] * 12 + [WRONG] * 15
     for number, row in enumerate(rows[:25], 1):
         ledger.begin(number, 0, 0, 0.2)

@@ -38,7 +38,7 @@ class EasyVqa:
 
 
 def category(question: str) -> str:
-    """What a question asks for, from its words: a colour or a shape, by name or as yes or no."""
+    """What a question asks for, from its words: a color or a shape, by name or as yes or no."""
     words = question.rstrip("?").split()
     if words[0] == "what":
         return "color" if "color" in words else "shape"

@@ -16,7 +16,7 @@ from typing import Any
 from masters.common import machine
 from masters.common.errors import InputError
 from masters.common.hashing import model_digest
-from masters.common.redaction import mask_logs
+from masters.common.redaction import redact_logs
 from masters.execution.processes import LOOPBACK, SLOT, die_with_parent
 from masters.store.storage import Storage
 
@@ -24,7 +24,7 @@ PINNED = ("masters", "vllm", "torch", "transformers")  # rows depend on them
 
 
 @dataclass(frozen=True)
-class Alike:
+class NodeRequirements:
     """What every node of a cluster must have as the driver's has it: versions, and the store with this object."""
 
     versions: dict[str, str]
@@ -32,12 +32,12 @@ class Alike:
 
 
 @contextmanager
-def alike(store: str) -> Iterator[Alike]:
+def alike(store: str) -> Iterator[NodeRequirements]:
     """What nodes are held to while a driver runs."""
     name, storage = f".ray-{uuid.uuid4().hex}", Storage(store)
     storage.create(name, b"")
     try:
-        yield Alike(_versions(), name)
+        yield NodeRequirements(_versions(), name)
     finally:
         storage.remove(name)
 
@@ -52,10 +52,10 @@ class EngineActor:
 
     def __init__(self) -> None:
         die_with_parent(os.getppid())  # Ray's own watch over its workers takes longer
-        mask_logs()
+        redact_logs()
         self._worker: Any = None
 
-    def start(self, work: dict, expected: Alike | None) -> int:
+    def start(self, work: dict, expected: NodeRequirements | None) -> int:
         """Open the engine; returns the process id. `expected`: of a cluster's node, whose model is checked too.
 
         Raises InputError if this node has other libraries than the driver, another store or another model at the path.
@@ -74,7 +74,7 @@ class EngineActor:
         return self._worker.do(piece), machine.peak_mib()
 
 
-def _check_node(work: dict, expected: Alike) -> None:
+def _check_node(work: dict, expected: NodeRequirements) -> None:
     node = os.uname().nodename
     if (found := _versions()) != expected.versions:
         raise InputError(f"Ray node {node} has {found}, the driver {expected.versions}: versions must be the same")

@@ -16,13 +16,13 @@ from typing import Any
 from masters.common.errors import MastersError, WorkerError
 from masters.config import Runtime
 from masters.execution import processes
-from masters.execution.ray_engines.actor import Alike, EngineActor, alike
-from masters.execution.ray_engines.scheduler import Deal
+from masters.execution.ray_engines.actor import EngineActor, NodeRequirements, alike
+from masters.execution.ray_engines.scheduler import WorkScheduler
 from masters.execution.ray_engines.session import cluster, local, room
 
 
 @dataclass
-class Seat:
+class ActorSlot:
     """An actor, the model that it serves, the piece that it is at (None: it starts)."""
 
     actor: Any
@@ -32,13 +32,15 @@ class Seat:
     peak: float = 0.0  # MiB
 
 
-class Pool:
+class ActorPool:
     """Actors at work on a job. `report` hears their lines of progress."""
 
-    def __init__(self, job: dict, gpus: int, workers: int, alike: Alike | None, report: Callable[..., None]) -> None:
+    def __init__(
+        self, job: dict, gpus: int, workers: int, alike: NodeRequirements | None, report: Callable[..., None]
+    ) -> None:
         self._alike, self._work, self._report, self._workers = alike, job["work"], report, workers
         runtime = Runtime(**job["runtime"])
-        self._deal = Deal([of["pieces"] for of in self._work], [of["cost"] for of in self._work])
+        self._deal = WorkScheduler([of["pieces"] for of in self._work], [of["cost"] for of in self._work])
         self._restarts_left, self._restarts = runtime.engine_restarts * workers, 0
         self._gpus, self._busy, self._peaks = gpus, {}, []
         self._startup: list[float] = []
@@ -65,11 +67,11 @@ class Pool:
         # no retries of Ray's own: it would start an actor anew without its engine
         actor = ray.remote(EngineActor).options(num_cpus=1, num_gpus=self._gpus, max_restarts=0).remote()
         what = {name: self._work[model][name] for name in ("module", "setup", "folder", "digest")}
-        self._busy[actor.start.remote(what, self._alike)] = Seat(actor, model, time.monotonic())
+        self._busy[actor.start.remote(what, self._alike)] = ActorSlot(actor, model, time.monotonic())
         self._deal.join(model)
         self._engines, self._most = self._engines + 1, max(self._most, len(self._busy))
 
-    def _hear(self, seat: Seat, ref: Any) -> None:
+    def _hear(self, seat: ActorSlot, ref: Any) -> None:
         """What an actor answered to the last call, or that it died."""
         import ray
         from ray import exceptions
@@ -84,7 +86,7 @@ class Pool:
             self._done(seat, said)
             self._feed(seat)
 
-    def _done(self, seat: Seat, said: Any) -> None:
+    def _done(self, seat: ActorSlot, said: Any) -> None:
         if seat.piece is None:
             self._startup.append(round(time.monotonic() - seat.began, 2))
             self._report(event="engine", pid=said, model=self._work[seat.model]["name"])
@@ -92,7 +94,7 @@ class Pool:
             line, seat.peak = said
             self._report(**line)
 
-    def _feed(self, seat: Seat) -> None:
+    def _feed(self, seat: ActorSlot) -> None:
         """The next piece of its model; without one another model's engine takes its place, where that is worth it."""
         seat.piece = self._deal.take(seat.model)
         if seat.piece is not None:
@@ -102,7 +104,7 @@ class Pool:
         if (model := self._deal.next()) is not None:
             self._start(model)
 
-    def _lost(self, seat: Seat, error: Exception) -> None:
+    def _lost(self, seat: ActorSlot, error: Exception) -> None:
         """Replace a dead actor; what it was at is next for whoever of its model is free first."""
         self._leave(seat)
         if seat.piece is not None:
@@ -120,7 +122,7 @@ class Pool:
             self._report(event="restart")
             self._start(model)
 
-    def _leave(self, seat: Seat) -> None:
+    def _leave(self, seat: ActorSlot) -> None:
         import ray
 
         self._deal.leave(seat.model)
@@ -146,7 +148,7 @@ def main(job_file: Path) -> None:
             print(f"{job['workers']} engines were asked for, {places} have room at a time", flush=True)
         workers = min(places, job["workers"])
         with alike(job["work"][0]["setup"]["store"]) if runtime.cluster else nullcontext() as expected:
-            pool = Pool(job, gpus, workers, expected, lambda **line: processes.report(job_file, **line))
+            pool = ActorPool(job, gpus, workers, expected, lambda **line: processes.report(job_file, **line))
             processes.report(job_file, event="ran", how=pool.run())
 
 

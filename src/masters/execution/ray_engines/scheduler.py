@@ -5,7 +5,7 @@ from collections import deque
 WORTH = 4  # pieces that each engine of a model must have before one that serves another model is exchanged for it
 
 
-class Deal:
+class WorkScheduler:
     """The pieces of several models. An engine is bound to one model: to serve another, it must be exchanged."""
 
     def __init__(self, pieces: list[list[dict]], costs: list[float]) -> None:
