@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from masters.common.hashing import canonical, fingerprint, folder_digest, unit_interval
+from masters.common.hashing import canonical_json, fingerprint, folder_digest, to_unit_interval
 from masters.store.artifacts import Identity
 
 literals = st.recursive(
@@ -23,14 +23,14 @@ def test_golden_fingerprints() -> None:
 
 @given(literals)
 def test_order_of_keys_and_repetition_change_nothing(value: object) -> None:
-    assert canonical({"x": value, "y": 1}) == canonical({"y": 1, "x": value})
+    assert canonical_json({"x": value, "y": 1}) == canonical_json({"y": 1, "x": value})
     assert fingerprint(value) == fingerprint(value)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), object(), {1: 2}, {"a": {1, 2}}, b"bytes"])
 def test_what_is_no_literal_is_refused(value: object) -> None:
     with pytest.raises(TypeError):
-        canonical(value)
+        canonical_json(value)
 
 
 def test_a_round_does_not_change_identity_but_everything_else_does() -> None:
@@ -52,4 +52,4 @@ def test_folder_digest_notices_content_and_names_not_place(tmp_path) -> None:
 
 @given(st.text(string.hexdigits.lower(), min_size=13, max_size=64))
 def test_unit_interval(hexadecimal: str) -> None:
-    assert 0 <= unit_interval(hexadecimal) < 1
+    assert 0 <= to_unit_interval(hexadecimal) < 1

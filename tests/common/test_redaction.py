@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from masters.common.errors import InputError, MastersError, StoreError
-from masters.common.redaction import looks_secret, redact, redact_logs
+from masters.common.redaction import contains_secret, redact, redact_logs
 from masters.flows import webhook
 from tests.flows.test_nightly import Webhook
 
@@ -49,7 +49,7 @@ def test_values_of_other_variables_are_not_masked(monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_a_secret_is_masked_in_each_of_its_forms(text: str, expected: str) -> None:
-    assert redact(text) == expected and looks_secret(text)
+    assert redact(text) == expected and contains_secret(text)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_secret_is_masked_in_each_of_its_forms(text: str, expected: str) -> No
     ],
 )  # fmt: skip
 def test_text_without_secrets_is_not_masked(text: str) -> None:
-    assert redact(text) == text and not looks_secret(text)
+    assert redact(text) == text and not contains_secret(text)
 
 
 @given(st.text(alphabet=st.characters(categories=["L", "N"]), min_size=6), st.text(), st.text())
@@ -109,9 +109,9 @@ def test_logs_of_every_library_with_their_arguments_and_tracebacks(logged) -> No
 def test_the_webhook_receives_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     """A night's error may be any library's."""
     hook = Webhook()
-    monkeypatch.setenv(webhook.ADDRESS, hook.url)
+    monkeypatch.setenv(webhook.URL_VARIABLE, hook.url)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    assert webhook.report("easyvqa", "failed", f"OperationalError: postgresql://me:pw@db: {SECRET}")
+    assert webhook.send_report("easyvqa", "failed", f"OperationalError: postgresql://me:pw@db: {SECRET}")
     hook.server.shutdown()
     reason = "OperationalError: postgresql://***@db: ***"
     assert [(said["text"], said["reason"]) for said in hook.said] == [(f"masters easyvqa: failed: {reason}", reason)]

@@ -1,1 +1,1 @@
-"""Needs nothing of the other packages."""
+"""Errors, digests, redaction and facts about this machine; imports no other package of Masters."""

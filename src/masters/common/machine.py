@@ -1,6 +1,6 @@
-"""This machine: where it keeps what is its own, which of its processes still run, and how much memory there is.
+"""This machine: its cache folder, which of its processes still run, and how much memory is free.
 
-Memory is counted as Linux does: resident pages, shared ones too.
+Memory is counted as Linux does: resident pages, shared ones included.
 """
 
 import os
@@ -10,68 +10,85 @@ from contextlib import suppress
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
+import psutil
+
 CGROUP = Path("/sys/fs/cgroup")
-GROUPS = (  # a limit, what is used of it, and what of that can be taken back
+CGROUP_FILES = (  # version 2, then 1: the limit, the usage, and the entry of memory.stat that can be reclaimed
     ("memory.max", "memory.current", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
 )
+TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
-def cache() -> Path:
-    """Where this machine keeps what it needs of a store that is elsewhere."""
+def cache_folder() -> Path:
+    """Return the user's folder for locks, and for local copies of stores that lie elsewhere."""
     return Path.home() / ".cache" / "masters"
 
 
 def this_process() -> str:
-    """Names the running process for good: host, boot, process id, when it started, and whose process ids these are."""
-    return f"{_named(os.getpid())} {_namespace()}"
+    """Return a unique name of the running process: host, boot id, process id, start time and process id namespace."""
+    pid = os.getpid()
+    return f"{socket.gethostname()} {_boot_id()} {pid} {_start_ticks(pid)} {_pid_namespace()}"
 
 
-def ended(process: str) -> bool | None:
-    """Whether a process that `this_process` named is gone; None if it runs, or ran, on another machine or in another
-    container."""
+def has_ended(process: str) -> bool | None:
+    """Whether the process that `this_process` named has ended.
+
+    Returns None if it ran on another machine or in another container, where this process cannot see it.
+    """
     host, boot, pid, started, namespace = (process.split(" ") + [""] * 5)[:5]
-    if host != socket.gethostname() or (boot == _boot() and namespace not in ("", _namespace())):
+    if host != socket.gethostname() or (boot == _boot_id() and namespace not in ("", _pid_namespace())):
         return None
-    return boot != _boot() or not pid.isdigit() or _named(int(pid)) != f"{host} {boot} {pid} {started}"
+    return boot != _boot_id() or not pid.isdigit() or str(_start_ticks(int(pid))) != started
 
 
-def _boot() -> str:
+def process_birth(pid: int) -> str | None:
+    """Return boot id and start time of a process, None if it has ended or is a zombie.
+
+    The process id alone names nothing: the kernel gives it to another process later.
+    """
+    started = _start_ticks(pid)
+    return None if started is None else f"{_boot_id()}:{started}"
+
+
+def _start_ticks(pid: int) -> int | None:
+    """Return the clock ticks from boot to the start of a process, which stay when the clock is set."""
+    try:
+        process = psutil.Process(pid)
+        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return None
+        return round((process.create_time() - psutil.boot_time()) * TICKS_PER_SECOND)
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def _namespace() -> str:
+def _pid_namespace() -> str:
     return os.readlink("/proc/self/ns/pid")
 
 
-def _named(pid: int) -> str:
-    try:
-        started = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except OSError:
-        started = "gone"
-    return f"{socket.gethostname()} {_boot()} {pid} {started}"
+def peak_memory_mib() -> float:
+    """Return this process's peak resident memory, since its start or `reset_peak_memory`; children do not count."""
+    # psutil has no peak, and ru_maxrss begins with the peak of the parent process
+    peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    return (int(peak.group(1)) if peak else getrusage(RUSAGE_SELF).ru_maxrss) / 1024
 
 
-def peak_mib() -> float:
-    """This process's peak so far, or since `forget_peak`; processes that it started are not in it."""
-    # not ru_maxrss: that begins with the peak of whoever started the process
-    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    return (int(found.group(1)) if found else getrusage(RUSAGE_SELF).ru_maxrss) / 1024
-
-
-def forget_peak() -> None:
-    """Let the peak begin anew at what is held now. Where the kernel does not offer that, it goes on."""
+def reset_peak_memory() -> None:
+    """Reset the peak to the memory held now. Does nothing where the kernel does not offer that."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def available() -> int:
-    """Bytes that this machine can still give, within what the container (control groups, version 2 or 1) may take."""
-    found = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
-    free = [int(found.group(1)) * 1024] if found else []
-    for limit, used, reclaimable in GROUPS:
+def available_memory() -> int:
+    """Return the bytes that can still be allocated, within the limit of the container (control groups)."""
+    free = [psutil.virtual_memory().available]
+    for limit, usage, reclaimable in CGROUP_FILES:
         with suppress(OSError, ValueError):  # no such group, or "max"
             cached = re.search(rf"^{reclaimable} (\d+)", (CGROUP / limit).with_name("memory.stat").read_text(), re.M)
-            taken = int((CGROUP / used).read_text()) - (int(cached.group(1)) if cached else 0)
-            free.append(int((CGROUP / limit).read_text()) - taken)
-    return max(0, min(free)) if free else 0
+            used = int((CGROUP / usage).read_text()) - (int(cached.group(1)) if cached else 0)
+            free.append(int((CGROUP / limit).read_text()) - used)
+    return max(0, min(free))

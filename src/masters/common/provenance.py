@@ -1,4 +1,4 @@
-"""Which code made something: the version, and the commit where the code lies in a git checkout."""
+"""The commit of the running code, where the code lies in a git checkout."""
 
 import subprocess
 from functools import cache
@@ -8,9 +8,9 @@ FOLDER = Path(__file__).parent
 
 
 @cache
-def commit() -> str | None:
-    """The checked-out commit, "-dirty" behind it if tracked files differ; None outside of a checkout."""
-    # an installed package may lie inside somebody else's repository: it must be tracked itself
+def code_commit() -> str | None:
+    """Return the checked-out commit, with "-dirty" appended if tracked files differ; None outside a checkout."""
+    # an installed package may lie inside another repository, which does not track this file
     if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
     return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")

@@ -1,8 +1,8 @@
-"""Takes secrets out of what people are told: errors, logs, a webhook's text, tags, parameters and summaries.
+"""Replaces secrets in errors, logs, webhook messages, MLflow tags and parameters, and summaries.
 
-What counts: values of environment variables that are named like secrets, and what looks like one by its form: the user
-and password of a URL, signatures in its query, an Authorization header, AWS keys. Masking is the last line of defence:
-secrets belong into the environment, and nothing here makes it safe to put them into a configuration.
+Secrets are the values of environment variables with names such as `*_TOKEN`, and text in the form of a secret: user and
+password in a URL, signatures in its query, an Authorization header, AWS keys. Redaction is the last line of defense:
+secrets belong in environment variables, never in a configuration.
 """
 
 import logging
@@ -11,15 +11,15 @@ import re
 import traceback
 
 MASK = "***"
-SHORTEST = 6  # characters: a shorter value is found in harmless words
-NAMED = re.compile(
+MIN_SECRET_LENGTH = 6  # characters; shorter values occur in harmless words
+SECRET_NAMES = re.compile(
     r"SECRET|PASSWORD|PASSWD|TOKEN|API_KEY|ACCESS_KEY(?!_ID)|AUTH_STRING|CREDENTIAL|WEBHOOK_URL|CONNECTION_URL"
 )
-HARMLESS = re.compile(r"TOKENIZERS_PARALLELISM|_FILE$|_PATH$")
-PLAIN = re.compile(r"true|false|none|[0-9.]+", re.IGNORECASE)  # settings, not secrets
+HARMLESS_NAMES = re.compile(r"TOKENIZERS_PARALLELISM|_FILE$|_PATH$")
+HARMLESS_VALUES = re.compile(r"true|false|none|[0-9.]+", re.IGNORECASE)  # settings, not secrets
 DATABASES = ("postgresql", "postgres", "mysql", "mariadb", "mssql", "oracle", "cockroachdb")
-FORMS = (
-    # SQLAlchemy takes passwords with any character in them: up to the last @
+SECRET_PATTERNS = (
+    # SQLAlchemy accepts any character in a password: redact up to the last @
     (re.compile(rf"\b((?:{'|'.join(DATABASES)})(?:\+\w+)?://)[^\s'\"]+@"), rf"\1{MASK}@"),
     (re.compile(r"(?<=://)[^\s/@'\"]+@"), f"{MASK}@"),
     (
@@ -35,49 +35,51 @@ FORMS = (
 )
 
 
-def looks_secret(text: str) -> bool:
-    """Whether a text holds what has the form of a secret, whatever this process knows."""
-    return any(form.search(text) for form, _ in FORMS)
+def contains_secret(text: str) -> bool:
+    """Whether a text holds something with the form of a secret."""
+    return any(pattern.search(text) for pattern, _ in SECRET_PATTERNS)
 
 
 def redact(text: str) -> str:
-    """`text` without the secrets that this process knows or recognizes."""
-    for value in _known():
+    """Return `text` with every known or recognized secret replaced by `MASK`."""
+    for value in _environment_secrets():
         text = text.replace(value, MASK)
-    for form, instead in FORMS:
-        text = form.sub(instead, text)
+    for pattern, replacement in SECRET_PATTERNS:
+        text = pattern.sub(replacement, text)
     return text
 
 
 def redact_logs() -> None:
-    """From now on every log record of this process is masked, whichever library makes it and wherever it goes."""
+    """Redact every later log record of this process, whichever library makes it and whichever handler writes it."""
     make = logging.getLogRecordFactory()
-    if getattr(make, "masks", False):
+    if getattr(make, "redacts", False):
         return
 
     def record(*args: object, **kwargs: object) -> logging.LogRecord:
-        made = make(*args, **kwargs)
+        log_record = make(*args, **kwargs)
         try:
-            said = made.getMessage()
-        except Exception:  # a wrong format is reported by whoever writes the record, as ever
-            return made
-        if (hidden := redact(said)) != said:
-            made.msg, made.args = hidden, ()
-        if made.exc_info and made.exc_info[0]:
-            raised = "".join(traceback.format_exception(*made.exc_info)).rstrip("\n")
-            if (hidden := redact(raised)) != raised:
-                made.exc_text = hidden  # formatters take the text that is there
-        return made
+            message = log_record.getMessage()
+        except Exception:  # the handler reports a wrong format, as without redaction
+            return log_record
+        if (redacted := redact(message)) != message:
+            log_record.msg, log_record.args = redacted, ()
+        if log_record.exc_info and log_record.exc_info[0]:
+            trace = "".join(traceback.format_exception(*log_record.exc_info)).rstrip("\n")
+            if (redacted := redact(trace)) != trace:
+                log_record.exc_text = redacted  # formatters reuse this text
+        return log_record
 
-    record.masks = True  # pyright: ignore[reportFunctionMemberAccess]
+    record.redacts = True  # pyright: ignore[reportFunctionMemberAccess]
     logging.setLogRecordFactory(record)
 
 
-def _known() -> list[str]:
-    """Values of the environment that are secrets, the longest first: one may hold another."""
+def _environment_secrets() -> list[str]:
+    """Return the secret values of environment variables, longest first, since one may contain another."""
     values = {
         value
         for name, value in os.environ.items()
-        if NAMED.search(name.upper()) and not HARMLESS.search(name.upper()) and not PLAIN.fullmatch(value)
+        if SECRET_NAMES.search(name.upper())
+        and not HARMLESS_NAMES.search(name.upper())
+        and not HARMLESS_VALUES.fullmatch(value)
     }
-    return sorted((value for value in values if len(value) >= SHORTEST), key=len, reverse=True)
+    return sorted((value for value in values if len(value) >= MIN_SECRET_LENGTH), key=len, reverse=True)

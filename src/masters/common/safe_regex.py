@@ -1,6 +1,6 @@
-"""Patterns that a user writes, matched in time linear in the text: whoever fills in a form cannot hang a run.
+"""Regular expressions from users, matched in time linear in the text, so that no pattern can hang a run.
 
-RE2's language: regular expressions without look-around and back references, which are what can take for ever.
+The syntax is RE2's: look-around and back references, which can take exponential time, are refused.
 """
 
 from collections import deque
@@ -8,41 +8,45 @@ from functools import lru_cache
 
 import re2
 
-LONGEST = 1000  # characters: time is linear in them too
-MEMORY = 1 << 20  # bytes of a compiled pattern: repetitions of repetitions are short to write
-SHOWN = 100  # characters of a pattern at fault
+MAX_PATTERN_LENGTH = 1000  # characters; time is linear in them too
+MAX_COMPILED_BYTES = 1 << 20  # nested repetitions are short to write and large when compiled
+SHOWN_LENGTH = 100  # characters of a pattern in an error message
 
 
-def checked(pattern: str) -> str:
-    """The pattern. Raises ValueError, with what is wrong, if it is none."""
-    if len(pattern) > LONGEST:
-        raise ValueError(f"expected at most {LONGEST} characters, found {len(pattern)}: {pattern!r:.{SHOWN}}")
+def check_pattern(pattern: str) -> str:
+    """Return the pattern. Raises ValueError if it is too long or not a regular expression."""
+    if len(pattern) > MAX_PATTERN_LENGTH:
+        raise ValueError(
+            f"expected at most {MAX_PATTERN_LENGTH} characters, found {len(pattern)}: {pattern!r:.{SHOWN_LENGTH}}"
+        )
     try:
-        _compiled(pattern)
+        _compile(pattern)
     except (re2.error, UnicodeEncodeError) as error:
-        said = error.args[0].decode(errors="replace") if isinstance(error, re2.error) else "not valid Unicode"
-        raise ValueError(f"{pattern!r:.{SHOWN}} is no regular expression ({said:.{SHOWN}}); see RE2's syntax") from None
+        reason = error.args[0].decode(errors="replace") if isinstance(error, re2.error) else "not valid Unicode"
+        raise ValueError(
+            f"{pattern!r:.{SHOWN_LENGTH}} is not a regular expression ({reason:.{SHOWN_LENGTH}}); see RE2's syntax"
+        ) from None
     return pattern
 
 
-def found(pattern: str, text: str) -> bool:
-    """Whether a pattern matches anywhere in a text."""
-    return _compiled(pattern).search(text) is not None
+def matches(pattern: str, text: str) -> bool:
+    """Whether the pattern matches anywhere in the text."""
+    return _compile(pattern).search(text) is not None
 
 
-def last(pattern: str, text: str) -> str | None:
-    """The first group of a pattern's last match in a text, None without a match.
+def last_match(pattern: str, text: str) -> str | None:
+    """Return the first group of the last match in the text, None without a match.
 
-    Of a pattern without groups, and where the group took no part, it is the whole match.
+    If the pattern has no group, or the group did not take part in the match, return the whole match.
     """
     plain = text.encode(errors="replace").decode()  # RE2 takes no lone surrogates
-    matches = deque(_compiled(pattern).finditer(plain), maxlen=1)
+    matches = deque(_compile(pattern).finditer(plain), maxlen=1)
     return next((match[0] if match.lastindex is None or match[1] is None else match[1] for match in matches), None)
 
 
 @lru_cache(maxsize=256)
-def _compiled(pattern: str):
+def _compile(pattern: str):
     options = re2.Options()
     options.log_errors = False
-    options.max_mem = MEMORY
+    options.max_mem = MAX_COMPILED_BYTES
     return re2.compile(pattern, options)
