@@ -20,7 +20,7 @@ class Family(Protocol):
         """Positions [axes, P] of a prompt's tokens, from the processor's output for it ([1, P] ids)."""
         ...
 
-    def image_tokens(self, config: Any, prompt: dict[str, torch.Tensor]) -> int:
+    def count_image_tokens(self, config: Any, prompt: dict[str, torch.Tensor]) -> int:
         """How many tokens the model that `config` describes makes of the prompt's image."""
         ...
 
@@ -28,6 +28,6 @@ class Family(Protocol):
         """Further per-token inputs of the model for packed rows."""
         ...
 
-    def shaped(self, positions_ABL: torch.Tensor) -> torch.Tensor:
+    def model_positions(self, positions_ABL: torch.Tensor) -> torch.Tensor:
         """Positions [axes, B, L] in the shape that the model takes."""
         ...

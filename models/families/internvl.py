@@ -13,7 +13,7 @@ class InternVL:
     def prompt_positions(self, model: VLM, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.arange(prompt["input_ids"].shape[1])[None]
 
-    def image_tokens(self, config: Any, prompt: dict[str, torch.Tensor]) -> int:
+    def count_image_tokens(self, config: Any, prompt: dict[str, torch.Tensor]) -> int:
         tiles, _, *sides = prompt["pixel_values"].shape
         rows, columns = (
             int(side // patch * config.downsample_ratio)
@@ -24,5 +24,5 @@ class InternVL:
     def token_inputs(self, model: VLM, ids_BL: torch.Tensor) -> dict[str, torch.Tensor]:
         return {}
 
-    def shaped(self, positions_ABL: torch.Tensor) -> torch.Tensor:
+    def model_positions(self, positions_ABL: torch.Tensor) -> torch.Tensor:
         return positions_ABL[0]

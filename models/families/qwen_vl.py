@@ -18,7 +18,7 @@ class QwenVL:
         )
         return positions[:, 0]
 
-    def image_tokens(self, config: Any, prompt: dict[str, torch.Tensor]) -> int:
+    def count_image_tokens(self, config: Any, prompt: dict[str, torch.Tensor]) -> int:
         eye = config.vision_config
         patch = eye.in_channels * eye.temporal_patch_size * eye.patch_size**2  # numbers
         return prompt["pixel_values"].numel() // patch // eye.spatial_merge_size**2
@@ -26,5 +26,5 @@ class QwenVL:
     def token_inputs(self, model: VLM, ids_BL: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"mm_token_type_ids": (ids_BL == model.config.image_token_id).int()}
 
-    def shaped(self, positions_ABL: torch.Tensor) -> torch.Tensor:
+    def model_positions(self, positions_ABL: torch.Tensor) -> torch.Tensor:
         return positions_ABL

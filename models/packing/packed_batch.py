@@ -1,10 +1,10 @@
-"""Shared prompts: the responses of a question behind one copy of its prompt, questions of one image behind its tokens.
+"""Packed batches: the responses to a question share one copy of its prompt, questions about one image its tokens.
 
-Shapes: B rows, L packed length, P prompt tokens, R responses of the batch, T their tokens, U the distinct ones among
-them (identical responses of a question are read once).
+Shapes: B rows, L packed length, A position axes, H hidden size, V vocabulary, R responses of the batch, T their tokens,
+U the distinct ones among these (identical responses to a question are read once).
 
-A row is a row of trees: an image's tokens (the trunk), what each question says after it, each question's responses.
-A token sees the earlier tokens of its own branch, root to tip; positions of a response go on from its prompt's. So
+A row holds prefix trees: an image's tokens (the trunk), each question's own prompt tokens, each question's responses.
+A token sees the earlier tokens of its own branch, from root to tip; a response's positions continue its prompt's. So
 every response is computed as if it stood alone behind its prompt.
 """
 
@@ -20,31 +20,43 @@ from masters.models.families.base import VLM, Family
 from masters.models.losses.chunked_head import Projection
 from masters.models.losses.formulas import Terms
 from masters.models.packing import flex_attention
-from masters.models.packing.prefix_tree import Predictors, Question, Row, Sizes, append_to_row, rows_of, trees_of
+from masters.models.packing.prefix_tree import (
+    Predictors,
+    Question,
+    Row,
+    TokenCounts,
+    append_to_row,
+    assign_rows,
+    build_trees,
+)
 
 
 @dataclass(frozen=True)
 class PackedBatch:
     """A batch of packed questions.
 
-    `inputs` go to the model; `predictors_U2` are the (row, position) whose output predicts each distinct response
-    token, `token_U` these tokens; `distinct_T` which of them each response token is; `response_T` which response
-    (0..R-1) it is of; `question_R` which question a response is of, in the order in which they were given.
-    `asked`: the responses of each question, and `same_R`: a number a response, equal where a question's are identical;
-    both known without asking a device. `image_word_BL`: where a response itself wrote the image's token, which is a
-    word like any other there; None where none did.
+    inputs: keyword arguments of the model.
+    sampled_image_token_BL: True where a response itself holds the image token, which is an ordinary word there; None
+        if no response does.
+    predictor_U2: the (row, position) whose output predicts each distinct response token.
+    token_U: the distinct response tokens.
+    distinct_T: index into U of each response token.
+    response_T: index into R of the response that each token belongs to.
+    question_R: index of the question that each response belongs to, in the order in which questions were given.
+    responses_by_question: indices into R of each question's responses. On the CPU.
+    sequence_id_R: equal for identical responses to one question. On the CPU.
     """
 
     inputs: dict[str, Any]
-    image_word_BL: torch.Tensor | None
-    predictors_U2: torch.Tensor
+    sampled_image_token_BL: torch.Tensor | None
+    predictor_U2: torch.Tensor
     token_U: torch.Tensor
     distinct_T: torch.Tensor
     response_T: torch.Tensor
     question_R: torch.Tensor
-    asked: list[list[int]]
-    same_R: list[int]
-    sizes: Sizes = Sizes()
+    responses_by_question: list[list[int]]
+    sequence_id_R: list[int]
+    token_counts: TokenCounts = TokenCounts()
 
     @property
     def responses(self) -> int:
@@ -54,133 +66,159 @@ class PackedBatch:
     def token_T(self) -> torch.Tensor:
         return self.token_U[self.distinct_T]
 
-    def spread(self, terms: Terms) -> Terms:
-        """Terms of distinct tokens, [U], as terms of all response tokens, [T]."""
-        return terms.at(self.distinct_T)
+    def expand(self, terms: Terms) -> Terms:
+        """Expand terms of distinct tokens, [U], to terms of all response tokens, [T]."""
+        return terms.select(self.distinct_T)
 
 
-def pack(questions: list[Question], model: VLM, family: Family, row: int = 0) -> PackedBatch:
+def pack(questions: list[Question], model: VLM, family: Family, row_length: int = 0) -> PackedBatch:
     """Pack questions into rows as long as the largest tree, on the model's device.
 
-    Where attention skips the mask's empty blocks, another tree in a row costs nothing: rows then hold up to `row`
-    tokens, in whole blocks. The image's token within a response (a model may sample it) would be taken for a place of
-    the image: the model gets token 0 there, and `response_states` its true embedding.
+    Where attention skips empty blocks of the mask, more trees in a row cost nothing: rows then hold up to `row_length`
+    tokens, in whole blocks.
     """
-    device, sparse = next(model.parameters()).device, _takes_blocks(model)
-    rows = rows_of(trees_of(questions, family, model.config.image_token_id), row if sparse else 0)
-    laid, predictors = [Row(number) for number in range(len(rows))], {}
-    for into, trees in zip(laid, rows, strict=True):
-        for tree in trees:
-            predictors |= append_to_row(tree, into, model, family)
-    longest = max(one.length for one in laid)
-    length = flex_attention.whole(longest) if sparse else longest
-    padded = [one.padded(length) for one in laid]
-    ids_BL, place_3BL, positions_ABL = (torch.stack(parts, -2) for parts in zip(*padded, strict=True))
-    image_word_BL = (ids_BL == model.config.image_token_id) & (place_3BL[2] > 0)
-    image_words = image_word_BL.to(device) if image_word_BL.any() else None
-    ids_BL = ids_BL.masked_fill(image_word_BL, 0)
-    ids_BL, place_3BL, positions_ABL = (part.to(device) for part in (ids_BL, place_3BL, positions_ABL))
-    prompts = [tree.questions[tree.first].prompt for trees in rows for tree in trees]  # one an image
+    device, skips_blocks = next(model.parameters()).device, _skips_empty_blocks(model)
+    rows, predictors = _build_rows(questions, model, family, row_length if skips_blocks else 0)
+    length = max(row.length for row in rows)
+    if skips_blocks:
+        length = flex_attention.round_up_to_block(length)
+    parts = zip(*(row.padded(length) for row in rows), strict=True)
+    ids_BL, branch_3BL, positions_ABL = (torch.stack(part, -2) for part in parts)
+
+    # the model would put the image where a response sampled the image token: it gets token 0 there, and
+    # `response_states` the true embedding
+    sampled_BL = (ids_BL == model.config.image_token_id) & (branch_3BL[2] > 0)
+    sampled_image_token_BL = sampled_BL.to(device) if sampled_BL.any() else None  # checked on the CPU: no sync
+    ids_BL = ids_BL.masked_fill(sampled_BL, 0)
+    ids_BL, branch_3BL, positions_ABL = (part.to(device) for part in (ids_BL, branch_3BL, positions_ABL))
+    prompts = [prompt for row in rows for prompt in row.image_prompts]
     inputs = {
         "input_ids": ids_BL,
-        "attention_mask": block_mask(place_3BL) if sparse else attention_mask(place_3BL),
-        "position_ids": family.shaped(positions_ABL),
+        "attention_mask": block_mask(branch_3BL) if skips_blocks else attention_mask(branch_3BL),
+        "position_ids": family.model_positions(positions_ABL),
         **family.token_inputs(model, ids_BL),
         **{key: torch.cat([prompt[key] for prompt in prompts]).to(device) for key in family.image_keys},
     }
-    targets, asked, same_R = _targets(questions, predictors)
     separate = sum(len(q.ids_P) + len(response) for q in questions for response in q.responses)
-    sizes = Sizes(1, separate, sum(one.length for one in laid), len(laid) * length)
-    before_U2, token_U, distinct_T, response_T, question_R = (part.to(device) for part in targets)
     return PackedBatch(
-        inputs, image_words, before_U2, token_U, distinct_T, response_T, question_R, asked, same_R, sizes
+        inputs=inputs,
+        sampled_image_token_BL=sampled_image_token_BL,
+        token_counts=TokenCounts(1, separate, sum(row.length for row in rows), len(rows) * length),
+        **_response_fields(questions, predictors, device),
     )
 
 
-def visible(place_3BL: torch.Tensor, row: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Whether a token sees another: earlier in the row, of the same image, and on its branch.
+def _build_rows(
+    questions: list[Question], model: VLM, family: Family, row_length: int
+) -> tuple[list[Row], dict[int, Predictors]]:
+    """Returns the rows and, by question number, the predictors of the distinct responses."""
+    trees = build_trees(questions, family, model.config.image_token_id)
+    rows: list[Row] = []
+    predictors: dict[int, Predictors] = {}
+    for number, row_trees in enumerate(assign_rows(trees, row_length)):
+        row = Row(number)
+        for tree in row_trees:
+            predictors |= append_to_row(tree, row, model, family)
+        rows.append(row)
+    return rows, predictors
 
-    `place_3BL`: each token's image (0: padding), question (0: the trunk) and response (0: the prompt), numbered from
-    1. Padding sees itself alone: no row of the softmax is empty, and blocks of padding are off the diagonal.
+
+def _response_fields(
+    questions: list[Question], predictors: dict[int, Predictors], device: torch.device
+) -> dict[str, Any]:
+    """The fields of a `PackedBatch` that describe response tokens."""
+    predictor_U2: list[tuple[int, int]] = []
+    token_U: list[int] = []
+    distinct_T: list[int] = []
+    response_T: list[int] = []
+    question_R: list[int] = []
+    responses_by_question: list[list[int]] = []
+    sequence_id_R: list[int] = []
+    for number, question in enumerate(questions):
+        start: dict[tuple[int, ...], int] = {}  # index into U of the first token of each distinct response
+        for tokens, positions in predictors[number].items():
+            start[tokens] = len(token_U)
+            predictor_U2 += positions
+            token_U += tokens
+        first = len(question_R)
+        for response, tokens in enumerate(map(tuple, question.responses), first):
+            distinct_T += range(start[tokens], start[tokens] + len(tokens))
+            response_T += [response] * len(tokens)
+            question_R.append(number)
+            sequence_id_R.append(start[tokens])
+        responses_by_question.append(list(range(first, len(question_R))))
+    tensors = dict(
+        predictor_U2=predictor_U2, token_U=token_U, distinct_T=distinct_T, response_T=response_T, question_R=question_R
+    )
+    return {name: torch.tensor(values).to(device) for name, values in tensors.items()} | dict(
+        responses_by_question=responses_by_question, sequence_id_R=sequence_id_R
+    )
+
+
+def is_visible(branch_3BL: torch.Tensor, row: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Whether the token at `query` sees the one at `key`: itself, or an earlier one of its branch about its image.
+
+    `branch_3BL`: the image (0: padding), question (0: the trunk) and response (0: the prompt) of each token, numbered
+    from 1. Padding sees itself only: no row of the softmax is empty, and blocks of padding are off the diagonal.
     """
-    image, question, response = (level_BL[row, query] for level_BL in place_3BL)
-    image_k, question_k, response_k = (level_BL[row, key] for level_BL in place_3BL)
-    same_question, same_response = question_k == question, response_k == response
+    image, question, response = (level_BL[row, query] for level_BL in branch_3BL)
+    key_image, key_question, key_response = (level_BL[row, key] for level_BL in branch_3BL)
+    same_question, same_response = key_question == question, key_response == response
     return (key == query) | (
         (key < query)
-        & (image_k > 0)
-        & (image_k == image)
-        & ((question_k == 0) | same_question)
-        & ((response_k == 0) | (same_question & same_response))
+        & (key_image > 0)
+        & (key_image == image)
+        & ((key_question == 0) | same_question)
+        & ((key_response == 0) | (same_question & same_response))
     )
 
 
-def attention_mask(place_3BL: torch.Tensor) -> torch.Tensor:
-    """`visible` as a boolean mask [B, 1, L, L], for scaled dot-product attention."""
-    _, rows, length = place_3BL.shape
-    at = torch.arange(length, device=place_3BL.device)
-    row = torch.arange(rows, device=place_3BL.device)[:, None, None]
-    return visible(place_3BL, row, at[:, None], at[None, :])[:, None]
+def attention_mask(branch_3BL: torch.Tensor) -> torch.Tensor:
+    """`is_visible` as a boolean mask [B, 1, L, L], for scaled dot-product attention."""
+    _, rows, length = branch_3BL.shape
+    position = torch.arange(length, device=branch_3BL.device)
+    row = torch.arange(rows, device=branch_3BL.device)[:, None, None]
+    return is_visible(branch_3BL, row, position[:, None], position[None, :])[:, None]
 
 
-def block_mask(place_3BL: torch.Tensor) -> BlockMask:
-    """`visible` for FlexAttention, which skips blocks in which no token sees another."""
-    _, rows, length = place_3BL.shape
+def block_mask(branch_3BL: torch.Tensor) -> BlockMask:
+    """`is_visible` as a block mask for FlexAttention, which skips blocks in which no token sees another."""
+    _, rows, length = branch_3BL.shape
 
     def mask_mod(row: torch.Tensor, _: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return visible(place_3BL, row, query, key)
+        return is_visible(branch_3BL, row, query, key)
 
-    return flex_attention.mask(mask_mod, rows, length, place_3BL.device)
+    return flex_attention.make_block_mask(mask_mod, rows, length, branch_3BL.device)
 
 
 def response_states(model: VLM, packed: PackedBatch) -> Projection:
-    """What predicts each distinct response token: last hidden states [U, H] at those positions only, and the head."""
-    with _image_words(model, packed.image_word_BL):
+    """Returns the last hidden states [U, H] that predict the distinct response tokens, with the head's weight."""
+    with _embed_sampled_image_tokens(model, packed.sampled_image_token_BL):
         hidden_BLH = model.model(**packed.inputs, use_cache=False).last_hidden_state
-    hidden_UH = hidden_BLH[packed.predictors_U2[:, 0], packed.predictors_U2[:, 1]]
+    hidden_UH = hidden_BLH[packed.predictor_U2[:, 0], packed.predictor_U2[:, 1]]
     return Projection(hidden_UH, model.lm_head.weight)
 
 
 def response_logits(model: VLM, packed: PackedBatch) -> torch.Tensor:
-    """Logits [T, V] that predict each response token."""
+    """Returns the logits [T, V] that predict each response token."""
     return response_states(model, packed).logits()[packed.distinct_T]
 
 
-def _targets(
-    questions: list[Question], predictors: dict[int, Predictors]
-) -> tuple[tuple[torch.Tensor, ...], list[list[int]], list[int]]:
-    """What `Pack` says of response tokens, from predictors by question number."""
-    before, distinct, tokens, responses, asked, same = [], [], [], [], [], []
-    for number, question in enumerate(questions):
-        begin = {}
-        for response, at in predictors[number].items():
-            begin[response] = len(tokens)
-            before += at
-            tokens += response
-        asked.append(list(range(len(same), len(same) + len(question.responses))))
-        for response in map(tuple, question.responses):
-            distinct += range(begin[response], begin[response] + len(response))
-            responses += [len(same)] * len(response)
-            same.append(begin[response])
-    of = [number for number, own in enumerate(asked) for _ in own]
-    return tuple(torch.tensor(part) for part in (before, tokens, distinct, responses, of)), asked, same
-
-
-def _takes_blocks(model: VLM) -> bool:
+def _skips_empty_blocks(model: VLM) -> bool:
     return model.config.get_text_config()._attn_implementation == flex_attention.NAME
 
 
 @contextmanager
-def _image_words(model: VLM, image_word_BL: torch.Tensor | None) -> Iterator[None]:
-    """Embed the image's token as a word where a response wrote it, as the engine that sampled it did."""
+def _embed_sampled_image_tokens(model: VLM, sampled_image_token_BL: torch.Tensor | None) -> Iterator[None]:
+    """Embed the image token as a word where a response sampled it, as the engine that sampled it did."""
 
-    if image_word_BL is None:
+    if sampled_image_token_BL is None:
         yield
         return
-    here_BL1 = image_word_BL[..., None]
+    sampled_BL1 = sampled_image_token_BL[..., None]
 
-    def embed(words: torch.nn.Embedding, _: object, embedded_BLH: torch.Tensor) -> torch.Tensor:
-        return torch.where(here_BL1, words.weight[model.config.image_token_id], embedded_BLH)
+    def embed(embedding: torch.nn.Embedding, _: object, embedded_BLH: torch.Tensor) -> torch.Tensor:
+        return torch.where(sampled_BL1, embedding.weight[model.config.image_token_id], embedded_BLH)
 
     hook = model.get_input_embeddings().register_forward_hook(embed)
     try:

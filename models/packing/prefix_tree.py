@@ -1,6 +1,6 @@
-"""What packed questions share: questions of one image its tokens, a question's responses their prompt.
+"""Prefix trees: questions about one image share its tokens, responses to one question share its prompt.
 
-Shapes: P prompt tokens, L tokens of a row.
+Shapes: P prompt tokens, N tokens of a segment, L tokens of a row, A position axes of the family.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from masters.models.families.base import Family
 
-Predictors = dict[tuple[int, ...], list[tuple[int, int]]]  # of a response: the (row, position) before each token
+Response = tuple[int, ...]  # token ids
+Predictors = dict[Response, list[tuple[int, int]]]  # the (row, position) that predicts each token of a response
 
 
 @dataclass(frozen=True)
@@ -28,25 +29,26 @@ class Question:
         return self.prompt["input_ids"][0]
 
     @cached_property
-    def distinct(self) -> list[tuple[int, ...]]:
-        """Its responses without repetition, in order of appearance."""
+    def distinct_responses(self) -> list[Response]:
+        """The responses without repetition, in order of appearance."""
         return list(dict.fromkeys(map(tuple, self.responses)))
 
     @cached_property
     def response_tokens(self) -> int:
-        return sum(map(len, self.distinct))
+        """Number of tokens of the distinct responses."""
+        return sum(map(len, self.distinct_responses))
 
     @property
     def tokens(self) -> int:
-        """What it takes by itself."""
+        """Number of tokens that the question takes when it shares no prefix with another."""
         return len(self.ids_P) + self.response_tokens
 
 
 @dataclass(frozen=True)
-class Sizes:
+class TokenCounts:
     """Token counts of forward passes.
 
-    `separate`: one sequence a response; `packed_tokens`: with prompts and images shared; `padded`: with padding.
+    `separate`: one sequence per response; `packed_tokens`: with prompts and images shared; `padded`: with padding.
     """
 
     passes: int = 0
@@ -54,13 +56,13 @@ class Sizes:
     packed_tokens: int = 0
     padded: int = 0
 
-    def __add__(self, other: "Sizes") -> "Sizes":
-        return Sizes(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+    def __add__(self, other: "TokenCounts") -> "TokenCounts":
+        return TokenCounts(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass
-class Tree:
-    """Questions of one image, by their number in the batch; the first `trunk` tokens of their prompts are the same."""
+class PrefixTree:
+    """Questions about one image, by their number in the batch. The first `trunk` tokens of their prompts are equal."""
 
     trunk: int
     questions: dict[int, Question]
@@ -76,85 +78,91 @@ class Tree:
 
 @dataclass
 class Row:
-    """A row that grows by segments of tokens, each with its place and positions."""
+    """A row under construction: segments of (token ids [N], branch [3, N], positions [A, N])."""
 
     number: int
-    images: int = 0
     length: int = 0
+    image_prompts: list[dict[str, torch.Tensor]] = field(default_factory=list)  # the first prompt about each image
     segments: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
-    def add(self, ids: torch.Tensor, question: int, response: int, positions: torch.Tensor) -> int:
-        """Append tokens of the image added last. Returns where they begin."""
-        place_31 = torch.tensor([[self.images], [question], [response]])
-        self.segments.append((ids, place_31.expand(-1, len(ids)), positions))
-        self.length += len(ids)
-        return self.length - len(ids)
+    def add_segment(self, ids_N: torch.Tensor, question: int, response: int, positions_AN: torch.Tensor) -> int:
+        """Append tokens that belong to the image added last. Returns the position of the first one."""
+        branch_31 = torch.tensor([[len(self.image_prompts)], [question], [response]])
+        self.segments.append((ids_N, branch_31.expand(-1, len(ids_N)), positions_AN))
+        self.length += len(ids_N)
+        return self.length - len(ids_N)
 
     def padded(self, length: int) -> tuple[torch.Tensor, ...]:
-        """Ids [L], places [3, L], positions [axes, L]."""
-        whole = (torch.cat(parts, -1) for parts in zip(*self.segments, strict=True))
-        return tuple(F.pad(part, (0, length - self.length)) for part in whole)
+        """Returns token ids [L], branches [3, L] and positions [A, L], padded with zeros."""
+        joined = (torch.cat(parts, -1) for parts in zip(*self.segments, strict=True))
+        return tuple(F.pad(part, (0, length - self.length)) for part in joined)
 
 
-def trees_of(questions: list[Question], family: Family, image_token: int) -> list[Tree]:
-    """Questions with equal images whose prompts share the tokens up to the image's last, together."""
-    trees: list[Tree] = []
+def build_trees(questions: list[Question], family: Family, image_token: int) -> list[PrefixTree]:
+    """Group questions with equal images whose prompts are equal up to the image's last token."""
+    trees: list[PrefixTree] = []
     for number, question in enumerate(questions):
         for tree in trees:
-            trunk = _shared(tree, question, family, image_token)
+            trunk = shared_prefix_length(tree, question, family, image_token)
             if trunk:
                 tree.trunk, tree.questions[number] = trunk, question
                 break
         else:
-            trees.append(Tree(len(question.ids_P), {number: question}))
+            trees.append(PrefixTree(len(question.ids_P), {number: question}))
     return trees
 
 
-def _shared(tree: Tree, question: Question, family: Family, image_token: int) -> int:
-    """Leading tokens that the question has in common with the tree's trunk; 0 if these do not hold the whole image."""
+def shared_prefix_length(tree: PrefixTree, question: Question, family: Family, image_token: int) -> int:
+    """Number of leading tokens that a question shares with a tree's trunk; 0 if they do not hold the whole image."""
     other = tree.questions[tree.first]
     if not all(torch.equal(other.prompt[key], question.prompt[key]) for key in family.image_keys):
         return 0
-    n = min(tree.trunk, len(question.ids_P))
-    differs = torch.nonzero(other.ids_P[:n] != question.ids_P[:n])
-    trunk = int(differs[0]) if len(differs) else n
+    comparable = min(tree.trunk, len(question.ids_P))
+    differs = torch.nonzero(other.ids_P[:comparable] != question.ids_P[:comparable])
+    shared = int(differs[0]) if len(differs) else comparable
     image_end = 1 + int(torch.nonzero(question.ids_P == image_token)[-1])
-    return trunk if trunk >= image_end else 0
+    return shared if shared >= image_end else 0
 
 
-def rows_of(trees: list[Tree], row: int) -> list[list[Tree]]:
-    """Trees put into rows, the largest first, each into the first row that has room for it."""
-    sized = sorted(((tree.tokens, tree) for tree in trees), key=lambda one: -one[0])
-    length = max(row, sized[0][0])
-    rows: list[tuple[int, list[Tree]]] = []
-    for taken, tree in sized:
-        for number, (used, own) in enumerate(rows):
-            if used + taken <= length:
-                own.append(tree)
-                rows[number] = (used + taken, own)
-                break
-        else:
-            rows.append((taken, [tree]))
-    return [own for _, own in rows]
+def assign_rows(trees: list[PrefixTree], row_length: int) -> list[list[PrefixTree]]:
+    """Distribute trees over rows by first-fit decreasing: the largest first, each into the first row with room.
+
+    A row holds `row_length` tokens, or the largest tree if that is longer.
+    """
+    capacity = max(row_length, *(tree.tokens for tree in trees))
+    rows: list[list[PrefixTree]] = []
+    used: list[int] = []
+    for tree in sorted(trees, key=lambda tree: -tree.tokens):
+        size = tree.tokens
+        number = next((n for n, tokens in enumerate(used) if tokens + size <= capacity), len(rows))
+        if number == len(rows):
+            rows.append([])
+            used.append(0)
+        rows[number].append(tree)
+        used[number] += size
+    return rows
 
 
-def append_to_row(tree: Tree, into: Row, model: torch.nn.Module, family: Family) -> dict[int, Predictors]:
-    """Add a tree to a row. Returns, by question number, the predictors of its distinct responses."""
-    into.images += 1
-    found: dict[int, Predictors] = {}
+def append_to_row(tree: PrefixTree, row: Row, model: torch.nn.Module, family: Family) -> dict[int, Predictors]:
+    """Append a tree to a row: trunk, then each question's tail and distinct responses.
+
+    Returns the predictors of each question's distinct responses, by question number.
+    """
+    row.image_prompts.append(tree.questions[tree.first].prompt)
+    predictors: dict[int, Predictors] = {}
     for number, question in tree.questions.items():
-        positions = family.prompt_positions(model, question.prompt)
+        positions_AP = family.prompt_positions(model, question.prompt)
         if number == tree.first:
-            trunk_at = into.add(question.ids_P[: tree.trunk], 0, 0, positions[:, : tree.trunk])
+            trunk_start = row.add_segment(question.ids_P[: tree.trunk], 0, 0, positions_AP[:, : tree.trunk])
         tail = question.ids_P[tree.trunk :]
-        tail_at = into.add(tail, number + 1, 0, positions[:, tree.trunk :])
-        last = tail_at + len(tail) - 1 if len(tail) else trunk_at + tree.trunk - 1
-        found[number] = {}
-        for response, tokens in enumerate(question.distinct, 1):
+        tail_start = row.add_segment(tail, number + 1, 0, positions_AP[:, tree.trunk :])
+        prompt_end = tail_start + len(tail) - 1 if len(tail) else trunk_start + tree.trunk - 1
+        predictors[number] = {}
+        for response, tokens in enumerate(question.distinct_responses, 1):
             offset = torch.arange(len(tokens))
-            after = (positions.max() + 1 + offset).expand(len(positions), -1)
-            at = into.add(torch.tensor(tokens), number + 1, response, after)
+            positions_AN = (positions_AP.max() + 1 + offset).expand(len(positions_AP), -1)
+            start = row.add_segment(torch.tensor(tokens), number + 1, response, positions_AN)
             # the prompt's last position predicts every response's first token
-            before = [last, *range(at, at + len(tokens) - 1)]
-            found[number][tokens] = [(into.number, position) for position in before]
-    return found
+            before = [prompt_end, *range(start, start + len(tokens) - 1)]
+            predictors[number][tokens] = [(row.number, position) for position in before]
+    return predictors

@@ -72,15 +72,24 @@ def packed(batch: Batch) -> PackedBatch:
     responses = [tokens for one in batch.questions for tokens in one]
     response_T = [r for r, tokens in enumerate(responses) for _ in tokens]
     question_R = [q for q, one in enumerate(batch.questions) for _ in one]
-    asked = [[r for r, of in enumerate(question_R) if of == q] for q in range(len(batch.questions))]
-    token_T, *others = map(torch.tensor, (batch.token_T.tolist(), response_T, question_R))
-    same_R = [responses.index(tokens) for tokens in responses]
-    return PackedBatch({}, None, torch.empty(0), token_T, torch.arange(len(token_T)), *others, asked, same_R)
+    return PackedBatch(
+        inputs={},
+        sampled_image_token_BL=None,
+        predictor_U2=torch.empty(0),
+        token_U=torch.tensor(batch.token_T.tolist()),
+        distinct_T=torch.arange(len(batch.token_T)),
+        response_T=torch.tensor(response_T),
+        question_R=torch.tensor(question_R),
+        responses_by_question=[
+            [r for r, question in enumerate(question_R) if question == q] for q in range(len(batch.questions))
+        ],
+        sequence_id_R=[responses.index(tokens) for tokens in responses],
+    )
 
 
 def taught(pack: PackedBatch) -> torch.Tensor:
     """Every other response of a question is a teacher's, as `float64_reference.objective` has it, [R]."""
-    return torch.tensor([j % 2 == 0 for own in pack.asked for j in range(len(own))])
+    return torch.tensor([j % 2 == 0 for own in pack.responses_by_question for j in range(len(own))])
 
 
 def dense_terms(

@@ -35,5 +35,5 @@ def test_skipping_empty_blocks_changes_nothing(name: str) -> None:
 
 def test_a_gpus_attention_is_one_that_models_load_with() -> None:
     model = AutoModelForImageTextToText.from_pretrained(FOLDER, attn_implementation=attention("cuda"))
-    assert packed_batch._takes_blocks(model)
+    assert packed_batch._skips_empty_blocks(model)
     assert model.model.visual.config._attn_implementation == "sdpa"

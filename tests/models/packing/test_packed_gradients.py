@@ -141,14 +141,29 @@ def test_eight_packs_of_one_make_the_gradient_of_one_pack_of_eight(
 
 
 FAULTS: dict[str, Edit] = {
-    "responses see each other": (packed_batch, "visible", "(response_k == 0) |", "(response_k >= 0) |"),
-    "questions of one image see each other": (packed_batch, "visible", "(question_k == 0) |", "(question_k >= 0) |"),
-    "images in a row see each other": (packed_batch, "visible", "(image_k == image)", "(image_k > 0)"),
-    "responses do not see the prompt": (packed_batch, "visible", "(response_k == 0) |", ""),
-    "questions do not see the image": (packed_batch, "visible", "(question_k == 0) |", ""),
-    "positions run on from response to response": (prefix_tree, "lay", "(positions.max() + 1", "(into.length"),
-    "a first token predicted by the token before it in the pack": (prefix_tree, "lay", "[last, *", "[at - 1, *"),
-    "a wrong image taken for the same": (prefix_tree, "_shared", "if not all(", "if False and not all("),
+    "responses see each other": (packed_batch, "is_visible", "(key_response == 0) |", "(key_response >= 0) |"),
+    "questions of one image see each other": (
+        packed_batch,
+        "is_visible",
+        "(key_question == 0) |",
+        "(key_question >= 0) |",
+    ),
+    "images in a row see each other": (packed_batch, "is_visible", "(key_image == image)", "(key_image > 0)"),
+    "responses do not see the prompt": (packed_batch, "is_visible", "(key_response == 0) |", ""),
+    "questions do not see the image": (packed_batch, "is_visible", "(key_question == 0) |", ""),
+    "positions run on from response to response": (
+        prefix_tree,
+        "append_to_row",
+        "(positions_AP.max() + 1",
+        "(row.length",
+    ),
+    "a first token predicted by the token before it in the pack": (
+        prefix_tree,
+        "append_to_row",
+        "[prompt_end, *",
+        "[start - 1, *",
+    ),
+    "a wrong image taken for the same": (prefix_tree, "shared_prefix_length", "if not all(", "if False and not all("),
     "a mean over one process's questions": (trainer, "_passes", "len(step.groups)).backward", "len(mine)).backward"),
 }
 
@@ -293,7 +308,7 @@ def test_identical_responses_get_one_reward_wherever_they_are_packed(job: traine
             with torch.no_grad():
                 states = response_states(job.student, pack_), response_states(teacher, pack_)
                 divergence_R = objective.divergences(
-                    pack_.spread(chunked_head.terms(*states, pack_.token_U, "jsd")), pack_
+                    pack_.expand(chunked_head.terms(*states, pack_.token_U, "jsd")), pack_
                 )
             score_R = torch.tensor([float(r is not third) for r in order] + [1.0] * 2 * len(company))
             distill_R, advantage_R = objective.advantages(divergence_R, score_R, pack_, job.rewards)

@@ -41,7 +41,7 @@ def test_a_token_is_predicted_from_its_prompt_and_what_came_before_in_its_respon
         prompt, known = question.ids_P.tolist(), family.prompt_positions(model, question.prompt)
         for response in question.responses:
             for n, token in enumerate(response):
-                row, position = packed.predictors_U2[packed.distinct_T[at]].tolist()
+                row, position = packed.predictor_U2[packed.distinct_T[at]].tolist()
                 seen = mask_B1LL[row, 0, position]
                 assert ids_BL[row, seen].tolist() == prompt + response[:n]
                 after = known.max() + 1 + torch.arange(n).expand(len(known), -1)
@@ -65,14 +65,14 @@ def test_nothing_is_packed_twice(drawn) -> None:
 
 
 def test_the_block_mask_says_what_the_dense_mask_says() -> None:
-    place_3BL = torch.randint(0, 3, (3, 2, 256), generator=torch.Generator().manual_seed(0))
-    blocks, dense = block_mask(place_3BL), attention_mask(place_3BL)
+    branch_3BL = torch.randint(0, 3, (3, 2, 256), generator=torch.Generator().manual_seed(0))
+    blocks, dense = block_mask(branch_3BL), attention_mask(branch_3BL)
     every = torch.arange(256)
     for row in range(2):
         said = blocks.mask_mod(torch.tensor(row), torch.tensor(0), every[:, None], every[None, :])
         assert torch.equal(said, dense[row, 0])
-    place_3BL[0, 0, :128], place_3BL[0, 0, 128:] = 1, 2  # two images: the second half does not see the first
-    assert block_mask(place_3BL).to_dense()[0, 0].tolist() == [[1, 0], [0, 1]]
+    branch_3BL[0, 0, :128], branch_3BL[0, 0, 128:] = 1, 2  # two images: the second half does not see the first
+    assert block_mask(branch_3BL).to_dense()[0, 0].tolist() == [[1, 0], [0, 1]]
 
 
 @pytest.mark.parametrize("budget", [1, 30, 60, 1000])
