@@ -26,7 +26,7 @@ from masters.tracking.client import redact_uri
 from masters.tracking.locations import check_there
 from masters.tracking.registry import Registry
 
-FRESH = 24 * 3600  # seconds: what was written since is kept, though nothing reaches it
+MIN_AGE = 24 * 3600  # seconds: what was written since is kept, though nothing reaches it
 NOTES = ("leases", "handed")  # where runs and their workers leave each other word
 ASKED_AGAIN = 1.0  # seconds: a run that begins has its first stage later than that
 
@@ -58,7 +58,7 @@ class Spared:
     everything: bool = False  # what some record read is not known: nothing finished may go
 
 
-def collect(config: Config, delete: bool = False) -> dict:
+def collect_garbage(config: Config, delete: bool = False) -> dict:
     """List what may go, or remove it: `items` (kind, uri, bytes, why), `bytes`, `kept` artifacts, `notes`."""
     storage = open_storage(config.store.root)
     registries, silent = _registries(config, storage)
@@ -72,7 +72,7 @@ def collect(config: Config, delete: bool = False) -> dict:
     if delete:
         under_way = _UnderWay(registries, storage)
         items = [item for item in items if _removed(item, under_way)]
-        storage.sweep("")
+        storage.remove_unfinished_writes("")
     listed = [dict(kind=i.kind, uri=i.storage.uri(i.name), bytes=i.bytes, why=i.why) for i in items]
     return dict(
         items=listed, bytes=sum(i.bytes for i in items), kept=len(spared.folders), notes=spared.notes, deleted=delete
@@ -83,7 +83,7 @@ def reached(registries: list[Registry], storage: Storage) -> Spared:
     """Everything behind aliases, the last run and runs under way."""
     live, notes = _under_way(registries, storage)
     roots = _registered(registries, storage) | _last_run(storage) | _folders_of(storage, live)
-    links = lineage.walk(storage, dict.fromkeys(roots, ""), prove=False)
+    links = lineage.walk(storage, dict.fromkeys(roots, ""), verify_files=False)
     spared = Spared({link.folder for link in links}, set(), live, bool(notes), notes)
     for link in links:
         if link.record is None or "upstream" not in link.record:
@@ -162,7 +162,7 @@ def _under_way(registries: list[Registry], storage: Storage) -> tuple[set[str], 
     for registry in registries:
         for run in open_runs.live(registry.uri, storage):
             process = run.data.tags.get("masters.process", "")
-            if machine.ended(process):
+            if machine.has_ended(process):
                 continue
             stages = registry.stages(run.info.experiment_id, run.info.run_id)
             found |= {stage.data.tags["masters.fingerprint"] for stage in stages}
@@ -249,7 +249,7 @@ def _removed(item: Item, under_way: _UnderWay) -> bool:
         item.storage.remove(item.name)
     else:
         artifacts.remove(item.storage, item.name)
-        item.storage.prune(item.name)
+        item.storage.remove_empty_folders(item.name)
     return True
 
 
@@ -258,4 +258,4 @@ def _fingerprint(name: str) -> str:
 
 
 def _old(written: float) -> bool:
-    return time.time() - written > FRESH
+    return time.time() - written > MIN_AGE

@@ -8,24 +8,24 @@ from prefect import Flow, State, flow
 from prefect.client.schemas.objects import FlowRun
 
 from masters.checks.model_folder import LocalModel
-from masters.checks.preflight import Ready, preflight, started_from
+from masters.checks.preflight import Resources, preflight, preflight_from_student
 from masters.common.errors import ArtifactError, InputError
 from masters.config import Config
 from masters.config.allowlist import check_config
 from masters.config.stages import Stage
 from masters.evaluation.promotion_gate import Comparison, compare, objections, regressions
 from masters.flows import webhook
-from masters.flows.distill import Distilled, crashed, pipeline, tracked
-from masters.flows.retries import attempt, retry_unreachable
+from masters.flows.distill import DistillationResult, close_crashed_run, run_pipeline, track_run
+from masters.flows.retries import flow_attempt, retry_unreachable
 from masters.models.generation.shards import ShardCache
 from masters.store import artifacts
 from masters.store.artifacts import RECORD, Artifact
 from masters.store.locks import machine_lock
 from masters.store.storage import Storage, open_storage
 from masters.tasks.evaluate import evaluate
-from masters.tasks.judges import metric_of
+from masters.tasks.judges import accuracy_metric
 from masters.tasks.progress import warn
-from masters.tasks.report import night_reported
+from masters.tasks.report import report_night
 from masters.tasks.run_context import Context, Run
 from masters.tracking.client import check_answers
 from masters.tracking.locations import tracking_uri
@@ -43,14 +43,14 @@ ROLLED_BACK = "version {version} was rolled back: only `masters rollback {name} 
 TOLD_LENGTH = 4000  # characters of a tag
 
 
-def told_of(flow: Flow, flow_run: FlowRun, state: State) -> None:
+def report_crash(flow: Flow, flow_run: FlowRun, state: State) -> None:
     """Runs in the worker: a night whose process is gone has told nobody."""
     config = Config.model_validate(flow_run.parameters["config"])
     why = state.message or "its process is gone"
-    webhook.report(config.name, "crashed", f"attempt {flow_run.run_count} of the night {flow_run.name}: {why}")
+    webhook.send_report(config.name, "crashed", f"attempt {flow_run.run_count} of the night {flow_run.name}: {why}")
 
 
-@flow(name="nightly", flow_run_name="{config.name}", on_crashed=[crashed, told_of], persist_result=False)
+@flow(name="nightly", flow_run_name="{config.name}", on_crashed=[close_crashed_run, report_crash], persist_result=False)
 def nightly(config: Config) -> dict:
     """Distil what changed since the last night; promote the student only if it is better. Returns the summary.
 
@@ -59,24 +59,24 @@ def nightly(config: Config) -> dict:
     Args:
         config: What a TOML file holds; what this form accepts is what the file accepts.
     """
-    with attempt():
+    with flow_attempt():
         try:
-            summary = night(config)
+            summary = run_night(config)
         except Exception as error:
-            webhook.report(config.name, "failed", str(error))
+            webhook.send_report(config.name, "failed", str(error))
             raise
         told = summary["nightly"]
-        night_reported(config.name, told, metric_of(config))
+        report_night(config.name, told, accuracy_metric(config))
         if told["regressions"]:
-            tell(Registry(tracking_uri(config, open_storage(config.store.root))), config.name, told)
+            report_regression(Registry(tracking_uri(config, open_storage(config.store.root))), config.name, told)
     return summary
 
 
-def tell(registry: Registry, name: str, told: dict) -> None:
+def report_regression(registry: Registry, name: str, told: dict) -> None:
     """Report a regression, unless it was: a night cut short before its report leaves that to the next."""
     said = "; ".join(told["regressions"])
     known = f"against version {told['champion']}: {said}"[:TOLD_LENGTH]
-    if registry.told(name, told["candidate"]) != known and webhook.report(name, "regression", said):
+    if registry.told(name, told["candidate"]) != known and webhook.send_report(name, "regression", said):
         registry.tell(name, told["candidate"], known)
 
 
@@ -89,12 +89,12 @@ class Champion:
     questions: Artifact
 
 
-def from_champion(config: Config, champion: Champion) -> Ready:
+def from_champion(config: Config, champion: Champion) -> Resources:
     """What preflight finds with the champion as the student: its train artifact, so that lineage goes on into it."""
-    return started_from(config, champion.trained, f"models:/{config.name}/{champion.version}")
+    return preflight_from_student(config, champion.trained, f"models:/{config.name}/{champion.version}")
 
 
-def night(config: Config) -> dict:
+def run_night(config: Config) -> dict:
     """The night without its reports. A second one of this name waits: its champion is what the first one makes."""
     check_config(config)
     storage = retry_unreachable(lambda: open_storage(config.store.root))
@@ -112,17 +112,17 @@ def _night(config: Config, storage: Storage) -> dict:
         context = Context(config, from_champion(config, champion), earlier, champion.questions)
     else:
         context = Context(config, preflight(config), earlier)
-    with tracked(context) as (run, summary):
-        done = pipeline(run, summary)
+    with track_run(context) as (run, summary):
+        done = run_pipeline(run, summary)
         if done:
-            summary.night(judged(run, done, champion))
+            summary.night(apply_gate(run, done, champion))
             keep(run)
         else:
             summary.night(dict(outcome="no change", champion=champion and champion.version) | NOTHING | UNTRAINED)
     return summary.written
 
 
-def judged(run: Run, done: Distilled, champion: Champion | None) -> dict:
+def apply_gate(run: Run, done: DistillationResult, champion: Champion | None) -> dict:
     """Promote the candidate, or say why not."""
     registry, name = run.tracker.registry, run.config.name
     # a night in which nothing was built came to its verdict before, unless it was cut short
@@ -135,7 +135,7 @@ def judged(run: Run, done: Distilled, champion: Champion | None) -> dict:
     elif champion.version == done.version:
         told |= dict(outcome="kept" if news else "no change", reasons=["the champion itself"])
     else:
-        found = against(run, done, champion)
+        found = compare_with_champion(run, done, champion)
         worse, reasons = regressions(found, run.config.nightly), objections(found, run.config.nightly)
         if registry.rolled_back(name, done.version):
             reasons.append(ROLLED_BACK.format(name=name, version=done.version))
@@ -148,10 +148,10 @@ def judged(run: Run, done: Distilled, champion: Champion | None) -> dict:
     return told
 
 
-def against(run: Run, done: Distilled, champion: Champion) -> Comparison:
+def compare_with_champion(run: Run, done: DistillationResult, champion: Champion) -> Comparison:
     """Candidate and champion on tonight's evaluation questions."""
     # the champion under the name it had as a candidate: what it answered then is not asked again
-    theirs = evaluate(run, done.questions, [run.trained(champion.trained)], "evaluate-champion")
+    theirs = evaluate(run, done.questions, [run.load_student(champion.trained)], "evaluate-champion")
     rows = list(done.questions.rows("questions", ["question_id", "category", "image_digest"]))
     category = {row["question_id"]: row["category"] for row in rows}
     image = {row["question_id"]: row["image_digest"] for row in rows}
@@ -193,7 +193,7 @@ def last_night(storage: Storage, name: str) -> Iterator[Artifact]:
 def keep(run: Run) -> None:
     """Note for the next night what engines answered."""
     kinds = (Stage.GENERATE, Stage.EVALUATE)
-    answered = [artifact.folder for name, artifact in run.made.items() if name.split("-")[0] in kinds]
+    answered = [artifact.folder for name, artifact in run.artifacts.items() if name.split("-")[0] in kinds]
     run.storage.write(_notes(run.config.name), json.dumps(dict(answered=answered)).encode())
 
 

@@ -8,9 +8,9 @@ from types import MappingProxyType
 
 from masters.checks.preflight import preflight
 from masters.config import Config
-from masters.config.loading import flat
+from masters.config.loading import flatten
 from masters.config.stages import Stage
-from masters.flows.distill import needs
+from masters.flows.distill import response_stages
 from masters.store import artifacts
 from masters.store.artifacts import Artifact, Identity
 from masters.store.storage import Storage
@@ -45,15 +45,15 @@ def plan(config: Config, rebuild: Collection[Stage] = ()) -> list[dict]:
     `rebuild`: stages that the run would build again; what those behind them are made from is then not known either.
     Of a stage whose inputs are not known, `changed` names what changed in its own settings.
     """
-    ready = preflight(config)
-    context = Context(config, ready)
-    found = Plan(ready.storage, frozenset(rebuild))
+    resources = preflight(config)
+    context = Context(config, resources)
+    found = Plan(resources.storage, frozenset(rebuild))
     with suppress(Unknown):
         _walk(context, found)
     known = {line["name"]: line for line in found.lines}
     return [
-        known.get(identity.stage) or _behind(ready.storage, identity)
-        for identity in settings(context)
+        known.get(identity.stage) or _behind(resources.storage, identity)
+        for identity in stage_identities(context)
         if identity.stage.removeprefix(identity.kind) not in found.left_out
     ]
 
@@ -68,7 +68,7 @@ def changes(storage: Storage, identity: Identity) -> list[str]:
 
 
 def _fields(identity: Identity, last: dict) -> list[str]:
-    ours, theirs = flat(identity.config), flat(last["config"])
+    ours, theirs = flatten(identity.config), flatten(last["config"])
     fields = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
     return fields + (["code version"] if last["version"] != identity.version else [])
 
@@ -90,51 +90,51 @@ def _behind(storage: Storage, identity: Identity) -> dict:
     return dict(name=identity.stage, outcome="built", fingerprint=None, changed=changed)
 
 
-def settings(context: Context) -> Iterator[Identity]:
+def stage_identities(context: Context) -> Iterator[Identity]:
     """Every stage of the run in order, by its settings alone: as if made from nothing."""
-    config, ready = context.config, context.ready
-    yield data.identity(context)
-    for number, (teacher, model) in enumerate(zip(config.teachers, ready.teachers, strict=True), 1):
-        current = Round(number, teacher, model, ready.student)
-        yield mask.identity(context, current)
-        for part in refresh.every_part(config, current):
-            if Stage.GENERATE in needs(config):
-                yield generate.identity(context, part, [])
-            if Stage.SCORE in needs(config):
-                yield score.first(context, part, [])
-            yield train.identity(context, part, {})
-    yield evaluate.identity(context, [])
-    yield register.identity(context, {})
+    config, resources = context.config, context.resources
+    yield data.make_identity(context)
+    for number, (teacher, model) in enumerate(zip(config.teachers, resources.teachers, strict=True), 1):
+        current = Round(number, teacher, model, resources.student)
+        yield mask.make_identity(context, current)
+        for part in refresh.planned_parts(config, current):
+            if Stage.GENERATE in response_stages(config):
+                yield generate.make_identity(context, part, [])
+            if Stage.SCORE in response_stages(config):
+                yield score.first_pass(context, part, [])
+            yield train.make_identity(context, part, {})
+    yield evaluate.make_identity(context, [])
+    yield register.make_identity(context, {})
 
 
 def _walk(context: Context, found: Plan) -> None:
-    config, ready = context.config, context.ready
-    questions = found.find(data.identity(context))
-    student = ready.student
-    for number, (teacher, model) in enumerate(zip(config.teachers, ready.teachers, strict=True), 1):
+    config, resources = context.config, context.resources
+    questions = found.find(data.make_identity(context))
+    student = resources.student
+    for number, (teacher, model) in enumerate(zip(config.teachers, resources.teachers, strict=True), 1):
         current = Round(number, teacher, model, student)
         trained = _walk_round(context, found, current, questions)
-        student = context.trained(trained)
-    asked = evaluate.orders(context, questions, [*ready.teachers, evaluate.before(ready), student])
-    evaluated = found.find(evaluate.identity(context, asked), {"data": questions})
-    found.find(register.identity(context, {"train": trained, "evaluate": evaluated}))
+        student = context.load_student(trained)
+    asked = evaluate.prediction_requests(context, questions, [*resources.teachers, evaluate.initial_student(resources), student])
+    evaluated = found.find(evaluate.make_identity(context, asked), {"data": questions})
+    found.find(register.make_identity(context, {"train": trained, "evaluate": evaluated}))
 
 
 def _walk_round(context: Context, found: Plan, current: Round, questions: Artifact) -> Artifact:
     """The training that ends a round."""
-    config, masks = context.config, found.find(mask.identity(context, current))
-    with_questions = {part.suffix for part in refresh.parts(config, current, questions)}
-    found.left_out |= {part.suffix for part in refresh.every_part(config, current) if part.only} - with_questions
-    coming: Round | None = refresh.begun(config, current, questions)
+    config, masks = context.config, found.find(mask.make_identity(context, current))
+    with_questions = {part.suffix for part in refresh.split_round(config, current, questions)}
+    found.left_out |= {part.suffix for part in refresh.planned_parts(config, current) if part.mask_stage} - with_questions
+    coming: Round | None = refresh.first_part(config, current, questions)
     while coming:
         current, inputs = coming, {"data": questions, "masks": masks}
         with_questions -= {current.suffix}
-        if Stage.GENERATE in needs(config):
-            asked = generate.orders(context, current, questions, masks)
-            inputs["responses"] = found.find(generate.identity(context, current, asked), inputs)
-        if Stage.SCORE in needs(config):
-            inputs["verdicts"] = found.find(score.identity(context, current, inputs["responses"]), inputs)
-        trained = found.find(train.identity(context, current, inputs), train.read(current, inputs))
-        coming = refresh.following(context, current, trained)
+        if Stage.GENERATE in response_stages(config):
+            asked = generate.shard_requests(context, current, questions, masks)
+            inputs["responses"] = found.find(generate.make_identity(context, current, asked), inputs)
+        if Stage.SCORE in response_stages(config):
+            inputs["verdicts"] = found.find(score.make_identity(context, current, inputs["responses"]), inputs)
+        trained = found.find(train.make_identity(context, current, inputs), train.read(current, inputs))
+        coming = refresh.next_part(context, current, trained)
     found.left_out |= with_questions  # after a student that was put back
     return trained

@@ -17,12 +17,12 @@ from masters.common.redaction import redact_logs
 from masters.tasks.progress import log
 
 PAGE = 200  # task runs a request, as many as Prefect gives
-PATIENCE = 300.0  # seconds
+RETRY_SECONDS = 300.0  # seconds
 T = TypeVar("T")
 
 
 @contextmanager
-def attempt() -> Iterator[None]:
+def flow_attempt() -> Iterator[None]:
     """A flow's body. Whatever it raises that is not meant for people becomes one line without secrets."""
     redact_logs()
     end_stale_tasks()
@@ -39,7 +39,7 @@ def retry_unreachable(what: Callable[[], T]) -> T:
     if not deployment.id:
         return what()
     trying = Retrying(
-        retry=retry_if_exception_type(Unreachable), stop=stop_after_delay(PATIENCE), reraise=True,
+        retry=retry_if_exception_type(Unreachable), stop=stop_after_delay(RETRY_SECONDS), reraise=True,
         wait=wait_exponential(max=30), before_sleep=_log_retry,
     )  # fmt: skip
     return trying(what)

@@ -6,34 +6,34 @@ from pathlib import Path
 from prefect import flow
 from prefect.runtime import flow_run
 
-from masters.checks.model_folder import AFTER, BEFORE
+from masters.checks.model_folder import STUDENT_AFTER, STUDENT_BEFORE
 from masters.checks.preflight import preflight
 from masters.common.errors import RunsFailed
 from masters.common.hashing import digest, fingerprint
 from masters.common.redaction import redact
 from masters.config import Config, allowlist
 from masters.config.allowlist import Setting
-from masters.config.loading import changed
+from masters.config.loading import override_values
 from masters.config.stages import Stage
 from masters.config.study_file import Study, arm_config
 from masters.evaluation.study_results import Cell, Result, Results, packed_bits, questions_of
-from masters.flows.distill import crashed, pipeline
-from masters.flows.plan import settings
-from masters.flows.retries import attempt, retry_unreachable
+from masters.flows.distill import close_crashed_run, run_pipeline
+from masters.flows.plan import stage_identities
+from masters.flows.retries import flow_attempt, retry_unreachable
 from masters.flows.summary import Summary
 from masters.reporting.study_report import write_report
 from masters.reporting.study_table import StudyRuns, shown_arm
 from masters.tasks import train, work_pools
 from masters.tasks.evaluate import sampling_of
 from masters.tasks.progress import warn
-from masters.tasks.report import study_reported
+from masters.tasks.report import report_study
 from masters.tasks.run_context import Context, Run
 from masters.tracking.run_writer import RunWriter
 
 RATE = 1e-6  # in the digest of an arm's settings, to which each run adds its own rate, seed and split
 
 
-@flow(name="study", flow_run_name="{design.name}", on_crashed=[crashed], persist_result=False)
+@flow(name="study", flow_run_name="{design.name}", on_crashed=[close_crashed_run], persist_result=False)
 def study(config: Config, design: Study) -> dict:
     """Compare arms over learning rates and seeds. Returns the report, which is also written beside the results.
 
@@ -44,9 +44,9 @@ def study(config: Config, design: Study) -> dict:
         config: What every arm starts from.
         design: The arms, their learning rates and seeds, and the planned comparisons.
     """
-    with attempt():
-        allowlist.check(Setting.STORES, "results", allowlist.on_disk(design.results))
-        conductor = Conductor(config, design)
+    with flow_attempt():
+        allowlist.check_allowed(Setting.STORES, "results", allowlist.absolute_root(design.results))
+        conductor = StudyRunner(config, design)
         tracker = retry_unreachable(lambda: RunWriter(config, conductor.storage, str(flow_run.id or ""), "study"))
         status = "FAILED"
         try:
@@ -65,7 +65,7 @@ def study(config: Config, design: Study) -> dict:
     return report
 
 
-class Conductor:
+class StudyRunner:
     """A study under way: its arms' configurations with what preflight found, and the runs until now."""
 
     def __init__(self, config: Config, design: Study) -> None:
@@ -78,14 +78,14 @@ class Conductor:
         self.found = StudyRuns(design)
         self.storage = next(iter(self._arms.values())).storage
         for own in configs.values():
-            work_pools.check(own, self.storage)
+            work_pools.check_pools(own, self.storage)
 
     def conduct(self, tracker: RunWriter) -> dict:
         """Run every cell that has no result yet. Returns the report; its files are also in MLflow's run."""
         self._finish(list(tuning_cells(self._design)), tracker)
         self._finish(list(final_cells(self.found)), tracker)
         report, folder = write_report(self.found, self._results)
-        study_reported(self._design.name, [shown_arm(row) for row in report["arms"]])
+        report_study(self._design.name, [shown_arm(row) for row in report["arms"]])
         tracker.files(folder)
         accuracies = {f"accuracy_{row['arm']}": row["accuracy"] for row in report["arms"] if row["seeds"]}
         tracker.metrics(accuracies, 0)
@@ -105,7 +105,7 @@ class Conductor:
     def _context(self, cell: Cell) -> Context:
         arm = self._arms[cell.arm]
         values = {"train.learning_rate": cell.learning_rate, "train.seed": cell.seed, "evaluate.split": cell.split}
-        return Context(changed(arm.config, values), arm.ready)
+        return Context(override_values(arm.config, values), arm.resources)
 
     def _tried(self, cell: Cell, context: Context, made_of: str, tracker: RunWriter) -> Result | None:
         """The result of a run, None if it failed: the others still run."""
@@ -124,7 +124,7 @@ class Conductor:
         status = "FAILED"
         try:
             run = Run(context, tracker)
-            pipeline(run, Summary(run, key), Stage.EVALUATE)
+            run_pipeline(run, Summary(run, key), Stage.EVALUATE)
             result = self._keep(cell, run, made_of)
             status = "FINISHED"
         finally:
@@ -134,9 +134,9 @@ class Conductor:
 
     def _keep(self, cell: Cell, run: Run, made_of: str) -> Result:
         """Write the result of a finished run."""
-        evaluated, data = run.made[Stage.EVALUATE], run.made[Stage.DATA]
+        evaluated, data = run.artifacts[Stage.EVALUATE], run.artifacts[Stage.DATA]
         rows = evaluated.rows("predictions", ["question_id", "model", "correct"])
-        correct = {row["question_id"]: row["correct"] for row in rows if row["model"] == AFTER}
+        correct = {row["question_id"]: row["correct"] for row in rows if row["model"] == STUDENT_AFTER}
         images = {
             row["question_id"]: row["image_digest"]
             for row in data.rows("questions", ["question_id", "image_digest"])
@@ -145,8 +145,8 @@ class Conductor:
         asked, scores = questions_of(images), evaluated.facts["scores"]
         result = Result(
             arm=cell.arm, phase=cell.phase, learning_rate=cell.learning_rate, seed=cell.seed, settings=made_of,
-            steps=steps_taken(run), accuracy=scores[AFTER]["accuracy"],
-            standard_error=scores[AFTER]["standard_error"], untrained=scores[BEFORE]["accuracy"],
+            steps=steps_taken(run), accuracy=scores[STUDENT_AFTER]["accuracy"],
+            standard_error=scores[STUDENT_AFTER]["standard_error"], untrained=scores[STUDENT_BEFORE]["accuracy"],
             questions=asked.digest, count=asked.count, correct=packed_bits(correct), mlflow_run_id=run.tracker.run_id,
         )  # fmt: skip
         self._results.keep(result, asked)
@@ -155,7 +155,7 @@ class Conductor:
 
 def steps_taken(run: Run) -> int:
     """Optimizer steps of all rounds, without those after which a student was put back."""
-    trained = [made.facts for stage, made in run.made.items() if stage.split("-")[0] == Stage.TRAIN]
+    trained = [made.facts for stage, made in run.artifacts.items() if stage.split("-")[0] == Stage.TRAIN]
     return sum(train.steps_taken(facts) for facts in trained)
 
 
@@ -183,8 +183,8 @@ def settings_digest(context: Context) -> str:
 
     The configuration's learning rate, seed and split have no part in it: these are each run's own.
     """
-    own = changed(context.config, {"train.learning_rate": RATE, "train.seed": 0})
+    own = override_values(context.config, {"train.learning_rate": RATE, "train.seed": 0})
     stages = [
-        made_of.fingerprint for made_of in settings(Context(own, context.ready)) if made_of.kind != Stage.REGISTER
+        made_of.fingerprint for made_of in stage_identities(Context(own, context.resources)) if made_of.kind != Stage.REGISTER
     ]
     return fingerprint(dict(stages=stages, asked=sampling_of(own)))

@@ -4,7 +4,7 @@ import json
 
 from masters.common.redaction import redact
 from masters.store.artifacts import Artifact
-from masters.tasks.judges import metric_of
+from masters.tasks.judges import accuracy_metric
 from masters.tasks.run_context import Run
 from masters.tracking.client import redact_uri
 
@@ -22,14 +22,14 @@ class Summary:
     def scores(self, evaluated: Artifact, trained: Artifact) -> None:
         """What accuracy is called and on which split it is; teachers', student's before and after, each with where the
         model lies."""
-        ready, scores = self._run.ready, evaluated.facts["scores"]
+        resources, scores = self._run.resources, evaluated.facts["scores"]
         after = self._run.storage.uri(f"{trained.folder}/model")
         self._scores = dict(
-            metric=metric_of(self._run.config),
+            metric=accuracy_metric(self._run.config),
             split=self._run.config.evaluate.split,
-            teachers=[dict(name=t.name, uri=str(t.folder), **scores[t.name]) for t in ready.teachers],
+            teachers=[dict(name=t.name, uri=str(t.folder), **scores[t.name]) for t in resources.teachers],
             student=dict(
-                before=dict(uri=str(ready.student.folder), **scores["student-before"]),
+                before=dict(uri=str(resources.student.folder), **scores["student-before"]),
                 after=dict(uri=after, **scores["student-after"]),
             ),
         )

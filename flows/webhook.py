@@ -11,18 +11,18 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
 from masters.common.redaction import redact
 
-ADDRESS = "MASTERS_WEBHOOK_URL"
+URL_VARIABLE = "MASTERS_WEBHOOK_URL"
 SECONDS = 10.0
 
 logger = logging.getLogger(__name__)
 
 
-def report(name: str, status: str, reason: str) -> bool:
+def send_report(name: str, status: str, reason: str) -> bool:
     """POST `{"text", "name", "status", "reason"}` (chat services show "text"); whether it was taken.
 
     Without an address nothing is sent. A webhook that fails is a warning: the night is not worth less for it.
     """
-    url = os.environ.get(ADDRESS)
+    url = os.environ.get(URL_VARIABLE)
     if not url:
         return False
     reason = redact(reason)  # it may be any library's error
@@ -36,6 +36,6 @@ def report(name: str, status: str, reason: str) -> bool:
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         # their texts hold the address
         said = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else type(error).__name__
-        logger.warning("the webhook of %s did not take the report %r (%s)", ADDRESS, status, said)
+        logger.warning("the webhook of %s did not take the report %r (%s)", URL_VARIABLE, status, said)
         return False
     return True

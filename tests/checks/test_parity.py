@@ -37,18 +37,18 @@ def model() -> torch.nn.Module:
 
 def test_packing_as_it_is_agrees_with_separate_rows(model, prompt) -> None:
     question = Question("q", prompt, [[40, 41, 2], [50, 2], [60, 61, 62, 2]])
-    for difference in parity_worker.packed_against_separate("teacher", model, FAMILY, question):
+    for difference in parity_worker.compare_packing("teacher", model, FAMILY, question):
         assert difference.found <= difference.limit, difference
 
 
 def test_responses_that_see_each_other_are_noticed(model, prompt, monkeypatch) -> None:
-    def causal(place_3BL: torch.Tensor) -> torch.Tensor:
-        _, rows, length = place_3BL.shape
+    def causal(branch_3BL: torch.Tensor) -> torch.Tensor:
+        _, rows, length = branch_3BL.shape
         return torch.ones(rows, 1, length, length, dtype=torch.bool).tril()
 
     monkeypatch.setattr(packed_batch, "attention_mask", causal)
     question = Question("q", prompt, [[40, 41, 2], [50, 2], [60, 61, 62, 2]])
-    for difference in parity_worker.packed_against_separate("teacher", model, FAMILY, question):
+    for difference in parity_worker.compare_packing("teacher", model, FAMILY, question):
         assert difference.found > difference.limit, difference
 
 
@@ -57,7 +57,7 @@ def test_an_engine_that_serves_other_weights_is_noticed(model, prompt) -> None:
     packed = pack([Question("q", prompt, [tokens])], model, FAMILY)
     with torch.no_grad():
         said = formulas.chosen_log_probs(response_logits(model, packed), packed.token_T).tolist()
-    assert parity_worker.log_prob_difference(model, FAMILY, prompt, tokens, said) == 0
+    assert parity_worker.compare_log_probs(model, FAMILY, prompt, tokens, said) == 0
     rows = group_thresholds(lambda: safetensors_tensors(FOLDER), [0.2], "matrix")
     masked = load_masked(FOLDER, {r["tensor"]: r["threshold"] for r in rows}, "float32")
-    assert parity_worker.log_prob_difference(masked, FAMILY, prompt, tokens, said) > parity_worker.LOG_PROBS["float32"]
+    assert parity_worker.compare_log_probs(masked, FAMILY, prompt, tokens, said) > parity_worker.LOG_PROBS["float32"]

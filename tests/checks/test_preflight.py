@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from masters.checks.model_folder import STUDENTS, LocalModel, check_pair, distinct, local_model
+from masters.checks.model_folder import STUDENT_NAMES, LocalModel, check_pair, disambiguate_names, find_model
 from masters.common.errors import InputError
 from masters.config import Model
 from tests.command_line import ROOT
 
 MODELS = st.builds(
     LocalModel,
-    name=st.sampled_from(["final", "last", *STUDENTS]),
+    name=st.sampled_from(["final", "last", *STUDENT_NAMES]),
     folder=st.just(Path("/models")),
     digest=st.sampled_from([letter * 64 for letter in "abc"]),
 )
@@ -22,17 +22,17 @@ MODELS = st.builds(
 
 @given(st.lists(MODELS, max_size=6))
 def test_a_name_belongs_to_one_model(models: list[LocalModel]) -> None:
-    named = distinct(models)
+    named = disambiguate_names(models)
     assert [model.digest for model in named] == [model.digest for model in models]
     assert len({model.name for model in named}) == len({(model.name, model.digest) for model in models})
-    assert not any(model.name in STUDENTS for model in named)
+    assert not any(model.name in STUDENT_NAMES for model in named)
 
 
 @given(st.lists(MODELS, max_size=6))
 def test_a_name_stays_where_nothing_else_has_it(models: list[LocalModel]) -> None:
-    for before, after in zip(models, distinct(models), strict=True):
+    for before, after in zip(models, disambiguate_names(models), strict=True):
         shared = any(other.name == before.name and other.digest != before.digest for other in models)
-        assert (after.name == before.name) == (not shared and before.name not in STUDENTS)
+        assert (after.name == before.name) == (not shared and before.name not in STUDENT_NAMES)
 
 
 @pytest.mark.parametrize(
@@ -53,11 +53,11 @@ def test_models_that_make_other_prompts_of_a_question_are_no_pair(
 ) -> None:
     """Same tokenizer, same family: responses would be sampled behind one prompt and learnt behind another."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    ours = local_model(Model(model=str(ROOT / "demo/models/student")))
-    check_pair(local_model(Model(model=str(ROOT / "demo/models/teacher"))), ours)
+    ours = find_model(Model(model=str(ROOT / "demo/models/student")))
+    check_pair(find_model(Model(model=str(ROOT / "demo/models/teacher"))), ours)
     folder = shutil.copytree(ROOT / "demo/models/teacher", tmp_path / "teacher")
     text = (folder / file).read_text()
     assert old in text
     (folder / file).write_text(text.replace(old, new, 1))
     with pytest.raises(InputError, match=f"make different prompts of one question and picture: .*({why})"):
-        check_pair(local_model(Model(model=str(folder))), ours)
+        check_pair(find_model(Model(model=str(folder))), ours)

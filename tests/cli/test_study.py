@@ -29,7 +29,7 @@ def test_the_report_is_printed_also_where_runs_failed(
             raise RunsFailed("1 run failed", REPORT)
         return REPORT
 
-    monkeypatch.setattr(main, "_outcome", ended)
+    monkeypatch.setattr(main, "_run_flow", ended)
     main.study(DEMO, as_json)
     with pytest.raises(RunsFailed, match="1 run failed") as failed:
         main.study(DEMO, as_json)

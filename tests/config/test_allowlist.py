@@ -6,9 +6,9 @@ import pytest
 
 from masters.common.errors import InputError
 from masters.config import Config, allowlist
-from masters.config.allowlist import Setting, check, check_config, on_disk
+from masters.config.allowlist import Setting, check_allowed, check_config, absolute_root
 from masters.config.loading import load
-from masters.data.sources.files import Parquet
+from masters.data.sources.files import ParquetSource
 from masters.store.storage import open_storage
 from masters.tracking.locations import tracking_uri
 
@@ -36,7 +36,7 @@ def inside(tmp_path: Path) -> Path:
 def is_allowed(setting: Setting, value: str, entries: str, monkeypatch: pytest.MonkeyPatch) -> bool:
     monkeypatch.setenv(setting, entries)
     try:
-        allowlist.check(setting, "field", value) if setting != Setting.JUDGES else allowlist.check_judge(value)
+        allowlist.check_allowed(setting, "field", value) if setting != Setting.JUDGES else allowlist.check_judge(value)
     except InputError as refused:
         assert "\n" not in str(refused)
         return False
@@ -157,7 +157,7 @@ def test_a_parquet_file_that_is_a_link_out_of_an_allowed_folder_is_not_read(
     (tmp_path / "data/a.parquet").symlink_to(tmp_path / "secret.parquet")
     monkeypatch.setenv(Setting.DATA, str(tmp_path / "data"))
     with pytest.raises(InputError, match="MASTERS_ALLOWED_DATA"):
-        Parquet(tmp_path / "data")
+        ParquetSource(tmp_path / "data")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_configuration_holds_no_secret(override: str) -> None:
 def test_a_relative_store_is_allowed_before_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(Setting.STORES, str(tmp_path / "runs"))
-    check(Setting.STORES, "store.root", on_disk("runs/demo"))
+    check_allowed(Setting.STORES, "store.root", absolute_root("runs/demo"))
     with pytest.raises(InputError, match="not allowed on this machine"):
-        check(Setting.STORES, "store.root", on_disk("elsewhere/demo"))
-    assert on_disk("s3://lake/x") == "s3://lake/x"
+        check_allowed(Setting.STORES, "store.root", absolute_root("elsewhere/demo"))
+    assert absolute_root("s3://lake/x") == "s3://lake/x"

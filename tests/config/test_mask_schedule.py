@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from masters.common.hashing import digest
-from masters.config.mask_schedule import mask_ratio, mask_stages, stage_of
+from masters.config.mask_schedule import mask_ratio, mask_ratios, mask_stage_of
 from tests.models import float64_reference
 
 
@@ -27,14 +27,14 @@ def test_follows_equation_3_exactly(k: int, step: str, iterations: int, data: st
     expected = float64_reference.mask_ratio(i, iterations, r_max, s)
     found = mask_ratio(i, iterations, float(r_max), float(s))
     assert found == round(float(expected), 6)
-    assert found in mask_stages(float(r_max), float(s))
+    assert found in mask_ratios(float(r_max), float(s))
 
 
 def test_mask_ratios_of_the_stages() -> None:
-    assert mask_stages(0.2, 0.05) == [0.2, 0.15, 0.1, 0.05, 0.0]
-    assert mask_stages(3 * 0.05, 0.05) == [0.15, 0.1, 0.05, 0.0]  # 0.15000000000000002
-    assert mask_stages(0.0, 0.05) == [0.0]
-    assert mask_stages(1.0, 0.5) == [1.0, 0.5, 0.0]
+    assert mask_ratios(0.2, 0.05) == [0.2, 0.15, 0.1, 0.05, 0.0]
+    assert mask_ratios(3 * 0.05, 0.05) == [0.15, 0.1, 0.05, 0.0]  # 0.15000000000000002
+    assert mask_ratios(0.0, 0.05) == [0.0]
+    assert mask_ratios(1.0, 0.5) == [1.0, 0.5, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -50,18 +50,18 @@ def test_bad_input_is_refused(iteration: int, iterations: int, r_max: float, ste
 
 
 def test_stage_of_is_the_share_of_the_unit_interval() -> None:
-    assert [stage_of(f"{digit:x}" + "0" * 63, 4) for digit in range(16)] == [d // 4 for d in range(16)]
-    assert stage_of("f" * 64, 5) == 4
-    assert {stage_of(digest(str(n).encode()), 1) for n in range(100)} == {0}
+    assert [mask_stage_of(f"{digit:x}" + "0" * 63, 4) for digit in range(16)] == [d // 4 for d in range(16)]
+    assert mask_stage_of("f" * 64, 5) == 4
+    assert {mask_stage_of(digest(str(n).encode()), 1) for n in range(100)} == {0}
     for stages in (3, 5, 9):
         digests = ["0" * 64, "f" * 64, *(digest(str(n).encode()) for n in range(200))]
-        assert [stage_of(d, stages) for d in digests] == [float64_reference.stage(d, stages) for d in digests]
+        assert [mask_stage_of(d, stages) for d in digests] == [float64_reference.stage(d, stages) for d in digests]
 
 
 def test_stages_get_equal_shares_of_questions() -> None:
     counts = [0] * 5
     for n in range(5000):
-        counts[stage_of(digest(f"question {n}".encode()), 5)] += 1
+        counts[mask_stage_of(digest(f"question {n}".encode()), 5)] += 1
     assert all(abs(count - 1000) < 5 * math.sqrt(5000 * 0.2 * 0.8) for count in counts)
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from masters.common.errors import InputError
 from masters.config import presets
-from masters.config.loading import changed, load
+from masters.config.loading import override_values, load
 
 DEMO = Path(__file__).parents[2] / "configs" / "easyvqa.toml"
 
@@ -66,10 +66,10 @@ def test_overrides_are_toml_literals_else_strings() -> None:
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_a_preset_sets_what_the_file_and_the_overrides_leave_open(name: str) -> None:
     config = load(DEMO, [f"preset={name}", "train.beta=0.7"])
-    found = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in presets.settings(name)}
-    assert found == presets.settings(name) | {"train.beta": 0.7}
+    found = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in presets.get_preset(name)}
+    assert found == presets.get_preset(name) | {"train.beta": 0.7}
     assert config.train.learning_rate == load(DEMO).train.learning_rate
-    assert changed(load(DEMO, ["train.divergence=kl"]), {"preset": name, "train.beta": 0.7}) == config
+    assert override_values(load(DEMO, ["train.divergence=kl"]), {"preset": name, "train.beta": 0.7}) == config
 
 
 def test_the_presets_decide_the_same_switches() -> None:

@@ -9,7 +9,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from demo import benchmark
-from masters.checks.model_folder import LocalModel, local_model
+from masters.checks.model_folder import LocalModel, find_model
 from masters.checks.preflight import preflight
 from masters.common.errors import InputError
 from masters.config import Config, Model
@@ -17,7 +17,7 @@ from masters.config.loading import load
 from masters.evaluation.benchmark_selection import PACKAGES, PAPER, select_benchmarks
 from masters.execution import processes
 from masters.store import artifacts
-from masters.tasks.benchmark import child, identity
+from masters.tasks.benchmark import lmms_eval_process, make_identity
 from masters.tasks.run_context import Context
 from tests.command_line import ROOT, masters, rows, told
 
@@ -37,7 +37,7 @@ def overridden(place: Path) -> list[str]:
 
 
 def student() -> LocalModel:
-    return replace(local_model(Model(model=str(ROOT / STUDENT))), name=STUDENT)
+    return replace(find_model(Model(model=str(ROOT / STUDENT))), name=STUDENT)
 
 
 @pytest.mark.slow
@@ -80,7 +80,7 @@ def test_lmms_eval_and_our_evaluation_agree_to_the_row(
 
     monkeypatch.setenv("MASTERS_BENCHMARK_TASKS", str(tmp_path / "tasks"))
     found = Context(settings(tmp_path), preflight(settings(tmp_path)))
-    made_of = identity(found, student(), select_benchmarks([benchmark.TASK]), None, "benchmarks")
+    made_of = make_identity(found, student(), select_benchmarks([benchmark.TASK]), None, "benchmarks")
     assert found.storage.uri(made_of.folder) == stages["benchmarks"]["uri"]  # another process finds it again
     assert artifacts.find(found.storage, made_of)
 
@@ -95,7 +95,7 @@ def test_a_benchmark_whose_data_cannot_be_had_is_one_line(tmp_path: Path, monkey
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     no_engine = replace(student(), folder=tmp_path / "none")
-    process = child(settings(tmp_path), no_engine, select_benchmarks([benchmark.TASK]), None, tmp_path)
+    process = lmms_eval_process(settings(tmp_path), no_engine, select_benchmarks([benchmark.TASK]), None, tmp_path)
     with pytest.raises(InputError, match=rf"benchmark {benchmark.TASK} cannot be loaded \(FileNotFoundError.*HF_TOKEN"):
         processes.run([process], 1, lambda *_: None)
 

@@ -57,7 +57,7 @@ def test_the_second_round_starts_from_the_first_rounds_student(tmp_path: Path, p
     assert {s["outcome"] for s in summary["stages"]} == {"built"}
     first, second = ({r["mask_ratio"] for r in rows(summary, name, "responses")} for name in ("generate", "generate-2"))
     assert (first, second) == ({0.1, 0.0, None}, {0.2, 0.0, None})
-    student = Artifact(Storage(str(tmp_path)), "", record(summary, "train")).parts["model"]
+    student = Artifact(Storage(str(tmp_path)), "", record(summary, "train")).part_digests["model"]
     assert record(summary, "train-2")["inputs"]["student"] == student
     assert len(summary["teachers"]) == 2
     lines = masters("distill", str(config), "--plan", home=home).stdout.splitlines()

@@ -11,7 +11,7 @@ from mlflow.exceptions import MlflowException
 from masters.common.errors import InputError, TrackingError
 from masters.evaluation.promotion_gate import Comparison
 from masters.flows import nightly as nights
-from masters.flows.nightly import judged, nightly, tell
+from masters.flows.nightly import apply_gate, nightly, report_regression
 from masters.store import locks
 from masters.store.storage import Storage
 from masters.tracking.registry import Registry
@@ -44,12 +44,12 @@ def webhook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Webhook]:
 
 def verdict(registry: Registry, version: int, found: Comparison, built: bool, monkeypatch: pytest.MonkeyPatch) -> dict:
     """What a night says that made this version, whose answers against the champion's are as given."""
-    monkeypatch.setattr(nights, "against", lambda *_: found)
+    monkeypatch.setattr(nights, "compare_with_champion", lambda *_: found)
     number = registry.champion(NAME)
     champion = SimpleNamespace(version=number) if number else None
     stages = [dict(outcome="built" if built else "reused")]
     run = SimpleNamespace(tracker=SimpleNamespace(registry=registry), config=configured("/s"), stages=stages)
-    return judged(run, SimpleNamespace(version=version), champion)  # pyright: ignore[reportArgumentType]
+    return apply_gate(run, SimpleNamespace(version=version), champion)  # pyright: ignore[reportArgumentType]
 
 
 def test_what_was_rolled_back_stays_so_until_a_person_promotes_it(
@@ -106,10 +106,10 @@ def test_a_regression_is_told_once_also_by_the_night_after_one_cut_short(
     for _ in range(2):
         told = verdict(registry, 2, WORSE, False, monkeypatch)
         assert told["outcome"] == "no change" and told["regressions"]
-        tell(registry, NAME, told)
+        report_regression(registry, NAME, told)
     assert [said["status"] for said in webhook.said] == ["regression"]
     other = told | dict(regressions=["worse than the champion: 10.00% against 90.00%"])
-    tell(registry, NAME, other)
+    report_regression(registry, NAME, other)
     assert len(webhook.said) == 2
 
 
@@ -124,7 +124,7 @@ def test_a_regression_that_no_webhook_took_is_told_the_next_time(
     registry.promote(NAME, 1)
     told = verdict(registry, 2, WORSE, True, monkeypatch)
     monkeypatch.setenv("MASTERS_WEBHOOK_URL", "http://127.0.0.1:1/away")
-    tell(registry, NAME, told)
+    report_regression(registry, NAME, told)
     assert registry.told(NAME, 2) == ""
 
 
@@ -137,9 +137,9 @@ def test_a_failing_night_reaches_the_webhook(tmp_path: Path, webhook: Webhook, m
 
 
 def test_a_crashed_night_reaches_the_webhook(webhook: Webhook) -> None:
-    assert nights.told_of in (nightly.on_crashed_hooks or [])
+    assert nights.report_crash in (nightly.on_crashed_hooks or [])
     run = SimpleNamespace(name="easy", run_count=2, parameters=dict(config=configured("/s").model_dump()))
-    nights.told_of(nightly, run, SimpleNamespace(message="exit code -9"))  # pyright: ignore[reportArgumentType]
+    nights.report_crash(nightly, run, SimpleNamespace(message="exit code -9"))  # pyright: ignore[reportArgumentType]
     assert webhook.said[0]["status"] == "crashed" and "attempt 2 of the night easy" in webhook.said[0]["reason"]
 
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from masters.execution.ray_engines.guard import session
+from masters.execution.ray_engines.guard import session_processes
 from tests.command_line import ROOT, environment, options, rows
 from tests.listening_sockets import addresses, reachable
 from tests.shape_data import write_questions

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from masters.config.mask_schedule import stage_of
+from masters.config.mask_schedule import mask_stage_of
 from tests.command_line import ROOT, environment, masters, options, rows, told
 from tests.flows.test_pipeline import processes_of
 from tests.local_stack import until
@@ -56,7 +56,7 @@ def test_each_mask_stage_is_answered_scored_and_trained_in_turn(whole: dict) -> 
     first, second = (rows(whole, f"generate-mask{n}", "responses") for n in (0, 1))
     digests = {row["question_id"]: row["question_digest"] for row in rows(whole, "data", "questions")}
     for stage, responses in enumerate((first, second)):
-        assert {stage_of(digests[row["question_id"]], 2) for row in responses} == {stage}
+        assert {mask_stage_of(digests[row["question_id"]], 2) for row in responses} == {stage}
         assert {row["mask_ratio"] for row in responses if row["source"] == "teacher"} == {[0.2, 0.0][stage]}
         verdicts = rows(whole, f"score-mask{stage}", "verdicts")
         assert {tuple(row[k] for k in KEY) for row in verdicts} == {tuple(row[k] for k in KEY) for row in responses}

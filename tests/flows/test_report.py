@@ -26,8 +26,8 @@ from masters.store.storage import Storage
 from masters.tasks import report as reporting
 from masters.tasks.data import data
 from masters.tasks.mask import mask
-from masters.tasks.progress import CONSOLE, LAST_SECONDS, Progress
-from masters.tasks.report import reported
+from masters.tasks.progress import CONSOLE, LAST_UPDATE_SECONDS, Progress
+from masters.tasks.report import report_run
 from masters.tasks.run_context import Round, Run
 from masters.tasks.train import train
 from tests.handmade_run import ROOT, by_hand, first_round, made_run
@@ -51,9 +51,9 @@ def small(run: Run) -> str:
     current = first_round(run)
     questions = data(run)
     inputs = {"data": questions, "masks": mask(run, current)} | by_hand(run, current, questions)
-    run.made |= {"generate": inputs["responses"], "score": inputs["verdicts"]}
+    run.artifacts |= {"generate": inputs["responses"], "score": inputs["verdicts"]}
     train(run, current, inputs)
-    reported(run, None)
+    report_run(run, None)
     return flow_run_id()
 
 
@@ -95,8 +95,8 @@ def test_a_run_leaves_its_pages(finished) -> None:
 def test_warnings_of_a_training_stand_above_its_plots(finished, monkeypatch: pytest.MonkeyPatch) -> None:
     run, pages = finished[0], []
     monkeypatch.setattr(reporting, "create_markdown_artifact", lambda page, key: pages.append(page))
-    monkeypatch.setitem(run.made["train"].facts, "warnings", [dict(step=3, name="entropy", text="it fell <b>")])
-    reporting._plots(run, "", [run.made["train"]])
+    monkeypatch.setitem(run.artifacts["train"].facts, "warnings", [dict(step=3, name="entropy", text="it fell <b>")])
+    reporting._plots(run, "", [run.artifacts["train"]])
     assert pages[0].startswith("**Warning**, step 3: ") and "it fell" in pages[0] and "<b>" not in pages[0]
 
 
@@ -114,14 +114,14 @@ def test_plots_are_pictures_with_something_on_them_and_the_same_in_mlflow(finish
 @flow
 def rounds(run: Run, responses: bool) -> str:
     """A round a teacher and the report; responses, where the objective asks for them, are written by hand."""
-    questions, student = data(run), run.ready.student
-    for number, (teacher, model) in enumerate(zip(run.config.teachers, run.ready.teachers, strict=True), 1):
+    questions, student = data(run), run.resources.student
+    for number, (teacher, model) in enumerate(zip(run.config.teachers, run.resources.teachers, strict=True), 1):
         current = Round(number, teacher, model, student)
         inputs = {"data": questions, "masks": mask(run, current)}
         if responses:
-            inputs["responses"] = run.made[f"generate{current.suffix}"] = by_hand(run, current, questions)["responses"]
-        student = run.trained(train(run, current, inputs))
-    reported(run, None)
+            inputs["responses"] = run.artifacts[f"generate{current.suffix}"] = by_hand(run, current, questions)["responses"]
+        student = run.load_student(train(run, current, inputs))
+    report_run(run, None)
     return flow_run_id()
 
 
@@ -165,11 +165,11 @@ def test_pages_of_other_objectives_and_of_a_second_teacher(
 def test_the_gallery_shows_what_the_tables_say(finished) -> None:
     run, shown = finished
     page = str(shown["trained-gallery"].data)
-    assert page == gallery(run.made["data"], [run.made["generate"]], [run.made["score"]], [run.made["train"]])
+    assert page == gallery(run.artifacts["data"], [run.artifacts["generate"]], [run.artifacts["score"]], [run.artifacts["train"]])
     assert len(pictures(page)) == page.count("reference answer") == 2  # by hand every question is right in part
     said = [line.split(" | ") for line in page.splitlines() if line.startswith("| student")]
     assert [(row[1], row[-1]) for row in said] == [("1", f"{inert('red circle')} |")] * 2
-    rewards = {(r["question_id"], r["source"]): r for r in run.made["train"].rows("rewards")}
+    rewards = {(r["question_id"], r["source"]): r for r in run.artifacts["train"].rows("rewards")}
     for question in re.findall("question \u2068(q\\d+)\u2069", page):
         assert f"| {rewards[question, 'student']['divergence']:.3g} |" in page
 
@@ -256,7 +256,7 @@ def test_a_server_that_is_away_neither_fails_nor_holds_up_a_stage() -> None:
         return flow_run_id(), told_to_nobody()
 
     flow_run, seconds = away()
-    assert seconds < 60 + LAST_SECONDS
+    assert seconds < 60 + LAST_UPDATE_SECONDS
     assert artifacts_of(flow_run) == {}  # nothing came through
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from masters.checks.preflight import Ready
+from masters.checks.preflight import Resources
 from masters.common.errors import InputError
 from masters.common.hashing import digest
 from masters.store.artifacts import Artifact, Identity
@@ -160,7 +160,7 @@ def test_a_student_built_again_is_fetched_again(tmp_path: Path, context: Callabl
     for weights in (b"first", b"second"):
         run.storage.write("train/x-1/model/weights", weights)
         trained = Artifact(run.storage, "train/x-1", {"files": [dict(name="model/weights", digest=digest(weights))]})
-        folders.append(run.fetched(trained))
+        folders.append(run.download_model(trained))
     assert [(folder / "weights").read_bytes() for folder in folders] == [b"first", b"second"]
     assert all(folder.is_relative_to(tmp_path / ".cache") for folder in folders)
 
@@ -168,7 +168,7 @@ def test_a_student_built_again_is_fetched_again(tmp_path: Path, context: Callabl
 def test_two_stores_share_no_work_folder(context: Callable[[str], Run]) -> None:
     """Jobs name their store, and the same stage of two stores has the same identity."""
     identity = Identity("train", 1, {}, {})
-    folders = {context(f"s3://{BUCKET}/{store}").work(identity) for store in ("one", "two")}
+    folders = {context(f"s3://{BUCKET}/{store}").work_folder(identity) for store in ("one", "two")}
     assert len(folders) == 2 and all(folder.is_dir() for folder in folders)
 
 
@@ -189,6 +189,6 @@ def context(s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable
     def make(root: str) -> Run:
         nothing: Any = None
         tracker: Any = SimpleNamespace(key="0")
-        return Run(Context(nothing, Ready(Storage(root), nothing, nothing, [], ())), tracker)
+        return Run(Context(nothing, Resources(Storage(root), nothing, nothing, [], ())), tracker)
 
     return make

@@ -7,15 +7,15 @@ from typing import Any, cast
 import pytest
 
 from masters.checks.model_folder import LocalModel
-from masters.checks.preflight import Ready
+from masters.checks.preflight import Resources
 from masters.common.errors import InputError, MastersError
 from masters.common.hashing import fingerprint
 from masters.config import Train
-from masters.config.loading import changed, load
+from masters.config.loading import override_values, load
 from masters.config.study_file import Study
 from masters.evaluation.study_results import Cell, Result, packed_bits, questions_of
 from masters.flows import study as flow
-from masters.flows.study import Conductor, steps_taken
+from masters.flows.study import StudyRunner, steps_taken
 from masters.tasks.run_context import Context, Run
 
 DEMO = load(Path(__file__).parents[2] / "configs/easyvqa.toml")
@@ -30,15 +30,15 @@ class Runs:
         self.made: list[tuple[Cell, Context]] = []
         self.broken: set[str] = set()
         self.steps = {"a": 7, "b": 7}
-        ready: Any = SimpleNamespace(storage=None)
-        monkeypatch.setattr(flow, "preflight", lambda config: ready)
+        resources: Any = SimpleNamespace(storage=None)
+        monkeypatch.setattr(flow, "preflight", lambda config: resources)
         monkeypatch.setattr(flow, "settings_digest", lambda context: fingerprint(context.config.model_dump()))
         monkeypatch.setattr(flow.work_pools, "check", lambda config, storage: None)
         monkeypatch.setattr(flow, "study_reported", lambda name, rows: None)
-        monkeypatch.setattr(Conductor, "_run", self._run())
+        monkeypatch.setattr(StudyRunner, "_run", self._run())
 
     def _run(self):
-        def run(conductor: Conductor, cell: Cell, context: Context, made_of: str, tracker: object) -> Result:
+        def run(conductor: StudyRunner, cell: Cell, context: Context, made_of: str, tracker: object) -> Result:
             self.made.append((cell, context))
             if cell.name in self.broken:
                 raise RuntimeError("out of luck")
@@ -46,7 +46,7 @@ class Runs:
 
         return run
 
-    def _kept(self, conductor: Conductor, cell: Cell, made_of: str) -> Result:
+    def _kept(self, conductor: StudyRunner, cell: Cell, made_of: str) -> Result:
         share = (0.9 if cell.learning_rate == BEST[cell.arm] else 0.5) if cell.phase == "tuning" else 0.5
         correct = {question: number < share * 40 for number, question in enumerate(sorted(IMAGES))}
         asked = questions_of(IMAGES)
@@ -75,7 +75,7 @@ def conducted(folder: Path, **changes: object) -> dict:
         arms={"a": {}, "b": {"train.objective": "kd"}}, comparisons=[dict(better="a", than="b")],
     )  # fmt: skip
     tracker: Any = SimpleNamespace(files=lambda folder: None, metrics=lambda values, step: None)
-    return Conductor(DEMO, Study.model_validate(values | changes)).conduct(tracker)
+    return StudyRunner(DEMO, Study.model_validate(values | changes)).conduct(tracker)
 
 
 ALL = [
@@ -171,11 +171,11 @@ def test_a_result_is_of_all_that_it_follows_from(changes: dict, same: bool, monk
     monkeypatch.chdir(Path(__file__).parents[2])
 
     def made_of(values: dict) -> str:
-        config = changed(DEMO, {"data.validation_share": 0.1} | values)
+        config = override_values(DEMO, {"data.validation_share": 0.1} | values)
         models = [LocalModel(Path(m.model).name, Path(m.model), m.model) for m in (config.student, *config.teachers)]
         source: Any = SimpleNamespace(digest=lambda: "source")
         storage: Any = None
-        return flow.settings_digest(Context(config, Ready(storage, source, models[0], models[1:], ())))
+        return flow.settings_digest(Context(config, Resources(storage, source, models[0], models[1:], ())))
 
     assert (made_of(changes) == made_of({})) is same
 

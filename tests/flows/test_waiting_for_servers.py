@@ -34,7 +34,7 @@ def test_a_deployment_waits_for_its_store(deployed: None) -> None:
 
 
 def test_waiting_for_a_store_ends(deployed: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retries, "PATIENCE", 0.0)
+    monkeypatch.setattr(retries, "RETRY_SECONDS", 0.0)
     with pytest.raises(Unreachable, match="away"):
         retries.retry_unreachable(Away(10, Unreachable("away")))
 

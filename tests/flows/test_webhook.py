@@ -9,14 +9,14 @@ from tests.flows.test_nightly import Webhook
 
 
 def test_without_an_address_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(webhook.ADDRESS, raising=False)
-    assert webhook.report("easyvqa", "failed", "why") is False
+    monkeypatch.delenv(webhook.URL_VARIABLE, raising=False)
+    assert webhook.send_report("easyvqa", "failed", "why") is False
 
 
 def test_the_webhook_receives_name_status_and_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     hook = Webhook()
-    monkeypatch.setenv(webhook.ADDRESS, hook.url)
-    assert webhook.report("easyvqa", "failed", "the store is away")
+    monkeypatch.setenv(webhook.URL_VARIABLE, hook.url)
+    assert webhook.send_report("easyvqa", "failed", "the store is away")
     hook.server.shutdown()
     text = "masters easyvqa: failed: the store is away"
     assert hook.said == [dict(text=text, name="easyvqa", status="failed", reason="the store is away")]
@@ -26,9 +26,9 @@ def test_the_webhook_receives_name_status_and_reason(monkeypatch: pytest.MonkeyP
 def test_one_that_fails_is_a_warning_without_the_address(
     address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv(webhook.ADDRESS, address)
+    monkeypatch.setenv(webhook.URL_VARIABLE, address)
     with caplog.at_level(logging.WARNING):
-        assert webhook.report("easyvqa", "failed", "why") is False
+        assert webhook.send_report("easyvqa", "failed", "why") is False
     assert "did not take the report" in caplog.text and "secret" not in caplog.text
 
 
@@ -36,7 +36,7 @@ def test_it_is_reached_through_the_environments_proxy(monkeypatch: pytest.Monkey
     proxy = Webhook()  # takes what is sent to any host
     monkeypatch.setenv("HTTP_PROXY", proxy.url)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    monkeypatch.setenv(webhook.ADDRESS, "http://hooks.invalid/secret")
-    assert webhook.report("easyvqa", "failed", "why")
+    monkeypatch.setenv(webhook.URL_VARIABLE, "http://hooks.invalid/secret")
+    assert webhook.send_report("easyvqa", "failed", "why")
     proxy.server.shutdown()
     assert [told["status"] for told in proxy.said] == ["failed"]

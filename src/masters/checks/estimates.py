@@ -17,21 +17,21 @@ import torch
 from masters.config import Config
 from masters.config.fields import TEACHER
 from masters.data.sources import Source
-from masters.data.validation import HELD_OUT
-from masters.models.training.memory_estimate import PATCHES, VISION, shapes
+from masters.data.validation import TEST_SHARE
+from masters.models.training.memory_estimate import PATCHES, VISION, tensor_shapes
 
 if TYPE_CHECKING:
-    from masters.checks.preflight import Ready
+    from masters.checks.preflight import Resources
 
-SHARE = 0.4  # of the speed of a large matrix product, reached where weights are many
-JUDGED = 665  # tokens of a judge's two calls on a response, on average on the demo's
-SIDE, SECONDS = 2048, 0.5  # of the matrix products that are timed
+UTILIZATION = 0.4  # of the speed of a large matrix product, reached where weights are many
+JUDGE_TOKENS = 665  # tokens of a judge's two calls on a response, on average on the demo's
+MATMUL_SIZE, MATMUL_SECONDS = 2048, 0.5  # of the matrix products that are timed
 
-ESTIMATED_FROM = 32  # questions
+SAMPLED_QUESTIONS = 32  # questions
 
 
 @dataclass(frozen=True)
-class Questions:
+class QuestionCounts:
     """How many there are to train on and to evaluate, and the tokens of a prompt on average, an image's among them."""
 
     train: float
@@ -41,28 +41,28 @@ class Questions:
 
 
 @dataclass(frozen=True)
-class Weights:
+class ParameterCounts:
     """Of a model: what each text token passes, each image patch, and each state that becomes logits."""
 
     text: float
     vision: float = 0.0
     head: float = 0.0
 
-    def forward(self, of: Questions, said: float) -> float:
+    def forward(self, of: QuestionCounts, said: float) -> float:
         """FLOPs of a prompt with its image, and of so many tokens of responses."""
         return 2 * (self.text * (of.prompt + said) + self.vision * PATCHES * of.image + self.head * said)
 
 
-def weights(folder: Path) -> Weights:
+def count_parameters(folder: Path) -> ParameterCounts:
     """From the headers of a model's files; a tied head is there as the table of embeddings."""
-    sizes = {name: math.prod(shape) for name, shape in shapes(folder).items()}
+    sizes = {name: math.prod(shape) for name, shape in tensor_shapes(folder).items()}
     head = max((size for name, size in sizes.items() if "embed_tokens" in name or "lm_head" in name), default=0)
     passed = {name: size for name, size in sizes.items() if "embed_tokens" not in name and "lm_head" not in name}
     vision = sum(size for name, size in passed.items() if any(part in name for part in VISION))
-    return Weights(sum(passed.values()) - vision, vision, head)
+    return ParameterCounts(sum(passed.values()) - vision, vision, head)
 
 
-def flops(config: Config, student: Weights, teachers: list[Weights], of: Questions) -> dict[str, float]:
+def estimate_flops(config: Config, student: ParameterCounts, teachers: list[ParameterCounts], of: QuestionCounts) -> dict[str, float]:
     """By stage, with responses as long as `generate.max_tokens`, none of them alike."""
     found: dict[str, float] = dict.fromkeys(("generate", "score", "reference", "train", "evaluate"), 0.0)
     for teacher, round_ in zip(teachers, config.teachers, strict=True):
@@ -74,7 +74,7 @@ def flops(config: Config, student: Weights, teachers: list[Weights], of: Questio
     return found
 
 
-def _round(config: Config, student: Weights, teacher: Weights, of: Questions, passes: int) -> dict[str, float]:
+def _round(config: Config, student: ParameterCounts, teacher: ParameterCounts, of: QuestionCounts, passes: int) -> dict[str, float]:
     """FLOPs a question of one teacher's round."""
     generate, train, rewards, length = config.generate, config.train, config.rewards, config.generate.max_tokens
     labels = train.targets == "labels"
@@ -94,47 +94,47 @@ def _round(config: Config, student: Weights, teacher: Weights, of: Questions, pa
     if train.stores_reference:
         counts["reference"] = student.forward(of, answers * length)
     if config.needs_verdicts and rewards.accuracy == "llm" and rewards.judge == TEACHER:
-        counts["score"] = 2 * teacher.text * JUDGED * answers
+        counts["score"] = 2 * teacher.text * JUDGE_TOKENS * answers
     return counts
 
 
-def counted(config: Config, source: Source, prompts: list[tuple[int, int]]) -> Questions:
+def count_questions(config: Config, source: Source, prompts: list[tuple[int, int]]) -> QuestionCounts:
     """The source's rows, counted and not looked into; `prompts`: tokens of some, and how many are an image's."""
     splits = {"train": 0.0, "test": 0.0}
     for row in source.rows():
         if isinstance(row.split, str) and row.split in splits:
             splits[row.split] += 1
         else:
-            splits["train"] += 1 - HELD_OUT
-            splits["test"] += HELD_OUT
+            splits["train"] += 1 - TEST_SHARE
+            splits["test"] += TEST_SHARE
     train = min(splits["train"], config.data.train_limit or math.inf)
     held = config.data.validation_share * train
     on_test = min(splits["test"], config.data.eval_limit or math.inf)
     evaluation = held if config.evaluate.split == "validation" else on_test
     tokens, image = (sum(numbers) / len(prompts) for numbers in zip(*prompts, strict=True))
-    return Questions(train - held, evaluation, tokens, image)
+    return QuestionCounts(train - held, evaluation, tokens, image)
 
 
-def speed(device: str, dtype: str) -> float:
+def measure_flops_per_second(device: str, dtype: str) -> float:
     """FLOP/s of a large matrix product on this device, measured now."""
-    a, b = torch.randn(2, SIDE, SIDE, device=device).to(getattr(torch, dtype))
+    a, b = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE, device=device).to(getattr(torch, dtype))
     count, began = 0, 0.0
-    while count < 2 or time.perf_counter() - began < SECONDS:
+    while count < 2 or time.perf_counter() - began < MATMUL_SECONDS:
         if count == 1:
             began = time.perf_counter()  # the first is not counted: libraries are loaded in it
         torch.matmul(a, b)
         count += 1
         if device != "cpu":
             torch.cuda.synchronize()
-    return 2 * SIDE**3 * (count - 1) / (time.perf_counter() - began)
+    return 2 * MATMUL_SIZE**3 * (count - 1) / (time.perf_counter() - began)
 
 
-def hours(work: dict[str, float], flops_a_second: float) -> dict[str, float]:
+def estimate_hours(work: dict[str, float], flops_a_second: float) -> dict[str, float]:
     """By stage, on one device."""
-    return {stage: count / (SHARE * flops_a_second) / 3600 for stage, count in work.items()}
+    return {stage: count / (UTILIZATION * flops_a_second) / 3600 for stage, count in work.items()}
 
 
-def prompt_lengths(folder: Path, rows: list[dict[str, Any]]) -> list[tuple[int, int]]:
+def measure_prompts(folder: Path, rows: list[dict[str, Any]]) -> list[tuple[int, int]]:
     """Tokens of each question's prompt, and how many of them are the image's."""
     from transformers import AutoConfig, AutoProcessor
 
@@ -146,42 +146,42 @@ def prompt_lengths(folder: Path, rows: list[dict[str, Any]]) -> list[tuple[int, 
     return [(len(ids), int((ids == image).sum())) for ids in found]
 
 
-def memory_needed(settings: Config, ready: "Ready") -> str:
+def describe_memory(settings: Config, resources: "Resources") -> str:
     """What training needs at least, with the largest teacher, whatever its token budget. Raises InputError."""
     from masters.models import devices
     from masters.models.training import memory_estimate
 
     train, ranks = settings.train, settings.runtime.train_processes
     device = devices.of_rank(0, ranks)
-    teachers = [None] if train.objective == "sft" else [teacher.folder for teacher in ready.teachers]
+    teachers = [None] if train.objective == "sft" else [teacher.folder for teacher in resources.teachers]
     needs = [
-        memory_estimate.footprint(ready.student.folder, one, train, (0, 0), ranks, False, device, settings.runtime).on(
+        memory_estimate.estimate_memory(resources.student.folder, one, train, (0, 0), ranks, False, device, settings.runtime).on(
             device
         )
         for one in teachers
     ]
-    largest, (available, sharing) = max(needs, key=lambda one: one.total), memory_estimate.free(device, ranks)
-    memory_estimate.check(largest, available, sharing, device, 0)
+    largest, (available, sharing) = max(needs, key=lambda one: one.total), memory_estimate.free_memory(device, ranks)
+    memory_estimate.check_memory(largest, available, sharing, device, 0)
     needed = sharing * largest.total / memory_estimate.GIB
     free = available / memory_estimate.GIB
     return f"training takes {needed:.2f} GiB and its activations, {free:.2f} GiB are free on {device}"
 
 
-def estimate_lines(settings: Config, ready: "Ready", price: float | None) -> Iterator[str]:
+def describe_estimates(settings: Config, resources: "Resources", price: float | None) -> Iterator[str]:
     """Lines on the work ahead, the least time that it takes here, and what that costs."""
     import torch
 
-    from masters.checks.parity import sample
+    from masters.checks.parity import sample_questions
     from masters.models.distributed.mixed_precision import frozen_dtype
 
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    rows = sample(settings, ready, ESTIMATED_FROM)
-    of = counted(settings, ready.source, prompt_lengths(ready.student.folder, rows))
-    student, teachers = ready.student.folder, [teacher.folder for teacher in ready.teachers]
-    work = flops(settings, weights(student), [weights(one) for one in teachers], of)
+    rows = sample_questions(settings, resources, SAMPLED_QUESTIONS)
+    of = count_questions(settings, resources.source, measure_prompts(resources.student.folder, rows))
+    student, teachers = resources.student.folder, [teacher.folder for teacher in resources.teachers]
+    work = estimate_flops(settings, count_parameters(student), [count_parameters(one) for one in teachers], of)
     computed_in = frozen_dtype(settings.train)
-    fast = speed(device, computed_in)
-    spent = hours(work, fast)
+    fast = measure_flops_per_second(device, computed_in)
+    spent = estimate_hours(work, fast)
     total = sum(spent.values())
     parts = ", ".join(f"{stage} {share / total:.0%}" for stage, share in spent.items() if share)
     yield (
@@ -189,7 +189,7 @@ def estimate_lines(settings: Config, ready: "Ready", price: float | None) -> Ite
         f"{of.prompt:.0f} tokens (of {len(rows)}): {sum(work.values()):.2g} FLOPs if no answer comes twice ({parts})"
     )
     yield (
-        f"time       about {total:.2g} hours of {device}, at {SHARE:.0%} of the {fast / 1e12:.3g} TFLOP/s "
+        f"time       about {total:.2g} hours of {device}, at {UTILIZATION:.0%} of the {fast / 1e12:.3g} TFLOP/s "
         f"that it shows in {computed_in} now; decoding and small models reach less"
     )
     cost = f"{total * price:.2f} at {price:g} an hour" if price is not None else "--price says what that costs"

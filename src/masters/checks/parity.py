@@ -5,25 +5,25 @@ from itertools import islice
 from pathlib import Path
 
 from masters.checks.model_folder import LocalModel
-from masters.checks.preflight import Ready
+from masters.checks.preflight import Resources
 from masters.common.errors import InputError
 from masters.config import Config
-from masters.data.validation import Rejected, validated
+from masters.data.validation import RejectedRow, validate_rows
 from masters.execution import processes
 
 ROWS = 4
 
 
-def parity(config: Config, ready: Ready) -> list[dict]:
+def compare_models(config: Config, resources: Resources) -> list[dict]:
     """Differences found for every model: `name`, `found`, `limit`. Loads each model on this machine, twice."""
     rows = [
         dict(question=row["question"], answer=row["answer"], image=row["image"].hex())
-        for row in sample(config, ready, ROWS)
+        for row in sample_questions(config, resources, ROWS)
     ]
-    models = [_model(config, ready.student, [0.0])]
+    models = [_model(config, resources.student, [0.0])]
     models += [
         _model(config, model, [teacher.r_max, 0.0])
-        for teacher, model in zip(config.teachers, ready.teachers, strict=True)
+        for teacher, model in zip(config.teachers, resources.teachers, strict=True)
     ]
     found: list[dict] = []
     with tempfile.TemporaryDirectory(prefix="masters-check-") as folder:
@@ -40,9 +40,9 @@ def parity(config: Config, ready: Ready) -> list[dict]:
     return found
 
 
-def sample(config: Config, ready: Ready, rows: int) -> list[dict]:
+def sample_questions(config: Config, resources: Resources, rows: int) -> list[dict]:
     """The source's first questions. Raises InputError if no row can be used."""
-    questions = (row for row in validated(ready.source, ready.special_tokens) if not isinstance(row, Rejected))
+    questions = (row for row in validate_rows(resources.source, resources.special_tokens) if not isinstance(row, RejectedRow))
     found = list(islice(questions, rows))
     if not found:
         raise InputError(f"source {config.data.source} holds no row that could be used")

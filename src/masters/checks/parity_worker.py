@@ -39,11 +39,11 @@ class Difference:
 
 def main(job_file: Path) -> None:
     job = json.loads(job_file.read_text())
-    for difference in differences(job):
+    for difference in measure_differences(job):
         processes.report(job_file, **asdict(difference))
 
 
-def differences(job: dict) -> list[Difference]:
+def measure_differences(job: dict) -> list[Difference]:
     """Of a model: the packed batch against separate rows, and the engine against transformers at every ratio."""
     model, rows = job["model"], job["rows"]
     folder = Path(model["folder"])
@@ -53,7 +53,7 @@ def differences(job: dict) -> list[Difference]:
     answers = [prompts.label_tokens(processor.tokenizer, row["answer"]) for row in rows]
     masked, family = model_loading.load_model(folder, "float32"), _family(folder)
     name = model["name"]
-    found = packed_against_separate(name, masked, family, Question(name, inputs[0], answers))
+    found = compare_packing(name, masked, family, Question(name, inputs[0], answers))
     requests = [Request(image, row["question"], 1, 0) for row, image in zip(rows, images, strict=True)]
     with Engine(folder, job["dtype"], Runtime(**job["runtime"])) as engine:
         for ratio, thresholds in model["thresholds"].items():
@@ -61,14 +61,14 @@ def differences(job: dict) -> list[Difference]:
             said = engine.greedy(requests, TOKENS)
             model_loading.remask(masked, folder, thresholds)
             worst = max(
-                log_prob_difference(masked, family, prompt, *reply) for prompt, reply in zip(inputs, said, strict=True)
+                compare_log_probs(masked, family, prompt, *reply) for prompt, reply in zip(inputs, said, strict=True)
             )
             what = f"{name}, mask {ratio}: engine against transformers, log-probability of chosen tokens"
             found.append(Difference(what, worst, LOG_PROBS[job["dtype"]]))
     return found
 
 
-def packed_against_separate(name: str, model: torch.nn.Module, family, question: Question) -> list[Difference]:
+def compare_packing(name: str, model: torch.nn.Module, family, question: Question) -> list[Difference]:
     """The trainer's path, G responses behind one prompt and a chunked head, against G sequences and whole logits."""
     alone = [Question(question.question_id, question.prompt, [r]) for r in question.responses]
     plain_3T, plain = _terms_and_gradients(model, family, alone, _dense_terms)
@@ -83,7 +83,7 @@ def packed_against_separate(name: str, model: torch.nn.Module, family, question:
 
 
 @torch.no_grad()
-def log_prob_difference(
+def compare_log_probs(
     model: torch.nn.Module, family, prompt: dict, tokens: list[int], engine_log_probs: list[float]
 ) -> float:
     """Largest difference in nats over a response's tokens, both given the engine's own tokens."""
@@ -107,7 +107,7 @@ def _terms_and_gradients(
         states = response_states(model, packed)
         hidden_TH, weight_VH = states.hidden_TH.detach(), states.weight_VH.detach()
         others = Projection(hidden_TH.flip(1), weight_VH), Projection(hidden_TH.roll(1, 1), weight_VH)
-        terms = packed.spread(terms_of(states, others[0], packed.token_U, "jsd", others[1]))
+        terms = packed.expand(terms_of(states, others[0], packed.token_U, "jsd", others[1]))
         assert terms.kl_T is not None
         values_3T = torch.stack([terms.logp_T, terms.divergence_T, terms.kl_T])
         values_3T.sum().backward()

@@ -6,73 +6,73 @@ from importlib.util import find_spec
 
 from masters.checks.model_folder import (
     LocalModel,
-    Server,
+    JudgeServer,
     check_pair,
-    check_room,
-    distinct,
-    local_model,
-    special_tokens,
+    check_context_length,
+    disambiguate_names,
+    find_model,
+    read_special_tokens,
 )
 from masters.checks.weights import check_maskable
 from masters.common.errors import InputError
-from masters.common.machine import cache
+from masters.common.machine import cache_folder
 from masters.config import Config, Model
 from masters.config.allowlist import check_config
 from masters.config.fields import TEACHER
-from masters.config.judge_url import base_url, is_url
+from masters.config.judge_url import api_base_url, is_url
 from masters.data.sources import Source, open_source
 from masters.store.artifacts import Artifact
 from masters.store.storage import Storage, open_storage
 
-RAY_SECONDS = 5.0  # for the head of a Ray cluster to answer
+RAY_TIMEOUT = 5.0  # for the head of a Ray cluster to answer
 
 
 @dataclass(frozen=True)
-class Ready:
+class Resources:
     """A configuration whose parts were found and fit together."""
 
     storage: Storage
     source: Source
     student: LocalModel
     teachers: list[LocalModel]
-    special_tokens: tuple[str, ...]  # of the tokenizer that all models share
-    judge: LocalModel | Server | None = None  # None: no LLM judges, or each round's teacher does
+    read_special_tokens: tuple[str, ...]  # of the tokenizer that all models share
+    judge: LocalModel | JudgeServer | None = None  # None: no LLM judges, or each round's teacher does
 
 
-def preflight(config: Config) -> Ready:
+def preflight(config: Config) -> Resources:
     """Check all parts together. Raises InputError with what was expected, what was found and what to do."""
     check_config(config)
-    check_answers(config.runtime.cluster)
-    check_installed(config)
-    judge = judge_of(config)
+    check_ray_cluster(config.runtime.cluster)
+    check_packages(config)
+    judge = find_judge(config)
     source = open_source(config.data)
-    student = local_model(config.student, config.store.root)
-    teachers = [local_model(teacher, config.store.root) for teacher in config.teachers]
-    check_room(student, config)
+    student = find_model(config.student, config.store.root)
+    teachers = [find_model(teacher, config.store.root) for teacher in config.teachers]
+    check_context_length(student, config)
     for teacher, wanted in zip(teachers, config.teachers, strict=True):
         check_pair(teacher, student)
-        check_room(teacher, config)
+        check_context_length(teacher, config)
         if wanted.r_max > 0:
             check_maskable(teacher.folder, tuple(config.mask.exclude))
     storage = open_storage(config.store.root)
-    student, *teachers = distinct([student, *teachers])
-    return Ready(storage, source, student, teachers, special_tokens(student.folder), judge)
+    student, *teachers = disambiguate_names([student, *teachers])
+    return Resources(storage, source, student, teachers, read_special_tokens(student.folder), judge)
 
 
-def started_from(config: Config, trained: Artifact, name: str) -> Ready:
+def preflight_from_student(config: Config, trained: Artifact, name: str) -> Resources:
     """What preflight finds with a trained student as the student: lineage goes on into its train artifact."""
-    folder = trained.storage.download(f"{trained.folder}/model", cache() / "models" / trained.parts["model"][:32])
-    ready = preflight(config.model_copy(update=dict(student=Model(model=str(folder)))))
-    return replace(ready, student=replace(ready.student, name=name, made=trained))
+    folder = trained.storage.download(f"{trained.folder}/model", cache_folder() / "models" / trained.parts["model"][:32])
+    resources = preflight(config.model_copy(update=dict(student=Model(model=str(folder)))))
+    return replace(resources, student=replace(resources.student, name=name, artifact=trained))
 
 
-def check_answers(cluster: str | None) -> None:
+def check_ray_cluster(cluster: str | None) -> None:
     """Raises InputError if nothing listens where a Ray cluster should. Ray itself is asked when engines are."""
     if cluster is None:
         return
     host, port = cluster.rsplit(":", 1)
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), RAY_SECONDS):
+        with socket.create_connection((host.strip("[]"), int(port)), RAY_TIMEOUT):
             pass
     except (OSError, OverflowError) as error:
         raise InputError(
@@ -81,7 +81,7 @@ def check_answers(cluster: str | None) -> None:
         ) from error
 
 
-def check_installed(config: Config) -> None:
+def check_packages(config: Config) -> None:
     """Raises InputError where a stage would need a package that is not here."""
     if config.answers.verifier == "number" and find_spec("math_verify") is None:
         raise InputError(
@@ -90,20 +90,20 @@ def check_installed(config: Config) -> None:
         )
 
 
-def judge_of(config: Config) -> LocalModel | Server | None:
+def find_judge(config: Config) -> LocalModel | JudgeServer | None:
     """The judge that the configuration names, where it needs one beside the teachers."""
     rewards = config.rewards
     if not config.needs_judge or rewards.judge == TEACHER:
         return None
     if is_url(rewards.judge):
-        return Server(base_url(rewards.judge), rewards.judge_model)
+        return JudgeServer(api_base_url(rewards.judge), rewards.judge_model)
     try:
-        return local_model(Model(model=rewards.judge), config.store.root)
+        return find_model(Model(model=rewards.judge), config.store.root)
     except InputError as error:
         raise InputError(f"rewards.judge: {error}") from error
 
 
-def warnings_of(config: Config) -> list[str]:
+def list_warnings(config: Config) -> list[str]:
     """What is allowed but was found to do harm."""
     return [
         f"teacher {t.model}: r_max = {t.r_max} is above 0.2; "

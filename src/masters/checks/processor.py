@@ -92,7 +92,7 @@ def check_image(folder: Path, config: Any, processor: Any, inputs: dict[str, Any
     runs = [len(list(run)) for each, run in groupby(inputs["input_ids"][0].tolist()) if each == token]
     if len(runs) != 1:
         raise _refused(folder, f"its chat template gives a picture {len(runs)} places in the prompt, expected one")
-    if runs[0] != (made := family_of(config.model_type).image_tokens(config, inputs)):
+    if runs[0] != (made := family_of(config.model_type).count_image_tokens(config, inputs)):
         raise _refused(
             folder, f"its processor gives a picture of {SIDE} x {SIDE} pixels {runs[0]} tokens, the model that "
             f"config.json describes {made}: their patch and merge sizes must be the same",

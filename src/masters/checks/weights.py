@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from masters.checks.processor import ProcessorOutput, run_processor
 from masters.common.errors import InputError
-from masters.common.machine import cache
+from masters.common.machine import cache_folder
 from masters.models.masking import is_masked
 from masters.models.model_loading import parameter_names
 
@@ -29,7 +29,7 @@ MASKABLE = {"BF16", "F16", "F32"}  # as files call them
 Shapes = dict[str, tuple[int, ...]]
 
 
-def check_sound(folder: Path, digest: str, shaped: bool) -> ProcessorOutput | None:
+def check_weights(folder: Path, digest: str, shaped: bool) -> ProcessorOutput | None:
     """Raises InputError that names what is at fault, a tensor with its file. `digest` is the folder's.
 
     `shaped`: also compare every tensor with the model that the configuration describes, and probe the processor; for
@@ -37,7 +37,7 @@ def check_sound(folder: Path, digest: str, shaped: bool) -> ProcessorOutput | No
     """
     import transformers
 
-    note = cache() / "sound" / f"{digest}-{VERSION}-{transformers.__version__}-{'shaped' if shaped else 'finite'}"
+    note = cache_folder() / "sound" / f"{digest}-{VERSION}-{transformers.__version__}-{'shaped' if shaped else 'finite'}"
     if (known := _noted(note)) is not None:
         return ProcessorOutput(**known) if shaped else None
     _check_index(folder)

@@ -11,7 +11,7 @@ from masters.config.allowlist import check_config
 from masters.config.loading import load
 
 if TYPE_CHECKING:
-    from masters.checks.preflight import Ready
+    from masters.checks.preflight import Resources
 
 app = typer.Typer()
 
@@ -20,7 +20,7 @@ app = typer.Typer()
 def check(
     config: ConfigPath,
     overrides: Overrides = None,
-    parity: Annotated[
+    compare_models: Annotated[
         bool, typer.Option("--parity", help="Also load the models: fast paths against plain ones, vLLM against PyTorch")
     ] = False,
     price: Annotated[
@@ -31,30 +31,30 @@ def check(
     settings = load(config, overrides)
     check_config(settings)
 
-    from masters.checks.estimates import estimate_lines, memory_needed
-    from masters.checks.preflight import preflight, warnings_of
+    from masters.checks.estimates import describe_estimates, describe_memory
+    from masters.checks.preflight import preflight, list_warnings
 
-    ready = preflight(settings)
-    for line in warnings_of(settings):
+    resources = preflight(settings)
+    for line in list_warnings(settings):
         typer.echo(f"warning: {line}", err=True)
     typer.echo(f"source     {settings.data.source}")
-    typer.echo(f"student    {ready.student.folder} ({ready.student.digest[:16]})")
-    for teacher in ready.teachers:
+    typer.echo(f"student    {resources.student.folder} ({resources.student.digest[:16]})")
+    for teacher in resources.teachers:
         typer.echo(f"teacher    {teacher.folder} ({teacher.digest[:16]})")
-    typer.echo(f"store      {ready.storage.uri('')}: read, write, conditional write")
-    typer.echo(f"memory     {memory_needed(settings, ready)}")
-    for line in estimate_lines(settings, ready, price):
+    typer.echo(f"store      {resources.storage.uri('')}: read, write, conditional write")
+    typer.echo(f"memory     {describe_memory(settings, resources)}")
+    for line in describe_estimates(settings, resources, price):
         typer.echo(line)
-    if parity:
-        _parity(settings, ready)
+    if compare_models:
+        _parity(settings, resources)
     typer.echo("ready")
 
 
-def _parity(settings: Config, ready: "Ready") -> None:
+def _parity(settings: Config, resources: "Resources") -> None:
     """Print each difference with its verdict. Raises MastersError if one is more than rounding."""
-    from masters.checks.parity import parity
+    from masters.checks.parity import compare_models
 
-    differences = parity(settings, ready)
+    differences = compare_models(settings, resources)
     for line in differences:
         verdict = "ok" if line["found"] <= line["limit"] else "DIFFERENT"
         typer.echo(f"{verdict:<10} {line['found']:.1e} (limit {line['limit']:.0e})  {line['name']}")

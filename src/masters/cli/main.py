@@ -16,10 +16,10 @@ from typing import Annotated
 import typer
 
 from masters.cli import check, registry
-from masters.cli.options import ConfigPath, Json, Overrides, Rebuild, quiet
+from masters.cli.options import ConfigPath, Json, Overrides, Rebuild, silence_libraries
 from masters.cli.output import show_plan, show_summary
 from masters.common.errors import MastersError, RunsFailed
-from masters.common.machine import cache
+from masters.common.machine import cache_folder
 from masters.common.redaction import redact
 from masters.config import Config
 from masters.config.allowlist import check_config
@@ -107,7 +107,7 @@ def study(
     """Arms compared over learning rates and seeds; run again, it goes on from the results that are there."""
     settings, design = load_study(file)
     try:
-        report = _outcome("study", settings, design=design)
+        report = _run_flow("study", settings, design=design)
     except RunsFailed as error:
         typer.echo(json.dumps(error.report) if as_json else error.report["markdown"])
         raise
@@ -167,7 +167,7 @@ def _kept(error: Exception) -> str:
     """An error's line, and the file that its traceback was written to."""
     said = " ".join(redact(str(error)).split())[:300]
     try:
-        file = cache() / "errors" / f"{datetime.now():%Y-%m-%d-%H%M%S}.log"
+        file = cache_folder() / "errors" / f"{datetime.now():%Y-%m-%d-%H%M%S}.log"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(redact("".join(traceback.format_exception(error))))
     except OSError:
@@ -177,14 +177,14 @@ def _kept(error: Exception) -> str:
 
 def _run(name: str, settings: Config, as_json: bool, **arguments: object) -> None:
     """Run the flow of this name and print its summary."""
-    summary = _outcome(name, settings, **arguments)
+    summary = _run_flow(name, settings, **arguments)
     if as_json:
         typer.echo(json.dumps(summary))
     else:
         show_summary(summary)
 
 
-def _outcome(name: str, settings: Config, **arguments: object) -> dict:
+def _run_flow(name: str, settings: Config, **arguments: object) -> dict:
     """Run the flow of this name. Returns its summary."""
     from masters.infra.local_prefect import prefect_api, wait_until_ready
 
@@ -193,7 +193,7 @@ def _outcome(name: str, settings: Config, **arguments: object) -> dict:
         from masters.checks.preflight import preflight
 
         preflight(settings)  # while the server starts; the flow, which may be started elsewhere, does it again
-        quiet()
+        silence_libraries()
         flow = getattr(import_module(f"masters.flows.{name}"), name)
         wait_until_ready(url)
         return flow(settings, **arguments)

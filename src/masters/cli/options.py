@@ -22,7 +22,7 @@ Rebuild = Annotated[list[Stage] | None, typer.Option("--rebuild", help="Build a 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout")]
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """Call before Prefect and MLflow are imported."""
     redact_logs()
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")

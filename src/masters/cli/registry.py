@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from masters.cli.options import ConfigPath, Json, Overrides, quiet
+from masters.cli.options import ConfigPath, Json, Overrides, silence_libraries
 from masters.common.errors import MastersError
 from masters.config.loading import load
 
@@ -25,7 +25,7 @@ def lineage(
     as_json: Json = False,
 ) -> None:
     """The chain behind a student, back to the questions; every file is read again and compared."""
-    quiet()
+    silence_libraries()
     from masters.tracking.lineage_report import trace
 
     found = trace(reference, mlflow_uri)
@@ -46,7 +46,7 @@ def rollback(
     mlflow_uri: MlflowUri = None,
 ) -> None:
     """The alias champion back to an earlier version."""
-    quiet()
+    silence_libraries()
     from masters.tracking.lineage_report import registry_of
 
     before, now = registry_of(name, mlflow_uri).rollback(name, to)
@@ -61,10 +61,10 @@ def gc(
     as_json: Json = False,
 ) -> None:
     """What no champion, candidate or live run reaches in the store; listed, or removed."""
-    quiet()
-    from masters.flows.garbage_collection import collect
+    silence_libraries()
+    from masters.flows.garbage_collection import collect_garbage
 
-    found = collect(load(config, overrides), delete)
+    found = collect_garbage(load(config, overrides), delete)
     for item in found["items"]:
         typer.echo(
             f"{item['bytes'] / 2**20:>10.1f} MiB  {item['kind']:<10} {item['uri']}  ({item['why']})", err=as_json

@@ -1,6 +1,7 @@
 """The configuration: what may be asked for. Imports no torch."""
 
 from masters.config.fields import Section
+from masters.config.sampling import Sampling
 from masters.config.schema import Config, Data, Evaluate, Generate, Mask, Model, Nightly, Pools, Runtime, Store, Teacher
 from masters.config.training import Answers, Rewards, Train
 
@@ -16,6 +17,7 @@ __all__ = [
     "Pools",
     "Rewards",
     "Runtime",
+    "Sampling",
     "Section",
     "Store",
     "Teacher",

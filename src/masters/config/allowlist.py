@@ -24,12 +24,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from masters.common.errors import InputError
-from masters.common.machine import cache
-from masters.common.redaction import looks_secret
+from masters.common.machine import cache_folder
+from masters.common.redaction import contains_secret
 from masters.config import Config
 from masters.config.fields import TEACHER
-from masters.config.judge_url import base_url, is_url
-from masters.config.schema import BUILT_IN
+from masters.config.judge_url import api_base_url, is_url
+from masters.config.schema import BUILT_IN_SOURCES
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 ON_DISK = re.compile(r"(sqlite:///|(file|local):(//(?=/))?)", re.IGNORECASE)
@@ -53,7 +53,7 @@ class Setting(StrEnum):
         return [entry for part in os.environ.get(self, "").split(",") if (entry := part.strip())]
 
 
-def check(setting: Setting, field: str, value: str, *also: Path) -> None:
+def check_allowed(setting: Setting, field: str, value: str, *also: Path) -> None:
     """Raises InputError if `value`, a path, a URL or a hub id, is not allowed. `also`: folders allowed beside."""
     entries = setting.entries
     if entries and not any(_matches(value, entry) for entry in [*entries, *map(str, also)]):
@@ -64,36 +64,36 @@ def check_config(config: Config) -> None:
     """Raises InputError if a configuration names what is not allowed, or a secret. Opens nothing."""
     models = [config.student.model, *(teacher.model for teacher in config.teachers)]
     for value in (config.store.root, config.data.source, *models):
-        if looks_secret(value):
+        if contains_secret(value):
             raise InputError(
                 f"{value!r:.200} holds a password or a key, and a configuration is kept with the run: take it out; "
                 "keys of stores and hubs are read from the environment (AWS_*, HF_TOKEN)"
             )
-    check(Setting.STORES, "store.root", on_disk(config.store.root))
+    check_allowed(Setting.STORES, "store.root", absolute_root(config.store.root))
     if config.runtime.mlflow_uri:
-        check(Setting.MLFLOW, "runtime.mlflow_uri", config.runtime.mlflow_uri)
+        check_allowed(Setting.MLFLOW, "runtime.mlflow_uri", config.runtime.mlflow_uri)
     if config.runtime.cluster:
         check_ray(config.runtime.cluster)
-    if config.data.source not in BUILT_IN:
-        check(Setting.DATA, "data.source", config.data.source)
+    if config.data.source not in BUILT_IN_SOURCES:
+        check_allowed(Setting.DATA, "data.source", config.data.source)
     judge = config.rewards.judge
     if is_url(judge):
-        check_judge(base_url(judge))
+        check_judge(api_base_url(judge))
     elif judge != TEACHER:
         models.append(judge)
     for model in models:
         check_model(model, config.store.root)
 
 
-def on_disk(root: str) -> str:
+def absolute_root(root: str) -> str:
     """A store's root, a path as an absolute one: unlike a model's name it is one before it is there, too."""
     return root if URL.match(root) or ON_DISK.match(root) or "::" in root else str(Path(root).expanduser().absolute())
 
 
 def check_model(model: str, store: str | None = None) -> None:
     """Raises InputError if a model is not allowed; students that our own runs made in an allowed store are."""
-    own = [cache() / "models", *([Path(store).absolute()] if store and not URL.match(store) else [])]
-    check(Setting.MODELS, "model", model, *own)
+    own = [cache_folder() / "models", *([Path(store).absolute()] if store and not URL.match(store) else [])]
+    check_allowed(Setting.MODELS, "model", model, *own)
 
 
 def check_judge(url: str) -> None:

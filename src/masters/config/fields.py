@@ -4,14 +4,14 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-LARGEST = 2**31 - 1  # of whole numbers: what engines, tables and the flow's JSON take
+MAX_INT = 2**31 - 1  # of whole numbers: what engines, tables and the flow's JSON take
 TEACHER = "teacher"  # rewards.judge: the round's own teacher, unmasked
-NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
+NAME_PATTERN = "[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=0, le=LARGEST)]
-Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Seed = Annotated[int, Field(ge=0, le=MAX_INT)]
+Count = Annotated[int, Field(ge=1, le=MAX_INT)]
 Text = Annotated[str, Field(min_length=1)]
 PoolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{0,64}$")]
 Dtype = Literal["bfloat16", "float16", "float32"]

@@ -4,14 +4,14 @@ from urllib.parse import urlsplit
 
 from masters.common.errors import InputError
 
-KEY = "MASTERS_JUDGE_API_KEY"  # the environment variable with the server's key
+API_KEY_VARIABLE = "MASTERS_JUDGE_API_KEY"  # the environment variable with the server's key
 
 
 def is_url(judge: str) -> bool:
     return judge.lower().startswith(("http:", "https:"))
 
 
-def base_url(url: str) -> str:
+def api_base_url(url: str) -> str:
     """Where the API begins: the URL as given, with `/v1` where it has no path. Raises InputError."""
     try:
         parts = urlsplit(url)
@@ -19,7 +19,7 @@ def base_url(url: str) -> str:
     except ValueError:  # a port that is no number, half an IPv6 address
         raise _malformed(url) from None
     if "@" in parts.netloc:
-        raise InputError(f"rewards.judge: the URL holds a user name or key, which records would keep; use {KEY}")
+        raise InputError(f"rewards.judge: the URL holds a user name or key, which records would keep; use {API_KEY_VARIABLE}")
     if not right or any(c.isspace() or not c.isprintable() for c in url) or parts.query or parts.fragment:
         raise _malformed(url)
     _check_takes(url)

@@ -25,7 +25,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     A key `preset` sets what the file and the overrides leave open (`masters.config.presets`). Raises InputError with
     one line that names every key at fault.
     """
-    tree = read(path)
+    tree = read_toml(path)
     for override in overrides or []:
         _set(tree, override)
     return _validated(_with_preset(tree), f"configuration {path}")
@@ -34,7 +34,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
 def _with_preset(tree: dict) -> dict:
     if "preset" not in tree:
         return tree
-    for key, value in presets.settings(tree.pop("preset")).items():
+    for key, value in presets.get_preset(tree.pop("preset")).items():
         section, name = key.split(".")
         given = tree.setdefault(section, {})
         if isinstance(given, dict):  # anything else is refused when the tree is validated
@@ -42,7 +42,7 @@ def _with_preset(tree: dict) -> dict:
     return tree
 
 
-def read(path: str | Path, what: str = "configuration") -> dict:
+def read_toml(path: str | Path, what: str = "configuration") -> dict:
     """What a TOML file holds. Raises InputError; `what`: how it calls the file."""
     try:
         with open(path, "rb") as file:
@@ -57,23 +57,23 @@ def read(path: str | Path, what: str = "configuration") -> dict:
         raise InputError(f"{what} {path} cannot be read: {error}") from None
 
 
-def changed(config: Config, values: Mapping[str, object]) -> Config:
+def override_values(config: Config, values: Mapping[str, object]) -> Config:
     """The configuration with other values, by key, e.g. {"train.beta": 0.1}; a `preset` goes before the other keys.
 
     Raises InputError as `load` does.
     """
     tree, others = config.model_dump(), {key: value for key, value in values.items() if key != "preset"}
-    chosen = presets.settings(values["preset"]) if "preset" in values else {}
+    chosen = presets.get_preset(values["preset"]) if "preset" in values else {}
     for key, value in {**chosen, **others}.items():
         _put(tree, key, value, key)
     return _validated(tree, ", ".join(f"{key} = {_shown(value)}" for key, value in values.items()))
 
 
-def flat(tree: dict, prefix: str = "") -> dict[str, object]:
+def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
     """Values by dotted key, e.g. {"train.beta": 0.1}."""
     values: dict[str, object] = {}
     for key, value in tree.items():
-        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        values |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return values
 
 
@@ -81,10 +81,10 @@ def _validated(tree: dict, what: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise InputError(f"{what}: {explained(error)}") from None
+        raise InputError(f"{what}: {describe_errors(error)}") from None
 
 
-def explained(error: ValidationError) -> str:
+def describe_errors(error: ValidationError) -> str:
     """All faults of a file's values on one line: key, what is wrong, what was found."""
     faults = []
     for fault in error.errors():

@@ -1,6 +1,6 @@
 """The mask-progressive schedule (Eq. 3) and which stage a question belongs to. Imports no torch."""
 
-from masters.common.hashing import unit_interval
+from masters.common.hashing import to_unit_interval
 
 DECIMALS = 6  # ratios are keys: rounded wherever they are written
 TOLERANCE = 1e-6  # of r_max / step from a whole number, as in the configuration: 3 * 0.05 is not 0.15 in floats
@@ -15,11 +15,11 @@ def mask_ratio(iteration: int, iterations: int, r_max: float, step: float) -> fl
     """
     if not 1 <= iteration <= iterations:
         raise ValueError(f"iteration must lie in 1..{iterations}, found {iteration}")
-    stages = mask_stages(r_max, step)
+    stages = mask_ratios(r_max, step)
     return stages[min(iteration * len(stages) // iterations, len(stages) - 1)]
 
 
-def mask_stages(r_max: float, step: float) -> list[float]:
+def mask_ratios(r_max: float, step: float) -> list[float]:
     """The M = round(r_max / s) + 1 ratios r_max, r_max - s, ..., 0 (Eq. 3).
 
     Ours: they are rounded to 6 decimals. Raises ValueError if r_max is no multiple of s.
@@ -32,9 +32,9 @@ def mask_stages(r_max: float, step: float) -> list[float]:
     return [round(step * k, DECIMALS) for k in range(count, -1, -1)]
 
 
-def stage_of(question_digest: str, stages: int) -> int:
+def mask_stage_of(question_digest: str, stages: int) -> int:
     """floor(u M), u in [0, 1) from the question's content. Ours, so that data can grow without moving any question.
 
     With many questions the stages are equal shares, as in Eq. 3.
     """
-    return int(unit_interval(question_digest) * stages)
+    return int(to_unit_interval(question_digest) * stages)

@@ -21,7 +21,7 @@ PRESETS: dict[str, dict[str, object]] = {
 }  # fmt: skip
 
 
-def settings(name: object) -> dict[str, object]:
+def get_preset(name: object) -> dict[str, object]:
     """The preset's values by key. Raises InputError if there is none of that name."""
     if not isinstance(name, str) or name not in PRESETS:
         raise InputError(f"preset: expected one of {', '.join(PRESETS)}, found {name!r:.100}")

@@ -10,20 +10,21 @@ from pydantic import AfterValidator, Field, model_validator
 
 from masters.common import safe_regex
 from masters.config import store_root
-from masters.config.fields import LARGEST, NAME, TEACHER, Count, Dtype, PoolName, Section, Seed, Share, Text
+from masters.config.fields import MAX_INT, NAME_PATTERN, TEACHER, Count, Dtype, PoolName, Section, Seed, Share, Text
+from masters.config.sampling import Sampling
 from masters.config.training import Answers, Rewards, Train
 
-STAGES = 1000  # of a teacher's mask
-COLDEST = 0.01  # what vLLM would silently make of a temperature between 0 and it
-BUILT_IN = ("digits", "easyvqa")  # data.source: data sets that come with installed packages
-LOCAL = "local"  # runtime.ray_address: a Ray of our own
-ADDRESS = r"(local|(\[[0-9A-Fa-f:]{2,39}\]|[A-Za-z0-9][A-Za-z0-9._-]{0,253}):[1-9][0-9]{0,4})"
+MAX_MASK_STAGES = 1000  # of a teacher's mask
+MIN_TEMPERATURE = 0.01  # what vLLM would silently make of a temperature between 0 and it
+BUILT_IN_SOURCES = ("digits", "easyvqa")  # data.source: data sets that come with installed packages
+LOCAL_RAY = "local"  # runtime.ray_address: a Ray of our own
+RAY_ADDRESS = r"(local|(\[[0-9A-Fa-f:]{2,39}\]|[A-Za-z0-9][A-Za-z0-9._-]{0,253}):[1-9][0-9]{0,4})"
 
 
 class Store(Section):
     """Where everything that is built is kept."""
 
-    root: Annotated[Text, AfterValidator(store_root.checked)] = Field(
+    root: Annotated[Text, AfterValidator(store_root.validate_store_root)] = Field(
         description="Folder or s3://bucket/prefix that holds every artifact"
     )
 
@@ -65,9 +66,9 @@ class Teacher(Model):
     @model_validator(mode="after")
     def _multiple(self) -> "Teacher":
         stages = self.r_max / self.mask_step
-        if stages > STAGES:
+        if stages > MAX_MASK_STAGES:
             raise ValueError(
-                f"mask_step ({self.mask_step}) takes r_max ({self.r_max}) back in more than {STAGES} stages"
+                f"mask_step ({self.mask_step}) takes r_max ({self.r_max}) back in more than {MAX_MASK_STAGES} stages"
             )
         if abs(stages - round(stages)) > 1e-6:
             raise ValueError(f"r_max ({self.r_max}) must be a multiple of mask_step ({self.mask_step})")
@@ -80,7 +81,7 @@ class Mask(Section):
     granularity: Literal["matrix", "block", "global"] = Field(
         default="matrix", description="Where weights compete to be kept: in their matrix, their block, the whole model"
     )
-    exclude: list[Annotated[str, AfterValidator(safe_regex.checked)]] = Field(
+    exclude: list[Annotated[str, AfterValidator(safe_regex.check_pattern)]] = Field(
         default=[], max_length=100, description="Further tensor name patterns (RE2's syntax) that are never masked"
     )
 
@@ -99,7 +100,7 @@ class Generate(Section):
         default=0.9, description="Sample from the likeliest tokens that have this probability together"
     )
     top_k: int = Field(
-        default=50, ge=0, le=LARGEST, description="Sample from this many likeliest tokens; 0 keeps every token"
+        default=50, ge=0, le=MAX_INT, description="Sample from this many likeliest tokens; 0 keeps every token"
     )
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10, allow_inf_nan=False)] = Field(
         default=1.05, description="Above 1, tokens that were said already become less likely"
@@ -125,10 +126,23 @@ class Generate(Section):
     def teacher_responses(self) -> int:
         return self.responses - self.student_responses
 
+    @property
+    def sampling(self) -> Sampling:
+        """The settings that shape a single response."""
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            repetition_penalty=self.repetition_penalty,
+            max_tokens=self.max_tokens,
+            dtype=self.dtype,
+            seed=self.seed,
+        )
+
     @model_validator(mode="after")
     def _whole(self) -> "Generate":
-        if 0 < self.temperature < COLDEST:
-            raise ValueError(f"engines take a temperature of 0 or from {COLDEST}, found {self.temperature}")
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise ValueError(f"engines take a temperature of 0 or from {MIN_TEMPERATURE}, found {self.temperature}")
         if abs(self.responses * self.student_share - self.student_responses) > 1e-6:
             raise ValueError(
                 f"student_share ({self.student_share}) of {self.responses} responses is not a whole number"
@@ -172,8 +186,8 @@ class Runtime(Section):
     )
     ray_address: str | None = Field(
         default=None,
-        pattern=f"^{ADDRESS}$",
-        json_schema_extra={"pattern": rf"^{ADDRESS}$(?!\n)"},  # as with `Config.name`
+        pattern=f"^{RAY_ADDRESS}$",
+        json_schema_extra={"pattern": rf"^{RAY_ADDRESS}$(?!\n)"},  # as with `Config.name`
         description="Where engines are actors on Ray, also several of one model: local, a Ray of its own on this "
         "machine for the time of a stage; HOST:PORT, the head of a cluster that this machine is a node of",
     )
@@ -207,7 +221,7 @@ class Runtime(Section):
         description="GiB of an engine's cache of keys and values on a CPU; on a GPU vLLM takes what is free",
     )
     max_model_len: int = Field(
-        default=2048, ge=16, le=LARGEST, description="Prompt and response tokens an engine admits"
+        default=2048, ge=16, le=MAX_INT, description="Prompt and response tokens an engine admits"
     )
     tensor_parallel_size: int = Field(
         default=1, ge=1, le=1024, description="Devices that an engine spreads a model over"
@@ -227,7 +241,7 @@ class Runtime(Section):
     @property
     def cluster(self) -> str | None:
         """HOST:PORT of a Ray cluster that somebody else runs."""
-        return None if self.ray_address == LOCAL else self.ray_address
+        return None if self.ray_address == LOCAL_RAY else self.ray_address
 
 
 class Nightly(Section):
@@ -249,9 +263,9 @@ class Config(Section):
     """A distillation, from the data to the student."""
 
     name: str = Field(
-        pattern=f"^{NAME}$",
+        pattern=f"^{NAME_PATTERN}$",
         # Python's $, by which Prefect's server goes, also stands before a line's end
-        json_schema_extra={"pattern": rf"^{NAME}$(?!\n)"},
+        json_schema_extra={"pattern": rf"^{NAME_PATTERN}$(?!\n)"},
         description="Of the experiment and the registered model: letters, digits, - and _",
     )
     store: Store

@@ -3,7 +3,7 @@
 PROTOCOLS = ("file", "local", "s3", "s3a")
 
 
-def checked(root: str) -> str:
+def validate_store_root(root: str) -> str:
     """The root of a store that every process of a run sees and that writes conditionally. Raises ValueError."""
     protocol, found, _ = root.partition("://")
     chained = "::" in root or root.startswith("data:")  # as fsspec reads it

@@ -7,13 +7,13 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from masters.common.errors import InputError
 from masters.config import Config, Section, presets
-from masters.config.fields import NAME, Seed, Text
-from masters.config.loading import changed, explained, flat, load, read
+from masters.config.fields import NAME_PATTERN, Seed, Text
+from masters.config.loading import override_values, describe_errors, flatten, load, read_toml
 
 # what the study itself sets, or what changes nothing that is made
-OWN = ("name", "store", "nightly", "train.learning_rate", "train.seed", "data.validation_share", "evaluate")
+RESERVED_KEYS = ("name", "store", "nightly", "train.learning_rate", "train.seed", "data.validation_share", "evaluate")
 
-ArmName = Annotated[str, Field(pattern=f"^{NAME}$")]
+ArmName = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
 Rate = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Rates = Annotated[list[Rate], Field(min_length=1)]
 
@@ -41,7 +41,7 @@ class Arm(Section):
     @property
     def settings(self) -> dict[str, Any]:
         """By dotted key, whether the file wrote them quoted or as nested tables."""
-        return flat(self.model_extra or {})
+        return flatten(self.model_extra or {})
 
 
 class Comparison(Section):
@@ -90,10 +90,10 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _settable(self) -> "Study":
-        given = {"base": flat(self.base)} | {f"arms.{name}": arm.settings for name, arm in self.arms.items()}
+        given = {"base": flatten(self.base)} | {f"arms.{name}": arm.settings for name, arm in self.arms.items()}
         for place, settings in given.items():
             for key in settings:
-                if any(key == own or key.startswith(f"{own}.") for own in OWN):
+                if any(key == own or key.startswith(f"{own}.") for own in RESERVED_KEYS):
                     raise ValueError(
                         f"{place}: {key} is no setting of an arm: the study sets it, or it changes nothing"
                     )
@@ -112,9 +112,9 @@ def load_study(path: Path) -> tuple[Config, Study]:
     Raises InputError with one line that names every key at fault.
     """
     try:
-        file = StudyFile.model_validate(read(path, "study"))
+        file = StudyFile.model_validate(read_toml(path, "study"))
     except ValidationError as error:
-        raise InputError(f"study {path}: {explained(error)}") from None
+        raise InputError(f"study {path}: {describe_errors(error)}") from None
     values = file.model_dump(exclude={"config"}) | dict(results=str((path.parent / file.results).resolve()))
     config, study = load(path.parent / file.config), Study.model_validate(values)
     for arm in study.arms:
@@ -128,10 +128,10 @@ def arm_config(config: Config, study: Study, arm: str) -> Config:
     An arm's own keys go before its preset, and its preset before the keys that all arms share.
     """
     held_out = {"data.validation_share": study.validation.share}
-    own, shared = study.arms[arm].settings, flat(study.base)
+    own, shared = study.arms[arm].settings, flatten(study.base)
     try:
-        decided = presets.settings(own["preset"]) if "preset" in own else {}
+        decided = presets.get_preset(own["preset"]) if "preset" in own else {}
         shared = {key: value for key, value in shared.items() if key not in decided}
-        return changed(config, shared | own | held_out)
+        return override_values(config, shared | own | held_out)
     except InputError as error:
         raise InputError(f"study {study.name}, arm {arm}: {error}") from None

@@ -18,7 +18,7 @@ class Answers(Section):
         "what stands after its last marker; number: the same number, however it is written; choice: the letter of a "
         "multiple-choice answer",
     )
-    final_pattern: Annotated[Text, AfterValidator(safe_regex.checked)] | None = Field(
+    final_pattern: Annotated[Text, AfterValidator(safe_regex.check_pattern)] | None = Field(
         default=None,
         description="For verifier final: a pattern (RE2's syntax); the first group of its last match is the final "
         'answer. Default: the content of \\boxed{}, or what stands after the last "####", "=", ":" or "answer is"',
