@@ -1,4 +1,4 @@
-"""One run at a time builds what lies in a store that several machines share; here threads are the machines."""
+"""Leases let one run at a time build an artifact in a shared store. Threads stand in for machines."""
 
 import json
 import threading
@@ -10,7 +10,7 @@ import pytest
 from masters.common import machine
 from masters.common.errors import StoreError
 from masters.store import locks
-from masters.store.locks import Lease, exclusive_build, leased
+from masters.store.locks import Lease, exclusive_build, hold_lease
 from masters.store.storage import Storage
 from tests.local_stack import until
 from tests.s3_server import BUCKET, S3
@@ -19,9 +19,9 @@ FOLDER = "train/demo-0123"
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "BEAT", 0.1)
-    monkeypatch.setattr(locks, "PATIENCE", 1.0)
+def _short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "HEARTBEAT_INTERVAL", 0.1)
+    monkeypatch.setattr(locks, "HEARTBEAT_TIMEOUT", 1.0)
 
 
 @pytest.fixture
@@ -30,21 +30,21 @@ def storage(tmp_path: Path) -> Storage:
 
 
 @pytest.fixture
-def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every process counts as another machine's: nobody can see whether it runs."""
-    monkeypatch.setattr(machine, "ended", lambda _: None)
+def invisible_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat every process as one of another machine, which this one cannot see."""
+    monkeypatch.setattr(machine, "has_ended", lambda _: None)
 
 
-def test_lease_holders_run_one_after_the_other(storage: Storage, elsewhere: None) -> None:
-    inside, most = 0, 0
+def test_lease_holders_run_one_after_the_other(storage: Storage, invisible_processes: None) -> None:
+    inside, most_inside = 0, 0
     lock = threading.Lock()
 
     def work() -> None:
-        nonlocal inside, most
-        with leased(storage, FOLDER, lambda: None):
+        nonlocal inside, most_inside
+        with hold_lease(storage, FOLDER, lambda: None):
             with lock:
                 inside += 1
-                most = max(most, inside)
+                most_inside = max(most_inside, inside)
             time.sleep(0.15)
             with lock:
                 inside -= 1
@@ -54,86 +54,88 @@ def test_lease_holders_run_one_after_the_other(storage: Storage, elsewhere: None
         worker.start()
     for worker in workers:
         worker.join(30)
-    assert (inside, most) == (0, 1)
+    assert (inside, most_inside) == (0, 1)
 
 
-def test_a_holder_that_gives_signs_of_life_is_waited_for(storage: Storage, elsewhere: None) -> None:
-    waited = threading.Event()
+def test_a_run_waits_while_the_holder_sends_heartbeats(storage: Storage, invisible_processes: None) -> None:
+    waiting = threading.Event()
 
     def second() -> None:
-        with leased(storage, FOLDER, waited.set):
+        with hold_lease(storage, FOLDER, waiting.set):
             pass
 
-    with leased(storage, FOLDER, lambda: None) as first:
+    with hold_lease(storage, FOLDER, lambda: None) as first:
         other = threading.Thread(target=second)
         other.start()
-        time.sleep(2.5)  # more than patience
-        assert waited.is_set() and other.is_alive()
-        first.check()
+        time.sleep(2.5)  # longer than the timeout
+        assert waiting.is_set() and other.is_alive()
+        first.check_held()
     other.join(300)
     assert not other.is_alive()
 
 
-def test_a_silent_holder_is_taken_over_and_may_not_commit(storage: Storage, elsewhere: None) -> None:
-    silent = Lease(storage, FOLDER)
-    silent.take(lambda: None)  # and never heard of again
+def test_a_holder_without_heartbeats_is_replaced_and_must_not_commit(
+    storage: Storage, invisible_processes: None
+) -> None:
+    stopped = Lease(storage, FOLDER)
+    stopped.acquire(lambda: None)  # without sending heartbeats
     began = time.monotonic()
-    with leased(storage, FOLDER, lambda: None) as second:
+    with hold_lease(storage, FOLDER, lambda: None) as second:
         assert time.monotonic() - began > 0.9
         with pytest.raises(StoreError, match="another run took over"):
-            silent.check()
-        silent.release()  # takes nothing from who holds it now
-        second.check()
+            stopped.check_held()
+        stopped.release()  # does not affect the present holder
+        second.check_held()
     with pytest.raises(StoreError):
-        silent.check()
+        stopped.check_held()
 
 
-def test_a_holder_of_this_machine_that_ended_is_not_waited_for(storage: Storage) -> None:
+def test_a_run_does_not_wait_for_an_ended_process_of_this_machine(storage: Storage) -> None:
     host, boot, pid, *_ = machine.this_process().split()
     dead = json.dumps(dict(process=f"{host} {boot} {pid} 1", holder="x", beats=3)).encode()
     storage.create(f"leases/{FOLDER}/00000004", dead)
-    with leased(storage, FOLDER, pytest.fail):  # which it would call before it waits
+    with hold_lease(storage, FOLDER, pytest.fail):  # called before it waits
         pass
 
 
-def test_leases_taken_again_leave_one_object(storage: Storage) -> None:
+def test_repeated_leases_leave_one_object(storage: Storage) -> None:
     for _ in range(3):
-        with leased(storage, FOLDER, pytest.fail):
+        with hold_lease(storage, FOLDER, pytest.fail):
             pass
     assert storage.names("leases") == [f"leases/{FOLDER}/00000003"]
 
 
 def test_a_lease_excludes_other_machines_on_s3(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each with work folders of its own, so that no lock file is shared."""
+    """Each thread has its own work folder, so that they share no lock file."""
     for name, value in s3.environment().items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(machine, "ended", lambda _: None)
-    root, said, order = f"s3://{BUCKET}/leased", [], []
+    monkeypatch.setattr(machine, "has_ended", lambda _: None)
+    root, messages, order = f"s3://{BUCKET}/leased", [], []
 
-    def machine_(name: str) -> None:
+    def build(name: str) -> None:
         (tmp_path / name).mkdir()
-        with exclusive_build(Storage(root), FOLDER, tmp_path / name, said.append) as check:
+        with exclusive_build(Storage(root), FOLDER, tmp_path / name, messages.append) as check:
             order.append(name)
             time.sleep(1.0)
             check()
             order.append(name)
 
-    both = [threading.Thread(target=machine_, args=(name,)) for name in ("one", "two")]
-    for each in both:
-        each.start()
-    until(lambda: said, "the second waits")
-    for each in both:
-        each.join(300)
+    both = [threading.Thread(target=build, args=(name,)) for name in ("one", "two")]
+    for thread in both:
+        thread.start()
+    until(lambda: messages, "the second waits")
+    for thread in both:
+        thread.join(300)
     assert order in (["one", "one", "two", "two"], ["two", "two", "one", "one"])
-    assert said == ["another machine"]
+    assert messages == ["another machine"]
 
 
-def test_a_process_of_another_container_is_none_of_ours() -> None:
-    """Containers of one host may share its name; each has a process 1."""
+def test_a_process_of_another_container_cannot_be_judged() -> None:
+    """Containers may share a host name, and each has a process 1."""
     *process, namespace = machine.this_process().split(" ")
     assert namespace.startswith("pid:[")
-    assert machine.ended(machine.this_process()) is False
-    assert machine.ended(" ".join([*process, "pid:[1]"])) is None
-    assert machine.ended(" ".join(process)) is False  # as earlier versions named it
+    assert machine.has_ended(machine.this_process()) is False
+    assert machine.has_ended(" ".join([*process, "pid:[1]"])) is None
+    assert machine.has_ended(" ".join(process)) is False  # the form of earlier versions
     host, _, pid, started = process
-    assert machine.ended(f"{host} another-boot {pid} {started} pid:[1]") is True
+    assert machine.has_ended(f"{host} another-boot {pid} {started} pid:[1]") is True

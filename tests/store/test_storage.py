@@ -274,7 +274,7 @@ class TestDownload:
         assert (store.download("model", tmp_path / "model") / "1").read_bytes() == b"x"
 
     def test_nothing_to_download_is_an_error(self, remote: str, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match="nothing lies at s3://"):
+        with pytest.raises(FileNotFoundError, match="there are no objects below s3://"):
             Storage(remote).download("model", tmp_path / "model")
 
 
@@ -330,11 +330,11 @@ class TestRefusals:
             return await honest(self, path, data, **options)
 
         monkeypatch.setattr(s3fs.S3FileSystem, "_pipe_file", careless)
-        assert "does not honour conditional writes" in self.refused(remote)
+        assert "does not support conditional writes" in self.refused(remote)
 
     def test_conditions_are_ignored_by_a_file_system(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "link", os.replace)
-        assert "does not honour conditional writes" in self.refused(str(tmp_path / "store"))
+        assert "does not support conditional writes" in self.refused(str(tmp_path / "store"))
 
     def test_listings_lag_behind(self, remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(s3fs.S3FileSystem, "find", lambda *_, **__: [])
@@ -346,7 +346,7 @@ class TestRefusals:
 
 def test_a_store_that_fails_meanwhile_is_one_line(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    store = Storage(remote, patient=False)
+    store = Storage(remote, retry=False)
     for use in (store.read, store.exists, store.names, lambda n: store.write(n, b""), lambda n: store.copy(n, "x")):
         with pytest.raises(StoreError) as error:
             use("a")
@@ -421,7 +421,7 @@ def test_what_killed_writers_left_is_swept_and_nothing_else(tmp_path: Path) -> N
         storage.write(name, b"data")
         if name != fresh:
             os.utime(tmp_path / name, (0, 0))
-    storage.sweep("train/x")
+    storage.remove_unfinished_writes("train/x")
     there = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
     assert there == sorted([fresh, "train/x/step-0", "train/x/named.tmp", "other/.y.0a1b2c3d.tmp"])
-    storage.sweep("nowhere")
+    storage.remove_unfinished_writes("nowhere")

@@ -1,1 +1,1 @@
-"""Artifacts: what is built, and where it lies."""
+"""Artifacts: the files that stages build, their records, and the store that holds them."""

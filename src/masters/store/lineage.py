@@ -1,7 +1,7 @@
-"""The chain behind artifacts, walked and proven from the store alone: records upstream, and every file they list.
+"""Walks and verifies the lineage of artifacts from the store alone: the records upstream and the files they list.
 
-A record says what its stage read: folder, fingerprint and a digest over the files' digests. So each artifact is held
-to its own record, and its record to that of whoever used it.
+A record refers to each input by folder, fingerprint and digests. So the files of an artifact are checked against its
+record, and its record against the records of the artifacts that read it.
 """
 
 import json
@@ -12,13 +12,13 @@ from masters.common.hashing import fingerprint
 from masters.store.artifacts import RECORD, listing_digest, record_digest
 from masters.store.storage import Storage
 
-# what a record says of an input: by whether it is an artifact
-NOTED = {True: {"stage", "folder", "fingerprint", "digest"}, False: {"uri", "digest"}}
+# fields of a record's reference to an input, by whether the input is an artifact
+REFERENCE_FIELDS = {True: {"stage", "folder", "fingerprint", "digest"}, False: {"uri", "digest"}}
 
 
 @dataclass
-class Link:
-    """An artifact of the chain: where it lies, its record (None: it cannot be read), and what is wrong with it."""
+class LineageNode:
+    """An artifact in a lineage: its place, its record (None if unreadable) and the faults found in it."""
 
     folder: str
     uri: str
@@ -27,89 +27,91 @@ class Link:
 
     @property
     def upstream(self) -> dict[str, dict]:
+        """References to the inputs, by role."""
         return (self.record or {}).get("upstream", {})
 
 
 def walk(
-    storage: Storage, folders: dict[str, str], prove: bool = True, records: dict[str, str] | None = None
-) -> list[Link]:
-    """The artifacts in `folders` (to the digest expected of each) and everything upstream, the first inputs first.
+    storage: Storage, folders: dict[str, str], verify_files: bool = True, records: dict[str, str] | None = None
+) -> list[LineageNode]:
+    """Return the artifacts in `folders` and everything upstream of them, inputs before the artifacts that read them.
 
-    `prove` reads every listed file again. `records`: the digest expected of a folder's record. Raises nothing about
-    what is missing or changed: that is in the links.
+    `folders` maps each folder to the expected digest of its files, `records` to that of its record. `verify_files`
+    reads every listed file. Missing and changed files do not raise: they are in the nodes' `faults`.
     """
-    links: dict[str, Link] = {}
+    nodes: dict[str, LineageNode] = {}
 
-    def visit(folder: str, expected: str, record: str | None, wanted_by: str) -> None:
-        if folder not in links:
-            link = _link(storage, folder)
-            for made in _artifacts(link):
-                visit(made["folder"], made["digest"], made.get("record"), f"{folder}/{RECORD}")
-            link.faults += _changed(storage, link) if prove else []
-            links[folder] = link
-        link = links[folder]
-        if link.record and link.record["digest"] != expected:
-            found = link.record["digest"]
-            link.faults.append(f"{link.uri}: {wanted_by} was made from content {expected[:16]}, found {found[:16]}")
-        elif link.record and record and record_digest(link.record) != record:
-            link.faults.append(
-                f"{link.uri}/{RECORD} is not the record that {wanted_by} knows: its facts, configuration or what it "
-                "says of its inputs changed"
+    def visit(folder: str, expected: str, record: str | None, reader: str) -> None:
+        if folder not in nodes:
+            node = _read_node(storage, folder)
+            for reference in _artifact_references(node):
+                visit(reference["folder"], reference["digest"], reference.get("record"), f"{folder}/{RECORD}")
+            node.faults += _file_faults(storage, node) if verify_files else []
+            nodes[folder] = node
+        node = nodes[folder]
+        if node.record and node.record["digest"] != expected:
+            found = node.record["digest"]
+            node.faults.append(f"{node.uri}: {reader} was made from content {expected[:16]}, found {found[:16]}")
+        elif node.record and record and record_digest(node.record) != record:
+            node.faults.append(
+                f"{node.uri}/{RECORD} is not the record that {reader} refers to: its facts, configuration or "
+                "inputs changed"
             )
 
     for folder, expected in folders.items():
         visit(folder, expected, (records or {}).get(folder), "MLflow's run")
-    return list(links.values())
+    return list(nodes.values())
 
 
-def outside(link: Link) -> Iterator[tuple[str, dict]]:
-    """Role and note of the inputs from outside the store."""
-    return ((role, made) for role, made in link.upstream.items() if made["kind"] != "artifact")
+def external_inputs(node: LineageNode) -> Iterator[tuple[str, dict]]:
+    """Yield role and reference of each input from outside the store."""
+    return ((role, reference) for role, reference in node.upstream.items() if reference["kind"] != "artifact")
 
 
-def _artifacts(link: Link) -> list[dict]:
-    return [made for made in link.upstream.values() if made["kind"] == "artifact"]
+def _artifact_references(node: LineageNode) -> list[dict]:
+    return [reference for reference in node.upstream.values() if reference["kind"] == "artifact"]
 
 
-def _link(storage: Storage, folder: str) -> Link:
-    """The record, if it is one and is that of its folder."""
-    link = Link(folder, storage.uri(folder), None)
+def _read_node(storage: Storage, folder: str) -> LineageNode:
+    """Read the record of a folder and check that it is consistent."""
+    node = LineageNode(folder, storage.uri(folder), None)
     name = f"{folder}/{RECORD}"
     try:
         record = json.loads(storage.read(name))
-        link.faults += [f"{storage.uri(name)}: {fault}" for fault in _inconsistent(folder, record)]
-        link.record = record
+        node.faults += [f"{storage.uri(name)}: {fault}" for fault in _record_faults(folder, record)]
+        node.record = record
     except FileNotFoundError:
-        link.faults.append(f"{storage.uri(name)} is missing")
+        node.faults.append(f"{storage.uri(name)} is missing")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        link.faults.append(f"{storage.uri(name)} is no record ({type(error).__name__}: {error})")
-    return link
+        node.faults.append(f"{storage.uri(name)} is not a valid record ({type(error).__name__}: {error})")
+    return node
 
 
-def _inconsistent(folder: str, record: dict) -> Iterator[str]:
-    """Where a record contradicts itself or its folder."""
-    made_of = dict(stage=record["stage"].split("-")[0]) | {key: record[key] for key in ("version", "config", "inputs")}
-    if fingerprint(made_of) != record["fingerprint"]:
+def _record_faults(folder: str, record: dict) -> Iterator[str]:
+    """Yield each contradiction within a record or with its folder."""
+    identity = dict(stage=record["stage"].split("-")[0]) | {key: record[key] for key in ("version", "config", "inputs")}
+    if fingerprint(identity) != record["fingerprint"]:
         yield f"its configuration and inputs do not give its fingerprint {record['fingerprint']}"
     if not folder.endswith(f"-{record['fingerprint']}"):
-        yield f"it is of {record['fingerprint']}, which is not its folder's name"
+        yield f"its fingerprint {record['fingerprint']} is not in its folder's name"
     if listing_digest({file["name"]: file["digest"] for file in record["files"]}) != record["digest"]:
         yield "its list of files does not give its digest"
-    for role, made in record.get("upstream", {}).items():
-        lacking = sorted(NOTED[made["kind"] == "artifact"] - made.keys())
-        if lacking:
-            raise ValueError(f"its upstream {role} has no {', '.join(lacking)}")
-        said = record["inputs"].get(role, "")
-        if made["kind"] == "artifact" and len(said) == len(record["fingerprint"]) and said != made["fingerprint"]:
-            yield f"it says that its {role} was {made['fingerprint']}, and was made from {said}"
+    for role, reference in record.get("upstream", {}).items():
+        missing = sorted(REFERENCE_FIELDS[reference["kind"] == "artifact"] - reference.keys())
+        if missing:
+            raise ValueError(f"its upstream {role} has no {', '.join(missing)}")
+        declared = record["inputs"].get(role, "")
+        is_fingerprint = reference["kind"] == "artifact" and len(declared) == len(record["fingerprint"])
+        if is_fingerprint and declared != reference["fingerprint"]:
+            yield f"its upstream {role} is {reference['fingerprint']}, but its inputs name {declared}"
     if "upstream" not in record:
-        yield f"it does not say what was read: an earlier version made it; --rebuild {made_of['stage']}"
+        yield f"it has no upstream, as an earlier version made it; rebuild it with --rebuild {identity['stage']}"
 
 
-def _changed(storage: Storage, link: Link) -> Iterator[str]:
-    """Listed files that are missing or are not what the record says."""
-    for file in link.record["files"] if link.record else []:
-        name = f"{link.folder}/{file['name']}"
+def _file_faults(storage: Storage, node: LineageNode) -> Iterator[str]:
+    """Yield each listed file that is missing or differs from the record."""
+    for file in node.record["files"] if node.record else []:
+        name = f"{node.folder}/{file['name']}"
         try:
             found = storage.digest(name)
         except FileNotFoundError:

@@ -1,18 +1,18 @@
-"""The tables that others may read, as Arrow schemas, and how rows become Parquet bytes."""
+"""Arrow schemas of the tables in artifacts, and conversion between rows and Parquet files."""
 
 import io
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from masters.common.errors import ArtifactError
+from masters.common.errors import ArtifactError, one_line
 from masters.store.storage import Storage
 
 text = pa.string()
 
-PROMPT_TOO_LONG = "prompt_too_long"  # finish_reason: with its longest answer it exceeds what an engine admits
+PROMPT_TOO_LONG = "prompt_too_long"  # finish_reason: prompt and longest answer exceed the engine's context length
 
-# `answer`: the first of `accepted_answers`, which is shown and learnt
+# `answer` is the first of `accepted_answers`; it is shown and trained on
 QUESTIONS = pa.schema([
     ("question_id", text), ("question_digest", text), ("image_digest", text), ("image", pa.binary()),
     ("question", text), ("answer", text), ("accepted_answers", pa.list_(text)), ("split", text), ("category", text),
@@ -49,8 +49,8 @@ DIAGNOSTICS = [(name, pa.float64()) for name in (
     "reward_agreement",
 )]  # fmt: skip
 
-# a training step: means over its questions, diagnostics over what each is counted in; kd and sft have no rewards, few
-# steps a probe
+# a row per training step: means over its questions; each diagnostic is a mean over the tokens or responses it counts.
+# The objectives kd and sft have no rewards; only some steps measure `probe_accuracy`
 HISTORY = pa.schema([
     ("step", pa.int64()), ("epoch", pa.int32()), ("stage", pa.int32()), ("mask_ratio", pa.float64()),
     ("questions", pa.int32()), ("learning_rate", pa.float64()), ("loss", pa.float64()), *REWARD,
@@ -58,27 +58,27 @@ HISTORY = pa.schema([
     ("questions_with_advantage", pa.float64()), ("probe_accuracy", pa.float64()), *DIAGNOSTICS,
 ])  # fmt: skip
 
-# a response in a training step; `teacher_ratio`: of the masked teacher that the student was compared with
+# a row per response in a training step; `teacher_ratio` is the mask ratio of the teacher in the divergence
 REWARDS = pa.schema([
     ("step", pa.int64()), ("epoch", pa.int32()), ("stage", pa.int32()), ("teacher_ratio", pa.float64()),
     *RESPONSE_KEY, *REWARD, ("reward", pa.float64()), ("advantage", pa.float64()),
 ])  # fmt: skip
 
-# what an engine answers; `evaluate` adds whether it is right
+# rows that an engine writes; the stage `evaluate` adds `correct`
 PREDICTED = pa.schema([("question_id", text), ("model", text), ("text", text), ("finish_reason", text)])
 
 PREDICTIONS = pa.schema([
     ("question_id", text), ("model", text), ("text", text), ("correct", pa.bool_()), ("finish_reason", text),
 ])  # fmt: skip
 
-# of lmms-eval: `benchmark` as it was asked for, `task` one of those that it consists of
+# scores of lmms-eval: `benchmark` as the user named it, `task` one of its tasks
 BENCHMARK_SCORES = pa.schema([
     ("benchmark", text), ("task", text), ("version", text), ("metric", text), ("filter", text), ("value", pa.float64()),
     ("standard_error", pa.float64()), ("n", pa.int64()),
 ])  # fmt: skip
 
-# `doc_id`: its place in the task's data; `response`: as the model gave it; `filtered`: what was scored; `scores`: JSON,
-# by metric what the task noted of the row
+# `doc_id`: index in the task's data; `response`: the model's text; `filtered`: the text that was scored; `scores`: JSON
+# object from metric to the task's entry for the row
 BENCHMARK_SAMPLES = pa.schema([
     ("benchmark", text), ("task", text), ("doc_id", pa.int64()), ("prompt", text), ("target", text),
     ("response", text), ("filtered", text), ("scores", text),
@@ -90,35 +90,35 @@ PLAN = pa.schema([
 
 
 def encode(rows: list[dict], schema: pa.Schema) -> bytes:
-    """Rows as one Parquet file. The same rows give the same bytes."""
+    """Encode rows as one Parquet file. Equal rows give equal bytes."""
     return encode_table(pa.Table.from_pylist(rows, schema=schema))
 
 
 def encode_table(table: pa.Table) -> bytes:
-    """A table as one Parquet file."""
+    """Encode a table as one Parquet file."""
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()
 
 
 def decode(data: bytes, columns: list[str] | None = None) -> pa.Table:
-    """A Parquet file as a table."""
-    # on Arrow's own threads a buffer of Python's can be freed after the interpreter is gone, which aborts the process
+    """Decode a Parquet file to a table."""
+    # an Arrow thread may free a Python buffer after the interpreter has shut down, which aborts the process
     return pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(columns=columns, use_threads=False)
 
 
 def read(storage: Storage, name: str, columns: list[str] | None = None) -> pa.Table:
-    """A Parquet file of the store as a table. Raises ArtifactError if it is none, or lacks a column."""
+    """Read a Parquet file of the store. Raises ArtifactError if it is damaged or lacks a column."""
     data = storage.read(name)
     try:
         return decode(data, columns)
     except (pa.ArrowException, OSError, KeyError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise ArtifactError(f"{storage.uri(name)} ({len(data)} bytes) cannot be read as Parquet: {said}") from error
+        reason = one_line(error, 200)
+        raise ArtifactError(f"{storage.uri(name)} ({len(data)} bytes) cannot be read as Parquet: {reason}") from error
 
 
-def rows_in(data: bytes) -> int | None:
-    """How many rows a Parquet file holds, by its footer; None where it is damaged."""
+def count_rows(data: bytes) -> int | None:
+    """Return the number of rows in a Parquet file's footer; None if the file is damaged."""
     try:
         return pq.read_metadata(pa.BufferReader(data)).num_rows
     except (pa.ArrowException, OSError):
