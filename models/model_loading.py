@@ -1,4 +1,4 @@
-"""Local model folders: what they hold, their identity, and loading them."""
+"""Local model folders: finding, checking, loading and masking them, and exporting a trained student."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -9,20 +9,20 @@ from safetensors import safe_open
 from masters.common.errors import InputError
 from masters.models.distributed import Replicate, Sharding, to_local
 from masters.models.families.base import VLM
-from masters.models.masking import apply_mask, copy_masked, safetensors_tensors
+from masters.models.masking import apply_mask, copy_masked, iterate_tensors
 
-Hold = Callable[[torch.nn.Module], torch.nn.Module]
+ShardModel = Callable[[torch.nn.Module], torch.nn.Module]
 REPLICATE = Replicate()
-# never fetched from the hub: formats that run code when they are opened, or that nothing here reads
-UNWANTED = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]
+# never fetched from the hub: formats that run code when opened, or that are not read here
+UNSAFE_FILES = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]
 
 
-def resolve(model: str, revision: str | None) -> Path:
-    """The local folder of a model: a folder as it is, a hub id downloaded. Raises InputError."""
+def resolve_model_folder(model: str, revision: str | None) -> Path:
+    """The local folder of a model; a hub id is downloaded. Raises InputError if files are missing."""
     folder = Path(model).resolve() if Path(model).is_dir() else _download(model, revision)
-    for needed in ("config.json", "tokenizer_config.json"):
-        if not (folder / needed).is_file():
-            raise InputError(f"model {model}: expected {needed} in its folder, found none")
+    for name in ("config.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            raise InputError(f"model {model}: expected {name} in its folder, found none")
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"model {model}: expected safetensors weights in its folder, found none")
     return folder
@@ -34,15 +34,15 @@ def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, ignore_patterns=UNWANTED))
-    except Exception as error:  # the hub client raises many kinds; each means the same to the user
+        return Path(snapshot_download(model, revision=revision, ignore_patterns=UNSAFE_FILES))
+    except Exception as error:  # the hub client raises many kinds; to the user each means the same
         raise InputError(
             f"model {model} is neither a folder nor reachable on the hub ({type(error).__name__})"
         ) from error
 
 
 def check_readable(folder: Path) -> None:
-    """Every safetensors file opens and holds what its header says. Raises InputError."""
+    """Raises InputError unless every safetensors file opens and holds what its header says."""
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, "pt") as tensors:
@@ -51,23 +51,26 @@ def check_readable(folder: Path) -> None:
             raise InputError(f"weights {file} cannot be read: {error}") from error
 
 
-def load_model(folder: Path, dtype: str, device: str = "cpu", hold: Hold | None = None) -> VLM:
-    """The model in `dtype`, in evaluation mode (nothing in these families' training depends on the mode).
+def load_model(folder: Path, dtype: str, device: str = "cpu", shard_model: ShardModel | None = None) -> VLM:
+    """Load a model in `dtype` and evaluation mode (no layer of these families trains differently in training mode).
 
-    Text attention on a GPU skips the blocks that a packed row's mask leaves empty. `hold`: puts it on the device, as a
-    way of sharding does; as a whole without.
+    On a GPU, text attention skips empty blocks of a packed row's mask. `shard_model`: moves the loaded model to the
+    device; by default every rank holds it whole.
     """
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation=attention(device),
-        use_safetensors=True, trust_remote_code=False,
-    )  # fmt: skip
-    return (hold or Replicate(device).shard_model)(model).eval()
+        folder,
+        dtype=getattr(torch, dtype),
+        attn_implementation=attention_implementation(device),
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    return (shard_model or Replicate(device).shard_model)(model).eval()
 
 
-def attention(device: str) -> dict[str, str]:
-    """The model's attention, and its text model's, on a device."""
+def attention_implementation(device: str) -> dict[str, str]:
+    """The attention implementation of the model ("") and of its text model on a device."""
     from masters.models.packing import flex_attention
 
     return {"": "sdpa", "text_config": flex_attention.NAME if device.startswith("cuda") else "sdpa"}
@@ -75,53 +78,54 @@ def attention(device: str) -> dict[str, str]:
 
 @torch.no_grad()
 def remask(model: torch.nn.Module, folder: Path, thresholds: dict[str, float], sharding: Sharding = REPLICATE) -> None:
-    """Set every tensor of `thresholds` again, masked below its threshold (Eq. 1-2), in the model's own storage.
+    """Restore every tensor named in `thresholds` from the checkpoint, masked below its threshold (Eq. 1-2), in place.
 
-    The checkpoint's tensors are read one by one and copied in slices: at no time is more than one of them held beside
-    the model. Masks are taken on their values there, before any change of type, as the engine takes them; each rank
-    takes those of what it holds. Raises InputError for a tensor that the model does not have.
+    The checkpoint's tensors are read one by one and copied in chunks, so that at most one is held beside the model.
+    Masks are computed from the checkpoint's values before any change of type, as the engine does; each rank masks its
+    own part. Raises InputError for a tensor that the model does not have.
     """
-    parameters, named = sharding.local_parameters(model), parameter_names(model, thresholds.keys())
-    unknown = {name for name in thresholds if named[name] not in parameters}
+    parameters, names = sharding.local_parameters(model), parameter_names(model, thresholds.keys())
+    unknown = {name for name in thresholds if names[name] not in parameters}
     if unknown:
         raise InputError(
-            f"model {folder}: {len(unknown)} masked tensors are no parameters of it (first: {min(unknown)})"
+            f"model {folder}: {len(unknown)} masked tensors are not parameters of the model (first: {min(unknown)})"
         )
-    for name, tensor in safetensors_tensors(folder, thresholds.keys()):
-        parameter = parameters[named[name]]
+    for name, tensor in iterate_tensors(folder, thresholds.keys()):
+        parameter = parameters[names[name]]
         copy_masked(to_local(parameter), to_local(sharding.shard(tensor, parameter)), thresholds[name])
 
 
-def parameter_names(model: VLM, saved: Iterable[str]) -> dict[str, str]:
-    """What transformers calls the tensors that a checkpoint calls `saved`: some families' files keep older names."""
+def parameter_names(model: VLM, checkpoint_names: Iterable[str]) -> dict[str, str]:
+    """Map a checkpoint's tensor names to the model's parameter names: some families' files keep older names."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    now = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     renamings = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
+    prefix = model.base_model_prefix
     return {
-        name: name if name in now else rename_source_key(name, renamings, [], model.base_model_prefix, now)[0]
-        for name in saved
+        name: name if name in parameters else rename_source_key(name, renamings, [], prefix, parameters)[0]
+        for name in checkpoint_names
     }
 
 
-def masked_tensors(folder: Path, thresholds: dict[str, float]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The checkpoint's tensors, masked where `thresholds` names them, one at a time."""
-    for name, tensor in safetensors_tensors(folder):
+def iterate_masked_tensors(folder: Path, thresholds: dict[str, float]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of a checkpoint, one at a time, masked where `thresholds` has a threshold above 0."""
+    for name, tensor in iterate_tensors(folder):
         yield name, apply_mask(tensor, thresholds[name]) if thresholds.get(name, 0.0) > 0 else tensor
 
 
-def export(trained: dict[str, torch.Tensor], source: Path, out: Path) -> None:
-    """A Hugging Face folder in the data type of the student it came from, with its processor and tokenizer.
+def export_student(trained: dict[str, torch.Tensor], source: Path, destination: Path) -> None:
+    """Write a Hugging Face folder with the trained parameters, in the type of the student in `source`.
 
-    `trained`: the student's parameters, whole.
+    The processor and tokenizer come from `source`. `trained`: full parameters by name; emptied to save memory.
     """
     from transformers import AutoProcessor
 
-    dtype = next(tensor.dtype for _, tensor in safetensors_tensors(source) if tensor.is_floating_point())
+    dtype = next(tensor.dtype for _, tensor in iterate_tensors(source) if tensor.is_floating_point())
     student = load_model(source, str(dtype).removeprefix("torch."))
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             parameter.copy_(trained.pop(name))
-    student.save_pretrained(out)
-    AutoProcessor.from_pretrained(source, trust_remote_code=False).save_pretrained(out)
+    student.save_pretrained(destination)
+    AutoProcessor.from_pretrained(source, trust_remote_code=False).save_pretrained(destination)

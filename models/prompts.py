@@ -1,7 +1,9 @@
-"""A question as models see it: the chat template over one user turn, the image, then the text, nothing added.
+"""Prompts of questions: the chat template over one user turn with the image and then the text, nothing added.
 
-How many tokens a prompt has with its image expanded is counted without making the image's tensors: the text is
-tokenized, the image's tokens come from the processor's own arithmetic on its size, which transformers keeps for vLLM.
+Prompt lengths are counted without making image tensors: the text is tokenized, and the number of image tokens comes
+from the processor's own arithmetic on the image size, which transformers keeps for vLLM.
+
+Shapes: P prompt tokens.
 """
 
 import io
@@ -9,59 +11,66 @@ import io
 import torch
 from PIL import Image
 
-from masters.data.images import rgb
+from masters.data.images import to_rgb
 from masters.rewards.judge_prompts import TAGS, Conversation
 
 
-def opened(image: bytes) -> Image.Image:
-    return rgb(Image.open(io.BytesIO(image)))
+def open_image(image: bytes) -> Image.Image:
+    """Decode an image file to RGB."""
+    return to_rgb(Image.open(io.BytesIO(image)))
 
 
-def chat(processor, question: str) -> str:
-    """The prompt's text, one image token in it."""
+def chat_prompt(processor, question: str) -> str:
+    """The prompt's text, which holds one image token."""
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
     return processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
 
 
-def conversation_tokens(processor, tokenizer, conversation: Conversation) -> list[int] | None:
-    """A conversation's tokens up to where the model goes on; None where what it quotes holds a control token.
+def tokenize_conversation(processor, tokenizer, conversation: Conversation) -> list[int] | None:
+    """Token ids of a conversation up to the model's next turn; None if quoted text holds a control token.
 
-    Tags keep quoted text in its place only as long as it cannot end the turn or begin another.
+    Tags separate quoted text from instructions only if it cannot end its turn or begin another.
     """
-    ids = _rendered(processor, tokenizer, conversation)
-    bare = [turn | {"content": "".join(TAGS.findall(turn["content"]))} for turn in conversation]
+    ids = _tokenize_turns(processor, tokenizer, conversation)
+    without_quotes = [turn | {"content": "".join(TAGS.findall(turn["content"]))} for turn in conversation]
     control = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ours, expected = (sum(token in control for token in of) for of in (ids, _rendered(processor, tokenizer, bare)))
-    return ids if ours == expected else None
+    found, expected = (
+        sum(token in control for token in tokens)
+        for tokens in (ids, _tokenize_turns(processor, tokenizer, without_quotes))
+    )
+    return ids if found == expected else None
 
 
-def _rendered(processor, tokenizer, conversation: Conversation) -> list[int]:
+def _tokenize_turns(processor, tokenizer, conversation: Conversation) -> list[int]:
     text = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def label_tokens(tokenizer, answer: str) -> list[int]:
-    """A label's tokens with the end token."""
+def tokenize_label(tokenizer, answer: str) -> list[int]:
+    """Token ids of a reference answer, followed by the end token."""
     return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
 def model_inputs(processor, question: str, image: bytes) -> dict[str, torch.Tensor]:
-    """The processor's output: [1, P] token tensors and the family's image tensors."""
-    return dict(processor(text=[chat(processor, question)], images=[opened(image)], return_tensors="pt"))
+    """Returns the processor's output: token tensors [1, P] and the family's image tensors."""
+    return dict(processor(text=[chat_prompt(processor, question)], images=[open_image(image)], return_tensors="pt"))
 
 
-class PromptLength:
-    """Counts as the processor it is given does, to the token; it is asked once, for what it writes around an image."""
+class PromptLengthCounter:
+    """Counts a prompt's tokens exactly as the processor does.
+
+    The processor runs once, to learn how many tokens it writes around an image.
+    """
 
     def __init__(self, processor) -> None:
-        self._processor, self._around = processor, 0
-        image, text = Image.new("RGB", (64, 64)), chat(processor, "?")
-        real = len(processor(text=[text], images=[image])["input_ids"][0])
-        self._around = real - self(text, image.size)
+        self._processor, self._tokens_around_image = processor, 0
+        image, text = Image.new("RGB", (64, 64)), chat_prompt(processor, "?")
+        exact = len(processor(text=[text], images=[image])["input_ids"][0])
+        self._tokens_around_image = exact - self(text, image.size)
 
     def __call__(self, text: str, size: tuple[int, int]) -> int:
-        """`text`: of the chat template, one image in it; `size`: the image's width and height in pixels."""
+        """`text`: a `chat_prompt`; `size`: the image's width and height in pixels."""
         width, height = size
-        counted = self._processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
-        words = len(self._processor.tokenizer(text)["input_ids"])
-        return words + counted["num_image_tokens"][0] + self._around
+        image_tokens = self._processor._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_tokens"][0]
+        text_tokens = len(self._processor.tokenizer(text)["input_ids"])
+        return text_tokens + image_tokens + self._tokens_around_image

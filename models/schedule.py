@@ -1,4 +1,4 @@
-"""The mask schedule under the name that scripts import it by; it is in `masters.config.mask_schedule`."""
+"""The mask schedule under its public name; the code is in `masters.config.mask_schedule`."""
 
 from masters.config.mask_schedule import mask_ratio
 

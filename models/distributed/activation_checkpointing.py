@@ -1,4 +1,4 @@
-"""Activation checkpointing: a transformer block keeps its inputs alone, and is computed again in the backward pass."""
+"""Activation checkpointing: a transformer block keeps only its inputs and is computed again in the backward pass."""
 
 from functools import partial
 
@@ -9,9 +9,10 @@ from masters.models.distributed.base import transformer_blocks
 
 
 def checkpoint_activations(model: torch.nn.Module) -> None:
-    """Let every block of a model be computed twice. Gradients are the same; names and hooks of modules stay.
+    """Checkpoint the activations of every block of a model, in place.
 
-    Where weights are sharded a block has them gathered anyway while its backward pass runs.
+    Gradients stay the same; names and hooks of modules stay. Where weights are sharded, a block has them gathered
+    during its backward pass anyway.
     """
     for block in transformer_blocks(model):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -1,4 +1,4 @@
-"""What the ranks of a training run tell each other."""
+"""Collectives over the ranks of a training run."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
@@ -11,55 +11,56 @@ from masters.models.distributed import Sharding
 T = TypeVar("T")
 
 
-def all_gather(world: int, own: T) -> list[T]:
-    """What each of `world` processes has, in order of rank, on all of them."""
+def all_gather(world: int, value: T) -> list[T]:
+    """The values of all `world` ranks, in order of rank, on every rank."""
     if world == 1:
-        return [own]
-    everyone = [own] * world
-    dist.all_gather_object(everyone, own)
-    return everyone
+        return [value]
+    values = [value] * world
+    dist.all_gather_object(values, value)
+    return values
 
 
-def lockstep(sharding: Sharding, world: int, own: Iterable[T]) -> Iterator[T | None]:
-    """This rank's items; where a pass needs all ranks, None as long as another rank still has one."""
+def lockstep(sharding: Sharding, world: int, items: Iterable[T]) -> Iterator[T | None]:
+    """Yield this rank's items; where a pass needs all ranks, then None as long as another rank still has items."""
     if not sharding.lockstep or world == 1:
-        yield from own
+        yield from items
         return
-    waiting = iter(own)
+    iterator = iter(items)
     while True:
-        item = next(waiting, None)
-        left = torch.tensor(int(item is not None))
-        dist.all_reduce(left)
-        if not left:
+        item = next(iterator, None)
+        ranks_with_item = torch.tensor(int(item is not None))
+        dist.all_reduce(ranks_with_item)
+        if not ranks_with_item:
             return
         yield item
 
 
 def gather_to_rank0(
-    sharding: Sharding, held: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.nn.Parameter]
+    sharding: Sharding, tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.nn.Parameter]
 ) -> dict[str, torch.Tensor]:
-    """Whole tensors on the CPU, on rank 0; none on the others, which hold one at a time. All ranks call it together.
+    """Gather full tensors on rank 0's CPU; other ranks return {} and hold one full tensor at a time.
 
-    `parameters`: by the same names, what each tensor is of: the parameter itself, its gradient or a state of it.
+    A collective: all ranks call it together. `parameters`: by the same names, the parameter that each tensor is, or is
+    a gradient or an optimizer state of.
     """
-    first, found = _rank() == 0, {}
-    for name, tensor in held.items():
-        whole = sharding.full_tensor(tensor.detach(), parameters[name])
-        if first:
-            found[name] = whole.cpu().contiguous()
-    return found
+    gathered = {}
+    for name, tensor in tensors.items():
+        full = sharding.full_tensor(tensor.detach(), parameters[name])
+        if _rank() == 0:
+            gathered[name] = full.cpu().contiguous()
+    return gathered
 
 
 def broadcast_from_rank0(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of what rank 0 has, on every rank, one at a time. The others' own is not looked at."""
+    """Yield (name, tensor) of rank 0's tensors on every rank, one at a time. Other ranks' `tensors` are ignored."""
     if not dist.is_initialized():
         yield from tensors.items()
         return
-    first, box = _rank() == 0, [[(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]]
-    dist.broadcast_object_list(box, 0)
-    for name, shape, dtype in box[0]:
-        tensor = tensors[name].contiguous() if first else torch.empty(shape, dtype=dtype)
-        dist.broadcast(tensor.reshape(-1).view(torch.uint8), 0)  # bytes: of whatever type, bit for bit
+    headers = [[(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]]
+    dist.broadcast_object_list(headers, 0)
+    for name, shape, dtype in headers[0]:
+        tensor = tensors[name].contiguous() if _rank() == 0 else torch.empty(shape, dtype=dtype)
+        dist.broadcast(tensor.reshape(-1).view(torch.uint8), 0)  # as bytes, since backends do not know every type
         yield name, tensor
 
 

@@ -1,9 +1,9 @@
-"""FSDP2: every rank holds a share of each weight, gradient and optimizer state, blocks are gathered while they run.
+"""FSDP2: every rank holds a shard of each weight, gradient and optimizer state; blocks are gathered while they run.
 
-What would go wrong silently, and is not done here: sharding `model.model` and then the model (tied heads come apart);
-calling a part of the model outside of its root's forward (tensors and shares mix); leaving the mean over ranks to a
-backend (some sum where a mean is wanted: gradients are summed here, which `check_gradient_sum` shows before anything
-is trained).
+Mistakes that would be silent, and are avoided here: sharding `model.model` and then the model (tied heads come apart);
+calling a part of the model outside of its root's forward (full tensors and shards mix); leaving the mean over ranks to
+a backend (some sum where a mean is asked for; here gradients are summed, which `check_gradient_sum` verifies before
+training).
 """
 
 from collections.abc import Callable
@@ -20,23 +20,23 @@ from masters.config import Train
 from masters.models.distributed.base import check_gradient_sum, transformer_blocks
 
 T = TypeVar("T")
-FORWARD = "within_forward"  # the method of a root in which its weights are whole
+FULL_FORWARD = "forward_with_full_weights"  # method of a root module in which its weights are full tensors
 
 
 class Fsdp2:
-    """Shares of weights on a process group that is there already (see `base.Sharding`).
+    """Shards of weights over an initialized process group (see `base.Sharding`).
 
-    With products in bfloat16, weights are gathered in it: autocast, which replicas take, would keep a copy of all of
-    them until the backward pass. Shares of weights and sums of gradients stay in float32.
+    With products in bfloat16, weights are gathered in bfloat16: autocast, which `Replicate` uses, would keep a copy of
+    all of them until the backward pass. Shards of weights and sums of gradients stay in float32.
     """
 
     lockstep = True
 
     def __init__(self, device: str) -> None:
-        kind = torch.device(device).type
-        if kind == "cuda":
+        device_type = torch.device(device).type
+        if device_type == "cuda":
             torch.cuda.set_device(device)
-        self._mesh = init_device_mesh(kind, (dist.get_world_size(),))
+        self._mesh = init_device_mesh(device_type, (dist.get_world_size(),))
         check_gradient_sum(self, "fsdp2", device)
 
     def shard_model(self, model: torch.nn.Module, train: Train | None = None) -> torch.nn.Module:
@@ -44,35 +44,35 @@ class Fsdp2:
         if train and train.compute_dtype != "float32":
             policy = MixedPrecisionPolicy(getattr(torch, train.compute_dtype), reduce_dtype=torch.float32)
         for block in transformer_blocks(model):
-            self._shard(block, policy)
-        return self._shard(model, policy)  # and what is in no block: embeddings, the head, norms, as one
+            self._shard_module(block, policy)
+        return self._shard_module(model, policy)  # embeddings, head and norms outside of blocks, as one group
 
     def local_parameters(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-        # a root keeps its own weights gathered after a forward pass without gradients, and would go on with them
+        # a root keeps its own weights gathered after a forward pass without gradients, and would reuse these
         cast(FSDPModule, model).reshard()
         return dict(model.named_parameters())
 
-    def within(self, model: torch.nn.Module, work: Callable[[torch.nn.Module], T]) -> T:
-        return getattr(model, FORWARD)(work)
+    def run_with_full_weights(self, model: torch.nn.Module, function: Callable[[torch.nn.Module], T]) -> T:
+        return getattr(model, FULL_FORWARD)(function)
 
     def sum_gradients(self, model: torch.nn.Module) -> None:
-        """They are: every backward pass sums what it adds."""
+        """Does nothing: every backward pass has already summed its gradients over the ranks."""
 
-    def full_tensor(self, part: torch.Tensor, like: torch.nn.Parameter) -> torch.Tensor:
-        return part.full_tensor() if isinstance(part, DTensor) else part
+    def full_tensor(self, tensor: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-    def shard(self, whole: torch.Tensor, like: torch.nn.Parameter) -> torch.Tensor:
-        shared = cast(DTensor, like)
-        # every rank has the whole, so that nothing is sent
-        return distribute_tensor(whole, shared.device_mesh, shared.placements, src_data_rank=None)
+    def shard(self, full: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+        sharded = cast(DTensor, parameter)
+        # every rank has the full tensor, so nothing is sent
+        return distribute_tensor(full, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
-    def _shard(self, module: torch.nn.Module, policy: MixedPrecisionPolicy) -> torch.nn.Module:
+    def _shard_module(self, module: torch.nn.Module, policy: MixedPrecisionPolicy) -> torch.nn.Module:
         fully_shard(module, mesh=self._mesh, mp_policy=policy)
-        shared = cast(FSDPModule, module)
-        # losses are divided by the questions of all ranks already, so gradients are to be summed: by a plain sum, as
-        # what a backend makes of "mean" differs
-        shared.set_force_sum_reduction_for_comms(True)
-        shared.set_gradient_divide_factor(1.0)
-        setattr(module, FORWARD, MethodType(lambda itself, work: work(itself), module))
-        register_fsdp_forward_method(module, FORWARD)
+        sharded = cast(FSDPModule, module)
+        # losses are already divided by the number of questions of all ranks, so gradients are summed: by a plain sum,
+        # since backends differ in what they make of "mean"
+        sharded.set_force_sum_reduction_for_comms(True)
+        sharded.set_gradient_divide_factor(1.0)
+        setattr(module, FULL_FORWARD, MethodType(lambda root, function: function(root), module))
+        register_fsdp_forward_method(module, FULL_FORWARD)
         return module

@@ -1,4 +1,4 @@
-"""Every rank holds everything; gradients are summed once a step, in one message."""
+"""Replication: every rank holds all weights; gradients are summed once a step, in one message."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Replicate:
-    """Weights, gradients and optimizer states whole on every rank (see `base.Sharding`)."""
+    """Weights, gradients and optimizer states are whole on every rank (see `base.Sharding`)."""
 
     lockstep = False
 
@@ -22,25 +22,25 @@ class Replicate:
 
     def shard_model(self, model: torch.nn.Module, train: Train | None = None) -> torch.nn.Module:
         model.to(self._device)
-        return mixed_precision.computing(model, train) if train else model
+        return mixed_precision.apply_autocast(model, train) if train else model
 
     def local_parameters(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         return dict(model.named_parameters())
 
-    def within(self, model: torch.nn.Module, work: Callable[[torch.nn.Module], T]) -> T:
-        return work(model)
+    def run_with_full_weights(self, model: torch.nn.Module, function: Callable[[torch.nn.Module], T]) -> T:
+        return function(model)
 
     def sum_gradients(self, model: torch.nn.Module) -> None:
         if not dist.is_initialized():
             return
         parameters = list(model.parameters())
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-        dist.all_reduce(flat)  # all at once: a message a parameter costs more than the step of a small model
-        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = part.view_as(parameter)
+        dist.all_reduce(flat)  # in one message: one per parameter costs more than the step of a small model
+        for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = gradient.view_as(parameter)
 
-    def full_tensor(self, part: torch.Tensor, like: torch.nn.Parameter) -> torch.Tensor:
-        return part
+    def full_tensor(self, tensor: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+        return tensor
 
-    def shard(self, whole: torch.Tensor, like: torch.nn.Parameter) -> torch.Tensor:
-        return whole
+    def shard(self, full: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+        return full

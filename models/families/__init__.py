@@ -1,6 +1,6 @@
-"""Model families: what differs between them when responses are packed behind a shared prompt.
+"""Model families: the differences that matter when responses are packed behind a shared prompt.
 
-Adding a family is one file here with a `Family` and its entry in `FAMILIES`.
+To add a family, add a file with a class that implements `Family`, and an entry in `FAMILIES`.
 """
 
 from masters.common.errors import InputError
@@ -15,7 +15,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(model_type: str) -> Family:
-    """The family of a model's `config.model_type`. Raises InputError with the families there are."""
+    """The family of a model's `config.model_type`. Raises InputError if it is not supported."""
     if model_type not in FAMILIES:
-        raise InputError(f"model type {model_type!r} is not supported; families: {', '.join(sorted(FAMILIES))}")
+        raise InputError(f"model type {model_type!r} is not supported; expected one of {', '.join(sorted(FAMILIES))}")
     return FAMILIES[model_type]

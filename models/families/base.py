@@ -1,33 +1,36 @@
-"""What the packer asks of a family."""
+"""The interface of a model family, as packing uses it.
+
+Shapes: P prompt tokens, B rows, L packed length, A position axes.
+"""
 
 from typing import Any, Protocol
 
 import torch
 
-VLM = Any  # a model of transformers: a torch.nn.Module, whose parts and config a type checker takes for tensors
+VLM = Any  # a transformers model; a type checker would take the parts and the config of a torch.nn.Module for tensors
 
 
 class Family(Protocol):
-    """How prompts with one image are positioned and how image inputs are put together.
+    """How prompts with one image are positioned and which image tensors the model takes.
 
-    `image_keys` are the processor's outputs that the model takes, concatenated along dimension 0.
+    `image_keys`: names of the processor's image tensors, which are concatenated along dimension 0.
     """
 
     @property
     def image_keys(self) -> tuple[str, ...]: ...
 
     def prompt_positions(self, model: VLM, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Positions [axes, P] of a prompt's tokens, from the processor's output for it ([1, P] ids)."""
+        """Positions [A, P] of a prompt's tokens, from the processor's output (ids are [1, P])."""
         ...
 
     def count_image_tokens(self, config: Any, prompt: dict[str, torch.Tensor]) -> int:
-        """How many tokens the model that `config` describes makes of the prompt's image."""
+        """Number of tokens that the model with this `config` makes of the prompt's image."""
         ...
 
     def token_inputs(self, model: VLM, ids_BL: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Further per-token inputs of the model for packed rows."""
+        """Further per-token inputs of the model, [B, L] each."""
         ...
 
     def model_positions(self, positions_ABL: torch.Tensor) -> torch.Tensor:
-        """Positions [axes, B, L] in the shape that the model takes."""
+        """Positions [A, B, L] in the shape that the model takes."""
         ...

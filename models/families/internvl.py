@@ -1,4 +1,4 @@
-"""InternVL3 and InternVL3.5 in transformers' format: plain positions."""
+"""InternVL3 and InternVL3.5 in transformers' format: one axis of consecutive positions."""
 
 from typing import Any
 

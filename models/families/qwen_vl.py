@@ -1,4 +1,4 @@
-"""Qwen2.5-VL and Qwen3-VL: M-RoPE, three position axes; responses go on after the prompt's largest position."""
+"""Qwen2.5-VL and Qwen3-VL: M-RoPE, three position axes; a response continues after the prompt's largest position."""
 
 from typing import Any
 
@@ -19,9 +19,9 @@ class QwenVL:
         return positions[:, 0]
 
     def count_image_tokens(self, config: Any, prompt: dict[str, torch.Tensor]) -> int:
-        eye = config.vision_config
-        patch = eye.in_channels * eye.temporal_patch_size * eye.patch_size**2  # numbers
-        return prompt["pixel_values"].numel() // patch // eye.spatial_merge_size**2
+        vision = config.vision_config
+        patch_numel = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        return prompt["pixel_values"].numel() // patch_numel // vision.spatial_merge_size**2
 
     def token_inputs(self, model: VLM, ids_BL: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"mm_token_type_ids": (ids_BL == model.config.image_token_id).int()}

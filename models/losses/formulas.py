@@ -1,6 +1,7 @@
-"""The losses' parts as pure functions (Eq. 4-5, 8-11).
+"""Parts of the losses as pure functions of logits and log-probabilities (Eq. 4-5, 8-11).
 
-Shapes: T response tokens, V vocabulary, R responses. Logits may be of any float type; all sums are float32.
+Shapes: T response tokens, N of them selected, V vocabulary, R responses. Logits may be of any float type; all sums are
+float32.
 """
 
 import math
@@ -16,12 +17,17 @@ SKEW = 0.1  # lambda of the skewed divergence
 
 @dataclass(frozen=True)
 class Terms:
-    """What the objective needs of every response token, [T] each: log pi of the token, and D_t (Eq. 4-5).
+    """Per-token terms of the objective, [T] each.
 
-    `kl_T`: the exact D_KL(pi || pi_ref), None without pi_ref's own forward pass. `reference_logp_T`: log pi_ref of the
-    token, a constant, None where it has no part in the objective. Without a gradient, for diagnostics: `entropy_T` of
-    pi, in nats; `squared_slope_T` = ||onehot - pi||^2, that of log pi's slope with respect to the logits; `greedy_T`:
-    whether the token is pi's likeliest.
+    logp_T: log pi of the token.
+    divergence_T: D_t (Eq. 4-5).
+    kl_T: the exact D_KL(pi || pi_ref); None without a forward pass of pi_ref.
+    reference_logp_T: log pi_ref of the token, a constant; None where the objective does not use it.
+
+    Without a gradient, for diagnostics:
+    entropy_T: entropy of pi, in nats.
+    squared_grad_T: ||onehot - pi||^2, the squared gradient of log pi with respect to the logits.
+    greedy_T: whether the token is pi's likeliest.
     """
 
     logp_T: torch.Tensor
@@ -29,36 +35,39 @@ class Terms:
     kl_T: torch.Tensor | None = None
     reference_logp_T: torch.Tensor | None = None
     entropy_T: torch.Tensor | None = None
-    squared_slope_T: torch.Tensor | None = None
+    squared_grad_T: torch.Tensor | None = None
     greedy_T: torch.Tensor | None = None
 
-    def at(self, index_N: torch.Tensor) -> "Terms":
-        """The terms of the tokens at these places, [N] each."""
-        parts: list[Any] = [None if value_T is None else value_T[index_N] for value_T in vars(self).values()]
-        return Terms(*parts)
+    def select(self, index_N: torch.Tensor) -> "Terms":
+        """The terms of the tokens at these indices, [N] each."""
+        selected: list[Any] = [None if value_T is None else value_T[index_N] for value_T in vars(self).values()]
+        return Terms(*selected)
 
 
-def terms(
+def token_terms(
     student_logits_TV: torch.Tensor,
     teacher_logits_TV: torch.Tensor,
     token_T: torch.Tensor,
     divergence: str,
     reference_logits_TV: torch.Tensor | None = None,
 ) -> Terms:
-    """Dense reference of `head.terms`. `divergence`: "jsd", "kl" or "skew"."""
-    per_token = {"jsd": jensen_shannon, "kl": kl_divergence, "skew": skew_divergence}[divergence]
+    """Dense reference of `chunked_head.token_terms`. `divergence`: "jsd", "kl" or "skew"."""
+    compute = {"jsd": jensen_shannon, "kl": kl_divergence, "skew": skew_divergence}[divergence]
     pi_TV = student_logits_TV.detach().float().softmax(-1)
-    found = Terms(
+    terms = Terms(
         chosen_log_probs(student_logits_TV, token_T),
-        per_token(student_logits_TV, teacher_logits_TV),
+        compute(student_logits_TV, teacher_logits_TV),
         entropy_T=-torch.xlogy(pi_TV, pi_TV).sum(-1),
-        squared_slope_T=(F.one_hot(token_T, pi_TV.shape[1]) - pi_TV).square().sum(-1),
+        squared_grad_T=(F.one_hot(token_T, pi_TV.shape[1]) - pi_TV).square().sum(-1),
         greedy_T=pi_TV.argmax(-1) == token_T,
     )
     if reference_logits_TV is None:
-        return found
-    known_T = chosen_log_probs(reference_logits_TV.detach(), token_T)
-    return replace(found, kl_T=exact_kl(student_logits_TV, reference_logits_TV), reference_logp_T=known_T)
+        return terms
+    return replace(
+        terms,
+        kl_T=exact_kl(student_logits_TV, reference_logits_TV),
+        reference_logp_T=chosen_log_probs(reference_logits_TV.detach(), token_T),
+    )
 
 
 def jensen_shannon(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor) -> torch.Tensor:
@@ -69,59 +78,61 @@ def jensen_shannon(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Ten
     probability is zero. Dense reference: holds several [T, V] tensors.
     """
     q, p = _log_probs(student_logits_TV, teacher_logits_TV)
-    none = (p == -math.inf) & (q == -math.inf)  # logaddexp has no gradient there
-    m = torch.logaddexp(p.masked_fill(none, 0.0), q.masked_fill(none, 0.0)) - LN2
-    return 0.5 * (_expected(p, m) + _expected(q, m))
+    absent = (p == -math.inf) & (q == -math.inf)  # logaddexp has no gradient there
+    m = torch.logaddexp(p.masked_fill(absent, 0.0), q.masked_fill(absent, 0.0)) - LN2
+    return 0.5 * (_expected_log_ratio(p, m) + _expected_log_ratio(q, m))
 
 
 def kl_divergence(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor) -> torch.Tensor:
     """KL(P || Q) = sum_v p (log p - log q) of the teacher's P from the student's Q, in nats per token, [T].
 
-    The `kl` ablation: it takes the place of D in Eq. 4-5. Ours: both are taken over the entries that both models
-    have: with one that only the teacher has (padding of its embedding matrix, never a token) the divergence would be
+    The `kl` ablation replaces D in Eq. 4-5 by it. Ours: both distributions are taken over the entries that both models
+    have. With one that only the teacher has (padding of its embedding matrix, never a token) the divergence would be
     infinite whatever the student does.
     """
     shared = min(student_logits_TV.shape[-1], teacher_logits_TV.shape[-1])
     q, p = _log_probs(student_logits_TV[:, :shared], teacher_logits_TV[:, :shared])
-    return _expected(p, q)
+    return _expected_log_ratio(p, q)
 
 
 def skew_divergence(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor) -> torch.Tensor:
     """KL(P || M), M = lambda P + (1 - lambda) Q, lambda = 0.1, in nats per token, [T]; at most ln 10.
 
-    Ours, in the place of D in Eq. 4-5: skewed KL (DistiLLM, arXiv 2402.03898). Where the student is confidently wrong
-    its slope stays, unlike that of the Jensen-Shannon divergence. Over the entries that both models have, as
-    `kl_divergence`.
+    Ours, in place of D in Eq. 4-5: skewed KL (DistiLLM, arXiv 2402.03898). Where the student is confidently wrong its
+    gradient does not vanish, unlike that of the Jensen-Shannon divergence. As in `kl_divergence`, over the entries that
+    both models have.
     """
     shared = min(student_logits_TV.shape[-1], teacher_logits_TV.shape[-1])
     q, p = _log_probs(student_logits_TV[:, :shared], teacher_logits_TV[:, :shared])
-    none = (p == -math.inf) & (q == -math.inf)  # logaddexp has no gradient there
-    p_, q_ = p.masked_fill(none, 0.0), q.masked_fill(none, 0.0)
-    return _expected(p, torch.logaddexp(p_ + math.log(SKEW), q_ + math.log(1 - SKEW)))
+    absent = (p == -math.inf) & (q == -math.inf)  # logaddexp has no gradient there
+    finite_p, finite_q = p.masked_fill(absent, 0.0), q.masked_fill(absent, 0.0)
+    return _expected_log_ratio(p, torch.logaddexp(finite_p + math.log(SKEW), finite_q + math.log(1 - SKEW)))
 
 
 def chosen_log_probs(logits_TV: torch.Tensor, token_T: torch.Tensor) -> torch.Tensor:
-    """log pi(token) = log softmax(logits)[token], [T], of the responses' tokens: the policy of Eq. 8-11."""
+    """log pi(token) = log softmax(logits)[token], [T]: the policy of Eq. 8-11 at the response tokens."""
     return logits_TV.float().log_softmax(-1).gather(1, token_T[:, None])[:, 0]
 
 
 def exact_kl(student_logits_TV: torch.Tensor, reference_logits_TV: torch.Tensor) -> torch.Tensor:
     """D_KL(pi || pi_ref) = sum_v pi (log pi - log pi_ref) over the whole vocabulary, in nats per token, [T] (Eq. 8-11).
 
-    Ours, as the paper leaves the estimator open. Its slope with respect to the logits, pi ((log pi - log pi_ref) - KL),
-    has a 1-norm of at most 2 (1 + KL), and KL is at most -log pi_ref of the rarest token, a constant of the round:
-    unlike that of "k3" it does not grow with what the student has given up. No gradient reaches pi_ref.
+    Ours, as the paper leaves the estimator open. Its gradient with respect to the logits,
+    pi ((log pi - log pi_ref) - KL), has a 1-norm of at most 2 (1 + KL), and KL is at most -log pi_ref of the rarest
+    token, a constant of the round. Unlike the gradient of "k3" it does not grow as the student's probability of a token
+    falls. No gradient reaches pi_ref.
     """
     q, r = _log_probs(student_logits_TV, reference_logits_TV)
-    return _expected(q, r)
+    return _expected_log_ratio(q, r)
 
 
 def kl_to_reference(logp_T: torch.Tensor, reference_logp_T: torch.Tensor, estimator: str) -> torch.Tensor:
-    """D_KL(pi || pi_ref) from the chosen tokens, [T], with d = log pi_ref - log pi, log pi_ref a constant (Eq. 8-11).
+    """Estimate D_KL(pi || pi_ref) from the chosen tokens, [T], with d = log pi_ref - log pi (Eq. 8-11).
 
-    Ours, as the paper leaves the estimator open. "k3": exp(d) - d - 1, GRPO's usual one. It is meant for tokens that pi
-    samples; on stored tokens its slope, 1 - exp(d), grows without end where pi falls below pi_ref. "clipped": the same
-    with the slope kept at its value at d = 1, 1 - e. "squared": d^2 / 2, whose slope is -d.
+    log pi_ref is a constant. Ours, as the paper leaves the estimator open. "k3": exp(d) - d - 1, GRPO's usual one. It
+    is meant for tokens that pi samples; on stored tokens its derivative, 1 - exp(d), grows without bound where pi falls
+    below pi_ref. "clipped": the same with the derivative clipped at its value at d = 1, 1 - e. "squared": d^2 / 2, with
+    derivative -d.
     """
     d = reference_logp_T - logp_T
     if estimator == "squared":
@@ -131,7 +142,7 @@ def kl_to_reference(logp_T: torch.Tensor, reference_logp_T: torch.Tensor, estima
 
 
 def response_means(value_T: torch.Tensor, response_T: torch.Tensor, responses: int) -> torch.Tensor:
-    """Mean over the tokens of each response, [R]. `response_T` says which response (0..R-1) a token is of.
+    """Mean over the tokens of each response, [R]. `response_T`: the response (0..R-1) that each token belongs to.
 
     Ours, as the paper leaves averaging open: D_j = mean_t D_t (Eq. 4-5), and mean_t in Eq. 8-11.
     """
@@ -161,9 +172,9 @@ def grpo_loss(
 def token_advantages(
     terms: Terms, advantage_T: torch.Tensor, negatives: str, spared_T: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The advantage of each token, [T], from that of its response; no gradient. `negatives` says what becomes of A < 0.
+    """The advantage of each token, [T], from that of its response; no gradient. `negatives` selects the rule for A < 0.
 
-    Ours, as the paper bounds nothing: on stored responses -A log pi pushes a wrong token down without end.
+    Ours, as the paper bounds nothing: on stored responses -A log pi lowers a wrong token's probability without bound.
     "full": A; "clipped": A min(1, pi / pi_ref) (truncated importance sampling, TOPR, arXiv 2503.14286);
     "first_difference": A, but 0 for `spared_T`, as `first_difference.spared_tokens` finds them; "none": 0.
     """
@@ -180,16 +191,16 @@ def token_advantages(
 
 
 def _log_probs(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 log-softmax of both, the narrower padded with probability zero."""
+    """Float32 log-softmax of both; the narrower one is padded with probability zero."""
     q, p = (x.float().log_softmax(-1) for x in (student_logits_TV, teacher_logits_TV.detach()))
     width = max(q.shape[1], p.shape[1])
     q, p = (F.pad(x, (0, width - x.shape[1]), value=-math.inf) for x in (q, p))
     return q, p
 
 
-def _expected(p_TV: torch.Tensor, other_TV: torch.Tensor) -> torch.Tensor:
+def _expected_log_ratio(p_TV: torch.Tensor, other_TV: torch.Tensor) -> torch.Tensor:
     """sum_v p (log p - log other), [T]; a term of probability zero is zero, and so is its gradient."""
-    there = p_TV > -math.inf
-    p = p_TV.masked_fill(~there, 0.0)
-    other = other_TV.masked_fill(~there, 0.0)
-    return (torch.where(there, p.exp(), 0.0) * (p - other)).sum(-1)
+    present = p_TV > -math.inf
+    p = p_TV.masked_fill(~present, 0.0)
+    other = other_TV.masked_fill(~present, 0.0)
+    return (torch.where(present, p.exp(), 0.0) * (p - other)).sum(-1)

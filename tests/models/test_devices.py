@@ -17,7 +17,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
     def have(count: int, slot: int | None, visible: str | None = None) -> None:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-        for name, value in ((devices.VISIBLE, visible), (SLOT, slot)):
+        for name, value in ((devices.VISIBLE_DEVICES, visible), (SLOT, slot)):
             monkeypatch.setenv(name, "")  # so that what is claimed is undone
             monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, str(value))
 
@@ -37,23 +37,23 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
 )
 def test_engines_that_run_together_share_no_gpu(gpus, count, slot, visible, each, own) -> None:
     gpus(count, slot, visible)
-    devices.claim(each)
-    assert os.environ.get(devices.VISIBLE) == own
+    devices.claim_gpus(each)
+    assert os.environ.get(devices.VISIBLE_DEVICES) == own
 
 
 @pytest.mark.parametrize(("count", "slot", "each"), [(1, 1, 1), (4, 2, 2), (2, 0, 4)])
 def test_an_engine_without_a_gpu_of_its_own_is_refused(gpus, count, slot, each) -> None:
     gpus(count, slot)
     with pytest.raises(InputError, match=rf"expected {each} GPUs .*found {count} for {slot + 1} or more"):
-        devices.claim(each)
+        devices.claim_gpus(each)
 
 
 def test_a_rank_has_a_gpu_of_its_own(gpus, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     gpus(0, None)
-    assert devices.of_rank(1, 2) == "cpu"
+    assert devices.select_device(1, 2) == "cpu"
     gpus(2, None)
-    assert [devices.of_rank(rank, 2) for rank in range(2)] == ["cuda:0", "cuda:1"] and taken == [0, 1]
-    with pytest.raises(InputError, match="train_processes is 3, expected one a GPU at most, found 2 GPUs: lower it"):
-        devices.of_rank(0, 3)
+    assert [devices.select_device(rank, 2) for rank in range(2)] == ["cuda:0", "cuda:1"] and taken == [0, 1]
+    with pytest.raises(InputError, match="train_processes is 3, expected at most one per GPU, found 2 GPUs: lower it"):
+        devices.select_device(0, 3)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from demo import families
-from masters.models.masking import apply_mask, group_thresholds, magnitude_thresholds, safetensors_tensors
+from masters.models.masking import apply_mask, group_thresholds, magnitude_thresholds, iterate_tensors
 from masters.models.model_loading import load_model, remask
 from tests.models.family_questions import load_masked
 
@@ -32,7 +32,7 @@ def test_a_checkpoint_is_masked_whatever_its_files_call_its_tensors(
             (tmp_path / file.name).write_bytes(file.read_bytes())
         save_file(dict(plain.named_parameters()), tmp_path / "model.safetensors", {"format": "pt"})
         folder = tmp_path
-    rows = group_thresholds(lambda: safetensors_tensors(folder), [RATIO], "matrix")
+    rows = group_thresholds(lambda: iterate_tensors(folder), [RATIO], "matrix")
     masked = load_masked(folder, {r["tensor"]: r["threshold"] for r in rows}, "bfloat16")
     kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)
     hidden = {f"{n}.weight" for n, m in plain.named_modules() if isinstance(m, kinds) and n != "lm_head"}

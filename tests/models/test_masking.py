@@ -20,7 +20,7 @@ from masters.models.masking import (
     is_masked,
     magnitude_thresholds,
     mask_group,
-    safetensors_tensors,
+    iterate_tensors,
 )
 from masters.store import tables
 from tests.models import float64_reference
@@ -63,7 +63,7 @@ def test_thresholds_equal_the_sorted_reference(dtype: torch.dtype) -> None:
 
 @dtypes
 def test_thresholds_across_counting_pieces(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masking, "PIECE", 64)
+    monkeypatch.setattr(masking, "CHUNK", 64)
     weight = awkward(dtype)["normal"]
     assert magnitude_thresholds(weight, MANY) == sorted_reference(weight, MANY)
 
@@ -145,14 +145,14 @@ def test_masked_are_the_linear_and_convolution_weights(name: str, tied: bool, tm
     for parameter in model.parameters():  # constants (norms of ones) would not tell one tensor from another
         torch.nn.init.normal_(parameter)
     model.save_pretrained(tmp_path)
-    saved = {content(t): n for n, t in safetensors_tensors(tmp_path)}
+    saved = {content(t): n for n, t in iterate_tensors(tmp_path)}
     kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)
     expected = {
         saved[content(module.weight)]
         for path, module in model.named_modules()
         if isinstance(module, kinds) and not path.endswith("lm_head")
     }
-    masked = {n for n, t in safetensors_tensors(tmp_path) if is_masked(n, t.ndim)}
+    masked = {n for n, t in iterate_tensors(tmp_path) if is_masked(n, t.ndim)}
     assert len(expected) > 15
     assert masked == expected
 
@@ -214,7 +214,7 @@ def test_group_thresholds(dtype: torch.dtype, granularity: str, tmp_path: Path) 
     save_file({n: t for n, t in tensors.items() if "layers" in n}, tmp_path / "a.safetensors")
     save_file({n: t for n, t in tensors.items() if "layers" not in n}, tmp_path / "b.safetensors")
     ratios = [*RATIOS, 1.0]
-    rows = group_thresholds(lambda: safetensors_tensors(tmp_path), ratios, granularity, (r"excluded",))
+    rows = group_thresholds(lambda: iterate_tensors(tmp_path), ratios, granularity, (r"excluded",))
     assert [(r["tensor"], r["mask_ratio"]) for r in rows] == [(n, r) for n in MASKED for r in ratios]
     for row in rows:
         group = [tensors[n].flatten() for n in MASKED if mask_group(n, granularity) == row["mask_group"]]

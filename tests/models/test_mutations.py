@@ -41,17 +41,17 @@ OBJECTIVE: dict[str, list[Edit]] = {
     "a token too many": [(first_difference, "spared_tokens", "t < shared", "t <= shared")],
     "a sum where rewards are gated": [(combination, "combined_rewards", "accuracy_G * (1 + ", "accuracy_G + (0 + ")],
     "no baseline shift": [(advantages, "group_advantages", " - baseline_shift", "")],
-    "no weight of the rewards": [(objective, "masters", "train.reward_weight * ", "")],
-    "the balance of all responses": [(objective, "shares", "taught_R & ~score_R", "~score_R")],
-    "the balance turned round": [(objective, "shares", "1 - trust_R, trust_R", "trust_R, 1 - trust_R")],
-    "no trust without a verdict": [(objective, "shares", "clamp(min=1), 1.0)", "clamp(min=1), 0.0)")],
+    "no weight of the rewards": [(objective, "masters_loss", "train.reward_weight * ", "")],
+    "the balance of all responses": [(objective, "loss_weights", "by_teacher_R & ~score_R", "~score_R")],
+    "the balance turned round": [(objective, "loss_weights", "1 - accuracy_R, accuracy_R", "accuracy_R, 1 - accuracy_R")],
+    "no trust without a verdict": [(objective, "loss_weights", "clamp(min=1), 1.0)", "clamp(min=1), 0.0)")],
     "no relative floor": [(distillation, "distillation_rewards", "floors[1] * d", "0 * d")],
     "no floor in nats": [(distillation, "distillation_rewards", "max(floors[0], ", "max(0.0, ")],
     "the KL term's sign": [(formulas, "grpo_loss", "- beta *", "+ beta *")],
     "no KL term": [(formulas, "grpo_loss", "- beta *", "- 0 * beta *")],
-    "the exact KL turned round": [(formulas, "exact_kl", "_expected(q, r)", "_expected(r, q)")],
+    "the exact KL turned round": [(formulas, "exact_kl", "_expected_log_ratio(q, r)", "_expected_log_ratio(r, q)")],
     "the exact KL from the teacher": [
-        (formulas, "terms", "exact_kl(student_logits_TV, reference", "exact_kl(student_logits_TV, teacher")
+        (formulas, "token_terms", "exact_kl(student_logits_TV, reference", "exact_kl(student_logits_TV, teacher")
     ],
     "an estimate for the exact KL": [(objective, "kl_term", 'train.kl == "exact" or', "False or")],
     "the KL estimator turned round": [
@@ -65,13 +65,13 @@ OBJECTIVE: dict[str, list[Edit]] = {
         (
             formulas,
             "jensen_shannon",
-            "torch.logaddexp(p.masked_fill(none, 0.0), q.masked_fill(none, 0.0)) - LN2",
+            "torch.logaddexp(p.masked_fill(absent, 0.0), q.masked_fill(absent, 0.0)) - LN2",
             "((p.clamp(min=-50) + q.clamp(min=-50)) / 2).log_softmax(-1)",
         )
     ],
-    "half of the divergence": [(formulas, "jensen_shannon", "_expected(p, m) + _expected(q, m)", "_expected(p, m)")],
+    "half of the divergence": [(formulas, "jensen_shannon", "_expected_log_ratio(p, m) + _expected_log_ratio(q, m)", "_expected_log_ratio(p, m)")],
     "a mixture of other shares": [(formulas, "skew_divergence", "math.log(1 - SKEW)", "math.log(SKEW)")],
-    "KL in the wrong direction": [(formulas, "kl_divergence", "_expected(p, q)", "_expected(q, p)")],
+    "KL in the wrong direction": [(formulas, "kl_divergence", "_expected_log_ratio(p, q)", "_expected_log_ratio(q, p)")],
     "a gradient to the teacher": [(formulas, "_log_probs", "teacher_logits_TV.detach()", "teacher_logits_TV")],
     "a gradient through the rewards": [
         (formulas, "grpo_loss", "advantage_T.detach()", "advantage_T"),
@@ -82,8 +82,8 @@ OBJECTIVE: dict[str, list[Edit]] = {
         (
             objective,
             "advantages",
-            "give(divergence_R[of], valid_G, same_G)",
-            'give(divergence_R, None if rewards.accuracy == "off" else ~score_R.isnan())[of]',
+            "(divergence_R[members], is_valid_G, same_G)",
+            '(divergence_R, None if rewards.accuracy == "off" else ~score_R.isnan())[members]',
         )
     ],
     "min-max not reversed": [
@@ -122,10 +122,9 @@ OBJECTIVE: dict[str, list[Edit]] = {
     ],
     "no shared divergence": [(distillation, "_prepared", "d[same] = d[same].mean()", "pass")],
     "a missing verdict taken for 0": [
-        (objective, "advantages", "else ~score_R[of].isnan()", "else torch.ones(len(of), dtype=torch.bool)"),
-        (objective, "advantages", "else score_R[of]", "else score_R[of].nan_to_num(0.0)"),
+        (objective, "advantages", "is_valid_G = ~score_G.isnan()", "score_G = score_G.nan_to_num(0.0); is_valid_G = ~score_G.isnan()")
     ],
-    "no divergence in the loss": [(objective, "masters", "share_R * divergence_R", "share_R * divergence_R.detach()")],
+    "no divergence in the loss": [(objective, "masters_loss", "weight_R * divergence_R", "weight_R * divergence_R.detach()")],
     "fine-tuning on wrong responses too": [(objective, "supervised", "score_R >= RIGHT", "score_R >= 0")],
     "half right is wrong": [(objective, "supervised", "score_R >= RIGHT", "score_R > RIGHT")],
     "a mean over all of a question's responses": [
@@ -136,14 +135,14 @@ OBJECTIVE: dict[str, list[Edit]] = {
         (objective, "supervised", " / right_Q.clamp(min=1)[packed.question_R]", "")
     ],
     "a question without a right response divides by 0": [(objective, "supervised", ".clamp(min=1)", "")],
-    "no accuracy reward": [(objective, "advantages", "combined_rewards(reward_G, ", "combined_rewards(0 * reward_G, ")],
+    "no accuracy reward": [(objective, "advantages", "combined_rewards(score_G, ", "combined_rewards(0 * score_G, ")],
 }  # fmt: skip
 
 OTHERS: dict[str, list[Edit]] = {
-    "ties are zeroed": [(masking, "_kept", ">= threshold", "> threshold")],
-    "the signed weight is compared": [(masking, "_kept", "weight.abs()", "weight")],
-    "a rank too high": [(masking, "rank", "math.floor(Fraction(str(ratio)) * count)", "math.ceil(ratio * count)")],
-    "a rank in floats": [(masking, "rank", "Fraction(str(ratio))", "ratio")],
+    "ties are zeroed": [(masking, "_is_kept", ">= threshold", "> threshold")],
+    "the signed weight is compared": [(masking, "_is_kept", "weight.abs()", "weight")],
+    "a rank too high": [(masking, "order_index", "math.floor(Fraction(str(ratio)) * count)", "math.ceil(ratio * count)")],
+    "a rank in floats": [(masking, "order_index", "Fraction(str(ratio))", "ratio")],
     "stages from the bottom": [(mask_schedule, "mask_stages", "range(count, -1, -1)", "range(count + 1)")],
     "a stage too late": [(mask_schedule, "mask_ratio", "iteration * len", "(iteration - 1) * len")],
     "one stage too many": [(mask_schedule, "stage_of", "* stages", "* (stages + 1)")],
@@ -162,7 +161,7 @@ def check_masks_and_schedule() -> None:
         expected = float64_reference.mask_ratio(i, 13, Fraction("0.2"), Fraction("0.05"))
         assert mask_schedule.mask_ratio(i, 13, 0.2, 0.05) == float(expected)
         digest = f"{i:x}" + "7" * 63
-        assert mask_schedule.stage_of(digest, 5) == float64_reference.stage(digest, 5)
+        assert mask_schedule.mask_stage_of(digest, 5) == float64_reference.stage(digest, 5)
 
 
 def test_the_code_as_it_is_passes() -> None:

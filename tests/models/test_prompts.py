@@ -12,14 +12,14 @@ from transformers import AutoProcessor
 from demo import families
 from masters.config import Generate, Runtime
 from masters.models.generation.engine import Engine, Reply, Request
-from masters.models.prompts import PromptLength, chat, model_inputs
+from masters.models.prompts import PromptLengthCounter, chat_prompt, model_inputs
 from masters.store.tables import PROMPT_TOO_LONG
 from tests.fork_server.call import call_in_process
 
 SIZES = [(1, 1), (40, 40), (64, 64), (57, 200), (1920, 1080), (1080, 1920)]
 QUESTIONS = ["?", "what shape is it?", "👩‍👩‍👧‍👦" * 500, "ما لون الشكل؟\n" * 9, "  two  spaces "]
 LARGE = 1_000_000  # pixels of an image that Qwen's published processors would keep
-SAMPLING = Generate(max_tokens=8, dtype="float32")
+SAMPLING = Generate(max_tokens=8, dtype="float32").sampling
 
 
 def png(width: int, height: int) -> bytes:
@@ -42,11 +42,11 @@ def keeps_large_images(folder: Path):
 def test_tokens_are_counted_as_the_processor_makes_them(name: str, tmp_path: Path) -> None:
     folder = families.save(name, tmp_path / "model", ["what shape is it?"])
     for processor in (AutoProcessor.from_pretrained(folder), keeps_large_images(folder)):
-        count, seen = PromptLength(processor), set()
+        count, seen = PromptLengthCounter(processor), set()
         cases = [(size, "what?") for size in SIZES] + [((64, 64), each) for each in QUESTIONS]
         for size, question in cases:
             made = model_inputs(processor, question, png(*size))["input_ids"].shape[1]
-            assert count(chat(processor, question), size) == made, (size, question[:20])
+            assert count(chat_prompt(processor, question), size) == made, (size, question[:20])
             seen.add(made)
         assert len(seen) > len(QUESTIONS)  # sizes and words both count
     assert max(seen) > 2000

@@ -19,7 +19,7 @@ MIXED = Train(compute_dtype="bfloat16")
 
 def stepped(name: str, train: Train) -> tuple[trainer.TrainContext, dict[str, float]]:
     """A step's gradients in the student, and its sums. Answers alone are rewarded: min-max stretches any rounding."""
-    student = mixed_precision.computing(tiny_models.model(name, 0), train)
+    student = mixed_precision.apply_autocast(tiny_models.model(name, 0), train)
     teacher = tiny_models.model(name, 1, 0.2).to(getattr(torch, mixed_precision.frozen_dtype(train)))
     plain = make_job(name)
     job = replace(plain, student=student, teacher=teacher, train=train, rewards=Rewards(distillation="off"))
@@ -50,5 +50,5 @@ def test_a_small_step_is_not_lost() -> None:
 
 def test_without_it_nothing_is_wrapped() -> None:
     model = tiny_models.model(families.NAMES[0], 0)
-    assert mixed_precision.computing(model, Train()) is model and "forward" not in vars(model.model)
+    assert mixed_precision.apply_autocast(model, Train()) is model and "forward" not in vars(model.model)
     assert mixed_precision.frozen_dtype(Train(dtype="bfloat16")) == "bfloat16"

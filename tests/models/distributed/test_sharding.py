@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from masters.config import Runtime, Train
 from masters.execution.processes import LOOPBACK
 from masters.models.training import checkpoint as resume
-from masters.models.training.memory_estimate import footprint
+from masters.models.training.memory_estimate import estimate_memory
 from masters.store.storage import Storage
 from tests.models import sharded_training
 from tests.models.sharded_training import CASES, Tensors, Trained
@@ -184,7 +184,7 @@ def test_a_rank_holds_what_the_estimate_counts(folder: Path, way: str, two: dict
     (folder / "matrices").mkdir(exist_ok=True)
     save_file(numbers, folder / "matrices" / "model.safetensors")
     runtime = Runtime.model_validate(dict(sharding=way, train_processes=2))
-    made = footprint(folder / "matrices", None, Train(), (0, 0), 2, False, runtime=runtime)
+    made = estimate_memory(folder / "matrices", None, Train(), (0, 0), 2, False, runtime=runtime)
     assert two["kept"] == pytest.approx(made.weights + made.gradients, rel=0.02)
 
 

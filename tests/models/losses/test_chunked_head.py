@@ -55,8 +55,8 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
 def test_chunks_give_what_whole_logits_give(widths: tuple[int, int], divergence: str) -> None:
     (student, teacher), reference = projections(widths), pi_ref(widths)
-    whole = formulas.terms(student.logits(), teacher.logits(), TOKEN_T, divergence, reference.logits())
-    chunked = pull(chunked_head.terms(student, teacher, TOKEN_T, divergence, reference), student)
+    whole = formulas.token_terms(student.logits(), teacher.logits(), TOKEN_T, divergence, reference.logits())
+    chunked = pull(chunked_head.token_terms(student, teacher, TOKEN_T, divergence, reference), student)
     for name, expected, found in zip(TERMS, pull(whole, student), chunked, strict=True):
         scale = expected.abs().max().item()
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * max(1.0, scale), msg=lambda m, n=name: n + m)
@@ -80,7 +80,7 @@ def test_without_a_teacher_it_is_the_tokens_log_probability() -> None:
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
 def test_the_slope_is_that_of_finite_differences(widths: tuple[int, int], divergence: str) -> None:
     (student, teacher), reference = projections(widths), pi_ref(widths)
-    found = pull(chunked_head.terms(student, teacher, TOKEN_T, divergence, reference), student)[-2]
+    found = pull(chunked_head.token_terms(student, teacher, TOKEN_T, divergence, reference), student)[-2]
     generator, step = torch.Generator().manual_seed(3), 1e-2
     for _ in range(4):
         along = torch.randn(T, H_STUDENT, generator=generator)
@@ -89,7 +89,7 @@ def test_the_slope_is_that_of_finite_differences(widths: tuple[int, int], diverg
             moved = Projection(student.hidden_TH.detach() + sign * step * along, student.weight_VH)
             logits = (one.logits().double() for one in (moved, teacher, reference))
             own, taught, known = logits
-            return weighed(formulas.terms(own, taught, TOKEN_T, divergence, known)).item()
+            return weighed(formulas.token_terms(own, taught, TOKEN_T, divergence, known)).item()
 
         measured = (total(1) - total(-1)) / (2 * step)
         np.testing.assert_allclose((found * along).sum().item(), measured, rtol=5e-3, atol=5e-3)
@@ -110,7 +110,7 @@ def test_a_large_vocabulary_loses_no_digits(noise: float) -> None:
 
 def test_no_gradient_reaches_teacher_or_reference() -> None:
     (student, teacher), reference = projections((50, 50)), pi_ref((50, 50))
-    found = chunked_head.terms(student, teacher, TOKEN_T, "jsd", reference)
+    found = chunked_head.token_terms(student, teacher, TOKEN_T, "jsd", reference)
     assert found.reference_logp_T is not None and not found.reference_logp_T.requires_grad
     weighed(found).backward()
     assert student.hidden_TH.grad is not None
@@ -119,14 +119,14 @@ def test_no_gradient_reaches_teacher_or_reference() -> None:
 
 
 def test_without_a_reference_there_is_no_kl_term() -> None:
-    found = chunked_head.terms(*projections((50, 50)), TOKEN_T, "jsd")
+    found = chunked_head.token_terms(*projections((50, 50)), TOKEN_T, "jsd")
     assert found.kl_T is None and found.reference_logp_T is None
 
 
 def test_equal_models_diverge_nowhere_and_pull_nowhere() -> None:
     student, _ = projections((50, 50))
     same = Projection(student.hidden_TH.detach(), student.weight_VH.detach())
-    terms = chunked_head.terms(student, same, TOKEN_T, "jsd", same)
+    terms = chunked_head.token_terms(student, same, TOKEN_T, "jsd", same)
     assert terms.kl_T is not None
     value_T = terms.divergence_T + terms.kl_T
     value_T.sum().backward()
@@ -140,7 +140,7 @@ def test_distributions_far_apart_diverge_by_ln_2(gap: float) -> None:
     """One-hot and other one-hot: no infinity, no NaN, in value or slope."""
     weight = gap * torch.eye(4)
     student = Projection(torch.eye(4)[[0]].requires_grad_(), weight.clone().requires_grad_())
-    value_T = chunked_head.terms(student, Projection(torch.eye(4)[[1]], weight), torch.tensor([0]), "jsd").divergence_T
+    value_T = chunked_head.token_terms(student, Projection(torch.eye(4)[[1]], weight), torch.tensor([0]), "jsd").divergence_T
     value_T.sum().backward()
     torch.testing.assert_close(value_T.detach(), torch.tensor([formulas.LN2]))
     assert student.hidden_TH.grad is not None and student.weight_VH.grad is not None
@@ -149,9 +149,9 @@ def test_distributions_far_apart_diverge_by_ln_2(gap: float) -> None:
 
 def test_bfloat16_weights_have_float32_sums() -> None:
     (student, teacher), reference = projections((50, 50), torch.bfloat16), pi_ref((50, 50), torch.bfloat16)
-    found = chunked_head.terms(student, teacher, TOKEN_T, "jsd", reference)
+    found = chunked_head.token_terms(student, teacher, TOKEN_T, "jsd", reference)
     # logits rounded to bfloat16 alike
-    exact = formulas.terms(student.logits(), teacher.logits(), TOKEN_T, "jsd", reference.logits())
+    exact = formulas.token_terms(student.logits(), teacher.logits(), TOKEN_T, "jsd", reference.logits())
     got, dense = (pull(terms, student) for terms in (found, exact))
     for one, other in zip(got[:-2], dense[:-2], strict=True):
         assert one.dtype == torch.float32

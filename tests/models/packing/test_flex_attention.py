@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText
 
 from demo import families
 from masters.models.families import family_of
-from masters.models.model_loading import attention
+from masters.models.model_loading import attention_implementation
 from masters.models.packing import packed_batch
 from tests.models import tiny_models
 
@@ -26,7 +26,7 @@ def test_skipping_empty_blocks_changes_nothing(name: str) -> None:
     ]
     found = []
     for device in ("cpu", "cuda"):
-        model.set_attn_implementation(attention(device))
+        model.set_attn_implementation(attention_implementation(device))
         packed = packed_batch.pack(asked, model, family_of(model.config.model_type), ROW)
         found.append(packed_batch.response_logits(model, packed))
     assert packed.inputs["input_ids"].shape == (1, ROW)
@@ -34,6 +34,6 @@ def test_skipping_empty_blocks_changes_nothing(name: str) -> None:
 
 
 def test_a_gpus_attention_is_one_that_models_load_with() -> None:
-    model = AutoModelForImageTextToText.from_pretrained(FOLDER, attn_implementation=attention("cuda"))
+    model = AutoModelForImageTextToText.from_pretrained(FOLDER, attn_implementation=attention_implementation("cuda"))
     assert packed_batch._skips_empty_blocks(model)
     assert model.model.visual.config._attn_implementation == "sdpa"

@@ -40,7 +40,7 @@ def test_a_batch_is_the_sum_of_its_questions(model: torch.nn.Module, questions: 
         teacher = student.detach().roll(1, dims=1)
         reference = student.detach().roll(2, dims=1)
         score = torch.tensor([s for q in some for s in scores[q.question_id]])
-        terms = formulas.terms(student, teacher, packed.token_T, "jsd", reference)
+        terms = formulas.token_terms(student, teacher, packed.token_T, "jsd", reference)
         return objective.masters_loss(terms, score, packed, train, rewards).loss
 
     together = loss(questions)

@@ -15,7 +15,7 @@ import torch
 from demo import families
 from masters.config import Rewards, Train
 from masters.models.losses import chunked_head, formulas
-from masters.models.masking import group_thresholds, safetensors_tensors
+from masters.models.masking import group_thresholds, iterate_tensors
 from masters.models.model_loading import load_model
 from masters.models.packing import packed_batch, prefix_tree
 from masters.models.packing.packed_batch import pack, response_logits, response_states
@@ -33,7 +33,7 @@ SIDES = [(64, 64), (120, 60), (56, 180)]
 
 
 def masked_model(folder: Path, ratio: float) -> torch.nn.Module:
-    rows = group_thresholds(lambda: safetensors_tensors(folder), [ratio], "matrix")
+    rows = group_thresholds(lambda: iterate_tensors(folder), [ratio], "matrix")
     return family_questions.load_masked(folder, {row["tensor"]: row["threshold"] for row in rows}, "float32")
 
 
@@ -71,12 +71,12 @@ def check_accumulation(
     job: trainer.TrainContext, monkeypatch: pytest.MonkeyPatch, worlds: tuple[int, ...] = (1, 8, 3)
 ) -> None:
     """One process with eight questions = eight processes with one each, gradients summed: same denominators."""
-    monkeypatch.setattr(trainer, "reduced", lambda job, sums: sums)  # gradients add up in the one student instead
+    monkeypatch.setattr(trainer, "sum_over_ranks", lambda context, sums: sums)  # gradients add up in the one student instead
     step, ref, found = Step(0, 0, tuple(range(8))), references(job), []
     for world in worlds:
         job.student.zero_grad()
         ranks = [trainer.run_step(replace(job, rank=rank, world=world), step, ref) for rank in range(world)]
-        found.append((gradient(job.student), step_sums.merged(ranks)))
+        found.append((gradient(job.student), step_sums.merge(ranks)))
     job.student.zero_grad()
     (expected, sums), *others = found
     assert expected.norm() > 1e-3
@@ -110,7 +110,7 @@ def test_packed_gradients_are_those_of_separate_sequences(name: str, tied: bool,
         torch.cat([alone(m, q, r) for q in questions for r in q.responses]) for m in (student, teacher, job.reference)
     ]
     taught, known = (logits.detach() for logits in others)
-    terms = formulas.terms(own, taught, batch.token_T, "jsd", known)
+    terms = formulas.token_terms(own, taught, batch.token_T, "jsd", known)
     score_R = torch.from_numpy(np.concatenate([group.scores for group in job.groups])).float()
     objective.masters_loss(terms, score_R, batch, job.train, job.rewards).loss.backward()
     expected = gradient(student)
@@ -164,7 +164,7 @@ FAULTS: dict[str, Edit] = {
         "[start - 1, *",
     ),
     "a wrong image taken for the same": (prefix_tree, "shared_prefix_length", "if not all(", "if False and not all("),
-    "a mean over one process's questions": (trainer, "_passes", "len(step.groups)).backward", "len(mine)).backward"),
+    "a mean over one process's questions": (trainer, "_forward_backward", "len(step.groups)).backward", "len(rank_groups)).backward"),
 }
 
 
@@ -308,7 +308,7 @@ def test_identical_responses_get_one_reward_wherever_they_are_packed(job: traine
             with torch.no_grad():
                 states = response_states(job.student, pack_), response_states(teacher, pack_)
                 divergence_R = objective.divergences(
-                    pack_.expand(chunked_head.terms(*states, pack_.token_U, "jsd")), pack_
+                    pack_.expand(chunked_head.token_terms(*states, pack_.token_U, "jsd")), pack_
                 )
             score_R = torch.tensor([float(r is not third) for r in order] + [1.0] * 2 * len(company))
             distill_R, advantage_R = objective.advantages(divergence_R, score_R, pack_, job.rewards)
