@@ -1,4 +1,4 @@
-"""What a configuration may name is bounded by the machine's environment; without settings nothing is."""
+"""Allow lists in the environment bound what a configuration may name; without them everything is allowed."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 from masters.common.errors import InputError
 from masters.config import Config, allowlist
-from masters.config.allowlist import Setting, check_allowed, check_config, absolute_root
+from masters.config.allowlist import Setting, absolute_root, check_allowed, check_config
 from masters.config.loading import load
 from masters.data.sources.files import ParquetSource
 from masters.store.storage import open_storage
@@ -16,14 +16,14 @@ DEMO = Path(__file__).parents[2] / "configs" / "easyvqa.toml"
 
 
 @pytest.fixture(autouse=True)
-def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_allow_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     for setting in Setting:
         monkeypatch.delenv(setting, raising=False)
 
 
 @pytest.fixture
-def inside(tmp_path: Path) -> Path:
-    """An allowed folder with links that lead out of it, and one that stays."""
+def allowed_folder(tmp_path: Path) -> Path:
+    """An allowed folder with links that lead out of it and one that stays inside."""
     (tmp_path / "in/deep").mkdir(parents=True)
     (tmp_path / "out").mkdir()
     (tmp_path / "in/link").symlink_to(tmp_path / "out")
@@ -55,11 +55,11 @@ FOLDERS = [
 
 
 @pytest.mark.parametrize(("value", "expected"), FOLDERS)
-def test_a_folder_is_allowed_by_its_list(
-    inside: Path, monkeypatch: pytest.MonkeyPatch, value: str, expected: bool
+def test_a_folder_below_an_allowed_folder_is_allowed(
+    allowed_folder: Path, monkeypatch: pytest.MonkeyPatch, value: str, expected: bool
 ) -> None:
-    place = value.replace("{in}", str(inside)).replace("{top}", str(inside.parent))
-    assert is_allowed(Setting.STORES, place, f"/elsewhere, {inside}", monkeypatch) == expected
+    path = value.replace("{in}", str(allowed_folder)).replace("{top}", str(allowed_folder.parent))
+    assert is_allowed(Setting.STORES, path, f"/elsewhere, {allowed_folder}", monkeypatch) == expected
 
 
 NAMES = [
@@ -114,11 +114,11 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("setting", "field", "override"), REFUSED)
-def test_every_field_is_bounded_by_its_setting_alone(
+def test_each_field_has_its_own_allow_list(
     monkeypatch: pytest.MonkeyPatch, setting: Setting, field: str, override: str
 ) -> None:
     config = demo(override)
-    check_config(config)  # unbounded
+    check_config(config)  # without an allow list everything is allowed
     for other in set(Setting) - {setting}:
         monkeypatch.setenv(other, "*")
     monkeypatch.setenv(setting, "/srv/masters")
@@ -128,7 +128,9 @@ def test_every_field_is_bounded_by_its_setting_alone(
         check_config(config)
 
 
-def test_what_ships_with_us_and_what_we_made_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_built_in_sources_and_trained_students_are_always_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(Setting.DATA, "/srv/data")
     monkeypatch.setenv(Setting.MODELS, "/srv/models")
     store, cached = tmp_path / "store", Path.home() / ".cache/masters/models/0123"
@@ -139,7 +141,7 @@ def test_what_ships_with_us_and_what_we_made_is_allowed(tmp_path: Path, monkeypa
         check_config(demo("store.root=s3://lake", f"student.model={store}/register/x/model"))
 
 
-def test_doors_hold_where_no_configuration_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_and_tracking_check_the_allow_lists_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(Setting.STORES, "/srv")
     with pytest.raises(InputError, match="MASTERS_ALLOWED_STORES"):
         open_storage(str(tmp_path / "store"))
@@ -168,13 +170,13 @@ def test_a_parquet_file_that_is_a_link_out_of_an_allowed_folder_is_not_read(
         "student.model=https://h/m?token=abc",
     ],
 )
-def test_a_configuration_holds_no_secret(override: str) -> None:
-    with pytest.raises(InputError, match="holds a password or a key") as refused:
+def test_a_configuration_with_a_secret_is_refused(override: str) -> None:
+    with pytest.raises(InputError, match="contains a password or a key") as refused:
         check_config(demo(override))
     assert "pass@" not in str(refused.value) and "abc" not in str(refused.value)
 
 
-def test_a_relative_store_is_allowed_before_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_store_is_allowed_before_it_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(Setting.STORES, str(tmp_path / "runs"))
     check_allowed(Setting.STORES, "store.root", absolute_root("runs/demo"))

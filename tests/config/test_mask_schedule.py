@@ -1,4 +1,4 @@
-"""The schedule against a table written by hand and against Eq. 3 read literally."""
+"""The mask schedule against a table written by hand and against Eq. 3 in exact arithmetic."""
 
 import math
 import subprocess
@@ -14,13 +14,13 @@ from masters.config.mask_schedule import mask_ratio, mask_ratios, mask_stage_of
 from tests.models import float64_reference
 
 
-def test_table_of_ten_iterations() -> None:
+def test_mask_ratios_of_ten_iterations() -> None:
     found = [mask_ratio(i, 10, 0.2, 0.05) for i in range(1, 11)]
     assert found == [0.2, 0.15, 0.15, 0.1, 0.1, 0.05, 0.05, 0.0, 0.0, 0.0]
 
 
 @given(st.integers(0, 20), st.sampled_from(["0.05", "0.04", "0.025", "0.01"]), st.integers(1, 300), st.data())
-def test_follows_equation_3_exactly(k: int, step: str, iterations: int, data: st.DataObject) -> None:
+def test_mask_ratio_follows_equation_3_exactly(k: int, step: str, iterations: int, data: st.DataObject) -> None:
     s = Fraction(step)
     r_max = k * s
     i = data.draw(st.integers(1, iterations))
@@ -44,12 +44,12 @@ def test_mask_ratios_of_the_stages() -> None:
         (1, 10, 0.2, -0.1), (1, 10, -0.2, 0.05), (1, 10, 1.2, 0.05), (1, 10, math.nan, 0.05), (1, 10, 0.2, math.nan),
     ],
 )  # fmt: skip
-def test_bad_input_is_refused(iteration: int, iterations: int, r_max: float, step: float) -> None:
+def test_invalid_arguments_raise_value_error(iteration: int, iterations: int, r_max: float, step: float) -> None:
     with pytest.raises(ValueError, match=r"found|multiple"):
         mask_ratio(iteration, iterations, r_max, step)
 
 
-def test_stage_of_is_the_share_of_the_unit_interval() -> None:
+def test_mask_stage_of_divides_the_unit_interval_equally() -> None:
     assert [mask_stage_of(f"{digit:x}" + "0" * 63, 4) for digit in range(16)] == [d // 4 for d in range(16)]
     assert mask_stage_of("f" * 64, 5) == 4
     assert {mask_stage_of(digest(str(n).encode()), 1) for n in range(100)} == {0}
@@ -58,7 +58,7 @@ def test_stage_of_is_the_share_of_the_unit_interval() -> None:
         assert [mask_stage_of(d, stages) for d in digests] == [float64_reference.stage(d, stages) for d in digests]
 
 
-def test_stages_get_equal_shares_of_questions() -> None:
+def test_mask_stages_get_equal_shares_of_the_questions() -> None:
     counts = [0] * 5
     for n in range(5000):
         counts[mask_stage_of(digest(f"question {n}".encode()), 5)] += 1

@@ -1,3 +1,7 @@
+"""Loading and validation of configurations: overrides, presets and error messages."""
+
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -5,18 +9,18 @@ import pytest
 
 from masters.common.errors import InputError
 from masters.config import presets
-from masters.config.loading import override_values, load
+from masters.config.loading import load, override_values
 
 DEMO = Path(__file__).parents[2] / "configs" / "easyvqa.toml"
 
 
 @pytest.mark.parametrize("path", sorted(DEMO.parent.glob("*.toml")), ids=lambda p: p.name)
-def test_every_recipe_loads(path: Path) -> None:
+def test_every_configuration_of_the_repository_loads(path: Path) -> None:
     assert load(path).name == tomllib.loads(path.read_text())["name"]
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         ("train.learning_rate=nan", "train.learning_rate"),
         ("train.learning_rate=-1", "train.learning_rate"),
@@ -32,7 +36,7 @@ def test_every_recipe_loads(path: Path) -> None:
         ("train.control=shuffled_verdicts rewards.accuracy=off", "shuffles the verdicts of rewards.accuracy"),
         ("train.balance=teacher_accuracy rewards.accuracy=off", "needs verdicts on responses of the teacher"),
         ("train.balance=teacher_accuracy generate.student_share=1", "needs verdicts on responses of the teacher"),
-        ("generate.refresh=stage train.targets=labels train.objective=kd", "learns from no response"),
+        ("generate.refresh=stage train.targets=labels train.objective=kd", "does not use responses"),
         ("generate.refresh=stage generate.student_share=0.0", "raise generate.student_share, or set"),
         ("evaluate.split=validation", "needs data.validation_share above 0"),
         ("data.validation_share=1.0", "data.validation_share"),
@@ -47,8 +51,8 @@ def test_every_recipe_loads(path: Path) -> None:
         ("store.root.deeper=1", "not a section"),
     ],
 )
-def test_bad_values_name_their_key(override: str, says: str) -> None:
-    with pytest.raises(InputError, match=says):
+def test_an_error_names_its_key(override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         load(DEMO, override.split())
 
 
@@ -57,14 +61,14 @@ def test_an_objective_without_any_reward_is_refused() -> None:
         load(DEMO, ["rewards.accuracy=off", "rewards.distillation=off"])
 
 
-def test_overrides_are_toml_literals_else_strings() -> None:
+def test_overrides_are_toml_literals_or_strings() -> None:
     config = load(DEMO, ["train.epochs=7", "data.source=my.jsonl", "teachers.0.r_max=0.1", "generate.student_share=0"])
     assert (config.train.epochs, config.data.source, config.teachers[0].r_max) == (7, "my.jsonl", 0.1)
     assert (config.generate.teacher_responses, config.generate.student_responses) == (8, 0)
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)
-def test_a_preset_sets_what_the_file_and_the_overrides_leave_open(name: str) -> None:
+def test_a_preset_sets_only_keys_that_file_and_overrides_leave_open(name: str) -> None:
     config = load(DEMO, [f"preset={name}", "train.beta=0.7"])
     found = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in presets.get_preset(name)}
     assert found == presets.get_preset(name) | {"train.beta": 0.7}
@@ -72,11 +76,11 @@ def test_a_preset_sets_what_the_file_and_the_overrides_leave_open(name: str) -> 
     assert override_values(load(DEMO, ["train.divergence=kl"]), {"preset": name, "train.beta": 0.7}) == config
 
 
-def test_the_presets_decide_the_same_switches() -> None:
+def test_all_presets_set_the_same_keys() -> None:
     assert len({frozenset(switches) for switches in presets.PRESETS.values()}) == 1
 
 
-def test_gated_rewards_need_verdicts_only_where_there_are_rewards() -> None:
+def test_gated_rewards_need_an_accuracy_reward_only_if_rewards_are_used() -> None:
     off = ["preset=recommended", "rewards.accuracy=off"]
     assert load(DEMO, [*off, "train.objective=kd"]).rewards.combine == "gated"
     with pytest.raises(InputError, match="also of preset .recommended.*set rewards.combine"):
@@ -88,9 +92,6 @@ def test_an_unknown_preset_is_refused() -> None:
         load(DEMO, ["preset=best"])
 
 
-def test_the_config_needs_no_torch() -> None:
-    import subprocess
-    import sys
-
+def test_the_configuration_imports_neither_torch_nor_prefect() -> None:
     code = "import sys, masters.config, masters.cli.main; sys.exit('torch' in sys.modules or 'prefect' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,4 +1,4 @@
-"""A study is understood, or refused with one line, before anything runs."""
+"""Loading and validation of a study file; an invalid one is refused with one line before anything runs."""
 
 import tomllib
 from pathlib import Path
@@ -28,13 +28,13 @@ train.objective = "kd"
 """
 
 
-def written(folder: Path, text: str = STUDY) -> Path:
+def write_study(folder: Path, text: str = STUDY) -> Path:
     (folder / "study.toml").write_text(text)
     return folder / "study.toml"
 
 
-def test_an_arm_has_the_configuration_the_base_and_its_own_settings(tmp_path: Path) -> None:
-    config, study = load_study(written(tmp_path))
+def test_an_arm_combines_the_base_configuration_shared_and_own_settings(tmp_path: Path) -> None:
+    config, study = load_study(write_study(tmp_path))
     plain, other = (arm_config(config, study, arm) for arm in ("plain", "other"))
     assert (plain.train.schedule, other.train.schedule, other.train.objective) == ("cosine", "linear", "kd")
     assert plain.teachers[0].r_max == other.teachers[0].r_max == 0.1
@@ -44,9 +44,11 @@ def test_an_arm_has_the_configuration_the_base_and_its_own_settings(tmp_path: Pa
     assert (study.rates("plain"), study.rates("other")) == ([1e-4, 2e-4], [1e-3])
 
 
-def test_an_arms_preset_goes_before_shared_keys_and_after_its_own(tmp_path: Path) -> None:
+def test_an_arms_preset_overrides_shared_keys_but_not_its_own(tmp_path: Path) -> None:
     shared = STUDY.replace("[base]", '[base]\ntrain.negatives = "none"\ntrain.beta = 0.0')
-    config, study = load_study(written(tmp_path, shared + '[arms.paper]\npreset = "paper"\ntrain.divergence = "kl"\n'))
+    config, study = load_study(
+        write_study(tmp_path, shared + '[arms.paper]\npreset = "paper"\ntrain.divergence = "kl"\n')
+    )
     paper = arm_config(config, study, "paper")
     assert (paper.train.negatives, paper.train.beta) == ("full", 0.1)  # the preset's
     assert (paper.train.divergence, paper.train.schedule) == ("kl", "cosine")
@@ -59,13 +61,13 @@ def test_folders_are_relative_to_the_studys_file(tmp_path: Path, monkeypatch: py
     assert config.name == "easyvqa" and study.results == str(DEMO.parent / "easyvqa")
 
 
-def test_a_form_takes_what_a_file_holds(tmp_path: Path) -> None:
-    _, study = load_study(written(tmp_path))
+def test_a_study_survives_serialization(tmp_path: Path) -> None:
+    _, study = load_study(write_study(tmp_path))
     assert Study.model_validate_json(study.model_dump_json()) == study
 
 
 @pytest.mark.parametrize(
-    ("piece", "other", "says"),
+    ("old", "new", "message"),
     [
         ('name = "s"', 'nmae = "s"', "name: missing; nmae: unknown key"),
         ("seeds = [1, 2]", "seeds = [1]", "seeds: List should have at least 2"),
@@ -77,10 +79,10 @@ def test_a_form_takes_what_a_file_holds(tmp_path: Path) -> None:
         ("[1e-3]", "[-1e-3]", "arms.other.learning_rates.0"),
         ("[arms.plain]", "[arms.'no name']", "no name"),
         ("[arms.plain]", "[arms.plain]\ntrain.bta = 1", "arm plain: .*train.bta: unknown key"),
-        ("[arms.plain]", "[arms.plain]\ntrain.seed = 1", "arms.plain: train.seed is no setting of an arm"),
+        ("[arms.plain]", "[arms.plain]\ntrain.seed = 1", "arms.plain: train.seed cannot be set here"),
         ("[arms.plain]", "[arms.plain]\nlearning_rate = 1", "learning_rate: unknown key"),
-        ("[arms.plain]", "[arms.plain]\nevaluate.split = 'test'", "evaluate.split is no setting"),
-        ("[base]", "[base]\nstore.root = 'a'", "base: store.root is no setting of an arm"),
+        ("[arms.plain]", "[arms.plain]\nevaluate.split = 'test'", "evaluate.split cannot be set here"),
+        ("[base]", "[base]\nstore.root = 'a'", "base: store.root cannot be set here"),
         ("[base]", "[base]\nteachers.7.r_max = 0.1", "expected a number below 1"),
         ("[base]", "[validation]\nshare = 0.0\n[base]", "validation.share"),
         ("[arms.plain]", "[[comparisons]]\nbetter = 'plain'\nthan = 'none'\n[arms.plain]", "found none"),
@@ -88,17 +90,17 @@ def test_a_form_takes_what_a_file_holds(tmp_path: Path) -> None:
         ("configs/easyvqa.toml", "configs/none.toml", "configuration not found"),
     ],
 )
-def test_a_study_that_cannot_work_is_refused(piece: str, other: str, says: str, tmp_path: Path) -> None:
-    assert STUDY.count(piece) == 1
-    with pytest.raises(InputError, match=says) as refused:
-        load_study(written(tmp_path, STUDY.replace(piece, other)))
+def test_an_invalid_study_is_refused(old: str, new: str, message: str, tmp_path: Path) -> None:
+    assert STUDY.count(old) == 1
+    with pytest.raises(InputError, match=message) as refused:
+        load_study(write_study(tmp_path, STUDY.replace(old, new)))
     assert "\n" not in str(refused.value)
 
 
-def test_every_study_of_the_repository_is_understood() -> None:
+def test_every_study_of_the_repository_loads() -> None:
     files = sorted((ROOT / "configs/studies").glob("*.toml"))
     assert files
     for file in files:
         config, study = load_study(file)
-        told: dict[str, Any] = tomllib.loads(file.read_text())
-        assert study.arms.keys() == told["arms"].keys() and config.name
+        content: dict[str, Any] = tomllib.loads(file.read_text())
+        assert study.arms.keys() == content["arms"].keys() and config.name

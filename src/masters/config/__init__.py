@@ -1,4 +1,4 @@
-"""The configuration: what may be asked for. Imports no torch."""
+"""The configuration: its sections and keys. Imports no torch."""
 
 from masters.config.fields import Section
 from masters.config.sampling import Sampling

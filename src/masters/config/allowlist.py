@@ -1,19 +1,19 @@
-"""What a configuration may name on this machine: bounded by the machine's own environment, never by the configuration.
+"""Allow lists: what a configuration may name on this machine, set by environment variables and not by configurations.
 
-Each setting is a list separated by commas. A setting that is not there bounds nothing: on their own machine people
-may name what they can reach. Set for a worker, it holds for whatever a form or the API asks that worker for.
+Each variable is a list separated by commas. A variable that is not set allows everything: on their own machine people
+may name whatever they can reach. Variables set for a worker bound what a form or the API can ask that worker for.
 
-MASTERS_ALLOWED_DATA        folders, hub ids (`org/name`, `org/*`)          data.source; digits and easyvqa come with us
+MASTERS_ALLOWED_DATA        folders, hub ids (`org/name`, `org/*`)          data.source (digits, easyvqa: always)
 MASTERS_ALLOWED_STORES      folders, s3://bucket/prefix                     store.root
 MASTERS_ALLOWED_MODELS      folders, hub ids                                student, teachers, judge, models to evaluate
 MASTERS_ALLOWED_JUDGES      host, host:port, or the beginning of a URL      rewards.judge where it is a URL
 MASTERS_ALLOWED_MLFLOW      URLs, folders of SQLite files                   runtime.mlflow_uri
 MASTERS_ALLOWED_RAY         host, host:port                                 runtime.ray_address
 MASTERS_TRUST_REMOTE_CODE   folders, hub ids                                judges that may run code of their own
-MASTERS_BENCHMARK_TASKS     folders                                         lmms-eval tasks of one's own, code and all
-MASTERS_JUDGED_BENCHMARKS   names of lmms-eval tasks                        tasks that may ask a judge's API for scores
+MASTERS_BENCHMARK_TASKS     folders                                         your own lmms-eval tasks, with their code
+MASTERS_JUDGED_BENCHMARKS   names of lmms-eval tasks                        tasks that may call a judge's API for scores
 
-Folders are absolute; links are followed first, and what lies below a folder is allowed with it.
+Folders are absolute paths. Links are resolved first, and everything below an allowed folder is allowed too.
 """
 
 import os
@@ -32,11 +32,11 @@ from masters.config.judge_url import api_base_url, is_url
 from masters.config.schema import BUILT_IN_SOURCES
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-ON_DISK = re.compile(r"(sqlite:///|(file|local):(//(?=/))?)", re.IGNORECASE)
+LOCAL_URL = re.compile(r"(sqlite:///|(file|local):(//(?=/))?)", re.IGNORECASE)
 
 
 class Setting(StrEnum):
-    """Each is read when it is asked for."""
+    """The environment variables with the allow lists. Each is read whenever it is needed."""
 
     DATA = "MASTERS_ALLOWED_DATA"
     STORES = "MASTERS_ALLOWED_STORES"
@@ -53,21 +53,21 @@ class Setting(StrEnum):
         return [entry for part in os.environ.get(self, "").split(",") if (entry := part.strip())]
 
 
-def check_allowed(setting: Setting, field: str, value: str, *also: Path) -> None:
-    """Raises InputError if `value`, a path, a URL or a hub id, is not allowed. `also`: folders allowed beside."""
+def check_allowed(setting: Setting, field: str, value: str, *extra_folders: Path) -> None:
+    """Raise InputError if `value`, a path, URL or hub id, is neither on the allow list nor in an extra folder."""
     entries = setting.entries
-    if entries and not any(_matches(value, entry) for entry in [*entries, *map(str, also)]):
-        raise _refused(setting, field, value)
+    if entries and not any(_matches(value, entry) for entry in [*entries, *map(str, extra_folders)]):
+        raise _not_allowed(setting, field, value)
 
 
 def check_config(config: Config) -> None:
-    """Raises InputError if a configuration names what is not allowed, or a secret. Opens nothing."""
+    """Raise InputError if a configuration contains a secret or names something that is not allowed. Opens nothing."""
     models = [config.student.model, *(teacher.model for teacher in config.teachers)]
     for value in (config.store.root, config.data.source, *models):
         if contains_secret(value):
             raise InputError(
-                f"{value!r:.200} holds a password or a key, and a configuration is kept with the run: take it out; "
-                "keys of stores and hubs are read from the environment (AWS_*, HF_TOKEN)"
+                f"{value!r:.200} contains a password or a key, and the configuration is stored with the run: remove "
+                "it; keys of stores and hubs are read from the environment (AWS_*, HF_TOKEN)"
             )
     check_allowed(Setting.STORES, "store.root", absolute_root(config.store.root))
     if config.runtime.mlflow_uri:
@@ -86,80 +86,86 @@ def check_config(config: Config) -> None:
 
 
 def absolute_root(root: str) -> str:
-    """A store's root, a path as an absolute one: unlike a model's name it is one before it is there, too."""
-    return root if URL.match(root) or ON_DISK.match(root) or "::" in root else str(Path(root).expanduser().absolute())
+    """Return a store's root, as an absolute path if it is a local folder, whether or not the folder exists yet."""
+    is_url_or_absolute = URL.match(root) or LOCAL_URL.match(root) or "::" in root
+    return root if is_url_or_absolute else str(Path(root).expanduser().absolute())
 
 
 def check_model(model: str, store: str | None = None) -> None:
-    """Raises InputError if a model is not allowed; students that our own runs made in an allowed store are."""
-    own = [cache_folder() / "models", *([Path(store).absolute()] if store and not URL.match(store) else [])]
-    check_allowed(Setting.MODELS, "model", model, *own)
+    """Raise InputError if a model is not allowed. Students that earlier runs built in the store `store` are allowed."""
+    student_folders = [cache_folder() / "models"]
+    if store and not URL.match(store):
+        student_folders.append(Path(store).absolute())
+    check_allowed(Setting.MODELS, "model", model, *student_folders)
 
 
 def check_judge(url: str) -> None:
-    """Raises InputError if the host of a judge's URL is not allowed. `url` holds no user, query or fragment."""
+    """Raise InputError if the host of a judge's URL is not allowed. `url` has no user, query or fragment."""
     entries = Setting.JUDGES.entries
-    if entries and not any(_serves(url, entry) for entry in entries):
-        raise _refused(Setting.JUDGES, "rewards.judge", url)
+    if entries and not any(_matches_host(url, entry) for entry in entries):
+        raise _not_allowed(Setting.JUDGES, "rewards.judge", url)
 
 
 def check_ray(address: str) -> None:
-    """Raises InputError if a Ray cluster is not allowed. `address`: HOST:PORT."""
+    """Raise InputError if a Ray cluster is not allowed. `address`: HOST:PORT."""
     entries = Setting.RAY.entries
-    if entries and not any(_serves(f"ray://{address}", entry) for entry in entries):
-        raise _refused(Setting.RAY, "runtime.ray_address", address)
+    if entries and not any(_matches_host(f"ray://{address}", entry) for entry in entries):
+        raise _not_allowed(Setting.RAY, "runtime.ray_address", address)
 
 
 def may_run_code(*names: str) -> bool:
-    """Whether the machine's owner trusts the code that a model brings along. Without the setting nobody does."""
+    """Return whether the code that a model contains is trusted under one of these names. By default none is."""
     return any(_matches(name, entry) for name in names for entry in Setting.CODE.entries)
 
 
-def _refused(setting: Setting, field: str, value: str) -> InputError:
+def _not_allowed(setting: Setting, field: str, value: str) -> InputError:
     return InputError(
         f"{field}: {value!r:.200} is not allowed on this machine; {setting} allows {', '.join(setting.entries)}"
     )
 
 
 def _matches(value: str, entry: str) -> bool:
-    """Whether one entry allows a value: the folder it lies in, the URL it goes on from, or its name."""
-    place = _place(value)
-    if place is not None:
-        root = _place(entry) if ON_DISK.match(entry) or Path(entry).expanduser().is_absolute() else None
-        return root is not None and place.is_relative_to(root)
+    """Return whether an entry allows a value: a path in its folder, a URL below its URL, or its hub id."""
+    path = _resolve_path(value)
+    if path is not None:
+        is_folder = LOCAL_URL.match(entry) or Path(entry).expanduser().is_absolute()
+        folder = _resolve_path(entry) if is_folder else None
+        return folder is not None and path.is_relative_to(folder)
     if URL.match(value):
-        return bool(URL.match(entry)) and _below(value, entry)
+        return bool(URL.match(entry)) and _is_below(value, entry)
     return value == entry or (entry.endswith("/*") and value.count("/") == 1 and value.startswith(entry[:-1]))
 
 
-def _place(value: str) -> Path | None:
-    """The file or folder that is meant, links followed; None for a URL of another kind and for a name."""
-    path = ON_DISK.sub("", value, count=1) if ON_DISK.match(value) else value
-    if path == value and (URL.match(value) or "::" in value):
+def _resolve_path(value: str) -> Path | None:
+    """Return the file or folder that a value names, links resolved; None for other URLs and for hub ids."""
+    is_local_url = bool(LOCAL_URL.match(value))
+    path_text = LOCAL_URL.sub("", value, count=1) if is_local_url else value
+    if not is_local_url and (URL.match(value) or "::" in value):
         return None
     try:
-        there = Path(path).expanduser()
-        if path == value and not there.is_absolute() and not path.startswith(".") and not there.exists():
-            return None
-        return there.resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # no possible name
+        path = Path(path_text).expanduser()
+        if not is_local_url and not path.is_absolute() and not value.startswith(".") and not path.exists():
+            return None  # a hub id
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # such as a null byte in a name
         raise InputError(f"{value!r:.200} cannot be a path: {error}") from None
 
 
-def _below(url: str, entry: str) -> bool:
-    """Whether a URL is the entry's or goes on from it; ".." is resolved first, host and scheme are as they are."""
-    ours, theirs = _parts(url), _parts(entry)
-    return ours[:2] == theirs[:2] and f"{ours[2]}/".startswith(f"{theirs[2].rstrip('/')}/")
+def _is_below(url: str, entry: str) -> bool:
+    """Return whether a URL equals or extends the entry's URL. ".." is resolved; scheme and host must be equal."""
+    scheme, host, path = _split_url(url)
+    entry_scheme, entry_host, entry_path = _split_url(entry)
+    return (scheme, host) == (entry_scheme, entry_host) and f"{path}/".startswith(f"{entry_path.rstrip('/')}/")
 
 
-def _parts(url: str) -> tuple[str, str, str]:
+def _split_url(url: str) -> tuple[str, str, str]:
     parts = urlsplit(url)
     scheme = {"s3a": "s3"}.get(parts.scheme.lower(), parts.scheme.lower())
     return scheme, parts.netloc, posixpath.normpath(f"/{parts.path}").replace("//", "/")
 
 
-def _serves(url: str, entry: str) -> bool:
+def _matches_host(url: str, entry: str) -> bool:
     if URL.match(entry):
-        return _below(url.lower(), entry.lower())
-    wanted, found = urlsplit(f"//{entry.lower()}"), urlsplit(url.lower())
-    return wanted.hostname == found.hostname and wanted.port in (None, found.port)
+        return _is_below(url.lower(), entry.lower())
+    allowed, actual = urlsplit(f"//{entry.lower()}"), urlsplit(url.lower())
+    return allowed.hostname == actual.hostname and allowed.port in (None, actual.port)

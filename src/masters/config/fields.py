@@ -1,10 +1,10 @@
-"""Types and the base class of configuration sections, and words that have a meaning in them."""
+"""Types that configuration sections share, their base class, and values that have a meaning of their own."""
 
 from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-MAX_INT = 2**31 - 1  # of whole numbers: what engines, tables and the flow's JSON take
+MAX_INT = 2**31 - 1  # the largest whole number that engines, tables and the flow's JSON all take
 TEACHER = "teacher"  # rewards.judge: the round's own teacher, unmasked
 NAME_PATTERN = "[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 
@@ -17,19 +17,22 @@ PoolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{0,64}$")]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
-def _takes_whole(annotation: object) -> bool:
-    return annotation is int or any(_takes_whole(part) for part in get_args(annotation))
-
-
 class Section(BaseModel):
-    """Unknown keys are errors; values are not coerced from other types. Descriptions are the run form's help texts."""
+    """Base class of all sections. Unknown keys are errors, values are not coerced from other types.
+
+    The field descriptions are the help texts of the run form in Prefect.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _integral(cls, value: object, info: ValidationInfo) -> object:
-        """To a form, whose numbers are JSON's, 1.0 is a whole number: so it is in a file."""
+    def _convert_whole_float(cls, value: object, info: ValidationInfo) -> object:
+        """Accept 1.0 for an integer, as the run form does: a JSON number has no integer type."""
         if isinstance(value, float) and value.is_integer():
-            return int(value) if _takes_whole(cls.model_fields[info.field_name or ""].annotation) else value
+            return int(value) if _accepts_int(cls.model_fields[info.field_name or ""].annotation) else value
         return value
+
+
+def _accepts_int(annotation: object) -> bool:
+    return annotation is int or any(_accepts_int(part) for part in get_args(annotation))

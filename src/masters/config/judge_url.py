@@ -1,10 +1,10 @@
-"""The URL of a judge: what is accepted, and where the server's API begins. Imports nothing heavy."""
+"""The URL of a judge: validation, and the base URL of its API. Imports nothing heavy."""
 
 from urllib.parse import urlsplit
 
 from masters.common.errors import InputError
 
-API_KEY_VARIABLE = "MASTERS_JUDGE_API_KEY"  # the environment variable with the server's key
+API_KEY_VARIABLE = "MASTERS_JUDGE_API_KEY"
 
 
 def is_url(judge: str) -> bool:
@@ -12,24 +12,30 @@ def is_url(judge: str) -> bool:
 
 
 def api_base_url(url: str) -> str:
-    """Where the API begins: the URL as given, with `/v1` where it has no path. Raises InputError."""
+    """Return the base URL of the judge's API: the URL itself, with `/v1` added if it has no path.
+
+    Raises InputError if the URL is malformed or contains credentials.
+    """
     try:
         parts = urlsplit(url)
-        right = bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number, half an IPv6 address
+        has_host = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # the port is not a number, or an IPv6 address is incomplete
         raise _malformed(url) from None
     if "@" in parts.netloc:
-        raise InputError(f"rewards.judge: the URL holds a user name or key, which records would keep; use {API_KEY_VARIABLE}")
-    if not right or any(c.isspace() or not c.isprintable() for c in url) or parts.query or parts.fragment:
+        raise InputError(
+            "rewards.judge: the URL contains a user name or key, which would be stored with the run; "
+            f"set the key in the environment variable {API_KEY_VARIABLE}"
+        )
+    if not has_host or any(c.isspace() or not c.isprintable() for c in url) or parts.query or parts.fragment:
         raise _malformed(url)
-    _check_takes(url)
+    _check_http_client_accepts(url)
     path = parts.path.rstrip("/").removesuffix("/chat/completions").rstrip("/")
     return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
 
 
-def _check_takes(url: str) -> None:
-    """Raises InputError for what the HTTP client will not take, as a host that no name service knows."""
-    import httpx  # only here: every command reads this module
+def _check_http_client_accepts(url: str) -> None:
+    """Raise InputError for a URL that httpx rejects, such as one with an invalid host name."""
+    import httpx  # imported here because every command imports this module
 
     try:
         httpx.URL(url)

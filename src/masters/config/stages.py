@@ -4,7 +4,7 @@ from enum import StrEnum
 
 
 class Stage(StrEnum):
-    """A stage of the pipeline; each needs those before it."""
+    """A stage of the pipeline. Each stage needs the results of those before it."""
 
     DATA = "data"
     MASK = "mask"
@@ -13,3 +13,9 @@ class Stage(StrEnum):
     TRAIN = "train"
     EVALUATE = "evaluate"
     REGISTER = "register"
+
+
+def stages_up_to(last: Stage) -> frozenset[Stage]:
+    """Return all stages up to and including `last`."""
+    order = list(Stage)
+    return frozenset(order[: order.index(last) + 1])

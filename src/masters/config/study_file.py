@@ -1,4 +1,4 @@
-"""A study: arms that are compared over learning rates and seeds, as a TOML file describes it. Imports no torch."""
+"""The TOML file of a study: arms that are compared over learning rates and seeds. Imports no torch."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,9 +8,9 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from masters.common.errors import InputError
 from masters.config import Config, Section, presets
 from masters.config.fields import NAME_PATTERN, Seed, Text
-from masters.config.loading import override_values, describe_errors, flatten, load, read_toml
+from masters.config.loading import describe_errors, flatten, load, override_values, read_toml
 
-# what the study itself sets, or what changes nothing that is made
+# keys that the study itself sets, or that change nothing that is built
 RESERVED_KEYS = ("name", "store", "nightly", "train.learning_rate", "train.seed", "data.validation_share", "evaluate")
 
 ArmName = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
@@ -19,10 +19,10 @@ Rates = Annotated[list[Rate], Field(min_length=1)]
 
 
 class Validation(Section):
-    """The questions that learning rates are chosen on."""
+    """The validation questions, with which learning rates are chosen."""
 
     share: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = Field(
-        default=0.1, description="Share of the training images that are held out of every arm's training"
+        default=0.1, description="Share of the training images that are held out of training in every arm"
     )
 
 
@@ -32,15 +32,15 @@ class Arm(Section):
     model_config = ConfigDict(extra="allow")
 
     learning_rates: Rates | None = Field(
-        default=None, description="Learning rates to choose from; default: the study's"
+        default=None, description="Learning rates to choose from. Default: those of the study"
     )
     different_steps: bool = Field(
-        default=False, description="Whether this arm may take another number of optimizer steps than the others"
+        default=False, description="Whether this arm may take a different number of optimizer steps than the others"
     )
 
     @property
     def settings(self) -> dict[str, Any]:
-        """By dotted key, whether the file wrote them quoted or as nested tables."""
+        """Settings by dotted key, whether the file contains them as quoted keys or as nested tables."""
         return flatten(self.model_extra or {})
 
 
@@ -48,28 +48,30 @@ class Comparison(Section):
     """A planned comparison of two arms."""
 
     better: ArmName = Field(description="The arm that is expected to be better; the test is two-sided")
-    than: ArmName = Field(description="The arm that it is compared with")
+    than: ArmName = Field(description="The arm it is compared with")
 
 
 class Study(Section):
-    """Arms, how each one's learning rate is chosen, and which arms are compared."""
+    """Arms, the choice of their learning rates, and the comparisons between them."""
 
-    name: ArmName = Field(description="Of the study: letters, digits, - and _")
-    results: Text = Field(description="Folder for one JSON file a finished run, and for the report")
-    learning_rates: Rates = Field(description="Learning rates that each arm chooses from, on validation questions")
-    tuning_seeds: list[Seed] = Field(default=[0], min_length=1, description="Seeds at which the rate is chosen")
-    seeds: list[Seed] = Field(min_length=2, description="Other seeds, at which the chosen rate is tested")
+    name: ArmName = Field(description="Name of the study: letters, digits, - and _")
+    results: Text = Field(description="Folder for the report and one JSON file per finished run")
+    learning_rates: Rates = Field(description="Learning rates from which each arm's is chosen on validation questions")
+    tuning_seeds: list[Seed] = Field(default=[0], min_length=1, description="Seeds of the runs that choose the rate")
+    seeds: list[Seed] = Field(min_length=2, description="Different seeds, of the runs that test the chosen rate")
     validation: Validation = Validation()
     base: dict[str, Any] = Field(default={}, description="Settings that all arms share, by dotted key")
     arms: dict[ArmName, Arm] = Field(min_length=1, description="Arms by name")
-    comparisons: list[Comparison] = Field(default=[], description="Planned comparisons, corrected together")
+    comparisons: list[Comparison] = Field(
+        default=[], description="Planned comparisons; their p-values are corrected together"
+    )
 
     def rates(self, arm: str) -> list[float]:
-        """The arm's learning rates, ascending."""
+        """Return the arm's learning rates in ascending order."""
         return sorted(self.arms[arm].learning_rates or self.learning_rates)
 
     @model_validator(mode="after")
-    def _once(self) -> "Study":
+    def _check_duplicates(self) -> "Study":
         lists = {"learning_rates": self.learning_rates, "tuning_seeds": self.tuning_seeds, "seeds": self.seeds}
         lists |= {f"arms.{name}.learning_rates": arm.learning_rates or [] for name, arm in self.arms.items()}
         for name, values in lists.items():
@@ -80,7 +82,7 @@ class Study(Section):
         return self
 
     @model_validator(mode="after")
-    def _known(self) -> "Study":
+    def _check_comparisons(self) -> "Study":
         for pair in self.comparisons:
             if unknown := sorted({pair.better, pair.than} - self.arms.keys()):
                 raise ValueError(f"comparisons: expected arms of this study, found {', '.join(unknown)}")
@@ -89,19 +91,20 @@ class Study(Section):
         return self
 
     @model_validator(mode="after")
-    def _settable(self) -> "Study":
-        given = {"base": flatten(self.base)} | {f"arms.{name}": arm.settings for name, arm in self.arms.items()}
-        for place, settings in given.items():
+    def _check_settings(self) -> "Study":
+        settings_by_place = {"base": flatten(self.base)}
+        settings_by_place |= {f"arms.{name}": arm.settings for name, arm in self.arms.items()}
+        for place, settings in settings_by_place.items():
             for key in settings:
-                if any(key == own or key.startswith(f"{own}.") for own in RESERVED_KEYS):
+                if any(key == reserved or key.startswith(f"{reserved}.") for reserved in RESERVED_KEYS):
                     raise ValueError(
-                        f"{place}: {key} is no setting of an arm: the study sets it, or it changes nothing"
+                        f"{place}: {key} cannot be set here: the study sets it, or it does not affect the results"
                     )
         return self
 
 
 class StudyFile(Study):
-    """What a TOML file holds: a study and the configuration that it starts from."""
+    """The content of a study's TOML file: a study and the path of its base configuration."""
 
     config: Text = Field(description="Base configuration, relative to the study's file")
 
@@ -109,7 +112,7 @@ class StudyFile(Study):
 def load_study(path: Path) -> tuple[Config, Study]:
     """Read a study's file and its base configuration; folders are relative to the file.
 
-    Raises InputError with one line that names every key at fault.
+    Raises InputError with one line that names every invalid key.
     """
     try:
         file = StudyFile.model_validate(read_toml(path, "study"))
@@ -123,15 +126,15 @@ def load_study(path: Path) -> tuple[Config, Study]:
 
 
 def arm_config(config: Config, study: Study, arm: str) -> Config:
-    """The configuration of an arm, without learning rate and seed. Raises InputError as `changed` does.
+    """Return an arm's configuration, without learning rate and seed. Raises InputError as `override_values` does.
 
-    An arm's own keys go before its preset, and its preset before the keys that all arms share.
+    The arm's own keys override its preset, and its preset overrides the keys that all arms share.
     """
-    held_out = {"data.validation_share": study.validation.share}
-    own, shared = study.arms[arm].settings, flatten(study.base)
+    validation = {"data.validation_share": study.validation.share}
+    settings, shared = study.arms[arm].settings, flatten(study.base)
     try:
-        decided = presets.get_preset(own["preset"]) if "preset" in own else {}
-        shared = {key: value for key, value in shared.items() if key not in decided}
-        return override_values(config, shared | own | held_out)
+        preset = presets.get_preset(settings["preset"]) if "preset" in settings else {}
+        shared = {key: value for key, value in shared.items() if key not in preset}
+        return override_values(config, shared | settings | validation)
     except InputError as error:
         raise InputError(f"study {study.name}, arm {arm}: {error}") from None
