@@ -24,7 +24,7 @@ from masters.flows.summary import Summary
 from masters.reporting.study_report import write_report
 from masters.reporting.study_table import StudyRuns, shown_arm
 from masters.tasks import train, work_pools
-from masters.tasks.evaluate import sampling_of
+from masters.tasks.evaluate import greedy_sampling
 from masters.tasks.progress import warn
 from masters.tasks.report import report_study
 from masters.tasks.run_context import Context, Run
@@ -187,4 +187,4 @@ def settings_digest(context: Context) -> str:
     stages = [
         made_of.fingerprint for made_of in stage_identities(Context(own, context.resources)) if made_of.kind != Stage.REGISTER
     ]
-    return fingerprint(dict(stages=stages, asked=sampling_of(own)))
+    return fingerprint(dict(stages=stages, asked=greedy_sampling(own).to_identity()))

@@ -1,4 +1,4 @@
-"""data: a source becomes the tables `questions` and `rejected`.
+"""data: turn a source into the tables `questions` and `rejected`.
 
 Two passes over the source: the first selects rows (`masters.data.selection`), the second writes them
 (`masters.data.question_table`).
@@ -7,57 +7,65 @@ Two passes over the source: the first selects rows (`masters.data.selection`), t
 from prefect import task
 
 from masters.common.errors import InputError
-from masters.data.question_table import origin, write_tables
-from masters.data.selection import CHANGED, Question
+from masters.data.question_table import source_origin, write_tables
+from masters.data.selection import SOURCE_CHANGED, QuestionKey
 from masters.store.artifacts import Artifact, External, Identity
-from masters.tasks.build import STAGE, build_or_reuse
+from masters.tasks.build import TASK_OPTIONS, StageResult, build_or_reuse
 from masters.tasks.run_context import Context, Run
 
 VERSION = 6  # 5: image_digest; 6: accepted_answers
 
 
-def identity(context: Context) -> Identity:
-    """Content of the source, limits and the texts refused. How many rejections are tolerated shapes no row."""
-    data = context.config.data
-    limits = dict(train_limit=data.train_limit, eval_limit=data.eval_limit)
-    semantic = limits | dict(special_tokens=list(context.ready.special_tokens))
-    if data.validation_share:
-        semantic |= dict(validation_share=data.validation_share)
-    inputs = {"source": context.ready.source.digest()}
-    if context.known:
-        inputs["known"] = context.known.fingerprint
-    return Identity("data", VERSION, semantic, inputs, slug=context.config.name)
+def make_identity(context: Context) -> Identity:
+    """Return the identity: content of the source, limits and refused tokens.
+
+    `data.max_rejected_share` takes no part, as it changes no row.
+    """
+    settings = context.config.data
+    config = dict(
+        train_limit=settings.train_limit,
+        eval_limit=settings.eval_limit,
+        special_tokens=list(context.resources.special_tokens),
+    )
+    if settings.validation_share:
+        config |= dict(validation_share=settings.validation_share)
+    inputs = {"source": context.resources.source.digest()}
+    if context.known_data:
+        inputs["known"] = context.known_data.fingerprint
+    return Identity("data", VERSION, config, inputs, slug=context.config.name)
 
 
-@task(name="data", **STAGE)
+@task(name="data", **TASK_OPTIONS)
 def data(run: Run) -> Artifact:
-    """Tables `questions` and `rejected`. Raises InputError if the source is at fault."""
-    config, source, special_tokens = run.config, run.ready.source, run.ready.special_tokens
-    made_of, known = identity(run), training_questions(run.known)
+    """Build the tables `questions` and `rejected`. Raises InputError if the source is unusable."""
+    settings, source = run.config.data, run.resources.source
+    identity, known = make_identity(run), training_questions(run.known_data)
 
-    def build() -> tuple[dict[str, str], dict, dict]:
-        made = write_tables(config, source, run.storage, made_of.folder, special_tokens, known)
-        if source.digest() != made_of.inputs["source"]:  # written to before the first pass: both found the new rows
-            raise InputError(CHANGED)
-        return *made, {}
+    def build() -> StageResult:
+        special_tokens = run.resources.special_tokens
+        files, facts = write_tables(run.config, source, run.storage, identity.folder, special_tokens, known)
+        if source.digest() != identity.inputs["source"]:  # it changed before the first pass: no pass could notice
+            raise InputError(SOURCE_CHANGED)
+        return StageResult(files, facts)
 
-    upstream: dict[str, Artifact | External] = {"source": origin(config.data, made_of.inputs["source"])}
-    artifact = build_or_reuse(run, made_of, upstream | ({"known": run.known} if run.known else {}), build)
-    facts, limit = artifact.facts, config.data.max_rejected_share
-    # the tolerated share is no part of identity: a reused table is held to today's
-    if facts["rejected"] > limit * facts["read"]:
+    upstream: dict[str, Artifact | External] = {"source": source_origin(settings, identity.inputs["source"])}
+    if run.known_data:
+        upstream["known"] = run.known_data
+    artifact = build_or_reuse(run, identity, upstream, build)
+    facts, limit = artifact.facts, settings.max_rejected_share
+    if facts["rejected"] > limit * facts["read"]:  # a reused table was built under another limit
         raise InputError(
-            f"source {config.data.source}: {facts['rejected']} of {facts['read']} rows rejected, more than "
+            f"source {settings.source}: {facts['rejected']} of {facts['read']} rows rejected, more than "
             f"data.max_rejected_share ({limit:.1%}); all of them: {artifact.uri}/rejected"
         )
     return artifact
 
 
-def training_questions(data: Artifact | None) -> set[Question]:
-    """Ids and digests of the training questions of a data artifact and of all that it left out as known."""
-    found: set[Question] = set()
+def training_questions(data: Artifact | None) -> set[QuestionKey]:
+    """Collect the training questions of a data artifact, and of the earlier ones whose questions it left out."""
+    keys: set[QuestionKey] = set()
     while data:
         rows = data.rows("questions", ["question_id", "question_digest", "split"])
-        found |= {(row["question_id"], row["question_digest"]) for row in rows if row["split"] == "train"}
+        keys |= {(row["question_id"], row["question_digest"]) for row in rows if row["split"] == "train"}
         data = data.upstream("known")
-    return found
+    return keys

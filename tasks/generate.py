@@ -1,128 +1,157 @@
-"""generate: the masked teachers and the student answer every question ahead of time, through vLLM."""
+"""generate: the masked teachers and the student answer every training question ahead of time, through vLLM."""
 
 from collections.abc import Sequence
 from functools import partial
 
 from prefect import task
 
-from masters.config import Generate
 from masters.config.stages import Stage
 from masters.data import question_shards
-from masters.data.question_shards import Ref
-from masters.execution.engines import Stay
+from masters.data.question_shards import QuestionRef
+from masters.execution.engines import KeptEngine
 from masters.execution.processes import Child
-from masters.models.generation.shards import NO_SHARD, GeneratingModel, ShardRequest, collect_shards, narrowed
+from masters.models.generation.shards import UNPLANNED, GeneratingModel, ShardRequest, collect_shards
 from masters.models.judging import batches
 from masters.store.artifacts import Artifact, Identity
-from masters.tasks.build import STAGE, build_or_reuse
-from masters.tasks.generation_stage import answer, forget, set_aside, tell_set_aside
-from masters.tasks.judges import judge_of
-from masters.tasks.mask import thresholds
-from masters.tasks.refresh import of_stage
+from masters.tasks.build import TASK_OPTIONS, StageResult, build_or_reuse
+from masters.tasks.generation_stage import delete_shards, generate_shards, too_long_facts, warn_too_long
+from masters.tasks.judges import scoring_judge
+from masters.tasks.mask import read_thresholds
+from masters.tasks.refresh import mask_stage_refs
 from masters.tasks.run_context import Context, Round, Run
 
 VERSION = 1
 
 
-def sampling(config: Generate) -> dict:
-    """What of [generate] shapes a single response."""
-    names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_tokens", "dtype", "seed")
-    return {name: getattr(config, name) for name in names}
+def shard_requests(context: Context, current: Round, data: Artifact, masks: Artifact) -> list[ShardRequest]:
+    """Request the responses of a round, or of its single mask stage.
 
-
-def orders(context: Context, current: Round, data: Artifact, masks: Artifact) -> list[ShardRequest]:
-    """Who answers which shard: each mask stage's teacher its questions (all, with full coverage), the student all.
-
-    Of a mask stage that is worked on alone, its teacher and its questions.
+    The masked teacher of each mask stage answers that stage's questions (with full coverage all questions), and the
+    student answers all questions.
     """
-    refs = question_shards.references(data, "train")
-    stages = (current.only.number,) if current.only else tuple(range(len(current.ratios)))
-    return _of_teacher(context, current, refs, masks, stages) + _of_student(context, current, refs)
+    refs = question_shards.read_refs(data, "train")
+    stages = (current.mask_stage.number,) if current.mask_stage else tuple(range(len(current.ratios)))
+    return _teacher_requests(context, current, refs, masks, stages) + _student_requests(context, current, refs)
 
 
-def teachers_ahead(context: Context, current: Round, data: Artifact, masks: Artifact) -> list[ShardRequest]:
-    """What the teacher is asked at the mask stages that follow a round's first one: known as that one begins, so that
-    one start of its engine does for all."""
-    if not (current.only and current.begins and current.only.later):
+def later_teacher_requests(context: Context, current: Round, data: Artifact, masks: Artifact) -> list[ShardRequest]:
+    """Request the teacher's responses for the mask stages after the round's first one.
+
+    They depend on no training, so one start of the teacher's engine answers them all. Empty for any other part.
+    """
+    if not (current.mask_stage and current.starts_round and current.mask_stage.remaining):
         return []
-    return _of_teacher(context, current, question_shards.references(data, "train"), masks, current.only.later)
+    refs = question_shards.read_refs(data, "train")
+    return _teacher_requests(context, current, refs, masks, current.mask_stage.remaining)
 
 
-def _of_teacher(
-    context: Context, current: Round, refs: list[Ref], masks: Artifact, stages: tuple[int, ...]
+def _teacher_requests(
+    context: Context, current: Round, refs: list[QuestionRef], masks: Artifact, stages: tuple[int, ...]
 ) -> list[ShardRequest]:
     config, teacher = context.config.generate, current.teacher
-    if not (count := config.teacher_responses):
+    if not config.teacher_responses:
         return []
-    theirs, asked = (
-        GeneratingModel(teacher.name, teacher.folder, teacher.digest, thresholds(masks), masks.fingerprint),
-        [],
-    )
+    thresholds = read_thresholds(masks)
+    model = GeneratingModel(teacher.name, teacher.folder, teacher.digest, thresholds, masks.fingerprint)
+    requests: list[ShardRequest] = []
     for stage in stages:
-        ratio = current.ratios[stage]
-        order = ShardRequest(theirs, NO_SHARD, "responses", "teacher", ratio, stage, count, sampling(config))
-        asked += context.earlier.orders(order, of_stage(context.config, current, refs, stage))
-    return asked
+        template = ShardRequest(
+            model=model,
+            shard=UNPLANNED,
+            kind="responses",
+            source="teacher",
+            mask_ratio=current.ratios[stage],
+            stage=stage,
+            samples=config.teacher_responses,
+            sampling=config.sampling,
+        )
+        stage_refs = mask_stage_refs(context.config, current, refs, stage)
+        requests += context.shard_cache.plan_requests(template, stage_refs)
+    return requests
 
 
-def _of_student(context: Context, current: Round, refs: list[Ref]) -> list[ShardRequest]:
-    """The student's shards are planned over all questions even where it answers those of a mask stage alone: so it
-    answers them as it would have answered them before the round with the weights that it has now."""
-    config, student = context.config.generate, current.answering
-    if not (count := config.student_responses):
+def _student_requests(context: Context, current: Round, refs: list[QuestionRef]) -> list[ShardRequest]:
+    """Request the student's responses.
+
+    Shards are planned over all questions even for a single mask stage: so its questions are answered in the same
+    batches as they would be for the whole round, with the student's present weights.
+    """
+    config, student = context.config.generate, current.generating_student
+    if not config.student_responses:
         return []
-    ours = GeneratingModel(student.name, student.folder, student.digest, {})
-    order = ShardRequest(ours, NO_SHARD, "responses", "student", None, 0, count, sampling(config))
-    planned = context.earlier.orders(order, refs)
-    if current.only is None:
-        return planned
-    wanted = set(of_stage(context.config, current, refs, current.only.number))
-    return [own for whole in planned if (own := narrowed(whole, wanted))]
-
-
-def identity(context: Context, current: Round, asked: list[ShardRequest]) -> Identity:
-    config = context.config.generate
-    made_of = dict(responses=config.responses, coverage=config.coverage, sampling=sampling(config))
-    if current.only:
-        made_of |= dict(mask_stage=current.only.number)
-    inputs = {f"shard-{order.fingerprint}": order.fingerprint for order in asked}
-    return Identity(f"generate{current.suffix}", VERSION, made_of, inputs, slug=context.config.name)
-
-
-@task(name="generate", task_run_name="generate{current.suffix}", **STAGE)
-def generate(run: Run, current: Round, data: Artifact, masks: Artifact, ahead: Sequence[ShardRequest] = ()) -> Artifact:
-    """Table `responses`. `ahead`: what a later stage asks of the same models, for one start of their engines."""
-    with_evaluation = bool(ahead)
-    asked, ahead = orders(run, current, data, masks), [*teachers_ahead(run, current, data, masks), *ahead]
-    made_of = identity(run, current, asked)
-
-    def build() -> tuple[dict[str, str], dict, dict]:
-        judge = _judge_beside(run, current, made_of, data, asked)
-        how = answer(run, made_of, data, asked, ahead, judge, stay=_stay(run, current))
-        files = collect_shards(run.storage, made_of, asked)
-        rows = sum(order.samples * len(order.shard.refs) for order in asked)
-        return files, dict(rows=rows) | set_aside(run.storage, asked), how
-
-    upstream = dict(data=data, masks=masks, teacher=current.teacher.origin, student=current.answering.origin)
-    forgotten = partial(forget, run.storage, asked)
-    made = build_or_reuse(run, made_of, upstream, build, forgotten, ahead=with_evaluation)
-    return tell_set_aside(run, made_of, made, "their responses are empty and are not learnt from")
-
-
-def _stay(run: Run, current: Round) -> Stay | None:
-    """The student's engine, where it stays for the mask stages that follow."""
-    if run.standing is None or current.only is None:
-        return None
-    return Stay(run.standing, current.only.student.digest, again=bool(current.only.later))
-
-
-def _judge_beside(
-    run: Run, current: Round, made_of: Identity, data: Artifact, asked: list[ShardRequest]
-) -> Child | None:
-    """A judge that is a server gives its verdicts while the engines answer; `score` finds them."""
-    judge = judge_of(run, current) if run.config.needs_verdicts else None
-    if judge is None or Stage.SCORE in run.rebuild:  # which forgets what was judged
-        return None
-    return batches.start_early_judging(
-        data, judge, [order.file for order in asked], run.config.runtime, run.work(made_of)
+    template = ShardRequest(
+        model=GeneratingModel(student.name, student.folder, student.digest, {}),
+        shard=UNPLANNED,
+        kind="responses",
+        source="student",
+        mask_ratio=None,
+        stage=0,
+        samples=config.student_responses,
+        sampling=config.sampling,
     )
+    requests = context.shard_cache.plan_requests(template, refs)
+    if current.mask_stage is None:
+        return requests
+    stage_refs = set(mask_stage_refs(context.config, current, refs, current.mask_stage.number))
+    restricted = (request.restrict_to(stage_refs) for request in requests)
+    return [request for request in restricted if request]
+
+
+def make_identity(context: Context, current: Round, requests: list[ShardRequest]) -> Identity:
+    generate = context.config.generate
+    config = dict(responses=generate.responses, coverage=generate.coverage, sampling=generate.sampling.to_identity())
+    if current.mask_stage:
+        config |= dict(mask_stage=current.mask_stage.number)
+    inputs = {f"shard-{request.fingerprint}": request.fingerprint for request in requests}
+    return Identity(f"generate{current.suffix}", VERSION, config, inputs, slug=context.config.name)
+
+
+@task(name="generate", task_run_name="generate{current.suffix}", **TASK_OPTIONS)
+def generate(
+    run: Run, current: Round, data: Artifact, masks: Artifact, evaluation_requests: Sequence[ShardRequest] = ()
+) -> Artifact:
+    """Build the table `responses`.
+
+    `evaluation_requests`: what the evaluation asks of the same models, answered by the same start of their engines.
+    """
+    requests = shard_requests(run, current, data, masks)
+    later_requests = [*later_teacher_requests(run, current, data, masks), *evaluation_requests]
+    identity = make_identity(run, current, requests)
+
+    def build() -> StageResult:
+        judge = _early_judging(run, current, identity, data, requests)
+        engine = _kept_engine(run, current)
+        execution = generate_shards(run, identity, data, requests, later_requests, judge, engine)
+        files = collect_shards(run.storage, identity, requests)
+        rows = sum(request.rows for request in requests)
+        return StageResult(files, dict(rows=rows) | too_long_facts(run.storage, requests), execution)
+
+    upstream = dict(data=data, masks=masks, teacher=current.teacher.origin, student=current.generating_student.origin)
+    delete_stored = partial(delete_shards, run.storage, requests)
+    generated = build_or_reuse(
+        run, identity, upstream, build, delete_stored, prefetch_evaluation=bool(evaluation_requests)
+    )
+    warn_too_long(run, identity, generated, "their responses are empty and are not learnt from")
+    return generated
+
+
+def _kept_engine(run: Run, current: Round) -> KeptEngine | None:
+    """Return the student's engine that is kept between mask stages, None if no engine is kept."""
+    stage = current.mask_stage
+    if run.resident_engine is None or stage is None:
+        return None
+    return KeptEngine(run.resident_engine, stage.student.digest, is_reused=bool(stage.remaining))
+
+
+def _early_judging(
+    run: Run, current: Round, identity: Identity, data: Artifact, requests: list[ShardRequest]
+) -> Child | None:
+    """Make the process in which a judge server judges responses while engines generate; `score` finds its verdicts.
+
+    Returns None without such a judge, and if `score` is rebuilt, which deletes the stored verdicts.
+    """
+    judge = scoring_judge(run, current) if run.config.needs_verdicts else None
+    if judge is None or Stage.SCORE in run.stages_to_rebuild:
+        return None
+    files = [request.file for request in requests]
+    return batches.start_early_judging(data, judge, files, run.config.runtime, run.work_folder(identity))

@@ -1,11 +1,9 @@
-"""What generate and evaluate share: their shards answered by engines, with a bar, and what is said of questions that
-could not be asked.
-"""
+"""Shared by `generate` and `evaluate`: engines answer shards with a progress bar; prompts that are too long."""
 
 from collections.abc import Sequence
 
 from masters.common.errors import MastersError
-from masters.execution.engines import Stay
+from masters.execution.engines import KeptEngine
 from masters.execution.processes import Child
 from masters.models.generation import shards
 from masters.models.generation.shards import ShardRequest
@@ -18,59 +16,65 @@ from masters.tasks.run_context import Run
 REMEDY = "raise runtime.max_model_len (a model's max_position_embeddings bounds it too) or shrink images and questions"
 
 
-def answer(
+def generate_shards(
     run: Run,
-    made_of: Identity,
+    identity: Identity,
     data: Artifact,
-    asked: list[ShardRequest],
-    ahead: Sequence[ShardRequest] = (),
-    beside: Child | None = None,
-    stay: Stay | None = None,
+    requests: list[ShardRequest],
+    later_requests: Sequence[ShardRequest] = (),
+    companion: Child | None = None,
+    kept_engine: KeptEngine | None = None,
 ) -> dict:
-    """Have the orders answered; the shards lie in the store then. Returns how it ran.
+    """Have engines answer the missing shards of a stage, and return how they ran.
 
-    `ahead`: orders of a later stage, answered while the engines of their models are up; `beside`: a process that runs
-    with them; `stay`: see `engines.run`.
+    `later_requests`: shards of later stages, answered while the engines of their models are up. `companion`: a process
+    that runs beside the engines. `kept_engine`: see `engines.run`.
     """
-    built = len(shards.missing_shards(run.storage, asked))
-    with run.progress(made_of, "questions") as progress:
-        how = shards.run_generation(
-            data, [*asked, *ahead], run.config.runtime, run.work(made_of),
-            progress.update, beside, stay,
-        )  # fmt: skip
-    return how | dict(shards=len(asked), shards_built=built, shards_reused=len(asked) - built)
+    missing = len(shards.find_missing(run.storage, requests))
+    with run.track_progress(identity, "questions") as progress:
+        execution = shards.run_generation(
+            data,
+            [*requests, *later_requests],
+            run.config.runtime,
+            run.work_folder(identity),
+            progress.update,
+            companion,
+            kept_engine,
+        )
+    return execution | dict(shards=len(requests), shards_built=missing, shards_reused=len(requests) - missing)
 
 
-def set_aside(storage: Storage, asked: list[ShardRequest]) -> dict[str, int]:
-    """Facts on what could not be asked, none if all could: `rejected` rows and `prompts_too_long`.
+def too_long_facts(storage: Storage, requests: list[ShardRequest]) -> dict[str, int]:
+    """Count the prompts that were too long to be asked, as the facts `rejected` (rows) and `prompts_too_long`.
 
-    Raises MastersError where no prompt fits; the shards are removed, so that another length can be tried.
+    Returns no facts if every prompt fitted. Raises MastersError if none did, after deleting the shards, so that a
+    larger maximum length can be tried.
     """
     rows = prompts = 0
-    for order in asked:
-        reasons = tables.read(storage, order.file, ["finish_reason"])["finish_reason"].to_pylist()
-        rows += (refused := reasons.count(tables.PROMPT_TOO_LONG))
-        prompts += refused // order.samples
-    if asked and prompts == sum(len(order.shard.refs) for order in asked):
-        forget(storage, asked)
-        raise MastersError(f"every prompt, of {prompts:,}, is longer than what the engine admits: {REMEDY}")
+    for request in requests:
+        reasons = tables.read(storage, request.file, ["finish_reason"])["finish_reason"].to_pylist()
+        too_long = reasons.count(tables.PROMPT_TOO_LONG)
+        rows += too_long
+        prompts += too_long // request.samples
+    if requests and prompts == sum(len(request.shard.refs) for request in requests):
+        delete_shards(storage, requests)
+        raise MastersError(f"all {prompts:,} prompts are longer than the engine admits: {REMEDY}")
     return dict(rejected=rows, prompts_too_long=prompts) if rows else {}
 
 
-def tell_set_aside(run: Run, made_of: Identity, artifact: Artifact, consequence: str) -> Artifact:
-    """Counts in the stage's entry and a warning, whether the artifact was built or reused. Returns it."""
+def warn_too_long(run: Run, identity: Identity, artifact: Artifact, consequence: str) -> None:
+    """Report prompts that were too long, in the stage's entry and in a warning, for a reused artifact too."""
     if prompts := artifact.facts.get("prompts_too_long"):
         run.stages[-1]["prompts_too_long"] = prompts
         warn(
-            f"{made_of.stage}: prompts longer than what the engine admits: {prompts:,}; {consequence}; "
-            f"{REMEDY}, then ask again with --rebuild {made_of.kind}"
+            f"{identity.stage}: {prompts:,} prompts are longer than the engine admits; {consequence}; "
+            f"{REMEDY}, then generate them with --rebuild {identity.kind}"
         )
-    return artifact
 
 
-def forget(storage: Storage, asked: list[ShardRequest]) -> None:
-    """Remove the shards of these orders: rebuilding answers every one again."""
-    for order in asked:
-        storage.remove(order.file)
-        if order.batch:
-            storage.remove(order.whole)
+def delete_shards(storage: Storage, requests: list[ShardRequest]) -> None:
+    """Delete the stored shards of these requests, so that a rebuild generates every one again."""
+    for request in requests:
+        storage.remove(request.file)
+        if request.batch:
+            storage.remove(request.whole_file)

@@ -1,4 +1,4 @@
-"""The mask stages of a round one by one: `generate.refresh = "stage"`, where the student answers as each begins."""
+"""Split a round into its mask stages (`generate.refresh = "stage"`): the student generates anew in each of them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,68 +7,70 @@ from dataclasses import replace
 from masters.config import Config
 from masters.config.mask_schedule import stage_of
 from masters.data import question_shards
-from masters.data.question_shards import Ref
-from masters.execution.processes import Standing
+from masters.data.question_shards import QuestionRef
+from masters.execution.processes import PersistentProcess
 from masters.store.artifacts import Artifact
 from masters.tasks.run_context import Context, MaskStage, Round, Run
 
 
-def begun(config: Config, current: Round, data: Artifact) -> Round:
-    """What a round begins with: all its mask stages at once, or the first that has questions alone."""
-    return next(iter(parts(config, current, data)), current)
+def first_part(config: Config, current: Round, data: Artifact) -> Round:
+    """Return the part that a round begins with: its first mask stage with questions, or the whole round."""
+    return next(iter(split_round(config, current, data)), current)
 
 
-def parts(config: Config, current: Round, data: Artifact) -> list[Round]:
-    """The mask stages of a round that are worked on one by one: those that have questions. None if all are at once."""
-    if not (stages := separate_stages(config, current)):
+def split_round(config: Config, current: Round, data: Artifact) -> list[Round]:
+    """Split a round into its mask stages that have questions. Empty if all mask stages are built at once."""
+    if not (stages := separate_mask_stages(config, current)):
         return []
-    refs = question_shards.references(data, "train")
-    return _parts(current, [stage for stage in stages if of_stage(config, current, refs, stage)])
+    refs = question_shards.read_refs(data, "train")
+    return _restrict(current, [stage for stage in stages if mask_stage_refs(config, current, refs, stage)])
 
 
-def following(context: Context, current: Round, trained: Artifact) -> Round | None:
-    """What comes in a round after `trained`, the training of `current`; None at the round's end.
+def next_part(context: Context, current: Round, trained: Artifact) -> Round | None:
+    """Return the part of the round after `current`, whose train artifact is `trained`; None at the round's end.
 
-    A student that fell on the probe and was put back ends its round, as it does where all mask stages are trained at
-    once.
+    A rollback (`train.on_drop`) ends the round, as it does when all mask stages are trained at once.
     """
-    only = current.only
-    if only is None or not only.later or trained.facts.get("rolled_back"):
+    stage = current.mask_stage
+    if stage is None or not stage.remaining or trained.facts.get("rolled_back"):
         return None
-    return replace(current, only=MaskStage(only.later[0], context.trained(trained), trained, only.later[1:]))
+    number, *remaining = stage.remaining
+    return replace(current, mask_stage=MaskStage(number, context.load_student(trained), trained, tuple(remaining)))
 
 
-def separate_stages(config: Config, current: Round) -> range:
-    """The mask stages that are worked on one by one, whether or not they have questions; none if there is but one."""
-    return range(len(current.ratios) if config.generate.refresh == "stage" and len(current.ratios) > 1 else 0)
+def separate_mask_stages(config: Config, current: Round) -> range:
+    """Return the numbers of the mask stages that are built one by one; empty if all are built at once."""
+    is_separate = config.generate.refresh == "stage" and len(current.ratios) > 1
+    return range(len(current.ratios) if is_separate else 0)
 
 
-def every_part(config: Config, current: Round) -> list[Round]:
-    """A round's parts by its settings alone: as if every mask stage had questions and nothing had been trained."""
-    return _parts(current, separate_stages(config, current)) or [current]
+def planned_parts(config: Config, current: Round) -> list[Round]:
+    """Return the parts of a round by its settings alone, as if every mask stage had questions."""
+    return _restrict(current, separate_mask_stages(config, current)) or [current]
 
 
-def of_stage(config: Config, current: Round, refs: list[Ref], stage: int) -> list[Ref]:
-    """Which of the training questions belong to a mask stage: all, with full coverage."""
-    full, stages = config.generate.coverage == "full", len(current.ratios)
-    return [ref for ref in refs if full or stage_of(ref.digest, stages) == stage]
+def mask_stage_refs(config: Config, current: Round, refs: list[QuestionRef], stage: int) -> list[QuestionRef]:
+    """Select the training questions of a mask stage: all of them with full coverage."""
+    is_full, stages = config.generate.coverage == "full", len(current.ratios)
+    return [ref for ref in refs if is_full or stage_of(ref.digest, stages) == stage]
 
 
 @contextmanager
-def student_engine(run: Run, current: Round) -> Iterator[None]:
-    """Within it, the student's engine stays between the mask stages of a round and takes each one's weights."""
-    if current.only is None:
+def keep_student_engine(run: Run, current: Round) -> Iterator[None]:
+    """Keep the student's engine running between the mask stages of a round; each stage gives it new weights."""
+    if current.mask_stage is None:
         yield
         return
     try:
-        with Standing() as run.standing:
+        with PersistentProcess() as run.resident_engine:
             yield
     finally:
-        run.standing = None
+        run.resident_engine = None
 
 
-def _parts(current: Round, stages: Sequence[int]) -> list[Round]:
-    def only(at: int) -> MaskStage:
-        return MaskStage(stages[at], current.student, None, tuple(stages[at + 1 :]))
-
-    return [replace(current, only=only(at)) for at in range(len(stages))]
+def _restrict(current: Round, stages: Sequence[int]) -> list[Round]:
+    """Restrict the round to each of the mask stages, as if none of them had been trained."""
+    return [
+        replace(current, mask_stage=MaskStage(number, current.student, None, tuple(stages[at + 1 :])))
+        for at, number in enumerate(stages)
+    ]

@@ -1,17 +1,16 @@
-"""register: the student as a Hugging Face folder with its model card, and as a version of an MLflow model."""
+"""register: publish the student as a Hugging Face folder with a model card and as a version of an MLflow model."""
 
 from collections.abc import Mapping
 
 import jinja2
 from prefect import task
 
-from masters.common.hashing import digest
 from masters.store.artifacts import Artifact, Identity
-from masters.tasks.build import STAGE, build_or_reuse
-from masters.tasks.judges import evaluation_judge, metric_of
+from masters.tasks.build import TASK_OPTIONS, StageResult, build_or_reuse, write_file
+from masters.tasks.judges import accuracy_metric, evaluation_judge
 from masters.tasks.run_context import Context, Run
 
-VERSION = 3  # 2: inputs by what they hold; 3: the card names verifier and split
+VERSION = 3  # 2: inputs by content; 3: the card names verifier and split
 CARD = """---
 library_name: transformers
 pipeline_tag: image-text-to-text
@@ -27,9 +26,9 @@ offline reinforcement. Started from `{{ student }}`, taught by {{ teachers }}.
 {% for model, s in scores.items() -%}
 | {{ model }} | {{ "%.4f" | format(s.accuracy) }} | {{ s.n }} | {{ "%.4f" | format(s.standard_error) }} |
 {% endfor %}
-Split "{{ split }}" of `{{ source }}`, greedy answers through vLLM; standard errors are clustered by image. Right is
-{% if judge %}what the language model `{{ judge }}` judges to say the same as the ground truth.
-{%- else %}what `answers.verifier = "{{ answers.verifier }}"` accepts
+Split "{{ split }}" of `{{ source }}`, greedy answers through vLLM; standard errors are clustered by image. An answer is
+correct if {% if judge %}the language model `{{ judge }}` judges that it says the same as the ground truth.
+{%- else %}`answers.verifier = "{{ answers.verifier }}"` accepts
 {%- if answers.final_pattern %} with `final_pattern` `{{ answers.final_pattern }}`{% endif %}; texts are compared after
 Unicode NFKC, case folding, and removal of surrounding space, quotes and closing punctuation.
 {%- endif %}
@@ -41,39 +40,47 @@ Training artifact `{{ trained }}`.
 """
 
 
-def identity(context: Context, made: Mapping[str, Artifact]) -> Identity:
-    # by what they hold: a student that was evaluated again is another version, and the one before keeps its files
-    inputs = {stage: artifact.content for stage, artifact in made.items()}
+def make_identity(context: Context, upstream: Mapping[str, Artifact]) -> Identity:
+    # by content: a student that was evaluated again is another version, and the version before keeps its files
+    inputs = {stage: artifact.content_digest for stage, artifact in upstream.items()}
     return Identity("register", VERSION, dict(name=context.config.name), inputs, slug=context.config.name)
 
 
-@task(name="register", **STAGE)
+@task(name="register", **TASK_OPTIONS)
 def register(run: Run, trained: Artifact, evaluated: Artifact) -> tuple[Artifact, int]:
-    """`model/` with weights, processor and card, and its version in the MLflow that tracks this run."""
+    """Build `model/` with weights, processor and card, and register it as a version of the run's MLflow model."""
     upstream = dict(train=trained, evaluate=evaluated)
-    made_of = identity(run, upstream)
+    identity = make_identity(run, upstream)
 
-    def build() -> tuple[dict[str, str], dict, dict]:
-        files = {f["name"]: f["digest"] for f in trained.record["files"] if not f["name"].endswith("README.md")}
+    def build() -> StageResult:
+        listed = {file["name"]: file["digest"] for file in trained.record["files"]}
+        files = {name: sha256 for name, sha256 in listed.items() if not name.endswith("README.md")}
         for name in files:
-            run.storage.copy(f"{trained.folder}/{name}", f"{made_of.folder}/{name}")
-        text = card(run, trained, evaluated).encode()
-        run.storage.write(f"{made_of.folder}/model/README.md", text)
-        files["model/README.md"] = digest(text)
-        return files, dict(rows=1), {}
+            run.storage.copy(f"{trained.folder}/{name}", f"{identity.folder}/{name}")
+        card = render_card(run, trained, evaluated).encode()
+        files |= write_file(run.storage, identity, "model/README.md", card)
+        return StageResult(files, dict(rows=1))
 
-    artifact = build_or_reuse(run, made_of, upstream, build)
-    # also a reused one: this MLflow may be another than the one that saw it built
+    artifact = build_or_reuse(run, identity, upstream, build)
+    # a reused artifact too: this MLflow may not be the one that it was registered in
     version = run.tracker.register_model(run.config.name, artifact, trained, evaluated)
     return artifact, version
 
 
-def card(run: Run, trained: Artifact, evaluated: Artifact) -> str:
-    """The model card."""
+def render_card(run: Run, trained: Artifact, evaluated: Artifact) -> str:
+    """Render the model card."""
     config, judge = run.config, evaluation_judge(run)
-    return jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(CARD).render(
-        name=config.name, student=run.ready.student.name, teachers=", ".join(f"`{t.name}`" for t in run.ready.teachers),
-        scores=evaluated.facts["scores"], source=config.data.source, split=config.evaluate.split,
-        train=config.train, trained=trained.folder,
-        answers=config.answers, metric=metric_of(config), judge=judge and judge.name,
-    )  # fmt: skip
+    template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(CARD)
+    return template.render(
+        name=config.name,
+        student=run.resources.student.name,
+        teachers=", ".join(f"`{teacher.name}`" for teacher in run.resources.teachers),
+        scores=evaluated.facts["scores"],
+        source=config.data.source,
+        split=config.evaluate.split,
+        train=config.train,
+        trained=trained.folder,
+        answers=config.answers,
+        metric=accuracy_metric(config),
+        judge=judge and judge.name,
+    )

@@ -1,8 +1,9 @@
-"""report: what a run found out, as artifacts in Prefect's UI, and its plots in MLflow. Nothing is decided by it."""
+"""report: show the results of a run as artifacts in Prefect's UI, and its plots in MLflow. Nothing depends on it."""
 
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from prefect import task
@@ -15,95 +16,99 @@ from masters.reporting.gallery import gallery
 from masters.reporting.markdown import inert, picture
 from masters.reporting.plots import plots
 from masters.store.artifacts import Artifact
-from masters.tasks.judges import metric_of
-from masters.tasks.progress import CONSOLE, key, log
+from masters.tasks.judges import accuracy_metric
+from masters.tasks.progress import artifact_key, warn
 from masters.tasks.run_context import Run
 
 CAPTIONS = {
-    "training": "Loss, divergence, accuracy on the probe and mask ratio over training",
-    "diagnostics": "log pi of right and wrong responses, entropy, and shares by which a failing run is seen",
+    "training": "Loss, divergence, accuracy on the probe questions and mask ratio over training",
+    "diagnostics": "Log-probability of correct and wrong responses, entropy, and signs of a failing run",
     "rewards": "Rewards by source and mask ratio",
     "divergences": "Divergence by mask ratio",
 }
 
 
-def reported(run: Run, version: int | None) -> None:
-    """Report on a run, finished or failed."""
-    _harmless(lambda: report(run, version))
+def report_run(run: Run, version: int | None) -> None:
+    """Report on a finished or failed run. `version`: of the registered model."""
+    with _warn_on_error():
+        report(run, version)
 
 
-def night_reported(name: str, told: dict, metric: str) -> None:
-    """What a night came to, as a table. `metric`: what the models were compared by."""
-    row = {what: inert(str(told.get(what, "")), 300) for what in ("outcome", "champion", "candidate", "reasons")}
-    _harmless(
-        lambda: create_table_artifact([row], key=key(name, "night"), description=f"The gate's verdict, by {metric}")
-    )
+def report_night(name: str, night: dict, metric: str) -> None:
+    """Show the outcome of a nightly run as a table. `metric`: the name of the accuracy that the gate compared."""
+    row = {column: inert(str(night.get(column, "")), 300) for column in ("outcome", "champion", "candidate", "reasons")}
+    _create_table(name, "night", [row], f"The promotion gate's decision, by {metric}")
 
 
-def benchmarks_reported(name: str, scores: dict[str, list[dict]]) -> None:
-    """Scores of benchmarks by model, as a table."""
+def report_benchmarks(name: str, scores: dict[str, list[dict]]) -> None:
+    """Show the benchmark scores of each model as a table."""
     rows = [
         {"model": inert(model)}
-        | {what: inert(row[what]) for what in ("task", "version", "metric", "filter")}
-        | {"value": f"{row['value']:.4g}", "standard error": _or_none(row["standard_error"]), "documents": row["n"]}
-        for model, found in scores.items()
-        for row in found
+        | {column: inert(row[column]) for column in ("task", "version", "metric", "filter")}
+        | {"value": f"{row['value']:.4g}", "standard error": _or_empty(row["standard_error"]), "documents": row["n"]}
+        for model, model_rows in scores.items()
+        for row in model_rows
     ]
-    told = "Tasks of lmms-eval through its vLLM backend"
-    _harmless(lambda: create_table_artifact(rows, key=key(name, "benchmarks"), description=told))
+    _create_table(name, "benchmarks", rows, "Tasks of lmms-eval through its vLLM backend")
 
 
-def study_reported(name: str, rows: list[dict[str, str]]) -> None:
-    """Publish the arms of a study as a table."""
-    _harmless(lambda: create_table_artifact(rows, key=key(name, "study"), description="Arms at their chosen rates"))
+def report_study(name: str, rows: list[dict[str, str]]) -> None:
+    """Show the arms of a study as a table."""
+    _create_table(name, "study", rows, "Arms of the study, each at its chosen learning rate")
 
 
-def _or_none(value: float | None) -> str:
+def _create_table(name: str, kind: str, rows: list[dict], description: str) -> None:
+    with _warn_on_error():
+        create_table_artifact(rows, key=artifact_key(name, kind), description=description)
+
+
+def _or_empty(value: float | None) -> str:
     return "" if value is None else f"{value:.2g}"
 
 
-def _harmless(work: Callable[[], object]) -> None:
-    """What goes wrong in a report is said and fails nothing."""
+@contextmanager
+def _warn_on_error() -> Iterator[None]:
+    """Turn an error within a report into a warning: a report never fails a run."""
     try:
-        work()
-    except Exception as error:  # drawing, stores and servers raise what they like
-        line = f"the run's report is incomplete: {type(error).__name__}: {redact(str(error))}"
-        log("warning", line)
-        CONSOLE.print(f"warning: {line}", style="yellow", highlight=False, markup=False)
+        yield
+    except Exception as error:  # plotting, stores and servers raise anything
+        warn(f"the run's report is incomplete: {type(error).__name__}: {redact(str(error))}")
 
 
 @task(name="report", cache_policy=NO_CACHE, persist_result=False)
 def report(run: Run, version: int | None) -> None:
-    """Artifacts for everything that `run` has made so far. `version`: of the registered model."""
-    _links(run, version)
-    _tables(run)
-    for suffix, trained in _by_round(run, Stage.TRAIN).items():
-        _plots(run, suffix, trained)
-    verdicts, trained = _by_round(run, Stage.SCORE), _by_round(run, Stage.TRAIN)
-    for suffix, responses in _by_round(run, Stage.GENERATE).items():
-        page = gallery(run.made["data"], responses, verdicts.get(suffix, []), trained.get(suffix, []))
-        create_markdown_artifact(page, key=key(run.config.name, f"gallery{suffix}"))
+    """Create the pages of everything that the run has made so far. `version`: of the registered model."""
+    _create_links(run, version)
+    _create_tables(run)
+    trained = _artifacts_by_round(run, Stage.TRAIN)
+    for suffix, parts in trained.items():
+        _create_plots(run, suffix, parts)
+    verdicts = _artifacts_by_round(run, Stage.SCORE)
+    for suffix, responses in _artifacts_by_round(run, Stage.GENERATE).items():
+        page = gallery(run.artifacts["data"], responses, verdicts.get(suffix, []), trained.get(suffix, []))
+        create_markdown_artifact(page, key=artifact_key(run.config.name, f"gallery{suffix}"))
 
 
-def _by_round(run: Run, kind: Stage) -> dict[str, list[Artifact]]:
-    """What `run` made of a kind, by the round's suffix; of a round whose mask stages are worked on one by one, each."""
-    found: dict[str, list[Artifact]] = {}
-    for name, artifact in run.made.items():
+def _artifacts_by_round(run: Run, kind: Stage) -> dict[str, list[Artifact]]:
+    """Group the run's artifacts of a kind by the suffix of their round, which may have one for each mask stage."""
+    by_round: dict[str, list[Artifact]] = {}
+    for name, artifact in run.artifacts.items():
         if name.split("-")[0] == kind:
-            found.setdefault(re.sub("-mask[0-9]+$", "", name.removeprefix(kind)), []).append(artifact)
-    return found
+            suffix = re.sub("-mask[0-9]+$", "", name.removeprefix(kind))
+            by_round.setdefault(suffix, []).append(artifact)
+    return by_round
 
 
-def _links(run: Run, version: int | None) -> None:
+def _create_links(run: Run, version: int | None) -> None:
     if page := run.tracker.page(run.tracker.run_id):
-        create_link_artifact(page, "this run in MLflow", key=key(run.config.name, "mlflow-run"))
+        create_link_artifact(page, "this run in MLflow", key=artifact_key(run.config.name, "mlflow-run"))
     if version and (page := run.tracker.model_page(run.config.name, version)):
-        create_link_artifact(page, f"version {version} in MLflow", key=key(run.config.name, "mlflow-model"))
+        create_link_artifact(page, f"version {version} in MLflow", key=artifact_key(run.config.name, "mlflow-model"))
 
 
-def _tables(run: Run) -> None:
-    if evaluated := run.made.get(Stage.EVALUATE):
-        metric = metric_of(run.config)
+def _create_tables(run: Run) -> None:
+    if evaluated := run.artifacts.get(Stage.EVALUATE):
+        metric = accuracy_metric(run.config)
         rows = [
             {
                 "model": inert(model),
@@ -113,21 +118,23 @@ def _tables(run: Run) -> None:
             }
             for model, score in evaluated.facts["scores"].items()
         ]
-        told = f"Split {run.config.evaluate.split}, greedy answers through vLLM; standard errors clustered by image"
-        create_table_artifact(rows, key=key(run.config.name, "result"), description=told)
+        split = run.config.evaluate.split
+        description = f"Split {split}, greedy answers through vLLM; standard errors clustered by image"
+        create_table_artifact(rows, key=artifact_key(run.config.name, "result"), description=description)
     rows = [
         {
-            "stage": done["name"],
-            "outcome": done["outcome"],
-            "rows": done["rows"],
-            "rejected": done["rejected"],
-            "seconds": done["seconds"],
-            "MLflow": _link(run, done["mlflow_run_id"]),
-            "where": inert(done["uri"], 300),
+            "stage": entry["name"],
+            "outcome": entry["outcome"],
+            "rows": entry["rows"],
+            "rejected": entry["rejected"],
+            "seconds": entry["seconds"],
+            "MLflow": _link(run, entry["mlflow_run_id"]),
+            "where": inert(entry["uri"], 300),
         }
-        for done in run.stages
+        for entry in run.stages
     ]
-    create_table_artifact(rows, key=key(run.config.name, "stages"), description="What was built and what reused")
+    key = artifact_key(run.config.name, "stages")
+    create_table_artifact(rows, key=key, description="Artifacts that were built or reused")
 
 
 def _link(run: Run, run_id: str) -> str:
@@ -135,15 +142,16 @@ def _link(run: Run, run_id: str) -> str:
     return f"[{run_id[:8]}]({page})" if page else run_id
 
 
-def _plots(run: Run, suffix: str, trained: list[Artifact]) -> None:
-    drawn = plots(trained)
-    warnings = [one for part in trained for one in part.facts["warnings"]]
-    parts = [f"**Warning**, step {one['step']}: {inert(one['text'], 300)}" for one in warnings]
-    parts += [f"## {CAPTIONS[name]}\n\n{picture(content, 'png', name)}" for name, content in drawn.items()]
-    create_markdown_artifact("\n\n".join(parts), key=key(run.config.name, f"plots{suffix}"))
-    with tempfile.TemporaryDirectory() as folder:
-        figures = Path(folder) / f"figures{suffix}"
-        figures.mkdir()
-        for name, content in drawn.items():
-            (figures / f"{name}.png").write_bytes(content)
-        run.tracker.files(figures)
+def _create_plots(run: Run, suffix: str, trained: list[Artifact]) -> None:
+    """Show plots and warnings of a round's training, and store the plots in MLflow. `trained`: one for each part."""
+    figures = plots(trained)
+    warnings = [warning for part in trained for warning in part.facts["warnings"]]
+    paragraphs = [f"**Warning**, step {warning['step']}: {inert(warning['text'], 300)}" for warning in warnings]
+    paragraphs += [f"## {CAPTIONS[name]}\n\n{picture(content, 'png', name)}" for name, content in figures.items()]
+    create_markdown_artifact("\n\n".join(paragraphs), key=artifact_key(run.config.name, f"plots{suffix}"))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / f"figures{suffix}"
+        folder.mkdir()
+        for name, content in figures.items():
+            (folder / f"{name}.png").write_bytes(content)
+        run.tracker.files(folder)

@@ -1,4 +1,8 @@
-"""score: a verdict on every response. A verdict that could not be had is a status, never a 0."""
+"""score: give every response a verdict. A verdict that could not be obtained is a status, never a score of 0.
+
+A judge that was unavailable leaves gaps. The next run fills them in a further scoring pass, whose artifact has the
+previous pass as an input: verdicts that a student was trained on are never overwritten.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -8,7 +12,6 @@ from pathlib import PurePosixPath
 
 from prefect import task
 
-from masters.common.hashing import digest
 from masters.config import Answers
 from masters.config.stages import Stage
 from masters.models.judging import batches
@@ -18,129 +21,146 @@ from masters.rewards.verdict import Triple
 from masters.store import artifacts, tables
 from masters.store.artifacts import Artifact, External, Identity, Upstream
 from masters.store.storage import Storage
-from masters.tasks.build import STAGE, build_or_reuse
-from masters.tasks.judges import Verdicts, check_any, counted, forget, judge_of, judged, judgement_files
+from masters.tasks.build import TASK_OPTIONS, StageResult, build_or_reuse, write_file
+from masters.tasks.judges import (
+    Verdicts,
+    check_any_verdict,
+    delete_judgements,
+    format_counts,
+    run_judge,
+    scoring_judge,
+    write_judgements,
+)
 from masters.tasks.progress import warn
 from masters.tasks.run_context import Context, Round, Run
 
 VERSION = 1
 KEY = ("question_id", "source", "mask_ratio", "sample")
 
-Asked = dict[str, Triple]  # by question_id, without a text
+QuestionTriples = dict[str, Triple]  # by question_id, each with an empty response text
 
 
-def identity(context: Context, current: Round, responses: Artifact) -> Identity:
-    return attempts(context, current, responses)[-1]
+def make_identity(context: Context, current: Round, responses: Artifact) -> Identity:
+    """Return the identity of the scoring pass that a run would find or build next."""
+    return scoring_passes(context, current, responses)[-1]
 
 
-def attempts(context: Context, current: Round, responses: Artifact) -> list[Identity]:
-    """What was built and what comes next: verdicts with gaps are an input of the ones that fill them.
+def scoring_passes(context: Context, current: Round, responses: Artifact) -> list[Identity]:
+    """List the scoring passes over these responses: every built pass with gaps, and the pass after them.
 
-    So nothing that was trained on is overwritten, and a judge that was down is asked again by the next run.
+    The last pass is complete, or not built yet.
     """
-    chain = [first(context, current, [_stem(file) for file in responses.files("responses")])]
-    while (found := _found(context, chain[-1], responses)) and found.facts["statuses"].get("judge_failed"):
-        chain.append(replace(chain[0], inputs=chain[0].inputs | {"earlier": found.fingerprint}))
-    return chain
+    first = first_pass(context, current, [_stem(file) for file in responses.files("responses")])
+    passes = [first]
+    while (scored := _find_pass(context, passes[-1], responses)) and scored.facts["statuses"].get("judge_failed"):
+        passes.append(replace(first, inputs=first.inputs | {"earlier": scored.fingerprint}))
+    return passes
 
 
-def _found(context: Context, made_of: Identity, responses: Artifact) -> Artifact | None:
-    return artifacts.find(context.storage, made_of, {"responses": responses})
-
-
-def first(context: Context, current: Round, shards: list[str]) -> Identity:
-    """Of verdicts that nothing came before."""
-    judge = judge_of(context, current)
-    config = _rules(context.config.answers) if judge is None else dict(judge=judge.name, **judge.identity)
+def first_pass(context: Context, current: Round, shards: list[str]) -> Identity:
+    """Return the identity of the first scoring pass over the responses in these shards."""
+    judge = scoring_judge(context, current)
+    config = _verifier_identity(context.config.answers) if judge is None else dict(judge=judge.name, **judge.identity)
     inputs = {f"shard-{name}": name for name in shards}
     return Identity(f"score{current.suffix}", VERSION, config, inputs, slug=context.config.name)
 
 
-def _rules(answers: Answers) -> dict:
-    """The rules' identity; `judge` is their name in the table."""
-    decides = verifiers.identity(answers)
-    return dict(judge=decides.pop("verifier"), **decides)
+def _find_pass(context: Context, identity: Identity, responses: Artifact) -> Artifact | None:
+    return artifacts.find(context.storage, identity, {"responses": responses})
 
 
-@task(name="score", task_run_name="score{current.suffix}", **STAGE)
+def _verifier_identity(answers: Answers) -> dict:
+    """Identity of the rules that score instead of a judge; `judge` is their name in the verdicts table."""
+    identity = verifiers.verifier_identity(answers)
+    return dict(judge=identity.pop("verifier"), **identity)
+
+
+@task(name="score", task_run_name="score{current.suffix}", **TASK_OPTIONS)
 def score(run: Run, current: Round, data: Artifact, responses: Artifact) -> Artifact:
-    """Table `verdicts`, file for file beside `responses`; from an LLM also `judgements`, a row a distinct triple."""
-    chain, judge, asked = attempts(run, current, responses), judge_of(run, current), batches.untold(data)
-    if run.rebuilds(chain[0]):
-        chain = chain[:1]
-    said = cache(lambda: _said(run, chain[-1], judge, set(_triples(responses, asked))))
-    made_of = chain[-1]
-    here = not run.pool(Stage.SCORE)  # else the pool's worker asks the judge
-    if here and len(chain) > 1 and not _found(run, made_of, responses) and not said()[1]["answered"]:
-        made_of = chain[-2]  # the judge still cannot be had for these: what there is stays
+    """Build the table `verdicts`, one file for each file of `responses`.
 
-    def build() -> tuple[dict[str, str], dict, dict]:
-        verdicts, how = said()
-        check_any(made_of.config["judge"], verdicts)
-        files, statuses = _verdict_files(run.storage, made_of, responses, asked, verdicts)
+    With an LLM judge also the table `judgements`, with one row for each distinct triple of question, reference answer
+    and response text.
+    """
+    judge, questions = scoring_judge(run, current), batches.read_questions(data)
+    passes = scoring_passes(run, current, responses)
+    if run.must_rebuild(passes[0]):
+        passes = passes[:1]
+
+    @cache
+    def get_verdicts() -> tuple[Verdicts, dict]:
+        return _get_verdicts(run, passes[-1], judge, set(_read_triples(responses, questions)))
+
+    is_new_follow_up = len(passes) > 1 and _find_pass(run, passes[-1], responses) is None
+    if is_new_follow_up and not run.pool_for(Stage.SCORE) and not get_verdicts()[1]["answered"]:
+        passes.pop()  # the judge is still unavailable: keep the pass with its gaps
+    identity = passes[-1]
+
+    def build() -> StageResult:
+        verdicts, execution = get_verdicts()
+        check_any_verdict(identity.config["judge"], verdicts)
+        files, statuses = _write_verdicts(run.storage, identity, responses, questions, verdicts)
         if judge:
-            files |= judgement_files(run.storage, made_of, verdicts)
+            files |= write_judgements(run.storage, identity, verdicts)
         rows = statuses.total()
-        return files, dict(rows=rows, rejected=rows - statuses["ok"], statuses=dict(statuses)), how
+        facts = dict(rows=rows, rejected=rows - statuses["ok"], statuses=dict(statuses))
+        return StageResult(files, facts, execution)
 
-    upstream = _upstream(run, current, data, responses, chain[: chain.index(made_of)])
-    return _warn_missing_scores(run, build_or_reuse(run, made_of, upstream, build, lambda: forget(run.storage, judge)))
-
-
-def _warn_missing_scores(run: Run, scored: Artifact) -> Artifact:
-    """How many responses have no verdict, by status: in the stage's entry, and as a warning, built or reused."""
-    lost = {status: count for status, count in sorted(scored.facts["statuses"].items()) if status != "ok"}
-    if lost:
-        entry, listed = run.stages[-1], counted(lost)
-        entry["no_verdict"] = lost
-        of = f"{sum(lost.values()):,} of {scored.facts['rows']:,} responses"
-        warn(f"{entry['name']}: {of} have no verdict and get no reward ({listed})")
+    upstream = _upstream(run, current, data, responses, passes[:-1])
+    scored = build_or_reuse(run, identity, upstream, build, lambda: delete_judgements(run.storage, judge))
+    _warn_missing_verdicts(run, scored)
     return scored
 
 
-def _upstream(run: Run, current: Round, data: Artifact, responses: Artifact, before: list[Identity]) -> Upstream:
-    """What the verdicts come from: also the judge, and the verdicts whose gaps these fill."""
+def _warn_missing_verdicts(run: Run, scored: Artifact) -> None:
+    """Count the responses without a verdict by status, in the stage's entry and in a warning."""
+    missing = {status: count for status, count in sorted(scored.facts["statuses"].items()) if status != "ok"}
+    if missing:
+        entry = run.stages[-1]
+        entry["no_verdict"] = missing
+        share = f"{sum(missing.values()):,} of {scored.facts['rows']:,} responses"
+        warn(f"{entry['name']}: {share} have no verdict and get no reward ({format_counts(missing)})")
+
+
+def _upstream(
+    run: Run, current: Round, data: Artifact, responses: Artifact, previous_passes: list[Identity]
+) -> Upstream:
+    """Collect what the verdicts are made from, with the judge and the pass whose gaps are filled."""
     upstream: dict[str, Artifact | External] = dict(data=data, responses=responses)
-    if judge_of(run, current):
-        upstream["judge"] = (run.ready.judge or current.teacher).origin
-    if before and (earlier := artifacts.find(run.storage, before[-1])):
-        upstream["earlier"] = earlier
+    if scoring_judge(run, current):
+        upstream["judge"] = (run.resources.judge or current.teacher).origin
+    if previous_passes and (previous := artifacts.find(run.storage, previous_passes[-1])):
+        upstream["earlier"] = previous
     return upstream
 
 
-def _said(run: Run, made_of: Identity, judge: Judge | None, triples: set[Triple]) -> tuple[Verdicts, dict]:
-    """A verdict on each triple, and how it ran."""
-    if judge is None:
-        with verifiers.verifying(run.config.answers) as is_right:
-            return {triple: verifiers.verdict(is_right, triple) for triple in triples}, dict(triples=len(triples))
-    return judged(run, made_of, judge, triples)
+def _get_verdicts(run: Run, identity: Identity, judge: Judge | None, triples: set[Triple]) -> tuple[Verdicts, dict]:
+    """Return a verdict on each triple, by the judge or by the rules, and how the judging ran."""
+    if judge is not None:
+        return run_judge(run, identity, judge, triples)
+    with verifiers.open_verifier(run.config.answers) as is_right:
+        return {triple: verifiers.make_verdict(is_right, triple) for triple in triples}, dict(triples=len(triples))
 
 
-def _triples(responses: Artifact, asked: Asked) -> Iterator[Triple]:
+def _read_triples(responses: Artifact, questions: QuestionTriples) -> Iterator[Triple]:
     for row in responses.rows("responses", ["question_id", "text"]):
-        yield replace(asked[row["question_id"]], text=row["text"])
+        yield replace(questions[row["question_id"]], text=row["text"])
 
 
-def _verdict_files(
-    storage: Storage, made_of: Identity, responses: Artifact, asked: Asked, verdicts: Verdicts
+def _write_verdicts(
+    storage: Storage, identity: Identity, responses: Artifact, questions: QuestionTriples, verdicts: Verdicts
 ) -> tuple[dict[str, str], Counter]:
-    """The table's files with digests, and how many rows have which status."""
+    """Write the table `verdicts`. Returns SHA-256 by file name, and the number of rows by status."""
     files, statuses = {}, Counter()
-    for name in responses.files("responses"):
+    for shard in responses.files("responses"):
         rows = []
-        for row in tables.read(storage, name, [*KEY, "text"]).to_pylist():
-            verdict = verdicts[replace(asked[row["question_id"]], text=row.pop("text"))]
-            said = dict(score=verdict.score, status=verdict.status, explanation=verdict.explanation)
-            rows.append(row | said | dict(judge=made_of.config["judge"]))
+        for row in tables.read(storage, shard, [*KEY, "text"]).to_pylist():
+            verdict = verdicts[replace(questions[row["question_id"]], text=row.pop("text"))]
+            scored = dict(score=verdict.score, status=verdict.status, explanation=verdict.explanation)
+            rows.append(row | scored | dict(judge=identity.config["judge"]))
             statuses[verdict.status] += 1
-        table = f"verdicts/{_stem(name)}.parquet"
-        files[table] = _write(storage, made_of, table, tables.encode(rows, tables.VERDICTS))
+        files |= write_file(storage, identity, f"verdicts/{_stem(shard)}.parquet", tables.encode(rows, tables.VERDICTS))
     return files, statuses
-
-
-def _write(storage: Storage, made_of: Identity, name: str, data: bytes) -> str:
-    storage.write(f"{made_of.folder}/{name}", data)
-    return digest(data)
 
 
 def _stem(name: str) -> str:

@@ -10,16 +10,16 @@ from prefect import task
 from masters.common.errors import InputError, WorkerError
 from masters.common.hashing import digest, file_digest
 from masters.data import question_shards
-from masters.data.question_shards import Ref
+from masters.data.question_shards import QuestionRef
 from masters.execution import processes
 from masters.models.training import history
 from masters.models.training.round_part import Part
 from masters.store import artifacts
 from masters.store.artifacts import Artifact, Identity
-from masters.tasks.build import STAGE, build_or_reuse
-from masters.tasks.mask import thresholds
+from masters.tasks.build import TASK_OPTIONS, StageResult, build_or_reuse
+from masters.tasks.mask import read_thresholds
 from masters.tasks.progress import Progress, warn
-from masters.tasks.refresh import of_stage
+from masters.tasks.refresh import mask_stage_refs
 from masters.tasks.run_context import Context, Round, Run
 
 # 3: identical responses are read once, questions of one image share its tokens; 4: history and rewards; 5: inputs by
@@ -36,7 +36,7 @@ STATE = "state"  # of weights, optimizer and random numbers, for the mask stage 
 Inputs = dict[str, Artifact]  # data, masks and, where the configuration needs them, responses and verdicts
 
 
-def identity(context: Context, current: Round, inputs: Inputs) -> Identity:
+def make_identity(context: Context, current: Round, inputs: Inputs) -> Identity:
     train, rewards = context.config.train, context.config.rewards
     plain = set() if train.max_validation_drop is not None else GUARD  # without it, no part in what is made
     if train.compute_dtype == "float32":
@@ -48,46 +48,46 @@ def identity(context: Context, current: Round, inputs: Inputs) -> Identity:
     config: dict = dict(
         train=train.model_dump(exclude=plain), ratios=current.ratios, coverage=context.config.generate.coverage
     )
-    if current.only:
-        config["mask_stage"] = current.only.number
+    if current.mask_stage:
+        config["mask_stage"] = current.mask_stage.number
     if train.objective == "masters":
         config["rewards"] = rewards.model_dump(exclude={"judge", "judge_model"})  # theirs are the verdicts' identity
     made_from = {"teacher": current.teacher.digest, "student": current.student.digest}
-    made_from |= {name: artifact.content for name, artifact in read(current, inputs).items()}
+    made_from |= {name: artifact.content_digest for name, artifact in read(current, inputs).items()}
     return Identity(f"train{current.suffix}", VERSION, config, made_from, slug=context.config.name)
 
 
 def read(current: Round, inputs: Inputs) -> Inputs:
     """Every artifact but models that a training reads: also the training of the mask stage before."""
-    earlier = current.only.earlier if current.only else None
+    earlier = current.mask_stage.previous if current.mask_stage else None
     return inputs | {"earlier": earlier} if earlier else inputs
 
 
-@task(name="train", task_run_name="train{current.suffix}", **STAGE)
+@task(name="train", task_run_name="train{current.suffix}", **TASK_OPTIONS)
 def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
     """The trained student as a Hugging Face folder under `model/`; tables `history` and `rewards`.
 
     Of a mask stage that is trained alone and not its round's last also `state/`, from which the next one goes on.
     """
-    made_of = identity(run, current, inputs)
+    made_of = make_identity(run, current, inputs)
     checkpoints = f"{made_of.folder}/checkpoints"
 
-    def build() -> tuple[dict[str, str], dict, dict]:
-        work = run.work(made_of)
+    def build() -> StageResult:
+        work = run.work_folder(made_of)
         part = part_of(run, current, inputs["data"], f"{made_of.folder}/{STATE}")
         job = _job(run, current, inputs, part, checkpoints, work / "model")
-        with run.progress(made_of, "steps") as progress:
+        with run.track_progress(made_of, "steps") as progress:
             watch = _Watch(run, progress, current.ratios, part.steps_before)
             ran = _ran(run, job, work, watch)
         if artifacts.find(run.storage, made_of):  # another machine was first: its files stay what its record says
-            return {}, {}, {}
+            return StageResult({})
         run.storage.upload(work / "model", f"{made_of.folder}/model")
         files = {f"model/{p.name}": file_digest(p) for p in sorted((work / "model").iterdir())}
         files |= _tables(run, made_of, checkpoints, part, watch.taken) | _state(run, part, made_of, watch)
         how = dict(
             **watch.held, steps=watch.steps, resumed_at_step=watch.resumed,
             remask_seconds=watch.remasks, planned=watch.planned, packed=watch.packed,
-            token_budgets=watch.budgets, refused_checkpoints=watch.refused, **ran.told(),
+            token_budgets=watch.budgets, refused_checkpoints=watch.refused, **ran.summarize(),
         )  # fmt: skip
         facts = dict(
             rows=watch.groups,
@@ -97,11 +97,11 @@ def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
             probes=watch.probes,
             warnings=watch.warnings,
         )
-        if current.only:
+        if current.mask_stage:
             facts["steps_before"] = part.steps_before
         if run.config.train.max_validation_drop is not None:
             facts |= dict(held_out=len(job["probe"]), rolled_back=watch.rolled_back)
-        return files, facts, how
+        return StageResult(files, facts, how)
 
     models = dict(teacher=current.teacher.origin, student=current.student.origin)
     artifact = build_or_reuse(run, made_of, read(current, inputs) | models, build)
@@ -113,17 +113,17 @@ def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
 
 def part_of(context: Context, current: Round, data: Artifact, state: str) -> Part:
     """Where in its round the training of `current` lies. `state`: where it leaves what a part after it goes on from."""
-    if current.only is None:
+    if current.mask_stage is None:
         return Part()
-    train, earlier = context.config.train, current.only.earlier
+    train, earlier = context.config.train, current.mask_stage.previous
     # known before their responses are: a question that gets none takes no part in its step
     refs, _ = learnt_from(context, data)
-    expected = (len(of_stage(context.config, current, refs, stage)) for stage in current.only.later)
+    expected = (len(mask_stage_refs(context.config, current, refs, stage)) for stage in current.mask_stage.remaining)
     return Part(
         steps_before=earlier.facts["steps_before"] + earlier.facts["steps"] if earlier else 0,
         steps_after=sum(train.epochs * math.ceil(count / train.questions_per_step) for count in expected),
         handed_over=f"{earlier.folder}/{STATE}" if earlier else "",
-        hand_over=state if current.only.later else "",
+        hand_over=state if current.mask_stage.remaining else "",
         histories=[artifact.folder for artifact in _trained_before(earlier)],
     )
 
@@ -133,10 +133,10 @@ def _trained_before(earlier: Artifact | None) -> list[Artifact]:
     return [*_trained_before(earlier.upstream("earlier")), earlier] if earlier else []
 
 
-def learnt_from(context: Context, data: Artifact) -> tuple[list[Ref], list[Ref]]:
+def learnt_from(context: Context, data: Artifact) -> tuple[list[QuestionRef], list[QuestionRef]]:
     """The questions of all mask stages to learn from, and those that are only looked at."""
-    refs = question_shards.references(data, "train")
-    probe = question_shards.references(data, context.config.probe_split)[:PROBE]
+    refs = question_shards.read_refs(data, "train")
+    probe = question_shards.read_refs(data, context.config.probe_split)[:PROBE]
     if context.config.train.max_validation_drop is not None:
         return held_out(refs)
     return refs, probe
@@ -144,13 +144,13 @@ def learnt_from(context: Context, data: Artifact) -> tuple[list[Ref], list[Ref]]
 
 def _job(run: Run, current: Round, inputs: Inputs, part: Part, checkpoints: str, out: Path) -> dict:
     refs, probe = learnt_from(run, inputs["data"])
-    if current.only:
-        refs = of_stage(run.config, current, refs, current.only.number)
+    if current.mask_stage:
+        refs = mask_stage_refs(run.config, current, refs, current.mask_stage.number)
     return dict(
         store=run.storage.uri(""), tables={name: artifact.folder for name, artifact in inputs.items()},
-        refs=_refs(refs), probe=_refs(probe), part=asdict(part), mask_stage=current.only and current.only.number,
+        refs=_refs(refs), probe=_refs(probe), part=asdict(part), mask_stage=current.mask_stage and current.mask_stage.number,
         teacher=str(current.teacher.folder), student=str(current.student.folder), ratios=current.ratios,
-        thresholds={str(ratio): values for ratio, values in thresholds(inputs["masks"]).items()},
+        thresholds={str(ratio): values for ratio, values in read_thresholds(inputs["masks"]).items()},
         coverage=run.config.generate.coverage,
         train=run.config.train.model_dump(), rewards=run.config.rewards.model_dump(),
         checkpoints=checkpoints, checkpoint_steps=run.config.runtime.checkpoint_steps, out=str(out),
@@ -159,7 +159,7 @@ def _job(run: Run, current: Round, inputs: Inputs, part: Part, checkpoints: str,
     )  # fmt: skip
 
 
-def held_out(refs: list[Ref]) -> tuple[list[Ref], list[Ref]]:
+def held_out(refs: list[QuestionRef]) -> tuple[list[QuestionRef], list[QuestionRef]]:
     """Training questions to learn from, and those that only the probe looks at, of whatever mask stage.
 
     Raises InputError where there are too few to hold any out.
@@ -175,7 +175,7 @@ def held_out(refs: list[Ref]) -> tuple[list[Ref], list[Ref]]:
     return [ref for ref in refs if ref not in probe], [ref for ref in refs if ref in probe]
 
 
-def _ran(run: Run, job: dict, work: Path, watch: "_Watch") -> processes.Ran:
+def _ran(run: Run, job: dict, work: Path, watch: "_Watch") -> processes.ProcessUsage:
     """The trainers' work. Where one ran out of memory in a pass that needs all of them, all begin again with less."""
     runtime = run.config.runtime
     while True:
@@ -230,7 +230,7 @@ def _tables(run: Run, made_of: Identity, checkpoints: str, part: Part, steps: in
     return written
 
 
-def _refs(refs: list[Ref]) -> list[list]:
+def _refs(refs: list[QuestionRef]) -> list[list]:
     return [[r.digest, r.question_id, r.file, r.row] for r in refs]
 
 

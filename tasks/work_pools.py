@@ -1,7 +1,7 @@
-"""A stage on another work pool: a run of the deployment `stage/POOL`, asked for and waited for.
+"""Build a stage on another work pool: start a run of the deployment `stage/POOL` and wait for it.
 
-That run is a subflow: Prefect shows it below the run that asked, and cancels it with that run. A run that goes on
-after its process was killed finds the stage's run again by its idempotency key, and waits on.
+That run is a subflow: Prefect shows it below the requesting run and cancels it together with that run. A requesting run
+that is retried after its process was killed finds the subflow by its idempotency key and waits for it again.
 """
 
 import time
@@ -21,31 +21,32 @@ from masters.common import errors
 from masters.common.errors import InputError, MastersError, WorkerError, WorkerLost
 from masters.common.hashing import digest
 from masters.config import Config
-from masters.execution import pool_request as meeting
-from masters.execution.pool_request import StageRequest, portable
+from masters.execution import pool_request
+from masters.execution.pool_request import StageRequest, make_portable
 from masters.store.storage import Storage
 from masters.tasks.progress import log, warn
 from masters.tracking.locations import default_uri, tracking_uri
 
 FLOW = "stage"
-POLL = 2.0  # seconds
-PATIENCE = 600.0  # seconds that a Prefect server may be away
-ASKED = 50  # times that a stage is asked for, by a run and all its attempts
-AWAY = (httpx.HTTPError, PrefectHTTPStatusError)
-ENTRY = ("name", "fingerprint", "uri", "outcome", "rows", "rejected", "seconds", "mlflow_run_id")  # the run's to say
+POLL_SECONDS = 2.0
+SERVER_TIMEOUT = 600.0  # seconds that a Prefect server may be unreachable
+MAX_ATTEMPTS = 50  # subflows for one stage, by a run and all its retries
+UNREACHABLE = (httpx.HTTPError, PrefectHTTPStatusError)
+# fields of the worker's summary entry that the requesting run fills in by itself
+OWN_FIELDS = ("name", "fingerprint", "uri", "outcome", "rows", "rejected", "seconds", "mlflow_run_id")
 
 
-def check(config: Config, storage: Storage) -> None:
-    """Raises InputError if a pool of the configuration cannot do a stage of it, as far as that shows from here."""
-    pools = config.runtime.pools.named
+def check_pools(config: Config, storage: Storage) -> None:
+    """Raise InputError if a pool of the configuration cannot build its stages, as far as this process can tell."""
+    pools = config.runtime.pools.names
     if not pools:
         return
     if not storage.local and not storage.s3:
         raise InputError(f"store.root {storage.uri('')}: runtime.pools need a store that workers reach: a folder or S3")
     if not storage.local and tracking_uri(config, storage) == default_uri(storage):
         raise InputError(
-            "runtime.pools need an MLflow that workers reach, and the default is a file in this working folder: "
-            "set MLFLOW_TRACKING_URI, for the workers too"
+            "runtime.pools need an MLflow server that workers reach, but the default is a file in this working folder: "
+            "set MLFLOW_TRACKING_URI here and on the workers"
         )
     with get_client(sync_client=True) as client:
         for pool in pools:
@@ -58,101 +59,105 @@ def _check_pool(client: SyncPrefectClient, pool: str) -> None:
     except ObjectNotFound:
         raise InputError(
             f"runtime.pools: expected the deployment {FLOW}/{pool} at {client.api_url}, found none; name the pool in "
-            "MASTERS_POOLS of `masters up`, and PREFECT_API_URL for this process"
+            "MASTERS_POOLS for `masters up`, and set PREFECT_API_URL for this process"
         ) from None
     online = WorkerFilter.model_validate(dict(status=dict(any_=["ONLINE"])))
     if not client.read_workers_for_work_pool(pool, worker_filter=online):
         warn(f"no worker of pool {pool} is online: its stages wait for one (prefect worker start --pool {pool})")
 
 
-def handed_over(config: Config, storage: Storage, pool: str, wanted: StageRequest) -> tuple[str, str, dict]:
-    """Folder of the artifact that a worker of the pool has built, its outcome, and how it ran.
+def run_on_pool(config: Config, storage: Storage, pool: str, request: StageRequest) -> tuple[str, str, dict]:
+    """Have a worker of the pool build a stage. Returns the artifact's folder, its outcome, and how the build ran.
 
-    Raises what the stage raised there; WorkerLost if its process was lost, so that the task tries again.
+    Raises the error that the stage raised there, or WorkerLost if its process was lost, so that the task is retried.
     """
     with get_client(sync_client=True) as client:
-        keys = [digest(f"{flow_run.id} {wanted.key} {number}".encode())[:32] for number in range(ASKED)]
-        key, live = _asked(_runs(client, keys), keys, wanted.stage)
-        wanted = wanted.model_copy(update=dict(key=key))
-        meeting.ask(storage, key)
-        run = live or _start(config, storage, pool, wanted)
+        keys = [digest(f"{flow_run.id} {request.key} {number}".encode())[:32] for number in range(MAX_ATTEMPTS)]
+        key, running = _choose_key(_find_subflows(client, keys), keys, request.stage)
+        request = request.model_copy(update=dict(key=key))
+        pool_request.write_note(storage, key)
+        subflow = running or _start_subflow(config, storage, pool, request)
         try:
-            run = _ended(client, run.id, pool)
-            log("info", f"{wanted.stage} on pool {pool} ended as {run.state and run.state.name}")
-            _judge(run.state, wanted.stage, pool)
-            folder, done = meeting.answered(storage, key)
-            workers = sum(begun.start_time is not None for begun in _runs(client, keys).values())
+            subflow = _wait_for_end(client, subflow.id, pool)
+            log("info", f"{request.stage} on pool {pool} ended as {subflow.state and subflow.state.name}")
+            _raise_failure(subflow.state, request.stage, pool)
+            folder, entry = pool_request.read_result(storage, key)
+            workers = sum(run.start_time is not None for run in _find_subflows(client, keys).values())
         except BaseException:
-            _cancel(client, run.id)
+            _cancel(client, subflow.id)
             raise
         finally:
             with suppress(errors.StoreError):
-                meeting.forget(storage, key)
-    where = dict(pool=pool, workers=workers, flow_run_id=str(run.id), worker_seconds=done["seconds"])
-    return folder, done["outcome"], {name: value for name, value in done.items() if name not in ENTRY} | where
+                pool_request.remove_note_and_result(storage, key)
+    execution = {name: value for name, value in entry.items() if name not in OWN_FIELDS}
+    execution |= dict(pool=pool, workers=workers, flow_run_id=str(subflow.id), worker_seconds=entry["seconds"])
+    return folder, entry["outcome"], execution
 
 
-def _runs(client: SyncPrefectClient, keys: list[str]) -> dict[str, FlowRun]:
-    """What was asked for under these keys, by this attempt of ours and by earlier ones."""
-    ours = FlowRunFilter.model_validate(dict(idempotency_key=dict(any_=keys)))
-    found = client.read_flow_runs(flow_run_filter=ours, limit=len(keys))
-    return {run.idempotency_key: run for run in found if run.idempotency_key}
+def _find_subflows(client: SyncPrefectClient, keys: list[str]) -> dict[str, FlowRun]:
+    """Find the subflows with these idempotency keys, which this attempt and earlier ones started."""
+    with_key = FlowRunFilter.model_validate(dict(idempotency_key=dict(any_=keys)))
+    runs = client.read_flow_runs(flow_run_filter=with_key, limit=len(keys))
+    return {run.idempotency_key: run for run in runs if run.idempotency_key}
 
 
-def _asked(found: dict[str, FlowRun], keys: list[str], stage: str) -> tuple[str, FlowRun | None]:
-    """The key for a stage, and its run where an earlier attempt of ours asked for one that still goes on."""
-    for key, run in found.items():
+def _choose_key(subflows: dict[str, FlowRun], keys: list[str], stage: str) -> tuple[str, FlowRun | None]:
+    """Return the key of a subflow that still runs, with that subflow, or else the next unused key."""
+    for key, run in subflows.items():
         if run.state and not run.state.is_final() and not run.state.is_cancelling():
             return key, run
-    free = [key for key in keys if key not in found]
-    if not free:
-        raise WorkerError(f"{stage} was asked for {ASKED} times: start another run")
-    return free[0], None
+    unused = [key for key in keys if key not in subflows]
+    if not unused:
+        raise WorkerError(f"{stage} was started {MAX_ATTEMPTS} times without success: start another run")
+    return unused[0], None
 
 
-def _start(config: Config, storage: Storage, pool: str, wanted: StageRequest) -> FlowRun:
-    sent = portable(config, storage.uri(""))
+def _start_subflow(config: Config, storage: Storage, pool: str, request: StageRequest) -> FlowRun:
+    portable = make_portable(config, storage.uri(""))
     return run_deployment(  # pyright: ignore[reportReturnType]
-        f"{FLOW}/{pool}", timeout=0, idempotency_key=wanted.key, flow_run_name=f"{config.name} {wanted.stage}",
-        parameters=dict(config=sent.model_dump(mode="json"), assignment=wanted.model_dump(mode="json")),
-    )  # fmt: skip
+        f"{FLOW}/{pool}",
+        timeout=0,
+        idempotency_key=request.key,
+        flow_run_name=f"{config.name} {request.stage}",
+        parameters=dict(config=portable.model_dump(mode="json"), assignment=request.model_dump(mode="json")),
+    )
 
 
-def _ended(client: SyncPrefectClient, run_id: UUID, pool: str) -> FlowRun:
-    """The run, at its end. Its server may be away for a while."""
-    answered, late = time.monotonic(), False
+def _wait_for_end(client: SyncPrefectClient, run_id: UUID, pool: str) -> FlowRun:
+    """Wait until the subflow has ended, and return it. Its server may be unreachable for `SERVER_TIMEOUT` seconds."""
+    last_answer, has_warned = time.monotonic(), False
     while True:
         try:
             run = client.read_flow_run(run_id)
-        except AWAY as error:
-            if time.monotonic() - answered > PATIENCE:
-                raise WorkerLost(f"the Prefect server has not answered for {PATIENCE:.0f} s: {error}") from error
+        except UNREACHABLE as error:
+            if time.monotonic() - last_answer > SERVER_TIMEOUT:
+                raise WorkerLost(f"the Prefect server has not answered for {SERVER_TIMEOUT:.0f} s: {error}") from error
         else:
-            answered = time.monotonic()
+            last_answer = time.monotonic()
             if run.state and run.state.is_final():
                 return run
-            if run.state and run.state.name == "Late" and not late:
-                warn(f"pool {pool} has not begun {run.name} yet: it is busy, or has no worker")
-                late = True
-        time.sleep(POLL)
+            if run.state and run.state.name == "Late" and not has_warned:
+                warn(f"pool {pool} has not started {run.name} yet: it is busy, or has no worker")
+                has_warned = True
+        time.sleep(POLL_SECONDS)
 
 
-def _judge(state: State | None, stage: str, pool: str) -> None:
-    """Raises what became of a stage that is not completed."""
+def _raise_failure(state: State | None, stage: str, pool: str) -> None:
+    """Raise the error with which a stage failed on the pool. The name of a failed state is the error's class."""
     if state is None or state.is_completed():
         return
-    said = " ".join((state.message or "it said nothing").split())
+    message = " ".join((state.message or "no message").split())
     if state.is_crashed():
-        raise WorkerLost(f"{stage} on pool {pool} was lost: {said}")
+        raise WorkerLost(f"{stage} on pool {pool} was lost: {message}")
     if state.is_cancelled():
         raise MastersError(f"{stage} on pool {pool} was cancelled")
-    kind = getattr(errors, state.name or "", None)
-    if not (isinstance(kind, type) and issubclass(kind, MastersError)):
-        kind = WorkerError
-    raise kind(f"{said} ({stage} on pool {pool})")
+    error = getattr(errors, state.name or "", None)
+    if not (isinstance(error, type) and issubclass(error, MastersError)):
+        error = WorkerError
+    raise error(f"{message} ({stage} on pool {pool})")
 
 
 def _cancel(client: SyncPrefectClient, run_id: UUID) -> None:
-    """Nobody waits for it any more: its engines end. A run that is over stays as it is."""
-    with suppress(Exception):  # the server refuses for a run at its end, or is away; what counts is why we are here
-        client.set_flow_run_state(run_id, Cancelling(message="the run that asked for it has ended"))
+    """Cancel the subflow, so that its engines end. A finished one stays as it is."""
+    with suppress(Exception):  # the server refuses for a finished run, or is unreachable; the first error is raised
+        client.set_flow_run_state(run_id, Cancelling(message="the requesting run has ended"))
