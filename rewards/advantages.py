@@ -1,16 +1,19 @@
-"""Advantages: a response's reward against its group's (Eq. 8). G responses of one question; no gradient."""
+"""Advantages of responses within their group (Eq. 8).
+
+Shapes: G responses to one question. Nothing here has a gradient.
+"""
 
 from collections.abc import Sequence
 
 import torch
 
-NOISE = 1e-4  # ours: a standard deviation up to this is rounding noise
+NOISE_FLOOR = 1e-4  # ours: a standard deviation up to this is rounding noise
 
 
 def group_advantages(reward_G: torch.Tensor | Sequence[float], baseline_shift: float = 0.0) -> torch.Tensor:
     """(R_j - (mean R + shift)) / std R with the population's standard deviation, [G].
 
-    Eq. 8. Ours: NaN marks a response without a verdict: it takes no part in mean and deviation and gets 0. Ours: if
+    Eq. 8. Ours: NaN marks a response without a verdict: it does not count in mean and deviation and gets 0. Ours: if
     std R <= 1e-4 (also with fewer than two verdicts), every advantage is 0; there is no other epsilon.
     Ours: a shift other than 0, in units of the reward (AsymRE, arXiv 2506.20520).
     """
@@ -20,6 +23,6 @@ def group_advantages(reward_G: torch.Tensor | Sequence[float], baseline_shift: f
     advantages = torch.zeros_like(rewards)
     if valid.sum() >= 2:
         deviation = rewards[valid].std(correction=0)
-        if deviation > NOISE:
+        if deviation > NOISE_FLOOR:
             advantages[valid] = (rewards[valid] - rewards[valid].mean() - baseline_shift) / deviation
     return advantages

@@ -1,11 +1,13 @@
-"""The final part of an answer, which may come after steps. Imports no torch."""
+"""Verifier for answers with steps: compares only the final part. Imports no torch."""
 
 import re
 
 from masters.common import safe_regex
 from masters.rewards.rules import exact_match, normalize
 
-LONGEST = 10_000  # characters from the end that a pattern is looked for in: all its matches may take their square
+MAX_SEARCHED = (
+    10_000  # characters from the end that a pattern is searched in: finding all matches may take quadratic time
+)
 BOXED = "\\boxed{"
 MARKER = re.compile(
     r"####"
@@ -15,38 +17,40 @@ MARKER = re.compile(
 )
 
 
-def same_final_answer(text: str, reference: str, pattern: str | None = None) -> bool:
-    """Whether a text's and a reference answer's final parts are equal after `normalize`.
+def is_same_final_answer(text: str, reference: str, pattern: str | None = None) -> bool:
+    """Whether the final parts of a text and of a reference answer are equal after `normalize`.
 
-    `pattern`: finds the final part of both in place of the markers; see `patterns.last`. An answer without a match, as
-    one without a marker, is its own final part.
+    `pattern`: finds the final part of both instead of the markers; see `safe_regex.last_match`. A text without a match,
+    or without a marker, counts as a whole.
     """
-    ours, theirs = (_found(pattern, one) if pattern else final_part(one) for one in (text, reference))
-    return exact_match(ours, theirs)
+    final_text, final_reference = (
+        _last_match(pattern, answer) if pattern else final_part(answer) for answer in (text, reference)
+    )
+    return exact_match(final_text, final_reference)
 
 
 def final_part(text: str) -> str:
-    r"""The normalized final part of an answer, all of it if it has no marker or nothing stands after the last one.
+    r"""The normalized final part of an answer; the whole answer if it has no marker or nothing follows the last one.
 
-    Markers, in any case: `\boxed{}`, whose content it is, else what stands after the last of "####", "=" (not of an
-    inequality), ":" (not within a time or a ratio) and "answer is".
+    Markers, in any case: `\boxed{}`, whose content is the final part, else the last of "####", "=" (not of an
+    inequality), ":" (not within a time or a ratio) and "answer is", which the final part follows.
     """
-    whole = normalize(text)
-    part = _content(whole) if BOXED in whole else whole
-    ends = [marker.end() for marker in MARKER.finditer(part)]
-    return normalize(part[ends[-1] :] if ends else part) or whole
+    normalized = normalize(text)
+    part = _last_box(normalized) if BOXED in normalized else normalized
+    marker_ends = [marker.end() for marker in MARKER.finditer(part)]
+    return normalize(part[marker_ends[-1] :] if marker_ends else part) or normalized
 
 
-def _content(text: str) -> str:
-    """What stands in the last box, up to its closing brace or the end."""
+def _last_box(text: str) -> str:
+    """The content of the last box, up to its closing brace or the end of the text."""
     content, depth = text.rpartition(BOXED)[2], 1
-    for place, character in enumerate(content):
+    for index, character in enumerate(content):
         depth += (character == "{") - (character == "}")
         if depth == 0:
-            return content[:place]
+            return content[:index]
     return content
 
 
-def _found(pattern: str, text: str) -> str:
-    part = safe_regex.last(pattern, text[-LONGEST:])
-    return text if part is None else part
+def _last_match(pattern: str, text: str) -> str:
+    match = safe_regex.last_match(pattern, text[-MAX_SEARCHED:])
+    return text if match is None else match

@@ -1,7 +1,7 @@
-"""The process that compares numbers: a line [text, reference] comes in, a line true or false goes out.
+"""The process that compares numbers: reads a line [text, reference], writes a line true or false.
 
-`python -m masters.rewards.number_worker`, started by `masters.rewards.number`. Its first line, null, says that it is
-ready. Here math-verify is in the main thread of a process, so that its own time limits hold.
+`python -m masters.rewards.number_worker`, started by `masters.rewards.number`. Its first line, null, means that it is
+ready. math-verify runs in the main thread of this process, so that its own time limits work.
 """
 
 import json
@@ -15,17 +15,17 @@ from functools import lru_cache
 
 from math_verify import parse, verify
 
-SECONDS = 2  # of math-verify, for a text and for each comparison
-MEMORY = 4 << 30  # bytes of address space
+TIMEOUT_SECONDS = 2  # of math-verify, to parse a text and for each comparison
+MAX_MEMORY = 4 << 30  # bytes of address space
 FULL_STOP = re.compile(r"(?<=\d)\.(?!\d)")  # math-verify reads "1/3." as a decimal fraction, unequal to 1/3
-MINUS = str.maketrans("\u2212\u2013", "--")  # the sign and the dash that stand for it
+MINUS = str.maketrans("\u2212\u2013", "--")  # minus sign and en dash, to "-"
 
 
 def main() -> None:
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of each time limit that was reached
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it logs a warning for each time limit reached
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    sys.stdout = sys.stderr  # whatever a library prints is no answer
+    sys.stdout = sys.stderr  # what a library prints must not be read as an answer
     print("null", file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(equal(*json.loads(line))), file=answers, flush=True)
@@ -34,16 +34,16 @@ def main() -> None:
 def equal(text: str, reference: str) -> bool:
     """Whether the final numbers of two texts are equal, to six decimal places where one is a decimal fraction."""
     try:
-        return verify(_parsed(reference), _parsed(text), timeout_seconds=SECONDS)
-    except Exception:  # SymPy raises many kinds, on texts that nobody thought of
+        return verify(_parse(reference), _parse(text), timeout_seconds=TIMEOUT_SECONDS)
+    except Exception:  # SymPy raises many kinds, on unforeseen texts
         return False
 
 
 @lru_cache(maxsize=1024)
-def _parsed(text: str) -> list:
+def _parse(text: str) -> list:
     plain = FULL_STOP.sub("", unicodedata.normalize("NFKC", text).translate(MINUS))
-    # without the texts themselves, which math-verify would compare where it finds no number
-    return parse(plain, fallback_mode="no_fallback", parsing_timeout=SECONDS)
+    # no fallback: math-verify would compare the texts themselves where it finds no number
+    return parse(plain, fallback_mode="no_fallback", parsing_timeout=TIMEOUT_SECONDS)
 
 
 if __name__ == "__main__":

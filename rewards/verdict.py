@@ -1,25 +1,25 @@
-"""What is judged, and a verdict on it.
+"""The texts to be judged and the verdicts on them.
 
-ok              it was judged; an empty or a wrong text is judged 0
-parse_failed    the judge answered, its score could not be read
-refused         the judge does not take this prompt, as one too long for it
-judge_failed    the judge could not be had; a later run asks it again
+ok              the text was judged; an empty or a wrong text is judged 0
+parse_failed    the judge answered, but its score could not be read
+refused         the judge does not accept this prompt, for example one that is too long
+judge_failed    the judge could not be reached; a later run asks it again
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-from masters.common.hashing import canonical, digest
+from masters.common.hashing import canonical_json, digest
 
 Status = Literal["ok", "parse_failed", "refused", "judge_failed"]
-FINAL = ("ok", "parse_failed")  # what asking again would not change
+FINAL_STATUSES = ("ok", "parse_failed")  # asking the judge again would not change these
 
 
 @dataclass(frozen=True)
 class Triple:
-    """A text to be judged against the reference answer of its question. Equal triples share one verdict.
+    """A question, its reference answer and a text to be judged. Equal triples share one verdict.
 
-    `others`: further answers that are accepted instead of the reference.
+    `others`: further accepted answers beside the reference.
     """
 
     question: str
@@ -33,7 +33,7 @@ class Triple:
 
     @property
     def digest(self) -> str:
-        return digest(canonical(self.to_json() if self.others else self.to_json()[:3]).encode())
+        return digest(canonical_json(self.to_json() if self.others else self.to_json()[:3]).encode())
 
     def to_json(self) -> list:
         return [self.question, self.reference, self.text, list(self.others)]
@@ -46,9 +46,12 @@ class Triple:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`score` in [0, 1], None exactly where the status is not "ok": a verdict that could not be had is never a 0."""
+    """A judge's verdict on a text.
+
+    `score` lies in [0, 1]; it is None exactly if the status is not "ok": a missing verdict never counts as 0.
+    """
 
     score: float | None
     status: Status
-    explanation: str = ""  # a judge's own words, or why there are none
-    reading: str | None = None  # what its second, short call said
+    explanation: str = ""  # the judge's own words, or the reason why there are none
+    reading: str | None = None  # the judge's second, short reply

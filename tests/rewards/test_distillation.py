@@ -56,17 +56,17 @@ def test_a_divergence_that_is_no_number_takes_no_part(bad: float) -> None:
 
 
 def test_identical_responses_share_their_mean() -> None:
-    d_G, same_G = np.array([0.1, 0.5, 0.2, 0.6]), [0, 1, 0, 2]
-    found = distillation_rewards(d_G, same_G=same_G).numpy()
+    d_G, sequence_id_G = np.array([0.1, 0.5, 0.2, 0.6]), [0, 1, 0, 2]
+    found = distillation_rewards(d_G, sequence_id_G=sequence_id_G).numpy()
     everyone = np.ones(4, bool)
     d_G = float64_reference.shared(d_G, [(0,), (1,), (0,), (2,)], everyone)
     np.testing.assert_allclose(d_G, [0.15, 0.5, 0.15, 0.6])
     np.testing.assert_allclose(found, float64_reference.distillation_reward(d_G, everyone))
-    assert not distillation_rewards(d_G, same_G=[0, 0, 0, 0]).any()
+    assert not distillation_rewards(d_G, sequence_id_G=[0, 0, 0, 0]).any()
 
 
 def test_sharing_is_among_those_that_take_part() -> None:
-    found = distillation_rewards(np.array([0.1, math.nan, 0.3, 0.5]), same_G=[0, 0, 1, 2])
+    found = distillation_rewards(np.array([0.1, math.nan, 0.3, 0.5]), sequence_id_G=[0, 0, 1, 2])
     np.testing.assert_allclose(found.numpy(), [1.0, 0.0, 0.5, 0.0])
 
 
@@ -78,5 +78,5 @@ def test_raw_is_the_negative_divergence() -> None:
 @pytest.mark.parametrize("rewards", [distillation_rewards, raw_distillation_rewards])
 def test_nothing_has_a_gradient_and_the_input_stays(rewards) -> None:
     d_G = torch.tensor([0.1, 0.5, 0.3], requires_grad=True)
-    assert not rewards(d_G, same_G=[0, 0, 1]).requires_grad
+    assert not rewards(d_G, sequence_id_G=[0, 0, 1]).requires_grad
     assert torch.equal(d_G.detach(), torch.tensor([0.1, 0.5, 0.3]))

@@ -3,27 +3,27 @@
 import pytest
 
 from masters.common.errors import InputError
-from masters.config.judge_url import base_url
+from masters.config.judge_url import api_base_url
 from masters.rewards import judge_server
-from masters.rewards.judge import judge
-from masters.rewards.judge_prompts import grading
-from masters.rewards.judge_server import Server
+from masters.rewards.judge import judge_triples
+from masters.rewards.judge_prompts import grading_conversation
+from masters.rewards.judge_server import ServerJudge
 from masters.rewards.verdict import Triple
 from tests.fake_judge import serve, verdict
 
 TRIPLES = [Triple("what color?", "teal", text) for text in ("Teal.", "red", "")]
 
 
-def ask(server: Server, count: int = 1) -> list[tuple[str, str]]:
+def ask(server: ServerJudge, count: int = 1) -> list[tuple[str, str]]:
     with server:
-        answers = server.ask([grading(TRIPLES[0])] * count, 32)
+        answers = server.ask([grading_conversation(TRIPLES[0])] * count, 32)
     return [(answer.status, answer.text) for answer in answers]
 
 
 def test_verdicts_over_http(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTERS_JUDGE_API_KEY", "sesame\n")
-    with serve() as there, Server(there.url, None) as server:
-        verdicts = judge(server, TRIPLES)
+    with serve() as there, ServerJudge(there.url, None) as server:
+        verdicts = judge_triples(server, TRIPLES)
     assert [(v.score, v.status, v.reading) for v in verdicts] == [(1, "ok", "1"), (0, "ok", "0"), (0, "ok", "0")]
     assert there.keys == {"Bearer sesame"}
     assert {call["model"] for call in there.asked} == {"exact-match"}  # the server's own, as none was configured
@@ -36,20 +36,20 @@ def test_the_configured_model_or_the_servers_default_is_asked(
     models: tuple[str, ...], configured: str | None, asked: str
 ) -> None:
     with serve(models=models) as there:
-        assert ask(Server(there.url, configured))[0][0] == "ok"
+        assert ask(ServerJudge(there.url, configured))[0][0] == "ok"
     assert {call["model"] for call in there.asked} == {asked}
 
 
 def test_errors_of_the_server_are_retried() -> None:
     replies = [(500, b"{}"), (503, b"busy"), (429, b"{}")]
     with serve(say=lambda user: replies.pop(0) if replies else (200, verdict(user))) as there:
-        assert ask(Server(there.url, "m", retries=3))[0][0] == "ok"
+        assert ask(ServerJudge(there.url, "m", retries=3))[0][0] == "ok"
     assert len(there.asked) == 4
 
 
 def test_an_error_that_stays_is_a_failure() -> None:
     with serve(say=lambda _: (500, b'{"error": {"message": "out of memory"}}')) as there:
-        ((status, text),) = ask(Server(there.url, "m", retries=1))
+        ((status, text),) = ask(ServerJudge(there.url, "m", retries=1))
     assert (status, len(there.asked)) == ("judge_failed", 2)
     assert "500" in text and "out of memory" in text
 
@@ -57,13 +57,13 @@ def test_an_error_that_stays_is_a_failure() -> None:
 @pytest.mark.parametrize(("code", "status"), [(400, "refused"), (413, "refused"), (401, "judge_failed")])
 def test_what_asking_again_cannot_change_is_asked_once(code: int, status: str) -> None:
     with serve(say=lambda _: (code, b"{}")) as there:
-        assert ask(Server(there.url, "m"))[0][0] == status
+        assert ask(ServerJudge(there.url, "m"))[0][0] == status
     assert len(there.asked) == 1
 
 
 def test_a_judge_that_times_out_gives_judge_failed() -> None:
     with serve(say=lambda _: (200, 2.0)) as there:
-        ((status, text),) = ask(Server(there.url, "m", timeout=0.2, retries=1))
+        ((status, text),) = ask(ServerJudge(there.url, "m", timeout=0.2, retries=1))
     assert (status, len(there.asked)) == ("judge_failed", 2)
     assert "APITimeoutError" in text
 
@@ -71,29 +71,29 @@ def test_a_judge_that_times_out_gives_judge_failed() -> None:
 @pytest.mark.parametrize("body", [b"", b"<html>hello</html>", b"[]", b"{}", b'"1"', b'{"choices": []}', b"\xff\xfe"])
 def test_what_is_no_chat_completion_is_a_failure(body: bytes) -> None:
     with serve(say=lambda _: (200, body)) as there:
-        assert ask(Server(there.url, "m", retries=0))[0][0] == "judge_failed"
+        assert ask(ServerJudge(there.url, "m", retries=0))[0][0] == "judge_failed"
 
 
 def test_text_of_no_sense_is_a_parse_failure() -> None:
-    with serve(say=lambda _: (200, "\u2603 <answer>maybe</answer>")) as there, Server(there.url, "m") as server:
-        assert {(v.score, v.status) for v in judge(server, TRIPLES)} == {(None, "parse_failed")}
+    with serve(say=lambda _: (200, "\u2603 <answer>maybe</answer>")) as there, ServerJudge(there.url, "m") as server:
+        assert {(v.score, v.status) for v in judge_triples(server, TRIPLES)} == {(None, "parse_failed")}
 
 
 def test_an_answer_cut_at_the_limit_says_so() -> None:
     with serve(say=lambda _: (200, "it goes on [cut]")) as there:
-        assert ask(Server(there.url, "m"))[0] == ("cut_off", "it goes on [cut]")
+        assert ask(ServerJudge(there.url, "m"))[0] == ("cut_off", "it goes on [cut]")
 
 
 def test_requests_at_a_time_are_bounded() -> None:
     with serve(say=lambda _: (200, 0.1)) as there:
-        assert len(ask(Server(there.url, "m", requests=3), count=12)) == 12
+        assert len(ask(ServerJudge(there.url, "m", requests=3), count=12)) == 12
     assert 2 <= there.most_at_once <= 3
 
 
 def test_a_judge_that_is_down_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge_server, "GIVE_UP", 4)
+    monkeypatch.setattr(judge_server, "MAX_CONSECUTIVE_FAILURES", 4)
     with serve(say=lambda _: (500, b"{}")) as there:
-        answers = ask(Server(there.url, "m", requests=1, retries=0), count=10)
+        answers = ask(ServerJudge(there.url, "m", requests=1, retries=0), count=10)
     assert len(there.asked) == 4
     assert {status for status, _ in answers} == {"judge_failed"}
     assert "not asked after 4 failures in a row (HTTP 500" in answers[-1][1]
@@ -102,7 +102,7 @@ def test_a_judge_that_is_down_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_judge_url_without_a_server_gives_judge_failed() -> None:
     with serve() as there:
         url = there.url
-    ((status, text),) = ask(Server(url, None, retries=0))
+    ((status, text),) = ask(ServerJudge(url, None, retries=0))
     assert status == "judge_failed"
     assert "APIConnectionError" in text
 
@@ -116,7 +116,7 @@ def test_a_judge_url_without_a_server_gives_judge_failed() -> None:
     ],
 )  # fmt: skip
 def test_base_url_of_a_judges_api(url: str, base: str) -> None:
-    assert base_url(url) == base
+    assert api_base_url(url) == base
 
 
 @pytest.mark.parametrize(
@@ -126,6 +126,6 @@ def test_base_url_of_a_judges_api(url: str, base: str) -> None:
 )  # fmt: skip
 def test_a_malformed_url_is_refused_without_telling_secrets(url: str) -> None:
     with pytest.raises(InputError, match=r"rewards\.judge") as error:
-        base_url(url)
+        api_base_url(url)
     assert "secret" not in str(error.value)
     assert "\n" not in str(error.value)

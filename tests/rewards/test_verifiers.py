@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from masters.common.errors import WorkerError
 from masters.config import Answers
 from masters.rewards import number, verifiers
-from masters.rewards.choice import letters
+from masters.rewards.choice import named_letters
 from masters.rewards.final_answer import final_part
 from masters.rewards.rules import exact_match
 from masters.rewards.verdict import Triple
-from masters.rewards.verifiers import VERIFIERS, AnyOf, verifying
+from masters.rewards.verifiers import VERIFIERS, IsRight, open_verifier
 
 # texts that look like answers, so that markers, letters and numbers meet; and any text
 PIECES = [
@@ -44,20 +44,20 @@ TEXTS = LIKELY | st.text(max_size=60) | st.text(st.characters(), max_size=10)
 
 
 @pytest.fixture(scope="module", params=[*VERIFIERS, "pattern"])
-def is_right(request: pytest.FixtureRequest) -> Iterator[AnyOf]:
+def is_right(request: pytest.FixtureRequest) -> Iterator[IsRight]:
     answers = Answers(verifier="final", final_pattern=r"<(\w+)>") if request.param == "pattern" else None
-    with verifying(answers or Answers(verifier=request.param)) as checks:
+    with open_verifier(answers or Answers(verifier=request.param)) as checks:
         yield checks
 
 
 @pytest.fixture(scope="module")
 def equal_numbers() -> Iterator[Callable[[str, str], bool]]:
-    with number.comparing_numbers() as equal:
+    with number.number_comparison() as equal:
         yield equal
 
 
 def right(verifier: str, text: str, *accepted: str, **options: str) -> bool:
-    with verifying(Answers.model_validate(dict(verifier=verifier) | options)) as checks:
+    with open_verifier(Answers.model_validate(dict(verifier=verifier) | options)) as checks:
         return checks(text, accepted)
 
 
@@ -69,13 +69,13 @@ def test_every_verifier_of_the_configuration_is_registered_under_a_name_of_its_o
 
 @settings(deadline=None, max_examples=200)
 @given(text=TEXTS, reference=TEXTS)
-def test_on_any_text_a_verifier_gives_a_truth_value(is_right: AnyOf, text: str, reference: str) -> None:
+def test_on_any_text_a_verifier_gives_a_truth_value(is_right: IsRight, text: str, reference: str) -> None:
     assert is_right(text, [reference]) in (True, False)
 
 
 @settings(deadline=None)
 @given(text=TEXTS, reference=TEXTS)
-def test_what_matches_exactly_is_right_by_every_verifier(is_right: AnyOf, text: str, reference: str) -> None:
+def test_what_matches_exactly_is_right_by_every_verifier(is_right: IsRight, text: str, reference: str) -> None:
     assert is_right(text, [reference]) or not exact_match(text, reference)
     assert is_right(f' "{text.upper()}". ', [text]) or not exact_match(text.upper(), text)
 
@@ -90,7 +90,7 @@ def test_a_text_is_right_exactly_if_one_accepted_answer_makes_it_right(is_right,
 
 @settings(deadline=None)
 @given(text=TEXTS, accepted=st.lists(TEXTS, min_size=1, max_size=3))
-def test_nothing_is_never_right(is_right: AnyOf, text: str, accepted: list[str]) -> None:
+def test_nothing_is_never_right(is_right: IsRight, text: str, accepted: list[str]) -> None:
     assert not is_right("", accepted) and not is_right(" \n", accepted)
 
 
@@ -170,7 +170,7 @@ def test_a_final_pattern_cannot_take_for_ever() -> None:
     ],
 )  # fmt: skip
 def test_the_letters_that_a_text_names(text: str, named: str) -> None:
-    assert letters(text) == set(named)
+    assert named_letters(text) == set(named)
 
 
 @pytest.mark.parametrize("reference", ["B", "b", "(B)", "B.", "B. a cat", "B) a cat", "(b) A cat"])
@@ -229,7 +229,7 @@ def test_a_text_that_computes_without_end_is_not_equal_and_costs_seconds(equal_n
 
 
 def test_a_process_that_says_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    with number.comparing_numbers() as equal:
+    with number.number_comparison() as equal:
         assert equal("3.0", "3")
         with monkeypatch.context() as patch:
             patch.setattr(number, "PAIR_SECONDS", 0.0)
@@ -239,7 +239,7 @@ def test_a_process_that_says_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch
 
 def test_a_process_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(number, "WORKER", "masters.rewards.nothing")
-    with number.comparing_numbers() as equal, pytest.raises(WorkerError, match="did not start"):
+    with number.number_comparison() as equal, pytest.raises(WorkerError, match="did not start"):
         equal("3.0", "3")
 
 
@@ -248,8 +248,8 @@ def test_a_process_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(("text", "score"), [("Blue!", 1.0), ("navy", 1.0), ("red", 0.0), ("", 0.0), ("   ", 0.0)])
 def test_a_rule_always_gives_a_verdict(text: str, score: float) -> None:
-    with verifying(Answers()) as checks:
-        verdict = verifiers.verdict(checks, Triple("What color?", "blue", text, ("navy",)))
+    with open_verifier(Answers()) as checks:
+        verdict = verifiers.make_verdict(checks, Triple("What color?", "blue", text, ("navy",)))
     assert (verdict.score, verdict.status) == (score, "ok")
     assert "against 'blue' or 'navy'" in verdict.explanation
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -257,7 +257,7 @@ def test_a_rule_always_gives_a_verdict(text: str, score: float) -> None:
 
 
 def test_identity_has_the_rule_and_its_pattern_alone() -> None:
-    assert verifiers.identity(Answers()) == dict(verifier="rules-1")
-    assert verifiers.identity(Answers(verifier="final", final_pattern="x")) == dict(
+    assert verifiers.verifier_identity(Answers()) == dict(verifier="rules-1")
+    assert verifiers.verifier_identity(Answers(verifier="final", final_pattern="x")) == dict(
         verifier="final-1", final_pattern="x"
     )
