@@ -1,21 +1,21 @@
-# Needed beforehand: Linux, Python >= 3.11, make. Everything else is installed into .venv.
+# Requirements: Linux, Python >= 3.11, make. Everything else is installed into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRA ?= cpu
 
 .PHONY: demo test test-slow test-all test-faults test-durations golden setup setup-benchmarks lint check bench \
-	demo-models up down browser
+	docs demo-models up down browser
 
 demo: setup
 	$(BIN)/masters distill configs/demo.toml
 
-# two files of tests at a time, a core each
+# two test files at a time, one per core
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(TEST) -m "not slow"
 
-# one of four parts that take about the same time
+# one of four parts of about equal time
 PART ?= 1/4
 test-slow: setup setup-benchmarks browser
 	$(TEST) -m slow --part $(PART) --fail-on-skip
@@ -23,21 +23,21 @@ test-slow: setup setup-benchmarks browser
 test-all: setup setup-benchmarks browser
 	$(TEST) --fail-on-skip
 
-# prints the slowest tests and each suite's time, and keeps what `make test-slow` makes its parts by
+# prints the slowest tests and each suite's time, and stores the times by which `make test-slow` balances its parts
 test-durations: setup setup-benchmarks browser
 	$(TEST) --durations=30 --write-seconds
 
-# writes the golden loss curve anew; only after a change of the method's definition, never to make a test pass
+# records the golden loss curve again; only after a change of the method's definition, never to make a test pass
 golden: setup
 	$(BIN)/python -m tests.golden.regenerate
 
-# kills and disturbs real pipelines, two at a time, at moments that SEED chooses; prints what became of them
+# kills and disturbs real pipelines, two at a time, at moments that SEED chooses; prints the outcomes
 SEED ?= 0
 test-faults: setup
 	rm -f runs/faults/$(SEED).json
 	SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --maxschedchunk 1 tests/faults/suite.py; ended=$$?; $(BIN)/python -m tests.faults.report $(SEED) && exit $$ended
 
-# of the tests that open the UIs; as another user than root, install it beforehand
+# Chromium, for the tests that open the UIs; if you are not root, install it beforehand
 browser:
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; }
 
@@ -51,6 +51,11 @@ lint: setup
 
 check: lint
 	$(BIN)/pip-audit --no-deps --disable-pip --progress-spinner off -r requirements/$(EXTRA).txt
+
+# writes docs/reference from the code, then the site in site/; a dead link is an error
+docs: setup
+	$(BIN)/python docs/gen_reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 up: setup
 	$(BIN)/masters up
@@ -67,7 +72,7 @@ bench: setup
 	$(BIN)/python -m benchmarks scale
 	$(BIN)/python -m benchmarks large
 
-# hours; other rounding gives other weights, for which committed study results do not count
+# takes hours; on a machine that rounds differently the weights differ, and committed study results do not apply to them
 demo-models: setup
 	$(BIN)/python -m demo.digits teacher
 	$(BIN)/python -m demo.digits teacher --more 500 --learning-rate 7.5e-4
@@ -82,14 +87,14 @@ demo-models: setup
 
 setup: .venv/ready
 
-# lmms-eval and what it needs beside the main environment, in a folder that only its own process sees
+# lmms-eval and its dependencies, in a folder that only its own process sees
 setup-benchmarks: .venv/benchmarks/ready
 
 .venv/benchmarks/ready: requirements/benchmarks.txt .venv/ready
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode --target .venv/benchmarks -r requirements/benchmarks.txt
 	touch $@
 
-# bytecode is compiled here: where Python may not write beside the sources, every process would do it again (13 s each)
+# bytecode is compiled here: where Python may not write it beside the sources, every process would compile again (13 s)
 .venv/ready: requirements/$(EXTRA).txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
