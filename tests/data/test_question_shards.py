@@ -2,28 +2,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from masters.common.hashing import digest
-from masters.data.question_shards import Ref, plan
+from masters.data.question_shards import QuestionRef, plan_shards
 
 
-def refs(numbers) -> list[Ref]:
-    return sorted(Ref(digest(str(n).encode()), f"q{n}", 0, n) for n in set(numbers))
+def refs(numbers) -> list[QuestionRef]:
+    return sorted(QuestionRef(digest(str(n).encode()), f"q{n}", 0, n) for n in set(numbers))
 
 
 @given(st.sets(st.integers(0, 10_000), max_size=400))
 def test_every_question_is_in_one_shard_and_none_is_too_large(numbers: set[int]) -> None:
     whole = refs(numbers)
-    shards = plan(whole, limit=16)
+    shards = plan_shards(whole, limit=16)
     assert [ref for shard in shards for ref in shard.refs] == whole
     assert all(0 < len(shard.refs) <= 16 for shard in shards)
 
 
 @given(st.sets(st.integers(0, 10_000), min_size=50, max_size=300), st.integers(10_001, 20_000))
 def test_a_new_question_touches_only_the_shard_it_falls_into(numbers: set[int], new: int) -> None:
-    before, after = (plan(refs(n), limit=16) for n in (numbers, numbers | {new}))
+    before, after = (plan_shards(refs(n), limit=16) for n in (numbers, numbers | {new}))
     kept = {tuple(map(tuple, s.questions)) for s in before} & {tuple(map(tuple, s.questions)) for s in after}
     assert len(kept) >= len(before) - 1
 
 
 def test_more_questions_of_one_digest_than_a_shard_holds_stay_together() -> None:
-    same = [Ref("ab" * 32, f"q{n:02}", 0, n) for n in range(20)]
-    assert sum(len(s.refs) for s in plan(same, limit=4)) == 20
+    same = [QuestionRef("ab" * 32, f"q{n:02}", 0, n) for n in range(20)]
+    assert sum(len(s.refs) for s in plan_shards(same, limit=4)) == 20

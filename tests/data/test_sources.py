@@ -15,7 +15,7 @@ from PIL import Image
 from masters.common.errors import InputError
 from masters.config import Data
 from masters.data.sources import RawRow, digits, open_source
-from masters.data.sources.easyvqa import category
+from masters.data.sources.easyvqa import question_category
 
 
 def png(seed: int) -> bytes:
@@ -327,7 +327,7 @@ def test_easyvqa_is_the_official_split():
     ],
 )  # fmt: skip
 def test_easyvqa_categories(question, expected):
-    assert category(question) == expected
+    assert question_category(question) == expected
 
 
 def test_digits_have_fixed_scenes_whose_questions_follow_from_the_handwriting():

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from masters.common.errors import InputError
-from masters.common.hashing import canonical, digest, unit_interval
+from masters.common.hashing import canonical_json, digest, to_unit_interval
 from masters.data import images
 from masters.data.sources.base import RawRow
-from masters.data.validation import Rejected, reread, validated
+from masters.data.validation import RejectedRow, parse_row, validate_rows
 
 
 class Rows:
@@ -42,12 +42,12 @@ def row(**changes) -> RawRow:
 
 
 def judge(*rows: RawRow) -> list:
-    return list(validated(Rows(*rows)))
+    return list(validate_rows(Rows(*rows)))
 
 
 def reason(**changes) -> str:
     (found,) = judge(row(**changes))
-    assert isinstance(found, Rejected), found
+    assert isinstance(found, RejectedRow), found
     assert found.reason.startswith(found.kind)
     return found.reason
 
@@ -76,14 +76,14 @@ def png_header(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("name", ["question", "answer"])
 def test_a_text_with_a_control_token_of_the_models_is_refused(name: str) -> None:
     rows = Rows(row(id="a", **{name: "what is <|image_pad|> here"}), row(id="b", **{name: "what is <b> here"}))
-    first, second = validated(rows, ("<|im_end|>", "<|image_pad|>"))
-    assert first == Rejected("a", f"{name} has a special token", f"{name} has a special token (<|image_pad|>)")
+    first, second = validate_rows(rows, ("<|im_end|>", "<|image_pad|>"))
+    assert first == RejectedRow("a", f"{name} has a special token", f"{name} has a special token (<|image_pad|>)")
     assert second[name] == "what is <b> here"
 
 
 def test_an_accepted_row_is_a_question_as_it_was():
     found = accepted(question=" Wie groß?\n\tsehr\r\n", answer="groß", category="size", split="test")
-    content = digest(canonical([" Wie groß?\n\tsehr\r\n", "groß", digest(GOOD)]).encode())
+    content = digest(canonical_json([" Wie groß?\n\tsehr\r\n", "groß", digest(GOOD)]).encode())
     assert found == {
         "question_id": "a", "question_digest": content, "image_digest": digest(GOOD), "image": GOOD,
         "question": " Wie groß?\n\tsehr\r\n", "answer": "groß", "accepted_answers": ["groß"], "split": "test",
@@ -110,8 +110,8 @@ def test_the_digest_tells_what_is_accepted_apart_and_one_answer_is_one_however_i
 
 
 def test_every_accepted_answer_is_looked_through_for_control_tokens():
-    (found,) = validated(Rows(row(answer=["this", "<|im_end|>"])), ("<|im_end|>",))
-    assert found == Rejected("a", "answer has a special token", "answer has a special token (<|im_end|>)")
+    (found,) = validate_rows(Rows(row(answer=["this", "<|im_end|>"])), ("<|im_end|>",))
+    assert found == RejectedRow("a", "answer has a special token", "answer has a special token (<|im_end|>)")
 
 
 def test_whole_number_ids_become_their_decimals():
@@ -128,7 +128,7 @@ def test_rereading_gives_the_same_question(tmp_path):
         row(id=3, split="test", category="c"),
         row(image="x.png", root=tmp_path),
     ):
-        assert judge(raw) == [reread(raw)]
+        assert judge(raw) == [parse_row(raw)]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])
@@ -160,7 +160,7 @@ def test_without_a_split_the_image_decides_so_that_none_is_in_both():
         split_of.setdefault(question["image"], set()).add(question["split"])
     assert all(len(splits) == 1 for splits in split_of.values())
     held_out = [p for p, splits in split_of.items() if splits == {"test"}]
-    assert held_out == [p for p in split_of if unit_interval(digest(p)) < 0.1]
+    assert held_out == [p for p in split_of if to_unit_interval(digest(p)) < 0.1]
     assert 15 <= len(held_out) <= 45, "a tenth of 300"
 
 
@@ -225,7 +225,7 @@ def test_limits_themselves_are_accepted():
 
 
 def test_a_bomb_is_refused_by_its_header(monkeypatch):
-    monkeypatch.setattr(images, "_decoded", lambda image: pytest.fail("decoded"))
+    monkeypatch.setattr(images, "to_rgb", lambda image: pytest.fail("decoded"))
     reason(image=png_header(8001, 8000))
 
 
@@ -282,15 +282,15 @@ def test_an_error_of_the_source_is_not_swallowed():
             raise InputError("the source broke off")
 
     with pytest.raises(InputError, match="broke off"):
-        list(validated(Ends()))
+        list(validate_rows(Ends()))
 
 
-def test_verdicts_on_images_are_remembered_but_not_for_ever(monkeypatch):
-    monkeypatch.setattr(images, "REMEMBERED", 3)
-    monkeypatch.setattr(images, "_verdicts", {})
+def test_image_faults_are_cached_up_to_a_limit(monkeypatch):
+    monkeypatch.setattr(images, "CACHE_SIZE", 3)
+    monkeypatch.setattr(images, "_faults", {})
     judged = []
-    monkeypatch.setattr(images, "_examine", lambda data: judged.append(data))
+    monkeypatch.setattr(images, "_decode_fault", lambda data: judged.append(data))
     for data in (b"1", b"1", b"2", b"3", b"4", b"2", b"1"):
-        images.image_fault(data, digest(data))
-        assert len(images._verdicts) <= 3
+        images.find_image_fault(data, digest(data))
+        assert len(images._faults) <= 3
     assert judged == [b"1", b"2", b"3", b"4", b"1"]

@@ -1,4 +1,4 @@
-"""Whether image bytes can be used: decoded in full once, within limits, before a model or a processor sees them."""
+"""Decode images within limits, before a model or a processor sees them."""
 
 import io
 import warnings
@@ -7,75 +7,74 @@ from functools import cache
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from masters.common.errors import one_line
+
 MAX_BYTES = 64 << 20  # of one image file
 MAX_PIXELS = 64_000_000  # decoded, 192 MB
 MAX_ASPECT = 200  # long to short side; Qwen's image processors refuse more
 # No PostScript, PDF or vector formats: decoding those runs programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000", "TGA", "ICO")
-DEEP = ("I;16", "I;16B", "I;16L", "I;16N")  # 16 bits of gray; Pillow would make all but the darkest of it white
-REMEMBERED = 4096
+GRAY_16_BIT = ("I;16", "I;16B", "I;16L", "I;16N")  # Pillow would clip these to white
+CACHE_SIZE = 4096  # images whose fault is remembered
 
-Fault = tuple[str, object]
-_verdicts: dict[str, Fault | None] = {}  # by digest: many questions share an image
-
-
-def image_fault(data: bytes, digest: str) -> Fault | None:
-    """(kind, detail) of what is wrong with an image, None if it decodes to RGB. `digest` is its SHA-256."""
-    if digest not in _verdicts:
-        if len(_verdicts) >= REMEMBERED:
-            _verdicts.pop(next(iter(_verdicts)))  # the oldest
-        _verdicts[digest] = _examine(data)
-    return _verdicts[digest]
+Fault = tuple[str, object]  # (kind, detail)
+_faults: dict[str, Fault | None] = {}  # by image digest: many questions share an image
 
 
-def rgb(image: Image.Image) -> Image.Image:
-    """The picture as models see it: the first frame, upright as its EXIF says, 8 bits a channel, of 16 bits the upper 8
-    (as Pillow reads color).
+def find_image_fault(data: bytes, digest: str) -> Fault | None:
+    """Return (kind, detail) of what is wrong with an image, None if it decodes to RGB. `digest` is its SHA-256."""
+    if digest not in _faults:
+        if len(_faults) >= CACHE_SIZE:
+            _faults.pop(next(iter(_faults)))  # the oldest
+        _faults[digest] = _decode_fault(data)
+    return _faults[digest]
 
-    Raises ValueError where samples have no range that says what is white.
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to what models see: the first frame, upright as its EXIF says, 8 bits a channel.
+
+    Of 16 bits the upper 8 are kept, as Pillow does for color. Raises ValueError if no range says which sample is white.
     """
     image.load()
-    image = _upright(image)
-    if image.mode in DEEP:
+    image = _apply_orientation(image)
+    if image.mode in GRAY_16_BIT:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(f"samples of mode {image.mode} have no stated range; save it with 8 or 16 bits a channel")
     return image.convert("RGB")
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned and mirrored as cameras note it, which is how people and Hugging Face's data sets see it."""
+def _apply_orientation(image: Image.Image) -> Image.Image:
+    """Turn and mirror an image as its EXIF orientation says, as viewers and Hugging Face's data sets do."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # what cannot be read says nothing: viewers show such a picture as it is stored
+    except Exception:  # viewers show an image with unreadable EXIF as it is stored
         return image
     if orientation not in range(2, 9):  # 1: as it is stored
         return image
     bare = image.copy()
-    bare.info = {}  # exif_transpose would write the other tags again, and stumble over odd ones
+    bare.info = {}  # exif_transpose would write the other tags again, and fail on odd ones
     bare.getexif()[ExifTags.Base.Orientation] = orientation
     return ImageOps.exif_transpose(bare)
 
 
-def _examine(data: bytes) -> Fault | None:
+def _decode_fault(data: bytes) -> Fault | None:
+    """Decode the image in full, as training will, and return what is wrong with it."""
     if not data:
         return "image is empty", None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # of what lies inside: an icon's pictures
+        warnings.simplefilter("ignore")  # Pillow's warnings about odd but readable files
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # for images inside, such as those of an icon
         try:
-            with Image.open(io.BytesIO(data), formats=_formats()) as image:
-                # the header alone: nothing is decoded yet
-                return _size_fault(*image.size) or _size_fault(*_decoded(image).size)
+            with Image.open(io.BytesIO(data), formats=_supported_formats()) as image:
+                # the size comes from the header: an image that is too large is never decoded
+                return _size_fault(*image.size) or _size_fault(*to_rgb(image).size)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             return "image has too many pixels", f"limit {MAX_PIXELS}"
-        except Exception as error:  # decoders raise what they like
-            said = (
-                "no known format"
-                if isinstance(error, Image.UnidentifiedImageError)
-                else " ".join(str(error).split())[:200]
-            )
-            return "image cannot be decoded", said
+        except Image.UnidentifiedImageError:
+            return "image cannot be decoded", "no known format"
+        except Exception as error:  # decoders raise anything
+            return "image cannot be decoded", one_line(error, 200)
 
 
 def _size_fault(width: int, height: int) -> Fault | None:
@@ -88,13 +87,8 @@ def _size_fault(width: int, height: int) -> Fault | None:
     return None
 
 
-def _decoded(image: Image.Image) -> Image.Image:
-    """Decode in full, as training will: frames, depths, palettes and CMYK are fine if they convert. Raises if not."""
-    return rgb(image)
-
-
 @cache
-def _formats() -> tuple[str, ...]:
-    """Those of FORMATS that this build of Pillow has; it takes no unknown name."""
+def _supported_formats() -> tuple[str, ...]:
+    """Return those of FORMATS that this build of Pillow knows; it accepts no other names."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)

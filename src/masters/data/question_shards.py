@@ -1,8 +1,8 @@
-"""Shards: fixed lists of questions, the unit of generation, of determinism and of reuse.
+"""Split questions into shards: fixed lists of questions that are generated as one batch and reused as a whole.
 
-A question's place follows from its digest alone (a judge's triples are planned likewise): questions are split by the
-leading bits of their digests until no shard holds more than `LIMIT`. A new question changes only the shard it falls
-into.
+A question's place follows from its digest alone (a judge's triples are split in the same way): questions are split by
+the leading bits of their digests until no shard holds more than `LIMIT`. A new question changes only the shard that it
+falls into.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,21 +15,22 @@ from masters.store import tables
 from masters.store.artifacts import Artifact
 
 LIMIT = 128  # questions; an engine answers a shard as one batch
+MAX_PREFIX = 64  # bits; items that share more stay together
 
 
-class Placed(Protocol):
-    """What has a place among shards: a digest in hexadecimal."""
+class HasDigest(Protocol):
+    """An item with a SHA-256 digest in hexadecimal, which decides its place among shards."""
 
     @property
     def digest(self) -> str: ...
 
 
-T = TypeVar("T", bound=Placed)
+T = TypeVar("T", bound=HasDigest)
 
 
 @dataclass(frozen=True, order=True)
-class Ref:
-    """Where a question lies in the questions table. Ordered by digest, then id."""
+class QuestionRef:
+    """Position of a question in the questions table: file number and row. Ordered by digest, then id."""
 
     digest: str
     question_id: str
@@ -39,53 +40,58 @@ class Ref:
 
 @dataclass(frozen=True)
 class Shard:
-    prefix: str  # of the digests' bits, "" for all
-    refs: tuple[Ref, ...]
+    """A fixed list of questions. `prefix`: the leading bits that their digests share, "" for a single shard."""
+
+    prefix: str
+    refs: tuple[QuestionRef, ...]
 
     @property
     def questions(self) -> list[list[str]]:
-        """What takes part in identity: ids and digests, in order."""
+        """Ids and digests in order, as they take part in identities."""
         return [[ref.question_id, ref.digest] for ref in self.refs]
 
 
-def references(data: Artifact, split: str) -> list[Ref]:
-    """All questions of a split, sorted by digest; reads no images."""
-    found = []
-    for number, table in enumerate(data.batches("questions", ["question_id", "question_digest", "split"])):
-        found += [
-            Ref(row["question_digest"], row["question_id"], number, at)
-            for at, row in enumerate(table.to_pylist())
+def read_refs(data: Artifact, split: str) -> list[QuestionRef]:
+    """Read references to all questions of a split, sorted by digest. Images are not read."""
+    refs = []
+    for file, table in enumerate(data.batches("questions", ["question_id", "question_digest", "split"])):
+        refs += [
+            QuestionRef(row["question_digest"], row["question_id"], file, number)
+            for number, row in enumerate(table.to_pylist())
             if row["split"] == split
         ]
-    return sorted(found)
+    return sorted(refs)
 
 
-def plan(refs: list[Ref], limit: int = LIMIT) -> list[Shard]:
+def plan_shards(refs: list[QuestionRef], limit: int = LIMIT) -> list[Shard]:
     """Split sorted references into shards of at most `limit` questions."""
-    return [Shard(prefix, tuple(part)) for prefix, part in split(refs, limit)]
+    return [Shard(prefix, tuple(part)) for prefix, part in split_by_digest(refs, limit)]
 
 
-def split(items: Sequence[T], limit: int, prefix: str = "") -> list[tuple[str, Sequence[T]]]:
-    """Parts of at most `limit` of items sorted by digest, each with the leading bits that its digests share."""
+def split_by_digest(items: Sequence[T], limit: int, prefix: str = "") -> list[tuple[str, Sequence[T]]]:
+    """Split items sorted by digest into parts of at most `limit`, each with the leading bits that its digests share.
+
+    Items whose digests share `MAX_PREFIX` bits stay together even above the limit.
+    """
     if not items:
         return []
-    if len(items) <= limit or len(prefix) == 64:
+    if len(items) <= limit or len(prefix) == MAX_PREFIX:
         return [(prefix, items)]
-    middle = next((i for i, item in enumerate(items) if _bit(item.digest, len(prefix))), len(items))
-    return split(items[:middle], limit, prefix + "0") + split(items[middle:], limit, prefix + "1")
+    middle = next((at for at, item in enumerate(items) if _bit(item.digest, len(prefix))), len(items))
+    return split_by_digest(items[:middle], limit, prefix + "0") + split_by_digest(items[middle:], limit, prefix + "1")
 
 
-class Reader:
-    """Rows of the questions table by reference; keeps the last file read, as shards run along the files."""
+class QuestionReader:
+    """Reads rows of the questions table by reference. Keeps the last file, as shards follow the order of files."""
 
     def __init__(self, data: Artifact) -> None:
-        self._data, self._names = data, data.files("questions")
-        self._number, self._table = -1, pa.table({})
+        self._storage, self._files = data.storage, data.files("questions")
+        self._file, self._table = -1, pa.table({})
 
-    def rows(self, refs: tuple[Ref, ...]) -> Iterator[dict]:
+    def rows(self, refs: tuple[QuestionRef, ...]) -> Iterator[dict]:
         for ref in refs:
-            if ref.file != self._number:
-                self._number, self._table = ref.file, tables.read(self._data.storage, self._names[ref.file])
+            if ref.file != self._file:
+                self._file, self._table = ref.file, tables.read(self._storage, self._files[ref.file])
             yield {name: self._table[name][ref.row].as_py() for name in self._table.column_names}
 
 

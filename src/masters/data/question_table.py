@@ -8,27 +8,36 @@ import pyarrow as pa
 
 from masters.common.hashing import digest
 from masters.config import Config, Data
-from masters.data.selection import Question, check_selection, check_validation, chosen_rows, judge, with_validation
+from masters.data.selection import (
+    QuestionKey,
+    assign_validation,
+    check_selection,
+    check_validation,
+    read_selected,
+    select_rows,
+)
 from masters.data.sources import Source
-from masters.data.validation import validated
+from masters.data.validation import validate_rows
 from masters.store import tables
 from masters.store.artifacts import External
 from masters.store.storage import Storage
 
 BUCKET_ROWS = 2048  # at most, on average
-BUCKETS = (1, 16, 256, 4096)  # the leading 0 to 3 hexadecimal digits of the question digest
+BUCKETS = (1, 16, 256, 4096)  # named by the leading 0 to 3 hexadecimal digits of the question digest
 FILE_BYTES = 32 << 20  # of rows, before compression
 BUFFER_BYTES = 256 << 20  # in all buckets together
 
+WriteTable = Callable[[str, list[dict], pa.Schema], None]  # (file name below the artifact's folder, rows, schema)
 
-def origin(data: Data, digest: str) -> External:
-    """The source as lineage names it: an absolute path if it is one."""
+
+def source_origin(data: Data, digest: str) -> External:
+    """Describe the source for lineage, by its absolute path if it is a file or folder."""
     try:
         path = Path(data.source).expanduser()
-        place = str(path.resolve()) if path.exists() else data.source
-    except (OSError, RuntimeError):  # no possible file name
-        place = data.source
-    return External("source", f"{place}@{data.revision}" if data.revision else place, digest)
+        uri = str(path.resolve()) if path.exists() else data.source
+    except (OSError, RuntimeError):  # not a possible file name
+        uri = data.source
+    return External("source", f"{uri}@{data.revision}" if data.revision else uri, digest)
 
 
 def write_tables(
@@ -37,59 +46,65 @@ def write_tables(
     storage: Storage,
     folder: str,
     special_tokens: tuple[str, ...] = (),
-    known: Set[Question] = frozenset(),
+    known: Set[QuestionKey] = frozenset(),
 ) -> tuple[dict[str, str], dict]:
-    """Write both tables below `folder`, without known training questions. Returns {name: SHA-256} and the facts for
-    the record.
+    """Write both tables below `folder`, without the known training questions.
+
+    Returns {name: SHA-256} of the files, and the facts for the artifact's record.
     """
     files: dict[str, str] = {}
 
     def write(name: str, rows: list[dict], schema: pa.Schema) -> None:
-        data = tables.encode(rows, schema)
-        storage.write(f"{folder}/{name}", data)
-        files[name] = digest(data)
+        content = tables.encode(rows, schema)
+        storage.write(f"{folder}/{name}", content)
+        files[name] = digest(content)
 
     limits = {"train": config.data.train_limit, "test": config.data.eval_limit}
-    judged = judge(validated(source, special_tokens), limits, write, known)
-    check_selection(judged, config, storage.uri(f"{folder}/rejected"))
-    writer, splits, share = QuestionWriter(judged.chosen, write), Counter(), config.data.validation_share
-    for row in chosen_rows(source, judged.marks):
-        held = with_validation(row, share)
-        splits[held["split"]] += 1
-        writer.add(held)
+    selection = select_rows(validate_rows(source, special_tokens), limits, write, known)
+    check_selection(selection, config, storage.uri(f"{folder}/rejected"))
+    writer, splits, share = QuestionWriter(selection.selected, write), Counter(), config.data.validation_share
+    for question in read_selected(source, selection.marks):
+        row = assign_validation(question, share)
+        splits[row["split"]] += 1
+        writer.add(row)
     writer.close()
     if share:
-        check_validation(splits, judged, config)
+        check_validation(splits, selection, config)
     facts = dict(
-        rows=judged.chosen, rejected=judged.rejected, read=len(judged.marks), known=judged.known,
-        train=splits["train"], eval=splits["test"], reasons=dict(judged.kinds.most_common()),
-    )  # fmt: skip
+        rows=selection.selected,
+        rejected=selection.rejected,
+        read=len(selection.marks),
+        known=selection.known,
+        train=splits["train"],
+        eval=splits["test"],
+        reasons=dict(selection.kinds.most_common()),
+    )
     return files, facts | (dict(validation=splits["validation"]) if share else {})
 
 
 class QuestionWriter:
-    """Questions by bucket of their digest: neighbors in digest lie in one file, as shards want them.
+    """Writes questions in files by bucket of their digest, so that a shard's questions lie in few files.
 
-    A bucket goes to a new file when it is large, the largest bucket when all together are.
+    A bucket starts a new file when it is large. When all buckets together are large, the largest one does.
     """
 
-    def __init__(self, rows: int, write: Callable[[str, list[dict], pa.Schema], None]) -> None:
-        count = next((b for b in BUCKETS if rows <= b * BUCKET_ROWS), BUCKETS[-1])
+    def __init__(self, rows: int, write: WriteTable) -> None:
+        count = next((buckets for buckets in BUCKETS if rows <= buckets * BUCKET_ROWS), BUCKETS[-1])
         self._digits, self._write = BUCKETS.index(count), write
         self._rows: dict[str, list[dict]] = {}
-        self._bytes: Counter = Counter()
-        self._parts: Counter = Counter()
-        self._total = 0
+        self._bytes: Counter[str] = Counter()
+        self._files: Counter[str] = Counter()
+        self._total_bytes = 0
 
     def add(self, row: dict) -> None:
         bucket = row["question_digest"][: self._digits] or "all"
-        size = len(row["image"]) + len(row["question"]) + sum(map(len, row["accepted_answers"]))
         self._rows.setdefault(bucket, []).append(row)
+        size = len(row["image"]) + len(row["question"]) + sum(map(len, row["accepted_answers"]))
         self._bytes[bucket] += size
-        self._total += size
+        self._total_bytes += size
         if self._bytes[bucket] > FILE_BYTES:
             self._flush(bucket)
-        elif self._total > BUFFER_BYTES:
+        elif self._total_bytes > BUFFER_BYTES:
             self._flush(max(sorted(self._bytes), key=self._bytes.__getitem__))
 
     def close(self) -> None:
@@ -97,6 +112,6 @@ class QuestionWriter:
             self._flush(bucket)
 
     def _flush(self, bucket: str) -> None:
-        self._write(f"questions/{bucket}-{self._parts[bucket]:03d}.parquet", self._rows.pop(bucket), tables.QUESTIONS)
-        self._parts[bucket] += 1
-        self._total -= self._bytes.pop(bucket)
+        self._write(f"questions/{bucket}-{self._files[bucket]:03d}.parquet", self._rows.pop(bucket), tables.QUESTIONS)
+        self._files[bucket] += 1
+        self._total_bytes -= self._bytes.pop(bucket)

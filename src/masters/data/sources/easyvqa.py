@@ -1,4 +1,4 @@
-"""easy-VQA, as the `easy_vqa` package carries it: shapes of 64 x 64 pixels, the official training and test split."""
+"""easy-VQA from the `easy_vqa` package: images of 64 x 64 pixels with one shape, in the official splits."""
 
 import json
 from collections.abc import Iterator
@@ -9,15 +9,15 @@ from masters.common.errors import InputError
 from masters.common.hashing import folder_digest
 from masters.data.sources.base import RawRow
 
-COLOURS = frozenset(("red", "green", "blue", "yellow", "brown", "black", "gray", "teal"))
+COLORS = frozenset(("red", "green", "blue", "yellow", "brown", "black", "gray", "teal"))
 SPLITS = ("train", "test")
 
 
-class EasyVqa:
+class EasyVqaSource:
     """48,248 questions about 5,000 images; the questions of an image follow each other."""
 
     def __init__(self) -> None:
-        # found, not imported: only the data is wanted
+        # not imported: only its data files are read
         spec = find_spec("easy_vqa")
         if spec is None or not spec.origin:
             raise InputError("source easyvqa: expected the package easy-vqa, found none; run `make setup`")
@@ -34,12 +34,13 @@ class EasyVqa:
             root = self.folder / split / "images"
             questions = json.loads((self.folder / split / "questions.json").read_bytes())
             for number, (question, answer, image) in enumerate(questions):
-                yield RawRow(f"{split}-{number}", f"{image}.png", question, answer, split, category(question), root)
+                category = question_category(question)
+                yield RawRow(f"{split}-{number}", f"{image}.png", question, answer, split, category, root)
 
 
-def category(question: str) -> str:
-    """What a question asks for, from its words: a color or a shape, by name or as yes or no."""
+def question_category(question: str) -> str:
+    """Return what a question asks for by its words: a color or a shape, by name or as yes or no."""
     words = question.rstrip("?").split()
     if words[0] == "what":
         return "color" if "color" in words else "shape"
-    return "color-yes-no" if COLOURS.intersection(words) else "shape-yes-no"
+    return "color-yes-no" if COLORS.intersection(words) else "shape-yes-no"

@@ -1,4 +1,4 @@
-"""JSONL and Parquet, with images beside them or inside."""
+"""Sources in JSONL and Parquet files, with images as files beside them or as bytes inside."""
 
 import json
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from masters.common.errors import InputError
+from masters.common.errors import InputError, one_line
 from masters.common.hashing import file_digest
 from masters.config import allowlist
 from masters.config.allowlist import Setting
@@ -16,20 +16,19 @@ from masters.data.sources.base import (
     COLUMNS,
     REQUIRED,
     RawRow,
+    check_columns,
+    check_unique_columns,
     content_digest,
-    need_columns,
-    once_each,
-    one_line,
     raw_row,
 )
 
-BATCH = 64  # rows held at a time; they carry images
-LINE = 16 << 20  # bytes of a JSONL line: images are files of their own
-PEEK = 100  # JSONL objects looked at before a column counts as absent
+BATCH_ROWS = 64  # rows in memory at a time; they hold images
+MAX_LINE_BYTES = 16 << 20  # of a JSONL line: images are files of their own
+PEEKED_OBJECTS = 100  # JSONL objects read before a column counts as missing
 
 
-class Jsonl:
-    """One object a line; `image` is a path relative to the file. Broken lines become faulty rows, never a crash."""
+class JsonlSource:
+    """A JSONL file with one object a line; `image` is a path relative to the file. Broken lines give faulty rows."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.root = path, path.parent
@@ -41,10 +40,10 @@ class Jsonl:
             if isinstance(found, dict):
                 columns |= found.keys()
                 objects += 1
-            if objects == PEEK or columns.issuperset(REQUIRED):
+            if objects == PEEKED_OBJECTS or columns.issuperset(REQUIRED):
                 break
         if objects:
-            need_columns(columns, f"source {path}")
+            check_columns(columns, f"source {path}")
 
     def digest(self) -> str:
         return content_digest([[self.path.name, file_digest(self.path)]], self.rows())
@@ -57,10 +56,10 @@ class Jsonl:
                 yield RawRow(f"line {number}", fault=found)
 
     def _objects(self) -> Iterator[tuple[int, dict | str]]:
-        """Line numbers with objects, or with what is wrong with the line."""
+        """Yield each line's number with its object, or with what is wrong with the line."""
         for number, line in self._lines():
-            if len(line) > LINE:
-                yield number, f"line is too long (limit {LINE} bytes)"
+            if len(line) > MAX_LINE_BYTES:
+                yield number, f"line is too long (limit {MAX_LINE_BYTES} bytes)"
                 continue
             try:
                 found = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
@@ -69,97 +68,95 @@ class Jsonl:
             except (ValueError, RecursionError) as error:
                 yield number, f"line is not valid JSON ({error})"
             else:
-                yield (
-                    number,
-                    found if isinstance(found, dict) else f"line is not an object (found {type(found).__name__})",
-                )
+                fault = f"line is not an object (found {type(found).__name__})"
+                yield number, found if isinstance(found, dict) else fault
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         try:
             with self.path.open("rb") as file:
-                for number, line in enumerate(iter(lambda: _line(file), b""), start=1):
+                for number, line in enumerate(iter(lambda: _read_line(file), b""), start=1):
                     if line.strip():
                         yield number, line
         except OSError as error:
             raise InputError(f"source {self.path} cannot be read: {error.strerror}") from None
 
 
-class Parquet:
-    """A Parquet file or all below a folder, in order of name. `image`: bytes, {bytes, path}, or a relative path."""
+class ParquetSource:
+    """A Parquet file, or all below a folder in order of name. `image` is bytes, {bytes, path}, or a relative path."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.base = path if path.is_dir() else path.parent
-        self.files = parquet_files(path) if path.is_dir() else [path]
-        for file in self.files:  # a folder that is allowed may hold links that lead elsewhere
-            allowlist.check(Setting.DATA, "data.source", str(file.absolute()))
+        self.files = find_parquet_files(path) if path.is_dir() else [path]
+        for file in self.files:  # an allowed folder may hold links to other places
+            allowlist.check_allowed(Setting.DATA, "data.source", str(file.absolute()))
         rows = 0
-        self.paths = False  # whether images may be files of their own
+        self.has_image_paths = False  # whether images may be files of their own
         for file in self.files:
-            schema, count = self._footer(file)
-            need_columns(schema.names, f"source {file}")
-            once_each(schema.names, f"source {file}")
-            kind = schema.field("image").type
-            self.paths |= not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+            schema, count = _read_footer(file)
+            check_columns(schema.names, f"source {file}")
+            check_unique_columns(schema.names, f"source {file}")
+            image_type = schema.field("image").type
+            self.has_image_paths |= not (pa.types.is_binary(image_type) or pa.types.is_large_binary(image_type))
             rows += count
         if not rows:
             raise InputError(f"source {path} is empty: expected rows with {', '.join(REQUIRED)}, found none")
 
     def digest(self) -> str:
         files = [[f.relative_to(self.base).as_posix(), file_digest(f)] for f in self.files]
-        return content_digest(files, self.rows() if self.paths else ())
+        return content_digest(files, self.rows() if self.has_image_paths else ())
 
     def rows(self) -> Iterator[RawRow]:
         for file in self.files:
             try:
                 with pq.ParquetFile(file) as table:
                     columns = [name for name in COLUMNS if name in table.schema_arrow.names]
-                    for batch in table.iter_batches(BATCH, columns=columns):
-                        yield from _rows(batch, file.parent)
+                    for batch in table.iter_batches(BATCH_ROWS, columns=columns):
+                        yield from _read_batch(batch, file.parent)
             except (pa.ArrowException, OSError) as error:
                 raise InputError(f"source {file} is damaged: {one_line(error)}") from None
 
-    @staticmethod
-    def _footer(file: Path) -> tuple[pa.Schema, int]:
-        try:
-            with pq.ParquetFile(file) as table:
-                return table.schema_arrow, table.metadata.num_rows
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(
-                f"source {file}: expected a Parquet file, found something else ({one_line(error)})"
-            ) from None
+
+def _read_footer(file: Path) -> tuple[pa.Schema, int]:
+    """Return schema and number of rows of a Parquet file."""
+    try:
+        with pq.ParquetFile(file) as table:
+            return table.schema_arrow, table.metadata.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"source {file}: expected a Parquet file, found something else ({one_line(error)})") from None
 
 
-def _line(file: BinaryIO) -> bytes:
-    """The next line; of one beyond LINE its beginning, a byte too long, the rest passed over."""
-    line = file.readline(LINE + 1)
+def _read_line(file: BinaryIO) -> bytes:
+    """Read the next line. A line that is too long is cut one byte above the limit, and its rest is skipped."""
+    line = file.readline(MAX_LINE_BYTES + 1)
     rest = line
-    while len(rest) > LINE and not rest.endswith(b"\n"):
-        rest = file.readline(LINE + 1)
+    while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
+        rest = file.readline(MAX_LINE_BYTES + 1)
     return line
 
 
-def _rows(batch: pa.RecordBatch, root: Path) -> Iterator[RawRow]:
-    """Rows of a batch. A value that Python cannot hold (no UTF-8, a date of another age) costs its row alone."""
+def _read_batch(batch: pa.RecordBatch, root: Path) -> Iterator[RawRow]:
+    """Yield the rows of a batch. A value that Python cannot hold (invalid UTF-8, an odd date) costs only its row."""
     try:
         rows = batch.to_pylist()
     except (ValueError, OverflowError):
-        rows = (_row(batch, number) for number in range(len(batch)))
-    for found in rows:
-        yield found if isinstance(found, RawRow) else raw_row(found, root)
+        rows = (_read_row(batch, number) for number in range(len(batch)))
+    for row in rows:
+        yield row if isinstance(row, RawRow) else raw_row(row, root)
 
 
-def _row(batch: pa.RecordBatch, number: int) -> dict | RawRow:
-    found, faults = {}, []
+def _read_row(batch: pa.RecordBatch, number: int) -> dict | RawRow:
+    """Read one row of a batch, with a fault if a value cannot be read."""
+    columns, faults = {}, []
     for name in batch.schema.names:
         try:
-            found[name] = batch[name][number].as_py()
+            columns[name] = batch[name][number].as_py()
         except (ValueError, OverflowError) as error:
-            faults.append(f"{name} cannot be read ({one_line(error)})")
-    return RawRow(found.get("id"), fault=faults[0]) if faults else found
+            faults.append(f"{name} cannot be read ({one_line(error, 200)})")
+    return RawRow(columns.get("id"), fault=faults[0]) if faults else columns
 
 
-def parquet_files(folder: Path) -> list[Path]:
-    """Parquet files below a folder; names with a leading "." or "_" are other tools' leftovers."""
-    found = (p for p in folder.rglob("*.parquet") if p.is_file())
-    return sorted(p for p in found if not any(part[0] in "._" for part in p.relative_to(folder).parts))
+def find_parquet_files(folder: Path) -> list[Path]:
+    """Return the Parquet files below a folder. Names with a leading "." or "_" are temporary files of other tools."""
+    files = (path for path in folder.rglob("*.parquet") if path.is_file())
+    return sorted(path for path in files if not any(part[0] in "._" for part in path.relative_to(folder).parts))

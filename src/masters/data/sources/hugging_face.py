@@ -1,29 +1,20 @@
-"""Data sets of the `datasets` library: folders from `save_to_disk`, and the hub (streamed)."""
+"""Sources of the `datasets` library: folders from `save_to_disk`, and data sets of the hub (streamed)."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from masters.common.errors import InputError
-from masters.common.hashing import canonical, digest, folder_digest
-from masters.data.sources.base import (
-    COLUMNS,
-    REQUIRED,
-    RawRow,
-    content_digest,
-    need_columns,
-    one_line,
-    raw_row,
-    resolve_inside,
-)
+from masters.common.errors import InputError, one_line
+from masters.common.hashing import canonical_json, digest, folder_digest
+from masters.data.sources.base import COLUMNS, REQUIRED, RawRow, check_columns, content_digest, raw_row, resolve_inside
 
 SPLITS = {"train": "train", "test": "test", "validation": "test"}
-MARKS = ("dataset_dict.json", "dataset_info.json")  # what save_to_disk leaves in a folder
-TIMEOUT = 10  # seconds for the hub to answer at all
+SAVED_FILES = ("dataset_dict.json", "dataset_info.json")  # either one is in a folder from save_to_disk
+TIMEOUT = 10  # seconds for the hub to answer
 
 
-class Saved:
+class SavedSource:
     """A Dataset or DatasetDict saved with `save_to_disk`; memory-mapped, images as stored."""
 
     def __init__(self, folder: Path) -> None:
@@ -33,33 +24,33 @@ class Saved:
         _check_inside(folder)
         try:
             loaded: Any = datasets.load_from_disk(str(folder))
-        except Exception as error:  # the library raises what it likes, also over a data set without rows
+        except Exception as error:  # the library raises anything, even for a data set without rows
             raise InputError(
                 f"source {folder}: expected a folder with rows from datasets' save_to_disk, found none that loads "
                 f"({one_line(error)}); save it again"
             ) from None
-        self.parts = _parts(loaded, f"source {folder}")
+        self.parts = _read_parts(loaded, f"source {folder}")
         # images stored as text are files of their own
-        self.paths = any(getattr(part.features["image"], "dtype", "") == "string" for _, part in self.parts)
+        self.has_image_paths = any(getattr(part.features["image"], "dtype", "") == "string" for _, part in self.parts)
         if not any(len(part) for _, part in self.parts):
             raise InputError(f"source {folder} is empty: expected rows with {', '.join(REQUIRED)}, found none")
 
     def digest(self) -> str:
-        # without the caches that other uses of the folder leave in it
-        arrow = (p.name for p in self.folder.rglob("*.arrow") if not p.name.startswith("cache-"))
-        found = folder_digest(self.folder, (".json", *arrow))
-        return content_digest([["folder", found]], self.rows() if self.paths else ())
+        # `map` and the like leave cache files in the folder
+        arrow = (path.name for path in self.folder.rglob("*.arrow") if not path.name.startswith("cache-"))
+        stored = folder_digest(self.folder, (".json", *arrow))
+        return content_digest([["folder", stored]], self.rows() if self.has_image_paths else ())
 
     def rows(self) -> Iterator[RawRow]:
         try:
             for split, part in self.parts:
-                yield from (raw_row(found, self.folder, split) for found in part)
+                yield from (raw_row(row, self.folder, split) for row in part)
         except Exception as error:
             raise InputError(f"source {self.folder} is damaged: {one_line(error)}") from None
 
 
-class Hub:
-    """A data set of the Hugging Face hub, streamed, at the commit that its revision means now."""
+class HubSource:
+    """A data set of the Hugging Face hub, streamed, at the commit that its revision names now."""
 
     def __init__(self, name: str, revision: str | None) -> None:
         self.where = f"source {name}" + (f" at {revision}" if revision else "")
@@ -69,35 +60,35 @@ class Hub:
             from huggingface_hub import HfApi
 
             self.commit = HfApi().dataset_info(name, revision=revision, timeout=TIMEOUT).sha
-            # one try: without a network, the answer must come at once
+            # a single try: without a network, the error must come at once
             config = DownloadConfig(max_retries=1)
             loaded: Any = load_dataset(name, revision=self.commit, streaming=True, download_config=config)
-        except Exception as error:  # the network, the hub and the library raise what they like
+        except Exception as error:  # the network, the hub and the library raise anything
             raise InputError(
-                f"{self.where}: no such file or folder here, and the hub did not give a data set of that name; "
+                f"{self.where}: no such file or folder exists, and the hub returned no data set of that name; "
                 f"check the name, the revision and the network ({type(error).__name__}: {one_line(error)})"
             ) from None
-        self.parts = _parts(loaded, self.where)
+        self.parts = _read_parts(loaded, self.where)
         if next(self.rows(), None) is None:
             raise InputError(f"{self.where} is empty: expected rows with {', '.join(REQUIRED)}, found none")
 
     def digest(self) -> str:
-        return digest(canonical({"hub": self.name, "commit": self.commit, "config": "default"}).encode())
+        return digest(canonical_json({"hub": self.name, "commit": self.commit, "config": "default"}).encode())
 
     def rows(self) -> Iterator[RawRow]:
         try:
             for split, part in self.parts:
-                yield from (raw_row(found, None, split) for found in part)
+                yield from (raw_row(row, None, split) for row in part)
         except Exception as error:
-            raise InputError(f"{self.where} broke off while it was read ({one_line(error)}); run again") from None
+            raise InputError(f"{self.where} could not be read to the end ({one_line(error)}); run again") from None
 
 
 def is_saved(folder: Path) -> bool:
-    return any((folder / mark).is_file() for mark in MARKS)
+    return any((folder / name).is_file() for name in SAVED_FILES)
 
 
 def _check_inside(folder: Path) -> None:
-    """Raises InputError if the data set's own lists name files outside its folder: its digest would not hold them."""
+    """Raise InputError if the data set's lists name files outside its folder, which its digest would not cover."""
     for state in folder.rglob("state.json"):
         try:
             listed = [str(part["filename"]) for part in json.loads(state.read_bytes())["_data_files"]]
@@ -110,25 +101,29 @@ def _check_inside(folder: Path) -> None:
             raise InputError(f"source {folder}: {state.name} names a file outside the folder ({outside[0]!r:.200})")
 
 
-def _parts(loaded: Any, where: str) -> list[tuple[str | None, Any]]:
-    """(split, part) of a data set with or without named parts; images undecoded. Raises InputError."""
+def _read_parts(loaded: Any, where: str) -> list[tuple[str | None, Any]]:
+    """Return (split, part) for each part of a data set, images undecoded; split is None if the parts have no names.
+
+    Raises InputError.
+    """
     named = dict(loaded) if isinstance(loaded, dict) else {None: loaded}
-    other = [str(name) for name in named if name is not None and name not in SPLITS]
-    if other:
+    unknown = [str(name) for name in named if name is not None and name not in SPLITS]
+    if unknown:
         raise InputError(
-            f"{where}: expected parts named {', '.join(SPLITS)}; found {', '.join(other)}; rename or drop them"
+            f"{where}: expected parts named {', '.join(SPLITS)}; found {', '.join(unknown)}; rename or drop them"
         )
     parts = []
     for name, part in named.items():
-        columns = part.column_names or list(next(iter(part), {}))  # a stream may not know them ahead
-        need_columns(columns, where if name is None else f"{where}, part {name}")
-        wanted = part.select_columns([c for c in COLUMNS if c in columns])
-        parts.append((None if name is None else SPLITS[name], _undecoded(wanted)))
+        columns = part.column_names or list(next(iter(part), {}))  # a stream may not know its columns
+        check_columns(columns, where if name is None else f"{where}, part {name}")
+        selected = part.select_columns([column for column in COLUMNS if column in columns])
+        parts.append((None if name is None else SPLITS[name], _without_decoding(selected)))
     return parts
 
 
-def _undecoded(part: Any) -> Any:
+def _without_decoding(part: Any) -> Any:
+    """Have the library return images as their stored bytes."""
     from datasets import Image
 
-    stored = isinstance((part.features or {}).get("image"), Image)
-    return part.cast_column("image", Image(decode=False)) if stored else part
+    has_images = isinstance((part.features or {}).get("image"), Image)
+    return part.cast_column("image", Image(decode=False)) if has_images else part
