@@ -1,15 +1,15 @@
 """benchmarks: evaluate a model on tasks of lmms-eval, through its vLLM backend, in a process of its own."""
 
 import json
-import os
 from pathlib import Path
 
 from prefect import task
 
 from masters.checks.model_folder import LocalModel
 from masters.config import Config
-from masters.evaluation.benchmark_results import check_whole, sample_rows, score_rows
-from masters.evaluation.benchmark_selection import PACKAGES, BenchmarkSelection
+from masters.evaluation.benchmark_index import lmms_eval_environment
+from masters.evaluation.benchmark_results import check_complete, sample_rows, score_rows
+from masters.evaluation.benchmark_selection import BenchmarkSelection
 from masters.execution import processes
 from masters.execution.processes import Child, WorkerModule
 from masters.models.generation.job import BenchmarkDone, BenchmarkJob
@@ -19,14 +19,6 @@ from masters.tasks.build import TASK_OPTIONS, StageResult, build_or_reuse, write
 from masters.tasks.run_context import Context, Run
 
 VERSION = 1
-# images reach the model without lossy compression, and neither telemetry nor plugins are active
-ENVIRONMENT = {
-    "LMMS_IMAGE_ENCODE_FORMAT": "PNG",
-    "LMMS_EVAL_PLUGINS": "",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "DO_NOT_TRACK": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 
 
 def make_identity(
@@ -40,7 +32,7 @@ def make_identity(
         max_tokens=generate.max_tokens,
         dtype=generate.dtype,
     )
-    task_digests = enumerate(sorted(selection.own.values()))
+    task_digests = enumerate(sorted(selection.task_folders.values()))
     inputs = {"model": model.digest} | {f"tasks {number}": sha256 for number, sha256 in task_digests}
     return Identity(name, VERSION, config, inputs, slug=context.config.name)
 
@@ -62,7 +54,7 @@ def benchmark(
         scores, samples, files = [], [], {}
         for number, benchmark in enumerate(selection.tasks):
             results = json.loads((folder / f"results/{number}.json").read_text(encoding="utf-8"))
-            check_whole(benchmark, results)
+            check_complete(benchmark, results)
             scores += score_rows(benchmark, results)
             samples += sample_rows(benchmark, results)
             summary = {key: value for key, value in results.items() if key != "samples"}
@@ -76,10 +68,10 @@ def benchmark(
 
     upstream: Upstream = {f"model {model.name}": model.origin} | {
         f"tasks {number}": External("tasks", folder, sha256)
-        for number, (folder, sha256) in enumerate(selection.own.items())
+        for number, (folder, sha256) in enumerate(selection.task_folders.items())
     }
     artifact = build_or_reuse(run, identity, upstream, build)
-    run.tracker.benchmarks(artifact, model.name)
+    run.tracker.log_benchmarks(artifact, model.name)
     return artifact
 
 
@@ -90,17 +82,15 @@ def lmms_eval_process(
     job = BenchmarkJob(
         folder=model.folder,
         tasks=selection.tasks,
-        task_folders=tuple(sorted(selection.own)),
-        include_defaults=selection.theirs,
+        task_folders=tuple(sorted(selection.task_folders)),
+        include_defaults=selection.include_defaults,
         limit=limit,
         dtype=config.generate.dtype,
         max_tokens=config.generate.max_tokens,
         results=folder / "results",
         runtime=config.runtime,
     )
-    path = os.pathsep.join(part for part in (str(PACKAGES), os.environ.get("PYTHONPATH")) if part)
-    environment = ENVIRONMENT | {"PYTHONPATH": path}
-    return Child(f"benchmarks-{model.name}", WorkerModule.BENCHMARK, job, folder, environment)
+    return Child(f"benchmarks-{model.name}", WorkerModule.BENCHMARK, job, folder, lmms_eval_environment())
 
 
 def _run_lmms_eval(run: Run, identity: Identity, process: Child) -> dict:

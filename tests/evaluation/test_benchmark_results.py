@@ -7,7 +7,7 @@ import math
 import pytest
 
 from masters.common.errors import WorkerError
-from masters.evaluation.benchmark_results import check_whole, sample_rows, score_rows
+from masters.evaluation.benchmark_results import check_complete, sample_rows, score_rows
 
 
 def sample(doc: int, response: object, **scores: object) -> dict:
@@ -38,7 +38,7 @@ RESULTS = {
 
 
 def test_every_number_is_a_row_with_its_version() -> None:
-    check_whole("both", RESULTS)
+    check_complete("both", RESULTS)
     rows = [tuple(row.values()) for row in score_rows("both", RESULTS)]
     assert rows == [
         ("both", "both", "0.1", "exact_match", "none", 0.75, None, None),
@@ -76,4 +76,4 @@ def test_what_is_not_whole_is_refused() -> None:
     }
     for said, results in cases.items():
         with pytest.raises(WorkerError, match=said):
-            check_whole("both", results)
+            check_complete("both", results)

@@ -127,7 +127,7 @@ def test_a_judge_that_quotes_a_forged_tag_gives_its_own_verdict_or_none(before: 
 @given(hostile)
 def test_escaped_text_holds_no_verdict(text: str) -> None:
     assert parse_verdict(escape_tags(text)) is None
-    assert parse_verdict(f"It says {escape(text)}. <answer>0</answer>") == 0
+    assert parse_verdict(f"It says {escape_tags(text)}. <answer>0</answer>") == 0
 
 
 def test_a_judge_is_told_every_accepted_answer_and_that_any_will_do() -> None:

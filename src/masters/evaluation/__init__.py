@@ -1,1 +1,1 @@
-"""How good a model is."""
+"""Evaluation of models: statistics, promotion gate, studies and benchmarks."""

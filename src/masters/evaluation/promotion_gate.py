@@ -1,10 +1,10 @@
-"""Whether tonight's student takes the champion's place: a paired test on the same evaluation questions.
+"""The promotion gate's test: candidate against champion on the same evaluation questions.
 
-Questions about one image are right or wrong together, so that the image is the unit of the test.
+Questions about one image are right or wrong together, so the image is the unit of the paired test.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 
 from masters.config import Nightly
@@ -13,7 +13,7 @@ from masters.evaluation.statistics import sign_flip_p_value
 
 @dataclass(frozen=True)
 class Category:
-    """Accuracies, by the configuration's verifier, on the questions of one category."""
+    """Accuracies on the n questions of one category, by the configured verifier."""
 
     n: int
     candidate: float
@@ -22,9 +22,11 @@ class Category:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both models on the same n questions. `gained`: questions that only the candidate has right; `lost`: only the
-    champion. `p_value`: of such a gain or a larger one if both were equally good (exact one-sided sign-flip test over
-    images; McNemar's test where each question has an image of its own).
+    """Accuracies of both models on the same n questions.
+
+    `gained`: questions that only the candidate answers correctly; `lost`: only the champion. `p_value`: probability of
+    this gain or a larger one if both were equally good (exact one-sided sign-flip test over images; McNemar's test if
+    each question has its own image).
     """
 
     n: int
@@ -46,49 +48,59 @@ def compare(
     category: Mapping[str, str | None],
     image: Mapping[str, str],
 ) -> Comparison:
-    """`candidate` and `champion` say of every question whether it was right, `category` and `image` what it is about.
+    """Compare two models, given whether each answered each question correctly.
 
-    Raises ValueError if the two were asked different questions.
+    `category` and `image`: those of each question. All mappings are by question id. Raises ValueError if the models
+    answered different questions.
     """
     if not candidate or candidate.keys() != champion.keys():
         raise ValueError(f"expected the same questions, found {len(candidate)} and {len(champion)}")
-    gained = sum(right and not champion[question] for question, right in candidate.items())
-    lost = sum(champion[question] and not right for question, right in candidate.items())
-    by_image: dict[str, int] = defaultdict(int)
-    for question, right in candidate.items():
-        by_image[image[question]] += right - champion[question]
-    asked: dict[str, list[str]] = {}
+    gained = sum(correct and not champion[question] for question, correct in candidate.items())
+    lost = sum(champion[question] and not correct for question, correct in candidate.items())
+    difference_by_image: dict[str, int] = defaultdict(int)
+    for question, correct in candidate.items():
+        difference_by_image[image[question]] += correct - champion[question]
+    by_category: dict[str, list[str]] = defaultdict(list)
     for question in candidate:
-        asked.setdefault(category[question] or "", []).append(question)
+        by_category[category[question] or ""].append(question)
     return Comparison(
-        len(candidate), len(by_image), _share(candidate, candidate), _share(champion, candidate), gained, lost,
-        sign_flip_p_value(by_image.values()),
-        {name: Category(len(q), _share(candidate, q), _share(champion, q)) for name, q in sorted(asked.items())},
-    )  # fmt: skip
+        n=len(candidate),
+        images=len(difference_by_image),
+        candidate=_accuracy(candidate, candidate),
+        champion=_accuracy(champion, candidate),
+        gained=gained,
+        lost=lost,
+        p_value=sign_flip_p_value(difference_by_image.values()),
+        categories={
+            name: Category(len(questions), _accuracy(candidate, questions), _accuracy(champion, questions))
+            for name, questions in sorted(by_category.items())
+        },
+    )
 
 
-def regressions(found: Comparison, limits: Nightly) -> list[str]:
-    """What got worse: the whole, or a category by more than `max_category_drop`."""
+def regressions(comparison: Comparison, limits: Nightly) -> list[str]:
+    """Reasons for which the candidate is worse: overall, or in a category by more than `max_category_drop`."""
     reasons = []
-    if found.lost > found.gained:
-        reasons.append(f"worse than the champion: {found.candidate:.2%} against {found.champion:.2%}")
-    for name, one in found.categories.items():
-        # in questions, not in shares: a fall of exactly the limit is allowed whatever floats make of it
-        if one.n * (one.champion - one.candidate) > limits.max_category_drop * one.n + 1e-9:
-            reasons.append(f"category {name or '(none)'} falls from {one.champion:.2%} to {one.candidate:.2%}")
+    if comparison.lost > comparison.gained:
+        reasons.append(f"worse than the champion: {comparison.candidate:.2%} against {comparison.champion:.2%}")
+    for name, category in comparison.categories.items():
+        # in questions, not in shares: a drop of exactly the limit is allowed despite rounding
+        if category.n * (category.champion - category.candidate) > limits.max_category_drop * category.n + 1e-9:
+            drop = f"from {category.champion:.2%} to {category.candidate:.2%}"
+            reasons.append(f"category {name or '(none)'} falls {drop}")
     return reasons
 
 
-def objections(found: Comparison, limits: Nightly) -> list[str]:
-    """Why the candidate does not become champion; empty if it does."""
-    reasons = regressions(found, limits)
-    if found.lost <= found.gained and found.p_value >= limits.p_value:
+def objections(comparison: Comparison, limits: Nightly) -> list[str]:
+    """Reasons for which the candidate does not become champion; empty if it does."""
+    reasons = regressions(comparison, limits)
+    if comparison.lost <= comparison.gained and comparison.p_value >= limits.p_value:
         reasons.append(
-            f"not proven better: {found.gained} questions gained, {found.lost} lost, p = {found.p_value:.3f}, "
-            f"expected below {limits.p_value}"
+            f"not proven better: {comparison.gained} questions gained, {comparison.lost} lost, "
+            f"p = {comparison.p_value:.3f}, expected below {limits.p_value}"
         )
     return reasons
 
 
-def _share(right: Mapping[str, bool], questions) -> float:
-    return sum(right[question] for question in questions) / len(questions)
+def _accuracy(correct: Mapping[str, bool], questions: Collection[str]) -> float:
+    return sum(correct[question] for question in questions) / len(questions)

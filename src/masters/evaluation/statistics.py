@@ -8,10 +8,10 @@ import numpy as np
 
 
 def clustered_standard_error(values: Sequence[float], clusters: Sequence[Hashable]) -> float:
-    """Standard error of the mean of n values, of which those of a cluster may depend on each other.
+    """Standard error of the mean of n values, where values of one cluster may depend on each other.
 
-    sqrt(G / (G - 1) sum_g (sum_{i in g} (x_i - mean))^2) / n over the G clusters (the cluster-robust estimator). Where
-    each value is a cluster of its own it is the usual sd / sqrt(n). 0 with a single cluster, which shows no variation.
+    sqrt(G / (G - 1) sum_g (sum_{i in g} (x_i - mean))^2) / n over the G clusters (the cluster-robust estimator). If
+    each value is its own cluster, it is the usual sd / sqrt(n). 0 with a single cluster, which shows no variation.
     """
     mean, residuals = sum(values) / len(values), defaultdict(float)
     for value, cluster in zip(values, clusters, strict=True):
@@ -23,15 +23,15 @@ def clustered_standard_error(values: Sequence[float], clusters: Sequence[Hashabl
 
 
 def sign_flip_p_value(differences: Iterable[int]) -> float:
-    """Probability of a sum as large as that of the differences, or larger, if each had either sign as likely.
+    """Probability of a sum at least as large as that of the differences if each had either sign with probability 1/2.
 
-    The exact one-sided permutation test for pairs, one difference a cluster: the distribution of the sum is convolved
-    difference by difference. With differences of -1, 0 and 1 it is the exact one-sided McNemar test.
+    The exact one-sided permutation test for pairs, with one difference per cluster: the distribution of the sum is
+    convolved difference by difference. With differences of -1, 0 and 1 it is the exact one-sided McNemar test.
     """
-    found = [difference for difference in differences if difference]
-    reach = sum(map(abs, found))
-    chance = np.zeros(2 * reach + 1)  # of the sums -reach to reach
-    chance[reach] = 1.0
-    for size in map(abs, found):
-        chance = 0.5 * (np.roll(chance, size) + np.roll(chance, -size))  # never beyond the reach: nothing wraps
-    return float(chance[reach + sum(found) :].sum())
+    nonzero = [difference for difference in differences if difference]
+    max_sum = sum(map(abs, nonzero))
+    probability = np.zeros(2 * max_sum + 1)  # of the sums -max_sum to max_sum
+    probability[max_sum] = 1.0
+    for size in map(abs, nonzero):
+        probability = 0.5 * (np.roll(probability, size) + np.roll(probability, -size))  # no sum exceeds max_sum
+    return float(probability[max_sum + sum(nonzero) :].sum())

@@ -1,7 +1,9 @@
-"""The finished runs of a study, one small JSON file each: enough for its table and its tests. Imports no torch.
+"""The finished runs of a study, one small JSON file each: enough for the study's table and tests. Imports no torch.
 
-A run's file holds a bit a question, in the order of the sorted question ids; which image a question is about lies
-once in a file of its own, named by the digest of ids and images. So a study goes on wherever these files are.
+A run's file holds one bit per question, in the order of sorted question ids. Which image a question is about lies once
+in a separate file, named by the digest of ids and images. So a study continues wherever these files are.
+
+Shapes: Q questions, in the order of their ids.
 """
 
 import base64
@@ -16,9 +18,10 @@ import numpy as np
 from pydantic import ValidationError
 
 from masters.common.errors import InputError
-from masters.common.hashing import canonical, digest
+from masters.common.files import write_atomically
+from masters.common.hashing import canonical_json, digest
 from masters.config import Section
-from masters.config.loading import explained
+from masters.config.loading import describe_errors
 
 Phase = Literal["tuning", "final"]
 S = TypeVar("S", bound=Section)
@@ -39,12 +42,12 @@ class Cell:
 
     @property
     def split(self) -> Literal["test", "validation"]:
-        """Rates are chosen on validation questions: test questions are not even answered in that phase."""
+        """The evaluated split: learning rates are chosen on validation questions, before test questions are used."""
         return "validation" if self.phase == "tuning" else "test"
 
 
 class Questions(Section):
-    """The evaluated questions: `images` says of each, in the order of their ids, which image it is about."""
+    """The evaluated questions. `images`: the number of each question's image, [Q]."""
 
     digest: str
     count: int
@@ -56,20 +59,20 @@ class Questions(Section):
 
 
 class Result(Section):
-    """What came of a finished run."""
+    """The result of a finished run."""
 
     arm: str
     phase: Phase
     learning_rate: float
     seed: int
-    settings: str  # digest of everything that the run was made from
+    settings: str  # digest of all inputs of the run
     steps: int  # optimizer steps
     accuracy: float
     standard_error: float  # clustered by image
-    untrained: float  # accuracy of the student before
-    questions: str  # their digest
+    untrained: float  # accuracy of the student before training
+    questions: str  # digest of the questions
     count: int
-    correct: str  # Base64 of a bit a question
+    correct: str  # Base64 of one bit per question
     mlflow_run_id: str
 
     @property
@@ -78,66 +81,67 @@ class Result(Section):
 
     @property
     def correct_Q(self) -> np.ndarray:
-        """Whether each question was answered rightly, bool [Q], in the order of their ids."""
+        """Whether each question was answered correctly, bool [Q]."""
         bits = np.frombuffer(base64.b64decode(self.correct, validate=True), np.uint8)
         return np.unpackbits(bits, count=self.count).astype(bool)
 
 
-def questions_of(images: Mapping[str, str]) -> Questions:
-    """From question ids to images' digests."""
+def make_questions(images: Mapping[str, str]) -> Questions:
+    """Create `Questions` from the digests of images by question id."""
     ordered = sorted(images.items())
     _, image_Q = np.unique([image for _, image in ordered], return_inverse=True)
     packed = base64.b64encode(zlib.compress(image_Q.astype("<u4").tobytes(), 9)).decode()
-    return Questions(digest=digest(canonical(ordered).encode())[:16], count=len(ordered), images=packed)
+    return Questions(digest=digest(canonical_json(ordered).encode())[:16], count=len(ordered), images=packed)
 
 
-def packed_bits(correct: Mapping[str, bool]) -> str:
-    """Base64 of a bit a question, in the order of their ids."""
+def encode_correct(correct: Mapping[str, bool]) -> str:
+    """Encode whether each question, by its id, was answered correctly: Base64 of one bit per question."""
     return base64.b64encode(np.packbits([correct[question] for question in sorted(correct)]).tobytes()).decode()
 
 
-class Results:
+class ResultStore:
     """The folder of a study's finished runs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def find(self, cell: Cell, settings: str) -> Result | None:
-        """The finished run of a cell. Raises InputError if its file is of other settings, or is none of ours."""
+        """The result of a cell, None if it has none. Raises InputError if it is damaged or from other settings."""
         file = self.folder / f"{cell.name}.json"
         if not file.exists():
             return None
-        found = _read(file, Result)
-        if (found.cell, found.settings) != (cell, settings):
+        result = _read(file, Result)
+        if (result.cell, result.settings) != (cell, settings):
             raise InputError(
                 f"{file} is the result of other settings, models, data or code (expected {settings}, found "
-                f"{found.settings}): move it away to have it run again, or choose another folder for results"
+                f"{result.settings}): move it away to run it again, or choose another folder for results"
             )
-        if not _is_whole(found, self.questions(found.questions)):
+        if not _is_complete(result, self.questions(result.questions)):
             raise InputError(f"{file}, or its questions' file, is damaged: move it away to run it again")
-        return found
+        return result
 
-    def keep(self, result: Result, asked: Questions) -> None:
-        """Write a run's file, last and at once."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self._questions_file(asked.digest), asked)
-        _write(self.folder / f"{result.cell.name}.json", result)
+    def save(self, result: Result, questions: Questions) -> None:
+        """Write the questions' file and then, atomically, the run's file."""
+        write_atomically(self._questions_file(questions.digest), _to_json(questions))
+        write_atomically(self.folder / f"{result.cell.name}.json", _to_json(result))
 
     def questions(self, digest: str) -> Questions:
-        """Raises InputError if they are not there."""
+        """Read the questions of this digest. Raises InputError if their file is missing or damaged."""
         return _read(self._questions_file(digest), Questions)
 
     def _questions_file(self, digest: str) -> Path:
         return self.folder / f"questions-{digest}.json"
 
 
-def _is_whole(found: Result, asked: Questions) -> bool:
-    """Whether answers and images can be read, there is one of each a question, and the answers give the accuracy."""
+def _is_complete(result: Result, questions: Questions) -> bool:
+    """Whether there is one readable answer and image per question, and the answers give the stated accuracy."""
     try:
-        right, images = int(found.correct_Q.sum()), len(asked.image_Q)
-    except (ValueError, zlib.error):  # no Base64, bits missing, no zlib
+        correct, images = int(result.correct_Q.sum()), len(questions.image_Q)
+    except (ValueError, zlib.error):  # invalid Base64 or zlib, or too few bits
         return False
-    return asked.count == found.count == images and math.isclose(right, found.accuracy * found.count, abs_tol=1e-6)
+    return questions.count == result.count == images and math.isclose(
+        correct, result.accuracy * result.count, abs_tol=1e-6
+    )
 
 
 def _read(file: Path, kind: type[S]) -> S:
@@ -146,10 +150,10 @@ def _read(file: Path, kind: type[S]) -> S:
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error}") from None
     except ValidationError as error:
-        raise InputError(f"{file} is no {kind.__name__} of a study ({explained(error)}): move it away") from None
+        raise InputError(
+            f"{file} is not a {kind.__name__} of a study ({describe_errors(error)}): move it away"
+        ) from None
 
 
-def _write(file: Path, value: Section) -> None:
-    part = file.with_suffix(".part")
-    part.write_text(value.model_dump_json(indent=1) + "\n")
-    part.replace(file)
+def _to_json(value: Section) -> str:
+    return value.model_dump_json(indent=1) + "\n"
