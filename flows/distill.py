@@ -1,6 +1,6 @@
-"""The whole pipeline on one page: data, mask, generate, score, train, evaluate, register; a round a teacher."""
+"""The whole pipeline: data, mask, generate, score, train, evaluate, register. Each teacher has a round of its own."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -13,44 +13,44 @@ from masters.checks.preflight import preflight
 from masters.common.errors import StoreError
 from masters.config import Config
 from masters.config.allowlist import check_config
-from masters.config.stages import Stage
+from masters.config.stages import Stage, stages_up_to
 from masters.flows.retries import flow_attempt, retry_unreachable
 from masters.flows.summary import Summary
 from masters.store.artifacts import Artifact
 from masters.store.storage import Storage
 from masters.tasks import work_pools
 from masters.tasks.data import data
-from masters.tasks.evaluate import initial_student, evaluate, prefetch
+from masters.tasks.evaluate import evaluate, initial_student, prefetch
 from masters.tasks.generate import generate
 from masters.tasks.mask import mask
 from masters.tasks.progress import warn
-from masters.tasks.refresh import first_part, next_part, keep_student_engine
+from masters.tasks.refresh import first_part, keep_student_engine, next_part
 from masters.tasks.register import register
 from masters.tasks.report import report_run
 from masters.tasks.run_context import Context, Round, Run
 from masters.tasks.score import score
 from masters.tasks.train import Inputs, train
 from masters.tracking.locations import tracking_uri
-from masters.tracking.open_runs import close_lost, close_of
+from masters.tracking.open_runs import end_lost_runs, end_runs_with_key
 from masters.tracking.run_writer import RunWriter
 
 
 def close_crashed_run(flow: Flow, flow_run: FlowRun, state: State) -> None:
-    """Runs in the worker: nothing of a run whose process is gone is left RUNNING in MLflow, wherever it ran."""
+    """End the MLflow runs that a crashed flow run left RUNNING. Called in the Prefect worker."""
     config = Config.model_validate(flow_run.parameters["config"])
-    check_config(config)  # a run that was refused touches nothing at its end either
+    check_config(config)  # a configuration that is not allowed must not reach its store or MLflow here either
     storage = Storage(config.store.root)
     uri = tracking_uri(config, storage)
-    close_of(uri, storage, str(flow_run.id))
-    close_lost(uri, storage)
+    end_runs_with_key(uri, storage, str(flow_run.id))
+    end_lost_runs(uri, storage)
 
 
 @flow(name="distill", flow_run_name="{config.name}", on_crashed=[close_crashed_run], persist_result=False)
 def distill(config: Config, rebuild: list[Stage] | None = None, until: Stage = Stage.REGISTER) -> dict:
-    """Distil the student of a configuration; what is built already is reused. Returns the summary.
+    """Distill the student of a configuration and return the run's summary. Stages that are already built are reused.
 
     Args:
-        config: What a TOML file holds; what this form accepts is what the file accepts.
+        config: The configuration, with the same keys and values as in a TOML file.
         rebuild: Stages to build again, in every round.
         until: The last stage to run.
     """
@@ -58,39 +58,51 @@ def distill(config: Config, rebuild: list[Stage] | None = None, until: Stage = S
         context = Context(config, retry_unreachable(lambda: preflight(config)))
         with track_run(context, frozenset(rebuild or [])) as (run, summary):
             run_pipeline(run, summary, until)
-    return summary.written
+    return summary.content
 
 
 @contextmanager
 def track_run(context: Context, rebuild: frozenset[Stage] = frozenset()) -> Iterator[tuple[Run, Summary]]:
-    """A run in MLflow and its summary, both ended as the body ends."""
+    """Open a run in MLflow and a summary for the body, and complete both when the body ends."""
     work_pools.check_pools(context.config, context.storage)
     key = str(flow_run.id or "")
-    run = Run(context, retry_unreachable(lambda: RunWriter(context.config, context.storage, key)), rebuild)
+    tracker = retry_unreachable(lambda: RunWriter(context.config, context.storage, key))
+    run = Run(context, tracker, rebuild)
     summary = Summary(run, key)
     try:
         yield run, summary
     except BaseException as error:
-        _finish(run, "FAILED")
-        with suppress(StoreError):  # the error tells more than that its summary cannot be kept either
+        finish_tracking(tracker, "FAILED")
+        with suppress(StoreError):  # the first error matters more than a summary that cannot be written
             summary.write("failed", str(error))
-        if isinstance(error, Exception):  # who interrupts a run does not wait for pictures
+        if isinstance(error, Exception):  # after an interrupt, nobody waits for plots
             report_run(run, summary.version)
         raise
     report_run(run, summary.version)
-    _finish(run, "FINISHED")
+    finish_tracking(tracker, "FINISHED")
     summary.write("completed")
 
 
-def _finish(run: Run, status: str) -> None:
-    """End the run in MLflow. The students are there whether MLflow knows of it or not."""
-    if untold := run.tracker.finish(status):
-        warn(untold)
+@contextmanager
+def finish_with_status(tracker: RunWriter) -> Iterator[None]:
+    """End the tracker's MLflow run when the body ends, as FINISHED, or as FAILED if the body raises."""
+    try:
+        yield
+    except BaseException:
+        finish_tracking(tracker, "FAILED")
+        raise
+    finish_tracking(tracker, "FINISHED")
+
+
+def finish_tracking(tracker: RunWriter, status: str) -> None:
+    """End the tracker's MLflow run. If MLflow fails, only warn: the artifacts are complete without it."""
+    if warning := tracker.finish(status):
+        warn(warning)
 
 
 @dataclass(frozen=True)
 class DistillationResult:
-    """What the whole pipeline ended with."""
+    """Artifacts of the complete pipeline. `version`: of the registered model."""
 
     questions: Artifact
     student: LocalModel
@@ -100,61 +112,70 @@ class DistillationResult:
 
 
 def run_pipeline(run: Run, summary: Summary, until: Stage = Stage.REGISTER) -> DistillationResult | None:
-    """Every stage up to `until`, in order. None if no student is registered, or if nothing is new to train on."""
+    """Run the stages up to `until`. Returns None if it ends before register or there are no training questions."""
+    stages = stages_up_to(until)
     questions = data(run)
-    if until == Stage.DATA or not questions.facts["train"]:
+    if Stage.MASK not in stages or not questions.facts["train"]:
         return None
     student = run.resources.student
-    for number, (teacher, model) in enumerate(zip(run.config.teachers, run.resources.teachers, strict=True), 1):
-        current = Round(number, teacher, model, student)
+    for number, (config, teacher) in enumerate(zip(run.config.teachers, run.resources.teachers, strict=True), 1):
+        current = Round(number, config, teacher, student)
         masks = mask(run, current)
-        if until == Stage.MASK:
-            continue
-        trained = train_round(run, first_part(run.config, current, questions), questions, masks, until)
+        if Stage.GENERATE not in stages:
+            continue  # the masks of all teachers need no student
+        trained = train_round(run, first_part(run.config, current, questions), questions, masks, stages)
         if trained is None:
             return None
         student = run.load_student(trained)
-    if until not in (Stage.EVALUATE, Stage.REGISTER):
+    if Stage.EVALUATE not in stages:
         return None
     evaluated = evaluate(run, questions, [*run.resources.teachers, initial_student(run.resources), student])
-    summary.scores(evaluated, trained)
-    if until == Stage.EVALUATE:
+    summary.set_scores(evaluated, trained)
+    if Stage.REGISTER not in stages:
         return None
     registered, version = register(run, trained, evaluated)
-    summary.registered(registered, version)
+    summary.set_registered_model(registered, version)
     return DistillationResult(questions, student, evaluated, registered, version)
 
 
-def train_round(run: Run, current: Round, questions: Artifact, masks: Artifact, until: Stage) -> Artifact | None:
-    """The training that ends a round, of all mask stages at once or one by one; None if `until` comes before it."""
+def train_round(
+    run: Run, current: Round, questions: Artifact, masks: Artifact, stages: Collection[Stage]
+) -> Artifact | None:
+    """Train all parts of a round, beginning with `current`.
+
+    Returns the round's last train artifact, or None if the run ends before it (train is not among `stages`).
+    """
     with keep_student_engine(run, current):
         while True:
-            inputs = prepare_training(run, current, questions, masks, until)
+            inputs = build_train_inputs(run, current, questions, masks, stages)
             if inputs is None:
                 return None
             trained = train(run, current, inputs)
-            if (coming := next_part(run, current, trained)) is None:
+            if (following := next_part(run, current, trained)) is None:
                 return trained
-            current = coming
+            current = following
 
 
-def prepare_training(run: Run, current: Round, questions: Artifact, masks: Artifact, until: Stage) -> Inputs | None:
-    """What a training reads, with responses and verdicts; None if `until`, of the last one, comes before it."""
-    inputs = {"data": questions, "masks": masks}
+def build_train_inputs(
+    run: Run, current: Round, questions: Artifact, masks: Artifact, stages: Collection[Stage]
+) -> Inputs | None:
+    """Build the responses and verdicts that a training reads. Returns None if the run ends before the training.
+
+    Only the last training of a run can be left out; the ones before it are needed by every stage behind them.
+    """
     is_last = current.number == len(run.config.teachers) and current.ends_round
+    needed = stages if is_last else stages_up_to(Stage.TRAIN)
+    inputs = {"data": questions, "masks": masks}
     if Stage.GENERATE in response_stages(run.config):
-        evaluated = current.starts_round and until in (Stage.EVALUATE, Stage.REGISTER)
-        later = prefetch(run, current, questions) if evaluated else []
-        inputs["responses"] = generate(run, current, questions, masks, later)
-    if is_last and until == Stage.GENERATE:
-        return None
-    if Stage.SCORE in response_stages(run.config):
+        prefetched = prefetch(run, current, questions) if current.starts_round and Stage.EVALUATE in stages else []
+        inputs["responses"] = generate(run, current, questions, masks, prefetched)
+    if Stage.SCORE in response_stages(run.config) and Stage.SCORE in needed:
         inputs["verdicts"] = score(run, current, questions, inputs["responses"])
-    return None if is_last and until == Stage.SCORE else inputs
+    return inputs if Stage.TRAIN in needed else None
 
 
 def response_stages(config: Config) -> tuple[Stage, ...]:
-    """Which of generate and score the objective asks for."""
+    """Return those of the stages generate and score that the training objective needs."""
     if config.train.targets == "labels":
         return ()
     return (Stage.GENERATE, Stage.SCORE) if config.needs_verdicts else (Stage.GENERATE,)

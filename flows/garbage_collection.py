@@ -23,7 +23,7 @@ from masters.store.artifacts import RECORD
 from masters.store.storage import Storage, open_storage, work_folder
 from masters.tracking import locations, open_runs
 from masters.tracking.client import redact_uri
-from masters.tracking.locations import check_there
+from masters.tracking.locations import check_exists
 from masters.tracking.registry import Registry
 
 MIN_AGE = 24 * 3600  # seconds: what was written since is kept, though nothing reaches it
@@ -103,9 +103,9 @@ def _registries(config: Config, storage: Storage) -> tuple[list[Registry], list[
     Raises InputError if the configuration's own cannot be asked.
     """
     named = locations.tracking_uri(config, storage)
-    check_there(named)
-    known = {redact_uri(uri): uri for uri in [*locations.remembered(), named]}  # with what a note must not hold
-    told = locations.noted(storage, locations.default_uri(storage))
+    check_exists(named)
+    known = {redact_uri(uri): uri for uri in [*locations.remembered_uris(), named]}  # with what a note must not hold
+    told = locations.recorded_uris(storage, locations.default_uri(storage))
     if last := _summary(storage).get("mlflow", {}).get("tracking_uri"):
         told.setdefault(last, storage.uri("summary.json"))
     asked, silent = [named], []
@@ -121,8 +121,8 @@ def _registries(config: Config, storage: Storage) -> tuple[list[Registry], list[
 def _unasked(uri: str) -> str | None:
     """Why an MLflow cannot be asked for its models."""
     try:
-        check_there(uri)
-        Registry(uri).wanted()
+        check_exists(uri)
+        Registry(uri).protected_artifacts()
     except Exception as error:  # drivers of databases raise what they like
         return redact(str(error)).partition("\n")[0]
     return None
@@ -140,7 +140,7 @@ def _last_run(storage: Storage) -> set[str]:
 def _registered(registries: list[Registry], storage: Storage) -> set[str]:
     """Folders that an alias of a registered model stands for, or that a rollback would lead to."""
     root = f"{storage.uri('')}/"
-    found = {wanted for registry in registries for wanted in registry.wanted()}
+    found = {wanted for registry in registries for wanted in registry.protected_artifacts()}
     here = {uri.removeprefix(root).removesuffix("/model") for uri, _, _ in found if uri.startswith(root)}
     # registered while the store had another address: it was moved, or is mounted elsewhere too
     return here | {
@@ -160,11 +160,11 @@ def _under_way(registries: list[Registry], storage: Storage) -> tuple[set[str], 
     """Fingerprints of the stages of live runs, and a note a run."""
     found, notes = set(), []
     for registry in registries:
-        for run in open_runs.live(registry.uri, storage):
+        for run in open_runs.find_open_runs(registry.uri, storage):
             process = run.data.tags.get("masters.process", "")
             if machine.has_ended(process):
                 continue
-            stages = registry.stages(run.info.experiment_id, run.info.run_id)
+            stages = registry.stage_runs(run.info.experiment_id, run.info.run_id)
             found |= {stage.data.tags["masters.fingerprint"] for stage in stages}
             notes.append(
                 f"run {run.info.run_id} is under way ({process or 'of an unknown process'}): what it has, all shards "

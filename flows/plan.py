@@ -1,9 +1,10 @@
-"""What a run would build or reuse, and which fields changed since the stage was last built. Builds nothing."""
+"""The plan of a run: which stages it would build or reuse, and what changed since each was last built."""
 
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from types import MappingProxyType
 
 from masters.checks.preflight import preflight
@@ -18,84 +19,91 @@ from masters.tasks import data, evaluate, generate, mask, refresh, register, sco
 from masters.tasks.run_context import Context, Round
 
 
-class Unknown(Exception):
-    """A stage's inputs are not built, so its identity, and those behind it, cannot be known yet."""
+class InputsNotBuilt(Exception):
+    """A stage is not built, so the identities of the stages that read it are not known yet."""
 
 
-class Plan:
-    """Lines of the plan; `find` adds one and gives the finished artifact, or raises Unknown."""
+class PlanBuilder:
+    """Collects the lines of a plan in `lines`.
+
+    `skipped` holds the suffixes of mask stages that the run would not build by themselves.
+    """
 
     def __init__(self, storage: Storage, rebuild: frozenset[Stage]) -> None:
-        self.storage, self.rebuild, self.lines = storage, rebuild, []
-        self.left_out: set[str] = set()  # suffixes of mask stages that a round does without
+        self._storage, self._rebuild = storage, rebuild
+        self.lines: list[dict] = []
+        self.skipped: set[str] = set()
 
     def find(self, identity: Identity, upstream: Mapping[str, Artifact] = MappingProxyType({})) -> Artifact:
-        artifact = None if identity.kind in self.rebuild else artifacts.find(self.storage, identity, upstream)
+        """Add the line of a stage and return its artifact. Raises InputsNotBuilt if the stage would be built."""
+        artifact = None if identity.kind in self._rebuild else artifacts.find(self._storage, identity, upstream)
         outcome = "reused" if artifact else "built"
-        changed = [] if artifact else changes(self.storage, identity)
+        changed = [] if artifact else find_changes(self._storage, identity)
         self.lines.append(dict(name=identity.stage, outcome=outcome, fingerprint=identity.fingerprint, changed=changed))
         if artifact is None:
-            raise Unknown
+            raise InputsNotBuilt
         return artifact
 
 
 def plan(config: Config, rebuild: Collection[Stage] = ()) -> list[dict]:
-    """Per stage: `name`, `outcome` ("built", "reused"), `fingerprint` (None until its inputs are built), `changed`.
+    """Return the plan of a run without building anything.
 
-    `rebuild`: stages that the run would build again; what those behind them are made from is then not known either.
-    Of a stage whose inputs are not known, `changed` names what changed in its own settings.
+    There is a line per stage: `name`, `outcome` ("built" or "reused"), `fingerprint` (None while the stage's inputs
+    are not built) and `changed`, the fields that differ from the last build. If the inputs are not built, `changed`
+    covers the stage's own settings only. `rebuild`: stages that the run would build again.
     """
-    resources = preflight(config)
-    context = Context(config, resources)
-    found = Plan(resources.storage, frozenset(rebuild))
-    with suppress(Unknown):
-        _walk(context, found)
-    known = {line["name"]: line for line in found.lines}
+    context = Context(config, preflight(config))
+    builder = PlanBuilder(context.storage, frozenset(rebuild))
+    with suppress(InputsNotBuilt):
+        _plan_stages(context, builder)
+    lines = {line["name"]: line for line in builder.lines}
     return [
-        known.get(identity.stage) or _behind(resources.storage, identity)
+        lines.get(identity.stage) or _line_without_inputs(context.storage, identity)
         for identity in stage_identities(context)
-        if identity.stage.removeprefix(identity.kind) not in found.left_out
+        if identity.stage.removeprefix(identity.kind) not in builder.skipped
     ]
 
 
-def changes(storage: Storage, identity: Identity) -> list[str]:
-    """Fields of config and number of inputs that differ from the newest artifact of the stage under the same slug."""
-    if (last := _newest(storage, identity)) is None:
+def find_changes(storage: Storage, identity: Identity) -> list[str]:
+    """Return the settings and the number of inputs that differ from the newest artifact with the same slug."""
+    record = _newest_record(storage, identity)
+    if record is None:
         return []
-    keys, ours, theirs = identity.inputs.keys() | last["inputs"].keys(), identity.inputs, last["inputs"]
-    inputs = sum(ours.get(key) != theirs.get(key) for key in keys)
-    return _fields(identity, last) + ([f"{inputs} inputs"] if inputs else [])
+    inputs = len(_differing_keys(identity.inputs, record["inputs"]))
+    return _changed_settings(identity, record) + ([f"{inputs} inputs"] if inputs else [])
 
 
-def _fields(identity: Identity, last: dict) -> list[str]:
-    ours, theirs = flatten(identity.config), flatten(last["config"])
-    fields = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
-    return fields + (["code version"] if last["version"] != identity.version else [])
+def _changed_settings(identity: Identity, record: dict) -> list[str]:
+    settings = _differing_keys(flatten(identity.config), flatten(record["config"]))
+    return settings + (["code version"] if record["version"] != identity.version else [])
 
 
-def _newest(storage: Storage, identity: Identity) -> dict | None:
-    """The record of the newest artifact of the stage under the same slug."""
+def _differing_keys(left: Mapping, right: Mapping) -> list[str]:
+    return [key for key in sorted(left.keys() | right.keys()) if left.get(key) != right.get(key)]
+
+
+def _newest_record(storage: Storage, identity: Identity) -> dict | None:
+    """Return the record of the stage's newest artifact with the same slug."""
     slug = identity.folder.removesuffix(identity.fingerprint).split("/")[1]
-    known = re.compile(rf"{re.escape(slug)}[0-9a-f]{{{len(identity.fingerprint)}}}")
-    names = [n for n in storage.children(identity.kind) if known.fullmatch(n)]
+    has_slug = re.compile(rf"{re.escape(slug)}[0-9a-f]{{{len(identity.fingerprint)}}}")
+    names = [name for name in storage.children(identity.kind) if has_slug.fullmatch(name)]
     paths = [f"{identity.kind}/{name}/record.json" for name in names]
     records = [json.loads(storage.read(path)) for path in paths if storage.exists(path)]
     return max(records, key=lambda record: record["provenance"]["created"], default=None)
 
 
-def _behind(storage: Storage, identity: Identity) -> dict:
-    """The line of a stage whose inputs are not built."""
-    last = _newest(storage, identity)
-    changed = _fields(identity, last) if last else []
+def _line_without_inputs(storage: Storage, identity: Identity) -> dict:
+    """Return the line of a stage whose inputs are not built."""
+    record = _newest_record(storage, identity)
+    changed = _changed_settings(identity, record) if record else []
     return dict(name=identity.stage, outcome="built", fingerprint=None, changed=changed)
 
 
 def stage_identities(context: Context) -> Iterator[Identity]:
-    """Every stage of the run in order, by its settings alone: as if made from nothing."""
-    config, resources = context.config, context.resources
+    """Yield an identity per stage in order, computed from the settings alone, without any inputs."""
+    config = context.config
     yield data.make_identity(context)
-    for number, (teacher, model) in enumerate(zip(config.teachers, resources.teachers, strict=True), 1):
-        current = Round(number, teacher, model, resources.student)
+    for current in _first_rounds(context):
         yield mask.make_identity(context, current)
         for part in refresh.planned_parts(config, current):
             if Stage.GENERATE in response_stages(config):
@@ -107,34 +115,43 @@ def stage_identities(context: Context) -> Iterator[Identity]:
     yield register.make_identity(context, {})
 
 
-def _walk(context: Context, found: Plan) -> None:
-    config, resources = context.config, context.resources
-    questions = found.find(data.make_identity(context))
+def _first_rounds(context: Context) -> Iterator[Round]:
+    """Yield a round per teacher, as if each started from the initial student."""
+    teachers = zip(context.config.teachers, context.resources.teachers, strict=True)
+    for number, (config, teacher) in enumerate(teachers, 1):
+        yield Round(number, config, teacher, context.resources.student)
+
+
+def _plan_stages(context: Context, builder: PlanBuilder) -> None:
+    resources = context.resources
+    questions = builder.find(data.make_identity(context))
     student = resources.student
-    for number, (teacher, model) in enumerate(zip(config.teachers, resources.teachers, strict=True), 1):
-        current = Round(number, teacher, model, student)
-        trained = _walk_round(context, found, current, questions)
+    for current in _first_rounds(context):
+        trained = _plan_round(context, builder, replace(current, student=student), questions)
         student = context.load_student(trained)
-    asked = evaluate.prediction_requests(context, questions, [*resources.teachers, evaluate.initial_student(resources), student])
-    evaluated = found.find(evaluate.make_identity(context, asked), {"data": questions})
-    found.find(register.make_identity(context, {"train": trained, "evaluate": evaluated}))
+    models = [*resources.teachers, evaluate.initial_student(resources), student]
+    requests = evaluate.prediction_requests(context, questions, models)
+    evaluated = builder.find(evaluate.make_identity(context, requests), {"data": questions})
+    builder.find(register.make_identity(context, {"train": trained, "evaluate": evaluated}))
 
 
-def _walk_round(context: Context, found: Plan, current: Round, questions: Artifact) -> Artifact:
-    """The training that ends a round."""
-    config, masks = context.config, found.find(mask.make_identity(context, current))
-    with_questions = {part.suffix for part in refresh.split_round(config, current, questions)}
-    found.left_out |= {part.suffix for part in refresh.planned_parts(config, current) if part.mask_stage} - with_questions
-    coming: Round | None = refresh.first_part(config, current, questions)
-    while coming:
-        current, inputs = coming, {"data": questions, "masks": masks}
-        with_questions -= {current.suffix}
+def _plan_round(context: Context, builder: PlanBuilder, current: Round, questions: Artifact) -> Artifact:
+    """Plan a round and return the train artifact that ends it."""
+    config = context.config
+    masks = builder.find(mask.make_identity(context, current))
+    remaining = {part.suffix for part in refresh.split_round(config, current, questions)}
+    separate = {part.suffix for part in refresh.planned_parts(config, current) if part.mask_stage}
+    builder.skipped |= separate - remaining  # mask stages without questions
+    following: Round | None = refresh.first_part(config, current, questions)
+    while following:
+        current, inputs = following, {"data": questions, "masks": masks}
+        remaining -= {current.suffix}
         if Stage.GENERATE in response_stages(config):
-            asked = generate.shard_requests(context, current, questions, masks)
-            inputs["responses"] = found.find(generate.make_identity(context, current, asked), inputs)
+            requests = generate.shard_requests(context, current, questions, masks)
+            inputs["responses"] = builder.find(generate.make_identity(context, current, requests), inputs)
         if Stage.SCORE in response_stages(config):
-            inputs["verdicts"] = found.find(score.make_identity(context, current, inputs["responses"]), inputs)
-        trained = found.find(train.make_identity(context, current, inputs), train.read(current, inputs))
-        coming = refresh.next_part(context, current, trained)
-    found.left_out |= with_questions  # after a student that was put back
+            inputs["verdicts"] = builder.find(score.make_identity(context, current, inputs["responses"]), inputs)
+        trained = builder.find(train.make_identity(context, current, inputs), train.upstream_artifacts(current, inputs))
+        following = refresh.next_part(context, current, trained)
+    builder.skipped |= remaining  # mask stages after a rollback
     return trained

@@ -1,4 +1,4 @@
-"""What every flow's attempt does around its own work: what an earlier one left in Prefect, patience, plain errors."""
+"""What every flow does around its own work: clean up after earlier attempts, wait for servers, simplify errors."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,14 +16,14 @@ from masters.common.errors import MastersError, Unreachable
 from masters.common.redaction import redact_logs
 from masters.tasks.progress import log
 
-PAGE = 200  # task runs a request, as many as Prefect gives
-RETRY_SECONDS = 300.0  # seconds
+PAGE_SIZE = 200  # task runs per request, the most that Prefect returns
+RETRY_SECONDS = 300.0
 T = TypeVar("T")
 
 
 @contextmanager
 def flow_attempt() -> Iterator[None]:
-    """A flow's body. Whatever it raises that is not meant for people becomes one line without secrets."""
+    """Wrap the body of a flow. An unexpected error becomes a MastersError of one line without secrets."""
     redact_logs()
     end_stale_tasks()
     try:
@@ -34,41 +34,47 @@ def flow_attempt() -> Iterator[None]:
         raise MastersError(f"unexpected {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
-def retry_unreachable(what: Callable[[], T]) -> T:
-    """What `what` gives. In a deployment, where nobody looks on, a store or server that is away is waited for."""
+def retry_unreachable(function: Callable[[], T]) -> T:
+    """Return the result of `function`. In a deployment, retry it while a store or server is unreachable.
+
+    Outside a deployment a person is watching and gets the error at once.
+    """
     if not deployment.id:
-        return what()
-    trying = Retrying(
-        retry=retry_if_exception_type(Unreachable), stop=stop_after_delay(RETRY_SECONDS), reraise=True,
-        wait=wait_exponential(max=30), before_sleep=_log_retry,
-    )  # fmt: skip
-    return trying(what)
+        return function()
+    retrying = Retrying(
+        retry=retry_if_exception_type(Unreachable),
+        stop=stop_after_delay(RETRY_SECONDS),
+        wait=wait_exponential(max=30),
+        before_sleep=_log_retry,
+        reraise=True,
+    )
+    return retrying(function)
 
 
 def _log_retry(state: RetryCallState) -> None:
-    assert state.outcome  # it has failed
+    assert state.outcome  # the function has failed
     log("warning", f"{state.outcome.exception()}")
 
 
 def end_stale_tasks() -> None:
-    """Task runs of this flow run's earlier attempts that look alive become Crashed.
+    """Mark task runs of earlier attempts that still look alive as Crashed: a killed process cannot do so itself.
 
-    A killed process tells nobody of its tasks. Called before the attempt's own first task, whatever is alive is stale.
-    What goes wrong is said and fails nothing: it concerns a page and no result.
+    Must be called before the attempt starts a task of its own. Errors are only logged, because stale task runs affect
+    nothing but the display.
     """
     if not flow_run.id or flow_run.run_count < 2:
         return
     try:
-        _end(flow_run.id)
-    except Exception as error:  # the server's client raises many kinds
-        log("warning", f"task runs of the attempt before may still look alive: {type(error).__name__}: {error}")
+        _crash_task_runs(flow_run.id)
+    except Exception as error:  # the client raises many types of errors
+        log("warning", f"task runs of the previous attempt may still look alive: {type(error).__name__}: {error}")
 
 
-def _end(run: str) -> None:
+def _crash_task_runs(flow_run_id: str) -> None:
     alive = [StateType.RUNNING, StateType.PENDING]
-    of_run = FlowRunFilter.model_validate(dict(id=dict(any_=[run])))
-    looking = TaskRunFilter.model_validate(dict(state=dict(type=dict(any_=alive))))
+    in_flow_run = FlowRunFilter.model_validate(dict(id=dict(any_=[flow_run_id])))
+    is_alive = TaskRunFilter.model_validate(dict(state=dict(type=dict(any_=alive))))
     with get_client(sync_client=True) as client:
-        for task in client.read_task_runs(flow_run_filter=of_run, task_run_filter=looking, limit=PAGE):
-            state = Crashed(message="its attempt was cut short; the next one goes on")
-            client.set_task_run_state(task.id, state, force=True)
+        for task_run in client.read_task_runs(flow_run_filter=in_flow_run, task_run_filter=is_alive, limit=PAGE_SIZE):
+            state = Crashed(message="its attempt was interrupted; the next attempt continues")
+            client.set_task_run_state(task_run.id, state, force=True)

@@ -1,4 +1,4 @@
-"""A study: each arm's learning rate is chosen on validation questions, then the arms are tested at fresh seeds."""
+"""A study: choose each arm's learning rate on validation questions, then test the arms with other seeds."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +16,8 @@ from masters.config.allowlist import Setting
 from masters.config.loading import override_values
 from masters.config.stages import Stage
 from masters.config.study_file import Study, arm_config
-from masters.evaluation.study_results import Cell, Result, Results, packed_bits, questions_of
-from masters.flows.distill import close_crashed_run, run_pipeline
+from masters.evaluation.study_results import Cell, Result, ResultStore, encode_correct, make_questions
+from masters.flows.distill import close_crashed_run, finish_with_status, run_pipeline
 from masters.flows.plan import stage_identities
 from masters.flows.retries import flow_attempt, retry_unreachable
 from masters.flows.summary import Summary
@@ -30,110 +30,93 @@ from masters.tasks.report import report_study
 from masters.tasks.run_context import Context, Run
 from masters.tracking.run_writer import RunWriter
 
-RATE = 1e-6  # in the digest of an arm's settings, to which each run adds its own rate, seed and split
+PLACEHOLDER_RATE = 1e-6  # stands for the learning rate in the digest of an arm's settings
 
 
 @flow(name="study", flow_run_name="{design.name}", on_crashed=[close_crashed_run], persist_result=False)
 def study(config: Config, design: Study) -> dict:
     """Compare arms over learning rates and seeds. Returns the report, which is also written beside the results.
 
-    A run whose result is there already is not run again. One that fails is a row with its error; the others still run,
-    and the flow fails at the end.
+    Runs whose result already exists are not repeated. If a run fails, the others still run, the report shows its
+    error, and the flow fails at the end.
 
     Args:
-        config: What every arm starts from.
+        config: The base configuration of all arms.
         design: The arms, their learning rates and seeds, and the planned comparisons.
     """
     with flow_attempt():
         allowlist.check_allowed(Setting.STORES, "results", allowlist.absolute_root(design.results))
-        conductor = StudyRunner(config, design)
-        tracker = retry_unreachable(lambda: RunWriter(config, conductor.storage, str(flow_run.id or ""), "study"))
-        status = "FAILED"
-        try:
-            report = conductor.conduct(tracker)
-            status = "FAILED" if report["failed"] else "FINISHED"
-        finally:
-            if untold := tracker.finish(status):
-                warn(untold)
-        report |= dict(mlflow=dict(run_id=tracker.run_id))
-        if failed := [run["run"] for run in report["failed"]]:
-            raise RunsFailed(
-                f"study {design.name}: {len(failed)} runs failed, {report['runs']} finished; run it again to go on: "
-                f"{', '.join(failed)}",
-                report,
-            )
+        runner = StudyRunner(config, design)
+        tracker = retry_unreachable(lambda: RunWriter(config, runner.storage, str(flow_run.id or ""), "study"))
+        with finish_with_status(tracker):
+            report = runner.run(tracker) | dict(mlflow=dict(run_id=tracker.run_id))
+            if failed := [run["run"] for run in report["failed"]]:
+                raise RunsFailed(
+                    f"study {design.name}: {len(failed)} runs failed, {report['runs']} finished; run it again to "
+                    f"continue: {', '.join(failed)}",
+                    report,
+                )
     return report
 
 
 class StudyRunner:
-    """A study under way: its arms' configurations with what preflight found, and the runs until now."""
+    """Runs a study. `runs` holds the results and errors of its runs so far."""
 
     def __init__(self, config: Config, design: Study) -> None:
-        configs = {arm: arm_config(config, design, arm) for arm in design.arms}
-        self._arms = {
-            arm: Context(own, retry_unreachable(lambda own=own: preflight(own))) for arm, own in configs.items()
+        configs = {name: arm_config(config, design, name) for name in design.arms}
+        self._contexts = {
+            name: Context(arm, retry_unreachable(lambda arm=arm: preflight(arm))) for name, arm in configs.items()
         }
-        self._made_of = {arm: settings_digest(own) for arm, own in self._arms.items()}
-        self._design, self._results = design, Results(Path(design.results))
-        self.found = StudyRuns(design)
-        self.storage = next(iter(self._arms.values())).storage
-        for own in configs.values():
-            work_pools.check_pools(own, self.storage)
+        self._settings_digests = {name: settings_digest(context) for name, context in self._contexts.items()}
+        self._design, self._results = design, ResultStore(Path(design.results))
+        self.runs = StudyRuns(design)
+        self.storage = next(iter(self._contexts.values())).storage
+        for arm in configs.values():
+            work_pools.check_pools(arm, self.storage)
 
-    def conduct(self, tracker: RunWriter) -> dict:
-        """Run every cell that has no result yet. Returns the report; its files are also in MLflow's run."""
-        self._finish(list(tuning_cells(self._design)), tracker)
-        self._finish(list(final_cells(self.found)), tracker)
-        report, folder = write_report(self.found, self._results)
+    def run(self, tracker: RunWriter) -> dict:
+        """Run every cell that has no result yet. Returns the report and logs its files to the MLflow run."""
+        self._run_cells(list(tuning_cells(self._design)), tracker)
+        self._run_cells(list(final_cells(self.runs)), tracker)
+        report, folder = write_report(self.runs, self._results)
         report_study(self._design.name, [shown_arm(row) for row in report["arms"]])
-        tracker.files(folder)
+        tracker.log_files(folder)
         accuracies = {f"accuracy_{row['arm']}": row["accuracy"] for row in report["arms"] if row["seeds"]}
-        tracker.metrics(accuracies, 0)
+        tracker.log_metrics(accuracies, 0)
         return report
 
-    def _finish(self, cells: list[Cell], tracker: RunWriter) -> None:
-        """Find or make the result of every cell. Raises MastersError where arms took unequal numbers of steps."""
-        contexts = [self._context(cell) for cell in cells]
-        digests = [fingerprint([self._made_of[c.arm], c.learning_rate, c.seed, c.split]) for c in cells]
-        # all before the first run: a file of other settings is refused before hours are spent
-        kept = [self._results.find(cell, made_of) for cell, made_of in zip(cells, digests, strict=True)]
-        for cell, context, made_of, result in zip(cells, contexts, digests, kept, strict=True):
-            if result := result or self._tried(cell, context, made_of, tracker):
-                self.found.results[cell] = result
-                self.found.check_steps()
+    def _run_cells(self, cells: list[Cell], tracker: RunWriter) -> None:
+        """Load or compute the result of every cell. Raises MastersError if arms took different numbers of steps."""
+        digests = [fingerprint([self._settings_digests[c.arm], c.learning_rate, c.seed, c.split]) for c in cells]
+        # All results are loaded first, so that a file with other settings is refused before hours are spent.
+        stored = [self._results.find(cell, settings) for cell, settings in zip(cells, digests, strict=True)]
+        for cell, settings, result in zip(cells, digests, stored, strict=True):
+            if result := result or self._try_cell(cell, settings, tracker):
+                self.runs.results[cell] = result
+                self.runs.check_steps()
 
-    def _context(self, cell: Cell) -> Context:
-        arm = self._arms[cell.arm]
+    def _try_cell(self, cell: Cell, settings: str, tracker: RunWriter) -> Result | None:
+        """Return the result of a run. If the run fails, record its error and return None."""
+        arm = self._contexts[cell.arm]
         values = {"train.learning_rate": cell.learning_rate, "train.seed": cell.seed, "evaluate.split": cell.split}
-        return Context(override_values(arm.config, values), arm.resources)
-
-    def _tried(self, cell: Cell, context: Context, made_of: str, tracker: RunWriter) -> Result | None:
-        """The result of a run, None if it failed: the others still run."""
         try:
-            return self._run(cell, context, made_of, tracker)
-        except Exception as error:  # of whatever kind
-            self.found.errors[cell] = redact(str(error) or type(error).__name__)
-            warn(f"{cell.name} failed: {self.found.errors[cell]}")
+            return self._run_cell(cell, Context(override_values(arm.config, values), arm.resources), settings, tracker)
+        except Exception as error:  # an error of any type must not end the study
+            self.runs.errors[cell] = redact(str(error) or type(error).__name__)
+            warn(f"{cell.name} failed: {self.runs.errors[cell]}")
         return None
 
-    def _run(self, cell: Cell, context: Context, made_of: str, parent: RunWriter) -> Result:
-        """Train and evaluate a cell's student, below the study's run in MLflow, and keep what came of it."""
+    def _run_cell(self, cell: Cell, context: Context, settings: str, parent: RunWriter) -> Result:
+        """Train and evaluate a cell's student in an MLflow run below that of the study, and store the result."""
         key = digest(f"{parent.key} {cell.name}".encode())[:32]
         tracker = RunWriter(context.config, context.storage, key)
-        tracker.nest(parent.run_id, cell.name, {"study.arm": cell.arm, "study.phase": cell.phase})
-        status = "FAILED"
-        try:
+        tracker.nest_under(parent.run_id, cell.name, {"study.arm": cell.arm, "study.phase": cell.phase})
+        with finish_with_status(tracker):
             run = Run(context, tracker)
             run_pipeline(run, Summary(run, key), Stage.EVALUATE)
-            result = self._keep(cell, run, made_of)
-            status = "FINISHED"
-        finally:
-            if untold := tracker.finish(status):
-                warn(untold)
-        return result
+            return self._store_result(cell, run, settings)
 
-    def _keep(self, cell: Cell, run: Run, made_of: str) -> Result:
-        """Write the result of a finished run."""
+    def _store_result(self, cell: Cell, run: Run, settings: str) -> Result:
         evaluated, data = run.artifacts[Stage.EVALUATE], run.artifacts[Stage.DATA]
         rows = evaluated.rows("predictions", ["question_id", "model", "correct"])
         correct = {row["question_id"]: row["correct"] for row in rows if row["model"] == STUDENT_AFTER}
@@ -142,49 +125,60 @@ class StudyRunner:
             for row in data.rows("questions", ["question_id", "image_digest"])
             if row["question_id"] in correct
         }
-        asked, scores = questions_of(images), evaluated.facts["scores"]
+        questions, scores = make_questions(images), evaluated.facts["scores"]
         result = Result(
-            arm=cell.arm, phase=cell.phase, learning_rate=cell.learning_rate, seed=cell.seed, settings=made_of,
-            steps=steps_taken(run), accuracy=scores[STUDENT_AFTER]["accuracy"],
-            standard_error=scores[STUDENT_AFTER]["standard_error"], untrained=scores[STUDENT_BEFORE]["accuracy"],
-            questions=asked.digest, count=asked.count, correct=packed_bits(correct), mlflow_run_id=run.tracker.run_id,
-        )  # fmt: skip
-        self._results.keep(result, asked)
+            arm=cell.arm,
+            phase=cell.phase,
+            learning_rate=cell.learning_rate,
+            seed=cell.seed,
+            settings=settings,
+            steps=count_steps(run),
+            accuracy=scores[STUDENT_AFTER]["accuracy"],
+            standard_error=scores[STUDENT_AFTER]["standard_error"],
+            untrained=scores[STUDENT_BEFORE]["accuracy"],
+            questions=questions.digest,
+            count=questions.count,
+            correct=encode_correct(correct),
+            mlflow_run_id=run.tracker.run_id,
+        )
+        self._results.save(result, questions)
         return result
 
 
-def steps_taken(run: Run) -> int:
-    """Optimizer steps of all rounds, without those after which a student was put back."""
-    trained = [made.facts for stage, made in run.artifacts.items() if stage.split("-")[0] == Stage.TRAIN]
+def count_steps(run: Run) -> int:
+    """Return the number of optimizer steps in all rounds, without steps that a rollback undid."""
+    trained = [artifact.facts for name, artifact in run.artifacts.items() if name.split("-")[0] == Stage.TRAIN]
     return sum(train.steps_taken(facts) for facts in trained)
 
 
 def tuning_cells(design: Study) -> Iterator[Cell]:
-    """Runs by which rates are chosen, none for an arm of one rate; arms alternate, so that unequal steps show early."""
-    most = max(len(design.rates(arm)) for arm in design.arms)
+    """Yield the runs that choose learning rates: none for an arm with a single rate.
+
+    Arms alternate, so that different numbers of steps show early.
+    """
+    most_rates = max(len(design.rates(arm)) for arm in design.arms)
     for seed in design.tuning_seeds:
-        for number in range(most):
+        for number in range(most_rates):
             for arm in design.arms:
                 rates = design.rates(arm)
                 if len(rates) > 1 and number < len(rates):
                     yield Cell("tuning", arm, rates[number], seed)
 
 
-def final_cells(found: StudyRuns) -> Iterator[Cell]:
-    """Runs at the chosen rates, none of an arm whose rate could not be chosen."""
-    for seed in found.study.seeds:
-        for arm in found.study.arms:
-            if rate := found.chosen(arm):
+def final_cells(runs: StudyRuns) -> Iterator[Cell]:
+    """Yield the runs at the chosen learning rates. An arm whose rate could not be chosen has none."""
+    for seed in runs.study.seeds:
+        for arm in runs.study.arms:
+            if rate := runs.chosen(arm):
                 yield Cell("final", arm, rate, seed)
 
 
 def settings_digest(context: Context) -> str:
-    """Fingerprint of all that an arm's results follow from: settings, models, data and versions of the stages.
+    """Return a digest of everything that an arm's results depend on: settings, models, data and stage versions.
 
-    The configuration's learning rate, seed and split have no part in it: these are each run's own.
+    Learning rate, seed and split are left out, because each run has its own.
     """
-    own = override_values(context.config, {"train.learning_rate": RATE, "train.seed": 0})
-    stages = [
-        made_of.fingerprint for made_of in stage_identities(Context(own, context.resources)) if made_of.kind != Stage.REGISTER
-    ]
-    return fingerprint(dict(stages=stages, asked=greedy_sampling(own).to_identity()))
+    config = override_values(context.config, {"train.learning_rate": PLACEHOLDER_RATE, "train.seed": 0})
+    identities = stage_identities(Context(config, context.resources))
+    stages = [identity.fingerprint for identity in identities if identity.kind != Stage.REGISTER]
+    return fingerprint(dict(stages=stages, asked=greedy_sampling(config).to_identity()))

@@ -20,7 +20,7 @@ from masters.execution import processes
 from masters.store import artifacts
 from masters.tasks.benchmark import lmms_eval_process, make_identity
 from masters.tasks.run_context import Context
-from tests.command_line import ROOT, masters, rows, told
+from tests.command_line import ROOT, masters, rows, read_json
 
 STUDENT = "demo/models/student"
 DOCUMENTS = 20
@@ -51,7 +51,7 @@ def test_lmms_eval_and_our_evaluation_agree_to_the_row(
     chosen = [part for setting in overridden(tmp_path) for part in ("--set", setting)]
     environment = prefect | {"MASTERS_BENCHMARK_TASKS": str(tmp_path / "tasks"), "HF_HUB_OFFLINE": "1"}
     words = ("evaluate", "configs/easyvqa.toml", STUDENT, *chosen, "--benchmark", benchmark.TASK, "--json")
-    first = told(masters(*words, home=tmp_path / "home", **environment))
+    first = read_json(masters(*words, home=tmp_path / "home", **environment))
     stages = {stage["name"]: stage for stage in first["stages"]}
     assert [stage["outcome"] for stage in first["stages"]] == ["built"] * 3
 

@@ -7,7 +7,7 @@ import pytest
 
 from masters.store.artifacts import Artifact
 from masters.store.storage import Storage
-from tests.command_line import ROOT, masters, rows, told
+from tests.command_line import ROOT, masters, rows, read_json
 from tests.shape_data import write_questions
 
 CONFIG = """
@@ -51,7 +51,7 @@ def test_the_second_round_starts_from_the_first_rounds_student(tmp_path: Path, p
     config, home = tmp_path / "chain.toml", tmp_path / "home"
     home.mkdir()
     config.write_text(CONFIG.format(root=tmp_path / "store", source=source, models=ROOT / "demo/models"))
-    summary = told(masters("distill", str(config), "--json", home=home, **prefect))
+    summary = read_json(masters("distill", str(config), "--json", home=home, **prefect))
     rounds = [f"{stage}{suffix}" for suffix in ("", "-2") for stage in ("mask", "generate", "score", "train")]
     assert [s["name"] for s in summary["stages"]] == ["data", *rounds, "evaluate", "register"]
     assert {s["outcome"] for s in summary["stages"]} == {"built"}

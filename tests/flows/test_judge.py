@@ -9,7 +9,7 @@ from masters.models.judging import batches as judging
 from masters.rewards.rules import exact_match
 from masters.store.artifacts import Artifact
 from tests.ray_cluster import Cluster
-from tests.scoring_run import Questions, Texts, made_run, scored
+from tests.scoring_run import Questions, Texts, make_run, run_scoring
 
 JUDGE = Path(__file__).parents[2] / "demo/models/judge"
 ANSWERS = ("blue", "yes", "no", "circle", "rectangle", "teal")
@@ -47,7 +47,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def judged(store: Path) -> Judged:
-    return scored(made_run(store, str(JUDGE)), *asked())
+    return run_scoring(make_run(store, str(JUDGE)), *asked())
 
 
 @pytest.mark.slow
@@ -61,14 +61,14 @@ def test_the_demo_judge_agrees_with_exact_match(judged: Judged, store: Path) -> 
     assert {row["judge"] for row in rows} == {"judge"}
     assert len(list(artifact.rows("judgements"))) == 48
 
-    again, _, line = scored(made_run(store, str(JUDGE)), questions, texts | {"q0": [*texts["q0"], ANSWERS[0]]})
+    again, _, line = run_scoring(make_run(store, str(JUDGE)), questions, texts | {"q0": [*texts["q0"], ANSWERS[0]]})
     assert again.fingerprint != artifact.fingerprint
     assert (line["asked"], line["judges"]) == (0, 0)  # all known: nothing is started
 
 
 @pytest.mark.slow
 def test_a_judge_on_ray_says_the_same(judged: Judged, tmp_path: Path, ray_cluster: Cluster) -> None:
-    run = made_run(tmp_path, str(JUDGE), generate_workers=2, ray_address=ray_cluster.address)
-    artifact, rows, line = scored(run, *asked())
+    run = make_run(tmp_path, str(JUDGE), generate_workers=2, ray_address=ray_cluster.address)
+    artifact, rows, line = run_scoring(run, *asked())
     assert rows == judged[1] and artifact.fingerprint == judged[0].fingerprint
     assert (line["asked"], line["judges"], line["workers"], line["restarts"]) == (48, 2, 2, 0)

@@ -64,14 +64,14 @@ def test_what_was_rolled_back_stays_so_until_a_person_promotes_it(
     registry.rollback(NAME, 2)
     registry.rollback(NAME, 1)
     registry.rollback(NAME, 2)
-    assert not registry.rolled_back(NAME, 2) and registry.rolled_back(NAME, 1)
+    assert not registry.was_rolled_back(NAME, 2) and registry.was_rolled_back(NAME, 1)
 
 
 def test_without_the_alias_a_past_champion_is_no_first_one(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     assert verdict(registry, 1, BETTER, True, monkeypatch)["reasons"] == ["the first champion"]
     MlflowClient(registry.uri).delete_registered_model_alias(NAME, "champion")
     told = verdict(registry, 2, BETTER, True, monkeypatch)
-    assert (told["outcome"], registry.champion(NAME), registry.history(NAME)) == ("kept", None, [1])
+    assert (told["outcome"], registry.champion(NAME), registry.champion_history(NAME)) == ("kept", None, [1])
     with pytest.raises(InputError, match="no champion to roll back; name a version"):
         registry.rollback(NAME)
     assert registry.rollback(NAME, 1) == (None, 1) and registry.champion(NAME) == 1
@@ -91,11 +91,11 @@ def test_an_mlflow_that_is_away_is_no_missing_champion(registry: Registry, monke
     with pytest.raises(TrackingError, match="away"):
         verdict(registry, 2, WORSE, True, monkeypatch)
     monkeypatch.undo()
-    assert (registry.champion(NAME), registry.history(NAME)) == (1, [1])
+    assert (registry.champion(NAME), registry.champion_history(NAME)) == (1, [1])
 
 
 def test_names_that_no_query_can_hold_are_no_models(registry: Registry) -> None:
-    assert registry.aliased("a'b", "champion") is None and not registry.has("a'b")
+    assert registry.version_of_alias("a'b", "champion") is None and not registry.has("a'b")
 
 
 def test_a_regression_is_told_once_also_by_the_night_after_one_cut_short(
@@ -125,7 +125,7 @@ def test_a_regression_that_no_webhook_took_is_told_the_next_time(
     told = verdict(registry, 2, WORSE, True, monkeypatch)
     monkeypatch.setenv("MASTERS_WEBHOOK_URL", "http://127.0.0.1:1/away")
     report_regression(registry, NAME, told)
-    assert registry.told(NAME, 2) == ""
+    assert registry.reported_regression(NAME, 2) == ""
 
 
 def test_a_failing_night_reaches_the_webhook(tmp_path: Path, webhook: Webhook, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,9 +164,9 @@ def test_models_of_others_in_the_same_mlflow_are_left_alone(registry: Registry) 
     client.create_registered_model("team.fraud model's")
     client.create_model_version("team.fraud model's", "s3://theirs", tags={"upstream.mask": "f"})
     client.set_registered_model_alias("team.fraud model's", "champion", "1")
-    before = registry.wanted()
+    before = registry.protected_artifacts()
     registry.promote(NAME, 1)
-    assert len(registry.wanted()) >= len(before) and registry.made_from("f") == []
+    assert len(registry.protected_artifacts()) >= len(before) and registry.versions_made_from("f") == []
 
 
 def test_a_first_promotion_that_was_cut_short_is_made_up_for(
@@ -175,7 +175,7 @@ def test_a_first_promotion_that_was_cut_short_is_made_up_for(
     with monkeypatch.context() as patch, pytest.raises(MlflowException):
         patch.setattr(registry._client, "set_registered_model_alias", lambda *_: refuse())
         registry.promote(NAME, 1)
-    assert registry.history(NAME) == [1] and registry.champion(NAME) is None
+    assert registry.champion_history(NAME) == [1] and registry.champion(NAME) is None
     told = verdict(registry, 2, BETTER, True, monkeypatch)
     assert (told["outcome"], told["reasons"]) == ("promoted", ["the first champion"])
     assert registry.champion(NAME) == 2

@@ -90,7 +90,7 @@ def two(place: Path, one: dict, prefect: dict[str, str], sockets: dict) -> dict:
     run = start(place, "two", TWO, prefect)
     once(lambda: teachers_engine(place), run, place)  # killed at once, while it has shards to answer
     os.kill(teachers_engine(place)[0], signal.SIGKILL)
-    ours = session(driver(place))
+    ours = session_processes(driver(place))
     sockets.update(listened=addresses(ours), reached=reachable(ours))
     once(lambda: len(lines(place, "train-*/rank-0.progress", "step")) > 8, run, place)
     os.kill(second_rank(run), signal.SIGKILL)
@@ -138,7 +138,7 @@ def test_its_ray_listened_on_loopback_alone_without_a_dashboard_and_is_gone(
 ) -> None:
     assert sockets["listened"] and sockets["reached"] == set()
     assert DASHBOARD not in {port for _, port in sockets["listened"]}
-    assert session(driver(place)) == set()
+    assert session_processes(driver(place)) == set()
 
 
 def test_its_student_is_as_good_as_the_same(one: dict, two: dict) -> None:

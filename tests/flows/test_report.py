@@ -30,7 +30,7 @@ from masters.tasks.progress import CONSOLE, LAST_UPDATE_SECONDS, Progress
 from masters.tasks.report import report_run
 from masters.tasks.run_context import Round, Run
 from masters.tasks.train import train
-from tests.handmade_run import ROOT, by_hand, first_round, made_run
+from tests.handmade_run import ROOT, write_training_inputs, first_round, make_run
 from tests.scoring_run import table
 from tests.shape_data import write_questions
 
@@ -50,7 +50,7 @@ def small(run: Run) -> str:
     """Training and the report of a run whose responses are written by hand. Gives the flow run's id."""
     current = first_round(run)
     questions = data(run)
-    inputs = {"data": questions, "masks": mask(run, current)} | by_hand(run, current, questions)
+    inputs = {"data": questions, "masks": mask(run, current)} | write_training_inputs(run, current, questions)
     run.artifacts |= {"generate": inputs["responses"], "score": inputs["verdicts"]}
     train(run, current, inputs)
     report_run(run, None)
@@ -66,7 +66,7 @@ def flow_run_id() -> str:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Shown]]:
     folder = tmp_path_factory.mktemp("report")
-    run = made_run(folder / "store", write_questions(folder / "data", 40, bad=False))
+    run = make_run(folder / "store", write_questions(folder / "data", 40, bad=False))
     return run, artifacts_of(small(run))
 
 
@@ -96,7 +96,7 @@ def test_warnings_of_a_training_stand_above_its_plots(finished, monkeypatch: pyt
     run, pages = finished[0], []
     monkeypatch.setattr(reporting, "create_markdown_artifact", lambda page, key: pages.append(page))
     monkeypatch.setitem(run.artifacts["train"].facts, "warnings", [dict(step=3, name="entropy", text="it fell <b>")])
-    reporting._plots(run, "", [run.artifacts["train"]])
+    reporting._create_plots(run, "", [run.artifacts["train"]])
     assert pages[0].startswith("**Warning**, step 3: ") and "it fell" in pages[0] and "<b>" not in pages[0]
 
 
@@ -119,7 +119,7 @@ def rounds(run: Run, responses: bool) -> str:
         current = Round(number, teacher, model, student)
         inputs = {"data": questions, "masks": mask(run, current)}
         if responses:
-            inputs["responses"] = run.artifacts[f"generate{current.suffix}"] = by_hand(run, current, questions)["responses"]
+            inputs["responses"] = run.artifacts[f"generate{current.suffix}"] = write_training_inputs(run, current, questions)["responses"]
         student = run.load_student(train(run, current, inputs))
     report_run(run, None)
     return flow_run_id()
@@ -145,7 +145,7 @@ def test_pages_of_other_objectives_and_of_a_second_teacher(
 ) -> None:
     """What an objective does not have, rewards or divergences or responses, has no picture and no page."""
     source, targets = write_questions(tmp_path / "data", 12, bad=False), "labels" if objective == "sft" else "responses"
-    run = made_run(tmp_path / "store", source, teachers=teachers, train=dict(objective=objective, targets=targets))
+    run = make_run(tmp_path / "store", source, teachers=teachers, train=dict(objective=objective, targets=targets))
     shown = artifacts_of(rounds(run, targets == "responses"))
     suffixes = ["", "-2"][: len(teachers)]
     pages = {f"trained-{page}{suffix}" for page in ("train", "plots") for suffix in suffixes} | {"trained-stages"}

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
+from masters.checks.model_folder import download_student
 from masters.checks.preflight import Resources
 from masters.common.errors import InputError
 from masters.common.hashing import digest
 from masters.store.artifacts import Artifact, Identity
 from masters.store.storage import Storage
 from masters.tasks.run_context import Context, Run
-from masters.tracking.locations import check_beside
+from masters.tracking.locations import check_default_database
 from tests import command_line
 from tests.command_line import ROOT, options, told
 from tests.s3_server import BUCKET, S3, serve
@@ -160,7 +161,7 @@ def test_a_student_built_again_is_fetched_again(tmp_path: Path, context: Callabl
     for weights in (b"first", b"second"):
         run.storage.write("train/x-1/model/weights", weights)
         trained = Artifact(run.storage, "train/x-1", {"files": [dict(name="model/weights", digest=digest(weights))]})
-        folders.append(run.download_model(trained))
+        folders.append(download_student(trained))
     assert [(folder / "weights").read_bytes() for folder in folders] == [b"first", b"second"]
     assert all(folder.is_relative_to(tmp_path / ".cache") for folder in folders)
 
@@ -177,7 +178,7 @@ def test_a_working_folder_without_room_for_tracking_is_refused(
 ) -> None:
     monkeypatch.chdir("/proc")
     with pytest.raises(InputError, match="working folder, which cannot be written.*MLFLOW_TRACKING_URI"):
-        check_beside(context(f"s3://{BUCKET}/one").storage)
+        check_default_database(context(f"s3://{BUCKET}/one").storage)
 
 
 @pytest.fixture

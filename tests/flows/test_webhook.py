@@ -29,7 +29,7 @@ def test_one_that_fails_is_a_warning_without_the_address(
     monkeypatch.setenv(webhook.URL_VARIABLE, address)
     with caplog.at_level(logging.WARNING):
         assert webhook.send_report("easyvqa", "failed", "why") is False
-    assert "did not take the report" in caplog.text and "secret" not in caplog.text
+    assert "did not accept the report" in caplog.text and "secret" not in caplog.text
 
 
 def test_it_is_reached_through_the_environments_proxy(monkeypatch: pytest.MonkeyPatch) -> None:

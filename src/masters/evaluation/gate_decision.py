@@ -1,0 +1,80 @@
+"""The promotion gate's decision: whether tonight's student becomes champion, and why."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from masters.config import Nightly
+from masters.evaluation.promotion_gate import Comparison, objections, regressions
+
+NO_CHAMPION = (
+    "no version has the alias champion, which version {last} had: set it with `masters rollback {name} --to VERSION`"
+)
+ROLLED_BACK = "version {version} was rolled back: only `masters rollback {name} --to {version}` makes it champion again"
+NOTHING_TO_TRAIN = (
+    "no training question is new to the champion; a new teacher, withdrawn rows and changed evaluation rows take "
+    "effect with the next new question (nightly.start = champion)"
+)
+
+
+@dataclass(frozen=True)
+class GateInputs:
+    """What the decision depends on.
+
+    `last_champion`: the version that had the alias champion last. `comparison`: candidate against champion; None if
+    there is no champion or the candidate is the champion. `is_new`: whether this night built the candidate, or no
+    earlier night has decided on it.
+    """
+
+    name: str
+    candidate: int
+    champion: int | None
+    last_champion: int | None
+    comparison: Comparison | None
+    was_rolled_back: bool
+    is_new: bool
+
+
+@dataclass(frozen=True)
+class GateDecision:
+    """The outcome of a night with its reasons. `champion`: the version that is champion after the decision."""
+
+    outcome: Literal["promoted", "kept", "no change"]
+    champion: int | None
+    reasons: list[str]
+    regressions: list[str]
+    candidate: int | None = None
+    comparison: Comparison | None = None
+
+    def as_dict(self) -> dict:
+        """Return the entry `nightly` of the summary."""
+        entry = dict(outcome=self.outcome, champion=self.champion, reasons=self.reasons, regressions=self.regressions)
+        if self.candidate is not None:
+            entry["candidate"] = self.candidate
+        if self.comparison is not None:
+            entry["comparison"] = self.comparison.as_dict()
+        return entry
+
+
+def decide(inputs: GateInputs, limits: Nightly) -> GateDecision:
+    """Promote the first candidate of a model, later ones only if nothing speaks against it."""
+    name, candidate, champion = inputs.name, inputs.candidate, inputs.champion
+    not_promoted = "kept" if inputs.is_new else "no change"
+    if champion is None and inputs.last_champion is not None:
+        reason = NO_CHAMPION.format(name=name, last=inputs.last_champion)
+        return GateDecision("kept", None, [reason], [], candidate)
+    if champion is None:
+        return GateDecision("promoted", candidate, ["the first champion"], [], candidate)
+    if inputs.comparison is None:
+        return GateDecision(not_promoted, champion, ["the candidate is the champion itself"], [], candidate)
+    reasons = objections(inputs.comparison, limits)
+    if inputs.was_rolled_back:
+        reasons.append(ROLLED_BACK.format(name=name, version=candidate))
+    worse = regressions(inputs.comparison, limits)
+    if reasons:
+        return GateDecision(not_promoted, champion, reasons, worse, candidate, inputs.comparison)
+    return GateDecision("promoted", candidate, [], worse, candidate, inputs.comparison)
+
+
+def decide_without_training(champion: int | None) -> GateDecision:
+    """Return the decision of a night in which nothing was trained."""
+    return GateDecision("no change", champion, [NOTHING_TO_TRAIN], [])
