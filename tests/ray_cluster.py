@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from masters.execution.ray_engines.guard import session
+from masters.execution.ray_engines.guard import session_processes
 from masters.infra.ports import free_ports
 from tests.local_stack import until
 
@@ -25,7 +25,7 @@ class Cluster:
 
     def engines(self) -> set[int]:
         """Processes of actors that hold, or start, an engine."""
-        return {pid for pid in session(self.head) if _title(pid).startswith(OURS)}
+        return {pid for pid in session_processes(self.head) if _title(pid).startswith(OURS)}
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def serve(folder: Path) -> Iterator[Cluster]:
         until(started, "the cluster's head")
         yield Cluster(f"{HOST}:{port}", head.pid)
     finally:
-        for pid in session(head.pid):
+        for pid in session_processes(head.pid):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         head.wait()

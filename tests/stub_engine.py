@@ -1,4 +1,4 @@
-"""Stands in for an engine where its dealing and dying are tested: a piece is a file that it touches."""
+"""Stands in for an engine where its scheduling and its end are tested: a piece is a file that it creates."""
 
 import os
 import signal
@@ -6,21 +6,33 @@ import time
 from pathlib import Path
 
 from masters.common.errors import InputError
+from masters.execution.engines import EnginePiece, EngineSetup
+from masters.execution.events import ShardAnswered
 
 
-class Pieces:
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+class StubSetup(EngineSetup):
+    out_folder: Path
 
-    def do(self, piece: dict) -> dict:
-        if piece.get("deadly"):
+
+class StubPiece(EnginePiece):
+    """`kills`: the engine kills itself; `fails`: it raises an error; `seconds`: it takes that long."""
+
+    kills: bool = False
+    fails: bool = False
+    seconds: float = 0.0
+
+
+class Worker:
+    Setup, Piece = StubSetup, StubPiece
+
+    def __init__(self, setup: StubSetup) -> None:
+        self._folder = setup.out_folder
+
+    def do(self, piece: StubPiece) -> ShardAnswered:
+        if piece.kills:
             os.kill(os.getpid(), signal.SIGKILL)
-        if piece.get("bad"):
+        if piece.fails:
             raise InputError("no such picture")
-        time.sleep(piece.get("seconds", 0))
-        (self._folder / piece["out"]).touch()
-        return dict(event="shard", questions=1, pid=os.getpid())
-
-
-def opened(setup: dict) -> Pieces:
-    return Pieces(Path(setup["folder"]))
+        time.sleep(piece.seconds)
+        (self._folder / piece.out).touch()
+        return ShardAnswered(questions=1)

@@ -43,7 +43,7 @@ def faults(source: str) -> Iterator[str]:
                 yield called
             if given.get("shell", "False") != "False":
                 yield f"{called}: a shell"
-            if given.get("trust_remote_code", "False") not in ("False", "own_code", "self.own_code"):
+            if given.get("trust_remote_code", "False") not in ("False", "trust_remote_code", "model.has_custom_code"):
                 yield f"{called}: trusts code"
             loads = called.startswith("Auto") and called.endswith(".from_pretrained")
             if loads and "trust_remote_code" not in given:
@@ -76,7 +76,7 @@ def test_weights_are_read_as_safetensors_alone() -> None:
     """By transformers, where a folder holds others too, and by vLLM."""
     assert "use_safetensors=True" in (ROOT / "models/model_loading.py").read_text()
     assert 'load_format="safetensors"' in (ROOT / "models/generation/engine.py").read_text()
-    assert {"*.bin", "*.pt", "*.pth", "*.pkl"} <= set(model_loading.UNWANTED)
+    assert {"*.bin", "*.pt", "*.pth", "*.pkl"} <= set(model_loading.UNSAFE_FILES)
 
 
 def test_prefect_keeps_no_result() -> None:

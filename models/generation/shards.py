@@ -1,12 +1,12 @@
-"""Has models answer shards: plans what is missing, has engines answer it, gathers the shards' files.
+"""Plan the shards that models answer, have engines answer the missing ones, and collect the shards' files.
 
-Generation and evaluation share it. A shard lies at `shards/<kind>/<fingerprint>.parquet` in the store, named by
-what it was made from, so later runs and other artifacts reuse it; an artifact holds its own (hard-linked) copy.
+Generation and evaluation share this module. A shard lies at `shards/<kind>/<fingerprint>.parquet` in the store. Its
+name follows from its inputs, so later runs and other artifacts reuse it. Each artifact holds a (hard-linked) copy.
 
-Shards are fixed lists: planned afresh, one new question would change the shard that it falls into, and all of that
-shard's questions would be answered again. So a night keeps an earlier run's shards (`Earlier`), cuts out what was
-withdrawn, and plans only the rest. Every artifact that engines answered has the table `plan`, which says what each
-shard holds.
+Shards are fixed lists of questions. If they were planned anew, one new question would change the shard that it falls
+into, and all questions of that shard would be answered again. So a nightly run keeps the shards of an earlier run
+(`ShardCache`), cuts out withdrawn questions, and plans only the rest. Every artifact of engines has the table `plan`,
+which lists the questions of each shard.
 """
 
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -14,29 +14,35 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 from masters.common.errors import StoreError
 from masters.common.hashing import digest, fingerprint
-from masters.config import Runtime
+from masters.config import Runtime, Sampling
 from masters.data import question_shards
-from masters.data.question_shards import Ref, Shard
-from masters.execution import engines, processes
+from masters.data.question_shards import QuestionRef, Shard
+from masters.execution import engines
+from masters.execution.engines import EngineWork, KeptEngine
+from masters.execution.events import EngineEvent, JudgedEarly, ShardAnswered
+from masters.execution.processes import Child, WorkerModule
+from masters.models.generation.job import GenerationSetup, ShardPiece
 from masters.store import artifacts, tables
 from masters.store.artifacts import Artifact
 from masters.store.storage import Storage
 
-ENGINE = "masters.models.generation.worker"  # the module of the processes that answer
-NO_SHARD = Shard("", ())  # of an order whose questions are still to be planned
-PLAN = "plan"  # the table of what each shard holds
-PLAN_ROWS = 100_000  # a file
-VERSION = 3  # of what engines are asked and how rows are made; a new one makes new shards
+WORKER_MODULE: str = WorkerModule.GENERATION
+UNPLANNED = Shard("", ())  # the shard of a request whose questions are still to be planned
+PLAN = "plan"  # the table that lists the questions of each shard
+PLAN_FILE_ROWS = 100_000
+VERSION = 3  # of requests and of how rows are made; a new version makes new shards
 
-Plan = dict[str, dict[str, list[tuple[str, str]]]]  # who was asked, shard, ids and digests of its questions
+# by request fingerprint and shard name, the ids and digests of the shard's questions
+Plan = dict[str, dict[str, list[tuple[str, str]]]]
 
 
 @dataclass(frozen=True)
 class GeneratingModel:
-    """A model that answers: its name in tables, folder, content digest and, masked, thresholds by ratio."""
+    """A model that answers: its name in tables, folder, content digest and, if masked, thresholds by ratio."""
 
     name: str
     folder: Path
@@ -47,184 +53,95 @@ class GeneratingModel:
 
 @dataclass(frozen=True)
 class ShardRequest:
-    """A shard to be answered by someone in some way.
+    """A request that a model answers the questions of a shard, with a mask ratio and sampling settings.
 
-    `part_of` names the shard that this one is a part of, without some of its questions. `batch` holds all questions of
-    that shard: where it is not in the store they are answered together, since what a question is answered depends on
-    its batch, and the part alone is kept.
+    `stored_name` is the name of a shard of an earlier run. `part_of` names the shard from which this one takes some of
+    the questions. `batch` holds all questions of that shard: a response depends on its batch, so where that shard is
+    not in the store, all of them are answered together and only this request's are kept.
     """
 
-    answerer: GeneratingModel
+    model: GeneratingModel
     shard: Shard
-    kind: str  # "responses", "predictions"
-    source: str  # "teacher", "student"
+    kind: Literal["responses", "predictions"]
+    source: str  # "teacher", "student", "evaluation"
     mask_ratio: float | None
     stage: int
     samples: int
-    sampling: dict
-    stored: str | None = None  # the name of an earlier run's shard, or of a part of one
+    sampling: Sampling
+    stored_name: str | None = None
     part_of: str | None = None
-    batch: tuple[Ref, ...] = ()
+    batch: tuple[QuestionRef, ...] = ()
 
     @property
-    def asker(self) -> str:
-        """Who answers and how: everything but the questions."""
-        return fingerprint(self._asked())
+    def settings_fingerprint(self) -> str:
+        """Fingerprint of everything but the questions."""
+        return fingerprint(self._settings())
 
     @property
     def fingerprint(self) -> str:
-        return self.stored or fingerprint(self._asked() | dict(questions=self.shard.questions))
+        """Name of the shard's file."""
+        return self.stored_name or fingerprint(self._settings() | dict(questions=self.shard.questions))
 
-    def _asked(self) -> dict:
+    def _settings(self) -> dict:
         return dict(
-            version=VERSION, kind=self.kind, model=self.answerer.digest, source=self.source,
-            mask_ratio=self.mask_ratio, masks=self.answerer.thresholds_fingerprint if self.mask_ratio else None,
-            stage=self.stage, samples=self.samples, sampling=self.sampling, name=self.answerer.name,
-        )  # fmt: skip
+            version=VERSION,
+            kind=self.kind,
+            model=self.model.digest,
+            source=self.source,
+            mask_ratio=self.mask_ratio,
+            masks=self.model.thresholds_fingerprint if self.mask_ratio else None,
+            stage=self.stage,
+            samples=self.samples,
+            sampling=self.sampling.to_identity(),
+            name=self.model.name,
+        )
 
     @property
     def file(self) -> str:
         return f"shards/{self.kind}/{self.fingerprint}.parquet"
 
     @property
-    def whole(self) -> str:
+    def whole_file(self) -> str:
         """The file of the shard that this one is a part of."""
         return f"shards/{self.kind}/{self.part_of}.parquet"
 
     @property
-    def asked(self) -> tuple[Ref, ...]:
+    def batch_refs(self) -> tuple[QuestionRef, ...]:
         """The questions that an engine answers as one batch."""
         return self.batch or self.shard.refs
 
-    def job(self) -> dict:
-        refs = [[r.digest, r.question_id, r.file, r.row] for r in self.asked]
-        kept = [r.question_id for r in self.shard.refs]
-        return dict(
-            out=self.file, kind=self.kind, model=self.answerer.name, mask_ratio=self.mask_ratio, stage=self.stage,
-            source=self.source, samples=self.samples, sampling=self.sampling, refs=refs, kept=kept,
-        )  # fmt: skip
+    @property
+    def rows(self) -> int:
+        """Rows of the shard's file."""
+        return self.samples * len(self.shard.refs)
 
+    def to_piece(self) -> ShardPiece:
+        """Return the piece of work for an engine."""
+        return ShardPiece(
+            out=self.file,
+            kind=self.kind,
+            model=self.model.name,
+            source=self.source,
+            mask_ratio=self.mask_ratio,
+            stage=self.stage,
+            samples=self.samples,
+            sampling=self.sampling,
+            refs=self.batch_refs,
+            kept=tuple(ref.question_id for ref in self.shard.refs),
+        )
 
-def missing_shards(storage: Storage, orders: list[ShardRequest]) -> list[ShardRequest]:
-    """Orders whose shard is not there, from one listing."""
-    there = set(storage.names("shards"))
-    return [order for order in orders if order.file not in there]
+    def restrict_to(self, questions: Container[QuestionRef]) -> "ShardRequest | None":
+        """Return the request for some of its questions; None if none is left.
 
-
-def run_generation(
-    data: artifacts.Artifact,
-    orders: list[ShardRequest],
-    runtime: Runtime,
-    folder: Path,
-    on_progress: Callable[[int, int, str], None],
-    beside: processes.Child | None = None,
-    stay: engines.Stay | None = None,
-) -> dict:
-    """Answer what is missing, at least one engine per model. Returns how it ran, for the summary.
-
-    `on_progress` hears questions done, questions in all, and the shards as a note. `beside`: runs with the engines,
-    if there are any, and is waited for; what it says it `judged` is counted. `stay`: see `engines.run`.
-    """
-    todo = []
-    for order in missing_shards(data.storage, orders):
-        if order.part_of and (not order.batch or data.storage.exists(order.whole)):
-            _cut(data.storage, order)
-        else:
-            todo.append(order)
-    jobs: dict[tuple[str, str], list[ShardRequest]] = {}
-    for order in todo:
-        jobs.setdefault((order.answerer.digest, order.sampling["dtype"]), []).append(order)
-    done, shards, judged, questions = 0, 0, 0, sum(len(order.asked) for order in todo)
-
-    def count(_: str, line: dict) -> None:
-        nonlocal done, shards, judged
-        judged += line.get("judged", 0)
-        done += line.get("questions", 0)
-        shards += "questions" in line
-        on_progress(done, questions, f"{shards:,} of {len(todo):,} shards")
-
-    on_progress(0, questions, f"0 of {len(todo):,} shards")
-    work = [_work(part, data, runtime) for part in jobs.values()]
-    how = engines.run(work, runtime, folder, count, [beside] if beside else [], stay)
-    return how | ({"judged_ahead": judged} if beside else {})
-
-
-def collect_shards(
-    storage: Storage,
-    identity: artifacts.Identity,
-    orders: list[ShardRequest],
-    completed: Callable[[bytes], bytes] | None = None,
-) -> dict[str, str]:
-    """Put the orders' shards into the artifact's table of their kind, and `plan` beside it. Returns {name: SHA-256}.
-
-    `completed`: makes a file of the table from a shard, where it is more than a copy.
-    """
-
-    def put(order: ShardRequest) -> tuple[str, str]:
-        name, data = f"{order.kind}/{order.fingerprint}.parquet", _proven(storage, order)
-        if completed is None:
-            storage.copy(order.file, f"{identity.folder}/{name}")
-        else:
-            data = completed(data)
-            storage.write(f"{identity.folder}/{name}", data)
-        return name, digest(data)
-
-    with ThreadPoolExecutor(storage.at_once) as pool:
-        files = dict(pool.map(put, orders))
-    rows = _plan_rows(orders)
-    for number, part in enumerate(iter(lambda: list(islice(rows, PLAN_ROWS)), [])):
-        name, content = f"{PLAN}/{number:04d}.parquet", tables.encode(part, tables.PLAN)
-        storage.write(f"{identity.folder}/{name}", content)
-        files[name] = digest(content)
-    return files
-
-
-def _proven(storage: Storage, order: ShardRequest) -> bytes:
-    """An order's shard. One that a disk or a server damaged is removed, to be answered again.
-
-    Raises StoreError then: another try of the stage makes it anew.
-    """
-    data, expected = storage.read(order.file), order.samples * len(order.shard.refs)
-    if (found := tables.rows_in(data)) != expected:
-        storage.remove(order.file)
-        what = "no Parquet file" if found is None else f"{found} rows"
-        raise StoreError(f"shard {storage.uri(order.file)}: expected {expected} rows, found {what}; it was removed")
-    return data
-
-
-def _plan_rows(orders: list[ShardRequest]) -> Iterator[dict]:
-    for order in orders:
-        common = dict(asker=order.asker, kind=order.kind, shard=order.fingerprint)
-        for question_id, question_digest in order.shard.questions:
-            yield common | dict(question_id=question_id, question_digest=question_digest)
-
-
-def _cut(storage: Storage, order: ShardRequest) -> None:
-    """A shard of its own from an earlier one: without the questions that are withdrawn or changed."""
-    table = tables.read(storage, order.whole)
-    kept = {ref.question_id for ref in order.shard.refs}
-    rows = [row for row in table.to_pylist() if row["question_id"] in kept]
-    storage.create(order.file, tables.encode(rows, table.schema))
-
-
-def _work(orders: list[ShardRequest], data: artifacts.Artifact, runtime: Runtime) -> engines.Work:
-    """What one model is asked. Whoever answers with it unmasked needs no thresholds."""
-    answerer = max((order.answerer for order in orders), key=lambda answerer: len(answerer.thresholds))
-    # runs of one mask ratio, so that an engine is re-masked once a ratio
-    ordered = sorted(orders, key=lambda o: (-(o.mask_ratio or 0.0), o.shard.prefix))
-    setup = dict(
-        store=data.storage.uri(""), data=data.folder, folder=str(answerer.folder),
-        dtype=orders[0].sampling["dtype"], runtime=runtime.model_dump(),
-        thresholds={str(ratio): values for ratio, values in answerer.thresholds.items()},
-    )  # fmt: skip
-    weights = sum(file.stat().st_size for file in answerer.folder.glob("*.safetensors"))
-    return engines.Work(
-        name=f"{answerer.name}-{answerer.digest[:8]}", module=ENGINE, setup=setup,
-        pieces=[order.job() for order in ordered], folder=str(answerer.folder), digest=answerer.digest,
-        # a token costs a pass over the weights
-        cost=float(weights * sum(order.samples * len(order.asked) for order in orders)),
-        environment=engines.ONE_THREAD if runtime.generate_workers > 1 else {},
-    )  # fmt: skip
+        They are answered exactly as in the whole request: in the same batch.
+        """
+        kept = tuple(ref for ref in self.shard.refs if ref in questions)
+        if not kept or len(kept) == len(self.shard.refs):
+            return self if kept else None
+        whole, batch = (self.part_of, ()) if self.part_of else (self.fingerprint, self.shard.refs)
+        shard = Shard(self.shard.prefix, kept)
+        stored_name = fingerprint([whole, shard.questions])
+        return replace(self, shard=shard, stored_name=stored_name, part_of=whole, batch=batch)
 
 
 class ShardCache:
@@ -232,43 +149,167 @@ class ShardCache:
 
     def __init__(self, storage: Storage, artifacts: Iterable[Artifact] = ()) -> None:
         self._plan: Plan = {}
-        found = list(artifacts)
-        self.folders = [artifact.folder for artifact in found]
-        there = set(storage.names("shards")) if found else set()
-        for artifact in found:
+        artifacts = list(artifacts)
+        self.folders = [artifact.folder for artifact in artifacts]
+        stored = set(storage.names("shards")) if artifacts else set()
+        for artifact in artifacts:
             for row in artifact.rows(PLAN):
-                if f"shards/{row['kind']}/{row['shard']}.parquet" in there:
-                    held = self._plan.setdefault(row["asker"], {}).setdefault(row["shard"], [])
-                    held.append((row["question_id"], row["question_digest"]))
+                if f"shards/{row['kind']}/{row['shard']}.parquet" in stored:
+                    questions = self._plan.setdefault(row["asker"], {}).setdefault(row["shard"], [])
+                    questions.append((row["question_id"], row["question_digest"]))
 
-    def orders(self, asked: ShardRequest, refs: list[Ref]) -> list[ShardRequest]:
-        """Orders like `asked` for these questions: first from earlier shards, then planned afresh."""
-        wanted = {(ref.question_id, ref.digest): ref for ref in refs}
-        orders = []
-        for name, held in self._plan.get(asked.asker, {}).items():
-            # one artifact after another may name a shard: what is taken once is gone from `wanted`
-            kept = tuple(sorted(wanted.pop(question) for question in dict.fromkeys(held) if question in wanted))
-            if kept:
-                orders.append(_of(asked, name, kept, whole=len(kept) == len(set(held))))
-        fresh = [replace(asked, shard=shard) for shard in question_shards.plan(sorted(wanted.values()))]
-        return sorted([*orders, *fresh], key=lambda order: order.shard.refs)
+    def plan_requests(self, template: ShardRequest, refs: list[QuestionRef]) -> list[ShardRequest]:
+        """Return requests like `template` for these questions: for earlier shards, then for newly planned ones."""
+        missing = {(ref.question_id, ref.digest): ref for ref in refs}
+        requests = []
+        for name, stored in self._plan.get(template.settings_fingerprint, {}).items():
+            # several artifacts may name a shard: a question that is taken once is no longer missing
+            kept = tuple(sorted(missing.pop(question) for question in dict.fromkeys(stored) if question in missing))
+            if not kept:
+                continue
+            shard = Shard("", kept)
+            if len(kept) == len(set(stored)):
+                requests.append(replace(template, shard=shard, stored_name=name))
+            else:
+                part_name = fingerprint([name, shard.questions])
+                requests.append(replace(template, shard=shard, stored_name=part_name, part_of=name))
+        new = [replace(template, shard=shard) for shard in question_shards.plan_shards(sorted(missing.values()))]
+        return sorted([*requests, *new], key=lambda request: request.shard.refs)
 
 
-def narrowed(order: ShardRequest, wanted: Container[Ref]) -> ShardRequest | None:
-    """The order without the questions that are not wanted; None if none is left.
+def find_missing(storage: Storage, requests: list[ShardRequest]) -> list[ShardRequest]:
+    """Return the requests whose shard is not in the store, from one listing."""
+    stored = set(storage.names("shards"))
+    return [request for request in requests if request.file not in stored]
 
-    The others are answered exactly as the whole order has them answered: in the same batch.
+
+def run_generation(
+    data: Artifact,
+    requests: list[ShardRequest],
+    runtime: Runtime,
+    folder: Path,
+    on_progress: Callable[[int, int, str], None],
+    companion: Child | None = None,
+    kept_engine: KeptEngine | None = None,
+) -> dict:
+    """Have engines answer the missing shards, at least one engine a model. Returns statistics for the summary.
+
+    `on_progress` is called with the questions that are done, all questions, and a note about shards. `companion` runs
+    beside the engines, if there are any, and is waited for; the triples that it judges are counted. `kept_engine`: see
+    `engines.run`.
     """
-    kept = tuple(ref for ref in order.shard.refs if ref in wanted)
-    if not kept or len(kept) == len(order.shard.refs):
-        return order if kept else None
-    whole, batch = (order.part_of, ()) if order.part_of else (order.fingerprint, order.shard.refs)
-    shard = Shard(order.shard.prefix, kept)
-    return replace(order, shard=shard, stored=fingerprint([whole, shard.questions]), part_of=whole, batch=batch)
+    missing = []
+    for request in find_missing(data.storage, requests):
+        if request.part_of and (not request.batch or data.storage.exists(request.whole_file)):
+            _cut_from_whole(data.storage, request)
+        else:
+            missing.append(request)
+    by_model: dict[tuple[str, str], list[ShardRequest]] = {}
+    for request in missing:
+        by_model.setdefault((request.model.digest, request.sampling.dtype), []).append(request)
+    done, shards, judged, questions = 0, 0, 0, sum(len(request.batch_refs) for request in missing)
+
+    def show_progress() -> None:
+        on_progress(done, questions, f"{shards:,} of {len(missing):,} shards")
+
+    def count(event: EngineEvent) -> None:
+        nonlocal done, shards, judged
+        match event:
+            case ShardAnswered():
+                done, shards = done + event.questions, shards + 1
+            case JudgedEarly():
+                judged += event.judged
+        show_progress()
+
+    show_progress()
+    work = [_plan_work(group, data, runtime) for group in by_model.values()]
+    statistics = engines.run(work, runtime, folder, count, [companion] if companion else [], kept_engine)
+    return statistics | ({"judged_ahead": judged} if companion else {})
 
 
-def _of(asked: ShardRequest, name: str, kept: tuple[Ref, ...], whole: bool) -> ShardRequest:
-    shard = Shard("", kept)
-    if whole:
-        return replace(asked, shard=shard, stored=name)
-    return replace(asked, shard=shard, stored=fingerprint([name, shard.questions]), part_of=name)
+def collect_shards(
+    storage: Storage,
+    identity: artifacts.Identity,
+    requests: list[ShardRequest],
+    convert: Callable[[bytes], bytes] | None = None,
+) -> dict[str, str]:
+    """Put the requests' shards into the artifact's table of their kind, and `plan` beside it. Returns {name: SHA-256}.
+
+    `convert` makes a file of the table from a shard, where it is not a copy.
+    """
+
+    def put(request: ShardRequest) -> tuple[str, str]:
+        name, data = f"{request.kind}/{request.fingerprint}.parquet", _read_complete(storage, request)
+        if convert is None:
+            storage.copy(request.file, f"{identity.folder}/{name}")
+        else:
+            data = convert(data)
+            storage.write(f"{identity.folder}/{name}", data)
+        return name, digest(data)
+
+    with ThreadPoolExecutor(storage.max_threads) as pool:
+        files = dict(pool.map(put, requests))
+    rows = _plan_rows(requests)
+    for number, part in enumerate(iter(lambda: list(islice(rows, PLAN_FILE_ROWS)), [])):
+        name, content = f"{PLAN}/{number:04d}.parquet", tables.encode(part, tables.PLAN)
+        storage.write(f"{identity.folder}/{name}", content)
+        files[name] = digest(content)
+    return files
+
+
+def _read_complete(storage: Storage, request: ShardRequest) -> bytes:
+    """Return a request's shard. A shard that a disk or a server damaged is removed, so that it is answered again.
+
+    Raises StoreError for it: another try of the stage makes the shard anew.
+    """
+    data = storage.read(request.file)
+    if (found := tables.count_rows(data)) != request.rows:
+        storage.remove(request.file)
+        what = "no Parquet file" if found is None else f"{found} rows"
+        raise StoreError(
+            f"shard {storage.uri(request.file)}: expected {request.rows} rows, found {what}; it was removed"
+        )
+    return data
+
+
+def _plan_rows(requests: list[ShardRequest]) -> Iterator[dict]:
+    for request in requests:
+        common = dict(asker=request.settings_fingerprint, kind=request.kind, shard=request.fingerprint)
+        for question_id, question_digest in request.shard.questions:
+            yield common | dict(question_id=question_id, question_digest=question_digest)
+
+
+def _cut_from_whole(storage: Storage, request: ShardRequest) -> None:
+    """Write the shard with the rows that the whole one has for its questions."""
+    table = tables.read(storage, request.whole_file)
+    kept = {ref.question_id for ref in request.shard.refs}
+    rows = [row for row in table.to_pylist() if row["question_id"] in kept]
+    storage.create(request.file, tables.encode(rows, table.schema))
+
+
+def _plan_work(requests: list[ShardRequest], data: Artifact, runtime: Runtime) -> EngineWork:
+    """Return the work for the engines of one model, which may be asked both masked and unmasked."""
+    # an unmasked request has no thresholds
+    model = max((request.model for request in requests), key=lambda model: len(model.thresholds))
+    # by mask ratio, so that an engine changes its mask once a ratio
+    ordered = sorted(requests, key=lambda request: (-(request.mask_ratio or 0.0), request.shard.prefix))
+    setup = GenerationSetup(
+        store=data.storage.uri(""),
+        runtime=runtime,
+        data=data.folder,
+        folder=model.folder,
+        dtype=requests[0].sampling.dtype,
+        thresholds=model.thresholds,
+    )
+    weight_bytes = sum(file.stat().st_size for file in model.folder.glob("*.safetensors"))
+    return EngineWork(
+        name=f"{model.name}-{model.digest[:8]}",
+        module=WORKER_MODULE,
+        setup=setup,
+        pieces=tuple(request.to_piece() for request in ordered),
+        folder=model.folder,
+        digest=model.digest,
+        # a token costs a pass over the weights
+        cost=float(weight_bytes * sum(request.samples * len(request.batch_refs) for request in requests)),
+        environment=engines.ONE_THREAD if runtime.generate_workers > 1 else {},
+    )

@@ -1,122 +1,126 @@
 """The engine's process: answers the shards of one model and commits each as one Parquet file.
 
-`python -m masters.models.generation.worker JOB.json`, or an actor on Ray; the job is made by
-`masters.models.generation.shards`.
+`python -m masters.models.generation.worker JOB.json`, or an actor on Ray. `masters.models.generation.shards` makes the
+job, a `GenerationJob`.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 
 from masters.common.hashing import digest
-from masters.config import Generate, Runtime
-from masters.data.question_shards import Reader, Ref
+from masters.data.question_shards import QuestionReader
 from masters.execution import processes
+from masters.execution.events import EngineStarted, ShardAnswered
 from masters.models.generation.engine import Engine, Reply, Request
+from masters.models.generation.job import GenerationJob, GenerationSetup, ShardPiece
 from masters.store import artifacts, tables
 from masters.store.storage import Storage
 
 
-def first_seed(shard: dict, question: dict) -> int:
-    """The first sample's seed of a question: from the run's seed, who answers, the mask stage and the content."""
-    parts = (shard["sampling"]["seed"], shard["source"], shard["stage"], question["question_digest"])
+class Worker:
+    """An engine of one model that answers shards. Its process ends with it.
+
+    `is_reused`: the engine gets other weights later, and frees the device in between.
+    """
+
+    Setup, Piece = GenerationSetup, ShardPiece
+
+    def __init__(self, setup: GenerationSetup, is_reused: bool = False) -> None:
+        self._storage = Storage(setup.store)
+        self._reader = QuestionReader(artifacts.load(self._storage, setup.data))
+        self._thresholds, self._mask_ratio = setup.thresholds, 0.0
+        self._engine = Engine(setup.folder, setup.dtype, setup.runtime, enable_sleep=is_reused)
+
+    def switch_weights(self, setup: GenerationSetup) -> None:
+        """Answer with the weights of another setup from now on; data and data type stay."""
+        self._engine.wake()
+        self._engine.load_weights(setup.folder)
+        self._thresholds, self._mask_ratio = setup.thresholds, 0.0
+
+    def sleep(self) -> None:
+        """Free the device until `switch_weights`."""
+        self._engine.sleep()
+
+    def do(self, piece: ShardPiece) -> ShardAnswered:
+        """Answer a shard and commit it, unless it is in the store."""
+        if not self._storage.exists(piece.out):
+            self._set_mask(piece.mask_ratio or 0.0)
+            questions = list(self._reader.rows(piece.refs))
+            replies = generate_replies(self._engine, questions, piece)
+            make_rows, schema = TABLES[piece.kind]
+            kept = set(piece.kept)
+            rows = [
+                row
+                for question, question_replies in zip(questions, replies, strict=True)
+                if question["question_id"] in kept
+                for row in make_rows(piece, question, question_replies)
+            ]
+            self._storage.create(piece.out, tables.encode(rows, schema))
+        return ShardAnswered(questions=len(piece.refs))
+
+    def _set_mask(self, ratio: float) -> None:
+        if ratio != self._mask_ratio:
+            self._engine.remask(self._thresholds.get(ratio, {}))
+            self._mask_ratio = ratio
+
+
+def main(first_job: Path) -> None:
+    worker = None
+    for job_file in processes.iterate_jobs(first_job):
+        job = GenerationJob.model_validate_json(job_file.read_text())
+        if worker is None:
+            worker = Worker(job.setup, job.is_reused)
+        else:
+            worker.switch_weights(job.setup)
+        processes.report_event(job_file, EngineStarted())
+        for piece in job.pieces:
+            processes.report_event(job_file, worker.do(piece))
+        if processes.is_persistent():
+            worker.sleep()
+
+
+def first_seed(piece: ShardPiece, question: dict) -> int:
+    """Return the seed of a question's first sample, from the run's seed, source, mask stage and question's digest."""
+    parts = (piece.sampling.seed, piece.source, piece.stage, question["question_digest"])
     return int(digest("/".join(map(str, parts)).encode())[:7], 16)
 
 
-class Answers:
-    """An engine of one model that answers shards. Its process ends with it.
-
-    `setup["stays"]`, where it is given: the engine is asked again later, and leaves the device meanwhile.
-    """
-
-    def __init__(self, setup: dict) -> None:
-        self._storage = Storage(setup["store"])
-        self._reader = Reader(artifacts.load(self._storage, setup["data"]))
-        self._thresholds, self._ratio = setup["thresholds"], 0.0
-        folder, runtime = Path(setup["folder"]), Runtime(**setup["runtime"])
-        self._engine = Engine(folder, setup["dtype"], runtime, sleeps=setup.get("stays", False))
-
-    def turn_to(self, setup: dict) -> None:
-        """Answer with the weights of another setup from now on, on the same questions in the same way."""
-        self._engine.wake()
-        self._engine.load(Path(setup["folder"]))
-        self._thresholds, self._ratio = setup["thresholds"], 0.0
-
-    def rest(self) -> None:
-        """Leave the device until `turn_to`."""
-        self._engine.sleep()
-
-    def do(self, shard: dict) -> dict:
-        """Answer a shard and commit it, if it is not there; its line of progress."""
-        if not self._storage.exists(shard["out"]):
-            self._mask(shard["mask_ratio"] or 0.0)
-            questions = list(self._reader.rows(tuple(Ref(*ref) for ref in shard["refs"])))
-            replies = answer(self._engine, questions, shard)
-            rows_of, schema = TABLES[shard["kind"]]
-            kept = set(shard["kept"])
-            pairs = ((q, r) for q, r in zip(questions, replies, strict=True) if q["question_id"] in kept)
-            rows = [row for question, replied in pairs for row in rows_of(shard, question, replied)]
-            self._storage.create(shard["out"], tables.encode(rows, schema))
-        return dict(event="shard", questions=len(shard["refs"]))
-
-    def _mask(self, ratio: float) -> None:
-        if ratio != self._ratio:
-            self._engine.remask(self._thresholds.get(str(ratio), {}))
-            self._ratio = ratio
+def generate_replies(engine: Engine, questions: list[dict], piece: ShardPiece) -> list[list[Reply]]:
+    """Return the replies to each question."""
+    requests = [Request(q["image"], q["question"], piece.samples, first_seed(piece, q)) for q in questions]
+    return engine.generate(requests, piece.sampling)
 
 
-opened = Answers
-
-
-def main(job_file: Path) -> None:
-    answers = None
-    for now in processes.jobs(job_file):
-        job = json.loads(now.read_text())
-        if answers is None:
-            answers = opened(job)
-        else:
-            answers.turn_to(job)
-        processes.report(now, event="engine")
-        for shard in job["pieces"]:
-            processes.report(now, **answers.do(shard))
-        if processes.stays():
-            answers.rest()
-
-
-def answer(engine: Engine, questions: list[dict], shard: dict) -> list[list[Reply]]:
-    """Replies per question."""
-    sampling = Generate.model_construct(**shard["sampling"])
-    requests = [Request(q["image"], q["question"], shard["samples"], first_seed(shard, q)) for q in questions]
-    return engine.generate(requests, sampling)
-
-
-def response_rows(shard: dict, question: dict, replies: list[Reply]) -> list[dict]:
-    """Rows of the responses table for one question."""
-    seed = first_seed(shard, question)
+def response_rows(piece: ShardPiece, question: dict, replies: list[Reply]) -> list[dict]:
+    """Return the rows of the responses table for one question."""
+    seed = first_seed(piece, question)
     return [
         dict(
-            question_id=question["question_id"], source=shard["source"], mask_ratio=shard["mask_ratio"], sample=sample,
-            model=shard["model"], seed=seed + sample, prompt_token_ids=reply.prompt_token_ids,
-            response_token_ids=reply.response_token_ids, text=reply.text, finish_reason=reply.finish_reason,
-        )
-        for sample, reply in enumerate(replies)
-    ]  # fmt: skip
-
-
-def prediction_rows(shard: dict, question: dict, replies: list[Reply]) -> list[dict]:
-    """Row of the predictions table for one question."""
-    (reply,) = replies
-    return [
-        dict(
-            question_id=question["question_id"], model=shard["model"], text=reply.text,
+            question_id=question["question_id"],
+            source=piece.source,
+            mask_ratio=piece.mask_ratio,
+            sample=sample,
+            model=piece.model,
+            seed=seed + sample,
+            prompt_token_ids=reply.prompt_token_ids,
+            response_token_ids=reply.response_token_ids,
+            text=reply.text,
             finish_reason=reply.finish_reason,
         )
-    ]  # fmt: skip
+        for sample, reply in enumerate(replies)
+    ]
 
 
-TABLES: dict[str, tuple[Callable[[dict, dict, list[Reply]], list[dict]], pa.Schema]] = {
+def prediction_rows(piece: ShardPiece, question: dict, replies: list[Reply]) -> list[dict]:
+    """Return the row of the predictions table for one question."""
+    (reply,) = replies
+    row = dict(question_id=question["question_id"], model=piece.model, text=reply.text)
+    return [row | dict(finish_reason=reply.finish_reason)]
+
+
+TABLES: dict[str, tuple[Callable[[ShardPiece, dict, list[Reply]], list[dict]], pa.Schema]] = {
     "responses": (response_rows, tables.RESPONSES),
     "predictions": (prediction_rows, tables.PREDICTED),
 }

@@ -1,8 +1,8 @@
-"""Has a judge give verdicts: each distinct triple once, ever; what it said before is read from the store.
+"""Have a judge give verdicts on triples: each distinct triple once, as earlier verdicts are read from the store.
 
-What a judge said lies at `shards/judgements/<fingerprint of the judge>/*.parquet`, a file a batch asked. Batches are
-planned by the triples' digests, over all of them, so that a run cut short goes on with the batches it had. Only
-final verdicts are kept: a judge that could not be had is asked again.
+Verdicts lie at `shards/judgements/<fingerprint of the judge>/*.parquet`, a file a batch. Batches are planned by the
+digests of all triples, so that a run that was interrupted goes on with the same batches. Only final verdicts are
+stored: a judge that could not be reached is asked again.
 """
 
 from collections.abc import Callable
@@ -11,27 +11,36 @@ from pathlib import Path
 
 from masters.common.hashing import fingerprint
 from masters.config import Runtime
-from masters.data.question_shards import split
+from masters.data.question_shards import split_by_digest
 from masters.execution import engines, processes
+from masters.execution.engines import EngineJob, EngineWork, OnEvent
+from masters.execution.events import BatchJudged, EngineEvent, parse_event
+from masters.execution.processes import Child, WorkerModule
+from masters.models.judging.job import (
+    EarlyJudgingJob,
+    JudgeBatch,
+    JudgeEndpoint,
+    JudgeSetup,
+    ServerEndpoint,
+)
 from masters.rewards import judge_prompts
 from masters.rewards.verdict import Triple, Verdict
 from masters.store import tables
 from masters.store.artifacts import Artifact
 from masters.store.storage import Storage
 
-JUDGES = "masters.models.judging.worker"
-VERSION = 1  # of how judges are asked; a new one asks everything anew
-BATCH = 512  # triples an engine judges together
-ENGINE_BATCHES = 4  # a further engine is worth its start from this many batches each
+VERSION = 1  # of how judges are asked; a new version asks for every verdict again
+BATCH = 512  # triples that an engine judges together
+BATCHES_PER_ENGINE = 4  # an engine more is worth its start from this many batches each
 
 
 @dataclass(frozen=True)
 class Judge:
-    """An LLM that judges: its name in tables, what shapes its verdicts, and how a process reaches it."""
+    """An LLM that judges: its name in tables, what determines its verdicts, and how a process reaches it."""
 
     name: str
     model: dict  # literals: digest of a folder and data type, or a server's URL and model
-    reach: dict  # never part of identity
+    endpoint: JudgeEndpoint  # never part of the identity
 
     @property
     def identity(self) -> dict:
@@ -41,12 +50,12 @@ class Judge:
 
     @property
     def folder(self) -> str:
-        """Where the store keeps what this judge said."""
+        """The folder in the store that keeps this judge's verdicts."""
         return f"shards/judgements/{fingerprint(self.identity)}"
 
 
-def untold(data: Artifact) -> dict[str, Triple]:
-    """Question and accepted answers by question_id, as triples whose text is still to come."""
+def read_questions(data: Artifact) -> dict[str, Triple]:
+    """Return question and accepted answers by question_id, as triples with an empty text."""
     columns = ["question_id", "question", "answer", "accepted_answers"]
     return {
         row["question_id"]: Triple(row["question"], row["answer"], "", tuple(row["accepted_answers"][1:]))
@@ -55,37 +64,41 @@ def untold(data: Artifact) -> dict[str, Triple]:
 
 
 def stored_verdicts(storage: Storage, judge: Judge, triples: list[Triple]) -> dict[Triple, Verdict]:
-    """Verdicts that the judge gave earlier on some of these triples."""
-    wanted, found = {triple.digest: triple for triple in triples}, {}
+    """Return the judge's stored verdicts on these triples."""
+    by_digest, verdicts = {triple.digest: triple for triple in triples}, {}
     columns = ["triple_digest", "score", "status", "explanation", "reading"]
     for name in storage.names(judge.folder):
         for row in tables.read(storage, name, columns).to_pylist():
-            if triple := wanted.get(row.pop("triple_digest")):
-                found.setdefault(triple, Verdict(**row))
-    return found
+            if triple := by_digest.get(row.pop("triple_digest")):
+                verdicts.setdefault(triple, Verdict(**row))
+    return verdicts
 
 
 def stored_verdict_digests(storage: Storage, folder: str) -> set[str]:
-    """Of the triples that a judge gave verdicts on earlier; `folder` is the judge's."""
+    """Return the digests of all triples that have a stored verdict in a judge's folder."""
     columns = ["triple_digest"]
     return {d for name in storage.names(folder) for d in tables.read(storage, name, columns)[0].to_pylist()}
 
 
 def start_early_judging(
     data: Artifact, judge: Judge, shards: list[str], runtime: Runtime, folder: Path
-) -> processes.Child | None:
-    """A process that asks a server about shards of responses as engines finish them; None for a judge of our own.
+) -> Child | None:
+    """Return a process that has a server judge shards of responses while engines write them; None for an engine.
 
-    An engine would take the processor from those that answer; a server has its own. What the process judges is found
-    by `fulfil`.
+    A judge in an engine would take the processor from the engines that generate. `run_judging` finds the verdicts.
     """
-    if "url" not in judge.reach:
+    if not isinstance(judge.endpoint, ServerEndpoint):
         return None
-    job = dict(
-        store=data.storage.uri(""), data=data.folder, responses="shards/responses", shards=shards, folder=judge.folder,
-        reach=judge.reach, runtime=runtime.model_dump(),
-    )  # fmt: skip
-    return processes.Child("judge-ahead", "masters.models.judging.ahead_worker", job, folder, {})
+    job = EarlyJudgingJob(
+        store=data.storage.uri(""),
+        data=data.folder,
+        responses="shards/responses",
+        shards=tuple(shards),
+        folder=judge.folder,
+        endpoint=judge.endpoint,
+        runtime=runtime,
+    )
+    return Child("judge-ahead", WorkerModule.EARLY_JUDGING, job, folder)
 
 
 def run_judging(
@@ -96,61 +109,68 @@ def run_judging(
     folder: Path,
     on_progress: Callable[[int, int], None],
 ) -> tuple[dict[Triple, Verdict], dict]:
-    """A verdict on every triple, and how it ran: `asked` now, `answered` of these, the processes it took."""
+    """Return a verdict on every triple, and statistics: triples `asked` now, those `answered`, and the processes."""
     ordered = sorted(triples, key=lambda triple: triple.digest)
-    before = stored_verdicts(storage, judge, ordered)
-    parts = [[t for t in part if t not in before] for _, part in split(ordered, BATCH)]
-    asked = {triple.digest: triple for part in parts for triple in part}
-    done, others = 0, {}
+    earlier = stored_verdicts(storage, judge, ordered)
+    planned = [[t for t in batch if t not in earlier] for _, batch in split_by_digest(ordered, BATCH)]
+    asked = {triple.digest: triple for batch in planned for triple in batch}
+    done, without_verdict = 0, {}
 
-    def follow(_: str, line: dict) -> None:
+    def count(event: EngineEvent) -> None:
         nonlocal done
-        done += line.get("triples", 0)
-        for triple, status, reason in line.get("others", []):
-            others[asked[triple]] = Verdict(None, status, reason)
+        if isinstance(event, BatchJudged):
+            done += event.triples
+            for triple, status, reason in event.without_verdict:
+                without_verdict[asked[triple]] = Verdict(None, status, reason)
         on_progress(done, len(asked))
 
     on_progress(0, len(asked))
-    how = _ask(storage, judge, [part for part in parts if part], runtime, folder, follow)
-    verdicts = others | (stored_verdicts(storage, judge, ordered) if asked else before)
-    how = dict(triples=len(triples), asked=len(asked), answered=len(asked) - len(others)) | how
-    return verdicts, how
+    statistics = _judge_batches(storage, judge, [batch for batch in planned if batch], runtime, folder, count)
+    verdicts = without_verdict | (stored_verdicts(storage, judge, ordered) if asked else earlier)
+    counts = dict(triples=len(triples), asked=len(asked), answered=len(asked) - len(without_verdict))
+    return verdicts, counts | statistics
 
 
-def row(triple: Triple, verdict: Verdict) -> dict:
-    """Row of the judgements table."""
+def judgement_row(triple: Triple, verdict: Verdict) -> dict:
+    """Return a row of the judgements table."""
     return dict(
-        triple_digest=triple.digest, question=triple.question, reference=triple.reference, text=triple.text,
-        score=verdict.score, status=verdict.status, explanation=verdict.explanation, reading=verdict.reading,
-    )  # fmt: skip
+        triple_digest=triple.digest,
+        question=triple.question,
+        reference=triple.reference,
+        text=triple.text,
+        score=verdict.score,
+        status=verdict.status,
+        explanation=verdict.explanation,
+        reading=verdict.reading,
+    )
 
 
-def _ask(
-    storage: Storage,
-    judge: Judge,
-    parts: list[list[Triple]],
-    runtime: Runtime,
-    folder: Path,
-    follow: Callable[[str, dict], None],
+def _judge_batches(
+    storage: Storage, judge: Judge, batches: list[list[Triple]], runtime: Runtime, folder: Path, on_event: OnEvent
 ) -> dict:
-    """One process for a server, engines for a model of ours; how it ran."""
-    pieces = [
-        dict(
-            out=f"{judge.folder}/{fingerprint([t.digest for t in part])}.parquet",
-            triples=[triple.to_json() for triple in part],
-        )
-        for part in parts
-    ]
-    setup, module = dict(store=storage.uri(""), reach=judge.reach, runtime=runtime.model_dump()), JUDGES
-    if "url" in judge.reach:
-        children = [processes.Child("judge", module, setup | dict(pieces=pieces), folder, {})] if pieces else []
-        ran = processes.run(children, len(children), follow, runtime.heartbeat_timeout_minutes * 60)
-        return dict(judges=len(children), **ran.told())
-    children = min(runtime.generate_workers, -(-len(pieces) // ENGINE_BATCHES))
-    work = engines.Work(
-        name="judge", module=module, setup=setup, pieces=pieces, cost=float(len(pieces)),
-        folder=judge.reach["folder"], digest=judge.model["digest"], children=children,
-        environment=engines.ONE_THREAD if children > 1 else {},
-    )  # fmt: skip
-    how = engines.run([work], runtime, folder, follow)
-    return dict(judges=how["workers"]) | how
+    """Run one process for a server, engines for a model folder. Returns statistics."""
+    pieces = tuple(
+        JudgeBatch(out=f"{judge.folder}/{fingerprint([t.digest for t in batch])}.parquet", triples=tuple(batch))
+        for batch in batches
+    )
+    setup = JudgeSetup(store=storage.uri(""), runtime=runtime, endpoint=judge.endpoint)
+    if isinstance(judge.endpoint, ServerEndpoint):
+        job = EngineJob(setup=setup, pieces=pieces)
+        children = [Child("judge", WorkerModule.JUDGING, job, folder)] if pieces else []
+        heartbeat_timeout = runtime.heartbeat_timeout_minutes * 60
+        usage = processes.run(children, len(children), lambda _, line: on_event(parse_event(line)), heartbeat_timeout)
+        return dict(judges=len(children), **usage.summarize())
+    engine_count = min(runtime.generate_workers, -(-len(pieces) // BATCHES_PER_ENGINE))
+    work = EngineWork(
+        name="judge",
+        module=WorkerModule.JUDGING,
+        setup=setup,
+        pieces=pieces,
+        cost=float(len(pieces)),
+        folder=judge.endpoint.folder,
+        digest=judge.model["digest"],
+        children=engine_count,
+        environment=engines.ONE_THREAD if engine_count > 1 else {},
+    )
+    statistics = engines.run([work], runtime, folder, on_event)
+    return dict(judges=statistics["workers"]) | statistics

@@ -1,59 +1,58 @@
-"""The judge's process: gives verdicts on batches of triples and keeps what was said, a Parquet file a batch.
+"""The judge's process: gives verdicts on batches of triples and stores the final ones, a Parquet file a batch.
 
-`python -m masters.models.judging.worker JOB.json`, or an actor on Ray if the engine is ours; the job is made by
-`masters.models.judging.batches`.
+`python -m masters.models.judging.worker JOB.json`, or an actor on Ray if the judge is an engine.
+`masters.models.judging.batches` makes the job, a `JudgeJob`.
 """
 
-import json
 from pathlib import Path
 
 from masters.config import Runtime
 from masters.execution import processes
-from masters.models.judging.batches import row
-from masters.rewards.judge import JudgeClient, judge
-from masters.rewards.verdict import FINAL, Triple
+from masters.execution.events import BatchJudged, EngineStarted
+from masters.models.judging.batches import judgement_row
+from masters.models.judging.job import JudgeBatch, JudgeEndpoint, JudgeJob, JudgeSetup, ServerEndpoint
+from masters.rewards.judge import JudgeClient, judge_triples
+from masters.rewards.verdict import FINAL_STATUSES
 from masters.store import tables
 from masters.store.storage import Storage
 
 
-class Verdicts:
+class Worker:
     """A judge that gives verdicts on batches. Its process ends with it."""
 
-    def __init__(self, setup: dict) -> None:
-        self._storage = Storage(setup["store"])
-        self._voice = make_judge_client(setup["reach"], Runtime(**setup["runtime"]))
+    Setup, Piece = JudgeSetup, JudgeBatch
 
-    def do(self, batch: dict) -> dict:
-        """Judge a batch and keep what is final; its line of progress."""
-        triples = [Triple.from_json(parts) for parts in batch["triples"]]
-        judged = list(zip(triples, judge(self._voice, triples), strict=True))
-        final = [row(triple, verdict) for triple, verdict in judged if verdict.status in FINAL]
-        if final:
-            self._storage.create(batch["out"], tables.encode(final, tables.JUDGEMENTS))
-        others = [[t.digest, v.status, v.explanation] for t, v in judged if v.status not in FINAL]
-        return dict(event="batch", triples=len(triples), others=others)
+    def __init__(self, setup: JudgeSetup) -> None:
+        self._storage = Storage(setup.store)
+        self._client = make_judge_client(setup.endpoint, setup.runtime)
 
-
-opened = Verdicts
+    def do(self, batch: JudgeBatch) -> BatchJudged:
+        """Judge a batch and store its final verdicts."""
+        judged = list(zip(batch.triples, judge_triples(self._client, list(batch.triples)), strict=True))
+        rows = [judgement_row(triple, verdict) for triple, verdict in judged if verdict.status in FINAL_STATUSES]
+        if rows:
+            self._storage.create(batch.out, tables.encode(rows, tables.JUDGEMENTS))
+        without_verdict = [(t.digest, v.status, v.explanation) for t, v in judged if v.status not in FINAL_STATUSES]
+        return BatchJudged(triples=len(batch.triples), without_verdict=without_verdict)
 
 
 def main(job_file: Path) -> None:
-    job = json.loads(job_file.read_text())
-    verdicts = opened(job)
-    processes.report(job_file, event="ready")
-    for batch in job["pieces"]:
-        processes.report(job_file, **verdicts.do(batch))
+    job = JudgeJob.model_validate_json(job_file.read_text())
+    worker = Worker(job.setup)
+    processes.report_event(job_file, EngineStarted())
+    for batch in job.pieces:
+        processes.report_event(job_file, worker.do(batch))
 
 
-def make_judge_client(reach: dict, runtime: Runtime) -> JudgeClient:
-    """Who answers: the server at a URL, or an engine on a folder. Only the one that is needed is imported."""
-    if "url" in reach:
-        from masters.rewards.judge_server import Server
+def make_judge_client(endpoint: JudgeEndpoint, runtime: Runtime) -> JudgeClient:
+    """Connect to the server at a URL, or start an engine on a folder. Imports only what the endpoint needs."""
+    if isinstance(endpoint, ServerEndpoint):
+        from masters.rewards.judge_server import ServerJudge
 
-        return Server(reach["url"], reach["model"], runtime.judge_requests, runtime.judge_timeout)
+        return ServerJudge(endpoint.url, endpoint.model, runtime.judge_requests, runtime.judge_timeout)
     from masters.models.judging.engine import EngineJudge
 
-    return EngineJudge(Path(reach["folder"]), reach["dtype"], runtime, reach["own_code"])
+    return EngineJudge(endpoint.folder, endpoint.dtype, runtime, endpoint.trust_remote_code)
 
 
 if __name__ == "__main__":

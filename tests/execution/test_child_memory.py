@@ -1,4 +1,4 @@
-"""Child processes report what they took; real processes, small ones."""
+"""Child processes report the memory and time that they took; real processes, small ones."""
 
 from functools import partial
 from pathlib import Path
@@ -9,25 +9,25 @@ import torch
 from benchmarks import mask
 from benchmarks.measure import extra_mib
 from masters.execution import processes
-from masters.execution.processes import Child, Ran
+from masters.execution.processes import Child, ProcessUsage
 
 
-def children(folder: Path, *sizes: int) -> list[Child]:
-    return [Child(f"child-{n}", "tests.memory_child", dict(mib=mib), folder, {}) for n, mib in enumerate(sizes)]
+def make_children(folder: Path, *sizes: int) -> list[Child]:
+    return [Child(f"child-{n}", "tests.memory_child", dict(mib=mib), folder) for n, mib in enumerate(sizes)]
 
 
-@pytest.mark.parametrize(("at_once", "together"), [(1, 256), (2, 384), (3, 448)])
-def test_the_peak_is_that_of_the_largest_that_ran_together(tmp_path: Path, at_once: int, together: int) -> None:
-    said = []
-    small = processes.run(children(tmp_path / "small", 0), 1, lambda *_: None).peak_mib
-    ran = processes.run(children(tmp_path, 64, 256, 128), at_once, lambda _, line: said.append(line["mib"]))
-    assert sorted(said) == [64, 128, 256]  # and no line about peaks reaches the caller
-    assert len(ran.startup_seconds) == 3
-    assert ran.peak_mib == pytest.approx(together + at_once * small, abs=8 * at_once)
+@pytest.mark.parametrize(("max_running", "together"), [(1, 256), (2, 384), (3, 448)])
+def test_the_peak_adds_the_largest_children_that_ran_together(tmp_path: Path, max_running: int, together: int) -> None:
+    held = []
+    small = processes.run(make_children(tmp_path / "small", 0), 1, lambda *_: None).peak_mib
+    usage = processes.run(make_children(tmp_path, 64, 256, 128), max_running, lambda _, line: held.append(line["mib"]))
+    assert sorted(held) == [64, 128, 256]  # and no line about peaks reaches the caller
+    assert len(usage.startup_seconds) == 3
+    assert usage.peak_mib == pytest.approx(together + max_running * small, abs=8 * max_running)
 
 
 def test_no_children_take_nothing() -> None:
-    assert processes.run([], 0, lambda *_: None) == Ran()
+    assert processes.run([], 0, lambda *_: None) == ProcessUsage()
 
 
 @pytest.mark.parametrize("prepare", [mask.thresholds_of, pytest.param(mask.remask_of, marks=pytest.mark.slow)])

@@ -1,7 +1,7 @@
-"""One stage of a run as a worker of another pool is asked for it: only references travel.
+"""The request of a run that a worker of another pool builds one stage: only references travel.
 
-What they refer to lies in the store, where run and worker also meet: the run leaves a note, by which the worker sees
-that it reaches the same store, and the worker's answer is left beside it.
+The references lead into the store, where run and worker also meet. The run leaves a note there, by which the worker
+sees that it reaches the same store, and the worker leaves its result beside the note.
 """
 
 import json
@@ -17,14 +17,15 @@ from masters.common.errors import InputError
 from masters.config import Config, Model, Pools
 from masters.config.fields import TEACHER
 from masters.config.judge_url import is_url
-from masters.config.schema import BUILT_IN
+from masters.config.schema import BUILT_IN_SOURCES
 from masters.config.stages import Stage
 from masters.store.artifacts import Artifact, External, Upstream
 from masters.store.storage import Storage
 
-Folder = Annotated[str, Field(pattern=r"^[a-z]+/[a-z0-9-]{1,40}-[0-9a-f]{16}$")]  # of an artifact
-M = TypeVar("M", bound=Model)
+# the folder of an artifact in the store
+Folder = Annotated[str, Field(pattern=r"^[a-z]+/[a-z0-9-]{1,40}-[0-9a-f]{16}$")]
 Key = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+M = TypeVar("M", bound=Model)
 
 
 class Student(BaseModel):
@@ -32,119 +33,142 @@ class Student(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(description="In tables")
-    folder: Folder = Field(description="Of its train artifact")
+    name: str = Field(description="The student's name in tables")
+    folder: Folder = Field(description="The folder of its train artifact in the store")
 
 
 class StageRequest(BaseModel):
-    """Which stage, of which run, made from what."""
+    """Which stage of which run to build, and from which inputs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    key: Key = Field(description="Where in the store run and worker meet")
-    run: str = Field(pattern=r"^[0-9a-f-]{32,36}$", description="What the run that asks is known by in MLflow")
-    began: AwareDatetime = Field(description="When it did: what others built since is not built again")
-    tracked: Key = Field(description="The stage's run in MLflow")
+    key: Key = Field(description="Names the folder in the store where run and worker meet")
+    run: str = Field(pattern=r"^[0-9a-f-]{32,36}$", description="Key of the requesting run in MLflow")
+    began: AwareDatetime = Field(
+        description="When the requesting run began; artifacts that others built since then are not built again"
+    )
+    tracked: Key = Field(description="MLflow run id of the stage")
     stage: str = Field(
         pattern=r"^[a-z]+(-[a-z0-9]+){0,2}$",
-        description="generate, in a second round generate-2; of a mask stage alone generate-mask0, generate-2-mask0",
+        description="The stage's name: generate, in a second round generate-2; for a single mask stage generate-mask0, "
+        "generate-2-mask0",
     )
-    inputs: dict[str, Folder] = Field(default={}, description="Artifacts that it reads, by their role")
-    outside: dict[str, str | None] = Field(default={}, description="Digests of what it reads from elsewhere, by role")
-    models: list[str] = Field(default=[], description="Of evaluate: who is asked, in this order")
-    ahead: bool = Field(default=False, description="Of generate: what evaluate asks of the same models, too")
+    inputs: dict[str, Folder] = Field(default={}, description="Artifacts that the stage reads, by their role")
+    outside: dict[str, str | None] = Field(
+        default={}, description="Digests of what the stage reads from outside the store, by role"
+    )
+    models: list[str] = Field(default=[], description="For evaluate: the models to evaluate, in this order")
+    ahead: bool = Field(
+        default=False, description="For generate: also answer what evaluate will ask of the same models"
+    )
     rebuild: list[Stage] = Field(default=[], description="Stages to build again")
-    earlier: list[Folder] = Field(default=[], description="Artifacts whose answers are kept")
-    known: Folder | None = Field(default=None, description="Data whose training questions are left out")
-    student: Student | None = Field(default=None, description="What the first round starts from, if it was trained")
+    earlier: list[Folder] = Field(default=[], description="Artifacts of earlier runs whose shards are reused")
+    known: Folder | None = Field(
+        default=None, description="Data artifact whose training questions are left out of this run"
+    )
+    student: Student | None = Field(
+        default=None, description="The student that the first round starts from, if an earlier run trained it"
+    )
 
     @property
     def kind(self) -> str:
+        """The stage's name without round and mask stage."""
         return self.stage.split("-")[0]
 
     @property
     def round(self) -> int:
+        """The round's number, from 1."""
         found = re.fullmatch(r"[a-z]+-([0-9]+)(-mask[0-9]+)?", self.stage)
         return int(found[1]) if found else 1
 
     @property
     def mask_stage(self) -> int | None:
-        """The mask stage that is worked on alone, None for all of a round's."""
+        """The single mask stage to build, None for all of the round."""
         found = re.fullmatch(r"[a-z]+(-[0-9]+)?-mask([0-9]+)", self.stage)
         return int(found[2]) if found else None
 
     def check_reads(self, upstream: Upstream) -> None:
-        """Raises InputError if a model or the data on this machine is not what the run that asks has found."""
-        ours = outside(upstream)
-        other = [role for role in sorted({*ours, *self.outside}) if ours.get(role) != self.outside.get(role)]
-        if other:
+        """Raise InputError if a model or the data on this machine differs from what the requesting run has found."""
+        found = external_digests(upstream)
+        changed = [role for role in sorted({*found, *self.outside}) if found.get(role) != self.outside.get(role)]
+        if changed:
             raise InputError(
-                f"{self.stage} would read another {', '.join(other)} on {socket.gethostname()} than where the run was "
-                "started: what lies at a path, or behind a hub's id, must be the same on every machine"
+                f"{self.stage} would read another {', '.join(changed)} on {socket.gethostname()} than where the run "
+                "was started: what lies at a path, or behind a hub's id, must be the same on every machine"
             )
 
 
-def outside(upstream: Upstream) -> dict[str, str | None]:
-    """By role, the digests of what a stage reads that lies in no store: machines may differ in it."""
-    return {role: made.digest for role, made in upstream.items() if isinstance(made, External)}
+def external_digests(upstream: Upstream) -> dict[str, str | None]:
+    """Return, by role, the digests of what a stage reads from outside the store, in which machines may differ."""
+    return {role: source.digest for role, source in upstream.items() if isinstance(source, External)}
 
 
-def portable(config: Config, store: str) -> Config:
-    """A configuration as another process takes it, wherever that starts: absolute paths, and no pools of its own."""
+def make_portable(config: Config, store: str) -> Config:
+    """Return the configuration for a process in any folder: with absolute paths, and without pools."""
 
-    def place(value: str, known: tuple[str, ...] = ()) -> str:
+    def absolute(value: str, keywords: tuple[str, ...] = ()) -> str:
         path = Path(value).expanduser()
-        return str(path.absolute()) if value not in known and not is_url(value) and path.exists() else value
+        return str(path.absolute()) if value not in keywords and not is_url(value) and path.exists() else value
 
-    def model(of: M) -> M:
-        return of.model_copy(update=dict(model=place(of.model)))
+    def with_absolute_path(model: M) -> M:
+        return model.model_copy(update=dict(model=absolute(model.model)))
 
     changes = dict(
         store=config.store.model_copy(update=dict(root=store)),
-        data=config.data.model_copy(update=dict(source=place(config.data.source, BUILT_IN))),
-        student=model(config.student), teachers=[model(teacher) for teacher in config.teachers],
-        rewards=config.rewards.model_copy(update=dict(judge=place(config.rewards.judge, (TEACHER,)))),
-    )  # fmt: skip
+        data=config.data.model_copy(update=dict(source=absolute(config.data.source, BUILT_IN_SOURCES))),
+        student=with_absolute_path(config.student),
+        teachers=[with_absolute_path(teacher) for teacher in config.teachers],
+        rewards=config.rewards.model_copy(update=dict(judge=absolute(config.rewards.judge, (TEACHER,)))),
+    )
     return without_pools(config).model_copy(update=changes)
 
 
 def without_pools(config: Config) -> Config:
-    """The configuration with every stage in the process that is given it."""
+    """Return the configuration with every stage in the process that receives it."""
     return config.model_copy(update=dict(runtime=config.runtime.model_copy(update=dict(pools=Pools()))))
 
 
-def ask(storage: Storage, key: str) -> None:
-    """The run's note: whoever finds it reaches the run's store."""
-    storage.write(f"{_meeting(key)}/asked", key.encode())
+def write_note(storage: Storage, key: str) -> None:
+    """In the run: leave the note by which a worker sees that it reaches the run's store."""
+    storage.write(_note(key), key.encode())
 
 
-def check_asked(storage: Storage, key: str) -> None:
-    """Raises InputError if the store that this process reaches is not the one of the run that asked."""
-    if not storage.exists(f"{_meeting(key)}/asked"):
+def check_note(storage: Storage, key: str) -> None:
+    """In the worker: raise InputError if this process reaches another store than the requesting run."""
+    if not storage.exists(_note(key)):
         raise InputError(
             f"store.root {storage.uri('')} is not the same place on {socket.gethostname()} as where the run was "
             "started, or the run is gone: stages on pools need a store that all of them reach, S3 or a shared folder"
         )
 
 
-def answer(storage: Storage, key: str, artifact: Artifact, done: dict) -> None:
-    """The worker's answer: where the artifact lies, how it came about, and who built it."""
-    who = dict(worker=os.environ.get("PREFECT__WORKER_NAME", ""), host=socket.gethostname())
-    storage.write(f"{_meeting(key)}/answer.json", json.dumps(dict(folder=artifact.folder, done=done | who)).encode())
+def write_result(storage: Storage, key: str, artifact: Artifact, summary_entry: dict) -> None:
+    """In the worker: leave the artifact's folder and the stage's entry for the summary, with worker and host."""
+    place = dict(worker=os.environ.get("PREFECT__WORKER_NAME", ""), host=socket.gethostname())
+    result = dict(folder=artifact.folder, done=summary_entry | place)
+    storage.write(_result(key), json.dumps(result).encode())
 
 
-def answered(storage: Storage, key: str) -> tuple[str, dict]:
-    """The artifact's folder, and the worker's entry for the summary."""
-    found = json.loads(storage.read(f"{_meeting(key)}/answer.json"))
-    return found["folder"], found["done"]
+def read_result(storage: Storage, key: str) -> tuple[str, dict]:
+    """In the run: return the artifact's folder and the worker's entry for the summary."""
+    result = json.loads(storage.read(_result(key)))
+    return result["folder"], result["done"]
 
 
-def forget(storage: Storage, key: str) -> None:
+def remove_note_and_result(storage: Storage, key: str) -> None:
     """Remove what run and worker left for each other."""
-    for name in ("asked", "answer.json"):
-        storage.remove(f"{_meeting(key)}/{name}")
-    storage.prune(_meeting(key))
+    storage.remove(_note(key))
+    storage.remove(_result(key))
+    storage.remove_empty_folders(_folder(key))
 
 
-def _meeting(key: str) -> str:
+def _folder(key: str) -> str:
     return f"handed/{key}"
+
+
+def _note(key: str) -> str:
+    return f"{_folder(key)}/asked"
+
+
+def _result(key: str) -> str:
+    return f"{_folder(key)}/answer.json"

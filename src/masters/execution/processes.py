@@ -1,8 +1,9 @@
-"""Child processes for engines and trainers: memory comes back, a crash is an exit code, none outlives its parent.
+"""Run engines and trainers in child processes: their memory comes back, a crash is an exit code, none is left behind.
 
-A child is MODULE, run with JOB.json as its argument. It writes one JSON object a line to `JOB.progress`, everything
-else to `JOB.log`, and ends with 0 or an error in the log's last lines. Its last line of progress is its peak memory.
-A child that stays does not end then: it reads the name of its next JOB.json from its standard input.
+A child process runs a module with `JOB.json` as its argument. It writes one JSON object a line to `JOB.progress` and
+everything else to `JOB.log`. It ends with exit code 0, or with an error in the last lines of its log. The last line
+of progress is its peak memory. A persistent process does not end after its job: it reads the name of the next
+`JOB.json` from its standard input.
 """
 
 import ctypes
@@ -19,40 +20,60 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import NoReturn
+
+from pydantic import BaseModel
 
 from masters.common import machine
 from masters.common.errors import InputError, MastersError, StoreError, WorkerError, WorkerLost
 from masters.common.redaction import redact, redact_logs
+from masters.execution.child_output import Heartbeat, ProgressReader, redirect_output
 
 PR_SET_PDEATHSIG = 1
-POLL = 0.2  # seconds
-POLITE = 5.0  # seconds to end in before being killed
-# what children open to find each other, torch's and vLLM's sockets, stays on this machine
+POLL_SECONDS = 0.2
+GRACE_SECONDS = 5.0  # between the request to end and the kill
+# the sockets through which processes of torch and vLLM find each other stay on this machine
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
-SLOT = "MASTERS_SLOT"  # a child's place among those that run together, from 0: whose devices it may take
-PEAK = "peak"  # the event of a child's last line
-STAYS = "MASTERS_STAYS"  # set in the environment of a child that stays
+SLOT = "MASTERS_SLOT"  # number, from 0, of a child among those that run together: which devices it may take
+PEAK = "peak"  # event that ends a job
+PERSISTENT = "MASTERS_PERSISTENT"  # set in the environment of a persistent process
 PYTHON = "MASTERS_PYTHON"  # the program that runs children, such as a profiler's wrapper; by default this interpreter
+
+OnProgress = Callable[[str, dict], None]  # called with a child's name and one line of its progress
+
+
+class WorkerModule(StrEnum):
+    """Modules that run in a process of their own. Named here, as this package must not import those above it."""
+
+    BENCHMARK = "masters.models.generation.benchmark_worker"
+    EARLY_JUDGING = "masters.models.judging.ahead_worker"
+    GENERATION = "masters.models.generation.worker"
+    JUDGING = "masters.models.judging.worker"
+    LAUNCHER = "masters.execution.processes"
+    PARITY = "masters.checks.parity_worker"
+    RAY_DRIVER = "masters.execution.ray_engines.driver"
+    RAY_GUARD = "masters.execution.ray_engines.guard"
+    TRAINING = "masters.models.training.worker"
 
 
 @dataclass(frozen=True)
 class Child:
-    """One process to run: its module, its job (written to `folder/name.json`) and its environment's additions.
+    """A child process to run: its module, its job (written to `folder/name.json`) and additions to its environment.
 
-    A name may hold what no file name may, such as a hub id's slash. `standing`: whose process does the job, and starts
-    for it if there is none; it ends with the job unless `stays`.
+    The name may hold characters that file names may not, such as a hub id's slash. With `persistent`, that process
+    does the job, and is started for it if needed; it ends after the job unless `keep_alive` is set.
     """
 
     name: str
     module: str
-    job: dict
+    job: BaseModel | dict
     folder: Path
-    environment: dict[str, str]
-    standing: "Standing | None" = None
-    stays: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
+    persistent: "PersistentProcess | None" = None
+    keep_alive: bool = False
 
     @property
     def job_file(self) -> Path:
@@ -66,57 +87,61 @@ class Child:
     def progress(self) -> Path:
         return self._file("progress")
 
-    def _file(self, kind: str) -> Path:
-        return self.folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', self.name)}.{kind}"
+    def _file(self, suffix: str) -> Path:
+        return self.folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', self.name)}.{suffix}"
 
-    def said(self) -> int:
-        """Bytes in its log and its progress: more of them is a sign of life."""
-        return sum(file.stat().st_size for file in (self.log, self.progress) if file.exists())
+    def write_job(self) -> None:
+        """Write the job file, and begin an empty log and no progress. Raises StoreError."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.progress.unlink(missing_ok=True)
+            # not pydantic's own JSON, in which a threshold may not be infinite
+            job = self.job.model_dump(mode="json") if isinstance(self.job, BaseModel) else self.job
+            self.job_file.write_text(json.dumps(job))
+            self.log.touch()
+        except OSError as error:
+            raise StoreError(f"work folder {self.folder} cannot be written: {error}") from error
 
-    def last_word(self) -> int:
-        """When it last wrote to its log, in nanoseconds."""
-        return self.log.stat().st_mtime_ns
 
+class PersistentProcess:
+    """A child process that stays between runs, such as an engine that takes new weights instead of a new start.
 
-class Standing:
-    """A child process that stays between runs, such as an engine that is given new weights instead of a new start.
-
-    Use as a context manager, at whose end the process ends. `run` starts it with the first child that names it.
+    Use as a context manager; leaving it ends the process. `run` starts the process with the first child that names it.
     """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
-        self.slot = 0  # its place among those that run together
+        self.slot: int | None = None
 
-    def __enter__(self) -> "Standing":
+    def __enter__(self) -> "PersistentProcess":
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._process is None:
             return
-        self._close()
+        self._close_input()
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(POLITE)
-        _end([self._process])
+            self._process.wait(GRACE_SECONDS)
+        _terminate([self._process])
 
     @property
-    def alive(self) -> bool:
-        """Whether there is a process to give a job to."""
+    def is_alive(self) -> bool:
+        """Whether there is a process that can take a job."""
         return self._process is not None and self._process.poll() is None
 
-    def begin(self, child: Child, slots: dict[str, int]) -> subprocess.Popen:
-        """Have the process do a child's job: the one that is there, or a new one."""
-        if not (self.alive and self._given(child)):
-            self._process, self.slot = _start(child, slots), slots[child.name]
+    def start_job(self, child: Child, slot: int | None) -> subprocess.Popen:
+        """Give a child's job to the live process, or to a new one."""
+        if not (self.is_alive and self._send_job(child)):
+            self._process, self.slot = _start(child, slot), slot
         assert self._process
-        if not child.stays:
-            self._close()
+        if not child.keep_alive:
+            self._close_input()
         return self._process
 
-    def _given(self, child: Child) -> bool:
-        """Whether the process, which may have died unseen, took the job."""
+    def _send_job(self, child: Child) -> bool:
+        """Return whether the process, which may just have died, took the job."""
         assert self._process and self._process.stdin
-        _written(child)
+        child.write_job()
         try:
             self._process.stdin.write(f"{child.job_file}\n".encode())
             self._process.stdin.flush()
@@ -124,7 +149,7 @@ class Standing:
             return False
         return True
 
-    def _close(self) -> None:
+    def _close_input(self) -> None:
         """Tell the process that no job will follow."""
         assert self._process and self._process.stdin
         with suppress(OSError):
@@ -132,171 +157,137 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Ran:
-    """What children took: seconds to each one's first line (imports, an engine's start), and MiB at their peak.
+class ProcessUsage:
+    """What a run of children took: seconds from each start to its first line (imports, an engine's start), and MiB.
 
-    `peak_mib` is that of the largest that may have run together, which bounds what all held at a time (pages that they
-    share count once each; processes that children start themselves do not count).
+    `peak_mib` adds the largest children that may have run together, an upper bound of what all held at a time. Pages
+    that children share count once for each of them; processes that children start themselves do not count.
     """
 
     startup_seconds: tuple[float, ...] = ()
     peak_mib: float = 0.0
 
-    def told(self) -> dict:
-        """For a stage's entry in the summary."""
+    def summarize(self) -> dict:
+        """Return the entries of a stage in the run's summary."""
         return dict(startup_seconds=list(self.startup_seconds), children_peak_mib=round(self.peak_mib))
 
 
 def run(
     children: list[Child],
-    at_once: int,
-    on_progress: Callable[[str, dict], None],
-    silence: float = math.inf,
-    beside: Sequence[Child] = (),
-) -> Ran:
-    """Run all children, at most `at_once` together and `beside` next to them, passing on their progress lines.
+    max_running: int,
+    on_progress: OnProgress,
+    heartbeat_timeout: float = math.inf,
+    companions: Sequence[Child] = (),
+) -> ProcessUsage:
+    """Run children, at most `max_running` at a time, and `companions` beside them; pass on their lines of progress.
 
-    If one fails the others are ended and WorkerError says which and why; WorkerLost if a signal ended it, or if it
-    wrote nothing for `silence` seconds. Also on any other exception, such as a cancellation, no child is left. A
-    child that stays has ended, as far as this run is concerned, when its job is done.
+    If a child fails, the others are ended. Raises WorkerError with the child and the reason, or InputError where the
+    child exits with its code; WorkerLost if a signal ended the child or if it wrote nothing for `heartbeat_timeout`
+    seconds. No child is left behind by any other exception either, such as a cancellation. A child that is kept alive
+    is done when its job is.
     """
-    waiting, running, peaks = [*beside, *sorted(children, key=_turn)], {}, []
-    slots: dict[str, int] = {}
-    uncounted = {child.name for child in beside}
-    began, started = {}, {}
+    supervisor = _Supervisor(max_running, on_progress, heartbeat_timeout)
+    queue = sorted(children, key=_start_order)
     try:
-        while waiting or running:
-            while waiting and (waiting[0].name in uncounted or len(running.keys() - uncounted) < at_once):
-                child = waiting.pop(0)
-                began[child.name] = time.monotonic()
-                if child.name not in uncounted:
-                    slots[child.name] = _slot(child, set(range(at_once)) - {slots.get(name) for name in running})
-                process = child.standing.begin(child, slots) if child.standing else _start(child, slots)
-                running[child.name] = (child, process, _Tail(child.progress), _Silence(child))
-            ended = {name for name, (_, process, _, _) in running.items() if process.poll() is not None}
-            done = set()
-            for child, _, tail, _ in running.values():
-                for line in tail.lines():
-                    if line.get("event") == PEAK:
-                        peaks.append(line["mib"])
-                        done |= {child.name} if child.stays else set()
-                    else:
-                        started.setdefault(child.name, round(time.monotonic() - began[child.name], 2))
-                        on_progress(child.name, line)
-            for name in done - ended:
-                del running[name]
-            # a child that lost its peer ends too: whoever spoke last before is the cause
-            for child, process, _, _ in sorted((running[name] for name in ended), key=lambda one: one[0].last_word()):
-                del running[child.name]
-                _judge(child, process.returncode)
-            for child, _, _, quiet in running.values():
-                if quiet.seconds() > silence:
-                    raise WorkerLost(f"{child.name} wrote nothing for {silence:.0f} s (log: {child.log})")
-            time.sleep(POLL)
+        for child in companions:
+            supervisor.start(child, None)
+        while queue or supervisor.running:
+            while queue and supervisor.has_free_slot:
+                child = queue.pop(0)
+                supervisor.start(child, supervisor.choose_slot(child))
+            supervisor.poll()
+            time.sleep(POLL_SECONDS)
     finally:
-        _end([process for _, process, _, _ in running.values()])
-    return Ran(tuple(started.values()), float(sum(sorted(peaks)[-at_once - len(beside) :])) if peaks else 0.0)
+        _terminate([running.process for running in supervisor.running.values()])
+    largest = sorted(supervisor.peaks_mib)[-max_running - len(companions) :] if supervisor.peaks_mib else []
+    return ProcessUsage(tuple(supervisor.startup_seconds.values()), float(sum(largest)))
 
 
 def report(job_file: Path, **fields: object) -> None:
-    """Called in the child: one line of progress."""
+    """In the child: write one line of progress."""
     with open(job_file.with_suffix(".progress"), "a", encoding="utf-8") as file:
         file.write(json.dumps(fields) + "\n")
 
 
-def jobs(first: Path) -> Iterator[Path]:
-    """Called in the child: its job file, and while it stays those that follow, each with a log of its own.
+def report_event(job_file: Path, event: BaseModel) -> None:
+    """In the child: write an event as one line of progress."""
+    report(job_file, **event.model_dump(mode="json"))
 
-    What the caller does between two of them is the job, whose end is reported.
+
+def iterate_jobs(first: Path) -> Iterator[Path]:
+    """In the child: yield its job file and, in a persistent process, those that follow, each with its own log.
+
+    Asking for the next job reports that the one before is done.
     """
     yield first
-    if not stays():
+    if not is_persistent():
         return
-    report(first, event=PEAK, mib=machine.peak_mib())
+    report(first, event=PEAK, mib=machine.peak_memory_mib())
     for line in iter(sys.stdin.readline, ""):
         job_file = Path(line.rstrip("\n"))
-        _log_to(job_file.with_suffix(".log"))
+        redirect_output(job_file.with_suffix(".log"))
         yield job_file
-        report(job_file, event=PEAK, mib=machine.peak_mib())
+        report(job_file, event=PEAK, mib=machine.peak_memory_mib())
 
 
-def stays() -> bool:
-    """Called in the child: whether it may be given further jobs."""
-    return STAYS in os.environ
-
-
-def _log_to(file: Path) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with open(file, "ab") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+def is_persistent() -> bool:
+    """In the child: return whether further jobs may follow."""
+    return PERSISTENT in os.environ
 
 
 def child_main(main: Callable[[Path], None]) -> NoReturn:
-    """A child's entry: its job file is the first argument; an expected error is one line and its exit code."""
+    """Run `main` on the job file that is the first argument, then exit.
+
+    An expected error becomes one line on stderr and its exit code, any other one a traceback and exit code 1.
+    """
     redact_logs()
     code = 0
     try:
         main(Path(sys.argv[1]))
-        report(Path(sys.argv[1]), event=PEAK, mib=machine.peak_mib())
+        report(Path(sys.argv[1]), event=PEAK, mib=machine.peak_memory_mib())
     except MastersError as error:
         print(error, file=sys.stderr)
         code = error.exit_code
     except Exception:
         print(redact(traceback.format_exc()), file=sys.stderr, end="")
         code = 1
-    _leave(code)
+    _exit_at_once(code)
 
 
-def _leave(code: int) -> NoReturn:
-    """End without taking libraries apart: an engine's process spends 7 of its 31 s on that, the kernel none."""
+def die_with_parent(parent: int) -> None:
+    """In the child, first of all: have the kernel kill this process when the process that started it is gone."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit("the parent is gone")
+
+
+def _exit_at_once(code: int) -> NoReturn:
+    """Exit without Python's cleanup, on which an engine's process spends 7 of its 31 s."""
     for process in multiprocessing.active_children():  # vLLM's own, with tensor parallelism
         process.terminate()
-        process.join(POLITE)
+        process.join(GRACE_SECONDS)
         process.kill()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def die_with_parent(parent: int) -> None:
-    """Called first thing in the child: the kernel ends it when the process that started it is gone."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit("the parent is gone")
+def _start_order(child: Child) -> int:
+    """Sort live persistent processes first, as they hold their slots, and new ones last: they keep their memory."""
+    if child.persistent is None:
+        return 1
+    return 0 if child.persistent.is_alive else 2
 
 
-def _turn(child: Child) -> int:
-    """First whose process is there already, as its place is taken; last who will hold memory when it is done."""
-    return 0 if child.standing and child.standing.alive else 2 if child.standing else 1
-
-
-def _slot(child: Child, free: set[int]) -> int:
-    """A free place; that of its process for a child whose process is there already."""
-    return child.standing.slot if child.standing and child.standing.alive else min(free)
-
-
-def _written(child: Child) -> None:
-    """Its job is there, its progress is empty. Raises StoreError."""
-    try:
-        child.folder.mkdir(parents=True, exist_ok=True)
-        child.progress.unlink(missing_ok=True)
-        child.job_file.write_text(json.dumps(child.job))
-        child.log.touch()
-    except OSError as error:
-        raise StoreError(f"work folder {child.folder} cannot be written: {error}") from error
-
-
-def _start(child: Child, slots: dict[str, int]) -> subprocess.Popen:
-    _written(child)
-    added = {SLOT: str(slots[child.name])} if child.name in slots else {}
-    added |= {STAYS: "yes"} if child.standing else {}
+def _start(child: Child, slot: int | None) -> subprocess.Popen:
+    child.write_job()
+    added = {} if slot is None else {SLOT: str(slot)}
+    added |= {PERSISTENT: "yes"} if child.persistent else {}
     python = os.environ.get(PYTHON, sys.executable)
     with open(child.log, "ab") as log:
         return subprocess.Popen(
-            [python, "-m", "masters.execution.processes", str(os.getpid()), child.module, str(child.job_file)],
-            stdin=subprocess.PIPE if child.standing else subprocess.DEVNULL,
+            [python, "-m", WorkerModule.LAUNCHER, str(os.getpid()), child.module, str(child.job_file)],
+            stdin=subprocess.PIPE if child.persistent else subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             env=os.environ | LOOPBACK | added | child.environment,
@@ -304,22 +295,23 @@ def _start(child: Child, slots: dict[str, int]) -> subprocess.Popen:
         )
 
 
-def _judge(child: Child, code: int) -> None:
+def _check_exit(child: Child, code: int) -> None:
+    """Raise the error of a child that failed, with the last line of its log."""
     if code == 0:
         return
     lines = [line for line in child.log.read_text(errors="replace").splitlines() if line.strip()]
-    said = lines[-1][:500] if lines else "it wrote nothing"
-    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    reason = lines[-1][:500] if lines else "it wrote nothing"
+    end = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     error = InputError if code == InputError.exit_code else WorkerLost if code < 0 else WorkerError
-    raise error(f"{child.name} ended with {how}: {said} (log: {child.log})")
+    raise error(f"{child.name} ended with {end}: {reason} (log: {child.log})")
 
 
-def _end(running: list[subprocess.Popen]) -> None:
-    """All at once: together they have POLITE seconds."""
-    for process in running:
+def _terminate(processes: list[subprocess.Popen]) -> None:
+    """End all processes; together they have GRACE_SECONDS before they are killed."""
+    for process in processes:
         process.terminate()
-    deadline = time.monotonic() + POLITE
-    for process in running:
+    deadline = time.monotonic() + GRACE_SECONDS
+    for process in processes:
         try:
             process.wait(max(0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -327,33 +319,76 @@ def _end(running: list[subprocess.Popen]) -> None:
             process.wait()
 
 
-class _Tail:
-    """New whole lines of a file that grows."""
+@dataclass(frozen=True, eq=False)
+class _RunningChild:
+    """A started child with its process; `slot` is None for a companion."""
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._at = path, 0
-
-    def lines(self) -> list[dict]:
-        if not self._path.exists():
-            return []
-        with open(self._path, "rb") as file:
-            file.seek(self._at)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._at += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+    child: Child
+    process: subprocess.Popen
+    slot: int | None
+    start_time: float
+    progress: ProgressReader
+    heartbeat: Heartbeat
 
 
-class _Silence:
-    """How long a child has said nothing, by a clock that nobody sets: a machine's time of day may jump."""
+class _Supervisor:
+    """Starts children, passes on their progress and notices how they end."""
 
-    def __init__(self, child: Child) -> None:
-        self._child, self._said, self._since = child, child.said(), time.monotonic()
+    def __init__(self, max_running: int, on_progress: OnProgress, heartbeat_timeout: float) -> None:
+        self._max_running, self._on_progress, self._heartbeat_timeout = max_running, on_progress, heartbeat_timeout
+        self.running: dict[str, _RunningChild] = {}
+        self.startup_seconds: dict[str, float] = {}
+        self.peaks_mib: list[float] = []
 
-    def seconds(self) -> float:
-        if (said := self._child.said()) != self._said:
-            self._said, self._since = said, time.monotonic()
-        return time.monotonic() - self._since
+    @property
+    def has_free_slot(self) -> bool:
+        return len(self._used_slots) < self._max_running
+
+    @property
+    def _used_slots(self) -> set[int]:
+        return {running.slot for running in self.running.values() if running.slot is not None}
+
+    def choose_slot(self, child: Child) -> int:
+        """Return the slot of the child's live process, otherwise the first free one."""
+        if child.persistent and child.persistent.is_alive and child.persistent.slot is not None:
+            return child.persistent.slot
+        return min(set(range(self._max_running)) - self._used_slots)
+
+    def start(self, child: Child, slot: int | None) -> None:
+        start_time = time.monotonic()
+        process = child.persistent.start_job(child, slot) if child.persistent else _start(child, slot)
+        progress, heartbeat = ProgressReader(child.progress), Heartbeat(child.log, child.progress)
+        self.running[child.name] = _RunningChild(child, process, slot, start_time, progress, heartbeat)
+
+    def poll(self) -> None:
+        """Pass on new progress and remove children that are done. Raises the error of one that failed."""
+        # before the progress is read, so that nothing that a process wrote before its end is missed
+        ended = [running for running in self.running.values() if running.process.poll() is not None]
+        for running in list(self.running.values()):
+            job_is_done = self._read_progress(running)
+            if job_is_done and running.child.keep_alive and running not in ended:
+                del self.running[running.child.name]
+        # a child that lost its peer fails too: the one that wrote first is the cause
+        for running in sorted(ended, key=lambda running: running.child.log.stat().st_mtime_ns):
+            del self.running[running.child.name]
+            _check_exit(running.child, running.process.returncode)
+        for running in self.running.values():
+            if running.heartbeat.silent_seconds() > self._heartbeat_timeout:
+                raise WorkerLost(
+                    f"{running.child.name} wrote nothing for {self._heartbeat_timeout:.0f} s (log: {running.child.log})"
+                )
+
+    def _read_progress(self, running: _RunningChild) -> bool:
+        """Pass on the new lines of a child. Returns whether it reported the end of its job."""
+        job_is_done, name = False, running.child.name
+        for line in running.progress.read_new():
+            if line.get("event") == PEAK:
+                self.peaks_mib.append(line["mib"])
+                job_is_done = True
+            else:
+                self.startup_seconds.setdefault(name, round(time.monotonic() - running.start_time, 2))
+                self._on_progress(name, line)
+        return job_is_done
 
 
 if __name__ == "__main__":

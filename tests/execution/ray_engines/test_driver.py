@@ -1,4 +1,4 @@
-"""What becomes of an engine on Ray that dies; on a real Ray, in mid-run: tests/flows/test_ray_and_fsdp_run.py."""
+"""What the driver does with an engine on Ray that dies; on a real Ray: tests/flows/test_ray_and_fsdp_run.py."""
 
 import pytest
 from ray import exceptions
@@ -13,8 +13,8 @@ def test_an_engine_that_dies_or_that_ray_ends_for_memory_is_replaced(
     def get(_: object) -> None:
         raise error
 
-    pool, lost = object.__new__(ActorPool), []
+    pool, replaced = object.__new__(ActorPool), []
     monkeypatch.setattr("ray.get", get)
-    monkeypatch.setattr(ActorPool, "_lost", lambda _, seat, why: lost.append((seat, why)))
-    pool._hear("seat", None)  # pyright: ignore[reportArgumentType]
-    assert lost == [("seat", error)]
+    monkeypatch.setattr(ActorPool, "_replace", lambda _, slot, cause: replaced.append((slot, cause)))
+    pool._receive("slot", None)  # pyright: ignore[reportArgumentType]
+    assert replaced == [("slot", error)]

@@ -1,137 +1,148 @@
-"""The driver of engines on Ray: starts actors, feeds them until nothing is left, replaces those that die.
+"""The driver of engines on Ray: starts actors, gives them pieces until none is left, and replaces those that die.
 
-`python -m masters.execution.ray_engines.driver JOB.json`; the job is made by `masters.execution.engines`. What engines
-make goes from them into the store; here only what is asked and lines of progress pass through.
+`python -m masters.execution.ray_engines.driver JOB.json`, with a `masters.execution.engines.RayJob`. Engines write
+results into the store themselves; only pieces and events pass through the driver.
 """
 
-import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from masters.common.errors import MastersError, WorkerError
-from masters.config import Runtime
 from masters.execution import processes
-from masters.execution.ray_engines.actor import EngineActor, NodeRequirements, alike
+from masters.execution.engines import EnginePiece, EngineWork, OnEvent, RayJob
+from masters.execution.events import EngineRestarted, EngineStarted, RayFinished, RayStarted
+from masters.execution.ray_engines.actor import EngineActor, NodeRequirements, node_requirements
 from masters.execution.ray_engines.scheduler import WorkScheduler
-from masters.execution.ray_engines.session import cluster, local, room
+from masters.execution.ray_engines.session import find_capacity, local_ray, ray_cluster
 
 
 @dataclass
 class ActorSlot:
-    """An actor, the model that it serves, the piece that it is at (None: it starts)."""
+    """A running actor, the index of the model that it serves, and its piece (None while it starts)."""
 
     actor: Any
     model: int
-    began: float
-    piece: dict | None = None
-    peak: float = 0.0  # MiB
+    start_time: float
+    piece: EnginePiece | None = None
+    peak_mib: float = 0.0
 
 
 class ActorPool:
-    """Actors at work on a job. `report` hears their lines of progress."""
+    """Runs actors until all pieces are done; at most `max_restarts` dead ones are replaced."""
 
     def __init__(
-        self, job: dict, gpus: int, workers: int, alike: NodeRequirements | None, report: Callable[..., None]
+        self,
+        work: Sequence[EngineWork],
+        workers: int,
+        gpus: int,
+        max_restarts: int,
+        requirements: NodeRequirements | None,
+        on_event: OnEvent,
     ) -> None:
-        self._alike, self._work, self._report, self._workers = alike, job["work"], report, workers
-        runtime = Runtime(**job["runtime"])
-        self._deal = WorkScheduler([of["pieces"] for of in self._work], [of["cost"] for of in self._work])
-        self._restarts_left, self._restarts = runtime.engine_restarts * workers, 0
-        self._gpus, self._busy, self._peaks = gpus, {}, []
-        self._startup: list[float] = []
-        self._engines, self._most = 0, 0
+        self._work, self._workers, self._gpus, self._max_restarts = work, workers, gpus, max_restarts
+        self._requirements, self._on_event = requirements, on_event
+        self._scheduler = WorkScheduler([part.pieces for part in work], [part.cost for part in work])
+        self._busy: dict[Any, ActorSlot] = {}  # by the reference to the result of the call that is under way
+        self._startup_seconds: list[float] = []
+        self._peaks_mib: list[float] = []
+        self._engines = self._most_at_a_time = self._restarts = 0
 
-    def run(self) -> dict:
-        """Do everything; returns how, for the summary. Raises what an engine raised, WorkerError if too many died."""
+    def run(self) -> RayFinished:
+        """Do all pieces. Raises what an engine raised, WorkerError if too many died."""
         import ray
 
-        while len(self._busy) < self._workers and (model := self._deal.first()) is not None:
+        while len(self._busy) < self._workers and (model := self._scheduler.choose_initial_model()) is not None:
             self._start(model)
         while self._busy:
-            for ref in ray.wait(list(self._busy))[0]:
-                self._hear(self._busy.pop(ref), ref)
-        peak = sum(sorted(self._peaks)[-self._workers :])
-        return dict(
-            engines=self._engines, workers=self._most, restarts=self._restarts, startup_seconds=self._startup,
-            peak_mib=peak,
-        )  # fmt: skip
+            for result in ray.wait(list(self._busy))[0]:
+                self._receive(self._busy.pop(result), result)
+        return RayFinished(
+            engines=self._engines,
+            workers=self._most_at_a_time,
+            restarts=self._restarts,
+            startup_seconds=self._startup_seconds,
+            peak_mib=sum(sorted(self._peaks_mib)[-self._workers :]),
+        )
 
     def _start(self, model: int) -> None:
         import ray
 
-        # no retries of Ray's own: it would start an actor anew without its engine
+        # no restarts by Ray: it would start an actor anew without its engine
         actor = ray.remote(EngineActor).options(num_cpus=1, num_gpus=self._gpus, max_restarts=0).remote()
-        what = {name: self._work[model][name] for name in ("module", "setup", "folder", "digest")}
-        self._busy[actor.start.remote(what, self._alike)] = ActorSlot(actor, model, time.monotonic())
-        self._deal.join(model)
-        self._engines, self._most = self._engines + 1, max(self._most, len(self._busy))
+        work = self._work[model].model_copy(update=dict(pieces=()))
+        self._busy[actor.start.remote(work, self._requirements)] = ActorSlot(actor, model, time.monotonic())
+        self._scheduler.add_engine(model)
+        self._engines += 1
+        self._most_at_a_time = max(self._most_at_a_time, len(self._busy))
 
-    def _hear(self, seat: ActorSlot, ref: Any) -> None:
-        """What an actor answered to the last call, or that it died."""
+    def _receive(self, slot: ActorSlot, result: Any) -> None:
+        """Take the result of an actor's last call, or notice that the actor died."""
         import ray
         from ray import exceptions
 
         try:
-            said = ray.get(ref)
+            value = ray.get(result)
         except (exceptions.RayActorError, exceptions.ObjectLostError, exceptions.OutOfMemoryError) as error:
-            self._lost(seat, error)
+            self._replace(slot, error)
         except exceptions.RayTaskError as error:
-            raise _own(error) from error
+            raise _unwrap(error) from error
         else:
-            self._done(seat, said)
-            self._feed(seat)
+            self._report(slot, value)
+            self._give_piece(slot)
 
-    def _done(self, seat: ActorSlot, said: Any) -> None:
-        if seat.piece is None:
-            self._startup.append(round(time.monotonic() - seat.began, 2))
-            self._report(event="engine", pid=said, model=self._work[seat.model]["name"])
+    def _report(self, slot: ActorSlot, value: Any) -> None:
+        """Report a start (`value`: the process id) or a finished piece (its event and the actor's peak memory)."""
+        if slot.piece is None:
+            self._startup_seconds.append(round(time.monotonic() - slot.start_time, 2))
+            self._on_event(EngineStarted(pid=value, model=self._work[slot.model].name))
         else:
-            line, seat.peak = said
-            self._report(**line)
+            event, slot.peak_mib = value
+            self._on_event(event)
 
-    def _feed(self, seat: ActorSlot) -> None:
-        """The next piece of its model; without one another model's engine takes its place, where that is worth it."""
-        seat.piece = self._deal.take(seat.model)
-        if seat.piece is not None:
-            self._busy[seat.actor.do.remote(seat.piece)] = seat
+    def _give_piece(self, slot: ActorSlot) -> None:
+        """Give an actor its model's next piece; without one, exchange it for another model's, if that is worth it."""
+        slot.piece = self._scheduler.take_piece(slot.model)
+        if slot.piece is not None:
+            self._busy[slot.actor.do.remote(slot.piece)] = slot
             return
-        self._leave(seat)
-        if (model := self._deal.next()) is not None:
+        self._end(slot)
+        if (model := self._scheduler.choose_next_model()) is not None:
             self._start(model)
 
-    def _lost(self, seat: ActorSlot, error: Exception) -> None:
-        """Replace a dead actor; what it was at is next for whoever of its model is free first."""
-        self._leave(seat)
-        if seat.piece is not None:
-            self._deal.give_back(seat.model, seat.piece)
-        name = self._work[seat.model]["name"]
-        doing = f"at {seat.piece.get('out', 'a piece')}" if seat.piece else "while it started"
-        print(f"an engine of {name} died {doing}: {error}", flush=True)
-        if not self._restarts_left:
+    def _replace(self, slot: ActorSlot, error: Exception) -> None:
+        """Replace a dead actor; the first free actor of its model does its piece next. Raises WorkerError."""
+        self._end(slot)
+        if slot.piece is not None:
+            self._scheduler.return_piece(slot.model, slot.piece)
+        name = self._work[slot.model].name
+        place = f"at {slot.piece.out}" if slot.piece else "while it started"
+        print(f"an engine of {name} died {place}: {error}", flush=True)
+        if self._restarts == self._max_restarts:
             raise WorkerError(
                 f"engines died {self._restarts + 1} times (runtime.engine_restarts bounds how often), "
-                f"the last of {name} {doing}: {' '.join(str(error).split())}"
+                f"the last of {name} {place}: {' '.join(str(error).split())}"
             )
-        if (model := self._deal.instead_of(seat.model)) is not None:
-            self._restarts, self._restarts_left = self._restarts + 1, self._restarts_left - 1
-            self._report(event="restart")
+        if (model := self._scheduler.choose_replacement_model(slot.model)) is not None:
+            self._restarts += 1
+            self._on_event(EngineRestarted())
             self._start(model)
 
-    def _leave(self, seat: ActorSlot) -> None:
+    def _end(self, slot: ActorSlot) -> None:
         import ray
 
-        self._deal.leave(seat.model)
-        self._peaks.append(seat.peak)
-        ray.kill(seat.actor)
+        self._scheduler.remove_engine(slot.model)
+        self._peaks_mib.append(slot.peak_mib)
+        ray.kill(slot.actor)
 
 
-def _own(error: Any) -> Exception:
-    """What an engine raised, without Ray's report around it: one line where it is an error for people."""
+def _unwrap(error: Any) -> Exception:
+    """Return the error that an engine raised, in one line and without Ray's report around it."""
     if isinstance(error.cause, MastersError):
         return error.cause
     print(error, flush=True)
@@ -139,17 +150,17 @@ def _own(error: Any) -> Exception:
 
 
 def main(job_file: Path) -> None:
-    job = json.loads(job_file.read_text())
-    runtime = Runtime(**job["runtime"])
-    with cluster(runtime.cluster) if runtime.cluster else local(job["workers"]):
-        processes.report(job_file, event="ray", pid=os.getpid())
-        gpus, places = room(runtime.engine_gpus, runtime.tensor_parallel_size)
-        if places < job["workers"]:
-            print(f"{job['workers']} engines were asked for, {places} have room at a time", flush=True)
-        workers = min(places, job["workers"])
-        with alike(job["work"][0]["setup"]["store"]) if runtime.cluster else nullcontext() as expected:
-            pool = ActorPool(job, gpus, workers, expected, lambda **line: processes.report(job_file, **line))
-            processes.report(job_file, event="ran", how=pool.run())
+    job = RayJob.model_validate_json(job_file.read_text())
+    runtime, report = job.runtime, partial(processes.report_event, job_file)
+    with ray_cluster(runtime.cluster) if runtime.cluster else local_ray(job.workers):
+        report(RayStarted(pid=os.getpid()))
+        gpus, engines = find_capacity(runtime.engine_gpus, runtime.tensor_parallel_size)
+        if engines < job.workers:
+            print(f"{job.workers} engines were requested, Ray has room for {engines} at a time", flush=True)
+        workers = min(engines, job.workers)
+        with node_requirements(job.work[0].setup.store) if runtime.cluster else nullcontext() as requirements:
+            pool = ActorPool(job.work, workers, gpus, runtime.engine_restarts * workers, requirements, report)
+            report(pool.run())
 
 
 if __name__ == "__main__":

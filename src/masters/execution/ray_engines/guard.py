@@ -1,7 +1,7 @@
-"""Ends what is left of a local Ray: waits until its standard input closes, because its parent is done or dead.
+"""End what is left of a local Ray: wait until standard input closes, because the parent is done or dead, then kill.
 
-Ray's agents notice that they are orphans by asking a server that died with them, and outlived it by a minute and more.
-All of a driver's processes are in the driver's session (`masters.execution.processes` gives each child its own).
+Ray's agents notice that they are orphans by asking a server that died with them, and outlive it by a minute and more.
+All processes of a driver are in the driver's session, as `masters.execution.processes` gives each child its own.
 """
 
 import os
@@ -10,31 +10,31 @@ import signal
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 
-SECONDS = 5.0  # to find new processes of dying parents in
+import psutil
+
+SECONDS = 5.0  # during which dying parents may still start processes
 
 
-def session(of: int) -> set[int]:
-    """Processes of a session, zombies left out."""
+def session_processes(session_id: int) -> set[int]:
+    """Return the ids of a session's processes, without zombies."""
     found = set()
-    for entry in Path("/proc").iterdir():
-        with suppress(OSError, ValueError):
-            state, _, _, sid = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:4]
-            if int(sid) == of and state != "Z":
-                found.add(int(entry.name))
+    for process in psutil.process_iter():
+        with suppress(OSError, psutil.Error):
+            if os.getsid(process.pid) == session_id and process.status() != psutil.STATUS_ZOMBIE:
+                found.add(process.pid)
     return found
 
 
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    ours, parent, sid = os.getpid(), os.getppid(), os.getsid(0)
-    if sid != parent:
-        sys.exit("the driver of Ray must lead a session of its own")  # else this would end other people's processes
+    parent, session_id = os.getppid(), os.getsid(0)
+    if session_id != parent:  # otherwise this would kill processes of other programs
+        sys.exit("the Ray driver must lead a session of its own")
     sys.stdin.read()
     deadline = time.monotonic() + SECONDS
-    while (left := session(sid) - {ours, parent}) and time.monotonic() < deadline:
-        for pid in left:
+    while (remaining := session_processes(session_id) - {os.getpid(), parent}) and time.monotonic() < deadline:
+        for pid in remaining:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)

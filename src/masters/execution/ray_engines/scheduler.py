@@ -1,52 +1,64 @@
-"""Who does what on Ray: which model an engine serves and which piece it does next. Knows nothing of Ray."""
+"""Schedule engines on Ray: which model an engine serves, and which piece it does next. Imports no Ray."""
 
 from collections import deque
+from collections.abc import Sequence
+from typing import Generic, TypeVar
 
-WORTH = 4  # pieces that each engine of a model must have before one that serves another model is exchanged for it
+# pieces that each engine of a model must have before an engine of another model is exchanged for one more of it
+PIECES_WORTH_A_START = 4
+
+P = TypeVar("P")
 
 
-class WorkScheduler:
-    """The pieces of several models. An engine is bound to one model: to serve another, it must be exchanged."""
+class WorkScheduler(Generic[P]):
+    """Holds the pieces of several models. An engine is bound to one model: to serve another, it must be exchanged."""
 
-    def __init__(self, pieces: list[list[dict]], costs: list[float]) -> None:
-        """`pieces` by model; `costs`: what all of a model's pieces cost, in any unit."""
-        self._waiting = [deque(of) for of in pieces]
-        self._each = [cost / max(1, len(of)) for cost, of in zip(costs, pieces, strict=True)]
+    def __init__(self, pieces: Sequence[Sequence[P]], costs: Sequence[float]) -> None:
+        """`pieces` by model; `costs`: what all pieces of each model cost, in any unit."""
+        self._waiting = [deque(model_pieces) for model_pieces in pieces]
+        self._piece_costs = [cost / max(1, len(each)) for cost, each in zip(costs, pieces, strict=True)]
         self._engines = [0] * len(pieces)
 
-    def join(self, model: int) -> None:
-        """One more engine serves this model."""
+    def add_engine(self, model: int) -> None:
+        """Count one more engine that serves the model."""
         self._engines[model] += 1
 
-    def leave(self, model: int) -> None:
+    def remove_engine(self, model: int) -> None:
+        """Count one engine less that serves the model."""
         self._engines[model] -= 1
 
-    def take(self, model: int) -> dict | None:
-        """The model's next piece, in order; None if there is none."""
+    def take_piece(self, model: int) -> P | None:
+        """Return the model's next piece, in order; None if there is none."""
         return self._waiting[model].popleft() if self._waiting[model] else None
 
-    def give_back(self, model: int, piece: dict) -> None:
-        """What was taken and not done is next."""
+    def return_piece(self, model: int, piece: P) -> None:
+        """Put a piece that was taken and not done back to the front."""
         self._waiting[model].appendleft(piece)
 
-    def first(self) -> int | None:
-        """The model that the next of the first engines serves: each has one before any has two."""
-        return self._costliest(1)
+    def choose_initial_model(self) -> int | None:
+        """Return the model of the next engine at the start: each model gets one engine before any gets two."""
+        return self._choose_model(1)
 
-    def next(self) -> int | None:
-        """The model that an engine without work is worth exchanging for; None if it is to end."""
-        return self._costliest(WORTH)
+    def choose_next_model(self) -> int | None:
+        """Return the model that an idle engine is worth exchanging for; None if the engine should end."""
+        return self._choose_model(PIECES_WORTH_A_START)
 
-    def instead_of(self, model: int) -> int | None:
-        """The model of the engine that replaces a dead one of `model`; None if there is nothing for it to do."""
-        return model if self._waiting[model] else self.next()
+    def choose_replacement_model(self, model: int) -> int | None:
+        """Return the model of the engine that replaces a dead one of `model`; None if nothing is left for it."""
+        return model if self._waiting[model] else self.choose_next_model()
 
-    def _costliest(self, worth: int) -> int | None:
-        """A model without an engine, else the one whose engines have most left, if a further one had `worth` pieces."""
-        served = self._engines
-        some = [m for m, of in enumerate(self._waiting) if of]
-        wanted = [m for m in some if not served[m] or len(self._waiting[m]) >= worth * (served[m] + 1)]
-        return max(wanted, key=lambda m: (not served[m], self._outstanding(m) / (served[m] + 1)), default=None)
+    def _choose_model(self, min_pieces: int) -> int | None:
+        """Return a model without an engine, otherwise the one whose engines have the most work left each.
 
-    def _outstanding(self, model: int) -> float:
-        return len(self._waiting[model]) * self._each[model]
+        The latter only if one more engine would leave each of them at least `min_pieces` pieces.
+        """
+        candidates = [
+            model
+            for model, (pieces, engines) in enumerate(zip(self._waiting, self._engines, strict=True))
+            if pieces and (not engines or len(pieces) >= min_pieces * (engines + 1))
+        ]
+        return max(candidates, key=self._priority, default=None)
+
+    def _priority(self, model: int) -> tuple[bool, float]:
+        engines, cost_left = self._engines[model], len(self._waiting[model]) * self._piece_costs[model]
+        return engines == 0, cost_left / (engines + 1)

@@ -1,0 +1,67 @@
+"""Jobs of the judging processes. Imports no torch."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from masters.config import Runtime
+from masters.execution.engines import EngineJob, EnginePiece, EngineSetup
+from masters.rewards.verdict import Triple
+
+
+class ServerEndpoint(BaseModel):
+    """A judge behind the URL of an OpenAI-compatible server; `model` None takes the first that the server lists."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["server"] = "server"
+    url: str
+    model: str | None
+
+
+class EngineEndpoint(BaseModel):
+    """A judge in an engine of this project, on the unmasked weights of a model folder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["engine"] = "engine"
+    folder: Path
+    dtype: str
+    trust_remote_code: bool
+
+
+JudgeEndpoint = Annotated[ServerEndpoint | EngineEndpoint, Field(discriminator="kind")]
+
+
+class JudgeSetup(EngineSetup):
+    model_config = ConfigDict(extra="forbid")
+
+    endpoint: JudgeEndpoint
+
+
+class JudgeBatch(EnginePiece):
+    """Triples to judge together; `out` gets the final verdicts."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    triples: tuple[Triple, ...]
+
+
+class JudgeJob(EngineJob):
+    setup: JudgeSetup
+    pieces: tuple[JudgeBatch, ...]
+
+
+class EarlyJudgingJob(BaseModel):
+    """Shards of the folder `responses` to judge as they appear; `folder` keeps the judge's verdicts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    store: str
+    data: str
+    responses: str
+    shards: tuple[str, ...]
+    folder: str
+    endpoint: JudgeEndpoint
+    runtime: Runtime
