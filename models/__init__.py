@@ -1,1 +1,1 @@
-"""Everything that touches weights: masking, generation, packing, losses, training."""
+"""Code around model weights: masking, loading, packing, losses, generation, judging and training."""

@@ -1,1 +1,1 @@
-"""Questions and their responses in rows that share what they have in common."""
+"""Packing of questions and their responses into rows with shared prefixes."""

@@ -1,4 +1,4 @@
-"""Clustered statistics against brute force and SciPy; asking an image's question twice proves nothing more."""
+"""Clustered statistics against brute force and SciPy."""
 
 from itertools import product
 
@@ -19,15 +19,13 @@ def test_without_clusters_it_is_the_usual_standard_error(right: list[bool]) -> N
 
 
 @given(answers, st.integers(2, 5))
-def test_the_same_questions_asked_again_do_not_make_a_mean_more_certain(
-    given: list[tuple[int, bool]], times: int
-) -> None:
-    clusters, right = zip(*given, strict=True)
+def test_repeating_questions_keeps_the_standard_error(answered: list[tuple[int, bool]], times: int) -> None:
+    clusters, right = zip(*answered, strict=True)
     once = clustered_standard_error(right, clusters)
     assert clustered_standard_error(right * times, clusters * times) == pytest.approx(once, abs=1e-12)
 
 
-def test_questions_that_go_together_make_a_mean_less_certain() -> None:
+def test_correlated_questions_increase_the_standard_error() -> None:
     right = [True] * 10 + [False] * 10
     together = clustered_standard_error(right, [n // 5 for n in range(20)])
     assert together == pytest.approx(0.5 / np.sqrt(3))  # four images, each all right or all wrong
@@ -36,7 +34,7 @@ def test_questions_that_go_together_make_a_mean_less_certain() -> None:
 
 
 @given(st.lists(st.integers(-4, 4), max_size=9))
-def test_the_p_value_is_that_of_all_signs(differences: list[int]) -> None:
+def test_p_value_equals_enumeration_of_all_signs(differences: list[int]) -> None:
     sums = [
         sum(s * d for s, d in zip(signs, differences, strict=True))
         for signs in product((1, -1), repeat=len(differences))
@@ -51,10 +49,10 @@ def test_single_questions_give_the_exact_mcnemar_test(gained: int, lost: int, eq
 
 
 @given(st.lists(st.integers(-3, 3), max_size=12), st.integers(2, 5))
-def test_images_asked_more_often_prove_nothing_more(differences: list[int], times: int) -> None:
+def test_repeating_questions_keeps_the_p_value(differences: list[int], times: int) -> None:
     assert sign_flip_p_value([times * d for d in differences]) == pytest.approx(sign_flip_p_value(differences))
 
 
-def test_thousands_of_questions_are_tested_exactly_in_no_time() -> None:
+def test_thousands_of_questions_are_tested_quickly() -> None:
     assert sign_flip_p_value([3, -2] * 2000) == pytest.approx(0.0, abs=1e-12)
     assert sign_flip_p_value([3, -3] * 2000) == pytest.approx(0.5, abs=0.01)

@@ -21,7 +21,7 @@ def drawn(seeds: int, questions: int, images: int, gain: float, seed: int) -> tu
 
 
 @given(st.integers(2, 6), st.integers(0, 1000))
-def test_the_seeds_test_is_scipys_paired_t_test(seeds: int, seed: int) -> None:
+def test_seed_test_equals_scipys_paired_t_test(seeds: int, seed: int) -> None:
     better, than, image_Q = drawn(seeds, 40, 20, 0.1, seed)
     found = difference(better, than, image_Q, level=0.9)
     a, b = better.mean(1), than.mean(1)
@@ -35,7 +35,7 @@ def test_the_seeds_test_is_scipys_paired_t_test(seeds: int, seed: int) -> None:
 
 
 @given(st.integers(0, 1000), st.sampled_from([-0.3, 0.0, 0.3]))
-def test_the_images_test_is_that_of_all_signs_of_the_seeds_means(seed: int, gain: float) -> None:
+def test_image_test_equals_enumeration_of_all_signs(seed: int, gain: float) -> None:
     better, than, image_Q = drawn(3, 16, 8, gain, seed)
     mean_Q = better.mean(0) - than.mean(0)
     by_image = np.array([mean_Q[np.array(image_Q) == image].sum() for image in range(8)])
@@ -45,14 +45,14 @@ def test_the_images_test_is_that_of_all_signs_of_the_seeds_means(seed: int, gain
 
 
 @given(st.integers(0, 1000))
-def test_with_an_image_a_question_the_interval_is_the_usual_one(seed: int) -> None:
+def test_with_one_image_per_question_the_interval_is_the_usual_one(seed: int) -> None:
     better, than, _ = drawn(4, 30, 30, 0.2, seed)
     mean_Q = better.mean(0) - than.mean(0)
     expected = stats.t.interval(0.95, 29, mean_Q.mean(), stats.sem(mean_Q))
     assert difference(better, than, list(range(30))).image_interval == pytest.approx(expected, abs=1e-6)
 
 
-def test_questions_asked_twice_prove_nothing_more() -> None:
+def test_repeating_questions_changes_nothing() -> None:
     better, than, image_Q = drawn(3, 24, 12, 0.2, 5)
     once = difference(better, than, image_Q)
     twice = difference(np.tile(better, 2), np.tile(than, 2), image_Q * 2)
@@ -60,20 +60,20 @@ def test_questions_asked_twice_prove_nothing_more() -> None:
     assert twice.image_p_value == pytest.approx(once.image_p_value)
 
 
-def test_the_other_way_round_everything_is_mirrored() -> None:
+def test_swapping_the_arms_mirrors_the_result() -> None:
     better, than, image_Q = drawn(3, 24, 12, 0.2, 6)
     one, other = difference(better, than, image_Q), difference(than, better, image_Q)
     assert other.difference == -one.difference and other.p_value == pytest.approx(one.p_value)
     assert other.seed_interval == pytest.approx((-one.seed_interval[1], -one.seed_interval[0]))
 
 
-def test_arms_without_any_difference_show_none() -> None:
+def test_equal_arms_have_no_difference() -> None:
     same, _, image_Q = drawn(3, 24, 12, 0.2, 7)
     found = difference(same, same, image_Q)
     assert (found.difference, found.p_value, found.image_interval, found.seed_interval) == (0, 1, (0, 0), (0, 0))
 
 
-def test_under_no_difference_few_comparisons_are_significant() -> None:
+def test_false_positives_are_rare_without_a_difference() -> None:
     """Seeds and images vary, arms do not: the larger of two p-values errs on the safe side."""
     rng, found = np.random.default_rng(1), []
     for _ in range(200):
@@ -85,7 +85,7 @@ def test_under_no_difference_few_comparisons_are_significant() -> None:
 
 
 @pytest.mark.parametrize(("seeds", "images"), [(1, 4), (3, 1)])
-def test_what_shows_no_variation_is_refused(seeds: int, images: int) -> None:
+def test_too_few_seeds_or_images_are_refused(seeds: int, images: int) -> None:
     with pytest.raises(MastersError, match="2 seeds and 2 images"):
         difference(*drawn(seeds, 8, images, 0.1, 0))
 

@@ -1,7 +1,7 @@
 """The method's formulas in float64 NumPy, written from the paper's equations and not from the code under test.
 
-Shapes: T response tokens of a batch, V vocabulary, R responses of a batch, G responses of one question. Questions and
-responses are walked with plain loops, one after the other. Gradients are central differences.
+Shapes: T response tokens of a batch, V vocabulary, R responses of a batch, G responses to one question. Questions and
+responses are processed in plain loops. Gradients are central differences.
 """
 
 import math
@@ -55,14 +55,14 @@ def kl(p: Array, q: Array) -> Array:
 
 
 def jsd(student_TV: Array, teacher_TV: Array) -> Array:
-    """Eq. 4-5: D = 1/2 KL(P || M) + 1/2 KL(Q || M), M = (P + Q) / 2; an entry that one model lacks has no mass."""
+    """Eq. 4-5: D = 1/2 KL(P || M) + 1/2 KL(Q || M), M = (P + Q) / 2; an entry that a model lacks has probability 0."""
     width = max(student_TV.shape[1], teacher_TV.shape[1])
     q, p = (np.pad(softmax(x), ((0, 0), (0, width - x.shape[1]))) for x in (student_TV, teacher_TV))
     return 0.5 * kl(p, (p + q) / 2) + 0.5 * kl(q, (p + q) / 2)
 
 
 def kl_ablation(student_TV: Array, teacher_TV: Array) -> Array:
-    """KL(P || Q), of the teacher's distribution from the student's, over the entries that both have."""
+    """KL(P || Q) of teacher from student, over the entries that both have."""
     width = min(student_TV.shape[1], teacher_TV.shape[1])
     return kl(softmax(teacher_TV[:, :width]), softmax(student_TV[:, :width]))
 
@@ -74,15 +74,17 @@ def skewed(student_TV: Array, teacher_TV: Array) -> Array:
     return kl(p, 0.1 * p + 0.9 * q)
 
 
-def shared(d_G: Array, responses: list[tuple[int, ...]], valid_G: Array) -> Array:
-    """Responses with identical tokens (among those that take part) share one D, their mean."""
-    same = [[k for k in np.flatnonzero(valid_G) if responses[k] == own] for own in responses]
-    return np.array([d_G[k].mean() if valid_G[j] else d_G[j] for j, k in enumerate(same)])
+def share_divergence(d_G: Array, responses: list[tuple[int, ...]], valid_G: Array) -> Array:
+    """Replace D of valid responses by its mean over valid responses with identical tokens."""
+    identical = [[k for k in np.flatnonzero(valid_G) if responses[k] == tokens] for tokens in responses]
+    return np.array([d_G[k].mean() if valid_G[j] else d_G[j] for j, k in enumerate(identical)])
 
 
 def distillation_reward(d_G: Array, valid_G: Array, floors: tuple[float, float] = (1e-5, 0.0)) -> Array:
-    """Eq. 6-7: R_distill = (D_max - D_j) / (D_max - D_min) over those with a verdict; all 0 if D_max - D_min is noise:
-    up to floors[0] nats, or floors[1] times the mean."""
+    """Eq. 6-7: R_distill = (D_max - D_j) / (D_max - D_min) over responses with a verdict.
+
+    All are 0 if D_max - D_min is noise: up to floors[0] nats, or floors[1] times the mean.
+    """
     reward_G = np.zeros(len(d_G))
     if valid_G.any() and np.ptp(d_G[valid_G]) > max(floors[0], floors[1] * d_G[valid_G].mean()):
         reward_G[valid_G] = (d_G[valid_G].max() - d_G[valid_G]) / np.ptp(d_G[valid_G])
@@ -90,8 +92,10 @@ def distillation_reward(d_G: Array, valid_G: Array, floors: tuple[float, float] 
 
 
 def advantage(reward_G: Array, shift: float = 0.0) -> Array:
-    """Eq. 8-11: A = (R_j - mean R - shift) / std R, population std, over those with a verdict; all 0 up to a std of
-    1e-4."""
+    """Eq. 8-11: A = (R_j - mean R - shift) / std R, population std, over responses with a verdict.
+
+    All are 0 up to a std of 1e-4.
+    """
     valid_G, advantage_G = ~np.isnan(reward_G), np.zeros(len(reward_G))
     if valid_G.any() and reward_G[valid_G].std() > 1e-4:
         advantage_G[valid_G] = (reward_G[valid_G] - reward_G[valid_G].mean() - shift) / reward_G[valid_G].std()
@@ -107,22 +111,22 @@ def kl_to_reference(logp: Array, reference: Array, estimator: str = "k3") -> Arr
     return np.where(d > 1, math.e - 2 + (math.e - 1) * (d - 1), value) if estimator == "clipped" else value
 
 
-def before_the_first_difference(batch: "Batch") -> Array:
-    """Of each token: whether its response up to here is how a right response (R_acc >= 0.5) of its question begins."""
-    found = []
+def is_before_first_difference(batch: "Batch") -> Array:
+    """Whether a right response (R_acc >= 0.5) to the question begins with the response up to each token, [T]."""
+    is_before = []
     for responses, scores in zip(batch.questions, batch.scores, strict=True):
         right = [other for other, score in zip(responses, scores, strict=True) if score >= 0.5]
         for tokens in responses:
-            found += [any(other[:n] == tokens[:n] for other in right) for n in range(1, len(tokens) + 1)]
-    return np.array(found)
+            is_before += [any(other[:n] == tokens[:n] for other in right) for n in range(1, len(tokens) + 1)]
+    return np.array(is_before)
 
 
-def bounded(advantage: Array, logp_old: Array, batch: "Batch", negatives: str) -> Array:
-    """A token's advantage: A < 0 as it is, times min(1, pi_old / pi_ref), 0 before the first difference, or 0."""
+def bounded_advantage(advantage: Array, logp_old: Array, batch: "Batch", negatives: str) -> Array:
+    """Advantages of tokens: A < 0 is kept, times min(1, pi_old / pi_ref), 0 before the first difference, or 0."""
     weight = {
         "full": 1.0,
         "clipped": np.minimum(1, np.exp(logp_old - batch.reference_T)),
-        "first_difference": 1.0 - before_the_first_difference(batch),
+        "first_difference": 1.0 - is_before_first_difference(batch),
         "none": 0.0,
     }[negatives]
     return np.where(advantage < 0, advantage * weight, advantage)
@@ -136,11 +140,11 @@ def kl_term(logits_TV: Array, batch: "Batch", estimator: str) -> Array:
 
 
 def grpo(logp: Array, logp_old: Array, advantage: Array, kl_T: Array, beta: float) -> Array:
-    """Eq. 8-11, a token's term: -[ pi / pi_old A - beta D_KL(pi || pi_ref) ], pi_old a constant."""
+    """Eq. 8-11, the term of each token: -[ pi / pi_old A - beta D_KL(pi || pi_ref) ], pi_old a constant."""
     return -(np.exp(logp - logp_old) * advantage - beta * kl_T)
 
 
-def slope(function: Callable[[Array], Array], logits_TV: Array, step: float = 1e-5) -> Array:
+def numerical_gradient(function: Callable[[Array], Array], logits_TV: Array, step: float = 1e-5) -> Array:
     """d function_t / d logits_tv by central differences; token t's value depends on token t's logits only."""
     columns = []
     for direction in step * np.eye(logits_TV.shape[1]):
@@ -150,10 +154,10 @@ def slope(function: Callable[[Array], Array], logits_TV: Array, step: float = 1e
 
 @dataclass(frozen=True)
 class Batch:
-    """Questions with their responses' tokens and verdicts; rows of the logits go token by token in that order."""
+    """Questions with their responses' tokens and verdicts. Rows of the logits are response tokens in that order."""
 
     questions: list[list[tuple[int, ...]]]
-    scores: list[list[float]]  # NaN where there is no verdict
+    scores: list[list[float]]  # NaN without a verdict
     student_TV: Array
     teacher_TV: Array
     reference_TV: Array  # logits of pi_ref
@@ -174,35 +178,38 @@ class Result:
     gradient_TV: Array  # of the loss with respect to the student's logits
     divergence_R: Array
     distill_R: Array
-    reward_R: Array  # R_acc + R_distill, NaN where there is no verdict
+    reward_R: Array  # R_acc + R_distill, NaN without a verdict
     advantage_R: Array
     kl_R: Array
 
     def question_sum(self, value_R: Array, batch: Batch) -> float:
         """Sum over questions of the mean over a question's responses."""
-        total, at = 0.0, 0
+        total, start = 0.0, 0
         for responses in batch.questions:
-            total += value_R[at : at + len(responses)].mean()
-            at += len(responses)
+            total += value_R[start : start + len(responses)].mean()
+            start += len(responses)
         return total
 
 
-def spans(batch: Batch) -> list[list[slice]]:
-    """Per question the tokens of each of its responses."""
-    at, found = 0, []
+def token_spans(batch: Batch) -> list[list[slice]]:
+    """The tokens of each response, by question."""
+    start, by_question = 0, []
     for responses in batch.questions:
-        found.append([])
+        by_question.append([])
         for tokens in responses:
-            found[-1].append(slice(at, at + len(tokens)))
-            at += len(tokens)
-    return found
+            by_question[-1].append(slice(start, start + len(tokens)))
+            start += len(tokens)
+    return by_question
 
 
 def fine_tuning(batch: Batch) -> tuple[float, Array]:
-    """- log pi, mean over a right response's tokens and a question's right responses (R_acc >= 0.5), summed over
-    questions, none of which counts without a right response; and its gradient, [T, V]."""
+    """Fine-tuning on right responses (R_acc >= 0.5): the loss and its gradient, [T, V].
+
+    The loss is -log pi, mean over a right response's tokens and over a question's right responses, summed over
+    questions. A question without a right response does not count.
+    """
     share_T = np.zeros(len(batch.token_T))
-    for tokens, scores in zip(spans(batch), batch.scores, strict=True):
+    for tokens, scores in zip(token_spans(batch), batch.scores, strict=True):
         right = [t for t, score in zip(tokens, scores, strict=True) if score >= 0.5]
         for t in right:
             share_T[t] = 1 / (t.stop - t.start) / len(right)
@@ -210,7 +217,7 @@ def fine_tuning(batch: Batch) -> tuple[float, Array]:
     def terms(logits_TV: Array) -> Array:
         return -log_pi(logits_TV, batch.token_T)
 
-    return (share_T * terms(batch.student_TV)).sum(), share_T[:, None] * slope(terms, batch.student_TV)
+    return (share_T * terms(batch.student_TV)).sum(), share_T[:, None] * numerical_gradient(terms, batch.student_TV)
 
 
 def objective(
@@ -222,15 +229,17 @@ def objective(
 ) -> Result:
     """Eq. 4-11: w L_GRPO + D, mean over a response's tokens and a question's responses, summed over questions.
 
-    Rewards and advantages are constants in the gradient. `weight_R` weighs responses (default: all alike). `taught`
-    says which responses of a question are a teacher's.
+    Rewards and advantages are constants in the gradient. `weight_R`: weights of responses (default: all
+    equal). `taught`: whether response j to a question is a teacher's.
     """
     measure = {"jsd": jsd, "kl": kl_ablation, "skew": skewed}[train.divergence]
     logp_T, divergence_T = log_pi(batch.student_TV, batch.token_T), measure(batch.student_TV, batch.teacher_TV)
     floors = (rewards.distillation_floor, rewards.distillation_relative_floor)
     d, distill, reward, adv, share_T, advantage_T = [], [], [], [], np.zeros(len(logp_T)), np.zeros(len(logp_T))
     trust_T = np.zeros(len(logp_T))
-    for q, (responses, scores, tokens) in enumerate(zip(batch.questions, batch.scores, spans(batch), strict=True)):
+    for q, (responses, scores, tokens) in enumerate(
+        zip(batch.questions, batch.scores, token_spans(batch), strict=True)
+    ):
         verdicts = [x for j, x in enumerate(scores) if taught(q, j) and not math.isnan(x)]
         for t in tokens:
             trust_T[t] = np.mean([x >= 0.5 for x in verdicts]) if verdicts else 1.0
@@ -238,7 +247,7 @@ def objective(
         if rewards.accuracy == "off":
             score_G = np.zeros(len(responses))
         valid_G = ~np.isnan(score_G)
-        same_G = shared(d_G, responses, valid_G)
+        same_G = share_divergence(d_G, responses, valid_G)
         distill_G = {
             "minmax": distillation_reward(same_G, valid_G, floors),
             "raw": np.where(valid_G, -same_G, 0.0),
@@ -252,7 +261,7 @@ def objective(
             share_T[t], advantage_T[t] = weight / (t.stop - t.start) / len(responses), a
             adv.append(a)
         d, distill, reward = [*d, *d_G], [*distill, *distill_G], [*reward, *reward_G]
-    advantage_T = bounded(advantage_T, logp_T, batch, train.negatives)
+    advantage_T = bounded_advantage(advantage_T, logp_T, batch, train.negatives)
 
     def terms(logits_TV: Array) -> Array:
         pi_T = log_pi(logits_TV, batch.token_T)
@@ -262,7 +271,10 @@ def objective(
             return (1 - trust_T) * train.reward_weight * rewarded_T + trust_T * divergent_T
         return train.reward_weight * rewarded_T + divergent_T
 
-    loss, gradient_TV = (share_T * terms(batch.student_TV)).sum(), share_T[:, None] * slope(terms, batch.student_TV)
+    loss, gradient_TV = (
+        (share_T * terms(batch.student_TV)).sum(),
+        share_T[:, None] * numerical_gradient(terms, batch.student_TV),
+    )
     k_T = kl_term(batch.student_TV, batch, train.kl)
-    k = [k_T[t].mean() for tokens in spans(batch) for t in tokens]
+    k = [k_T[t].mean() for tokens in token_spans(batch) for t in tokens]
     return Result(loss, gradient_TV, *(np.array(x) for x in (d, distill, reward, adv, k)))

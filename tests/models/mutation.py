@@ -15,9 +15,18 @@ from masters.models.training import first_difference, objective, oom_retry, trai
 from masters.rewards import advantages, distillation
 
 MODULES = (
-    first_difference, oom_retry, formulas, masking, objective, packed_batch, mask_schedule, trainer, prefix_tree,
-    advantages, distillation,
-)  # fmt: skip
+    first_difference,
+    oom_retry,
+    formulas,
+    masking,
+    objective,
+    packed_batch,
+    mask_schedule,
+    trainer,
+    prefix_tree,
+    advantages,
+    distillation,
+)
 Edit = tuple[ModuleType, str, str, str]  # module, function, piece of its source, what takes its place
 
 

@@ -1,4 +1,4 @@
-"""Each family's checkpoints are masked, whatever their files call their tensors."""
+"""Checkpoints of every family are masked, with older and newer tensor names in their files."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from demo import families
-from masters.models.masking import apply_mask, group_thresholds, magnitude_thresholds, iterate_tensors
+from masters.models.masking import apply_mask, group_thresholds, iterate_tensors, magnitude_thresholds
 from masters.models.model_loading import load_model, remask
 from tests.models.family_questions import load_masked
 
@@ -22,10 +22,10 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("newer_names", [False, True])
-def test_a_checkpoint_is_masked_whatever_its_files_call_its_tensors(
+def test_a_checkpoint_is_masked_with_older_and_newer_tensor_names(
     folder: Path, newer_names: bool, tmp_path: Path
 ) -> None:
-    """Qwen2.5-VL's and InternVL's files keep names from before their models were nested as they are now."""
+    """Qwen2.5-VL's and InternVL's files keep names from before transformers nested their models."""
     plain = load_model(folder, "bfloat16")
     if newer_names:
         for file in folder.iterdir():
@@ -40,6 +40,6 @@ def test_a_checkpoint_is_masked_whatever_its_files_call_its_tensors(
         threshold = magnitude_thresholds(before, [RATIO])[0] if name in hidden else 0.0
         assert torch.equal(after, apply_mask(before, threshold)), name
     storage = [parameter.data_ptr() for parameter in masked.parameters()]
-    remask(masked, folder, {r["tensor"]: 0.0 for r in rows})  # lifted, in the same storage
+    remask(masked, folder, {r["tensor"]: 0.0 for r in rows})  # unmasked again, in the same storage
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), masked.parameters(), strict=True))
     assert storage == [parameter.data_ptr() for parameter in masked.parameters()]

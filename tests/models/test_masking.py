@@ -18,9 +18,9 @@ from masters.models.masking import (
     apply_mask,
     group_thresholds,
     is_masked,
+    iterate_tensors,
     magnitude_thresholds,
     mask_group,
-    iterate_tensors,
 )
 from masters.store import tables
 from tests.models import float64_reference
@@ -62,7 +62,7 @@ def test_thresholds_equal_the_sorted_reference(dtype: torch.dtype) -> None:
 
 
 @dtypes
-def test_thresholds_across_counting_pieces(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thresholds_across_chunks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masking, "CHUNK", 64)
     weight = awkward(dtype)["normal"]
     assert magnitude_thresholds(weight, MANY) == sorted_reference(weight, MANY)
@@ -88,12 +88,12 @@ def test_the_rank_has_no_float_error(percent: int) -> None:
 
 @dtypes
 @pytest.mark.parametrize("bad", [[1.0, math.nan], []])
-def test_nan_and_nothing_are_refused(dtype: torch.dtype, bad: list[float]) -> None:
+def test_nan_and_empty_tensors_are_refused(dtype: torch.dtype, bad: list[float]) -> None:
     with pytest.raises(ValueError, match=r"NaN|empty"):
         magnitude_thresholds(torch.tensor(bad, dtype=dtype), RATIOS)
 
 
-def test_other_input_is_refused() -> None:
+def test_other_types_and_ratios_are_refused() -> None:
     with pytest.raises(ValueError, match="int8"):
         magnitude_thresholds(torch.ones(3, dtype=torch.int8), RATIOS)
     for ratio in (-0.1, 1.1, math.nan):
@@ -102,7 +102,7 @@ def test_other_input_is_refused() -> None:
 
 
 @dtypes
-def test_the_mask_keeps_what_reaches_the_threshold(dtype: torch.dtype) -> None:
+def test_the_mask_keeps_weights_at_the_threshold(dtype: torch.dtype) -> None:
     weight = torch.tensor([[-3.0, 2.0], [-1.0, 0.5]], dtype=dtype)
     before = weight.clone()
     masked = apply_mask(weight, 1.0)
@@ -114,7 +114,7 @@ def test_the_mask_keeps_what_reaches_the_threshold(dtype: torch.dtype) -> None:
 
 
 @given(st.lists(bits32, min_size=1, max_size=60), st.lists(st.integers(0, 100), min_size=2, max_size=5))
-def test_masks_are_nested_and_are_the_references(bits: list[int], percents: list[int]) -> None:
+def test_masks_are_nested_and_equal_the_reference(bits: list[int], percents: list[int]) -> None:
     weight = torch.from_numpy(np.array(bits, dtype=np.uint32).view(np.float32))
     ratios, zeroed = [p / 100 for p in sorted(percents)], torch.zeros(len(bits), dtype=torch.bool)
     for limit in magnitude_thresholds(weight, ratios):
@@ -139,7 +139,7 @@ def test_masks_are_nested_and_zero_their_share(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", families.NAMES)
-def test_masked_are_the_linear_and_convolution_weights(name: str, tied: bool, tmp_path: Path) -> None:
+def test_linear_and_convolution_weights_are_masked(name: str, tied: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     _, model = families.build(name, tied)
     for parameter in model.parameters():  # constants (norms of ones) would not tell one tensor from another
@@ -184,7 +184,7 @@ def test_is_masked_by_name(name: str, dimensions: int, masked: bool) -> None:
     assert is_masked(name, dimensions) is masked
 
 
-def test_exclude_is_a_pattern() -> None:
+def test_exclude_takes_patterns() -> None:
     name = "model.language_model.layers.0.mlp.gate_proj.weight"
     assert is_masked(name, 2, (r"self_attn",))
     assert not is_masked(name, 2, (r"mlp\.gate",))
@@ -227,9 +227,12 @@ def test_group_thresholds(dtype: torch.dtype, granularity: str, tmp_path: Path) 
 
 
 MASKED = [
-    "model.layers.0.mlp.weight", "model.layers.0.q_proj.weight", "model.layers.1.mlp.weight",
-    "model.merger.fc1.weight", "model.patch_embed.proj.weight",
-]  # fmt: skip
+    "model.layers.0.mlp.weight",
+    "model.layers.0.q_proj.weight",
+    "model.layers.1.mlp.weight",
+    "model.merger.fc1.weight",
+    "model.patch_embed.proj.weight",
+]
 
 
 def network(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -247,7 +250,7 @@ def network(dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("granularity", "passes"), [("matrix", (1, 1)), ("block", (2, 3)), ("global", (2, 3))])
-def test_passes_over_the_data(granularity: str, passes: tuple[int, int]) -> None:
+def test_number_of_reads_of_the_checkpoint(granularity: str, passes: tuple[int, int]) -> None:
     """Of 16-bit and 32-bit floats; with a threshold a matrix everything is done while a tensor is held."""
     opened = []
 
@@ -260,7 +263,7 @@ def test_passes_over_the_data(granularity: str, passes: tuple[int, int]) -> None
     assert [opened.count(dtype) for dtype in (torch.bfloat16, torch.float32)] == list(passes)
 
 
-def test_group_thresholds_names_the_tensor_at_fault() -> None:
+def test_group_thresholds_errors_name_the_tensor() -> None:
     good, bad = torch.ones(2, 2), torch.full((2, 2), math.nan)
     with pytest.raises(ValueError, match=r"b\.weight.*NaN"):
         group_thresholds(lambda: [("a.weight", good), ("b.weight", bad)], RATIOS, "matrix")

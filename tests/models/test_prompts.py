@@ -1,4 +1,4 @@
-"""Prompts are counted as the processor makes them, and an engine sets aside the ones that it cannot take."""
+"""Prompt lengths equal the processor's, and an engine leaves out prompts that are too long."""
 
 import io
 from dataclasses import replace
@@ -28,8 +28,8 @@ def png(width: int, height: int) -> bytes:
     return buffer.getvalue()
 
 
-def keeps_large_images(folder: Path):
-    """The family's tiny model with a processor that shrinks an image no further than a published one."""
+def processor_for_large_images(folder: Path):
+    """The tiny model's processor, with the image size limit of published processors."""
     processor = AutoProcessor.from_pretrained(folder)
     if hasattr(processor.image_processor, "max_patches"):
         processor.image_processor.max_patches = 12
@@ -39,9 +39,9 @@ def keeps_large_images(folder: Path):
 
 
 @pytest.mark.parametrize("name", families.NAMES)
-def test_tokens_are_counted_as_the_processor_makes_them(name: str, tmp_path: Path) -> None:
+def test_counted_tokens_equal_the_processors(name: str, tmp_path: Path) -> None:
     folder = families.save(name, tmp_path / "model", ["what shape is it?"])
-    for processor in (AutoProcessor.from_pretrained(folder), keeps_large_images(folder)):
+    for processor in (AutoProcessor.from_pretrained(folder), processor_for_large_images(folder)):
         count, seen = PromptLengthCounter(processor), set()
         cases = [(size, "what?") for size in SIZES] + [((64, 64), each) for each in QUESTIONS]
         for size, question in cases:
@@ -52,31 +52,36 @@ def test_tokens_are_counted_as_the_processor_makes_them(name: str, tmp_path: Pat
     assert max(seen) > 2000
 
 
-def answered(folder: Path, requests: list[Request], runtime: Runtime) -> list[list[Reply]]:
+def generate(folder: Path, requests: list[Request], runtime: Runtime) -> list[list[Reply]]:
     with Engine(folder, "float32", runtime) as engine:
         return engine.generate(requests, SAMPLING)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
-def test_an_engine_sets_aside_what_it_cannot_take_and_answers_the_rest(name: str, tmp_path: Path) -> None:
+def test_an_engine_leaves_out_prompts_that_are_too_long(name: str, tmp_path: Path) -> None:
     folder = families.save(name, tmp_path / "model", ["what shape is it?"])
-    processor = keeps_large_images(folder)
+    processor = processor_for_large_images(folder)
     processor.save_pretrained(folder)
     small, large = png(64, 64), png(1000, 800)
-    whole = len(model_inputs(processor, "?", small)["input_ids"][0])
-    fitting = "a" * (256 - SAMPLING.max_tokens - whole) + "?"  # to the last token, as no text has such a merge
-    asked = [
-        Request(small, "what shape is it?", 2, 1), Request(large, "what shape is it?", 2, 1),
-        Request(small, "👩‍👩‍👧‍👦" * 100, 3, 1), Request(small, fitting, 1, 1), Request(small, "a" + fitting, 1, 1),
-    ]  # fmt: skip
-    found = call_in_process(answered, folder, asked, Runtime(max_model_len=256))
+    prompt_tokens = len(model_inputs(processor, "?", small)["input_ids"][0])
+    fitting = (
+        "a" * (256 - SAMPLING.max_tokens - prompt_tokens) + "?"
+    )  # exactly fits: the tokenizer merges no run of "a"
+    requests = [
+        Request(small, "what shape is it?", 2, 1),
+        Request(large, "what shape is it?", 2, 1),
+        Request(small, "👩‍👩‍👧‍👦" * 100, 3, 1),
+        Request(small, fitting, 1, 1),
+        Request(small, "a" + fitting, 1, 1),
+    ]
+    found = call_in_process(generate, folder, requests, Runtime(max_model_len=256))
     too_long = Reply([], [], "", PROMPT_TOO_LONG)
-    assert [len(replies) for replies in found] == [request.samples for request in asked]
+    assert [len(replies) for replies in found] == [request.samples for request in requests]
     assert (found[1], found[2], found[4]) == ([too_long] * 2, [too_long] * 3, [too_long])
-    for request, replies in ((asked[0], found[0]), (asked[3], found[3])):
+    for request, replies in ((requests[0], found[0]), (requests[3], found[3])):
         made = model_inputs(processor, request.question, request.image)["input_ids"][0].tolist()
         assert all(reply.prompt_token_ids == made and reply.response_token_ids for reply in replies)
     assert len(found[3][0].prompt_token_ids) == 256 - SAMPLING.max_tokens
-    alone = call_in_process(answered, folder, [replace(asked[1], samples=1)], Runtime(max_model_len=256))
-    assert alone == [[too_long]]  # also an engine that can ask nothing says so
+    alone = call_in_process(generate, folder, [replace(requests[1], samples=1)], Runtime(max_model_len=256))
+    assert alone == [[too_long]]  # also if no request fits

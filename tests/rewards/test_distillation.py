@@ -1,4 +1,4 @@
-"""R_distill against Eq. 6-7 in NumPy. G responses of one question."""
+"""R_distill against Eq. 6-7 in NumPy. Shapes: G responses to one question."""
 
 import math
 
@@ -25,7 +25,7 @@ def test_reverse_min_max(divergence: list[float]) -> None:
 
 
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
-def test_by_hand_from_any_kind_of_sequence(kind) -> None:
+def test_example_with_lists_arrays_and_tensors(kind) -> None:
     found = distillation_rewards(kind([0.1, 0.3, 0.2, 0.5]))
     assert isinstance(found, torch.Tensor)
     np.testing.assert_allclose(found.numpy(), [1.0, 0.5, 0.75, 0.0], rtol=1e-6)
@@ -40,7 +40,7 @@ def test_a_spread_just_above_the_noise_is_rewarded() -> None:
     assert distillation_rewards(np.array([0.0, 1.1e-5])).tolist() == [1.0, 0.0]
 
 
-def test_a_response_without_a_verdict_takes_no_part() -> None:
+def test_a_response_without_a_verdict_does_not_count() -> None:
     valid_G = [True, False, True, True, False]
     found = distillation_rewards(np.array([0.2, 0.0, 0.4, 0.3, 0.9]), valid_G)
     np.testing.assert_allclose(found.numpy(), [1.0, 0.0, 0.0, 0.5, 0.0])
@@ -48,7 +48,7 @@ def test_a_response_without_a_verdict_takes_no_part() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_divergence_that_is_no_number_takes_no_part(bad: float) -> None:
+def test_a_divergence_that_is_not_finite_does_not_count(bad: float) -> None:
     found = distillation_rewards(np.array([0.2, bad, 0.4, 0.3]))
     np.testing.assert_allclose(found.numpy(), [1.0, 0.0, 0.0, 0.5])
     assert raw_distillation_rewards(np.array([0.25, bad])).tolist() == [-0.25, 0.0]
@@ -59,13 +59,13 @@ def test_identical_responses_share_their_mean() -> None:
     d_G, sequence_id_G = np.array([0.1, 0.5, 0.2, 0.6]), [0, 1, 0, 2]
     found = distillation_rewards(d_G, sequence_id_G=sequence_id_G).numpy()
     everyone = np.ones(4, bool)
-    d_G = float64_reference.shared(d_G, [(0,), (1,), (0,), (2,)], everyone)
+    d_G = float64_reference.share_divergence(d_G, [(0,), (1,), (0,), (2,)], everyone)
     np.testing.assert_allclose(d_G, [0.15, 0.5, 0.15, 0.6])
     np.testing.assert_allclose(found, float64_reference.distillation_reward(d_G, everyone))
     assert not distillation_rewards(d_G, sequence_id_G=[0, 0, 0, 0]).any()
 
 
-def test_sharing_is_among_those_that_take_part() -> None:
+def test_only_responses_that_count_share_a_mean() -> None:
     found = distillation_rewards(np.array([0.1, math.nan, 0.3, 0.5]), sequence_id_G=[0, 0, 1, 2])
     np.testing.assert_allclose(found.numpy(), [1.0, 0.0, 0.5, 0.0])
 
@@ -76,7 +76,7 @@ def test_raw_is_the_negative_divergence() -> None:
 
 
 @pytest.mark.parametrize("rewards", [distillation_rewards, raw_distillation_rewards])
-def test_nothing_has_a_gradient_and_the_input_stays(rewards) -> None:
+def test_results_have_no_gradient_and_inputs_are_unchanged(rewards) -> None:
     d_G = torch.tensor([0.1, 0.5, 0.3], requires_grad=True)
     assert not rewards(d_G, sequence_id_G=[0, 0, 1]).requires_grad
     assert torch.equal(d_G.detach(), torch.tensor([0.1, 0.5, 0.3]))

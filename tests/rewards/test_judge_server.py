@@ -1,4 +1,4 @@
-"""A judge behind a URL: retries, time-outs, what is final and what is asked again, how many requests at a time."""
+"""A judge behind a URL: retries, time-outs, final and temporary failures, bounded concurrency."""
 
 import pytest
 
@@ -22,86 +22,86 @@ def ask(server: ServerJudge, count: int = 1) -> list[tuple[str, str]]:
 
 def test_verdicts_over_http(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTERS_JUDGE_API_KEY", "sesame\n")
-    with serve() as there, ServerJudge(there.url, None) as server:
+    with serve() as fake, ServerJudge(fake.url, None) as server:
         verdicts = judge_triples(server, TRIPLES)
     assert [(v.score, v.status, v.reading) for v in verdicts] == [(1, "ok", "1"), (0, "ok", "0"), (0, "ok", "0")]
-    assert there.keys == {"Bearer sesame"}
-    assert {call["model"] for call in there.asked} == {"exact-match"}  # the server's own, as none was configured
-    assert {call["temperature"] for call in there.asked} == {0}
-    assert {call["max_tokens"] for call in there.asked} == {256, 8}
+    assert fake.keys == {"Bearer sesame"}
+    assert {call["model"] for call in fake.asked} == {"exact-match"}  # listed by the server, as none is configured
+    assert {call["temperature"] for call in fake.asked} == {0}
+    assert {call["max_tokens"] for call in fake.asked} == {256, 8}
 
 
-@pytest.mark.parametrize(("models", "configured", "asked"), [(("a", "b"), "b", "b"), ((), None, "default")])
-def test_the_configured_model_or_the_servers_default_is_asked(
-    models: tuple[str, ...], configured: str | None, asked: str
+@pytest.mark.parametrize(("models", "configured", "expected"), [(("a", "b"), "b", "b"), ((), None, "default")])
+def test_requests_name_the_configured_or_listed_model(
+    models: tuple[str, ...], configured: str | None, expected: str
 ) -> None:
-    with serve(models=models) as there:
-        assert ask(ServerJudge(there.url, configured))[0][0] == "ok"
-    assert {call["model"] for call in there.asked} == {asked}
+    with serve(models=models) as fake:
+        assert ask(ServerJudge(fake.url, configured))[0][0] == "ok"
+    assert {call["model"] for call in fake.asked} == {expected}
 
 
-def test_errors_of_the_server_are_retried() -> None:
+def test_server_errors_are_retried() -> None:
     replies = [(500, b"{}"), (503, b"busy"), (429, b"{}")]
-    with serve(say=lambda user: replies.pop(0) if replies else (200, verdict(user))) as there:
-        assert ask(ServerJudge(there.url, "m", retries=3))[0][0] == "ok"
-    assert len(there.asked) == 4
+    with serve(say=lambda user: replies.pop(0) if replies else (200, verdict(user))) as fake:
+        assert ask(ServerJudge(fake.url, "m", retries=3))[0][0] == "ok"
+    assert len(fake.asked) == 4
 
 
-def test_an_error_that_stays_is_a_failure() -> None:
-    with serve(say=lambda _: (500, b'{"error": {"message": "out of memory"}}')) as there:
-        ((status, text),) = ask(ServerJudge(there.url, "m", retries=1))
-    assert (status, len(there.asked)) == ("judge_failed", 2)
+def test_a_persistent_error_is_a_failure() -> None:
+    with serve(say=lambda _: (500, b'{"error": {"message": "out of memory"}}')) as fake:
+        ((status, text),) = ask(ServerJudge(fake.url, "m", retries=1))
+    assert (status, len(fake.asked)) == ("judge_failed", 2)
     assert "500" in text and "out of memory" in text
 
 
 @pytest.mark.parametrize(("code", "status"), [(400, "refused"), (413, "refused"), (401, "judge_failed")])
-def test_what_asking_again_cannot_change_is_asked_once(code: int, status: str) -> None:
-    with serve(say=lambda _: (code, b"{}")) as there:
-        assert ask(ServerJudge(there.url, "m"))[0][0] == status
-    assert len(there.asked) == 1
+def test_client_errors_are_not_retried(code: int, status: str) -> None:
+    with serve(say=lambda _: (code, b"{}")) as fake:
+        assert ask(ServerJudge(fake.url, "m"))[0][0] == status
+    assert len(fake.asked) == 1
 
 
 def test_a_judge_that_times_out_gives_judge_failed() -> None:
-    with serve(say=lambda _: (200, 2.0)) as there:
-        ((status, text),) = ask(ServerJudge(there.url, "m", timeout=0.2, retries=1))
-    assert (status, len(there.asked)) == ("judge_failed", 2)
+    with serve(say=lambda _: (200, 2.0)) as fake:
+        ((status, text),) = ask(ServerJudge(fake.url, "m", timeout=0.2, retries=1))
+    assert (status, len(fake.asked)) == ("judge_failed", 2)
     assert "APITimeoutError" in text
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>hello</html>", b"[]", b"{}", b'"1"', b'{"choices": []}', b"\xff\xfe"])
-def test_what_is_no_chat_completion_is_a_failure(body: bytes) -> None:
-    with serve(say=lambda _: (200, body)) as there:
-        assert ask(ServerJudge(there.url, "m", retries=0))[0][0] == "judge_failed"
+def test_a_body_without_a_chat_completion_is_a_failure(body: bytes) -> None:
+    with serve(say=lambda _: (200, body)) as fake:
+        assert ask(ServerJudge(fake.url, "m", retries=0))[0][0] == "judge_failed"
 
 
-def test_text_of_no_sense_is_a_parse_failure() -> None:
-    with serve(say=lambda _: (200, "\u2603 <answer>maybe</answer>")) as there, ServerJudge(there.url, "m") as server:
+def test_a_reply_without_a_score_is_a_parse_failure() -> None:
+    with serve(say=lambda _: (200, "\u2603 <answer>maybe</answer>")) as fake, ServerJudge(fake.url, "m") as server:
         assert {(v.score, v.status) for v in judge_triples(server, TRIPLES)} == {(None, "parse_failed")}
 
 
-def test_an_answer_cut_at_the_limit_says_so() -> None:
-    with serve(say=lambda _: (200, "it goes on [cut]")) as there:
-        assert ask(ServerJudge(there.url, "m"))[0] == ("cut_off", "it goes on [cut]")
+def test_a_reply_cut_at_the_token_limit_has_its_own_status() -> None:
+    with serve(say=lambda _: (200, "it goes on [cut]")) as fake:
+        assert ask(ServerJudge(fake.url, "m"))[0] == ("cut_off", "it goes on [cut]")
 
 
-def test_requests_at_a_time_are_bounded() -> None:
-    with serve(say=lambda _: (200, 0.1)) as there:
-        assert len(ask(ServerJudge(there.url, "m", requests=3), count=12)) == 12
-    assert 2 <= there.most_at_once <= 3
+def test_concurrent_requests_are_bounded() -> None:
+    with serve(say=lambda _: (200, 0.1)) as fake:
+        assert len(ask(ServerJudge(fake.url, "m", requests=3), count=12)) == 12
+    assert 2 <= fake.most_at_once <= 3
 
 
-def test_a_judge_that_is_down_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_requests_after_many_failures_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge_server, "MAX_CONSECUTIVE_FAILURES", 4)
-    with serve(say=lambda _: (500, b"{}")) as there:
-        answers = ask(ServerJudge(there.url, "m", requests=1, retries=0), count=10)
-    assert len(there.asked) == 4
+    with serve(say=lambda _: (500, b"{}")) as fake:
+        answers = ask(ServerJudge(fake.url, "m", requests=1, retries=0), count=10)
+    assert len(fake.asked) == 4
     assert {status for status, _ in answers} == {"judge_failed"}
     assert "not asked after 4 failures in a row (HTTP 500" in answers[-1][1]
 
 
 def test_a_judge_url_without_a_server_gives_judge_failed() -> None:
-    with serve() as there:
-        url = there.url
+    with serve() as fake:
+        url = fake.url
     ((status, text),) = ask(ServerJudge(url, None, retries=0))
     assert status == "judge_failed"
     assert "APIConnectionError" in text
@@ -110,21 +110,31 @@ def test_a_judge_url_without_a_server_gives_judge_failed() -> None:
 @pytest.mark.parametrize(
     ("url", "base"),
     [
-        ("http://host:8000", "http://host:8000/v1"), ("https://host/", "https://host/v1"),
-        ("http://host/api/v3/", "http://host/api/v3"), ("http://[::1]:80/v1", "http://[::1]:80/v1"),
+        ("http://host:8000", "http://host:8000/v1"),
+        ("https://host/", "https://host/v1"),
+        ("http://host/api/v3/", "http://host/api/v3"),
+        ("http://[::1]:80/v1", "http://[::1]:80/v1"),
         ("HTTP://host/v1/chat/completions", "http://host/v1"),
     ],
-)  # fmt: skip
-def test_base_url_of_a_judges_api(url: str, base: str) -> None:
+)
+def test_base_url_of_the_api(url: str, base: str) -> None:
     assert api_base_url(url) == base
 
 
 @pytest.mark.parametrize(
     "url",
-    ["http://", "http:host", "http://host:port", "http://[::1", "http://host:99999", "http://host/v1?key=1",
-     "http://ho st", "http://user:secret@host/v1"],
-)  # fmt: skip
-def test_a_malformed_url_is_refused_without_telling_secrets(url: str) -> None:
+    [
+        "http://",
+        "http:host",
+        "http://host:port",
+        "http://[::1",
+        "http://host:99999",
+        "http://host/v1?key=1",
+        "http://ho st",
+        "http://user:secret@host/v1",
+    ],
+)
+def test_a_malformed_url_is_refused_without_showing_secrets(url: str) -> None:
     with pytest.raises(InputError, match=r"rewards\.judge") as error:
         api_base_url(url)
     assert "secret" not in str(error.value)

@@ -1,4 +1,4 @@
-"""The rule-based verdict: what counts as the same answer."""
+"""Exact match after normalization."""
 
 import pytest
 from hypothesis import given

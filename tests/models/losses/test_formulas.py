@@ -1,4 +1,4 @@
-"""The losses against float64 NumPy. T tokens, V vocabulary, R responses."""
+"""The losses against float64 NumPy. Shapes: T tokens, V vocabulary, R responses."""
 
 import math
 
@@ -24,7 +24,7 @@ from tests.models.float64_reference import jsd, kl, softmax
 from tests.models.float64_reference import kl_to_reference as kl_estimate
 
 LOSSES = [jensen_shannon, kl_divergence, skew_divergence]
-AGAINST = [*LOSSES, exact_kl]  # what a student's distribution is compared with another's by
+COMPARISONS = [*LOSSES, exact_kl]
 ESTIMATORS = ["k3", "clipped", "squared"]
 logit = st.floats(-1e4, 1e4, width=32)
 
@@ -55,14 +55,14 @@ def test_jensen_shannon_by_hand() -> None:
     np.testing.assert_allclose(found.numpy(), [-m - math.log(2) / 2, math.log(2)], rtol=1e-6)
 
 
-def test_kl_is_of_the_teacher_from_the_student() -> None:
+def test_kl_divergence_is_kl_of_teacher_from_student() -> None:
     student, teacher = logits(7, 50), logits(7, 50, seed=1)
     p, q = softmax(teacher.double().numpy()), softmax(student.double().numpy())
     np.testing.assert_allclose(kl_divergence(student, teacher).numpy(), kl(p, q), rtol=1e-5)
     assert np.abs(kl(p, q) - kl(q, p)).min() > 1e-3  # the direction shows
 
 
-def test_kl_is_over_the_shared_vocabulary() -> None:
+def test_kl_divergence_is_over_the_shared_vocabulary() -> None:
     student, teacher = logits(7, 50), logits(7, 61, seed=1)
     assert torch.equal(kl_divergence(student, teacher), kl_divergence(student, teacher[:, :50]))
     assert torch.equal(kl_divergence(teacher, student), kl_divergence(teacher[:, :50], student))
@@ -97,8 +97,8 @@ def test_no_nan_with_padding_and_infinite_logits(loss, widths: tuple[int, int]) 
     assert student.grad[1:].abs().sum(-1).gt(0).all()
 
 
-@pytest.mark.parametrize("loss", AGAINST)
-def test_gradient_is_the_students_alone(loss) -> None:
+@pytest.mark.parametrize("loss", COMPARISONS)
+def test_only_the_student_has_a_gradient(loss) -> None:
     student, teacher = logits(3, 6).requires_grad_(), logits(3, 6, seed=1).requires_grad_()
     loss(student, teacher).sum().backward()
     assert teacher.grad is None
@@ -112,7 +112,7 @@ def test_gradient_is_the_students_alone(loss) -> None:
         assert math.isclose(student.grad[t, v].item(), (ends[0] - ends[1]) / (2 * step), rel_tol=2e-2, abs_tol=2e-4)
 
 
-@pytest.mark.parametrize("loss", AGAINST)
+@pytest.mark.parametrize("loss", COMPARISONS)
 def test_sixteen_bit_logits_are_summed_in_float32(loss) -> None:
     student, teacher = logits(3, 400).bfloat16(), logits(3, 400, seed=1).bfloat16()
     assert loss(student, teacher).dtype == torch.float32
@@ -137,10 +137,8 @@ def test_kl_to_reference(estimator: str, rows: list[tuple[float, float]]) -> Non
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @given(st.floats(-80, 0, width=32), st.floats(-80, 0, width=32))
-def test_kl_to_reference_pulls_to_the_reference_and_only_k3_without_bound(
-    estimator: str, logp: float, reference: float
-) -> None:
-    """Whatever token is stored: the slope of "clipped" is at most e - 1, that of "squared" at most |d|."""
+def test_derivative_of_kl_to_reference_is_bounded_except_for_k3(estimator: str, logp: float, reference: float) -> None:
+    """For any stored token: the derivative of "clipped" is at most e - 1, that of "squared" at most |d|."""
     pi, d = torch.tensor([logp], requires_grad=True), reference - logp
     kl_to_reference(pi, torch.tensor([reference]), estimator).sum().backward()
     slopes = {"k3": 1 - np.exp(d), "clipped": 1 - np.exp(min(d, 1)), "squared": -d}
@@ -149,7 +147,7 @@ def test_kl_to_reference_pulls_to_the_reference_and_only_k3_without_bound(
         assert abs(pi.grad.item()) <= max(math.e - 1, abs(d)) * 1.001
 
 
-def test_the_exact_kl_is_of_the_student_from_the_reference() -> None:
+def test_exact_kl_is_kl_of_student_from_reference() -> None:
     student, reference = logits(7, 50), logits(7, 50, seed=1)
     q, r = softmax(student.double().numpy()), softmax(reference.double().numpy())
     np.testing.assert_allclose(exact_kl(student, reference).numpy(), kl(q, r), rtol=1e-5)
@@ -163,13 +161,13 @@ tokens = st.integers(2, 8).flatmap(
 )
 
 
-def slope_size(term: torch.Tensor, student: torch.Tensor) -> float:
+def gradient_norm(term: torch.Tensor, student: torch.Tensor) -> float:
     """1-norm of a KL term's gradient with respect to one token's logits."""
     return torch.autograd.grad(term.sum(), student, retain_graph=True)[0].abs().sum().item()
 
 
 @given(tokens)
-def test_the_slope_of_the_kl_term_is_bounded_on_any_stored_token(drawn: tuple[list[float], list[float], int]) -> None:
+def test_gradient_of_the_kl_term_is_bounded_on_any_stored_token(drawn: tuple[list[float], list[float], int]) -> None:
     """exact: sum_v q |x - KL| with x = log q - log r is at most E|x| + KL, and E|x| = KL + 2 E[x's negative part] is at
     most KL + 2, as q log(r / q) <= r - q; KL <= max_v -log r, a constant of the reference. clipped: e - 1 at most,
     squared: |d|, times the 2 of onehot - q."""
@@ -178,19 +176,19 @@ def test_the_slope_of_the_kl_term_is_bounded_on_any_stored_token(drawn: tuple[li
     pi, pi_ref = chosen_log_probs(student, token_T), chosen_log_probs(reference, token_T)
     rarest = -reference.log_softmax(-1).min().item()
     bounds = {"clipped": 2 * (math.e - 1), "squared": 2 * abs((pi_ref - pi).item())}
-    assert slope_size(exact_kl(student, reference), student) <= 2 * (1 + rarest) + 1e-3
+    assert gradient_norm(exact_kl(student, reference), student) <= 2 * (1 + rarest) + 1e-3
     for estimator, bound in bounds.items():
-        assert slope_size(kl_to_reference(pi, pi_ref, estimator), student) <= bound + 1e-3
+        assert gradient_norm(kl_to_reference(pi, pi_ref, estimator), student) <= bound + 1e-3
 
 
 @pytest.mark.parametrize("given_up", [20.0, 40.0])
-def test_the_slope_of_k3_is_not(given_up: float) -> None:
-    """Of a token that the reference finds as likely as any, and the student does not expect."""
+def test_gradient_of_k3_is_not_bounded(given_up: float) -> None:
+    """For a token that is likely to the reference and very unlikely to the student."""
     student, reference = torch.tensor([[-given_up, 0.0, 0.0]], requires_grad=True), torch.zeros(1, 3)
     token_T = torch.tensor([0])
     k3 = kl_to_reference(chosen_log_probs(student, token_T), chosen_log_probs(reference, token_T), "k3")
-    assert slope_size(k3, student) > math.exp(given_up - 2)
-    assert slope_size(exact_kl(student, reference), student) <= 2 * (1 + math.log(3))
+    assert gradient_norm(k3, student) > math.exp(given_up - 2)
+    assert gradient_norm(exact_kl(student, reference), student) <= 2 * (1 + math.log(3))
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.randoms(use_true_random=False))
@@ -226,7 +224,7 @@ def test_grpo_loss_is_the_formula() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
-def test_grpo_gradient_is_the_advantage_times_that_of_log_pi() -> None:
+def test_grpo_gradient_is_the_advantage_times_the_gradient_of_log_pi() -> None:
     logp_T, reference_T, advantage_R, response_T = example()
     advantage_R.requires_grad_()
     example_loss(logp_T, reference_T, advantage_R, response_T, 0.0).sum().backward()

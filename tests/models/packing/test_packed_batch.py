@@ -1,4 +1,4 @@
-"""A batch of questions is the sum of its questions, and responses without a verdict have no advantage."""
+"""A batch's loss is the sum of its questions' losses; responses without a verdict have no advantage."""
 
 from pathlib import Path
 
@@ -28,18 +28,18 @@ def questions() -> list[Question]:
     return family_questions.questions(FOLDER, [(64, 64)] * 2, [[3, 1, 5], [2, 2]], (270, 350))
 
 
-def test_a_batch_is_the_sum_of_its_questions(model: torch.nn.Module, questions: list[Question]) -> None:
-    """1 x 2 = 2 x 1: nothing of a question depends on what it is packed with."""
+def test_loss_of_a_batch_is_the_sum_over_its_questions(model: torch.nn.Module, questions: list[Question]) -> None:
+    """One batch of two equals two batches of one: a question does not depend on what it is packed with."""
     train, rewards, family = Train(), Rewards(accuracy="rules"), family_of("qwen3_vl")
     scores = {"q0": [1.0, 0.0, 1.0], "q1": [0.0, 1.0]}
 
-    def loss(some: list[Question]) -> torch.Tensor:
-        packed = pack(some, model, family)
+    def loss(packed_questions: list[Question]) -> torch.Tensor:
+        packed = pack(packed_questions, model, family)
         student = response_logits(model, packed)
         torch.manual_seed(1)
         teacher = student.detach().roll(1, dims=1)
         reference = student.detach().roll(2, dims=1)
-        score = torch.tensor([s for q in some for s in scores[q.question_id]])
+        score = torch.tensor([s for q in packed_questions for s in scores[q.question_id]])
         terms = formulas.token_terms(student, teacher, packed.token_T, "jsd", reference)
         return objective.masters_loss(terms, score, packed, train, rewards).loss
 

@@ -1,4 +1,4 @@
-"""Whatever is packed together, every response token is predicted from its own prompt and response alone."""
+"""In any packed batch, every response token is predicted from only its own prompt and response."""
 
 import pytest
 import torch
@@ -19,8 +19,8 @@ tokens = st.lists(
 
 
 @st.composite
-def asked(draw: st.DrawFn) -> tuple[torch.nn.Module, list[Question]]:
-    """Questions about few images, some with equal words, each with responses of which some are equal."""
+def packed_questions(draw: st.DrawFn) -> tuple[torch.nn.Module, list[Question]]:
+    """Questions about few images, some with equal text, with some identical responses."""
     model, made = MODELS[draw(st.sampled_from(families.NAMES))], []
     for _ in range(draw(st.integers(1, 6))):
         number, words, image = draw(st.integers(0, 2)), draw(st.integers(1, 3)), draw(st.integers(0, 2))
@@ -29,8 +29,8 @@ def asked(draw: st.DrawFn) -> tuple[torch.nn.Module, list[Question]]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(asked())
-def test_a_token_is_predicted_from_its_prompt_and_what_came_before_in_its_response(drawn) -> None:
+@given(packed_questions())
+def test_a_token_is_predicted_from_its_prompt_and_earlier_response_tokens(drawn) -> None:
     model, questions = drawn
     family = family_of(model.config.model_type)
     packed = pack(questions, model, family)
@@ -52,9 +52,9 @@ def test_a_token_is_predicted_from_its_prompt_and_what_came_before_in_its_respon
 
 
 @settings(max_examples=20, deadline=None)
-@given(asked())
+@given(packed_questions())
 def test_nothing_is_packed_twice(drawn) -> None:
-    """One copy of an image and of what questions share, one of a response; FlexAttention's mask is the same."""
+    """There is one copy of each image and of each distinct response."""
     model, questions = drawn
     packed = pack(questions, model, family_of(model.config.model_type))
     images = {q.prompt["pixel_values"].numpy().tobytes() for q in questions}
@@ -64,7 +64,7 @@ def test_nothing_is_packed_twice(drawn) -> None:
     assert (ids_BL == model.config.image_token_id).sum() == len(images) * tiny_models.IMAGE_TOKENS
 
 
-def test_the_block_mask_says_what_the_dense_mask_says() -> None:
+def test_block_mask_equals_dense_mask() -> None:
     branch_3BL = torch.randint(0, 3, (3, 2, 256), generator=torch.Generator().manual_seed(0))
     blocks, dense = block_mask(branch_3BL), attention_mask(branch_3BL)
     every = torch.arange(256)
