@@ -186,7 +186,7 @@ def _remove_for_rebuild(run: Run, identity: Identity, upstream: Upstream, delete
     )
     if decision is RebuildDecision.KEEP:
         return
-    for version in run.tracker.registry.made_from(identity.fingerprint):
+    for version in run.tracker.registry.versions_made_from(identity.fingerprint):
         warn(
             f"{identity.stage}, from which {version} was made, is built again ({decision.value}): if its content "
             "changes, the recorded lineage of that version is broken (`masters lineage` shows it)"

@@ -68,8 +68,10 @@ def greedy_sampling(config: Config) -> Sampling:
 
 def make_identity(context: Context, requests: list[ShardRequest], name: str = "evaluate") -> Identity:
     inputs = {f"shard-{request.fingerprint}": request.fingerprint for request in requests}
-    judge = judges.evaluation_judge(context)
-    config = verifiers.verifier_identity(context.config.answers) if judge is None else dict(judge=judge.name, **judge.identity)
+    if judge := judges.evaluation_judge(context):
+        config = dict(judge=judge.name, **judge.identity)
+    else:
+        config = verifiers.verifier_identity(context.config.answers)
     return Identity(name, VERSION, config, inputs, slug=context.config.name)
 
 

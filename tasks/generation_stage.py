@@ -67,7 +67,7 @@ def warn_too_long(run: Run, identity: Identity, artifact: Artifact, consequence:
     if prompts := artifact.facts.get("prompts_too_long"):
         run.stages[-1]["prompts_too_long"] = prompts
         warn(
-            f"{identity.stage}: {prompts:,} prompts are longer than the engine admits; {consequence}; "
+            f"{identity.stage}: prompts longer than the engine admits: {prompts:,}; {consequence}; "
             f"{REMEDY}, then generate them with --rebuild {identity.kind}"
         )
 

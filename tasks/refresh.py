@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from masters.config import Config
-from masters.config.mask_schedule import stage_of
+from masters.config.mask_schedule import mask_stage_of
 from masters.data import question_shards
 from masters.data.question_shards import QuestionRef
 from masters.execution.processes import PersistentProcess
@@ -52,7 +52,7 @@ def planned_parts(config: Config, current: Round) -> list[Round]:
 def mask_stage_refs(config: Config, current: Round, refs: list[QuestionRef], stage: int) -> list[QuestionRef]:
     """Select the training questions of a mask stage: all of them with full coverage."""
     is_full, stages = config.generate.coverage == "full", len(current.ratios)
-    return [ref for ref in refs if is_full or stage_of(ref.digest, stages) == stage]
+    return [ref for ref in refs if is_full or mask_stage_of(ref.digest, stages) == stage]
 
 
 @contextmanager

@@ -100,9 +100,9 @@ def _artifacts_by_round(run: Run, kind: Stage) -> dict[str, list[Artifact]]:
 
 
 def _create_links(run: Run, version: int | None) -> None:
-    if page := run.tracker.page(run.tracker.run_id):
+    if page := run.tracker.run_url(run.tracker.run_id):
         create_link_artifact(page, "this run in MLflow", key=artifact_key(run.config.name, "mlflow-run"))
-    if version and (page := run.tracker.model_page(run.config.name, version)):
+    if version and (page := run.tracker.model_url(run.config.name, version)):
         create_link_artifact(page, f"version {version} in MLflow", key=artifact_key(run.config.name, "mlflow-model"))
 
 
@@ -138,7 +138,7 @@ def _create_tables(run: Run) -> None:
 
 
 def _link(run: Run, run_id: str) -> str:
-    page = run.tracker.page(run_id)
+    page = run.tracker.run_url(run_id)
     return f"[{run_id[:8]}]({page})" if page else run_id
 
 
@@ -154,4 +154,4 @@ def _create_plots(run: Run, suffix: str, trained: list[Artifact]) -> None:
         folder.mkdir()
         for name, content in figures.items():
             (folder / f"{name}.png").write_bytes(content)
-        run.tracker.files(folder)
+        run.tracker.log_files(folder)

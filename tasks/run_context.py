@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from masters.checks.model_folder import STUDENT_AFTER, JudgeServer, LocalModel
+from masters.checks.model_folder import STUDENT_AFTER, JudgeServer, LocalModel, download_student
 from masters.checks.preflight import Resources
 from masters.common.errors import StoreError
 from masters.common.hashing import digest
-from masters.common.machine import cache_folder
 from masters.config import Config, Teacher
 from masters.config.mask_schedule import mask_ratios
 from masters.config.stages import Stage
@@ -92,14 +91,9 @@ class Context:
         self.config, self.resources, self.storage = config, resources, resources.storage
         self.shard_cache, self.known_data = shard_cache or ShardCache(resources.storage), known_data
 
-    def download_model(self, trained: Artifact) -> Path:
-        """Return a local folder with a train artifact's model, named by content: a rebuilt model has another folder."""
-        target = cache_folder() / "models" / trained.parts["model"][:32]
-        return self.storage.download(f"{trained.folder}/model", target)
-
     def load_student(self, trained: Artifact) -> LocalModel:
         """Describe the student of a train artifact, under its name in the predictions table."""
-        return LocalModel(STUDENT_AFTER, self.download_model(trained), trained.parts["model"], trained)
+        return LocalModel(STUDENT_AFTER, download_student(trained), trained.part_digests["model"], trained)
 
 
 class Run(Context):
@@ -149,7 +143,7 @@ class Run(Context):
         student = Student(name=self.resources.student.name, folder=artifact.folder) if artifact else None
         return StageRequest(
             key=digest(identity.folder.encode())[:32],
-            tracked=self.tracker.current,
+            tracked=self.tracker.current_run_id,
             stage=identity.stage,
             run=self.key,
             began=self.started_at,

@@ -41,7 +41,7 @@ def masters(*arguments: str, home: Path, here: Path = ROOT, **variables: str) ->
     return subprocess.run(command, cwd=here, env=given, capture_output=True, text=True, timeout=1200)
 
 
-def told(done: subprocess.CompletedProcess) -> dict:
+def read_json(done: subprocess.CompletedProcess) -> dict:
     """What a command that ended well printed with --json."""
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from masters.checks.preflight import Ready
+from masters.checks.preflight import Resources
 from masters.config import Config
 from masters.data import question_table
 from masters.data.sources import open_source
@@ -15,7 +15,7 @@ from masters.tasks.run_context import Context
 TOKENS = ("<|im_end|>", "<|image_pad|>")
 
 
-def configured(source: object) -> Config:
+def make_config(source: object) -> Config:
     return Config.model_validate(
         dict(
             name="bad", store=dict(root="unused"), data=dict(source=str(source), max_rejected_share=1.0),
@@ -24,13 +24,13 @@ def configured(source: object) -> Config:
     )  # fmt: skip
 
 
-def built(store: Path, source: object) -> Artifact:
+def build_data(store: Path, source: object) -> Artifact:
     """Raises InputError where the source as a whole is at fault."""
-    config, storage = configured(source), Storage(str(store))
-    ready = Ready(storage, open_source(config.data), None, [], TOKENS)  # pyright: ignore
-    made_of = data.identity(Context(config, ready))
+    config, storage = make_config(source), Storage(str(store))
+    resources = Resources(storage, open_source(config.data), None, [], TOKENS)  # pyright: ignore
+    identity = data.make_identity(Context(config, resources))
     return artifacts.commit(
-        storage, made_of, *question_table.write_tables(config, ready.source, storage, made_of.folder, TOKENS), {}
+        storage, identity, *question_table.write_tables(config, resources.source, storage, identity.folder, TOKENS), {}
     )
 
 

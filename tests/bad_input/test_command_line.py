@@ -48,7 +48,7 @@ CASES = {
         "MASTERS_ALLOWED_JUDGES allows 127.0.0.1:1", "rewards.accuracy=llm", "rewards.judge=http://127.0.0.1:2/v1",
         MASTERS_ALLOWED_JUDGES="127.0.0.1:1",
     ),
-    "a password in a source": Case("holds a password or a key", "data.source=https://me:hunter22@host/x.jsonl"),
+    "a password in a source": Case("contains a password or a key", "data.source=https://me:hunter22@host/x.jsonl"),
 }  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def test_nothing_was_written(done: dict[str, subprocess.CompletedProcess], top: 
     assert not list((top / "store").rglob("*record.json")) and not (top / "store/mlflow.db").exists()
 
 
-def test_the_same_without_a_fault_is_ready(top: Path) -> None:
+def test_valid_configuration_is_ready(top: Path) -> None:
     values = [f"store.root={top / 'store'}", f"data.source={write_source(top)}"]
     ran = masters("check", str(DEMO), *(part for value in values for part in ("--set", value)))
     assert ran.returncode == 0 and ran.stdout.endswith("ready\n"), ran.stderr

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from masters.checks import preflight
-from masters.checks.preflight import check_answers, check_installed
+from masters.checks.preflight import check_packages, check_ray_cluster
 from masters.common.errors import InputError
 from masters.config import Config
-from masters.config.loading import changed, load
+from masters.config.loading import load, override_values
 from masters.models.masking import is_masked
 
 DEMO = Path(__file__).parents[2] / "configs" / "easyvqa.toml"
@@ -24,8 +24,8 @@ VALUES: dict[str, tuple[str, str]] = {
     "NaN rejected share": ("data.max_rejected_share=nan", "data.max_rejected_share: Input should be a finite number"),
     "NaN mask": ("teachers.0.r_max=nan", "teachers.0.r_max: Input should be a finite number"),
     "negative mask": ("teachers.0.r_max=-0.2", "teachers.0.r_max: Input should be greater than or equal to 0"),
-    "stages without end": ("teachers.0.mask_step=1e-9", "takes r_max (0.2) back in more than 1000 stages"),
-    "smallest step": ("teachers.0.mask_step=5e-324", "takes r_max (0.2) back in more than 1000 stages"),
+    "stages without end": ("teachers.0.mask_step=1e-9", "divides r_max (0.2) into more than 1000 stages"),
+    "smallest step": ("teachers.0.mask_step=5e-324", "divides r_max (0.2) into more than 1000 stages"),
     "negative seed": ("generate.seed=-1", "generate.seed: Input should be greater than or equal to 0"),
     "seed of 40 digits": ("train.seed=" + "9" * 40, "train.seed: Input should be less than or equal to 2147483647"),
     "number of 5000 digits": ("train.epochs=" + "1" * 5000, "train.epochs: Input should be a valid integer"),
@@ -33,7 +33,7 @@ VALUES: dict[str, tuple[str, str]] = {
     "more questions than an integer": ("train.questions_per_step=10000000000000", "train.questions_per_step: Input"),
     "more tokens than an integer": ("runtime.token_budget=" + "9" * 30, "runtime.token_budget: Input should be less"),
     "top k beyond the engine's integers": ("generate.top_k=99999999999", "generate.top_k: Input should be less"),
-    "temperature that engines would change": ("generate.temperature=1e-5", "engines take a temperature of 0 or from"),
+    "temperature that engines would change": ("generate.temperature=1e-5", "temperature must be 0 or at least"),
     "penalty that makes infinities": ("generate.repetition_penalty=1e-300", "generate.repetition_penalty: Input"),
     "answers longer than the model takes": ("generate.max_tokens=512", "leaves no room for a prompt in runtime.max_mo"),
     "all memory there is": ("runtime.engine_memory_gib=1e300", "runtime.engine_memory_gib: Input should be less"),
@@ -91,23 +91,23 @@ def line_of(refused: pytest.ExceptionInfo) -> str:
     return line
 
 
-def test_a_cluster_that_does_not_answer_is_refused_before_work_starts() -> None:
+def test_unreachable_ray_cluster_is_refused_before_work_starts() -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # and does not listen
         with pytest.raises(InputError, match=r"runtime.ray_address: no Ray cluster answers at 127.0.0.1:\d+ .*ray"):
-            check_answers(f"127.0.0.1:{nobody.getsockname()[1]}")
+            check_ray_cluster(f"127.0.0.1:{nobody.getsockname()[1]}")
 
 
-def test_a_verifier_whose_package_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_installed(load(DEMO, ["answers.verifier='number'"]))
+def test_verifier_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_packages(load(DEMO, ["answers.verifier='number'"]))
     monkeypatch.setattr(preflight, "find_spec", lambda _: None)
-    check_installed(load(DEMO, ["answers.verifier='final'"]))
+    check_packages(load(DEMO, ["answers.verifier='final'"]))
     with pytest.raises(InputError, match=r'answers.verifier = "number" needs math-verify, .* masters\[number\], or'):
-        check_installed(load(DEMO, ["answers.verifier='number'"]))
+        check_packages(load(DEMO, ["answers.verifier='number'"]))
 
 
 @pytest.mark.parametrize("name", VALUES)
-def test_a_senseless_value_is_refused_with_its_key(name: str) -> None:
+def test_invalid_value_is_refused_with_its_key(name: str) -> None:
     override, says = VALUES[name]
     with pytest.raises(InputError) as refused:
         load(DEMO, [override])
@@ -125,7 +125,7 @@ def test_a_faulty_config_file_is_refused(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_a_pattern_that_backtracks_for_ever_elsewhere_is_answered_at_once() -> None:
+def test_catastrophic_pattern_is_matched_quickly() -> None:
     """Python's engine takes longer than a life on the name of one tensor."""
     exclude = load(DEMO, [r"mask.exclude=['([\w.]+)+!', '(x+x+)+y']"]).mask.exclude
     assert is_masked("model.language_model.layers.0.mlp.gate_proj.weight", 2, tuple(exclude))
@@ -134,19 +134,19 @@ def test_a_pattern_that_backtracks_for_ever_elsewhere_is_answered_at_once() -> N
 
 
 @pytest.mark.parametrize("root", ["runs/x", "/tmp/x", "file:///tmp/x", "s3://bucket/x", "C:x", "a:b"])
-def test_folders_and_s3_are_stores(root: str) -> None:
+def test_folders_and_s3_are_accepted_as_stores(root: str) -> None:
     assert load(DEMO, [f"store.root='{root}'"]).store.root == root
 
 
-def test_a_file_without_end_is_not_read_to_it() -> None:
+def test_endless_config_file_is_refused() -> None:
     with pytest.raises(InputError, match="is it the right file"):
         load("/dev/zero")
 
 
-def test_a_grid_with_such_values_is_refused_alike() -> None:
+def test_study_grid_with_invalid_values_is_refused() -> None:
     """What `study` makes of an arm's settings, from a form."""
     config: Config = load(DEMO)
     for value in (10**5000, "x" * 10**6, [[]] * 1000, {"a": 1}, None, float("nan"), -1):
         with pytest.raises(InputError) as refused:
-            changed(config, {"train.beta": value})
+            override_values(config, {"train.beta": value})
         assert "train.beta" in line_of(refused)

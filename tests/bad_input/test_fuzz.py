@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from masters.common.errors import InputError
 from masters.config import loading
-from masters.config.judge_url import base_url
-from masters.config.loading import changed, load
+from masters.config.judge_url import api_base_url
+from masters.config.loading import load, override_values
 from masters.data.sources.base import COLUMNS
-from masters.data.sources.files import Jsonl
-from masters.data.validation import Rejected, validated
-from masters.rewards.judge import Answer, judge
+from masters.data.sources.files import JsonlSource
+from masters.data.validation import RejectedRow, validate_rows
+from masters.rewards.judge import JudgeReply, judge_triples
 from masters.rewards.verdict import Triple
 
 DEMO = Path(__file__).parents[2] / "configs" / "easyvqa.toml"
@@ -61,9 +61,9 @@ def test_any_override_raises_only_input_errors(key: str, value: str) -> None:
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(KEYS), JSON)
-def test_values_of_a_form_or_a_grid(key: str, value: object) -> None:
+def test_form_and_grid_values_raise_only_input_errors(key: str, value: object) -> None:
     with suppress(InputError):
-        changed(load(DEMO), {key: value})
+        override_values(load(DEMO), {key: value})
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -73,12 +73,12 @@ def test_any_jsonl_line_is_a_question_or_a_rejection(tmp_path: Path, lines: list
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(lines))
     with suppress(InputError):
-        source = Jsonl(path)
+        source = JsonlSource(path)
         source.digest()
-        found = list(validated(source))
+        found = list(validate_rows(source))
         assert len(found) == sum(bool(line.strip()) for line in path.read_bytes().split(b"\n"))
         for row in found:
-            assert isinstance(row, Rejected) and row.reason, row  # no picture lies beside the file
+            assert isinstance(row, RejectedRow) and row.reason, row  # no picture lies beside the file
             row.id.encode(), row.reason.encode(errors="surrogatepass")
 
 
@@ -88,15 +88,15 @@ class Says:
     def __init__(self, *calls: str) -> None:
         self.calls = list(calls)
 
-    def ask(self, conversations: list, max_tokens: int) -> list[Answer]:
-        return [Answer(self.calls.pop(0))] * len(conversations) if conversations else []
+    def ask(self, conversations: list, max_tokens: int) -> list[JudgeReply]:
+        return [JudgeReply(self.calls.pop(0))] * len(conversations) if conversations else []
 
 
 @settings(max_examples=500)
 @given(SAID, SAID)
 def test_any_judge_output_is_a_verdict_or_a_status(first: str, second: str) -> None:
     """A score is 0 or 1, and only where both answers say it; all else is no verdict, and never a 0."""
-    (found,) = judge(Says(first, second), [Triple("q", "a", "t")])
+    (found,) = judge_triples(Says(first, second), [Triple("q", "a", "t")])
     if found.status == "ok":
         assert found.score in (0.0, 1.0) and second.strip() == str(int(found.score))
         assert first.rstrip().endswith(("</answer>",)) and str(int(found.score)) in first
@@ -106,9 +106,9 @@ def test_any_judge_output_is_a_verdict_or_a_status(first: str, second: str) -> N
 
 @settings(max_examples=300)
 @given(st.text(max_size=60).map(lambda text: f"http://{text}") | st.text(max_size=60))
-def test_judge_urls(url: str) -> None:
+def test_accepted_judge_urls_are_valid_for_the_client(url: str) -> None:
     """What is accepted, the client takes."""
     with suppress(InputError):
-        base = base_url(url)
+        base = api_base_url(url)
         assert base.isprintable()
         httpx.URL(base)

@@ -12,8 +12,8 @@ from threading import Thread
 import pytest
 
 from masters.rewards import judge_server
-from masters.rewards.judge import judge
-from masters.rewards.judge_server import UNNAMED, Server
+from masters.rewards.judge import judge_triples
+from masters.rewards.judge_server import DEFAULT_MODEL, ServerJudge
 from masters.rewards.verdict import Triple, Verdict
 from tests import fake_judge
 from tests.fake_judge import FakeJudge
@@ -76,8 +76,8 @@ STATUSES = (204, 301, 307, 400, 401, 403, 404, 418, 422, 429, 500, 503, 599)
 
 
 def verdict(server: FakeJudge, timeout: float = 5.0) -> Verdict:
-    with Server(server.url, "m", timeout=timeout, retries=0) as voice:
-        (found,) = judge(voice, [TRIPLE])
+    with ServerJudge(server.url, "m", timeout=timeout, retries=0) as voice:
+        (found,) = judge_triples(voice, [TRIPLE])
     return found
 
 
@@ -89,8 +89,8 @@ def verdicts(says: dict[str, tuple[int, object]], first: str | None = None) -> d
             return 200, f"{fake_judge.inside(user, 'generated_text')} {first}"
         return next(answer for case, answer in says.items() if f"[{case}]" in html.unescape(user))
 
-    with fake_judge.serve(say=say) as server, Server(server.url, "m", timeout=60.0, retries=0) as voice:
-        found = judge(voice, [Triple("what color?", "teal", f"[{case}]") for case in says])
+    with fake_judge.serve(say=say) as server, ServerJudge(server.url, "m", timeout=60.0, retries=0) as voice:
+        found = judge_triples(voice, [Triple("what color?", "teal", f"[{case}]") for case in says])
     return dict(zip(says, found, strict=True))
 
 
@@ -110,7 +110,7 @@ def refusals() -> dict[str, Verdict]:
 
 
 @pytest.mark.parametrize("name", FIRSTS)
-def test_a_senseless_first_answer_gives_no_score(firsts: dict[str, Verdict], name: str) -> None:
+def test_invalid_first_reply_gives_no_score(firsts: dict[str, Verdict], name: str) -> None:
     found, (_, status, explanation) = firsts[name], FIRSTS[name]
     assert (found.score, found.status) == (None, status)
     assert explanation in found.explanation
@@ -118,16 +118,16 @@ def test_a_senseless_first_answer_gives_no_score(firsts: dict[str, Verdict], nam
 
 
 @pytest.mark.parametrize("said", SECONDS)
-def test_a_senseless_second_answer_gives_no_score(seconds: dict[str, Verdict], said: str) -> None:
+def test_invalid_second_reply_gives_no_score(seconds: dict[str, Verdict], said: str) -> None:
     assert seconds[said].score is None and seconds[said].status in ("parse_failed", "judge_failed")
 
 
-def test_the_same_score_in_both_answers_is_a_verdict() -> None:
+def test_equal_scores_in_both_replies_are_a_verdict() -> None:
     assert verdicts({"right": (200, "1")}, FIRST)["right"].score == 1.0
 
 
 @pytest.mark.parametrize("status", STATUSES)
-def test_every_other_http_status_is_no_verdict(refusals: dict[str, Verdict], status: int) -> None:
+def test_other_http_statuses_give_no_verdict(refusals: dict[str, Verdict], status: int) -> None:
     found = refusals[str(status)]
     assert found.score is None and found.status in ("judge_failed", "refused")
 
@@ -168,7 +168,7 @@ def http(body: bytes, *headers: str, status: str = "200 OK") -> bytes:
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
-def test_an_answer_that_comes_in_drops_ends_at_the_time_limit() -> None:
+def test_slow_reply_ends_at_the_time_limit() -> None:
     """Every byte comes in time; all of them together would take a quarter of an hour."""
     began = time.monotonic()
     with raw(http(b" " * 9000), slowly=9000) as server:
@@ -176,25 +176,25 @@ def test_an_answer_that_comes_in_drops_ends_at_the_time_limit() -> None:
     assert found.status == "judge_failed" and time.monotonic() - began < 300
 
 
-def test_an_answer_without_end_ends_at_the_size_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge_server, "LARGEST", 1000)
+def test_endless_reply_ends_at_the_size_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge_server, "MAX_ANSWER_BYTES", 1000)
     with raw(http(completion(FIRST) + b" " * 100_000)) as server:
         assert verdict(server).status == "judge_failed"
 
 
-def test_a_packed_answer_is_not_unpacked() -> None:
+def test_compressed_reply_is_not_decompressed() -> None:
     bomb = gzip.compress(bytes(20 << 20))
     with raw(http(bomb, "Content-Encoding: gzip")) as server:
         assert verdict(server).status == "judge_failed"
 
 
 @pytest.mark.parametrize("answer", [b"", b"\0" * 100, b"HTTP/1.1 200", b"SSH-2.0-OpenSSH\r\n", http(b"{}")[:-1]])
-def test_what_is_no_http_is_no_verdict(answer: bytes) -> None:
+def test_reply_that_is_not_http_gives_no_verdict(answer: bytes) -> None:
     with raw(answer) as server:
         assert verdict(server).status == "judge_failed"
 
 
-def test_a_redirect_leads_nowhere() -> None:
+def test_redirects_are_not_followed() -> None:
     """A host that is allowed cannot send us, or our key, to one that is not."""
     with fake_judge.serve() as other:
         with raw(http(b"", f"Location: {other.url}/chat/completions", status="307 Temporary Redirect")) as server:
@@ -203,7 +203,7 @@ def test_a_redirect_leads_nowhere() -> None:
 
 
 @pytest.mark.parametrize("listed", [None, 7, "", [], {}, "x" * 2000], ids=lambda value: repr(value)[:20])
-def test_a_model_that_is_listed_without_a_name_is_asked_by_none(listed: object) -> None:
-    with fake_judge.serve(models=(listed,)) as server, Server(server.url, None, retries=0) as voice:
-        (found,) = judge(voice, [TRIPLE])
-        assert found.status == "ok" and server.asked[0]["model"] == UNNAMED
+def test_server_that_lists_no_model_name_is_asked_without_one(listed: object) -> None:
+    with fake_judge.serve(models=(listed,)) as server, ServerJudge(server.url, None, retries=0) as voice:
+        (found,) = judge_triples(voice, [TRIPLE])
+        assert found.status == "ok" and server.asked[0]["model"] == DEFAULT_MODEL

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from masters.models.prompts import opened
+from masters.models.prompts import open_image
 from masters.store.artifacts import Artifact
 from tests.bad_input import image_files
-from tests.bad_input.data_stage import built, outcomes
+from tests.bad_input.data_stage import build_data, outcomes
 from tests.bad_input.image_files import encoded, icon_with, plain, png_header
 
 ACCEPTED = "accepted"
@@ -128,7 +128,7 @@ COUNT = len(PICTURES) + len(PATHS) + len(TEXTS) + len(LINES)
 def table(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """All cases and some good rows, as one source, built once."""
     top = tmp_path_factory.mktemp("bad")
-    return built(top / "store", write(top / "data"))
+    return build_data(top / "store", write(top / "data"))
 
 
 @pytest.fixture(scope="module")
@@ -184,12 +184,12 @@ def test_a_malformed_line_is_rejected_with_its_reason(found: dict[str, str], nam
     assert found[f"line {first + list(LINES).index(name)}"].startswith(LINES[name][1])
 
 
-def test_the_good_rows_are_unharmed_and_no_row_is_lost(table: Artifact, found: dict[str, str]) -> None:
+def test_good_rows_are_accepted_and_no_row_is_lost(table: Artifact, found: dict[str, str]) -> None:
     assert (found["good train"], found["good test"]) == (ACCEPTED, ACCEPTED)
     assert table.facts["read"] == table.facts["rows"] + table.facts["rejected"] == COUNT + 2
 
 
-def test_an_accepted_text_is_kept_to_the_letter(table: Artifact) -> None:
+def test_accepted_text_is_stored_unchanged(table: Artifact) -> None:
     kept = {row["question_id"]: row for row in table.rows("questions", ["question_id", "question", "answer"])}
     for name, (changes, outcome) in TEXTS.items():
         if outcome == ACCEPTED:
@@ -199,42 +199,42 @@ def test_an_accepted_text_is_kept_to_the_letter(table: Artifact) -> None:
 def seen(table: Artifact, name: str) -> np.ndarray:
     """The picture as engine and trainer get it."""
     (image,) = (r["image"] for r in table.rows("questions", ["question_id", "image"]) if r["question_id"] == name)
-    return np.asarray(opened(image))
+    return np.asarray(open_image(image))
 
 
-def test_16_bits_of_gray_are_seen_as_8_and_not_as_white(table: Artifact) -> None:
+def test_16_bit_gray_is_scaled_to_8_bits(table: Artifact) -> None:
     for channel in range(3):
         assert (seen(table, "16 bits of gray")[:, :, channel] == image_files.gray16() >> 8).all()
     assert seen(table, "16 bits a channel")[0].tolist() == [[0, 117, 255], [3, 7, 11]]
 
 
-def test_of_an_animation_the_first_frame_is_seen(table: Artifact) -> None:
+def test_first_frame_of_an_animation_is_used(table: Artifact) -> None:
     first = np.asarray(Image.open(io.BytesIO(encoded(image_files.frames()[0]))).convert("RGB"))
     assert (seen(table, "animated gif") == first).all()
 
 
-def test_cmyk_is_seen_in_its_colors(table: Artifact) -> None:
+def test_cmyk_is_converted_to_its_colors(table: Artifact) -> None:
     assert seen(table, "cmyk").min() >= 250  # no ink: white
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
-def test_a_picture_is_seen_upright(table: Artifact, kind: str) -> None:
+def test_image_is_rotated_upright(table: Artifact, kind: str) -> None:
     for orientation in range(1, 9):
         assert (seen(table, f"turned {orientation}, {kind}") == image_files.corners()).all(), orientation
 
 
-def test_a_picture_that_says_nothing_or_nonsense_of_its_orientation_is_seen_as_it_is_stored(table: Artifact) -> None:
+def test_missing_or_invalid_orientation_is_ignored(table: Artifact) -> None:
     for name in ("turned by 9", "exif cut"):
         assert (seen(table, name) == image_files.corners()).all()
 
 
-def test_16_bits_of_gray_are_seen_upright() -> None:
+def test_16_bit_gray_is_rotated_upright() -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
-    found = np.asarray(opened(encoded(Image.fromarray(image_files.gray16()), exif=exif)))
+    found = np.asarray(open_image(encoded(Image.fromarray(image_files.gray16()), exif=exif)))
     assert (found[:, :, 0] == np.rot90(image_files.gray16() >> 8, -1)).all()
 
 
-def test_the_file_is_kept_as_it_came(table: Artifact) -> None:
+def test_image_file_is_stored_unchanged(table: Artifact) -> None:
     kept = {row["question_id"]: row["image"] for row in table.rows("questions", ["question_id", "image"])}
     assert kept["turned 6, PNG"] == image_files.oriented(6)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from masters.common.errors import InputError
-from tests.bad_input.data_stage import built, outcomes
+from tests.bad_input.data_stage import build_data, outcomes
 from tests.bad_input.image_files import encoded, plain
 
 PICTURE = encoded(plain())
@@ -114,7 +114,7 @@ def test_a_faulty_parquet_row_is_rejected(tmp_path: Path, name: str) -> None:
     good = columns() | dict(id=pa.array([f"good{n}" for n in range(6)]))  # leaves something to build
     pq.write_table(pa.table(good), tmp_path / "data/b.parquet")
     pq.write_table(pa.table(columns(**changes)).slice(0, 3), tmp_path / "data/a.parquet")
-    found = outcomes(built(tmp_path / "store", tmp_path / "data"))
+    found = outcomes(build_data(tmp_path / "store", tmp_path / "data"))
     own = [outcome for key, outcome in found.items() if not key.startswith("good")]
     assert len(own) == 3
     for outcome, start in zip(sorted(own), sorted(expected), strict=True):
@@ -126,7 +126,7 @@ def test_a_faulty_parquet_file_is_refused(tmp_path: Path, name: str) -> None:
     make, says = FILES[name]
     (tmp_path / "rows.parquet").write_bytes(make())
     with pytest.raises(InputError) as caught:
-        built(tmp_path / "store", tmp_path / "rows.parquet")
+        build_data(tmp_path / "store", tmp_path / "rows.parquet")
     assert says in str(caught.value) and "\n" not in str(caught.value)
     assert not list((tmp_path / "store").rglob("record.json"))
 
@@ -141,13 +141,13 @@ SAVED: dict[str, tuple[object, str]] = {
 
 
 @pytest.mark.parametrize("name", SAVED)
-def test_saved_data_sets(tmp_path: Path, name: str) -> None:
+def test_faulty_saved_data_set_is_refused(tmp_path: Path, name: str) -> None:
     """A saved data set lists its own files: what it may name lies in its folder."""
     state, says = SAVED[name]
     rows = dict(id=["a", "b"], image=[PICTURE] * 2, question=["q"] * 2, answer=["a"] * 2, split=["train", "test"])
     datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
-    assert built(tmp_path / "store", tmp_path / "saved").facts["rows"] == 2
+    assert build_data(tmp_path / "store", tmp_path / "saved").facts["rows"] == 2
     (tmp_path / "other.arrow").write_bytes((tmp_path / "saved/data-00000-of-00001.arrow").read_bytes())
     (tmp_path / "saved/state.json").write_text(json.dumps(state))
     with pytest.raises(InputError, match=says):
-        built(tmp_path / "store", tmp_path / "saved")
+        build_data(tmp_path / "store", tmp_path / "saved")

@@ -15,8 +15,7 @@ from masters.checks import weights as soundness
 from masters.common.errors import InputError
 from masters.common.hashing import model_digest
 from masters.config import Model
-from masters.config.loading import changed as changed_config
-from masters.config.loading import load
+from masters.config.loading import load, override_values
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "demo/models/student"
@@ -64,7 +63,7 @@ def config(**changes: object) -> Callable[[Path], object]:
     return apply
 
 
-def changed(name: str, *keys: str, **changes: object) -> Callable[[Path], object]:
+def edited(name: str, *keys: str, **changes: object) -> Callable[[Path], object]:
     """Changes of a JSON file, below these keys."""
 
     def apply(folder: Path) -> None:
@@ -136,8 +135,8 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no processor": (gone(PROCESSOR), ["its processor cannot be loaded", "processor_config.json"]),
     "processor cut": (cut(PROCESSOR, lambda size: size // 2), ["its processor cannot be loaded"]),
     "processor is a list": (written(PROCESSOR, "[]"), ["its processor cannot be loaded"]),
-    "patches of another size": (changed(PROCESSOR, "image_processor", patch_size=16), ["4 tokens", "describes 16"]),
-    "merges of another size": (changed(PROCESSOR, "image_processor", merge_size=1), ["64 tokens", "describes 16"]),
+    "patches of another size": (edited(PROCESSOR, "image_processor", patch_size=16), ["4 tokens", "describes 16"]),
+    "merges of another size": (edited(PROCESSOR, "image_processor", merge_size=1), ["64 tokens", "describes 16"]),
     "no chat template": (gone(TEMPLATE), ["its chat template cannot be used"]),
     "broken chat template": (written(TEMPLATE, "{% for m in messages %}"), ["its chat template cannot be used"]),
     "template that reaches out": (
@@ -145,18 +144,18 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "template without image": (
         written(TEMPLATE, "{% for c in messages[0]['content'] %}{{ c['text'] }}{% endfor %}"),
-        ["its chat template gives a picture 0 places"],
+        ["its chat template puts the image 0 times"],
     ),
     "template with two images": (written(TEMPLATE, PICTURE * 2 + "what shape is it?"), ["make no prompt"]),
     "template without question": (written(TEMPLATE, PICTURE), ["writes the question 0 times"]),
     "template with two questions": (
         written(TEMPLATE, PICTURE + "{{ messages[0]['content'][1]['text'] }}" * 2), ["writes the question 2 times"],
     ),
-    "another image token": (changed(CONFIG, image_token_id=6), ["image_token_id is 6, its processor's 5"]),
+    "another image token": (edited(CONFIG, image_token_id=6), ["image_token_id is 6, its processor's 5"]),
     "broken generation config": (written(GENERATION, "{"), ["generation_config.json cannot be read"]),
     "generation config is a list": (written(GENERATION, "[]"), ["generation_config.json cannot be read"]),
-    "end that is no token": (changed(GENERATION, eos_token_id=10**6), [GENERATION, "1000000", "below 362"]),
-    "end that is text": (changed(GENERATION, eos_token_id="<|im_end|>"), [GENERATION]),
+    "end that is no token": (edited(GENERATION, eos_token_id=10**6), [GENERATION, "1000000", "below 362"]),
+    "end that is text": (edited(GENERATION, eos_token_id="<|im_end|>"), [GENERATION]),
 }  # fmt: skip
 
 
@@ -165,58 +164,58 @@ def test_a_faulty_model_folder_is_refused(model: Path, home: Path, name: str) ->
     change, says = FOLDERS[name]
     change(model)
     with pytest.raises(InputError) as refused:
-        model_folder.local_model(Model(model=str(model)))
+        model_folder.find_model(Model(model=str(model)))
     line = str(refused.value)
     assert all(part in line for part in says) and "\n" not in line, line
     assert not (home / ".cache/masters/sound").exists()  # what is at fault is looked at again
 
 
-def test_a_model_that_knows_too_few_positions(model: Path) -> None:
+def test_model_with_too_few_positions_is_refused(model: Path) -> None:
     """For the configuration's longest answer: of a model that is sound otherwise."""
     config(max_position_embeddings=64)(model)
-    few = model_folder.local_model(Model(model=str(model)))
+    few = model_folder.find_model(Model(model=str(model)))
     settings = load(ROOT / "configs/easyvqa.toml")
-    assert few.probed is not None and few.probed.positions == 64
-    model_folder.check_room(few, changed_config(settings, {"generate.max_tokens": 64 - few.probed.prompt}))
+    assert few.processor_output is not None and few.processor_output.positions == 64
+    model_folder.check_context_length(few, override_values(settings, {"generate.max_tokens": 64 - few.processor_output.prompt}))
     with pytest.raises(InputError, match=r"generate.max_tokens 64, .* max_position_embeddings \(64\): raise"):
-        model_folder.check_room(few, changed_config(settings, {"generate.max_tokens": 64}))
+        model_folder.check_context_length(few, override_values(settings, {"generate.max_tokens": 64}))
 
 
-def test_what_was_found_is_known_again_without_looking(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = model_folder.local_model(Model(model=str(model)))
-    monkeypatch.setattr(soundness, "probe", None)
-    assert model_folder.local_model(Model(model=str(model))) == first
+def test_checked_weights_are_cached(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = model_folder.find_model(Model(model=str(model)))
+    monkeypatch.setattr(soundness, "run_processor", None)
+    assert model_folder.find_model(Model(model=str(model))) == first
     (note,) = (Path.home() / ".cache/masters/sound").iterdir()
     note.write_text("{")  # by hand: looked at again
     monkeypatch.undo()
-    assert model_folder.local_model(Model(model=str(model))) == first
+    assert model_folder.find_model(Model(model=str(model))) == first
 
 
 @pytest.mark.parametrize("name", families.NAMES)
-def test_every_family_is_probed(name: str, tmp_path: Path) -> None:
+def test_every_family_is_checked(name: str, tmp_path: Path) -> None:
     folder = families.save(name, tmp_path / "model", ["what shape is it?"])
-    found = model_folder.local_model(Model(model=str(folder))).probed
+    found = model_folder.find_model(Model(model=str(folder))).processor_output
     assert found is not None and found.positions == 512 and found.prompt > 10
 
 
-def test_a_tensor_that_no_model_asks_for_harms_nothing(model: Path) -> None:
+def test_unused_tensor_is_ignored(model: Path) -> None:
     weights(lambda tensors: tensors.update(extra=torch.zeros(2)))(model)
-    model_folder.local_model(Model(model=str(model)))
+    model_folder.find_model(Model(model=str(model)))
 
 
-def test_what_is_sound_is_looked_at_once_and_again_when_it_changes(model: Path, monkeypatch) -> None:
+def test_weights_are_checked_once_and_again_after_a_change(model: Path, monkeypatch) -> None:
     asked: list[Path] = []
     monkeypatch.setattr(soundness, "check_finite", asked.append)
     for _ in range(2):
-        model_folder.local_model(Model(model=str(model)))
+        model_folder.find_model(Model(model=str(model)))
     assert asked == [model]
     one(GATE, 0.5)(model)
-    model_folder.local_model(Model(model=str(model)))
+    model_folder.find_model(Model(model=str(model)))
     assert asked == [model, model]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn])
-def test_every_type_is_looked_through(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_every_dtype_is_checked(tmp_path: Path, dtype: torch.dtype) -> None:
     good = torch.linspace(-2, 2, 1000).to(dtype)
     save_file({"good": good, "ids": torch.arange(3), "none": torch.zeros(0)}, tmp_path / "a.safetensors")
     soundness.check_finite(tmp_path)
@@ -227,31 +226,31 @@ def test_every_type_is_looked_through(tmp_path: Path, dtype: torch.dtype) -> Non
         soundness.check_finite(tmp_path)
 
 
-def test_code_that_a_model_brings_is_not_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_custom_model_code_is_not_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor asked about on a terminal, as transformers would; only the machine's own settings can allow it."""
     marker = tmp_path / "ran"
     (model / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass C: pass\n")
     found = json.loads((model / CONFIG).read_text()) | dict(model_type="evil", auto_map={"AutoConfig": "evil.C"})
     (model / CONFIG).write_text(json.dumps(found))
     with pytest.raises(InputError, match="code of its own, which is off.*MASTERS_TRUST_REMOTE_CODE"):
-        model_folder.local_model(Model(model=str(model)))
+        model_folder.find_model(Model(model=str(model)))
     monkeypatch.setenv("MASTERS_TRUST_REMOTE_CODE", f"/elsewhere,{model}")
-    assert model_folder.local_model(Model(model=str(model))).own_code
+    assert model_folder.find_model(Model(model=str(model))).has_custom_code
     assert not marker.exists()
 
 
-def test_code_of_our_families_is_transformers_own(model: Path, tmp_path: Path) -> None:
+def test_supported_families_use_code_of_transformers(model: Path, tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     (model / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass C: pass\n")
     found = json.loads((model / CONFIG).read_text()) | dict(
         auto_map={"AutoConfig": "evil.C", "AutoModelForImageTextToText": "evil.C"}
     )
     (model / CONFIG).write_text(json.dumps(found))
-    ready = model_folder.local_model(Model(model=str(model)))
-    assert not ready.own_code and not marker.exists()
+    found = model_folder.find_model(Model(model=str(model)))
+    assert not found.has_custom_code and not marker.exists()
 
 
-def test_a_models_code_is_part_of_its_identity(model: Path) -> None:
+def test_model_code_is_part_of_its_digest(model: Path) -> None:
     before = model_digest(model)
     (model / "modeling.py").write_text("x = 1")
     assert model_digest(model) != before
@@ -270,7 +269,7 @@ UNMASKABLE: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize("name", UNMASKABLE)
-def test_teachers_that_cannot_be_masked(model: Path, name: str) -> None:
+def test_teacher_without_maskable_weights_is_refused(model: Path, name: str) -> None:
     change, exclude, says = UNMASKABLE[name]
     change(model)
     with pytest.raises(InputError) as refused:

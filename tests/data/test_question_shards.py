@@ -10,7 +10,7 @@ def refs(numbers) -> list[QuestionRef]:
 
 
 @given(st.sets(st.integers(0, 10_000), max_size=400))
-def test_every_question_is_in_one_shard_and_none_is_too_large(numbers: set[int]) -> None:
+def test_every_question_is_in_one_shard_within_the_limit(numbers: set[int]) -> None:
     whole = refs(numbers)
     shards = plan_shards(whole, limit=16)
     assert [ref for shard in shards for ref in shard.refs] == whole
@@ -18,12 +18,12 @@ def test_every_question_is_in_one_shard_and_none_is_too_large(numbers: set[int])
 
 
 @given(st.sets(st.integers(0, 10_000), min_size=50, max_size=300), st.integers(10_001, 20_000))
-def test_a_new_question_touches_only_the_shard_it_falls_into(numbers: set[int], new: int) -> None:
+def test_new_question_changes_only_its_shard(numbers: set[int], new: int) -> None:
     before, after = (plan_shards(refs(n), limit=16) for n in (numbers, numbers | {new}))
     kept = {tuple(map(tuple, s.questions)) for s in before} & {tuple(map(tuple, s.questions)) for s in after}
     assert len(kept) >= len(before) - 1
 
 
-def test_more_questions_of_one_digest_than_a_shard_holds_stay_together() -> None:
+def test_questions_with_equal_digests_share_a_shard() -> None:
     same = [QuestionRef("ab" * 32, f"q{n:02}", 0, n) for n in range(20)]
     assert sum(len(s.refs) for s in plan_shards(same, limit=4)) == 20

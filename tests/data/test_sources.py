@@ -70,12 +70,12 @@ def refusal(path: object, revision: str | None = None) -> str:
 @pytest.mark.parametrize(
     "name", ["./no.jsonl", "/no/such", "no.parquet", "a/b/c", "~/nothing-here", "x.csv", "x" * 5000 + ".jsonl"]
 )
-def test_a_missing_path_is_no_hub_id(name):
+def test_missing_path_is_not_looked_up_on_the_hub(name):
     line = refusal(name)
     assert line.startswith("source not found") and "correct data.source" in line
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line_at_once():
+def test_unreachable_hub_fails_quickly_with_one_line():
     began = time.monotonic()
     line = refusal("masters-tests/no-such-data-set", "v1")
     assert time.monotonic() - began < 300
@@ -133,7 +133,7 @@ def test_an_empty_jsonl_is_refused(tmp_path, content):
     assert "is empty" in refusal(tmp_path / "rows.jsonl")
 
 
-def test_jsonl_without_a_column_is_refused_but_a_row_without_one_is_not(tmp_path):
+def test_jsonl_file_without_a_required_column_is_refused_but_a_row_is_read(tmp_path):
     rows = records()
     for row in rows:
         row["label"] = row.pop("answer")
@@ -147,7 +147,7 @@ def test_jsonl_without_a_column_is_refused_but_a_row_without_one_is_not(tmp_path
 # digests
 
 
-def test_the_jsonl_digest_is_of_rows_and_images(tmp_path):
+def test_jsonl_digest_covers_rows_and_images(tmp_path):
     path = write_jsonl(tmp_path / "a")
     before = opened(path).digest()
     assert opened(write_jsonl(tmp_path / "b")).digest() == before, "the place is no content"
@@ -177,12 +177,12 @@ def test_a_digest_reads_nothing_outside_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["bad\x00name.png", "x" * 5000, "\ud800.png", "images"])
-def test_impossible_image_names_do_not_stop_a_digest(tmp_path, name):
+def test_digest_tolerates_impossible_image_names(tmp_path, name):
     path = write_jsonl(tmp_path, [*records(), {**records()[0], "id": "x", "image": name}])
     assert len(opened(path).digest()) == 64
 
 
-def test_the_parquet_digest_notices_a_changed_image_under_the_same_path(tmp_path):
+def test_parquet_digest_changes_with_an_image_file(tmp_path):
     write_jsonl(tmp_path)
     path = write_parquet(tmp_path / "rows.parquet", records())
     before = opened(path).digest()
@@ -193,7 +193,7 @@ def test_the_parquet_digest_notices_a_changed_image_under_the_same_path(tmp_path
 # Parquet
 
 
-def test_a_parquet_folder_is_read_in_order_of_name_without_leftovers(tmp_path):
+def test_parquet_folder_is_read_by_name_without_temporary_files(tmp_path):
     rows = [{**r, "image": png(0)} for r in records()]
     write_parquet(tmp_path / "b.parquet", rows[3:])
     write_parquet(tmp_path / "a" / "a.parquet", rows[:3])
@@ -244,7 +244,7 @@ def saved(folder: Path, count: int = 6) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows, features=datasets.Features(features))
 
 
-def test_a_saved_data_set_gives_stored_bytes_and_the_parts_name_the_split(tmp_path):
+def test_saved_data_set_yields_stored_bytes_and_splits_by_part(tmp_path):
     whole = saved(tmp_path)
     whole.save_to_disk(tmp_path / "one")
     parts = datasets.DatasetDict(train=whole.select(range(4)), validation=whole.select([4, 5]))
@@ -255,7 +255,7 @@ def test_a_saved_data_set_gives_stored_bytes_and_the_parts_name_the_split(tmp_pa
     assert [r.split for r in many] == ["train"] * 4 + ["test"] * 2
 
 
-def test_the_digest_of_a_saved_data_set_is_of_its_content(tmp_path):
+def test_digest_of_a_saved_data_set_covers_its_content(tmp_path):
     for name, count in (("a", 6), ("b", 5)):
         saved(tmp_path, count).save_to_disk(tmp_path / name)
     before = opened(tmp_path / "a").digest()
@@ -304,7 +304,7 @@ def test_a_hub_data_set_is_streamed_at_its_resolved_commit(tmp_path, monkeypatch
 # easy-VQA
 
 
-def test_easyvqa_is_the_official_split():
+def test_easyvqa_has_the_official_split():
     rows = list(opened("easyvqa").rows())
     assert [sum(r.split == s for r in rows) for s in ("train", "test")] == [38575, 9673]
     assert rows[0].id == "train-0" and rows[-1].id == "test-9672"
@@ -330,7 +330,7 @@ def test_easyvqa_categories(question, expected):
     assert question_category(question) == expected
 
 
-def test_digits_have_fixed_scenes_whose_questions_follow_from_the_handwriting():
+def test_digits_have_fixed_scenes():
     source = open_source(Data(source="digits"))
     rows = list(source.rows())
     assert [sum(row.split == split for row in rows) for split in ("train", "test")] == [12_000, 3_000]
@@ -340,7 +340,7 @@ def test_digits_have_fixed_scenes_whose_questions_follow_from_the_handwriting():
     assert len({row.image for row in rows}) == 7_500
 
 
-def test_no_handwritten_digit_is_in_two_pools():
+def test_handwritten_digit_pools_are_disjoint():
     pools = [set(pool) for pool in digits.POOLS.values()]
     assert len(set.union(*pools)) == sum(map(len, pools)) == 5_000
 

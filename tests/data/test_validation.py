@@ -74,14 +74,14 @@ def png_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["question", "answer"])
-def test_a_text_with_a_control_token_of_the_models_is_refused(name: str) -> None:
+def test_text_with_a_special_token_is_refused(name: str) -> None:
     rows = Rows(row(id="a", **{name: "what is <|image_pad|> here"}), row(id="b", **{name: "what is <b> here"}))
     first, second = validate_rows(rows, ("<|im_end|>", "<|image_pad|>"))
     assert first == RejectedRow("a", f"{name} has a special token", f"{name} has a special token (<|image_pad|>)")
     assert second[name] == "what is <b> here"
 
 
-def test_an_accepted_row_is_a_question_as_it_was():
+def test_accepted_row_is_unchanged():
     found = accepted(question=" Wie groß?\n\tsehr\r\n", answer="groß", category="size", split="test")
     content = digest(canonical_json([" Wie groß?\n\tsehr\r\n", "groß", digest(GOOD)]).encode())
     assert found == {
@@ -91,25 +91,25 @@ def test_an_accepted_row_is_a_question_as_it_was():
     }  # fmt: skip
 
 
-def test_the_digest_is_of_question_answer_and_image_alone():
+def test_question_digest_covers_question_answer_and_image():
     base = accepted()["question_digest"]
     assert accepted(id="b", category="c", split="test")["question_digest"] == base
     others = [accepted(question="who?"), accepted(answer="this"), accepted(image=encoded(size=(7, 5)))]
     assert len({base, *(o["question_digest"] for o in others)}) == 4
 
 
-def test_the_first_of_several_answers_is_the_one_to_learn_and_each_is_accepted_once():
+def test_first_answer_is_the_label_and_repetitions_are_dropped():
     found = accepted(answer=["eleven", "11", "eleven", " 11"])
     assert (found["answer"], found["accepted_answers"]) == ("eleven", ["eleven", "11", " 11"])
 
 
-def test_the_digest_tells_what_is_accepted_apart_and_one_answer_is_one_however_it_is_written():
+def test_question_digest_covers_all_accepted_answers():
     lists = (["this"], ["this", "that"], ["that", "this"], ["this", "that", "it"])
     digests = {accepted(answer=answers)["question_digest"] for answers in lists}
     assert len(digests) == 4 and accepted(answer="this")["question_digest"] in digests
 
 
-def test_every_accepted_answer_is_looked_through_for_control_tokens():
+def test_special_tokens_are_refused_in_every_accepted_answer():
     (found,) = validate_rows(Rows(row(answer=["this", "<|im_end|>"])), ("<|im_end|>",))
     assert found == RejectedRow("a", "answer has a special token", "answer has a special token (<|im_end|>)")
 
@@ -120,7 +120,7 @@ def test_whole_number_ids_become_their_decimals():
     assert first["question_id"] == "17" and second.reason == "duplicate id"
 
 
-def test_rereading_gives_the_same_question(tmp_path):
+def test_parse_row_returns_the_accepted_question(tmp_path):
     (tmp_path / "x.png").write_bytes(GOOD)
     for raw in (
         row(category=""),
@@ -152,7 +152,7 @@ def test_every_image_format_is_accepted(kind, mode, options):
 # the split
 
 
-def test_without_a_split_the_image_decides_so_that_none_is_in_both():
+def test_without_a_split_the_image_decides():
     pictures = [encoded(size=(1 + n % 20, 1 + n // 20)) for n in range(300)]
     found = judge(*(row(id=f"{n}-{k}", image=p, question=f"{k}?") for n, p in enumerate(pictures) for k in range(3)))
     split_of: dict[bytes, set] = {}
@@ -220,16 +220,16 @@ def test_a_faulty_row_is_rejected_with_its_reason(changes, expected):
     assert reason(**changes) == expected
 
 
-def test_limits_themselves_are_accepted():
+def test_values_at_the_limits_are_accepted():
     accepted(id="x" * 1000, question="x" * 20_000, answer="x" * 10_000, image=encoded(size=(200, 1)))
 
 
-def test_a_bomb_is_refused_by_its_header(monkeypatch):
+def test_decompression_bomb_is_refused_by_its_header(monkeypatch):
     monkeypatch.setattr(images, "to_rgb", lambda image: pytest.fail("decoded"))
     reason(image=png_header(8001, 8000))
 
 
-def test_an_oversized_file_is_refused_unread(tmp_path, monkeypatch):
+def test_oversized_file_is_refused_without_reading(tmp_path, monkeypatch):
     monkeypatch.setattr("masters.data.validation.MAX_BYTES", 100)
     (tmp_path / "big.png").write_bytes(bytes(101))
     assert reason(image=bytes(101)) == "image is too large (101 bytes, limit 100)"
@@ -249,33 +249,33 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("path", ["images/x.png", "./images/x.png", "in.png", Path("images/x.png")])
-def test_paths_inside_the_folder(folder, path):
+def test_paths_inside_the_folder_are_accepted(folder, path):
     assert accepted(image=path, root=folder)["image"] == GOOD
 
 
 # isolation
 
 
-def test_ids_are_taken_by_accepted_rows_only():
+def test_rejected_rows_do_not_reserve_their_id():
     first, second, third = judge(row(answer=None), row(), row(answer="other"))
     assert (first.kind, second["answer"], third.kind) == ("answer is missing", "that", "duplicate id")
 
 
-def test_a_rejected_row_is_named_by_its_id_or_its_place():
+def test_rejected_row_has_its_id_or_row_number():
     found = judge(row(id=None), row(id=[1]), row(id="b", answer=None), row(id="x" * 5000), row(id="\ud800"))
     assert [r.id for r in found] == ["row 1", "row 2", "b", "x" * 200, "\\ud800"]
 
 
-def test_an_unforeseen_error_costs_one_row(monkeypatch):
+def test_unexpected_error_rejects_one_row(monkeypatch):
     def explode(data, name):
         raise MemoryError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr("masters.data.validation.image_fault", explode)
+        patch.setattr("masters.data.validation.find_image_fault", explode)
         assert reason() == "row cannot be processed (MemoryError: no room)"
 
 
-def test_an_error_of_the_source_is_not_swallowed():
+def test_error_of_the_source_is_raised():
     class Ends(Rows):
         def rows(self):
             yield row()

@@ -1,4 +1,4 @@
-"""The data stage: the tables, their identity and their limits, whatever the source; and memory that stays flat."""
+"""The data stage: its tables, identity and limits for every source, and memory that stays flat."""
 
 import gc
 import io
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from masters.checks.preflight import Ready
+from masters.checks.preflight import Resources
 from masters.common.errors import InputError
 from masters.common.hashing import digest
 from masters.config import Config
@@ -35,7 +35,7 @@ def png(seed: int) -> bytes:
 
 
 def records(count: int = 200) -> list[dict]:
-    """Two questions an image, no split: about a tenth is held out."""
+    """Return rows with two questions an image and no split: about a tenth of them is for testing."""
     return [
         {"id": f"q{i}", "image": f"images/{i // 2}.png", "question": f"what is {i}?", "answer": str(i), "category": "c"}
         for i in range(count)
@@ -51,42 +51,43 @@ def write_jsonl(folder: Path, rows: list[dict]) -> Path:
     return path
 
 
-def configured(source: object, **data) -> Config:
+def make_config(source: object, **data) -> Config:
     tree = {"name": "test", "store": {"root": "unused"}, "data": {"source": str(source)} | data}
     return Config.model_validate(tree | {"student": {"model": "s"}, "teachers": [{"model": "t"}]})
 
 
-def built(store: Path, source: object, **data) -> Artifact:
-    """The stage without Prefect around it."""
-    return night(store, source, None, **data)
+def build(store: Path, source: object, **data) -> Artifact:
+    """Build the stage without Prefect."""
+    return build_night(store, source, None, **data)
 
 
-def night(store: Path, source: object, known: Artifact | None, **data) -> Artifact:
-    """The stage again, without the training questions that an artifact knows."""
-    config, storage = configured(source, **data), Storage(str(store))
-    ready = opened(config, storage)
-    made_of, questions = stage.identity(Context(config, ready, known=known)), stage.training_questions(known)
-    written = question_table.write_tables(config, ready.source, storage, made_of.folder, known=questions)
-    return artifacts.commit(storage, made_of, *written, {"known": known} if known else {})
+def build_night(store: Path, source: object, known: Artifact | None, **data) -> Artifact:
+    """Build the stage without the training questions of the artifact `known`."""
+    config, storage = make_config(source, **data), Storage(str(store))
+    resources = open_resources(config, storage)
+    identity = stage.make_identity(Context(config, resources, known_data=known))
+    questions = stage.training_questions(known)
+    written = question_table.write_tables(config, resources.source, storage, identity.folder, known=questions)
+    return artifacts.commit(storage, identity, *written, {"known": known} if known else {})
 
 
-def opened(config: Config, storage: Any = None) -> Ready:
-    """What the stage needs to be ready."""
+def open_resources(config: Config, storage: Any = None) -> Resources:
+    """Return the resources that the stage needs."""
     nothing: Any = None
-    return Ready(storage, open_source(config.data), nothing, [], ())
+    return Resources(storage, open_source(config.data), nothing, [], ())
 
 
-def questions(artifact: Artifact) -> list[dict]:
+def question_rows(artifact: Artifact) -> list[dict]:
     return list(artifact.rows("questions"))
 
 
-def ids(artifact: Artifact, split: str) -> set[str]:
-    return {r["question_id"] for r in questions(artifact) if r["split"] == split}
+def question_ids(artifact: Artifact, split: str) -> set[str]:
+    return {r["question_id"] for r in question_rows(artifact) if r["split"] == split}
 
 
 def fingerprint(source: object, **data) -> str:
-    config = configured(source, **data)
-    return stage.identity(Context(config, opened(config), ShardCache(None))).fingerprint  # pyright: ignore
+    config = make_config(source, **data)
+    return stage.make_identity(Context(config, open_resources(config), ShardCache(None))).fingerprint  # pyright: ignore
 
 
 # the same content, whatever the source
@@ -131,17 +132,17 @@ def as_saved(folder: Path) -> Path:
 
 @pytest.mark.parametrize("other", [as_bytes, as_structs, as_paths, as_folder, as_saved])
 def test_every_source_gives_the_same_table(tmp_path, other):
-    reference = built(tmp_path / "a", write_jsonl(tmp_path / "jsonl", records()))
-    artifact = built(tmp_path / "b", other(tmp_path))
-    assert questions(artifact) == questions(reference)
+    reference = build(tmp_path / "a", write_jsonl(tmp_path / "jsonl", records()))
+    artifact = build(tmp_path / "b", other(tmp_path))
+    assert question_rows(artifact) == question_rows(reference)
     assert artifact.record["files"] == reference.record["files"], "byte for byte"
 
 
 def test_the_tables_and_the_facts(tmp_path):
     rows = records()
     rows[3]["answer"], rows[8]["answer"], rows[9]["image"] = None, "", "../x.png"
-    artifact = built(tmp_path / "store", write_jsonl(tmp_path, rows))
-    found = questions(artifact)
+    artifact = build(tmp_path / "store", write_jsonl(tmp_path, rows))
+    found = question_rows(artifact)
     assert tables.decode(artifact.storage.read(artifact.files("questions")[0])).schema.equals(tables.QUESTIONS)
     assert {r["question_id"] for r in found} == {r["id"] for r in rows} - {"q3", "q8", "q9"}
     assert all(r["image"] == png(int(r["question_id"][1:]) // 2) for r in found)
@@ -150,7 +151,7 @@ def test_the_tables_and_the_facts(tmp_path):
         {"id": "q8", "reason": "answer is empty"},
         {"id": "q9", "reason": "image path leaves the data folder ('../x.png')"},
     ]
-    train, test = len(ids(artifact, "train")), len(ids(artifact, "test"))
+    train, test = len(question_ids(artifact, "train")), len(question_ids(artifact, "test"))
     reasons = {"answer is missing": 1, "answer is empty": 1, "image path leaves the data folder": 1}
     assert artifact.facts == {
         "rows": 197,
@@ -165,15 +166,15 @@ def test_the_tables_and_the_facts(tmp_path):
         assert digest(artifact.storage.read(f"{artifact.folder}/{listed['name']}")) == listed["digest"]
 
 
-def test_the_rejected_table_is_there_without_rejections(tmp_path):
-    artifact = built(tmp_path / "store", write_jsonl(tmp_path, records()))
+def test_rejected_table_exists_without_rejections(tmp_path):
+    artifact = build(tmp_path / "store", write_jsonl(tmp_path, records()))
     assert len(artifact.files("rejected")) == 1 and not list(artifact.rows("rejected"))
 
 
 # identity
 
 
-def test_identity_is_by_content_and_limits(tmp_path):
+def test_identity_depends_on_content_and_limits(tmp_path):
     path = write_jsonl(tmp_path, records())
     base = fingerprint(path)
     assert fingerprint(path, max_rejected_share=0.5) == base, "shapes no row"
@@ -186,84 +187,82 @@ def test_identity_is_by_content_and_limits(tmp_path):
 # limits
 
 
-def test_limits_take_the_rows_of_smallest_rank_and_keep_their_choice_as_data_grows(tmp_path):
+def test_limits_take_the_smallest_selection_keys_and_keep_them_as_data_grows(tmp_path):
     small = write_jsonl(tmp_path / "small", records(300))
     large = write_jsonl(tmp_path / "large", list(reversed(records(400))))
     for i in range(200):  # reversed rows, the same images
         (large.parent / "images" / f"{i}.png").write_bytes(png(i))
     limits = {"train_limit": 40, "eval_limit": 10}
     everything, few, more = (
-        built(tmp_path / "a", large),
-        built(tmp_path / "b", small, **limits),
-        built(tmp_path / "c", large, **limits),
+        build(tmp_path / "a", large),
+        build(tmp_path / "b", small, **limits),
+        build(tmp_path / "c", large, **limits),
     )
     for split, limit in (("train", 40), ("test", 10)):
         ranked = sorted(
-            (selection.selection_key(r), r["question_id"]) for r in questions(everything) if r["split"] == split
+            (selection.selection_key(r), r["question_id"]) for r in question_rows(everything) if r["split"] == split
         )
-        assert ids(more, split) == {question_id for _, question_id in ranked[:limit]}
-        kept = ids(more, split) & {r["id"] for r in records(300)}
-        assert kept <= ids(few, split), "a row chosen among more rows is chosen among fewer"
+        assert question_ids(more, split) == {question_id for _, question_id in ranked[:limit]}
+        kept = question_ids(more, split) & {r["id"] for r in records(300)}
+        assert kept <= question_ids(few, split), "a row chosen among more rows is chosen among fewer"
     assert few.facts["train"] == 40 and few.facts["eval"] == 10 and few.facts["rows"] == 50
     assert few.facts["read"] == 300
 
 
-def test_a_limit_above_the_rows_takes_all(tmp_path):
+def test_limit_above_the_number_of_rows_takes_all(tmp_path):
     path = write_jsonl(tmp_path, records())
-    whole, limited = built(tmp_path / "a", path), built(tmp_path / "b", path, train_limit=10_000, eval_limit=10_000)
+    whole, limited = build(tmp_path / "a", path), build(tmp_path / "b", path, train_limit=10_000, eval_limit=10_000)
     assert whole.record["files"] == limited.record["files"]
 
 
 # validation
 
 
-def by_split(artifact: Artifact, column: str) -> dict[str, set]:
+def values_by_split(artifact: Artifact, column: str) -> dict[str, set]:
     found: dict[str, set] = {}
     for row in artifact.rows("questions"):
         found.setdefault(row["split"], set()).add(row[column])
     return found
 
 
-def test_validation_takes_a_share_of_the_training_images_and_no_other(tmp_path):
+def test_validation_takes_a_share_of_the_training_images_only(tmp_path):
     path = write_jsonl(tmp_path / "data", records(400))
-    plain, held = built(tmp_path / "a", path), built(tmp_path / "b", path, validation_share=0.25)
-    images = by_split(held, "image_digest")
+    plain, held = build(tmp_path / "a", path), build(tmp_path / "b", path, validation_share=0.25)
+    images = values_by_split(held, "image_digest")
     assert not images["train"] & images["validation"] and not images["test"] & (images["train"] | images["validation"])
-    before, after = by_split(plain, "question_id"), by_split(held, "question_id")
+    before, after = values_by_split(plain, "question_id"), values_by_split(held, "question_id")
     assert after["test"] == before["test"] and after["train"] | after["validation"] == before["train"]
     assert 0.15 < len(images["validation"]) / len(images["train"] | images["validation"]) < 0.35
     assert held.facts["validation"] == len(after["validation"]) and held.facts["train"] == len(after["train"])
 
 
-def test_more_rows_or_a_larger_share_take_no_image_out_of_validation(tmp_path):
+def test_more_rows_or_a_larger_share_keep_images_in_validation(tmp_path):
     small, large = write_jsonl(tmp_path / "small", records(200)), write_jsonl(tmp_path / "large", records(400))
-    few = by_split(built(tmp_path / "a", small, validation_share=0.2), "image_digest")
-    assert (
-        few["validation"] <= by_split(built(tmp_path / "b", large, validation_share=0.2), "image_digest")["validation"]
+    few, more, larger = (
+        values_by_split(build(tmp_path / str(number), path, validation_share=share), "image_digest")["validation"]
+        for number, (path, share) in enumerate([(small, 0.2), (large, 0.2), (small, 0.5)])
     )
-    assert (
-        few["validation"] < by_split(built(tmp_path / "c", small, validation_share=0.5), "image_digest")["validation"]
-    )
+    assert few <= more and few < larger
 
 
-def test_validation_is_held_out_of_the_questions_that_a_limit_takes(tmp_path):
+def test_validation_is_held_out_of_the_limited_questions(tmp_path):
     path = write_jsonl(tmp_path / "data", records(300))
     whole, held = (
-        built(tmp_path / "a", path, train_limit=80),
-        built(tmp_path / "b", path, train_limit=80, validation_share=0.25),
+        build(tmp_path / "a", path, train_limit=80),
+        build(tmp_path / "b", path, train_limit=80, validation_share=0.25),
     )
-    after = by_split(held, "question_id")
-    assert after["train"] | after["validation"] == by_split(whole, "question_id")["train"]
+    after = values_by_split(held, "question_id")
+    assert after["train"] | after["validation"] == values_by_split(whole, "question_id")["train"]
 
 
-def test_validation_is_part_of_identity_only_where_there_is_some(tmp_path):
+def test_validation_share_enters_identity_only_above_zero(tmp_path):
     path = write_jsonl(tmp_path, records())
     assert fingerprint(path, validation_share=0.0) == fingerprint(path) != fingerprint(path, validation_share=0.1)
 
 
-def test_a_share_that_leaves_nothing_to_validate_is_refused(tmp_path):
+def test_validation_share_without_validation_questions_is_refused(tmp_path):
     with pytest.raises(InputError, match="expected some of both"):
-        built(tmp_path / "store", write_jsonl(tmp_path, records(20)), validation_share=1e-6)
+        build(tmp_path / "store", write_jsonl(tmp_path, records(20)), validation_share=1e-6)
 
 
 # refusals
@@ -276,14 +275,14 @@ def test_too_many_rejections_are_refused_with_reasons_and_examples(tmp_path):
     rows[30]["question"], rows[31]["question"] = "", ""
     path = write_jsonl(tmp_path, rows)
     with pytest.raises(InputError) as caught:
-        built(tmp_path / "store", path)
+        build(tmp_path / "store", path)
     line = str(caught.value)
     assert "22 of 200 rows (11.0%) rejected, more than data.max_rejected_share (5.0%)" in line
     assert "20 x answer is missing, e.g. q0; 2 x question is empty, e.g. q30" in line and "\n" not in line
     assert not list((tmp_path / "store").rglob("record.json")), "no artifact"
     rejected = list((tmp_path / "store").rglob("rejected/*.parquet"))
     assert str(rejected[0].parent) in line and pq.read_table(rejected[0]).num_rows == 22
-    assert built(tmp_path / "store", path, max_rejected_share=0.11).facts["rejected"] == 22, (
+    assert build(tmp_path / "store", path, max_rejected_share=0.11).facts["rejected"] == 22, (
         "the limit itself is tolerated"
     )
 
@@ -292,18 +291,18 @@ def test_too_many_rejections_are_refused_with_reasons_and_examples(tmp_path):
 def test_an_empty_split_is_refused(tmp_path, split, name):
     path = write_jsonl(tmp_path, [{**r, "split": split} for r in records(10)])
     with pytest.raises(InputError, match=f"no row of 10 is left for {name}"):
-        built(tmp_path / "store", path)
+        build(tmp_path / "store", path)
 
 
-def test_nothing_but_broken_lines_is_refused(tmp_path):
+def test_source_of_broken_lines_is_refused(tmp_path):
     (tmp_path / "rows.jsonl").write_text("{\n[]\n")
     with pytest.raises(InputError, match=r"2 of 2 rows \(100.0%\) rejected"):
-        built(tmp_path / "store", tmp_path / "rows.jsonl")
+        build(tmp_path / "store", tmp_path / "rows.jsonl")
     with pytest.raises(InputError, match="no row of 2 is left"):
-        built(tmp_path / "store", tmp_path / "rows.jsonl", max_rejected_share=1.0)
+        build(tmp_path / "store", tmp_path / "rows.jsonl", max_rejected_share=1.0)
 
 
-class Given:
+class FakeSource:
     """A source whose second reading may differ from its first."""
 
     def __init__(self, *readings: list[RawRow]) -> None:
@@ -316,7 +315,7 @@ class Given:
         yield from self.readings.pop(0) if len(self.readings) > 1 else self.readings[0]
 
 
-def raw(count: int, images: list[bytes] | None = None) -> list[RawRow]:
+def raw_rows(count: int, images: list[bytes] | None = None) -> list[RawRow]:
     pictures = images or [png(0)]
     splits = ("train", "test")
     return [RawRow(str(i), pictures[i * len(pictures) // count], f"{i}?", "yes", splits[i % 2]) for i in range(count)]
@@ -324,26 +323,34 @@ def raw(count: int, images: list[bytes] | None = None) -> list[RawRow]:
 
 @pytest.mark.parametrize(
     "second",
-    [raw(9), raw(11), raw(10)[::-1], raw(10, [png(1)]), [*raw(9), RawRow("9", None, "9?", "yes", "test")],
-     [*raw(9), RawRow("9", png(0), 9, "yes", "test")]],
-)  # fmt: skip
+    [
+        raw_rows(9),
+        raw_rows(11),
+        raw_rows(10)[::-1],
+        raw_rows(10, [png(1)]),
+        [*raw_rows(9), RawRow("9", None, "9?", "yes", "test")],
+        [*raw_rows(9), RawRow("9", png(0), 9, "yes", "test")],
+    ],
+)
 def test_a_source_that_changes_between_the_passes_is_refused(tmp_path, second):
+    source, storage = FakeSource(raw_rows(10), second), Storage(str(tmp_path))
     with pytest.raises(InputError, match="changed while it was read"):
-        question_table.write_tables(configured("given"), Given(raw(10), second), Storage(str(tmp_path)), "data/x")
+        question_table.write_tables(make_config("given"), source, storage, "data/x")
 
 
 def test_a_source_that_grows_before_the_first_pass_is_refused(tmp_path, monkeypatch):
-    """Both passes find the new rows; the artifact's identity, which was there before, is that of the old ones."""
-    path, validated = write_jsonl(tmp_path, records(60)), question_table.validated
-    config, storage = configured(path), Storage(str(tmp_path / "store"))
-    run: Any = SimpleNamespace(config=config, ready=opened(config, storage), storage=storage, known=None)
-    monkeypatch.setattr(stage, "build_or_reuse", lambda run, made_of, upstream, build: build())
+    """Both passes read the new rows, but the identity was computed from the old ones."""
+    path, validate_rows = write_jsonl(tmp_path, records(60)), question_table.validate_rows
+    config, storage = make_config(path), Storage(str(tmp_path / "store"))
+    resources = open_resources(config, storage)
+    run: Any = SimpleNamespace(config=config, resources=resources, storage=storage, known_data=None)
+    monkeypatch.setattr(stage, "build_or_reuse", lambda run, identity, upstream, build: build())
 
-    def grown(source, special_tokens):
+    def add_row_and_validate(source, special_tokens):
         path.write_text(path.read_text() + json.dumps(records(61)[60] | dict(image="images/0.png")) + "\n")
-        return validated(source, special_tokens)
+        return validate_rows(source, special_tokens)
 
-    monkeypatch.setattr(question_table, "validated", grown)
+    monkeypatch.setattr(question_table, "validate_rows", add_row_and_validate)
     with pytest.raises(InputError, match="changed while it was read"):
         stage.data.fn(run)
 
@@ -351,17 +358,17 @@ def test_a_source_that_grows_before_the_first_pass_is_refused(tmp_path, monkeypa
 # layout
 
 
-def written(monkeypatch, tmp_path: Path, count: int, **constants) -> dict[str, list[dict]]:
+def write_questions_table(monkeypatch, tmp_path: Path, count: int, **constants) -> dict[str, list[dict]]:
     for name, value in constants.items():
         monkeypatch.setattr(question_table, name, value)
     storage = Storage(str(tmp_path))
-    files, _ = question_table.write_tables(configured("given"), Given(raw(count)), storage, "x")
+    files, _ = question_table.write_tables(make_config("given"), FakeSource(raw_rows(count)), storage, "x")
     return {n: tables.decode(storage.read(f"x/{n}")).to_pylist() for n in sorted(files) if n.startswith("questions/")}
 
 
 @pytest.mark.parametrize(("count", "digits"), [(4, 0), (5, 1), (64, 1), (65, 2)])
-def test_there_are_as_many_buckets_as_the_rows_need(monkeypatch, tmp_path, count, digits):
-    files = written(monkeypatch, tmp_path, count, BUCKET_ROWS=4)
+def test_number_of_buckets_follows_the_number_of_rows(monkeypatch, tmp_path, count, digits):
+    files = write_questions_table(monkeypatch, tmp_path, count, BUCKET_ROWS=4)
     for name, rows in files.items():
         bucket = name.removeprefix("questions/").split("-")[0]
         assert len(bucket if bucket != "all" else "") == digits
@@ -372,19 +379,20 @@ def test_there_are_as_many_buckets_as_the_rows_need(monkeypatch, tmp_path, count
 
 def test_a_large_bucket_or_a_full_buffer_starts_a_new_file(monkeypatch, tmp_path):
     size = len(png(0)) + 5  # about a row
-    by_file = written(monkeypatch, tmp_path / "a", 10, FILE_BYTES=3 * size)
+    by_file = write_questions_table(monkeypatch, tmp_path / "a", 10, FILE_BYTES=3 * size)
     assert list(by_file) == [f"questions/all-{k:03d}.parquet" for k in range(3)]
-    by_buffer = written(monkeypatch, tmp_path / "b", 100, BUCKET_ROWS=8, FILE_BYTES=1 << 30, BUFFER_BYTES=20 * size)
+    limits = dict(BUCKET_ROWS=8, FILE_BYTES=1 << 30, BUFFER_BYTES=20 * size)
+    by_buffer = write_questions_table(monkeypatch, tmp_path / "b", 100, **limits)
     assert max(len(rows) for rows in by_buffer.values()) <= 20
     assert any(name.endswith("-001.parquet") for name in by_buffer)
     assert sum(map(len, by_buffer.values())) == 100
 
 
-def test_rejections_go_to_files_of_bounded_size(monkeypatch, tmp_path):
+def test_rejected_files_have_bounded_size(monkeypatch, tmp_path):
     monkeypatch.setattr(selection, "REJECTED_ROWS", 4)
     bad = [RawRow(str(i), png(0), "q?", None) for i in range(9)]
     artifact_files, facts = question_table.write_tables(
-        configured("given", max_rejected_share=0.9), Given(raw(10) + bad), Storage(str(tmp_path)), "x"
+        make_config("given", max_rejected_share=0.9), FakeSource(raw_rows(10) + bad), Storage(str(tmp_path)), "x"
     )
     parts = [n for n in sorted(artifact_files) if n.startswith("rejected/")]
     assert [pq.read_table(tmp_path / "x" / n).num_rows for n in parts] == [4, 4, 1] and facts["rejected"] == 9
@@ -400,17 +408,17 @@ def test_memory_does_not_grow_with_the_rows(monkeypatch, tmp_path):
         pictures.append(sink.getvalue())
     size = len(pictures[0])
 
-    class Fresh(Given):
-        def rows(self):  # as from a file: every row has bytes of its own
+    class CopyingSource(FakeSource):
+        def rows(self):  # as from a file, every row has its own copy of the bytes
             for row in self.readings[0]:
                 yield RawRow(row.id, bytes(bytearray(row.image)), row.question, row.answer, row.split)
 
     peaks = []
     for count in (1000, 3000):
-        source = Fresh(raw(count, pictures))
+        source = CopyingSource(raw_rows(count, pictures))
         gc.collect()
         tracemalloc.start()
-        question_table.write_tables(configured("given"), source, Storage(str(tmp_path / str(count))), "x")
+        question_table.write_tables(make_config("given"), source, Storage(str(tmp_path / str(count))), "x")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert size * 2000 > 20 << 20, "the images alone would show"
@@ -421,8 +429,8 @@ def test_memory_does_not_grow_with_the_rows(monkeypatch, tmp_path):
 
 
 def test_easyvqa_with_limits(tmp_path):
-    artifact = built(tmp_path, "easyvqa", train_limit=50, eval_limit=50)
-    rows = questions(artifact)
+    artifact = build(tmp_path, "easyvqa", train_limit=50, eval_limit=50)
+    rows = question_rows(artifact)
     assert artifact.facts == {
         "rows": 100,
         "rejected": 0,
@@ -437,25 +445,25 @@ def test_easyvqa_with_limits(tmp_path):
     assert {r["category"] for r in rows} == {"color", "shape", "color-yes-no", "shape-yes-no"}
 
 
-def test_known_training_questions_are_left_out_through_all_nights(tmp_path: Path) -> None:
-    """Each night's table holds what is new to the nights before; evaluation questions stay whole."""
+def test_known_training_questions_are_left_out_over_all_nights(tmp_path: Path) -> None:
+    """Each night's table holds the new training questions and all evaluation questions."""
     rows = records(60)
     parts = [rows[:40], rows[:50], [r | {"answer": "changed"} if r["id"] == "q3" else r for r in rows]]
     artifact, seen = None, set()
     for number, part in enumerate(parts):
         source = write_jsonl(tmp_path / f"{number}", part)
-        artifact, whole = night(tmp_path / "store", source, artifact), built(tmp_path / "whole", source)
-        assert ids(artifact, "test") == ids(whole, "test")
-        everything = {(r["question_id"], r["question_digest"]) for r in questions(whole) if r["split"] == "train"}
-        taken = {(r["question_id"], r["question_digest"]) for r in questions(artifact) if r["split"] == "train"}
+        artifact, whole = build_night(tmp_path / "store", source, artifact), build(tmp_path / "whole", source)
+        assert question_ids(artifact, "test") == question_ids(whole, "test")
+        everything = {(r["question_id"], r["question_digest"]) for r in question_rows(whole) if r["split"] == "train"}
+        taken = {(r["question_id"], r["question_digest"]) for r in question_rows(artifact) if r["split"] == "train"}
         assert taken == everything - seen
         assert artifact.facts["known"] == len(everything & seen)
         seen |= everything
-    assert "q3" in ids(artifact, "train") | ids(artifact, "test")
+    assert "q3" in question_ids(artifact, "train") | question_ids(artifact, "test")
 
 
-def test_a_night_without_new_training_questions_is_no_error(tmp_path: Path) -> None:
+def test_night_without_new_training_questions_is_accepted(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "data", records(40))
-    first = built(tmp_path / "store", source)
-    second = night(tmp_path / "store", source, first)
+    first = build(tmp_path / "store", source)
+    second = build_night(tmp_path / "store", source, first)
     assert second.facts["train"] == 0 and second.facts["eval"] == first.facts["eval"]

@@ -1,4 +1,4 @@
-"""Evaluation by a judge: its verdicts decide what is right; what it cannot be asked about is never a silent 0."""
+"""Evaluation by a judge: its verdicts decide what is correct, and an answer that it cannot judge is never scored 0."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,22 +8,22 @@ import pytest
 
 from masters.common.errors import WorkerError
 from masters.config.stages import Stage
-from masters.flows.plan import settings
+from masters.flows.plan import stage_identities
 from masters.models.judging import batches
 from masters.rewards import verifiers
 from masters.store import tables
 from masters.store.artifacts import Artifact
 from masters.tasks import evaluate, generate
 from masters.tasks.data import data
-from masters.tasks.judges import evaluation_judge, metric_of
-from masters.tasks.register import card
+from masters.tasks.judges import accuracy_metric, evaluation_judge
+from masters.tasks.register import render_card
 from masters.tasks.run_context import Run
 from tests import fake_judge
 from tests.fake_judge import FakeJudge, inside, serve
-from tests.handmade_run import first_round, made_run, told
+from tests.handmade_run import first_round, make_run, read_stderr
 from tests.shape_data import write_questions
 
-TEXTS = ["blue", "a blue shape", "no idea"]  # what the student says, in turn
+TEXTS = ["blue", "a blue shape", "no idea"]  # the student's answers, in turn
 
 
 @pytest.fixture(scope="module")
@@ -33,152 +33,158 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def judge() -> Iterator[FakeJudge]:
-    with serve(say=generous) as there:
-        yield there
+    with serve(say=accept_phrases) as server:
+        yield server
 
 
-def generous(user: str) -> tuple[int, object]:
-    """Right is what has more than one word: nothing that a rule would say."""
+def accept_phrases(user: str) -> tuple[int, object]:
+    """Reply as a judge that accepts every answer of several words, unlike any rule."""
     if "<overall_summary>" in user:
         return 200, fake_judge.verdict(user)
     return 200, f"It looks. <answer>{int(len(inside(user, 'generated_text').split()) > 1)}</answer>"
 
 
-def judged_run(store: Path, source: Path, url: str, accuracy: str = "llm") -> Run:
+def make_judged_run(store: Path, source: Path, url: str, accuracy: str = "llm") -> Run:
     rewards, evaluation = dict(accuracy="rules", judge=url), dict(accuracy=accuracy)
-    return made_run(store, source, rewards=rewards, evaluate=evaluation)
+    return make_run(store, source, rewards=rewards, evaluate=evaluation)
 
 
-def answered(run: Run, questions: Artifact, too_long: bool = False) -> None:
-    """The shards of the student's predictions, as if an engine had answered in each way of `TEXTS` in turn."""
-    for order in evaluate.orders(run, questions, [run.ready.student]):
+def write_answers(run: Run, questions: Artifact, too_long: bool = False) -> None:
+    """Write the shards of the student's predictions, as if an engine had answered with `TEXTS` in turn."""
+    for request in evaluate.prediction_requests(run, questions, [run.resources.student]):
         rows = [
-            dict(question_id=ref.question_id, model=order.answerer.name, text=TEXTS[at % len(TEXTS)],
-                 finish_reason=tables.PROMPT_TOO_LONG if too_long and at % 2 else "stop")
-            for at, ref in enumerate(order.shard.refs)
-        ]  # fmt: skip
-        run.storage.create(order.file, tables.encode(rows, tables.PREDICTED))
+            dict(
+                question_id=ref.question_id,
+                model=request.model.name,
+                text=TEXTS[number % len(TEXTS)],
+                finish_reason=tables.PROMPT_TOO_LONG if too_long and number % 2 else "stop",
+            )
+            for number, ref in enumerate(request.shard.refs)
+        ]
+        run.storage.create(request.file, tables.encode(rows, tables.PREDICTED))
 
 
-def evaluated(run: Run, questions: Artifact) -> Artifact:
-    return evaluate.evaluate.fn(run, questions, [run.ready.student])
+def run_evaluation(run: Run, questions: Artifact) -> Artifact:
+    return evaluate.evaluate.fn(run, questions, [run.resources.student])
 
 
-def test_the_judge_decides_and_what_it_said_is_kept(tmp_path: Path, source: Path, judge: FakeJudge) -> None:
-    run = judged_run(tmp_path, source, judge.url)
+def test_judge_decides_and_its_judgements_are_stored(tmp_path: Path, source: Path, judge: FakeJudge) -> None:
+    run = make_judged_run(tmp_path, source, judge.url)
     questions = data.fn(run)
-    answered(run, questions)
-    made = evaluated(run, questions)
-    rows = list(made.rows("predictions"))
+    write_answers(run, questions)
+    evaluated = run_evaluation(run, questions)
+    rows = list(evaluated.rows("predictions"))
     assert {(row["text"], row["correct"]) for row in rows} == {(text, text != "blue") for text in TEXTS}
-    (score,) = made.facts["scores"].values()
+    (score,) = evaluated.facts["scores"].values()
     assert score["accuracy"] == sum(row["correct"] for row in rows) / len(rows) and score["n"] == len(rows)
-    said = {(row["question"], row["reference"], row["text"]): row["score"] for row in made.rows("judgements")}
-    assert len(said) == len(judge.first_calls()) == len(set(judge.first_calls()))
-    assert {(text, said_of) for (*_, text), said_of in said.items()} == {(t, float(t != "blue")) for t in TEXTS}
-    assert made.record["upstream"]["judge"]["uri"] == judge.url
-    assert tables.read(run.storage, made.files("predictions")[0]).schema.equals(tables.PREDICTIONS)
+    score_of = {(row["question"], row["reference"], row["text"]): row["score"] for row in evaluated.rows("judgements")}
+    assert len(score_of) == len(judge.first_calls()) == len(set(judge.first_calls()))
+    assert {(text, value) for (*_, text), value in score_of.items()} == {(t, float(t != "blue")) for t in TEXTS}
+    assert evaluated.record["upstream"]["judge"]["uri"] == judge.url
+    assert tables.read(run.storage, evaluated.files("predictions")[0]).schema.equals(tables.PREDICTIONS)
 
-    asked = len(judge.asked)
-    assert evaluated(judged_run(tmp_path, source, judge.url), questions).fingerprint == made.fingerprint
-    assert len(judge.asked) == asked
+    requests = len(judge.asked)
+    assert run_evaluation(make_judged_run(tmp_path, source, judge.url), questions).fingerprint == evaluated.fingerprint
+    assert len(judge.asked) == requests
 
 
-def test_the_judge_is_part_of_the_identity_and_rules_keep_theirs(tmp_path: Path, source: Path) -> None:
+def test_judge_enters_identity_and_rules_do_not_change_it(tmp_path: Path, source: Path) -> None:
     urls = ("http://127.0.0.1:1/v1", "http://127.0.0.1:2/v1")
-    judged = [evaluate.identity(judged_run(tmp_path, source, url), []) for url in urls]
-    ruled = [evaluate.identity(judged_run(tmp_path, source, url, accuracy="rules"), []) for url in urls]
-    assert len({one.fingerprint for one in judged + ruled}) == 3
+    judged = [evaluate.make_identity(make_judged_run(tmp_path, source, url), []) for url in urls]
+    ruled = [evaluate.make_identity(make_judged_run(tmp_path, source, url, accuracy="rules"), []) for url in urls]
+    assert len({identity.fingerprint for identity in judged + ruled}) == 3
     assert judged[0].config["judge"] == urls[0] and judged[0].config["model"] == dict(url=urls[0], model=None)
-    assert ruled[0].config == verifiers.identity(judged_run(tmp_path, source, urls[0]).config.answers)
-    plans = [list(settings(judged_run(tmp_path, source, urls[0], accuracy=by))) for by in ("llm", "rules")]
+    assert ruled[0].config == verifiers.verifier_identity(make_judged_run(tmp_path, source, urls[0]).config.answers)
+    plans = [
+        list(stage_identities(make_judged_run(tmp_path, source, urls[0], accuracy=accuracy)))
+        for accuracy in ("llm", "rules")
+    ]
     differ = [a.kind for a, b in zip(*plans, strict=True) if a.fingerprint != b.fingerprint]
     assert differ == [Stage.EVALUATE]
 
 
-def test_a_judge_that_cannot_be_had_fails_the_stage_and_the_next_run_goes_on(
+def test_unavailable_judge_fails_the_stage_and_the_next_run_judges_the_rest(
     tmp_path: Path, source: Path, judge: FakeJudge
 ) -> None:
-    run = judged_run(tmp_path, source, judge.url)
+    run = make_judged_run(tmp_path, source, judge.url)
     questions = data.fn(run)
-    answered(run, questions)
-    judge.say = lambda user: (401, "no") if "no idea" in user else generous(user)
-    with pytest.raises(WorkerError, match=r"could not be had for \d+ of \d+ answers.*run again"):
-        evaluated(run, questions)
-    first, judge.say = set(judge.first_calls()), generous
+    write_answers(run, questions)
+    judge.say = lambda user: (401, "no") if "no idea" in user else accept_phrases(user)
+    with pytest.raises(WorkerError, match=r"was unavailable for \d+ of \d+ answers.*run again"):
+        run_evaluation(run, questions)
+    first, judge.say = set(judge.first_calls()), accept_phrases
     judge.asked.clear()
-    made = evaluated(judged_run(tmp_path, source, judge.url), questions)
+    evaluated = run_evaluation(make_judged_run(tmp_path, source, judge.url), questions)
     again = set(judge.first_calls())
     assert again and all("no idea" in user for user in again) and again < first
-    assert {row["text"] for row in made.rows("predictions") if row["correct"]} == {"a blue shape", "no idea"}
+    assert {row["text"] for row in evaluated.rows("predictions") if row["correct"]} == {"a blue shape", "no idea"}
 
 
-def test_an_unreadable_verdict_counts_as_wrong_and_is_told(
+def test_unparsable_verdict_counts_as_wrong_and_is_reported(
     tmp_path: Path, source: Path, judge: FakeJudge, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    judge.say = lambda user: (200, "who knows") if "no idea" in user else generous(user)
-    run = judged_run(tmp_path, source, judge.url)
+    judge.say = lambda user: (200, "who knows") if "no idea" in user else accept_phrases(user)
+    run = make_judged_run(tmp_path, source, judge.url)
     questions = data.fn(run)
-    answered(run, questions)
-    made = evaluated(run, questions)
-    lost = sum(row["text"] == "no idea" for row in made.rows("predictions"))
-    assert {row["text"] for row in made.rows("predictions") if row["correct"]} == {"a blue shape"}
-    assert made.facts["no_verdict"] == run.stages[-1]["no_verdict"] == {"parse_failed": lost}
-    assert f"evaluate: answers without a verdict count as wrong (parse_failed {lost})" in told(capsys)
-    reused = judged_run(tmp_path, source, judge.url)
-    evaluated(reused, questions)
-    assert reused.stages[-1]["no_verdict"] == {"parse_failed": lost}
+    write_answers(run, questions)
+    evaluated = run_evaluation(run, questions)
+    unparsable = sum(row["text"] == "no idea" for row in evaluated.rows("predictions"))
+    assert {row["text"] for row in evaluated.rows("predictions") if row["correct"]} == {"a blue shape"}
+    assert evaluated.facts["no_verdict"] == run.stages[-1]["no_verdict"] == {"parse_failed": unparsable}
+    assert f"evaluate: answers without a verdict count as wrong (parse_failed {unparsable})" in read_stderr(capsys)
+    reused = make_judged_run(tmp_path, source, judge.url)
+    run_evaluation(reused, questions)
+    assert reused.stages[-1]["no_verdict"] == {"parse_failed": unparsable}
 
 
-def test_a_judge_without_any_verdict_is_an_error(tmp_path: Path, source: Path, judge: FakeJudge) -> None:
+def test_judge_without_any_verdict_raises(tmp_path: Path, source: Path, judge: FakeJudge) -> None:
     judge.say = lambda _: (200, "who knows")
-    run = judged_run(tmp_path, source, judge.url)
+    run = make_judged_run(tmp_path, source, judge.url)
     questions = data.fn(run)
-    answered(run, questions)
+    write_answers(run, questions)
     with pytest.raises(WorkerError, match="gave no verdict on any of"):
-        evaluated(run, questions)
+        run_evaluation(run, questions)
 
 
-def test_what_was_not_asked_is_not_judged(tmp_path: Path, source: Path, judge: FakeJudge) -> None:
-    run = judged_run(tmp_path, source, judge.url)
+def test_predictions_with_too_long_prompts_are_not_judged(tmp_path: Path, source: Path, judge: FakeJudge) -> None:
+    run = make_judged_run(tmp_path, source, judge.url)
     questions = data.fn(run)
-    answered(run, questions, too_long=True)
-    rows = list(evaluated(run, questions).rows("predictions"))
-    asked = [row for row in rows if row["finish_reason"] == "stop"]
-    assert len(asked) < len(rows)
-    assert all(row["correct"] == (row in asked and row["text"] != "blue") for row in rows)
-    assert len(judge.first_calls()) <= len(asked)
+    write_answers(run, questions, too_long=True)
+    rows = list(run_evaluation(run, questions).rows("predictions"))
+    answered = [row for row in rows if row["finish_reason"] == "stop"]
+    assert len(answered) < len(rows)
+    assert all(row["correct"] == (row in answered and row["text"] != "blue") for row in rows)
+    assert len(judge.first_calls()) <= len(answered)
 
 
-def test_rebuilding_forgets_answers_and_verdicts(tmp_path: Path, source: Path, judge: FakeJudge) -> None:
-    run = judged_run(tmp_path, source, judge.url)
+def test_rebuild_deletes_stored_answers_and_verdicts(tmp_path: Path, source: Path, judge: FakeJudge) -> None:
+    run = make_judged_run(tmp_path, source, judge.url)
     questions = data.fn(run)
-    answered(run, questions)
-    evaluated(run, questions)
+    write_answers(run, questions)
+    run_evaluation(run, questions)
     assert list(run.storage.names("shards/judgements")) and list(run.storage.names("shards/predictions"))
-    evaluate._forget(run, evaluate.orders(run, questions, [run.ready.student]), evaluation_judge(run))
+    requests = evaluate.prediction_requests(run, questions, [run.resources.student])
+    evaluate._delete_stored(run, requests, evaluation_judge(run))
     assert not list(run.storage.names("shards/judgements")) and not list(run.storage.names("shards/predictions"))
 
 
-def test_card_and_metric_name_the_judge(tmp_path: Path, source: Path, judge: FakeJudge) -> None:
-    run = judged_run(tmp_path, source, judge.url)
+def test_model_card_and_metric_name_the_judge(tmp_path: Path, source: Path, judge: FakeJudge) -> None:
+    run = make_judged_run(tmp_path, source, judge.url)
     questions = data.fn(run)
-    answered(run, questions)
-    text = card(run, questions, evaluated(run, questions))
+    write_answers(run, questions)
+    text = render_card(run, questions, run_evaluation(run, questions))
     assert f"| model | accuracy by judge {judge.url} | n |" in text
-    assert f"what the language model `{judge.url}` judges to say the same" in text and "NFKC" not in text
+    assert f"the language model `{judge.url}` judges that it says the same" in text and "NFKC" not in text
     named = run.config.rewards.model_copy(update=dict(judge="demo/models/judge"))
-    assert metric_of(run.config.model_copy(update=dict(rewards=named))) == "accuracy by judge judge"
+    assert accuracy_metric(run.config.model_copy(update=dict(rewards=named))) == "accuracy by judge judge"
 
 
-def test_a_judge_for_evaluation_alone_is_not_asked_about_responses(
+def test_judge_of_the_evaluation_does_not_judge_responses(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batches, "start_early_judging", lambda *_: pytest.fail("responses would be judged"))
-    run = made_run(
-        tmp_path, source, rewards=dict(accuracy="llm", judge="http://127.0.0.1:1/v1"), train=dict(objective="kd"),
-        evaluate=dict(accuracy="llm"),
-    )  # fmt: skip
+    rewards = dict(accuracy="llm", judge="http://127.0.0.1:1/v1")
+    run = make_run(tmp_path, source, rewards=rewards, train=dict(objective="kd"), evaluate=dict(accuracy="llm"))
     questions = data.fn(run)
-    made_of = replace(evaluate.identity(run, []), stage="generate")
-    assert generate._judge_beside(run, first_round(run), made_of, questions, []) is None
+    identity = replace(evaluate.make_identity(run, []), stage="generate")
+    assert generate._early_judging(run, first_round(run), identity, questions, []) is None

@@ -11,18 +11,18 @@ from safetensors.torch import load_file
 from masters.common import machine
 from masters.common.errors import InputError, WorkerLost
 from masters.common.hashing import digest
-from masters.config.mask_schedule import stage_of
-from masters.data.question_shards import Ref
+from masters.config.mask_schedule import mask_stage_of
+from masters.data.question_shards import QuestionRef
 from masters.execution import processes
 from masters.models import model_loading
 from masters.models.training import worker
-from masters.models.training.round_part import Part
-from masters.tasks import train as tasks_train
+from masters.models.training.job import RoundPart
 from masters.tasks.data import data
 from masters.tasks.mask import mask
 from masters.tasks.run_context import Run
-from masters.tasks.train import GUARD, PROBE, _job, held_out, identity, train
-from tests.handmade_run import ROOT, by_hand, first_round, made_run
+from masters.tasks.train import GUARD_FIELDS, MAX_PROBE, hold_out, make_identity, make_job, train
+from masters.tasks.training_monitor import TrainingMonitor
+from tests.handmade_run import ROOT, first_round, make_run, write_training_inputs
 from tests.shape_data import write_questions
 
 STEPS = 10
@@ -35,7 +35,7 @@ def trained(run: Run) -> tuple[dict[str, torch.Tensor], dict, Tables]:
     """Weights, the stage's line of the summary, and what was recorded of steps and responses."""
     current = first_round(run)
     questions = data.fn(run)
-    inputs = {"data": questions, "masks": mask.fn(run, current), **by_hand(run, current, questions)}
+    inputs = {"data": questions, "masks": mask.fn(run, current), **write_training_inputs(run, current, questions)}
     artifact = train.fn(run, current, inputs)
     tables = {name: sorted(artifact.rows(name), key=repr) for name in ("history", "rewards")}
     return load_file(Path(artifact.uri) / "model/model.safetensors"), run.stages[-1], tables
@@ -45,13 +45,13 @@ def interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train until a few steps behind a checkpoint."""
     original = processes.run
 
-    def cut_short(children, at_once, on_progress, silence) -> None:
+    def cut_short(children, max_running, on_progress, heartbeat_timeout) -> None:
         def stop(name: str, line: dict) -> None:
             if line.get("event") == "step" and line["step"] >= 5:
                 raise KeyboardInterrupt
             on_progress(name, dict(line))
 
-        original(children, at_once, stop, silence)
+        original(children, max_running, stop, heartbeat_timeout)
 
     with monkeypatch.context() as patch:
         patch.setattr(processes, "run", cut_short)
@@ -66,7 +66,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], Tables]:
-    weights, done, tables = trained(made_run(tmp_path_factory.mktemp("plain"), source))
+    weights, done, tables = trained(make_run(tmp_path_factory.mktemp("plain"), source))
     assert done["steps"] in (STEPS, STEPS + 1) and done["resumed_at_step"] == 0
     assert len(done["remask_seconds"]) == 2  # mask stages
     assert done["planned"]["passes"] == done["packed"]["passes"] == done["steps"] and done["token_budgets"] == []
@@ -115,8 +115,8 @@ def test_training_moves_every_kind_of_weight(plain: dict[str, torch.Tensor]) -> 
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(source, plain, recorded, tmp_path, monkeypatch) -> None:
-    interrupted(made_run(tmp_path, source, runtime=dict(checkpoint_steps=2)), monkeypatch)
-    weights, done, tables = trained(made_run(tmp_path, source, runtime=dict(checkpoint_steps=2)))
+    interrupted(make_run(tmp_path, source, runtime=dict(checkpoint_steps=2)), monkeypatch)
+    weights, done, tables = trained(make_run(tmp_path, source, runtime=dict(checkpoint_steps=2)))
     assert done["resumed_at_step"] >= 4
     assert {name for name in plain if not torch.equal(plain[name], weights[name])} == set()
     assert tables == recorded
@@ -124,8 +124,8 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(source, plain, recorded, t
 
 def test_two_processes_train_like_one(source, plain, recorded, tmp_path, monkeypatch) -> None:
     """Also if they are cut short and go on."""
-    interrupted(made_run(tmp_path, source, runtime=dict(train_processes=2, checkpoint_steps=3)), monkeypatch)
-    weights, done, tables = trained(made_run(tmp_path, source, runtime=dict(train_processes=2, checkpoint_steps=3)))
+    interrupted(make_run(tmp_path, source, runtime=dict(train_processes=2, checkpoint_steps=3)), monkeypatch)
+    weights, done, tables = trained(make_run(tmp_path, source, runtime=dict(train_processes=2, checkpoint_steps=3)))
     assert done["processes"] == 2 and done["resumed_at_step"] >= 3
     [told] = tmp_path.glob(".work/train-*/rank-1.progress")  # a rank that is silent for long is taken for lost
     assert told.read_text().count('"alive"') > done["steps"] - done["resumed_at_step"]
@@ -141,10 +141,10 @@ def test_a_rank_killed_beside_its_shares_is_named_and_the_run_goes_on_whole(
     sharding, source, plain, recorded, tmp_path, monkeypatch
 ) -> None:
     shared = dict(train_processes=2, sharding=sharding, activation_checkpointing=True, checkpoint_steps=2)
-    ranks, start, follow = {}, processes._start, tasks_train._Watch.__call__
+    ranks, start, follow = {}, processes._start, TrainingMonitor.__call__
 
-    def started(child: processes.Child, slots: dict[str, int]) -> subprocess.Popen:
-        ranks[child.name] = start(child, slots)
+    def started(child: processes.Child, slot: int | None) -> subprocess.Popen:
+        ranks[child.name] = start(child, slot)
         return ranks[child.name]
 
     def followed(watch: object, name: str, line: dict) -> None:
@@ -154,11 +154,11 @@ def test_a_rank_killed_beside_its_shares_is_named_and_the_run_goes_on_whole(
 
     with monkeypatch.context() as patch:
         patch.setattr(processes, "_start", started)
-        patch.setattr(tasks_train._Watch, "__call__", followed)
+        patch.setattr(TrainingMonitor, "__call__", followed)
         with pytest.raises(WorkerLost, match="rank-1 ended with signal SIGKILL"):
-            trained(made_run(tmp_path, source, runtime=shared))
+            trained(make_run(tmp_path, source, runtime=shared))
     assert all(rank.poll() is not None for rank in ranks.values())
-    weights, done, tables = trained(made_run(tmp_path, source, runtime=shared))
+    weights, done, tables = trained(make_run(tmp_path, source, runtime=shared))
     assert done["resumed_at_step"] >= 4 and done["sharding"] == sharding and done["processes"] == 2
     assert 0.45 < done["weights_share"] < 0.55
     assert responses(tables) == responses(recorded) and len(tables["rewards"]) == len(responses(tables))
@@ -169,9 +169,9 @@ def test_a_rank_killed_beside_its_shares_is_named_and_the_run_goes_on_whole(
 @pytest.mark.slow
 def test_a_fall_on_held_out_questions_ends_with_the_best_weights(source: Path, tmp_path: Path) -> None:
     wild = dict(learning_rate=0.1, max_validation_drop=0.1, on_drop="rollback")
-    run = made_run(tmp_path, source, train=wild)
+    run = make_run(tmp_path, source, train=wild)
     weights, _, tables = trained(run)
-    facts = run.made["train"].facts
+    facts = run.artifacts["train"].facts
     assert facts["held_out"] == 3 and facts["rows"] == 36  # one in ten of 39
     assert facts["rolled_back"]["to"] == 0 < facts["rolled_back"]["at"] == len(tables["history"])
     assert facts["rolled_back"]["accuracy"] < facts["rolled_back"]["best"] == facts["probes"][0]["accuracy"]
@@ -180,47 +180,47 @@ def test_a_fall_on_held_out_questions_ends_with_the_best_weights(source: Path, t
 
 
 def test_held_out_questions_come_from_all_mask_stages() -> None:
-    refs = sorted(Ref(digest(str(n).encode()), f"q{n}", 0, n) for n in range(3000))
-    learnt, probe = held_out(refs)
-    assert sorted([*learnt, *probe]) == refs and len(probe) == PROBE
-    assert all(sum(stage_of(ref.digest, 5) == stage for ref in probe) > PROBE / 10 for stage in range(5))
-    assert len(held_out(refs[:55])[1]) == 5
+    refs = sorted(QuestionRef(digest(str(n).encode()), f"q{n}", 0, n) for n in range(3000))
+    learnt, probe = hold_out(refs)
+    assert sorted([*learnt, *probe]) == refs and len(probe) == MAX_PROBE
+    assert all(sum(mask_stage_of(ref.digest, 5) == stage for ref in probe) > MAX_PROBE / 10 for stage in range(5))
+    assert len(hold_out(refs[:55])[1]) == 5
     with pytest.raises(InputError, match="expected 10 or more, found 9"):
-        held_out(refs[:9])
+        hold_out(refs[:9])
 
 
 def test_a_guard_that_is_off_has_no_part_in_identity(source: Path, tmp_path: Path) -> None:
     def config(**train: object) -> dict:
-        run = made_run(tmp_path, source, train=train)
-        return identity(run, first_round(run), {}).config["train"]
+        run = make_run(tmp_path, source, train=train)
+        return make_identity(run, first_round(run), {}).config["train"]
 
-    assert config().keys() & GUARD == set() and config(on_drop="rollback") == config()
+    assert config().keys() & GUARD_FIELDS == set() and config(on_drop="rollback") == config()
     assert config(max_validation_drop=0.1) == config() | dict(max_validation_drop=0.1, on_drop="stop")
 
 
 def test_computing_as_ever_has_no_part_in_identity_and_another_way_has(source: Path, tmp_path: Path) -> None:
     def config(**train: object) -> dict:
-        run = made_run(tmp_path, source, train=train)
-        return identity(run, first_round(run), {}).config["train"]
+        run = make_run(tmp_path, source, train=train)
+        return make_identity(run, first_round(run), {}).config["train"]
 
     assert config() == config(compute_dtype="float32") and "compute_dtype" not in config()
     assert config(compute_dtype="bfloat16") == config() | dict(compute_dtype="bfloat16")
 
 
 def test_too_little_memory_is_refused_before_a_model_is_loaded(source, tmp_path, monkeypatch) -> None:
-    run = made_run(tmp_path, source)
+    run = make_run(tmp_path, source)
     current, questions = first_round(run), data.fn(run)
-    inputs = {"data": questions, "masks": mask.fn(run, current), **by_hand(run, current, questions)}
-    job = _job(run, current, inputs, Part(), "checkpoints", tmp_path / "out")
+    inputs = {"data": questions, "masks": mask.fn(run, current), **write_training_inputs(run, current, questions)}
+    job = make_job(run, current, inputs, RoundPart(), "checkpoints", tmp_path / "out")
     monkeypatch.setattr(model_loading, "load_model", lambda *_: pytest.fail("a model was loaded"))
-    monkeypatch.setattr(machine, "available", lambda: 8 << 20)
+    monkeypatch.setattr(machine, "available_memory", lambda: 8 << 20)
     with pytest.raises(InputError, match=r"0.01 GiB are free \(weights .* pass: \d{2,} tokens\): take a smaller"):
         worker.prepare(job, tmp_path / "job.json", 0, 1)
 
 
 def test_a_warning_is_told_once_and_kept(capsys: pytest.CaptureFixture) -> None:
     tags: dict[str, str] = {}
-    watch = tasks_train._Watch(SimpleNamespace(tracker=SimpleNamespace(warning=tags.__setitem__)), None, [0.2])  # pyright: ignore
+    watch = TrainingMonitor(SimpleNamespace(tracker=SimpleNamespace(warning=tags.__setitem__)), None, [0.2])  # pyright: ignore
     for step in (3, 6):  # the second from a trainer that went on from a checkpoint
         watch("rank-0", dict(event="warning", step=step, name="entropy", text="the entropy fell"))
     assert watch.warnings == [dict(step=3, name="entropy", text="the entropy fell")]
@@ -229,9 +229,9 @@ def test_a_warning_is_told_once_and_kept(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_looks_at_the_probe_that_are_taken_again_are_told_once() -> None:
-    watch = tasks_train._Watch(SimpleNamespace(tracker=SimpleNamespace(metrics=lambda *_: None)), None, [0.2])  # pyright: ignore
+    watch = TrainingMonitor(SimpleNamespace(tracker=SimpleNamespace(metrics=lambda *_: None)), None, [0.2])  # pyright: ignore
     for step in (0, 2, 4):
         watch("rank-0", dict(event="probe", step=step, accuracy=0.5))
-    watch("rank-0", dict(event="resumed", step=2, of=9))
+    watch("rank-0", dict(event="resumed", step=2, total=9))
     watch("rank-0", dict(event="probe", step=4, accuracy=0.5))
     assert [look["step"] for look in watch.probes] == [0, 2, 4]

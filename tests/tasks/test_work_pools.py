@@ -1,4 +1,4 @@
-"""What of a stage that is handed on can be said without a server: its references, its configuration, its pool."""
+"""Stages on work pools without a server: the request, the portable configuration, the choice of pool, and failures."""
 
 import json
 from datetime import UTC, datetime
@@ -9,15 +9,15 @@ from mlflow import MlflowClient
 from prefect.states import Cancelled, Completed, Crashed, Failed
 from pydantic import ValidationError
 
-from masters.checks.model_folder import Server
-from masters.checks.preflight import Ready
+from masters.checks.model_folder import JudgeServer
+from masters.checks.preflight import Resources
 from masters.common import errors
 from masters.common.errors import InputError, MastersError, WorkerError, WorkerLost
 from masters.config import Config
 from masters.config.allowlist import check_config
 from masters.config.loading import load
 from masters.execution import pool_request
-from masters.execution.pool_request import StageRequest, outside, portable
+from masters.execution.pool_request import StageRequest, external_digests, make_portable
 from masters.infra.settings import Settings
 from masters.store.artifacts import External, Identity
 from masters.store.storage import Storage
@@ -25,7 +25,7 @@ from masters.tasks import work_pools
 from masters.tasks.run_context import Context, Run
 from masters.tracking.pool_stage import PoolStageWriter
 from masters.tracking.run_writer import RunWriter
-from tests.scoring_run import Quiet
+from tests.scoring_run import NoTracking
 from tests.tracked_run import NAME, configured, made
 
 DEMO = Path(__file__).parents[2] / "configs/easyvqa.toml"
@@ -34,7 +34,7 @@ KEY = "0" * 32
 BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def wanted(**fields: object) -> StageRequest:
+def make_request(**fields: object) -> StageRequest:
     return StageRequest.model_validate(dict(key=KEY, run=KEY, began=BEGAN, tracked=KEY, stage="generate") | fields)
 
 
@@ -42,29 +42,27 @@ def wanted(**fields: object) -> StageRequest:
 def test_a_reference_cannot_leave_the_store(folder: str) -> None:
     for fields in (dict(inputs=dict(data=folder)), dict(known=folder), dict(earlier=[folder]), dict(key=folder)):
         with pytest.raises(ValidationError):
-            wanted(**fields)
-    assert wanted(inputs=dict(data="data/x-0123456789abcdef")).inputs
+            make_request(**fields)
+    assert make_request(inputs=dict(data="data/x-0123456789abcdef")).inputs
 
 
 @pytest.mark.parametrize(
     ("stage", "kind", "number"),
     [("generate", "generate", 1), ("train-3", "train", 3), ("evaluate-champion", "evaluate", 1)],
 )
-def test_a_stages_name_says_its_round(stage: str, kind: str, number: int) -> None:
-    assert (wanted(stage=stage).kind, wanted(stage=stage).round) == (kind, number)
+def test_stage_name_has_the_round(stage: str, kind: str, number: int) -> None:
+    assert (make_request(stage=stage).kind, make_request(stage=stage).round) == (kind, number)
 
 
-def test_a_portable_configuration_means_the_same_from_any_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_portable_configuration_is_equal_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(DEMO.parents[1])
     config = load(DEMO, NAMED)
-    sent = portable(config, str(tmp_path))
+    sent = make_portable(config, str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert all(Path(model.model).is_dir() for model in (sent.student, *sent.teachers))
     assert sent.data == config.data and sent.store.root == str(tmp_path)  # easyvqa is a name wherever it is read
     assert Config.model_validate_json(sent.model_dump_json()) == sent
-    assert sent.runtime.pools.named == [] and sent.runtime.max_model_len == config.runtime.max_model_len
+    assert sent.runtime.pools.names == [] and sent.runtime.max_model_len == config.runtime.max_model_len
     semantic = dict(exclude={"store", "student", "teachers", "runtime"})
     assert sent.model_dump(**semantic) == config.model_dump(**semantic)
     check_config(sent)
@@ -72,59 +70,66 @@ def test_a_portable_configuration_means_the_same_from_any_folder(
 
 @pytest.mark.parametrize(
     ("accuracy", "judge", "score"),
-    [("rules", None, "c"), ("llm", None, "g"), ("llm", Server("http://j/v1", None), "c")],
+    [("rules", None, "c"), ("llm", None, "g"), ("llm", JudgeServer("http://j/v1", None), "c")],
 )
-def test_stages_go_where_their_hardware_is(accuracy: str, judge: Server | None, score: str, tmp_path: Path) -> None:
+def test_stages_run_on_the_pool_of_their_hardware(
+    accuracy: str, judge: JudgeServer | None, score: str, tmp_path: Path
+) -> None:
     config = load(DEMO, [*NAMED, f"rewards.accuracy={accuracy}"])
-    ready = Ready(Storage(str(tmp_path)), None, None, [], (), judge)  # pyright: ignore
-    run = Run(Context(config, ready), Quiet())  # pyright: ignore
-    found = {kind: run.pool(kind) for kind in ("data", "mask", "generate", "score", "train", "evaluate", "register")}
+    resources = Resources(Storage(str(tmp_path)), None, None, [], (), judge)  # pyright: ignore
+    run = Run(Context(config, resources), NoTracking())  # pyright: ignore
+    found = {
+        kind: run.pool_for(kind) for kind in ("data", "mask", "generate", "score", "train", "evaluate", "register")
+    }
     assert found == dict(data="c", mask="c", generate="g", score=score, train="t", evaluate="g", register="")
 
 
-def test_another_store_is_told_at_once(tmp_path: Path) -> None:
+def test_another_store_is_refused(tmp_path: Path) -> None:
     ours, theirs = Storage(str(tmp_path / "ours")), Storage(str(tmp_path / "theirs"))
-    pool_request.ask(ours, KEY)
-    pool_request.check_asked(ours, KEY)
+    pool_request.write_note(ours, KEY)
+    pool_request.check_note(ours, KEY)
     with pytest.raises(InputError, match="not the same place"):
-        pool_request.check_asked(theirs, KEY)
-    pool_request.forget(ours, KEY)
+        pool_request.check_note(theirs, KEY)
+    pool_request.remove_note_and_result(ours, KEY)
     assert ours.names("handed") == []
 
 
-def test_a_store_that_no_worker_reaches_is_refused() -> None:
+def test_store_that_workers_cannot_reach_is_refused() -> None:
     config = load(DEMO, NAMED)
     with pytest.raises(InputError, match="store that workers reach"):
-        work_pools.check(config, Storage("memory://shelf"))
+        work_pools.check_pools(config, Storage("memory://shelf"))
 
 
-def test_the_default_database_of_a_store_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_mlflow_database_of_a_remote_store_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(InputError, match="an MLflow that workers reach"):
-        work_pools.check(load(DEMO, NAMED), Storage("s3://bucket/prefix"))
+    with pytest.raises(InputError, match="an MLflow server that workers reach"):
+        work_pools.check_pools(load(DEMO, NAMED), Storage("s3://bucket/prefix"))
 
 
 @pytest.mark.parametrize(
     "kind", ["MastersError", "InputError", "ArtifactError", "StoreError", "WorkerError", "WorkerLost"]
 )
-def test_what_failed_there_is_raised_here_as_the_same(kind: str) -> None:
+def test_failure_on_the_pool_raises_the_same_error(kind: str) -> None:
     with pytest.raises(MastersError, match="a line .generate on pool g.$") as raised:
-        work_pools._judge(Failed(name=kind, message="a\nline"), "generate", "g")
+        work_pools._raise_failure(Failed(name=kind, message="a\nline"), "generate", "g")
     assert type(raised.value) is getattr(errors, kind)
 
 
-def test_a_lost_process_is_another_try_and_a_bug_or_a_cancellation_is_none() -> None:
-    work_pools._judge(Completed(), "train", "t")
-    for state, expected in (
-        (Crashed(message="no heartbeat"), WorkerLost), (Failed(message="KeyError: 'x'"), WorkerError),
-        (Failed(name="masked"), WorkerError), (Cancelled(), MastersError),
-    ):  # fmt: skip
+def test_lost_process_is_retryable_and_bug_or_cancellation_is_not() -> None:
+    work_pools._raise_failure(Completed(), "train", "t")
+    errors_by_state = [
+        (Crashed(message="no heartbeat"), WorkerLost),
+        (Failed(message="KeyError: 'x'"), WorkerError),
+        (Failed(name="masked"), WorkerError),
+        (Cancelled(), MastersError),
+    ]
+    for state, expected in errors_by_state:
         with pytest.raises(MastersError) as raised:
-            work_pools._judge(state, "train", "t")
+            work_pools._raise_failure(state, "train", "t")
         assert type(raised.value) is expected
 
 
-def test_pools_of_the_stack_are_named_in_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_read_pools_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Settings.from_environment().pools == ()
     monkeypatch.setenv("MASTERS_POOLS", "cpu, gpu-train,cpu,")
     assert Settings.from_environment().pools == ("cpu", "gpu-train")
@@ -134,42 +139,40 @@ def test_pools_of_the_stack_are_named_in_its_environment(monkeypatch: pytest.Mon
             Settings.from_environment()
 
 
-def test_an_assignment_travels_as_json() -> None:
-    told = wanted(rebuild=["score"], student=dict(name="models:/n/1", folder="train/n-0123456789abcdef"))
-    assert StageRequest.model_validate(json.loads(told.model_dump_json())) == told
+def test_stage_request_round_trips_through_json() -> None:
+    request = make_request(rebuild=["score"], student=dict(name="models:/n/1", folder="train/n-0123456789abcdef"))
+    assert StageRequest.model_validate(json.loads(request.model_dump_json())) == request
 
 
-def test_what_differs_between_machines_is_told_before_it_is_built(tmp_path: Path) -> None:
-    ours = dict(
+def test_inputs_that_differ_between_machines_are_refused(tmp_path: Path) -> None:
+    upstream = dict(
         data=made(Storage(str(tmp_path)), "data"),
         teacher=External("model", "/m/t", "a" * 64),
         judge=External("server", "http://j", None),
     )
-    asked = wanted(outside=outside(ours))
-    asked.check_reads(ours | dict(teacher=External("model", "/elsewhere/t", "a" * 64)))
+    request = make_request(outside=external_digests(upstream))
+    request.check_reads(upstream | dict(teacher=External("model", "/elsewhere/t", "a" * 64)))
     with pytest.raises(InputError, match="another teacher on"):
-        asked.check_reads(ours | dict(teacher=External("model", "/m/t", "b" * 64)))
+        request.check_reads(upstream | dict(teacher=External("model", "/m/t", "b" * 64)))
     with pytest.raises(InputError, match="another student on"):
-        asked.check_reads(ours | dict(student=External("model", "/m/s", "a" * 64)))
+        request.check_reads(upstream | dict(student=External("model", "/m/s", "a" * 64)))
 
 
-def test_a_workers_metrics_go_to_the_stages_run_and_nothing_else_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_worker_writes_metrics_only_to_the_run_of_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "store").mkdir()
     config, storage = configured(tmp_path / "store"), Storage(str(tmp_path / "store"))
-    tracker, made_of = RunWriter(config, storage), Identity("train", 1, {}, {}, NAME)
-    with tracker.stage(made_of, {}):
-        asked = wanted(stage="train", tracked=tracker.current, run=tracker.key)
-        there = PoolStageWriter(config, storage, asked)
-        with there.stage(made_of, {}) as tracked:
-            there.metrics(dict(loss=0.5), 7)
+    tracker, identity = RunWriter(config, storage), Identity("train", 1, {}, {}, NAME)
+    with tracker.stage(identity, {}):
+        request = make_request(stage="train", tracked=tracker.current_run_id, run=tracker.key)
+        writer = PoolStageWriter(config, storage, request)
+        with writer.stage(identity, {}) as tracked:
+            writer.metrics(dict(loss=0.5), 7)
         client = MlflowClient(tracker.uri)
         run = client.get_run(tracked(made(storage, "train"), {}))
-        assert run.info.status == "RUNNING" and there.run_id == tracker.run_id and there.lost == 0
+        assert run.info.status == "RUNNING" and writer.run_id == tracker.run_id and writer.lost_metrics == 0
     (metric,) = client.get_metric_history(run.info.run_id, "loss")
     assert (metric.value, metric.step) == (0.5, 7)
     with pytest.raises(InputError, match="holds no run"):
-        PoolStageWriter(config, storage, wanted(tracked="f" * 32))
+        PoolStageWriter(config, storage, make_request(tracked="f" * 32))
