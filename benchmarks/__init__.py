@@ -1,4 +1,4 @@
-"""What `python -m benchmarks NAME` measures: each case against what a user would write otherwise, in the same run."""
+"""Benchmarks for `python -m benchmarks NAME`: each compares our code with what a user would write, in the same run."""
 
 from collections.abc import Callable
 from enum import StrEnum
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Benchmark(StrEnum):
-    """From the quickest to the longest."""
+    """Names of the benchmarks, from the quickest to the longest."""
 
     MASK = "mask"
     HEAD = "head"
@@ -21,17 +21,17 @@ class Benchmark(StrEnum):
     LARGE = "large"
 
 
-def benchmark(name: Benchmark) -> "Callable[[], list[Row]]":
-    """The function that measures; its libraries are imported now."""
-    return import_module(f"benchmarks.{name.replace('-', '_')}").measured
+def load_benchmark(name: Benchmark) -> "Callable[[], list[Row]]":
+    """Import a benchmark's libraries and return the function that measures."""
+    return import_module(f"benchmarks.{name.replace('-', '_')}").measure
 
 
-def gpu_rows(name: Benchmark) -> "list[Row]":
-    """Further rows on a machine with a CUDA device, none elsewhere."""
+def measure_on_gpu(name: Benchmark) -> "list[Row]":
+    """Return further rows on a machine with a CUDA device, none elsewhere."""
     if name not in (Benchmark.HEAD, Benchmark.STEP):
         return []
     import torch
 
     if not torch.cuda.is_available():
         return []
-    return import_module("benchmarks.gpu").ROWS[name]()
+    return import_module("benchmarks.gpu").BENCHMARKS[name]()

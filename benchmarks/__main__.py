@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import Benchmark, benchmark, gpu_rows
+from benchmarks import Benchmark, load_benchmark, measure_on_gpu
 from masters.cli.options import Json
 from masters.common.errors import InputError, MastersError
 
@@ -18,27 +18,27 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def bench(name: Annotated[Benchmark, typer.Argument(help="What to measure")], as_json: Json = False) -> None:
-    """Our fast paths against what one would write otherwise, on this machine."""
+    """Compare our fast paths with what a user would write otherwise, on this machine."""
     try:
-        rows = [row.as_dict() for row in benchmark(name)()]
+        rows = [row.as_dict() for row in load_benchmark(name)()]
     except ImportError as error:
         raise InputError(f"expected the baselines' libraries (extra dev), found {error}: run `make setup`") from None
-    failed = None
+    gpu_error = None
     try:
-        rows += [row.as_dict() for row in gpu_rows(name)]
-    except Exception as error:  # what the CPU took minutes for is told first
-        failed = error
-    show(name, rows, as_json)
+        rows += [row.as_dict() for row in measure_on_gpu(name)]
+    except Exception as error:  # rows that took minutes on the CPU are shown first
+        gpu_error = error
+    print_rows(name, rows, as_json)
     if as_json:
         print(json.dumps(dict(name=name, rows=rows)))
     file = Path("runs", "bench", f"{name}.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(dict(name=name, rows=rows), indent=1) + "\n")
-    if failed:
-        raise MastersError(f"bench {name}: its GPU rows failed, the others are in {file}: {failed!r}") from failed
+    if gpu_error:
+        raise MastersError(f"bench {name}: GPU rows failed, the others are in {file}: {gpu_error!r}") from gpu_error
 
 
-def show(name: str, rows: list[dict], to_stderr: bool) -> None:
+def print_rows(name: str, rows: list[dict], to_stderr: bool) -> None:
     """Print the rows as a table of medians with their spread."""
     table = Table("case", "ours", "baseline", "unit", "ratio", title=f"{name}: median (smallest to largest)")
     for row in rows:

@@ -1,30 +1,31 @@
 """`python -m benchmarks engine`: time until the demo's teacher, masked at five ratios, has answered 64 prompts at each.
 
-Ours: one engine, its weights masked anew between the ratios. Baseline: an engine started for each of five masked
-checkpoints, which lie there before; the same start (`masters.models.generation.engine`), the same requests. Every
-engine is a fresh process, imports included. Both must say the same.
+Ours: one engine that masks its weights anew between the ratios. Baseline: an engine for each of five masked
+checkpoints, which are written before; with the same options (`masters.models.generation.engine`) and the same requests.
+Every engine is a fresh process, imports included. Both must give the same responses.
 """
 
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from pydantic import BaseModel
 from safetensors.torch import save_file
 
 from benchmarks.measure import Row, compare
 from benchmarks.pipeline import CONFIG, ROOT
-from masters.config import Config, Generate, Runtime
+from masters.config import Config, Runtime, Sampling
 from masters.config.loading import load
-from masters.config.mask_schedule import mask_stages
-from masters.data.sources.easyvqa import EasyVqa
+from masters.config.mask_schedule import mask_ratios
+from masters.data.sources.easyvqa import EasyVqaSource
 from masters.execution import processes
 from masters.execution.processes import Child
-from masters.models.masking import group_thresholds, safetensors_tensors
-from masters.models.model_loading import masked_tensors
+from masters.models.masking import group_thresholds, iterate_tensors
+from masters.models.model_loading import iterate_masked_tensors
 
 
 @dataclass(frozen=True)
@@ -34,84 +35,109 @@ class Sizes:
     repeats: int = 3
 
 
-@dataclass(frozen=True)
-class Masked:
-    """A checkpoint to answer with, and the thresholds to mask it at first."""
+class Checkpoint(BaseModel):
+    """A checkpoint to answer with, and thresholds to mask it at first; none for a checkpoint as it is."""
 
-    folder: str
-    thresholds: dict[str, float]
+    folder: Path
+    thresholds: dict[str, float] = {}
 
 
-def measured(sizes: Sizes = Sizes()) -> list[Row]:
-    """Raises AssertionError if the two ways answer differently."""
+class Prompt(BaseModel):
+    image: Path
+    question: str
+
+
+class Job(BaseModel):
+    """Job of an engine's process: each checkpoint answers all prompts; response token ids are written to `out`."""
+
+    checkpoints: list[Checkpoint]
+    prompts: list[Prompt]
+    out: Path
+    samples: int
+    sampling: Sampling
+    runtime: Runtime
+
+
+Responses = list[list[list[list[int]]]]  # by checkpoint, prompt and sample: token ids
+
+
+def measure(sizes: Sizes = Sizes()) -> list[Row]:
+    """Raises AssertionError if the two give different responses."""
     config = load(CONFIG)
-    teacher, of = ROOT / config.teachers[0].model, config.teachers[0]
-    ratios = mask_stages(of.r_max, of.mask_step)[: sizes.ratios]
-    rows = group_thresholds(lambda: safetensors_tensors(teacher), ratios, config.mask.granularity)
+    teacher, schedule = ROOT / config.teachers[0].model, config.teachers[0]
+    ratios = mask_ratios(schedule.r_max, schedule.mask_step)[: sizes.ratios]
+    rows = group_thresholds(lambda: iterate_tensors(teacher), ratios, config.mask.granularity)
     masks = [{r["tensor"]: r["threshold"] for r in rows if r["mask_ratio"] == ratio} for ratio in ratios]
-    prompts = [[f"{row.root}/{row.image}", row.question] for row in islice(EasyVqa().rows(), sizes.prompts)]
-    with TemporaryDirectory(prefix="masters-bench-") as work:
-        folder = Path(work)
-        one = [child("one", [Masked(str(teacher), mask) for mask in masks], prompts, config, folder)]
-        five = [
-            child(f"masked-{n}", [Masked(masked_checkpoint(teacher, mask, folder / f"teacher-{n}"), {})], prompts,
-                  config, folder)
-            for n, mask in enumerate(masks)
-        ]  # fmt: skip
-        processes.run(one[:1], 1, lambda *_: None)  # what vLLM keeps for later starts is there for both
+    questions = islice(EasyVqaSource().rows(), sizes.prompts)
+    prompts = [Prompt(image=Path(row.root, row.image), question=row.question) for row in questions]
+    with TemporaryDirectory(prefix="masters-bench-") as name:
+        folder = Path(name)
+        masked_in_place = [Checkpoint(folder=teacher, thresholds=mask) for mask in masks]
+        one_engine = [make_child("one", masked_in_place, prompts, config, folder)]
+        engine_each = []
+        for n, mask in enumerate(masks):
+            masked = Checkpoint(folder=write_masked_checkpoint(teacher, mask, folder / f"teacher-{n}"))
+            engine_each.append(make_child(f"masked-{n}", [masked], prompts, config, folder))
+        run_in_turn(one_engine)  # afterwards both find what vLLM caches for later starts
         row = compare(
-            f"{len(ratios)} ratios, {sizes.prompts} prompts, an engine each", "s",
-            lambda: seconds(one), lambda: seconds(five), sizes.repeats,
-        )  # fmt: skip
-        if answers(one) != answers(five):
-            raise AssertionError("masked checkpoints answer otherwise than the engine that masks in place")
+            f"{len(ratios)} ratios, {sizes.prompts} prompts, an engine each",
+            "s",
+            lambda: run_in_turn(one_engine),
+            lambda: run_in_turn(engine_each),
+            sizes.repeats,
+        )
+        if read_responses(one_engine) != read_responses(engine_each):
+            raise AssertionError("masked checkpoints give other responses than the engine that masks in place")
     return [row]
 
 
-def masked_checkpoint(folder: Path, thresholds: dict[str, float], out: Path) -> str:
+def write_masked_checkpoint(folder: Path, thresholds: dict[str, float], out: Path) -> Path:
     shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors"))
-    save_file(dict(masked_tensors(folder, thresholds)), out / "model.safetensors", {"format": "pt"})
-    return str(out)
+    save_file(dict(iterate_masked_tensors(folder, thresholds)), out / "model.safetensors", {"format": "pt"})
+    return out
 
 
-def child(name: str, models: list[Masked], prompts: list[list[str]], config: Config, work: Path) -> Child:
-    job = dict(
-        models=[asdict(model) for model in models], prompts=prompts, out=str(work / f"{name}.answers"),
-        samples=config.generate.teacher_responses, sampling=config.generate.model_dump(),
-        runtime=config.runtime.model_dump(),
-    )  # fmt: skip
-    return Child(name, "benchmarks.engine", job, work, {})
+def make_child(name: str, checkpoints: list[Checkpoint], prompts: list[Prompt], config: Config, folder: Path) -> Child:
+    job = Job(
+        checkpoints=checkpoints,
+        prompts=prompts,
+        out=folder / f"{name}.responses",
+        samples=config.generate.teacher_responses,
+        sampling=config.generate.sampling,
+        runtime=config.runtime,
+    )
+    return Child(name, "benchmarks.engine", job, folder)
 
 
-def seconds(children: list[Child]) -> float:
-    """Of all of them, one after the other."""
-    began = time.monotonic()
+def run_in_turn(children: list[Child]) -> float:
+    """Run children one after the other. Returns the seconds of all."""
+    start = time.monotonic()
     processes.run(children, 1, lambda *_: None)
-    return time.monotonic() - began
+    return time.monotonic() - start
 
 
-def answers(children: list[Child]) -> list:
-    return [said for one in children for said in json.loads(Path(one.job["out"]).read_text())]
+def read_responses(children: list[Child]) -> Responses:
+    jobs = [Job.model_validate(child.job) for child in children]
+    return [responses for job in jobs for responses in json.loads(job.out.read_text())]
 
 
 def main(job_file: Path) -> None:
-    """The engine's process: every model of the job answers all prompts."""
+    """The engine's process."""
     from masters.models.generation.engine import Engine, Request
 
-    job = json.loads(job_file.read_text())
-    sampling, models = Generate(**job["sampling"]), [Masked(**model) for model in job["models"]]
+    job = Job.model_validate_json(job_file.read_text())
     requests = [
-        Request(Path(image).read_bytes(), question, job["samples"], seed=1000 * number)
-        for number, (image, question) in enumerate(job["prompts"])
+        Request(prompt.image.read_bytes(), prompt.question, job.samples, seed=1000 * number)
+        for number, prompt in enumerate(job.prompts)
     ]
-    found = []
-    with Engine(Path(models[0].folder), sampling.dtype, Runtime(**job["runtime"])) as engine:
-        for model in models:
-            if model.thresholds:
-                engine.remask(model.thresholds)
-            replies = engine.generate(requests, sampling)
-            found.append([[reply.response_token_ids for reply in said] for said in replies])
-    Path(job["out"]).write_text(json.dumps(found))
+    responses: Responses = []
+    with Engine(job.checkpoints[0].folder, job.sampling.dtype, job.runtime) as engine:
+        for checkpoint in job.checkpoints:
+            if checkpoint.thresholds:
+                engine.remask(checkpoint.thresholds)
+            replies = engine.generate(requests, job.sampling)
+            responses.append([[reply.response_token_ids for reply in each] for each in replies])
+    job.out.write_text(json.dumps(responses))
 
 
 if __name__ == "__main__":

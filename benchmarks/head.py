@@ -1,8 +1,8 @@
 """`python -m benchmarks head`: log-probabilities and divergence of response tokens over a real vocabulary.
 
-Baselines: whole logits (`losses.terms`); TRL's divergence function on whole logits; Liger's chunked loss. The last two
-give one number for all tokens, from which no reward can be computed; they are timed for what they do give. T, V, H as
-in `masters.models.losses.chunked_head`. All in float32, forward and backward.
+Baselines: all logits at once (`losses.formulas`); TRL's divergence function on all logits; Liger's chunked loss. The
+latter two return one number for all tokens, from which no reward can be computed; they are timed for what they return.
+Shape suffixes T, V, H as in `masters.models.losses.chunked_head`. Forward and backward, in float32 on a CPU.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Row, compare, extra_mib, gpu_mib, seconds
+from benchmarks.measure import Row, compare, make_gpu_memory_meter, make_memory_meter, make_timer
 from masters.models.losses import chunked_head, formulas
 from masters.models.losses.chunked_head import Projection
 
@@ -21,7 +21,7 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Sizes:
-    """Response tokens, vocabulary, the models' widths; where and in what type the tensors are."""
+    """Response tokens, vocabulary, the models' hidden sizes; device and data type of the tensors."""
 
     tokens: int = 1024
     vocabulary: int = 151_936
@@ -31,64 +31,70 @@ class Sizes:
     dtype: torch.dtype = torch.float32
 
 
-Way = Callable[[Projection, Projection, torch.Tensor], torch.Tensor]
+Loss = Callable[[Projection, Projection, torch.Tensor], torch.Tensor]
 
 
-def measured(sizes: Sizes = Sizes()) -> list[Row]:
-    """Rows of time and memory against each baseline."""
-    others = {"dense": dense, "TRL": trl, "Liger": liger}
-    ours = seconds(prepared(chunked, sizes))
-    rows = [compare(f"time, {n}", "s", ours, seconds(prepared(way, sizes)), REPEATS) for n, way in others.items()]
+def measure(sizes: Sizes = Sizes()) -> list[Row]:
+    """Return rows of time and memory against each baseline."""
+    baselines = {"dense": dense_loss, "TRL": trl_loss, "Liger": liger_loss}
+    timer = make_timer(prepare_pass(chunked_loss, sizes))
+    rows = [
+        compare(f"time, {name}", "s", timer, make_timer(prepare_pass(loss, sizes)), REPEATS)
+        for name, loss in baselines.items()
+    ]
     return rows + [
-        compare(f"memory, {n}", "MiB", peak(chunked, sizes), peak(way, sizes), 1) for n, way in others.items()
+        compare(f"memory, {name}", "MiB", make_meter(chunked_loss, sizes), make_meter(loss, sizes), 1)
+        for name, loss in baselines.items()
     ]
 
 
-def peak(way: Way, sizes: Sizes) -> Callable[[], float]:
-    """Measures MiB: in a fresh process above what was held before; of a GPU in all."""
-    work = partial(prepared, way, sizes)
-    return extra_mib(work) if sizes.device == "cpu" else gpu_mib(lambda: work()())
+def make_meter(loss: Loss, sizes: Sizes) -> Callable[[], float]:
+    """Return a function that measures MiB: those that a pass adds on a CPU, all of them on a GPU."""
+    prepare = partial(prepare_pass, loss, sizes)
+    return make_memory_meter(prepare) if sizes.device == "cpu" else make_gpu_memory_meter(lambda: prepare()())
 
 
-def prepared(way: Way, sizes: Sizes) -> Callable[[], None]:
-    """One forward and backward pass on random states. The gradients are there before: their memory does not count."""
+def prepare_pass(loss: Loss, sizes: Sizes) -> Callable[[], None]:
+    """Return one forward and backward pass on random states. Gradients exist before, so their memory does not count."""
     torch.manual_seed(0)
-    kind: Any = dict(device=sizes.device, dtype=sizes.dtype)
+    options: Any = dict(device=sizes.device, dtype=sizes.dtype)
     student, teacher = (
-        Projection(torch.randn(sizes.tokens, width, **kind), torch.randn(sizes.vocabulary, width, **kind) / width**0.5)
+        Projection(
+            torch.randn(sizes.tokens, width, **options), torch.randn(sizes.vocabulary, width, **options) / width**0.5
+        )
         for width in (sizes.student, sizes.teacher)
     )
     token_T = torch.randint(sizes.vocabulary, (sizes.tokens,), device=sizes.device)
-    for part in (student.hidden_TH, student.weight_VH):
-        part.requires_grad_()
-        part.grad = torch.ones_like(part)
+    for tensor in (student.hidden_TH, student.weight_VH):
+        tensor.requires_grad_()
+        tensor.grad = torch.ones_like(tensor)
 
-    def work() -> None:
+    def run_pass() -> None:
         student.hidden_TH.grad = student.weight_VH.grad = None
-        way(student, teacher, token_T).backward()
+        loss(student, teacher, token_T).backward()
 
-    return work
+    return run_pass
 
 
-def chunked(student: Projection, teacher: Projection, token_T: torch.Tensor) -> torch.Tensor:
-    terms = chunked_head.terms(student, teacher, token_T, "jsd")
+def chunked_loss(student: Projection, teacher: Projection, token_T: torch.Tensor) -> torch.Tensor:
+    terms = chunked_head.token_terms(student, teacher, token_T, "jsd")
     return (terms.divergence_T - terms.logp_T).mean()
 
 
-def dense(student: Projection, teacher: Projection, token_T: torch.Tensor) -> torch.Tensor:
-    terms = formulas.terms(student.logits(), teacher.logits(), token_T, "jsd")
+def dense_loss(student: Projection, teacher: Projection, token_T: torch.Tensor) -> torch.Tensor:
+    terms = formulas.token_terms(student.logits(), teacher.logits(), token_T, "jsd")
     return (terms.divergence_T - terms.logp_T).mean()
 
 
-def trl(student: Projection, teacher: Projection, token_T: torch.Tensor) -> torch.Tensor:
+def trl_loss(student: Projection, teacher: Projection, token_T: torch.Tensor) -> torch.Tensor:
     """The divergence alone, as TRL's GKD trainer computes it."""
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
 
     return GKDTrainer.generalized_jsd_loss(student.logits()[None], teacher.logits()[None])
 
 
-def liger(student: Projection, teacher: Projection, token_T: torch.Tensor) -> torch.Tensor:
-    """Divergence and cross-entropy, half and half, chunk by chunk."""
+def liger_loss(student: Projection, teacher: Projection, token_T: torch.Tensor) -> torch.Tensor:
+    """The mean of divergence and cross-entropy, chunk by chunk."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(compiled=torch.cuda.is_available())

@@ -1,4 +1,4 @@
-"""Times and memory of two ways to do the same, taken turn by turn, so that a busy neighbor disturbs both."""
+"""Measure time and memory of two implementations in turn, so that a busy neighbor disturbs both."""
 
 import multiprocessing
 import statistics
@@ -13,7 +13,7 @@ from masters.common import machine
 
 @dataclass(frozen=True)
 class Row:
-    """Medians of ours and of the baseline; `spread` is the smallest and largest of each."""
+    """Medians of our implementation and of the baseline; `spread` holds the smallest and largest value of each."""
 
     case: str
     ours: float
@@ -29,38 +29,33 @@ class Row:
 
 
 def compare(case: str, unit: str, ours: Callable[[], float], baseline: Callable[[], float], repeats: int) -> Row:
-    """Call both in turn, each returning one measurement."""
-    mine, theirs = zip(*[(ours(), baseline()) for _ in range(repeats)], strict=True)
-    return medians(case, unit, mine, theirs)
+    """Call both in turn, each of which returns one measurement."""
+    our_values, baseline_values = zip(*[(ours(), baseline()) for _ in range(repeats)], strict=True)
+    return make_row(case, unit, our_values, baseline_values)
 
 
-def medians(case: str, unit: str, mine: Sequence[float], theirs: Sequence[float]) -> Row:
-    """Of measurements that were taken in turn."""
-    spread = ((min(mine), max(mine)), (min(theirs), max(theirs)))
-    return Row(case, statistics.median(mine), statistics.median(theirs), unit, spread)
+def make_row(case: str, unit: str, ours: Sequence[float], baseline: Sequence[float]) -> Row:
+    """Return the row of measurements that were taken in turn."""
+    spread = ((min(ours), max(ours)), (min(baseline), max(baseline)))
+    return Row(case, statistics.median(ours), statistics.median(baseline), unit, spread)
 
 
-def once(case: str, unit: str, ours: float, baseline: float) -> Row:
-    """A row of what was measured one time."""
-    return medians(case, unit, [ours], [baseline])
-
-
-def seconds(work: Callable[[], object]) -> Callable[[], float]:
-    """Wall seconds of one call, a GPU's work included. It is called once before, unmeasured."""
+def make_timer(work: Callable[[], object]) -> Callable[[], float]:
+    """Return a function that measures the wall seconds of one call, with a GPU's work. Calls `work` once to warm up."""
     work()
 
     def measure() -> float:
-        _wait()
-        began = time.perf_counter()
+        _synchronize()
+        start = time.perf_counter()
         work()
-        _wait()
-        return time.perf_counter() - began
+        _synchronize()
+        return time.perf_counter() - start
 
     return measure
 
 
-def gpu_mib(work: Callable[[], object]) -> Callable[[], float]:
-    """MiB that tensors hold on the GPU at the peak of one call, what was there before included."""
+def make_gpu_memory_meter(work: Callable[[], object]) -> Callable[[], float]:
+    """Return a function that measures the MiB of all tensors on the GPU at the peak of one call."""
 
     def measure() -> float:
         torch.cuda.reset_peak_memory_stats()
@@ -70,30 +65,33 @@ def gpu_mib(work: Callable[[], object]) -> Callable[[], float]:
     return measure
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def make_memory_meter(prepare: Callable[[], Callable[[], object]]) -> Callable[[], float]:
+    """Return a function that measures the MiB that one call adds at its peak, in a fresh process.
 
-
-def extra_mib(prepare: Callable[[], Callable[[], object]]) -> Callable[[], float]:
-    """MiB that one call of what `prepare` returns takes at its peak, above what was held before; in a fresh process."""
+    The call is of what `prepare` returns; memory that was held before does not count.
+    """
 
     def measure() -> float:
         spawn = multiprocessing.get_context("spawn")
         receive, send = spawn.Pipe(duplex=False)
-        process = spawn.Process(target=_peak, args=(prepare, send))
+        process = spawn.Process(target=_send_peak, args=(prepare, send))
         process.start()
-        send.close()  # or a process that dies would be waited for
-        found = receive.recv()
+        send.close()  # otherwise `recv` would wait for a process that died
+        peak = receive.recv()
         process.join()
-        return found
+        return peak
 
     return measure
 
 
-def _peak(prepare: Callable[[], Callable[[], object]], send) -> None:
+def _send_peak(prepare: Callable[[], Callable[[], object]], send) -> None:
     work = prepare()
-    machine.forget_peak()  # imports have one too
-    before = machine.peak_mib()
+    machine.reset_peak_memory()  # imports have a peak too
+    before = machine.peak_memory_mib()
     work()
-    send.send(machine.peak_mib() - before)
+    send.send(machine.peak_memory_mib() - before)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""The demo as a user runs it, for benchmarks of the whole: a fresh process of the command line, an empty store."""
+"""Run the demo as a user does, for benchmarks of the whole: a fresh process of the command line, an empty store."""
 
 import json
 import subprocess
@@ -15,25 +15,25 @@ CONFIG = ROOT / "configs/easyvqa.toml"
 def run(*command: str, **values: object) -> tuple[dict, float]:
     """Run `masters COMMAND configs/easyvqa.toml --set KEY=VALUE...` (`__` in a key stands for a dot).
 
-    Returns its summary and wall seconds. Raises MastersError with what it said last.
+    Returns the summary and wall seconds. Raises MastersError with the last line of its output.
     """
     settings = [part for key, value in values.items() for part in ("--set", f"{key.replace('__', '.')}={value}")]
-    began = time.monotonic()
-    done = subprocess.run(
+    start = time.monotonic()
+    process = subprocess.run(
         [sys.executable, "-m", "masters.cli", *command, str(CONFIG), *settings, "--json"],
-        cwd=ROOT,  # the demo names its models relative to it
+        cwd=ROOT,  # the configuration's model folders are relative to it
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
     )
-    if done.returncode:
-        said = done.stderr.strip().rpartition("\n")[2] or "nothing"
-        raise MastersError(f"the demo ended with exit code {done.returncode} and said: {said}")
-    return json.loads(done.stdout.splitlines()[-1]), time.monotonic() - began
+    if process.returncode:
+        last_line = process.stderr.strip().rpartition("\n")[2] or "no output"
+        raise MastersError(f"the demo ended with exit code {process.returncode}: {last_line}")
+    return json.loads(process.stdout.splitlines()[-1]), time.monotonic() - start
 
 
-def stages(summary: dict) -> dict[str, dict]:
-    """What the summary says of each stage, by name. Raises MastersError where one was not built but found."""
+def read_stages(summary: dict) -> dict[str, dict]:
+    """Return the summary's entries by stage name. Raises MastersError if a stage was reused instead of built."""
     reused = [stage["name"] for stage in summary["stages"] if stage["outcome"] != "built"]
     if reused:
         raise MastersError(f"expected an empty store, found {', '.join(reused)} built already")

@@ -1,8 +1,8 @@
 """`python -m benchmarks scale`: time and peak memory of each stage at 250, 1,000 and 4,000 training questions.
 
-There is nothing to compare with but the smallest run. Of time the baseline is the smallest run's, multiplied as the
-questions are: a ratio of 1 and more is no worse than linear. Of memory it is the smallest run's itself: 1 is bounded.
-Memory is what the flow's process and the largest processes that a stage runs at once held at their peaks, together.
+The only baseline is the smallest run. For time it is multiplied by the growth in questions: a ratio of at least 1 is no
+worse than linear. For memory it is used as it is: a ratio of 1 means bounded memory. Memory adds the peaks of the
+flow's process and of the largest processes that a stage runs at once.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks import pipeline
-from benchmarks.measure import Row, once
+from benchmarks.measure import Row, make_row
 
 
 @dataclass(frozen=True)
@@ -21,28 +21,28 @@ class Sizes:
     evaluation: int = 500
 
 
-def measured(sizes: Sizes = Sizes()) -> list[Row]:
+def measure(sizes: Sizes = Sizes()) -> list[Row]:
     runs = {}
     for questions in sizes.questions:
-        with TemporaryDirectory(prefix="masters-bench-") as work:
+        with TemporaryDirectory(prefix="masters-bench-") as folder:
             limits = dict(data__train_limit=questions, data__eval_limit=sizes.evaluation)
-            summary, whole = pipeline.run("distill", store__root=Path(work) / "store", **limits)
-        runs[questions] = pipeline.stages(summary) | {"whole": dict(seconds=whole)}
-    return rows(runs)
+            summary, seconds = pipeline.run("distill", store__root=Path(folder) / "store", **limits)
+        runs[questions] = pipeline.read_stages(summary) | {"whole": dict(seconds=seconds)}
+    return make_rows(runs)
 
 
-def rows(runs: dict[int, dict[str, dict]]) -> list[Row]:
-    """Rows of every stage and size, from what the summaries say by size and stage."""
-    found, smallest = [], min(runs)
+def make_rows(runs: dict[int, dict[str, dict]]) -> list[Row]:
+    """Return rows of every stage and size, from the summaries' entries by size and stage."""
+    rows, smallest = [], min(runs)
     for name, first in runs[smallest].items():
         for questions, stages in runs.items():
-            at, case = stages[name], f"{name}, {questions} questions"
+            stage, case = stages[name], f"{name}, {questions} questions"
             linear = first["seconds"] * questions / smallest
-            found.append(once(f"{case}, time", "s", at["seconds"], linear))
-            if "peak_mib" in at:
-                found.append(once(f"{case}, memory", "MiB", memory(at), memory(first)))
-    return found
+            rows.append(make_row(f"{case}, time", "s", [stage["seconds"]], [linear]))
+            if "peak_mib" in stage:
+                rows.append(make_row(f"{case}, memory", "MiB", [_memory(stage)], [_memory(first)]))
+    return rows
 
 
-def memory(stage: dict) -> float:
+def _memory(stage: dict) -> float:
     return stage["peak_mib"] + stage.get("children_peak_mib", 0)

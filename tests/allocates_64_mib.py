@@ -3,10 +3,10 @@
 import torch
 
 
-def prepared():
+def prepare():
     torch.zeros(1)
-    return held
+    return allocate
 
 
-def held() -> object:
+def allocate() -> object:
     return torch.zeros(64 << 18).add_(1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import mask
-from benchmarks.measure import extra_mib
+from benchmarks.measure import make_memory_meter
 from masters.execution import processes
 from masters.execution.processes import Child, ProcessUsage
 
@@ -30,9 +30,11 @@ def test_no_children_take_nothing() -> None:
     assert processes.run([], 0, lambda *_: None) == ProcessUsage()
 
 
-@pytest.mark.parametrize("prepare", [mask.thresholds_of, pytest.param(mask.remask_of, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "prepare", [mask.prepare_thresholds, pytest.param(mask.prepare_remask, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_masks_of_a_checkpoint_take_less_than_twice_its_largest_tensor(tmp_path: Path, dtype, prepare) -> None:
     """Among a hundred small ones: what is kept of each would add up."""
-    mask.write_checkpoint(tmp_path, (4096, 16384 // dtype.itemsize), dtype, small=100)  # 64 MiB each
-    assert extra_mib(partial(prepare, tmp_path))() < 2 * 64
+    mask.write_checkpoint(tmp_path, (4096, 16384 // dtype.itemsize), dtype, small_matrices=100)  # 64 MiB each
+    assert make_memory_meter(partial(prepare, tmp_path))() < 2 * 64
