@@ -23,6 +23,7 @@ from masters.models.packing import flex_attention
 from masters.models.packing.prefix_tree import (
     Predictors,
     Question,
+    Response,
     Row,
     TokenCounts,
     append_to_row,
@@ -82,23 +83,7 @@ def pack(questions: list[Question], model: VLM, family: Family, row_length: int 
     length = max(row.length for row in rows)
     if skips_blocks:
         length = flex_attention.round_up_to_block(length)
-    parts = zip(*(row.padded(length) for row in rows), strict=True)
-    ids_BL, branch_3BL, positions_ABL = (torch.stack(part, -2) for part in parts)
-
-    # the model would put the image where a response sampled the image token: it gets token 0 there, and
-    # `response_states` the true embedding
-    sampled_BL = (ids_BL == model.config.image_token_id) & (branch_3BL[2] > 0)
-    sampled_image_token_BL = sampled_BL.to(device) if sampled_BL.any() else None  # checked on the CPU: no sync
-    ids_BL = ids_BL.masked_fill(sampled_BL, 0)
-    ids_BL, branch_3BL, positions_ABL = (part.to(device) for part in (ids_BL, branch_3BL, positions_ABL))
-    prompts = [prompt for row in rows for prompt in row.image_prompts]
-    inputs = {
-        "input_ids": ids_BL,
-        "attention_mask": block_mask(branch_3BL) if skips_blocks else attention_mask(branch_3BL),
-        "position_ids": family.model_positions(positions_ABL),
-        **family.token_inputs(model, ids_BL),
-        **{key: torch.cat([prompt[key] for prompt in prompts]).to(device) for key in family.image_keys},
-    }
+    inputs, sampled_image_token_BL = _model_inputs(rows, length, model, family)
     separate = sum(len(q.ids_P) + len(response) for q in questions for response in q.responses)
     return PackedBatch(
         inputs=inputs,
@@ -123,6 +108,30 @@ def _build_rows(
     return rows, predictors
 
 
+def _model_inputs(
+    rows: list[Row], length: int, model: VLM, family: Family
+) -> tuple[dict[str, Any], torch.Tensor | None]:
+    """Returns the model's inputs for rows padded to `length`, and `PackedBatch.sampled_image_token_BL`."""
+    device = next(model.parameters()).device
+    parts = zip(*(row.padded(length) for row in rows), strict=True)
+    ids_BL, branch_3BL, positions_ABL = (torch.stack(part, -2) for part in parts)
+    # the model would put the image where a response sampled the image token: it gets token 0 there, and
+    # `response_states` embeds the token as a word
+    sampled_BL = (ids_BL == model.config.image_token_id) & (branch_3BL[2] > 0)
+    sampled_image_token_BL = sampled_BL.to(device) if sampled_BL.any() else None  # checked on the CPU: no sync
+    ids_BL = ids_BL.masked_fill(sampled_BL, 0)
+    ids_BL, branch_3BL, positions_ABL = (part.to(device) for part in (ids_BL, branch_3BL, positions_ABL))
+    prompts = [prompt for row in rows for prompt in row.image_prompts]
+    inputs = {
+        "input_ids": ids_BL,
+        "attention_mask": block_mask(branch_3BL) if _skips_empty_blocks(model) else attention_mask(branch_3BL),
+        "position_ids": family.model_positions(positions_ABL),
+        **family.token_inputs(model, ids_BL),
+        **{key: torch.cat([prompt[key] for prompt in prompts]).to(device) for key in family.image_keys},
+    }
+    return inputs, sampled_image_token_BL
+
+
 def _response_fields(
     questions: list[Question], predictors: dict[int, Predictors], device: torch.device
 ) -> dict[str, Any]:
@@ -135,7 +144,7 @@ def _response_fields(
     responses_by_question: list[list[int]] = []
     sequence_id_R: list[int] = []
     for number, question in enumerate(questions):
-        start: dict[tuple[int, ...], int] = {}  # index into U of the first token of each distinct response
+        start: dict[Response, int] = {}  # index into U of the first token of each distinct response
         for tokens, positions in predictors[number].items():
             start[tokens] = len(token_U)
             predictor_U2 += positions

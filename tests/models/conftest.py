@@ -1,4 +1,4 @@
-"""Fixtures of the tests on tensors."""
+"""Fixtures of the tests of models."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(autouse=True, scope="package")
 def one_thread() -> Iterator[None]:
-    """Tensors here are tiny: threads would wait for each other, and longer on a busy machine."""
+    """Use one thread: tensors are tiny, so that several threads would mostly wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

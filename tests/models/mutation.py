@@ -1,4 +1,4 @@
-"""Faults put into the code under test, by replacing a piece of a function's own source."""
+"""Mutations: faults put into the code under test by replacing a part of a function's source."""
 
 import inspect
 import textwrap
@@ -27,19 +27,19 @@ MODULES = (
     advantages,
     distillation,
 )
-Edit = tuple[ModuleType, str, str, str]  # module, function, piece of its source, what takes its place
+Edit = tuple[ModuleType, str, str, str]  # module, function, part of its source, replacement
 
 
 def mutate(monkeypatch: pytest.MonkeyPatch, edits: list[Edit]) -> None:
-    """Put the mutated functions in place of the real ones, in every module that holds them."""
-    sources: dict[Callable, str] = {}  # of functions mutated already: a second edit adds to the first
-    for module, name, piece, other in edits:
+    """Replace functions by mutated ones in every module that imports them."""
+    sources: dict[Callable, str] = {}  # of mutated functions, so that a second edit adds to the first
+    for module, name, part, replacement in edits:
         original = getattr(module, name)
         source = sources.get(original) or textwrap.dedent(inspect.getsource(original))
-        assert source.count(piece) == 1, f"{name} no longer holds {piece!r}: bring the mutation up to date"
+        assert source.count(part) == 1, f"{name} no longer contains {part!r}: update the mutation"
         scope: dict[str, Callable] = {}
-        exec(compile(source.replace(piece, other), f"<mutated {name}>", "exec"), vars(module), scope)
-        sources[scope[name]] = source.replace(piece, other)
-        for home in MODULES:
-            if vars(home).get(name) is original:
-                monkeypatch.setattr(home, name, scope[name])
+        exec(compile(source.replace(part, replacement), f"<mutated {name}>", "exec"), vars(module), scope)
+        sources[scope[name]] = source.replace(part, replacement)
+        for user in MODULES:
+            if vars(user).get(name) is original:
+                monkeypatch.setattr(user, name, scope[name])

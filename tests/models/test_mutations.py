@@ -1,4 +1,4 @@
-"""Do the comparisons with the reference notice a fault? One fault at a time is put into the code's own source."""
+"""Mutation tests: the comparisons with the reference must fail for each fault put into the code's source."""
 
 from fractions import Fraction
 
@@ -17,7 +17,7 @@ from tests.models.mutation import Edit, mutate
 
 OBJECTIVE: dict[str, list[Edit]] = {
     "the advantage's sign": [(formulas, "grpo_loss", "ratio_T * advantage_T", "-ratio_T * advantage_T")],
-    "negatives as they are where they are to be clipped": [
+    "negatives not clipped": [
         (
             formulas,
             "token_advantages",
@@ -26,39 +26,39 @@ OBJECTIVE: dict[str, list[Edit]] = {
         )
     ],
     "positive advantages clipped too": [(formulas, "token_advantages", "advantage_T < 0, ", "advantage_T < 9, ")],
-    "a weight above one": [(formulas, "token_advantages", ".clamp(max=1.0)", "")],
-    "negatives where there are to be none": [
+    "a weight of negatives above one": [(formulas, "token_advantages", ".clamp(max=1.0)", "")],
+    "negatives not dropped": [
         (formulas, "token_advantages", "return advantage_T.clamp(min=0.0)", "return advantage_T")
     ],
-    "right tokens that are not spared": [
+    "shared tokens not spared": [
         (formulas, "token_advantages", "advantage_T.clamp(min=0.0), advantage_T)", "advantage_T, advantage_T)")
     ],
     "positive advantages spared too": [
         (formulas, "token_advantages", "torch.where(spared_T, advantage_T.clamp(min=0.0)", "torch.where(spared_T, 0.0")
     ],
-    "wrong responses that spare": [(first_difference, "spared_tokens", "if right_R[r]", "if True")],
-    "the shortest prefix": [(first_difference, "spared_tokens", "shared = max(", "shared = min(")],
-    "a token too many": [(first_difference, "spared_tokens", "t < shared", "t <= shared")],
+    "tokens of wrong responses spared": [(first_difference, "spared_tokens", "if right_R[r]", "if True")],
+    "the shortest shared prefix": [(first_difference, "spared_tokens", "shared = max(", "shared = min(")],
+    "one spared token too many": [(first_difference, "spared_tokens", "t < shared", "t <= shared")],
     "a sum where rewards are gated": [(combination, "combined_rewards", "accuracy_G * (1 + ", "accuracy_G + (0 + ")],
     "no baseline shift": [(advantages, "group_advantages", " - baseline_shift", "")],
     "no weight of the rewards": [(objective, "masters_loss", "train.reward_weight * ", "")],
     "the balance of all responses": [(objective, "loss_weights", "by_teacher_R & ~score_R", "~score_R")],
-    "the balance turned round": [(objective, "loss_weights", "1 - accuracy_R, accuracy_R", "accuracy_R, 1 - accuracy_R")],
+    "the balance reversed": [(objective, "loss_weights", "1 - accuracy_R, accuracy_R", "accuracy_R, 1 - accuracy_R")],
     "no trust without a verdict": [(objective, "loss_weights", "clamp(min=1), 1.0)", "clamp(min=1), 0.0)")],
     "no relative floor": [(distillation, "distillation_rewards", "floors[1] * d", "0 * d")],
     "no floor in nats": [(distillation, "distillation_rewards", "max(floors[0], ", "max(0.0, ")],
     "the KL term's sign": [(formulas, "grpo_loss", "- beta *", "+ beta *")],
     "no KL term": [(formulas, "grpo_loss", "- beta *", "- 0 * beta *")],
-    "the exact KL turned round": [(formulas, "exact_kl", "_expected_log_ratio(q, r)", "_expected_log_ratio(r, q)")],
+    "the exact KL reversed": [(formulas, "exact_kl", "_expected_log_ratio(q, r)", "_expected_log_ratio(r, q)")],
     "the exact KL from the teacher": [
         (formulas, "token_terms", "exact_kl(student_logits_TV, reference", "exact_kl(student_logits_TV, teacher")
     ],
     "an estimate for the exact KL": [(objective, "kl_term", 'train.kl == "exact" or', "False or")],
-    "the KL estimator turned round": [
+    "the KL estimator reversed": [
         (formulas, "kl_to_reference", "reference_logp_T - logp_T", "logp_T - reference_logp_T")
     ],
     "no tangent beyond the clip": [(formulas, "kl_to_reference", "math.expm1(1) * (d - near)", "0 * d")],
-    "a k3 that is clipped": [(formulas, "kl_to_reference", 'if estimator == "clipped" else d', 'if estimator else d')],
+    "a k3 that is clipped": [(formulas, "kl_to_reference", 'if estimator == "clipped" else d', "if estimator else d")],
     "the square without its half": [(formulas, "kl_to_reference", "0.5 * d.square()", "d.square()")],
     "a ratio without gradient": [(formulas, "grpo_loss", "exp(logp_T - ", "exp(logp_T.detach() - ")],
     "M in logit space": [
@@ -69,14 +69,23 @@ OBJECTIVE: dict[str, list[Edit]] = {
             "((p.clamp(min=-50) + q.clamp(min=-50)) / 2).log_softmax(-1)",
         )
     ],
-    "half of the divergence": [(formulas, "jensen_shannon", "_expected_log_ratio(p, m) + _expected_log_ratio(q, m)", "_expected_log_ratio(p, m)")],
+    "only one half of the divergence": [
+        (
+            formulas,
+            "jensen_shannon",
+            "_expected_log_ratio(p, m) + _expected_log_ratio(q, m)",
+            "_expected_log_ratio(p, m)",
+        )
+    ],
     "a mixture of other shares": [(formulas, "skew_divergence", "math.log(1 - SKEW)", "math.log(SKEW)")],
-    "KL in the wrong direction": [(formulas, "kl_divergence", "_expected_log_ratio(p, q)", "_expected_log_ratio(q, p)")],
+    "KL in the wrong direction": [
+        (formulas, "kl_divergence", "_expected_log_ratio(p, q)", "_expected_log_ratio(q, p)")
+    ],
     "a gradient to the teacher": [(formulas, "_log_probs", "teacher_logits_TV.detach()", "teacher_logits_TV")],
     "a gradient through the rewards": [
         (formulas, "grpo_loss", "advantage_T.detach()", "advantage_T"),
         (advantages, "group_advantages", "torch.as_tensor(reward_G).detach()", "torch.as_tensor(reward_G)"),
-        (distillation, "_prepared", "torch.as_tensor(divergence_G).detach()", "torch.as_tensor(divergence_G)"),
+        (distillation, "_prepare", "torch.as_tensor(divergence_G).detach()", "torch.as_tensor(divergence_G)"),
     ],
     "min-max over the batch": [
         (
@@ -90,11 +99,15 @@ OBJECTIVE: dict[str, list[Edit]] = {
         (distillation, "distillation_rewards", "highest - d[valid]) /", "d[valid] - lowest) /"),
     ],
     "mean and deviation over the batch": [
-        (objective, "advantages", "    return distill_R", "    advantage_R = group_advantages(score_R + distill_R)\n"
-         "    return distill_R")
+        (
+            objective,
+            "advantages",
+            "    return distill_R",
+            "    advantage_R = group_advantages(score_R + distill_R)\n    return distill_R",
+        )
     ],
     "the sample's deviation": [(advantages, "group_advantages", "correction=0", "correction=1")],
-    "advantages that are not standardised": [(advantages, "group_advantages", ") / deviation", ")")],
+    "advantages not standardized": [(advantages, "group_advantages", ") / deviation", ")")],
     "a sum over tokens in the divergence": [
         (
             objective,
@@ -120,32 +133,45 @@ OBJECTIVE: dict[str, list[Edit]] = {
             "return value_R.mean() * torch.ones(int(packed.question_R.max()) + 1)\n    return formulas",
         )
     ],
-    "no shared divergence": [(distillation, "_prepared", "d[same] = d[same].mean()", "pass")],
+    "no shared divergence": [(distillation, "_prepare", "d[identical] = d[identical].mean()", "pass")],
     "a missing verdict taken for 0": [
-        (objective, "advantages", "is_valid_G = ~score_G.isnan()", "score_G = score_G.nan_to_num(0.0); is_valid_G = ~score_G.isnan()")
+        (
+            objective,
+            "advantages",
+            "is_valid_G = ~score_G.isnan()",
+            "score_G = score_G.nan_to_num(0.0); is_valid_G = ~score_G.isnan()",
+        )
     ],
-    "no divergence in the loss": [(objective, "masters_loss", "weight_R * divergence_R", "weight_R * divergence_R.detach()")],
+    "no divergence in the loss": [
+        (objective, "masters_loss", "weight_R * divergence_R", "weight_R * divergence_R.detach()")
+    ],
     "fine-tuning on wrong responses too": [(objective, "supervised", "score_R >= RIGHT", "score_R >= 0")],
     "half right is wrong": [(objective, "supervised", "score_R >= RIGHT", "score_R > RIGHT")],
     "a mean over all of a question's responses": [
-        (objective, "supervised", "right_Q.clamp(min=1)[packed.question_R]",
-         "torch.bincount(packed.question_R)[packed.question_R]")
+        (
+            objective,
+            "supervised",
+            "right_Q.clamp(min=1)[packed.question_R]",
+            "torch.bincount(packed.question_R)[packed.question_R]",
+        )
     ],
     "a sum over a question's right responses": [
         (objective, "supervised", " / right_Q.clamp(min=1)[packed.question_R]", "")
     ],
     "a question without a right response divides by 0": [(objective, "supervised", ".clamp(min=1)", "")],
     "no accuracy reward": [(objective, "advantages", "combined_rewards(score_G, ", "combined_rewards(0 * score_G, ")],
-}  # fmt: skip
+}
 
 OTHERS: dict[str, list[Edit]] = {
     "ties are zeroed": [(masking, "_is_kept", ">= threshold", "> threshold")],
     "the signed weight is compared": [(masking, "_is_kept", "weight.abs()", "weight")],
-    "a rank too high": [(masking, "order_index", "math.floor(Fraction(str(ratio)) * count)", "math.ceil(ratio * count)")],
+    "a rank too high": [
+        (masking, "order_index", "math.floor(Fraction(str(ratio)) * count)", "math.ceil(ratio * count)")
+    ],
     "a rank in floats": [(masking, "order_index", "Fraction(str(ratio))", "ratio")],
-    "stages from the bottom": [(mask_schedule, "mask_stages", "range(count, -1, -1)", "range(count + 1)")],
+    "stages from the bottom": [(mask_schedule, "mask_ratios", "range(count, -1, -1)", "range(count + 1)")],
     "a stage too late": [(mask_schedule, "mask_ratio", "iteration * len", "(iteration - 1) * len")],
-    "one stage too many": [(mask_schedule, "stage_of", "* stages", "* (stages + 1)")],
+    "one stage too many": [(mask_schedule, "mask_stage_of", "* stages", "* (stages + 1)")],
 }
 
 
@@ -164,20 +190,20 @@ def check_masks_and_schedule() -> None:
         assert mask_schedule.mask_stage_of(digest, 5) == float64_reference.stage(digest, 5)
 
 
-def test_the_code_as_it_is_passes() -> None:
+def test_unchanged_code_passes() -> None:
     check_all()
     check_masks_and_schedule()
 
 
 @pytest.mark.parametrize("fault", OBJECTIVE)
-def test_a_fault_in_the_objective_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_in_the_objective_is_detected(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mutate(monkeypatch, OBJECTIVE[fault])
     with pytest.raises(AssertionError):
         check_all()
 
 
 @pytest.mark.parametrize("fault", OTHERS)
-def test_a_fault_in_masks_or_schedule_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_in_masks_or_schedule_is_detected(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mutate(monkeypatch, OTHERS[fault])
     with pytest.raises(AssertionError):
         check_masks_and_schedule()
