@@ -1,10 +1,10 @@
-"""Checkpoints of a training run: one object each, so whole or not there, named after its step and its SHA-256.
+"""Checkpoints of a training run, each one file, named after its step and its SHA-256.
 
-A checkpoint holds all that the steps behind it depend on: weights, AdamW's state of every parameter with its own count
-of steps, torch's random state. The position in the data is its step, as steps are planned from the seed alone. It also
-names the parts of the tables that it stands on: without one of them rows would be missing, and it is refused.
+A checkpoint holds all that later steps depend on: weights, AdamW's state of every parameter, and torch's random state.
+The position in the data is the step, because steps are planned from the seed alone. A checkpoint also lists the part
+files of the tables written before it; it is refused if one of them is missing.
 
-Tensors are whole in it, however the ranks hold them: any number of ranks, of any way of holding, goes on from it.
+Tensors are stored whole, so that any number of ranks with any sharding can resume.
 """
 
 import json
@@ -23,16 +23,16 @@ from masters.models.distributed.collectives import broadcast_from_rank0, gather_
 from masters.models.training import history
 from masters.store.storage import Storage
 
-KEPT = 2
+MAX_KEPT = 2
 NAME = re.compile(r"/step-(\d{8})-([0-9a-f]{64})\.safetensors$")
 REPLICATE = Replicate()
-HEADER = "masters"  # the entry of a safetensors file's metadata
+HEADER = "masters"  # key in the safetensors metadata
 Parameters = Mapping[str, torch.nn.Parameter]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read and is what its name says."""
+    """A checkpoint whose content has the SHA-256 in its name."""
 
     name: str
     step: int
@@ -47,14 +47,14 @@ def save(
     optimizer: torch.optim.Optimizer,
     sharding: Sharding = REPLICATE,
 ) -> None:
-    """Keep the state after `step` steps; of all checkpoints the last two stay. All ranks call it, one writes."""
-    of = {f"weight/{name}": parameter for name, parameter in parameters.items()}
-    held: dict[str, torch.Tensor] = dict(of)
+    """Save the state after `step` steps; keep the last two checkpoints only. All ranks call it, rank 0 writes."""
+    parameter_of = {f"weight/{name}": parameter for name, parameter in parameters.items()}
+    local_tensors: dict[str, torch.Tensor] = dict(parameter_of)
     for name, parameter in parameters.items():
-        # none for a parameter that never had a gradient; counts differ where some steps had none
+        # a parameter that never had a gradient has no state; each has its own step count
         for key, value in optimizer.state.get(parameter, {}).items():
-            held[f"adamw/{key}/{name}"], of[f"adamw/{key}/{name}"] = value, parameter
-    tensors = gather_to_rank0(sharding, held, of)
+            local_tensors[f"adamw/{key}/{name}"], parameter_of[f"adamw/{key}/{name}"] = value, parameter
+    tensors = gather_to_rank0(sharding, local_tensors, parameter_of)
     if not tensors:
         return
     tensors["random/cpu"] = torch.get_rng_state()
@@ -62,12 +62,12 @@ def save(
         tensors["random/cuda"] = torch.cuda.get_rng_state()
     data = save_safetensors(tensors, {HEADER: json.dumps(dict(step=step, parts=history.parts(storage, prefix)))})
     storage.write(f"{prefix}/step-{step:08d}-{digest(data)}.safetensors", data)
-    for old in _names(storage, prefix)[:-KEPT]:
+    for old in _names(storage, prefix)[:-MAX_KEPT]:
         storage.remove(old)
 
 
 def newest(storage: Storage, prefix: str) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that can be gone on with, and of the newer ones why each is refused."""
+    """The newest valid checkpoint, and the reason for each newer one that is refused, which is removed."""
     refused = []
     for name in reversed(_names(storage, prefix)):
         try:
@@ -78,35 +78,35 @@ def newest(storage: Storage, prefix: str) -> tuple[Checkpoint | None, list[str]]
     return None, refused
 
 
-def handed_over(storage: Storage, prefix: str, step: int) -> Checkpoint:
-    """The state after `step` steps that a training left for the part of its round that follows.
+def read_end_state(storage: Storage, prefix: str, step: int) -> Checkpoint:
+    """Read the state after `step` steps that the previous part of the round ended with.
 
-    Raises ArtifactError if it is not there, or is not what was written.
+    Raises ArtifactError if it is missing or is not what was written.
     """
-    found = [read(storage, name) for name in _names(storage, prefix)]
-    if [one.step for one in found] != [step]:
-        there = ", ".join(f"step {one.step}" for one in found) or "none"
+    states = [read(storage, name) for name in _names(storage, prefix)]
+    if [state.step for state in states] != [step]:
+        found = ", ".join(f"step {state.step}" for state in states) or "none"
         raise ArtifactError(
-            f"{storage.uri(prefix)}: expected the state after step {step}, found {there}; train the mask stage before "
-            "it again with --rebuild train"
+            f"{storage.uri(prefix)}: expected the state after step {step}, found {found}; train the previous mask "
+            "stage again with --rebuild train"
         )
-    return found[0]
+    return states[0]
 
 
 def read(storage: Storage, name: str) -> Checkpoint:
-    """A checkpoint, proven. Raises ArtifactError if it is not what was written, or lacks what it stands on."""
-    data, found = storage.read(name), NAME.search(name)
-    assert found
-    step, written = int(found[1]), found[2]
-    if (now := digest(data)) != written:
-        raise ArtifactError(f"checkpoint {storage.uri(name)} is damaged: expected SHA-256 {written}, found {now}")
+    """Read and verify a checkpoint. Raises ArtifactError if it is damaged or a part file before it is missing."""
+    data, match = storage.read(name), NAME.search(name)
+    assert match
+    step, expected = int(match[1]), match[2]
+    if (found := digest(data)) != expected:
+        raise ArtifactError(f"checkpoint {storage.uri(name)} is damaged: expected SHA-256 {expected}, found {found}")
     length = int.from_bytes(data[:8], "little")
     header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][HEADER])
-    there = set(history.parts(storage, name.rsplit("/", 1)[0]))
-    if lost := [part for part in header["parts"] if part not in there]:
+    present = set(history.parts(storage, name.rsplit("/", 1)[0]))
+    if missing := [part for part in header["parts"] if part not in present]:
         raise ArtifactError(
-            f"checkpoint {storage.uri(name)} is refused: of the rows before it {len(lost)} files are gone "
-            f"(first: {lost[0]})"
+            f"checkpoint {storage.uri(name)} is refused: {len(missing)} files with rows of earlier steps are missing "
+            f"(first: {missing[0]})"
         )
     return Checkpoint(name, step, load_safetensors(data))
 
@@ -117,7 +117,7 @@ def restore(
     optimizer: torch.optim.Optimizer,
     sharding: Sharding = REPLICATE,
 ) -> None:
-    """Put its state back, bit for bit. All ranks call it; rank 0 has the checkpoint and hands its tensors out."""
+    """Restore weights, optimizer and random state, bit for bit. All ranks call it; rank 0 has the checkpoint."""
     optimizer.state.clear()
     with torch.no_grad():
         for name, value in broadcast_from_rank0(checkpoint.tensors if checkpoint else {}):
@@ -125,11 +125,11 @@ def restore(
             if kind == "weight":
                 parameters[rest].copy_(sharding.shard(value, parameters[rest]))
             elif kind == "adamw":
-                key, _, of = rest.partition("/")
-                like = parameters[of]
-                # AdamW keeps its count of steps on the CPU, whole
-                state = value if key == "step" else sharding.shard(value, like).to(like.device)
-                optimizer.state[like][key] = state.clone()
+                key, _, parameter_name = rest.partition("/")
+                parameter = parameters[parameter_name]
+                # AdamW keeps its step count on the CPU, unsharded
+                state = value if key == "step" else sharding.shard(value, parameter).to(parameter.device)
+                optimizer.state[parameter][key] = state.clone()
             elif rest == "cpu":
                 torch.set_rng_state(value)
             elif torch.cuda.is_available():
@@ -137,5 +137,5 @@ def restore(
 
 
 def _names(storage: Storage, prefix: str) -> list[str]:
-    """By step. What has another name, such as an earlier version's, is none."""
+    """Names of checkpoint files, in order of steps. Files with other names are ignored."""
     return [name for name in storage.names(prefix) if NAME.search(name)]

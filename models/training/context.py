@@ -1,4 +1,4 @@
-"""All that a training run needs, in one place, so that its parts are free functions."""
+"""Everything that the functions of a training run share."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -8,60 +8,52 @@ import torch
 from masters.config import Rewards, Train
 from masters.models.distributed import Replicate, Sharding
 from masters.models.families.base import Family
-from masters.models.packing.prefix_tree import Question, Sizes
+from masters.models.packing.prefix_tree import Question, TokenCounts
 from masters.models.training.groups import Group, Step
 from masters.models.training.history import HistoryWriter
+from masters.models.training.job import RoundPart, TrainEvent
 from masters.models.training.microbatches import size_of
-from masters.models.training.round_part import Part
 from masters.store.storage import Storage
 
 
 @dataclass
 class TrainContext:
-    """All that a training run needs. `question` makes a group ready to pack.
-
-    `teacher` is None where the objective has none; `remask` masks it for a stage, in place, at that one of `ratios`.
-    `reference`: pi_ref, the student as it was at the round's start, None where `train` does not hold it. `end_tokens`:
-    those that end a response. `token_budget`: tokens of a forward pass; it becomes less where memory does not hold one.
-    `probe`: questions that are looked at while it trains. `sharding`: how the models are held over the ranks. `ledger`
-    collects the rows of the tables, `tally` the sizes of this rank's training passes. `part`: where in its round the
-    training lies, whose steps are counted through.
-    """
+    """Models, data and settings of a training run, as one rank has them."""
 
     student: torch.nn.Module
-    teacher: torch.nn.Module | None
-    remask: Callable[[int], None]
+    teacher: torch.nn.Module | None  # None for objectives without a teacher
+    remask: Callable[[int], None]  # masks the teacher in place for a mask stage
     family: Family
     train: Train
     rewards: Rewards
     groups: Sequence[Group]
     steps: list[Step]
-    ratios: list[float]
-    question: Callable[[Group], Question]
+    ratios: list[float]  # mask ratio of each mask stage
+    question: Callable[[Group], Question]  # makes a group ready to pack
     storage: Storage
     checkpoints: str  # prefix in the store
     checkpoint_steps: int
-    token_budget: int
-    report: Callable[..., None]
-    reference: torch.nn.Module | None = None
-    end_tokens: frozenset[int] = frozenset()
-    probe: list[Question] = field(default_factory=list)
+    token_budget: int  # tokens of a forward pass; lowered when memory runs out
+    report: Callable[[TrainEvent], None]
+    reference: torch.nn.Module | None = None  # pi_ref: the student at the round's start; None if `train` needs none
+    end_tokens: frozenset[int] = frozenset()  # tokens that end a response
+    probe: list[Question] = field(default_factory=list)  # questions that only measure accuracy
     rank: int = 0
     world: int = 1
     sharding: Sharding = field(default_factory=Replicate)
-    ledger: HistoryWriter = field(default_factory=HistoryWriter)
-    tally: Sizes = Sizes()
-    part: Part = Part()
+    history: HistoryWriter = field(default_factory=HistoryWriter)
+    token_counts: TokenCounts = TokenCounts()  # of this rank's training passes so far
+    part: RoundPart = RoundPart()
 
     def __post_init__(self) -> None:
-        self.sizes = [size_of(group) for group in self.groups]  # tokens of each, as the tables say
+        self.group_tokens = [size_of(group) for group in self.groups]  # None where not known
 
     @property
     def last_step(self) -> int:
-        """The number of this training's last step, counted from the round's first, which is 1."""
+        """Number of this training's last step; the round's first step is 1."""
         return self.part.steps_before + len(self.steps)
 
     @property
     def round_steps(self) -> int:
-        """The steps of the whole round."""
+        """Number of optimizer steps of the whole round."""
         return self.last_step + self.part.steps_after

@@ -1,7 +1,7 @@
-"""Negative controls, ours: training whose verdicts or advantages say nothing about the responses.
+"""Negative controls (ours): training with verdicts or advantages that say nothing about the responses.
 
-A gain that remains with shuffled verdicts is not owed to the verdicts (the distillation reward is real), one that
-remains with random advantages not to either reward. The table `rewards` holds what was trained on.
+A gain that remains with shuffled verdicts does not come from the verdicts (the distillation reward is still real); one
+that remains with random advantages comes from neither reward. The table `rewards` holds the values trained on.
 Shapes: G responses of one question.
 """
 
@@ -13,10 +13,11 @@ from masters.models.training.groups import Group
 
 
 def verdicts(group: Group, train: Train) -> np.ndarray:
-    """What the group is trained with as its verdicts R_acc, float64 [G].
+    """The verdicts R_acc that the group is trained with, float64 [G].
 
-    Its own; with "shuffled_verdicts" these permuted across its responses; with "random_advantages" standard normal
-    numbers. Both follow from `train.seed` and the question's id, so that every epoch and a resumed run have the same.
+    Without a control these are its own; with "shuffled_verdicts" its own, permuted across its responses; with
+    "random_advantages" standard normal numbers. Permutation and numbers depend on `train.seed` and the question's id
+    only, so that they are the same in every epoch and in a resumed run.
     """
     if train.control == "none":
         return group.scores
@@ -27,8 +28,8 @@ def verdicts(group: Group, train: Train) -> np.ndarray:
     return rng.standard_normal(len(group.scores))
 
 
-def rewards(given: Rewards, train: Train) -> Rewards:
-    """What responses are rewarded for: under "random_advantages" the random numbers in the place of verdicts alone."""
+def rewards(configured: Rewards, train: Train) -> Rewards:
+    """The reward settings to train with: under "random_advantages" only the random numbers, in place of verdicts."""
     if train.control != "random_advantages":
-        return given
-    return given.model_copy(update=dict(accuracy="rules", distillation="off", combine="sum"))
+        return configured
+    return configured.model_copy(update=dict(accuracy="rules", distillation="off", combine="sum"))

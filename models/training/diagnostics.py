@@ -1,4 +1,4 @@
-"""Sums over a pass that show a run which goes wrong, from what the losses compute anyway; `step_sums` divides them.
+"""Diagnostic sums over a pass, computed from the loss terms; `step_sums` divides them into means.
 
 Ours. Shapes: T response tokens, R responses. All sums are taken on the CPU in float64, after one transfer a pass.
 """
@@ -11,13 +11,13 @@ from masters.models.losses.formulas import Terms
 from masters.models.packing.packed_batch import PackedBatch
 from masters.models.training.first_difference import RIGHT
 
-RARE = 1e-3  # pi of a token that the student has all but given up
+RARE = 1e-3  # pi below which a token counts as rare
 
 
 def token_sums(terms: Terms, packed: PackedBatch, end_tokens: Collection[int]) -> dict[str, float]:
-    """Entropy of the student's distribution over the tokens, and how many end tokens are its greedy choice.
+    """Entropy of the student's distribution, summed over tokens, and the number of end tokens it would choose greedily.
 
-    `greedy_end` counts responses that end with one of `end_tokens`: one cut at the length limit does not.
+    Only responses that end with one of `end_tokens` count for `greedy_end`, not those cut at the length limit.
     """
     assert terms.entropy_T is not None and terms.greedy_T is not None
     entropy_T, greedy_T = _on_cpu(terms.entropy_T, terms.greedy_T)
@@ -32,31 +32,31 @@ def token_sums(terms: Terms, packed: PackedBatch, end_tokens: Collection[int]) -
 
 
 def log_pi_sums(terms: Terms, packed: PackedBatch, score_R: torch.Tensor, sources: Sequence[str]) -> dict[str, float]:
-    """log pi, summed over the tokens of right and of wrong responses, by who gave them; those without a verdict aside.
+    """Log pi summed over the tokens of right and of wrong responses, by source. Those without a verdict are left out.
 
-    `sources`: "teacher" or "student", R of them.
+    `sources`: "teacher" or "student" for each response.
     """
     (logp_T,) = _on_cpu(terms.logp_T)
     response_T, found = packed.response_T.cpu(), {}
     for source in ("teacher", "student"):
-        own_R = torch.tensor([one == source for one in sources])
+        is_source_R = torch.tensor([response_source == source for response_source in sources])
         for verdict, is_R in (("right", score_R >= RIGHT), ("wrong", score_R < RIGHT)):
-            of_T = (own_R & is_R)[response_T]
-            found[f"log_pi_{verdict}_{source}"] = logp_T[of_T].sum().item()
-            found[f"tokens_{verdict}_{source}"] = float(of_T.sum())
+            is_T = (is_source_R & is_R)[response_T]
+            found[f"log_pi_{verdict}_{source}"] = logp_T[is_T].sum().item()
+            found[f"tokens_{verdict}_{source}"] = float(is_T.sum())
     return found
 
 
 def negative_sums(terms: Terms, advantage_T: torch.Tensor, packed: PackedBatch) -> dict[str, float]:
-    """How many tokens with a negative advantage have pi < `RARE`, and their part of the reward gradient.
+    """The number of tokens with a negative advantage and pi < `RARE`, and their part of the squared reward gradient.
 
-    The gradient: |w_t A_t|^2 ||onehot - pi||^2 of each token, that of w A log pi with respect to its logits, squared;
-    w_t is the loss's weight of the token, 1 / (tokens of its response * responses of its question).
+    The squared gradient of w A log pi with respect to a token's logits is |w_t A_t|^2 ||onehot - pi||^2, where the
+    weight in the loss is w_t = 1 / (tokens of its response * responses of its question).
     """
-    assert terms.squared_slope_T is not None
+    assert terms.squared_grad_T is not None
     weight_R = 1 / (torch.bincount(packed.response_T) * torch.bincount(packed.question_R)[packed.question_R])
     weighted_T = advantage_T * weight_R.to(advantage_T)[packed.response_T]
-    logp_T, slope_T, weighted_T = _on_cpu(terms.logp_T, terms.squared_slope_T, weighted_T)
+    logp_T, slope_T, weighted_T = _on_cpu(terms.logp_T, terms.squared_grad_T, weighted_T)
     squared_T, rare_T = weighted_T.square() * slope_T, (weighted_T < 0) & (logp_T.exp() < RARE)
     return {
         "rare_negatives": float(rare_T.sum()),
@@ -66,12 +66,14 @@ def negative_sums(terms: Terms, advantage_T: torch.Tensor, packed: PackedBatch) 
 
 
 def agreement(reward_R: torch.Tensor, score_R: torch.Tensor, packed: PackedBatch) -> tuple[float, float]:
-    """Pairs of a right and a wrong response of one question in which the right one has the larger reward, a tie for a
-    half; and all such pairs. Responses without a verdict or a reward (NaN) take no part."""
+    """Count pairs of a right and a wrong response to one question.
+
+    Returns the pairs in which the right response has the larger reward (a tie counts half), and all pairs. Responses
+    without a verdict or a reward (NaN) are left out.
+    """
     agreeing = pairs = 0.0
-    for own in packed.asked:
-        of = torch.tensor(own)
-        reward_G, score_G = reward_R[of], score_R[of]
+    for members in packed.responses_by_question:
+        reward_G, score_G = reward_R[members], score_R[members]
         known_G = ~reward_G.isnan()
         right_G, wrong_G = (reward_G[known_G & is_G] for is_G in (score_G >= RIGHT, score_G < RIGHT))
         agreeing += 0.5 * (1 + torch.sign(right_G[:, None] - wrong_G)).sum().item()
@@ -80,5 +82,5 @@ def agreement(reward_R: torch.Tensor, score_R: torch.Tensor, packed: PackedBatch
 
 
 def _on_cpu(*values_T: torch.Tensor) -> torch.Tensor:
-    """Vectors of one length, stacked, without gradients."""
+    """Stack vectors of one length, without gradients, on the CPU."""
     return torch.stack([value_T.detach().float() for value_T in values_T]).cpu().double()

@@ -1,7 +1,7 @@
-"""Where wrong responses leave the right ones: what `train.negatives = "first_difference"` spares.
+"""Common prefixes of wrong and right responses, which `train.negatives = "first_difference"` spares.
 
-Ours, after likelihood displacement (arXiv 2505.18830): pushing a wrong response down lowers right ones too, most of
-all by the tokens that they have in common. Shapes: T response tokens, R responses.
+Ours, after likelihood displacement (arXiv 2505.18830): lowering the probability of a wrong response also lowers that of
+right ones, mostly through the tokens that they share. Shapes: T response tokens, R responses.
 """
 
 from collections.abc import Sequence
@@ -14,24 +14,24 @@ RIGHT = 0.5  # R_acc from which a response counts as right
 
 
 def spared_tokens(packed: PackedBatch, score_R: torch.Tensor) -> torch.Tensor:
-    """Whether a token lies before its response leaves every right response of its question, [T].
+    """Whether a token belongs to the longest prefix that its response shares with a right response, bool [T].
 
-    These are the first tokens that the response shares with a right one, in token ids, as many as there are; of a right
-    response all. In a question without a right response there are none. `score_R`: R_acc, NaN where there is none.
+    In a right response these are all tokens; for a question without a right response there are none. `score_R`: R_acc,
+    NaN where there is none.
     """
     ends = torch.bincount(packed.response_T, minlength=packed.responses).cumsum(0).tolist()
     tokens = packed.token_T.tolist()
     responses = [tokens[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
     right_R = (score_R >= RIGHT).tolist()
     spared: list[bool] = []
-    for own in packed.asked:
-        right = [responses[r] for r in own if right_R[r]]
-        for r in own:
-            shared = max((_common(responses[r], other) for other in right), default=0)
+    for members in packed.responses_by_question:
+        right = [responses[r] for r in members if right_R[r]]
+        for r in members:
+            shared = max((_common_prefix(responses[r], other) for other in right), default=0)
             spared += [t < shared for t in range(len(responses[r]))]
     return torch.tensor(spared, device=packed.response_T.device)
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the longest common prefix."""
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,13 +1,13 @@
-"""What the trainer trains on: groups (a question, its responses, their verdicts) and the order of steps.
+"""Training groups (a question with its responses and their verdicts) and the order of optimizer steps. No torch.
 
-The groups of a table of responses are held in columns, 28 bytes a response and 4 a token, of a run of any size; a
-`Group` is made when it is asked for. Shapes: R responses that are not empty, T their tokens, P prompt tokens, Q
-questions, G groups.
+The groups of a table of responses are held as columns, sorted by question; a `Group` is made when it is read. So memory
+holds runs of any size: 36 bytes a response, 4 a token.
+
+Shapes: R non-empty responses of the questions that are trained on, T their tokens, Q questions, G groups.
 """
 
 import random
-from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -16,88 +16,126 @@ import pyarrow as pa
 import pyarrow.compute
 
 from masters.common.errors import MastersError
-from masters.config.mask_schedule import stage_of
-from masters.data.question_shards import Ref
+from masters.config.mask_schedule import mask_stage_of
+from masters.data.question_shards import QuestionRef
 from masters.store.artifacts import Artifact
 
-Key = tuple[str, float | None, int]  # source, mask ratio (None but for a teacher's), sample
+Key = tuple[str, float | None, int]  # source, mask ratio (None for the student), sample
 
-pc: Any = pyarrow.compute  # its functions are made when it is imported, out of a type checker's sight
-COLUMNS = ["question_id", "source", "mask_ratio", "sample"]
-SOURCES = ("teacher", "student")  # in the order in which a group has them
-# bits of a response's place: question, source, mask ratio (0: none, STRANGE: of no stage), sample
-QUESTION, SOURCE, RATIO = 28, 26, 16
-STRANGE = 2**10 - 1
+pc: Any = pyarrow.compute  # type checkers do not see its functions, which are made at import
+SOURCES = ("teacher", "student")  # in the order of a group's responses
+NO_STAGE = -1  # mask stage of the student's responses, which belong to all stages
+RESPONSE_COLUMNS = ["question_id", "source", "mask_ratio", "sample"]
+# the same key in integers: index of the question, index into SOURCES, mask stage
+KEY_SCHEMA = pa.schema(dict(question=pa.int32(), source=pa.int32(), stage=pa.int32(), sample=pa.int32()))
 
 
 @dataclass(frozen=True)
 class Group:
-    """A question at one mask stage. `prompt` is None where the engine saw no prompt (training on labels).
+    """A question at one mask stage."""
 
-    Responses of a table are 32-bit arrays.
-    """
-
-    ref: Ref
+    ref: QuestionRef
     stage: int
-    prompt: np.ndarray | None
-    responses: Sequence[Sequence[int]]
-    scores: np.ndarray  # float64 [G], NaN where there is no verdict
-    keys: list[Key]  # whose responses they are
+    prompt: np.ndarray | None  # token ids that the engine saw, int32; None for labels
+    responses: Sequence[Sequence[int]]  # token ids
+    scores: np.ndarray  # float64, NaN for a response without a verdict
+    keys: list[Key]  # where each response comes from
 
 
 @dataclass(frozen=True)
 class Step:
+    """One optimizer step: the numbers of its groups."""
+
     stage: int
     epoch: int
     groups: tuple[int, ...]
 
 
-def label_groups(refs: list[Ref], answers: dict[str, list[int]], ratios: list[float], coverage: str) -> list[Group]:
-    """Groups whose only response is the label's tokens, end token included."""
-    groups = []
-    for ref in refs:
-        own = stage_of(ref.digest, len(ratios))
-        for stage in range(len(ratios)) if coverage == "full" else [own]:
-            label = ("label", None, 0)
-            groups.append(Group(ref, stage, None, [answers[ref.question_id]], np.array([np.nan]), [label]))
-    return groups
+def label_groups(
+    refs: list[QuestionRef], answers: dict[str, list[int]], ratios: list[float], coverage: str
+) -> list[Group]:
+    """Make groups whose only response is the label. `answers`: the label's tokens, end token included, by question."""
+    return [
+        Group(ref, stage, None, [answers[ref.question_id]], np.array([np.nan]), [("label", None, 0)])
+        for ref in refs
+        for stage in _stages_of(ref, len(ratios), coverage)
+    ]
 
 
 def plan_steps(groups: Sequence[Group], stages: int, epochs: int, questions_per_step: int, seed: int) -> list[Step]:
-    """Stage by stage, within a stage epoch by epoch, shuffled by the seed; a batch never crosses either."""
-    steps, members_of = [], [[] for _ in range(stages)]
+    """Divide groups into steps: mask stage by mask stage, then epoch by epoch, each shuffled by the seed.
+
+    No step has groups of two stages or epochs.
+    """
+    steps, groups_of_stage = [], [[] for _ in range(stages)]
     for number, group in enumerate(groups):
-        members_of[group.stage].append(number)
-    for stage, members in enumerate(members_of):
+        groups_of_stage[group.stage].append(number)
+    for stage, members in enumerate(groups_of_stage):
         for epoch in range(epochs):
             shuffled = members.copy()
             random.Random(f"{seed}/{stage}/{epoch}").shuffle(shuffled)
             steps += [
-                Step(stage, epoch, tuple(shuffled[at : at + questions_per_step]))
-                for at in range(0, len(shuffled), questions_per_step)
+                Step(stage, epoch, tuple(shuffled[begin : begin + questions_per_step]))
+                for begin in range(0, len(shuffled), questions_per_step)
             ]
     return steps
 
 
-class ResponseGroups(Sequence[Group]):
-    """Groups of every question at the stages that train on it, in the order of `refs`, then of stages.
+def response_groups(
+    refs: Sequence[QuestionRef],
+    responses: Artifact,
+    verdicts: Artifact | None,
+    ratios: list[float],
+    coverage: str,
+    only_stage: int | None = None,
+) -> tuple["ResponseGroups", int]:
+    """Groups of the questions that have responses, and the number of empty responses, which are left out.
 
-    `only`: the one stage whose groups are made; None: all of them.
+    Groups are in the order of `refs`, then of mask stages; `only_stage` leaves out the others. Raises MastersError if
+    the responses to a question follow different prompts.
     """
+    columns, empty = _read_columns(refs, responses, verdicts, ratios)
+    return ResponseGroups(refs, columns, ratios, coverage, only_stage), empty
+
+
+@dataclass(frozen=True)
+class ResponseColumns:
+    """Responses sorted by question, source, mask stage and sample."""
+
+    question_R: np.ndarray
+    source_R: np.ndarray  # index into SOURCES
+    stage_R: np.ndarray  # NO_STAGE for the student's
+    sample_R: np.ndarray
+    score_R: np.ndarray  # NaN where there is no verdict
+    first_token_R: np.ndarray  # index into T
+    length_R: np.ndarray
+    token_T: np.ndarray
+    prompt_Q: list[np.ndarray | None]
+
+
+class ResponseGroups(Sequence[Group]):
+    """The groups of a table of responses, each made when it is read."""
 
     def __init__(
-        self, refs: Sequence[Ref], told: "Responses", scores_R: np.ndarray, ratios: list[float], full: bool,
-        only: int | None = None,
-    ) -> None:  # fmt: skip
-        self._refs, self._told, self._scores_R, self._ratios = refs, told, scores_R, ratios
-        self._from_Q = np.searchsorted(told.place_R, np.arange(len(refs) + 1, dtype=np.int64) << QUESTION)
-        every = range(len(ratios))
-        asked = ((q, s) for q, ref in enumerate(refs) for s in (every if full else [stage_of(ref.digest, len(ratios))]))
-        there = ((q, s) for q, s in asked if only in (None, s) and len(self._members(q, s)))
-        self._group_G2 = np.fromiter(there, np.dtype((np.int32, 2)))
+        self,
+        refs: Sequence[QuestionRef],
+        columns: ResponseColumns,
+        ratios: list[float],
+        coverage: str,
+        only_stage: int | None = None,
+    ) -> None:
+        self._refs, self._columns, self._ratios = refs, columns, ratios
+        self._first_row_Q = np.searchsorted(columns.question_R, np.arange(len(refs) + 1))
+        nonempty = (
+            (question, stage)
+            for question, ref in enumerate(refs)
+            for stage in _stages_of(ref, len(ratios), coverage)
+            if only_stage in (None, stage) and len(self._rows(question, stage))
+        )
+        self._question_and_stage_G2 = np.fromiter(nonempty, np.dtype((np.int32, 2)))
 
     def __len__(self) -> int:
-        return len(self._group_G2)
+        return len(self._question_and_stage_G2)
 
     @overload
     def __getitem__(self, at: int) -> Group: ...
@@ -106,127 +144,122 @@ class ResponseGroups(Sequence[Group]):
     def __getitem__(self, at: int | slice) -> Group | list[Group]:
         if isinstance(at, slice):
             return [self[g] for g in range(len(self))[at]]
-        question, stage = (int(number) for number in self._group_G2[at])
-        members = self._members(question, stage)
-        responses = [self._told.tokens(r) for r in members]
-        keys = [self._key(int(self._told.place_R[r])) for r in members]
-        return Group(self._refs[question], stage, self._told.prompt(question), responses, self._scores_R[members], keys)
+        question, stage = self._question_and_stage_G2[at].tolist()
+        rows, columns = self._rows(question, stage), self._columns
+        ends = columns.first_token_R[rows] + columns.length_R[rows]
+        responses = [
+            columns.token_T[first:end].tolist() for first, end in zip(columns.first_token_R[rows], ends, strict=True)
+        ]
+        keys = [self._key(row) for row in rows]
+        return Group(self._refs[question], stage, columns.prompt_Q[question], responses, columns.score_R[rows], keys)
 
-    def _members(self, question: int, stage: int) -> np.ndarray:
-        """Responses at this stage and those at none (the student's)."""
-        rows = np.arange(self._from_Q[question], self._from_Q[question + 1])
-        ratio = (self._told.place_R[rows] >> RATIO) & STRANGE
-        return rows[(ratio == stage + 1) | (ratio == 0)]
+    def _rows(self, question: int, stage: int) -> np.ndarray:
+        """Rows of the question's responses at this mask stage, the student's included."""
+        rows = np.arange(self._first_row_Q[question], self._first_row_Q[question + 1])
+        stages = self._columns.stage_R[rows]
+        return rows[(stages == stage) | (stages == NO_STAGE)]
 
-    def _key(self, place: int) -> Key:
-        ratio = (place >> RATIO) & STRANGE
-        return SOURCES[(place >> SOURCE) & 3], self._ratios[ratio - 1] if ratio else None, place & (2**RATIO - 1)
-
-
-@dataclass(frozen=True)
-class Responses:
-    """Sorted by place."""
-
-    place_R: np.ndarray  # int64
-    begin_R: np.ndarray  # int64, of its tokens
-    length_R: np.ndarray  # int32
-    token_T: np.ndarray  # int32
-    begin_Q: np.ndarray  # int64, of a question's prompt
-    length_Q: np.ndarray  # int32
-    prompt_P: np.ndarray  # int32
-    empty: int  # responses that were set aside
-
-    def tokens(self, response: int) -> array:
-        begin = self.begin_R[response]
-        return array("i", self.token_T[begin : begin + self.length_R[response]].tobytes())
-
-    def prompt(self, question: int) -> np.ndarray:
-        begin = self.begin_Q[question]
-        return self.prompt_P[begin : begin + self.length_Q[question]]
+    def _key(self, row: int) -> Key:
+        columns, stage = self._columns, self._columns.stage_R[row]
+        ratio = None if stage == NO_STAGE else self._ratios[stage]
+        return SOURCES[columns.source_R[row]], ratio, int(columns.sample_R[row])
 
 
-def response_groups(
-    refs: Sequence[Ref], responses: Artifact, verdicts: Artifact | None, ratios: list[float], coverage: str,
-    only: int | None = None,
-) -> tuple[ResponseGroups, int]:  # fmt: skip
-    """Groups of every question at the stages that train on it, and how many responses were set aside as empty.
-
-    `only`: see `ResponseGroups`.
-    """
-    numbers = {ref.question_id: number for number, ref in enumerate(refs)}
-    told = _responses(numbers, responses, ratios)
-    scores_R = _scores(numbers, verdicts, ratios, told.place_R)
-    return ResponseGroups(refs, told, scores_R, ratios, coverage == "full", only), told.empty
+def _stages_of(ref: QuestionRef, stages: int, coverage: str) -> Sequence[int]:
+    """The mask stages that train on a question."""
+    return range(stages) if coverage == "full" else [mask_stage_of(ref.digest, stages)]
 
 
-def _responses(numbers: dict[str, int], responses: Artifact, ratios: list[float]) -> Responses:
-    empty, written = 0, 0
-    places, lengths, tokens = [np.empty(0, np.int64)], [np.empty(0, np.int32)], [np.empty(0, np.int32)]
-    prompts, prompt_Q = [np.empty(0, np.int32)], np.zeros((3, len(numbers)), np.int64)  # begin, length, mark
-    for table in responses.batches("responses", [*COLUMNS, "prompt_token_ids", "response_token_ids"]):
-        said = pc.greater(pc.fill_null(pc.list_value_length(table["response_token_ids"]), 0), 0)
-        empty += len(table) - pc.sum(said).as_py() if len(table) else 0
-        place, rows = _places(table.filter(said), numbers, ratios)
-        length, token = _lists(rows["response_token_ids"])
-        for parts, part in ((places, place), (lengths, length), (tokens, token)):
-            parts.append(part)
-        question, first = np.unique(place >> QUESTION, return_index=True)
-        new = prompt_Q[1, question] == 0
-        _same_prompts(rows.take(pa.array(first[~new])), prompt_Q[2, question[~new]])
-        length, prompt = _lists(rows["prompt_token_ids"].take(pa.array(first[new])))
-        prompt_Q[:, question[new]] = written + np.cumsum(length) - length, length, _marks(length, prompt)
-        prompts.append(prompt)
-        written += len(prompt)
-    place, length = np.concatenate(places), np.concatenate(lengths)
-    order, begin = np.argsort(place, kind="stable"), np.cumsum(length, dtype=np.int64) - length
-    return Responses(
-        place[order], begin[order], length[order], np.concatenate(tokens), prompt_Q[0], prompt_Q[1],
-        np.concatenate(prompts), empty,
+def _read_columns(
+    refs: Sequence[QuestionRef], responses: Artifact, verdicts: Artifact | None, ratios: list[float]
+) -> tuple[ResponseColumns, int]:
+    """Read both tables. Returns the columns, and the number of empty responses."""
+    question_numbers = {ref.question_id: number for number, ref in enumerate(refs)}
+    empty, prompt_Q = 0, [None] * len(refs)
+    keys, lengths, tokens = [KEY_SCHEMA.empty_table()], [np.empty(0, np.int32)], [np.empty(0, np.int32)]
+    for batch in responses.batches("responses", [*RESPONSE_COLUMNS, "prompt_token_ids", "response_token_ids"]):
+        has_tokens = pc.greater(pc.fill_null(pc.list_value_length(batch["response_token_ids"]), 0), 0)
+        empty += pc.sum(pc.invert(has_tokens)).as_py() or 0
+        batch_keys, rows = _integer_keys(batch.filter(has_tokens), question_numbers, ratios)
+        _add_prompts(prompt_Q, batch_keys["question"].to_numpy(), rows)
+        batch_lengths, batch_tokens = _flatten(rows["response_token_ids"])
+        keys.append(batch_keys)
+        lengths.append(batch_lengths)
+        tokens.append(batch_tokens)
+    length_R, token_T = np.concatenate(lengths), np.concatenate(tokens)
+    table = pa.concat_tables(keys)
+    table = table.append_column("first_token", pa.array(np.cumsum(length_R, dtype=np.int64) - length_R))
+    table = table.append_column("length", pa.array(length_R))
+    table = _join_scores(table, verdicts, question_numbers, ratios)
+    table = table.sort_by([(name, "ascending") for name in KEY_SCHEMA.names])
+    column = {name: table[name].to_numpy() for name in table.column_names}
+    columns = ResponseColumns(
+        column["question"], column["source"], column["stage"], column["sample"], column["score"],
+        column["first_token"], column["length"], token_T, prompt_Q,
     )  # fmt: skip
+    return columns, empty
 
 
-def _marks(length: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """int64: a hash of each list, of this process."""
-    ends = np.cumsum(length, dtype=np.int64)
-    return np.array([hash(tokens[end - n : end].tobytes()) for n, end in zip(length, ends, strict=True)], np.int64)
+def _integer_keys(batch: pa.Table, question_numbers: dict[str, int], ratios: list[float]) -> tuple[pa.Table, pa.Table]:
+    """Keys of the rows whose question and mask stage are trained on, in `KEY_SCHEMA`, and these rows."""
+    # a dictionary for all batches: Arrow's index_in would hash every question id of the run again for each batch
+    question = pa.array(
+        [question_numbers.get(question_id) for question_id in batch["question_id"].to_pylist()], pa.int32()
+    )
+    stage = pc.index_in(batch["mask_ratio"], value_set=pa.array(ratios, pa.float64()))
+    keys = pa.table(
+        dict(
+            question=question,
+            source=pc.index_in(batch["source"], value_set=pa.array(SOURCES)),
+            stage=pc.if_else(pc.is_null(batch["mask_ratio"]), pa.scalar(NO_STAGE, pa.int32()), stage),
+            sample=batch["sample"].cast(pa.int32()),
+        ),
+        KEY_SCHEMA,
+    )
+    is_trained_on = pc.and_(pc.is_valid(keys["question"]), pc.is_valid(keys["stage"]))
+    return keys.filter(is_trained_on), batch.filter(is_trained_on)
 
 
-def _same_prompts(rows: pa.Table, mark_Q: np.ndarray) -> None:
-    """Raises MastersError unless each row's prompt is the one whose mark its question has already."""
-    other = np.flatnonzero(_marks(*_lists(rows["prompt_token_ids"])) != mark_Q)
-    if len(other):
+def _add_prompts(prompt_Q: list[np.ndarray | None], question_R: np.ndarray, rows: pa.Table) -> None:
+    """Add prompts of questions that are new, and compare those of known ones. Raises MastersError if one differs."""
+    questions, first_rows = np.unique(question_R, return_index=True)
+    prompts = _split(*_flatten(rows["prompt_token_ids"].take(pa.array(first_rows))))
+    differing = []
+    for question, row, prompt in zip(questions, first_rows, prompts, strict=True):
+        known = prompt_Q[question]
+        if known is None:
+            prompt_Q[question] = prompt.copy()  # a view would keep the whole batch in memory
+        elif not np.array_equal(known, prompt):
+            differing.append(rows["question_id"][int(row)].as_py())
+    if differing:
         raise MastersError(
-            f"question {rows['question_id'][int(other[0])].as_py()}: its responses lie behind different prompts ("
-            f"{len(other)} such questions): teacher and student must have the same chat template and processor settings"
+            f"question {differing[0]}: its responses lie behind different prompts ("
+            f"{len(differing)} such questions): teacher and student must have the same chat template and processor "
+            "settings"
         )
 
 
-def _scores(numbers: dict[str, int], verdicts: Artifact | None, ratios: list[float], place_R: np.ndarray) -> np.ndarray:
-    """float64 [R]: the verdict on each response, NaN where there is none."""
-    found = np.full(len(place_R), np.nan)
-    for table in verdicts.batches("verdicts", [*COLUMNS, "score"]) if verdicts else ():
-        place, rows = _places(table, numbers, ratios)
-        score = pc.fill_null(rows["score"], np.nan).to_numpy()
-        at = np.minimum(np.searchsorted(place_R, place), max(0, len(place_R) - 1))
-        there = place_R[at] == place if len(place_R) else np.zeros(len(place), bool)
-        found[at[there]] = score[there]
-    return found
+def _join_scores(
+    table: pa.Table, verdicts: Artifact | None, question_numbers: dict[str, int], ratios: list[float]
+) -> pa.Table:
+    """Add the column `score` with the verdict on each response, NaN where there is none."""
+    scores = [KEY_SCHEMA.append(pa.field("score", pa.float64())).empty_table()]
+    for batch in verdicts.batches("verdicts", [*RESPONSE_COLUMNS, "score"]) if verdicts else ():
+        keys, rows = _integer_keys(batch, question_numbers, ratios)
+        scores.append(keys.append_column("score", rows["score"].cast(pa.float64())))
+    joined = table.join(pa.concat_tables(scores), KEY_SCHEMA.names, join_type="left outer", use_threads=False)
+    assert len(joined) == len(table), "the verdicts table has one row for each response"
+    score = pc.fill_null(joined["score"], np.nan)
+    return joined.set_column(joined.column_names.index("score"), "score", score)
 
 
-def _places(table: pa.Table, numbers: dict[str, int], ratios: list[float]) -> tuple[np.ndarray, pa.Table]:
-    """The place of each row, int64, and the rows: those of questions that are trained on."""
-    # one dictionary for all tables: Arrow's index_in would hash every id of the run again for each of them
-    question = np.array([numbers.get(one, -1) for one in table["question_id"].to_pylist()], np.int64)
-    table, question = table.filter(pa.array(question >= 0)), question[question >= 0]
-    source = pc.index_in(table["source"], value_set=pa.array(SOURCES)).to_numpy().astype(np.int64)
-    of_stage = pc.add(pc.index_in(table["mask_ratio"], value_set=pa.array(ratios, pa.float64())), 1)
-    strange = pc.fill_null(of_stage, STRANGE)
-    ratio = pc.if_else(pc.is_null(table["mask_ratio"]), 0, strange).to_numpy().astype(np.int64)
-    sample = table["sample"].to_numpy().astype(np.int64)
-    return question << QUESTION | source << SOURCE | ratio << RATIO | sample, table
-
-
-def _lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+def _flatten(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """Lengths and values of lists, int32 both."""
-    length = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
-    return length.astype(np.int32), pc.list_flatten(column).to_numpy().astype(np.int32)
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+    return lengths.astype(np.int32), pc.list_flatten(column).to_numpy().astype(np.int32)
+
+
+def _split(lengths: np.ndarray, values: np.ndarray) -> Iterator[np.ndarray]:
+    """The lists that `_flatten` took apart, as views."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    return (values[end - length : end] for length, end in zip(lengths, ends, strict=True))

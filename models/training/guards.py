@@ -1,7 +1,7 @@
-"""What a training run must not do: update weights by what is no number, or go on where the student falls.
+"""Guards of a training run: stop at a loss or gradient that is not finite, and at a drop of validation accuracy.
 
-The fall is seen on the probe; the best weights so far lie beside the checkpoints, under a name that says their step,
-how many of the probe's questions they had right, and their SHA-256.
+Accuracy is measured on the probe questions. The best weights so far lie beside the checkpoints; the file name has their
+step, how many probe questions they answered correctly, and their SHA-256.
 """
 
 import math
@@ -18,170 +18,177 @@ from masters.models.distributed.collectives import all_gather, broadcast_from_ra
 from masters.models.losses import formulas
 from masters.models.packing.packed_batch import PackedBatch, response_states
 from masters.models.training.context import TrainContext
-from masters.models.training.oom_retry import DummyPass, each_pass, within_memory
+from masters.models.training.job import ProbeMeasured, RolledBack
+from masters.models.training.oom_retry import DummyPass, retry_smaller, run_passes
 from masters.store.storage import Storage
 
-KEPT = 3  # best weights: of either checkpoint, and of one that was on its way
+MAX_KEPT = 3  # best weights: one for each kept checkpoint, and one for a checkpoint that is not written yet
 
 
 def gradient_size(parameters: Iterable[torch.nn.Parameter]) -> float:
-    """The largest magnitude in the gradients of what this rank holds; NaN if one is."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    parts = [part for part in map(to_local, gradients) if part.numel()]
-    return torch.nn.utils.get_total_norm(parts, norm_type=math.inf).item()  # a sum of squares overflows sooner
+    """The largest magnitude in the gradients that this rank holds; NaN if a gradient has a NaN."""
+    gradients = [to_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    nonempty = [gradient for gradient in gradients if gradient.numel()]
+    return torch.nn.utils.get_total_norm(nonempty, norm_type=math.inf).item()  # a sum of squares overflows sooner
 
 
-def largest_gradient(job: TrainContext) -> float:
-    """The largest magnitude in the student's gradients, the same on all ranks; NaN if one is."""
-    size = gradient_size(job.sharding.local_parameters(job.student).values())
-    sizes = all_gather(job.world, size) if job.sharding.lockstep else [size]
+def largest_gradient(context: TrainContext) -> float:
+    """The largest magnitude in the student's gradients, the same on all ranks; NaN if a gradient has a NaN."""
+    size = gradient_size(context.sharding.local_parameters(context.student).values())
+    sizes = all_gather(context.world, size) if context.sharding.lockstep else [size]
     return math.nan if any(map(math.isnan, sizes)) else max(sizes)
 
 
-def not_finite(job: TrainContext, groups: list[int], loss_of: Callable[[int], torch.Tensor]) -> list[str]:
-    """Which of these groups' questions, each by itself, have a loss or a gradient that is no finite number.
+def non_finite_questions(context: TrainContext, groups: list[int], loss_of: Callable[[int], torch.Tensor]) -> list[str]:
+    """Ids of the questions of these groups whose loss or gradient, computed alone, is not finite.
 
-    Memory holds each: it held the passes of which they were part.
+    Memory holds each of them: it held the passes that they were part of.
     """
     found = []
     for g in groups:
-        _forget_gradients(job)
+        _clear_gradients(context)
         loss = loss_of(g)
         loss.backward()
-        if job.sharding.lockstep:
-            job.sharding.sum_gradients(job.student)
-        if not (math.isfinite(loss.item()) and math.isfinite(largest_gradient(job))):
-            found.append(job.groups[g].ref.question_id)
-    _forget_gradients(job)
+        if context.sharding.lockstep:
+            context.sharding.sum_gradients(context.student)
+        if not (math.isfinite(loss.item()) and math.isfinite(largest_gradient(context))):
+            found.append(context.groups[g].ref.question_id)
+    _clear_gradients(context)
     return found
 
 
-def _forget_gradients(job: TrainContext) -> None:
-    for parameter in job.sharding.local_parameters(job.student).values():
+def _clear_gradients(context: TrainContext) -> None:
+    for parameter in context.sharding.local_parameters(context.student).values():
         parameter.grad = None
 
 
 @torch.no_grad()
-def count_correct(job: TrainContext) -> int:
-    """Probe questions whose every label token (end token included) is the student's greedy choice."""
+def count_correct(context: TrainContext) -> int:
+    """Number of probe questions for which every label token, end token included, is the student's greedy choice."""
 
-    def count() -> int:
-        right: list[int] = []
+    def count_all() -> int:
+        counts: list[int] = []
 
-        def look(_: list[None], packed: PackedBatch) -> None:
-            hit_T = (_greedy(job, packed) == packed.token_U)[packed.distinct_T]
-            right.append(int((formulas.response_means(hit_T.float(), packed.response_T, packed.responses) == 1).sum()))
+        def count_batch(_: list[None], packed: PackedBatch) -> None:
+            is_greedy_T = (_greedy_tokens(context, packed) == packed.token_U)[packed.distinct_T]
+            share_R = formulas.response_means(is_greedy_T.float(), packed.response_T, packed.responses)
+            counts.append(int((share_R == 1).sum()))
 
-        # every rank looks at all of them
-        spare = DummyPass(lambda: job.probe[0], lambda packed: _greedy(job, packed))
-        each_pass(job, ((None, question) for question in job.probe), look, spare)
-        return sum(right)
+        # every rank counts all questions
+        dummy = DummyPass(lambda: context.probe[0], lambda packed: _greedy_tokens(context, packed))
+        run_passes(context, ((None, question) for question in context.probe), count_batch, dummy)
+        return sum(counts)
 
-    return within_memory(job, count)
+    return retry_smaller(context, count_all)
 
 
-def _greedy(job: TrainContext, packed: PackedBatch) -> torch.Tensor:
-    """The student's likeliest token for each distinct response token, [U]."""
-    return job.sharding.within(job.student, lambda student: response_states(student, packed).likeliest())
+def _greedy_tokens(context: TrainContext, packed: PackedBatch) -> torch.Tensor:
+    """The student's most likely token in place of each distinct response token, [U]."""
+    return context.sharding.run_with_full_weights(
+        context.student, lambda student: response_states(student, packed).argmax()
+    )
 
 
 class ValidationGuard:
-    """Tell when the student falls on the probe by more than `train.max_validation_drop`, and restore its best weights.
+    """Ends training when probe accuracy drops by more than `train.max_validation_drop`, and restores the best weights.
 
-    With a guard a checkpoint is saved at every look, after the best weights: so a run that goes on from any checkpoint
-    compares with what an undisturbed one does.
+    With the guard enabled, a checkpoint is saved at every validation, after the best weights. So a run that resumes
+    from any checkpoint compares with the same weights as an uninterrupted run.
     """
 
-    def __init__(self, job: TrainContext, done: int) -> None:
-        self.job, self.on = job, job.train.max_validation_drop is not None
-        if not self.on:
+    def __init__(self, context: TrainContext, steps_done: int) -> None:
+        self.context, self.is_enabled = context, context.train.max_validation_drop is not None
+        if not self.is_enabled:
             return
-        if job.rank == 0:
-            self._remove([name for name in self._names() if _step(name) > done])  # will be found again
-        if done:
-            kept = [name for name in self._everywhere() if _step(name) <= done]
-            self.step, self.right = max((_step(name), _right(name)) for name in kept)
+        if context.rank == 0:
+            self._remove([name for name in self._own_files() if _step(name) > steps_done])  # they will be found again
+        if steps_done:
+            known = [name for name in self._all_files() if _step(name) <= steps_done]
+            self.best_step, self.best_correct = max((_step(name), _correct(name)) for name in known)
         else:
-            self.step, self.right = 0, -1
-            self.look(0)
+            self.best_step, self.best_correct = 0, -1
+            self.validate(0)
 
-    def look(self, number: int) -> tuple[float, bool]:
-        """Accuracy on the probe after a step, and whether it fell. The best weights are kept; the later of equals.
+    def validate(self, number: int) -> tuple[float, bool]:
+        """Measure probe accuracy after a step. Returns it, and whether the best weights are to be restored.
 
-        Raises MastersError at a fall where `train.on_drop` is "stop".
+        Saves the weights if they are the best so far; of equally good ones the later are kept. Raises MastersError at a
+        drop where `train.on_drop` is "stop".
         """
-        job = self.job
-        right = all_gather(job.world, count_correct(job))[0]  # one rank decides for all
-        accuracy = right / max(1, len(job.probe))
-        job.report(event="probe", step=number, accuracy=accuracy)
-        if not self.on:
+        context = self.context
+        correct = all_gather(context.world, count_correct(context))[0]  # rank 0 decides for all
+        accuracy = correct / max(1, len(context.probe))
+        context.report(ProbeMeasured(step=number, accuracy=accuracy))
+        if not self.is_enabled:
             return accuracy, False
-        if right >= self.right:
-            self.step, self.right = number, right
-            self._keep()
-        elif (self.right - right) / len(job.probe) > (job.train.max_validation_drop or 0.0):
-            self._fell(number, accuracy)
+        if correct >= self.best_correct:
+            self.best_step, self.best_correct = number, correct
+            self._save_weights()
+        elif (self.best_correct - correct) / len(context.probe) > (context.train.max_validation_drop or 0.0):
+            self._report_drop(number, accuracy)
             return accuracy, True
         return accuracy, False
 
     def roll_back(self) -> None:
-        """The student's best weights put back."""
-        job, tensors = self.job, {}
-        if job.rank == 0:
-            name = self._best()
-            data = job.storage.read(name)
-            if (now := digest(data)) not in name:
-                raise ArtifactError(f"best weights {job.storage.uri(name)} are damaged: found SHA-256 {now}")
+        """Restore the student's best weights."""
+        context, tensors = self.context, {}
+        if context.rank == 0:
+            name = self._best_file()
+            data = context.storage.read(name)
+            if (found := digest(data)) not in name:
+                raise ArtifactError(f"best weights {context.storage.uri(name)} are damaged: found SHA-256 {found}")
             tensors = load_safetensors(data)
-        held = job.sharding.local_parameters(job.student)
+        parameters = context.sharding.local_parameters(context.student)
         with torch.no_grad():
-            for name, whole in broadcast_from_rank0(tensors):
-                held[name].copy_(job.sharding.shard(whole, held[name]))
+            for name, tensor in broadcast_from_rank0(tensors):
+                parameters[name].copy_(context.sharding.shard(tensor, parameters[name]))
 
-    def hand_over(self, place: str) -> None:
-        """Leave the best weights so far for the part of the round that follows, where they are watched."""
-        if self.on and self.job.rank == 0:
-            name = self._best()
-            self.job.storage.copy(name, f"{place}/{name.rsplit('/', 1)[1]}")
+    def copy_best_weights(self, prefix: str) -> None:
+        """Copy the best weights so far to where the next part of the round starts from, if the guard is enabled."""
+        if self.is_enabled and self.context.rank == 0:
+            name = self._best_file()
+            self.context.storage.copy(name, f"{prefix}/{name.rsplit('/', 1)[1]}")
 
-    def _fell(self, number: int, accuracy: float) -> None:
-        best = self.right / len(self.job.probe)
-        if self.job.train.on_drop == "stop":
+    def _report_drop(self, number: int, accuracy: float) -> None:
+        train, questions = self.context.train, len(self.context.probe)
+        best = self.best_correct / questions
+        if train.on_drop == "stop":
             raise MastersError(
-                f"step {number}: the student has {accuracy:.1%} of {len(self.job.probe)} held-out training questions "
-                f"right, after {best:.1%} at step {self.step}: a fall by more than train.max_validation_drop "
-                f"({self.job.train.max_validation_drop}). Lower train.learning_rate, or set train.on_drop to rollback"
+                f"step {number}: the student answers {accuracy:.1%} of {questions} held-out training questions "
+                f"correctly, after {best:.1%} at step {self.best_step}: a drop by more than train.max_validation_drop "
+                f"({train.max_validation_drop}). Lower train.learning_rate, or set train.on_drop to rollback"
             )
-        self.job.report(event="rolled_back", at=number, accuracy=accuracy, to=self.step, best=best)
+        self.context.report(RolledBack(at=number, accuracy=accuracy, to=self.best_step, best=best))
 
-    def _keep(self) -> None:
-        held = self.job.sharding.local_parameters(self.job.student)
-        tensors = gather_to_rank0(self.job.sharding, held, held)
-        if self.job.rank != 0:
+    def _save_weights(self) -> None:
+        context = self.context
+        parameters = context.sharding.local_parameters(context.student)
+        tensors = gather_to_rank0(context.sharding, parameters, parameters)
+        if context.rank != 0:
             return
         data = save_safetensors(tensors)
-        name = f"best-{self.step:08d}-{self.right:04d}-{digest(data)}.safetensors"
-        self.job.storage.write(f"{self.job.checkpoints}/{name}", data)
-        self._remove(self._names()[:-KEPT])
+        name = f"best-{self.best_step:08d}-{self.best_correct:04d}-{digest(data)}.safetensors"
+        context.storage.write(f"{context.checkpoints}/{name}", data)
+        self._remove(self._own_files()[:-MAX_KEPT])
 
     def _remove(self, names: list[str]) -> None:
         for name in names:
-            self.job.storage.remove(name)
+            self.context.storage.remove(name)
 
-    def _best(self) -> str:
-        """The file of the best weights."""
-        return next(n for n in self._everywhere() if (_step(n), _right(n)) == (self.step, self.right))
+    def _best_file(self) -> str:
+        best = (self.best_step, self.best_correct)
+        return next(name for name in self._all_files() if (_step(name), _correct(name)) == best)
 
-    def _everywhere(self) -> list[str]:
-        """Best weights of this training, and those that it was handed."""
-        handed = self.job.part.handed_over
-        return self._names() + (_best_in(self.job.storage, handed) if handed else [])
+    def _all_files(self) -> list[str]:
+        """Best weights of this training, and those that the previous part of the round left."""
+        start_state = self.context.part.start_state
+        return self._own_files() + (_weight_files(self.context.storage, start_state) if start_state else [])
 
-    def _names(self) -> list[str]:
-        return _best_in(self.job.storage, self.job.checkpoints)
+    def _own_files(self) -> list[str]:
+        return _weight_files(self.context.storage, self.context.checkpoints)
 
 
-def _best_in(storage: Storage, prefix: str) -> list[str]:
+def _weight_files(storage: Storage, prefix: str) -> list[str]:
     return sorted(name for name in storage.names(prefix) if name.startswith(f"{prefix}/best-"))
 
 
@@ -189,5 +196,5 @@ def _step(name: str) -> int:
     return int(name.rsplit("-", 3)[1])
 
 
-def _right(name: str) -> int:
+def _correct(name: str) -> int:
     return int(name.rsplit("-", 2)[1])

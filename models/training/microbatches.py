@@ -1,7 +1,7 @@
-"""Which questions share a forward pass: planned from token counts alone, before any model is loaded.
+"""Division of a step's questions into forward passes and over ranks, from token counts alone.
 
-Responses are generated ahead, so what a step holds and how long it is are known before the first one. A plan is a
-function of steps, lengths, budget and ranks; nothing random, nothing of the models.
+Responses are generated ahead of training, so all passes can be planned before a model is loaded. A plan depends on
+steps, lengths, token budget and number of ranks only. Imports no torch.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,43 +15,40 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Plan:
-    """The forward passes of all steps: how many, the tokens they take (before questions of one image share its own).
-
-    `largest`: the groups of the pass of most tokens; `largest_tokens`: how many these are.
-    """
+    """The forward passes of all steps. Tokens are counted as if questions about one image shared none."""
 
     passes: int
     tokens: int
-    largest: tuple[int, ...]
+    largest: tuple[int, ...]  # groups of the pass with most tokens
     largest_tokens: int
 
 
 def size_of(group: Group) -> int | None:
-    """Tokens that a question takes by itself: prompt and distinct responses. None where no table holds its prompt."""
+    """Tokens of a question alone: its prompt and distinct responses. None if no table holds its prompt."""
     if group.prompt is None:
         return None
     return len(group.prompt) + sum(map(len, set(map(tuple, group.responses))))
 
 
 def batches(items: Iterable[T], size: Callable[[T], int], tokens: int) -> Iterator[list[T]]:
-    """Consecutive items that take at most `tokens` tokens together; one that takes more comes alone."""
+    """Batches of consecutive items with at most `tokens` tokens together; an item with more comes alone."""
     batch: list[T] = []
     room = tokens
     for item in items:
-        taken = size(item)
-        if batch and taken > room:
+        item_tokens = size(item)
+        if batch and item_tokens > room:
             yield batch
             batch, room = [], tokens
         batch.append(item)
-        room -= taken
+        room -= item_tokens
     if batch:
         yield batch
 
 
 def split_across_ranks(groups: Sequence[int], sizes: Sequence[int | None], ranks: int) -> list[list[int]]:
-    """A step's groups by rank, about as many tokens each: the longest first, to whoever has least. Order is kept.
+    """Divide a step's groups over ranks, with about equal tokens each; every rank keeps their order.
 
-    Where lengths are unknown they are dealt in turn.
+    The longest group comes first and goes to the rank with the fewest tokens. If a length is unknown, ranks take turns.
     """
     known = {g: size for g in groups if (size := sizes[g]) is not None}
     if ranks == 1 or len(known) < len(groups):
@@ -64,16 +61,16 @@ def split_across_ranks(groups: Sequence[int], sizes: Sequence[int | None], ranks
 
 
 def plan(steps: Sequence[Step], sizes: Sequence[int | None], tokens: int, ranks: int) -> Plan | None:
-    """All steps' passes, of at most `tokens` tokens each. None where lengths are unknown, or nothing is trained on."""
+    """Plan the passes of all steps, of at most `tokens` tokens each. None without steps or if a length is unknown."""
     known = [size for size in sizes if size is not None]
     if len(known) < len(sizes) or not steps:
         return None
-    count, total, largest, most = 0, 0, (), 0
+    passes, total, largest, largest_tokens = 0, 0, (), 0
     for step in steps:
-        for own in split_across_ranks(step.groups, sizes, ranks):
-            for batch in batches(own, known.__getitem__, tokens):
-                taken = sum(known[g] for g in batch)
-                count, total = count + 1, total + taken
-                if taken > most:
-                    largest, most = tuple(batch), taken
-    return Plan(count, total, largest, most)
+        for rank_groups in split_across_ranks(step.groups, sizes, ranks):
+            for batch in batches(rank_groups, known.__getitem__, tokens):
+                pass_tokens = sum(known[g] for g in batch)
+                passes, total = passes + 1, total + pass_tokens
+                if pass_tokens > largest_tokens:
+                    largest, largest_tokens = tuple(batch), pass_tokens
+    return Plan(passes, total, largest, largest_tokens)

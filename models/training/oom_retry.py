@@ -1,4 +1,4 @@
-"""Forward passes that memory holds: within the token budget, and within a smaller one where that was too much."""
+"""Forward passes within the token budget, and a smaller budget after running out of memory."""
 
 import gc
 import re
@@ -14,19 +14,18 @@ from masters.models.distributed.collectives import lockstep
 from masters.models.packing.packed_batch import PackedBatch, pack
 from masters.models.packing.prefix_tree import Question
 from masters.models.training.context import TrainContext
+from masters.models.training.job import RestartRequested, TokenBudgetLowered
 from masters.models.training.microbatches import batches
 
 T = TypeVar("T")
 
-# what PyTorch says on a CPU, and what CUDA's libraries say that allocate by themselves
-AGAIN = "again"  # the event: all ranks are to begin again, with a smaller token budget
-NO_MEMORY = re.compile(r"can't allocate memory|bad_alloc|CUDA(?: error:|\]:)? out of memory|_ALLOC_FAILED")
-
-SHOWN = 200  # characters of what the allocator says
+# PyTorch's message on a CPU, and those of CUDA libraries that allocate by themselves
+OUT_OF_MEMORY = re.compile(r"can't allocate memory|bad_alloc|CUDA(?: error:|\]:)? out of memory|_ALLOC_FAILED")
+MAX_CHARACTERS = 200  # of the allocator's message in an error
 
 
 class PassTooLarge(MastersError):
-    """Memory did not hold a forward pass of these questions."""
+    """Memory does not hold a forward pass of these questions."""
 
     def __init__(self, questions: list[Question]) -> None:
         self.questions, self.tokens = questions, sum(question.tokens for question in questions)
@@ -35,96 +34,101 @@ class PassTooLarge(MastersError):
 
 @dataclass(frozen=True)
 class DummyPass:
-    """What a rank that has no question left does, to no effect, in a pass that needs all ranks."""
+    """Forward and backward pass without effect that keeps an idle rank in the collective operations of the others."""
 
     question: Callable[[], Question]
-    work: Callable[[PackedBatch], object]
+    run: Callable[[PackedBatch], object]
 
 
-def each_pass(
-    job: TrainContext,
-    asked: Iterable[tuple[T, Question]],
-    work: Callable[[list[T], PackedBatch], None],
-    spare: DummyPass,
+def run_passes(
+    context: TrainContext,
+    questions: Iterable[tuple[T, Question]],
+    run: Callable[[list[T], PackedBatch], None],
+    dummy: DummyPass,
 ) -> None:
-    """Give questions to `work` with what they are called, packed within the token budget. Raises PassTooLarge."""
-    for batch in lockstep(job.sharding, job.world, batches(asked, lambda one: one[1].tokens, job.token_budget)):
-        if batch is None:
-            idle = spare.question()
-            with one_pass([idle]):
-                spare.work(pack([idle], job.student, job.family, job.token_budget))
-            continue
-        names, questions = map(list, zip(*batch, strict=True))
-        with one_pass(questions):
-            work(names, pack(questions, job.student, job.family, job.token_budget))
+    """Call `run` on batches of packed questions within the token budget, with the label of each question.
+
+    Raises PassTooLarge if memory does not hold a batch.
+    """
+    labeled_batches = batches(questions, lambda labeled: labeled[1].tokens, context.token_budget)
+    for batch in lockstep(context.sharding, context.world, labeled_batches):
+        labels = [label for label, _ in batch or []]
+        packable = [question for _, question in batch] if batch else [dummy.question()]
+        with pass_memory_errors(packable):
+            packed = pack(packable, context.student, context.family, context.token_budget)
+            if batch:
+                run(labels, packed)
+            else:
+                dummy.run(packed)
 
 
 @contextmanager
-def one_pass(questions: list[Question]) -> Iterator[None]:
-    """Raises PassTooLarge where an allocation fails within."""
+def pass_memory_errors(questions: list[Question]) -> Iterator[None]:
+    """Raise PassTooLarge if an allocation fails within."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise PassTooLarge(questions) from error
 
 
 @contextmanager
-def one_step(number: int) -> Iterator[None]:
-    """Raises MastersError where an allocation fails outside of a step's passes, which see to their own.
+def step_memory_errors(number: int) -> Iterator[None]:
+    """Raise MastersError if an allocation fails in a step but outside its passes, which handle their own failures.
 
-    By then no activation is held, so smaller passes would not help; and the optimizer may have changed a part of the
-    weights, so the step cannot be taken again in this process: a checkpoint is what a run goes on from.
+    By then no activation is held, so smaller passes would not help. The optimizer may have changed some of the
+    weights, so this process cannot repeat the step: a new run must resume from a checkpoint.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        said = " ".join(str(error).split())[:SHOWN]
+        message = " ".join(str(error).split())[:MAX_CHARACTERS]
         raise MastersError(
-            f"step {number}: memory does not hold what the optimizer needs beside gradients and weights ({said}). "
-            "Smaller passes would not change it: take a larger machine; the run then goes on from its last checkpoint"
+            f"step {number}: memory does not hold what the optimizer needs beside gradients and weights ({message}). "
+            "Smaller passes would not change it: take a larger machine; the run then resumes from its last checkpoint"
         ) from error
 
 
-def out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(NO_MEMORY.search(str(error)))
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
 
 
-def within_memory(job: TrainContext, work: Callable[[], T]) -> T:
-    """The result of `work`, done again with a smaller token budget whenever memory does not hold one of its passes.
+def retry_smaller(context: TrainContext, work: Callable[[], T]) -> T:
+    """Return the result of `work`; repeat it with a smaller token budget while memory does not hold one of its passes.
 
-    Gradients are none when it begins again, and a question's weight does not depend on the budget, so it is the same
-    step. The budget stays for the rest of the run. Raises MastersError if one question alone does not fit; and where
-    passes need all ranks, which wait for this one within theirs: then whoever started them begins again.
+    There are no gradients before `work`, and a question's weight does not depend on the budget, so a repetition is the
+    same step. The smaller budget stays for the rest of the run. Raises MastersError if one question alone does not fit,
+    or if passes need all ranks: the other ranks are waiting in theirs, so all processes must restart.
     """
     while True:
         try:
             return work()
         except PassTooLarge as error:
-            tokens = _smaller(error)
-            if job.sharding.lockstep:
-                job.report(event=AGAIN, rank=job.rank, tokens=tokens)
+            tokens = _smaller_budget(error)
+            if context.sharding.lockstep:
+                context.report(RestartRequested(rank=context.rank, tokens=tokens))
                 raise MastersError(
-                    f"{error}: all processes begin again from the last checkpoint, with passes of {tokens}"
+                    f"{error}: all processes restart from the last checkpoint, with passes of {tokens} tokens"
                 ) from error
-            job.token_budget = tokens
-        # out of the handler: the error held on to the pass's tensors
-        job.student.zero_grad(set_to_none=True)
+            context.token_budget = tokens
+        # outside the except block, because the error refers to the pass's tensors
+        context.student.zero_grad(set_to_none=True)
         gc.collect()
         torch.cuda.empty_cache()
-        job.report(event="token_budget", rank=job.rank, tokens=job.token_budget)
+        context.report(TokenBudgetLowered(rank=context.rank, tokens=context.token_budget))
 
 
-def _smaller(error: PassTooLarge) -> int:
-    """Half of what failed: less than any two questions of it that came together take."""
+def _smaller_budget(error: PassTooLarge) -> int:
+    """Half the tokens of the failed pass, so that its questions are split over several passes."""
     if len(error.questions) > 1:
         return error.tokens // 2
-    alone = error.questions[0]
+    question = error.questions[0]
     raise MastersError(
-        f"question {alone.question_id}: memory does not hold a pass of it alone ({error.tokens} tokens, "
-        f"{len(alone.responses)} responses): lower generate.max_tokens or generate.responses, or take a larger machine"
+        f"question {question.question_id}: memory does not hold a pass of it alone ({error.tokens} tokens, "
+        f"{len(question.responses)} responses): lower generate.max_tokens or generate.responses, or take a larger "
+        "machine"
     ) from error

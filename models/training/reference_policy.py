@@ -1,4 +1,7 @@
-"""The reference pass: log pi_ref of every response token, constants of a round (Eq. 8-11)."""
+"""Log pi_ref of every response token, computed once a round with the student that the round starts from (Eq. 8-11).
+
+Shapes: T response tokens, G groups, U distinct response tokens of a pass.
+"""
 
 from dataclasses import replace
 
@@ -8,93 +11,103 @@ from safetensors.torch import save as save_safetensors
 
 from masters.common.errors import MastersError, StoreError
 from masters.common.hashing import digest
-from masters.data.question_shards import Ref
+from masters.data.question_shards import QuestionRef
 from masters.models.distributed.collectives import all_gather
 from masters.models.losses import chunked_head
 from masters.models.packing.packed_batch import PackedBatch, response_states
 from masters.models.packing.prefix_tree import Question
 from masters.models.training.context import TrainContext
-from masters.models.training.oom_retry import DummyPass, each_pass, within_memory
+from masters.models.training.job import ReferenceProgress
+from masters.models.training.oom_retry import DummyPass, retry_smaller, run_passes
 
-KEPT = "reference-"  # beside the checkpoints, named after its SHA-256
+FILE_PREFIX = "reference-"  # of the file beside the checkpoints; its SHA-256 follows
 
 
 @torch.no_grad()
-def reference_log_probs(job: TrainContext) -> dict[int, torch.Tensor]:
-    """log pi_ref of every response token, by group: constants, computed once with the round's first student.
+def reference_log_probs(context: TrainContext) -> dict[int, torch.Tensor]:
+    """Log pi_ref of every response token, by group.
 
-    A question's groups (of several mask stages) are read together, questions in the order of the table, where those
-    of one image lie together. The numbers are kept beside the checkpoints, so that a resumed run uses the very same.
+    The groups of a question (at several mask stages) are computed together. Questions are in the order of the table,
+    where those about one image are neighbors. The result is stored beside the checkpoints, so that a resumed run uses
+    the same numbers.
     """
-    if not all_gather(job.world, job.rank == 0 and _kept(job) is not None)[0]:  # one rank decides for all
-        asked: dict[Ref, list[int]] = {}
-        for g in sorted(range(len(job.groups)), key=lambda g: (job.groups[g].ref.file, job.groups[g].ref.row)):
-            asked.setdefault(job.groups[g].ref, []).append(g)
-        mine = list(asked.values())[len(asked) * job.rank // job.world : len(asked) * (job.rank + 1) // job.world]
-        everyone = all_gather(job.world, _computed(job, mine, next(iter(asked.values()), [])))
-        if job.rank == 0:
-            data = _packed({group: values for part in everyone for group, values in part.items()})
-            job.storage.write(f"{job.checkpoints}/{KEPT}{digest(data)}.safetensors", data)
-        all_gather(job.world, None)  # no rank reads before it is written
-    found = _kept(job)
-    if found is None:
-        raise StoreError(f"{job.storage.uri(job.checkpoints)}: the reference log-probabilities are gone")
-    return _unpacked(found)
+    is_stored = context.rank == 0 and _read_stored(context) is not None
+    if not all_gather(context.world, is_stored)[0]:  # rank 0 decides for all
+        questions = _groups_by_question(context)
+        begin, end = (len(questions) * rank // context.world for rank in (context.rank, context.rank + 1))
+        by_rank = all_gather(context.world, _compute(context, questions[begin:end], questions[0]))
+        if context.rank == 0:
+            data = _encode({group: logp_T for part in by_rank for group, logp_T in part.items()})
+            context.storage.write(f"{context.checkpoints}/{FILE_PREFIX}{digest(data)}.safetensors", data)
+        all_gather(context.world, None)  # waits until the file is written
+    data = _read_stored(context)
+    if data is None:
+        raise StoreError(f"{context.storage.uri(context.checkpoints)}: the reference log-probabilities are missing")
+    return _decode(data)
 
 
-def _packed(found: dict[int, torch.Tensor]) -> bytes:
-    """Of groups 0 to G - 1 in order. Not a tensor each: a safetensors file tells of little more than a million."""
-    values = [found[group] for group in range(len(found))]
-    return save_safetensors(dict(logp_T=torch.cat(values), tokens_G=torch.tensor([len(each) for each in values])))
+def _groups_by_question(context: TrainContext) -> list[list[int]]:
+    """The groups of each question, in the order of the questions table."""
+    by_question: dict[QuestionRef, list[int]] = {}
+    for g in sorted(range(len(context.groups)), key=lambda g: (context.groups[g].ref.file, context.groups[g].ref.row)):
+        by_question.setdefault(context.groups[g].ref, []).append(g)
+    return list(by_question.values())
 
 
-def _unpacked(data: bytes) -> dict[int, torch.Tensor]:
-    kept = load_safetensors(data)
-    return dict(enumerate(kept["logp_T"].split(kept["tokens_G"].tolist())))
+def _encode(logp_by_group: dict[int, torch.Tensor]) -> bytes:
+    """A safetensors file of groups 0 to G - 1: one tensor for all, as the format holds little more than a million."""
+    values = [logp_by_group[group] for group in range(len(logp_by_group))]
+    lengths_G = torch.tensor([len(logp_T) for logp_T in values])
+    return save_safetensors(dict(logp_T=torch.cat(values), tokens_G=lengths_G))
 
 
-def _kept(job: TrainContext) -> bytes | None:
-    """What was kept, if it is what its name says: a flipped bit would change the objective."""
-    for name in job.storage.names(job.checkpoints):
-        if name.startswith(f"{job.checkpoints}/{KEPT}") and digest(data := job.storage.read(name)) in name:
+def _decode(data: bytes) -> dict[int, torch.Tensor]:
+    stored = load_safetensors(data)
+    return dict(enumerate(stored["logp_T"].split(stored["tokens_G"].tolist())))
+
+
+def _read_stored(context: TrainContext) -> bytes | None:
+    """The stored file, if it has the SHA-256 in its name: a flipped bit would change the objective."""
+    for name in context.storage.names(context.checkpoints):
+        is_reference = name.startswith(f"{context.checkpoints}/{FILE_PREFIX}")
+        if is_reference and digest(data := context.storage.read(name)) in name:
             return data
     return None
 
 
-def _computed(job: TrainContext, asked: list[list[int]], spare: list[int]) -> dict[int, torch.Tensor]:
-    """log pi_ref by group, of groups that are read together; `spare`: such groups, for passes of other ranks alone."""
-    found: dict[int, torch.Tensor] = {}
+def _compute(context: TrainContext, questions: list[list[int]], dummy_groups: list[int]) -> dict[int, torch.Tensor]:
+    """Log pi_ref by group, for questions given as their groups. `dummy_groups`: a question for dummy passes."""
+    logp_by_group: dict[int, torch.Tensor] = {}
 
     def log_probs(packed: PackedBatch) -> torch.Tensor:
-        return job.sharding.within(
-            job.student, lambda student: chunked_head.chosen_log_probs(response_states(student, packed), packed.token_U)
+        return context.sharding.run_with_full_weights(
+            context.student,
+            lambda student: chunked_head.chosen_log_probs(response_states(student, packed), packed.token_U),
         )
 
-    def read(parts: list[list[int]], packed: PackedBatch) -> None:
-        logp_U = log_probs(packed)
-        groups = [g for own in parts for g in own]
-        lengths = [sum(len(r) for r in job.groups[g].responses) for g in groups]
-        parts_T = [part.clone() for part in logp_U[packed.distinct_T].cpu().split(lengths)]
-        bad = [
-            job.groups[g].ref.question_id for g, part in zip(groups, parts_T, strict=True) if not part.isfinite().all()
-        ]
-        if bad:
+    def compute_batch(batch: list[list[int]], packed: PackedBatch) -> None:
+        logp_T = log_probs(packed)[packed.distinct_T].cpu()
+        groups = [g for question_groups in batch for g in question_groups]
+        lengths = [sum(map(len, context.groups[g].responses)) for g in groups]
+        found = {g: part_T.clone() for g, part_T in zip(groups, logp_T.split(lengths), strict=True)}
+        non_finite = [context.groups[g].ref.question_id for g, part_T in found.items() if not part_T.isfinite().all()]
+        if non_finite:
             raise MastersError(
-                f"reference log-probabilities of question {', '.join(dict.fromkeys(bad))} are no finite numbers: "
+                f"reference log-probabilities of question {', '.join(dict.fromkeys(non_finite))} are not finite: "
                 "look at the question and at the student's weights"
             )
-        found.update(zip(groups, parts_T, strict=True))
-        job.report(event="reference", done=len(found) * job.world, of=len(job.groups))
+        logp_by_group.update(found)
+        context.report(ReferenceProgress(done=len(logp_by_group) * context.world, total=len(context.groups)))
 
-    def rest() -> None:
-        left = ((own, _together(job, own)) for own in asked if own[0] not in found)
-        each_pass(job, left, read, DummyPass(lambda: _together(job, spare), log_probs))
+    def compute_rest() -> None:
+        rest = ((groups, _join_groups(context, groups)) for groups in questions if groups[0] not in logp_by_group)
+        run_passes(context, rest, compute_batch, DummyPass(lambda: _join_groups(context, dummy_groups), log_probs))
 
-    within_memory(job, rest)
-    return found
+    retry_smaller(context, compute_rest)
+    return logp_by_group
 
 
-def _together(job: TrainContext, groups: list[int]) -> Question:
+def _join_groups(context: TrainContext, groups: list[int]) -> Question:
     """A question with the responses of all its groups."""
-    first = job.question(job.groups[groups[0]])
-    return replace(first, responses=[r for g in groups for r in job.groups[g].responses])
+    first = context.question(context.groups[groups[0]])
+    return replace(first, responses=[response for g in groups for response in context.groups[g].responses])

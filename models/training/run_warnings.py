@@ -1,7 +1,7 @@
-"""Fixed limits that a healthy run keeps: one that goes wrong is said to do so within its first tenth.
+"""Warnings when a run crosses a limit that healthy runs keep, from the end of its first tenth on.
 
-Ours. At the end of each tenth of the steps the mean over its last quarter is compared with that over the run's first
-steps, as many. It is said once for each limit; training goes on.
+Ours. At the end of each tenth of the steps, the mean over its last quarter is compared with the mean over as many steps
+at the start of the round. Each limit is reported once; training continues.
 """
 
 import math
@@ -11,89 +11,91 @@ from dataclasses import dataclass
 
 from masters.models.training import history
 from masters.models.training.context import TrainContext
+from masters.models.training.job import LimitCrossed
 from masters.store import artifacts
 
-Row = Mapping[str, float | None]  # a step's means, by name; what a step does not have is None or left out
+Row = Mapping[str, float | None]  # a step's means by name; None or absent where the step has none
 
-FEWEST = 5  # steps in a mean: single steps differ by which questions they are of
-FALL = 0.5  # nats a token
-RARE_SHARE = 0.5
-COLLAPSED = 0.1  # of the first entropy
-HALVED = 0.5  # of the first share of greedy end tokens
+MIN_STEPS = 5  # in a mean, because single steps differ by their questions
+MAX_LOG_PI_DROP = 0.5  # nats per token
+MAX_RARE_SHARE = 0.5
+MIN_ENTROPY = 0.1  # of the entropy in the first steps
+MIN_GREEDY_END = 0.5  # of the share in the first steps
 
 
 @dataclass(frozen=True)
 class Limit:
-    """`is_crossed` is given the mean over the first steps, NaN if none of them has the column, and over the latest."""
+    """A limit on the means of one column of the table `history`."""
 
     column: str
-    is_crossed: Callable[[float, float], bool]
-    says: str
+    is_crossed: Callable[[float, float], bool]  # of the mean over the first steps, NaN if unknown, and over the latest
+    message: str
 
 
-def _fell(source: str) -> Limit:
-    what = f"the mean log pi of the {source}'s right responses fell by more than {FALL} nats a token"
-    return Limit(f"log_pi_right_{source}", lambda first, now: now < first - FALL, what)
+def _log_pi_limit(source: str) -> Limit:
+    message = f"the mean log pi of the {source}'s right responses fell by more than {MAX_LOG_PI_DROP} nats a token"
+    return Limit(f"log_pi_right_{source}", lambda first, latest: latest < first - MAX_LOG_PI_DROP, message)
 
 
 LIMITS = (
-    _fell("teacher"),
-    _fell("student"),
+    _log_pi_limit("teacher"),
+    _log_pi_limit("student"),
     Limit(
         "rare_negatives_gradient",
-        lambda _, now: now > RARE_SHARE,
+        lambda _, latest: latest > MAX_RARE_SHARE,
         "more than half of the reward gradient's squared norm pushes down tokens that have pi < 0.001 already",
     ),
     Limit(
         "entropy",
-        lambda first, now: now < COLLAPSED * first,
+        lambda first, latest: latest < MIN_ENTROPY * first,
         "the entropy of the student's distribution fell below a tenth of what it was",
     ),
     Limit(
         "greedy_end",
-        lambda first, now: now < HALVED * first,
+        lambda first, latest: latest < MIN_GREEDY_END * first,
         "the share of end tokens that are the student's greedy choice fell by more than half",
     ),
 )
 
 
 class RunWarnings:
-    """Compares a round's latest steps with its first. A run that goes on reads its earlier steps from the history."""
+    """Compares a round's latest steps with its first ones and reports limits that are crossed."""
 
-    def __init__(self, job: TrainContext, done: int) -> None:
-        """`done`: steps that are behind a checkpoint; what was said of them is said again, to a new reader. What was
-        said of the parts of the round before this one is not."""
-        self._job, self._every = job, max(1, job.round_steps // 10)
-        self._window = max(FEWEST, self._every // 4)
+    def __init__(self, context: TrainContext, steps_done: int) -> None:
+        """Read the `steps_done` earlier steps of the round from the history.
+
+        Limits that this training crossed before it was interrupted are reported again, those of the round's previous
+        parts are not.
+        """
+        self._context, self._interval = context, max(1, context.round_steps // 10)
+        self._window = max(MIN_STEPS, self._interval // 4)
         self._first: list[Row] = []
         self._latest: deque[Row] = deque(maxlen=self._window)
-        self._said: set[str] = set()
-        for folder in job.part.histories if done else ():
-            for row in artifacts.load(job.storage, folder).rows("history"):
-                self._look(row["step"], row, said_before=True)
-        for row in history.steps(job.storage, job.checkpoints) if done else ():
-            self.look(row["step"], row)
+        self._crossed: set[str] = set()
+        if not steps_done:
+            return
+        for folder in context.part.earlier_parts:
+            for row in artifacts.load(context.storage, folder).rows("history"):
+                self.add_step(row["step"], row, reports=False)
+        for row in history.steps(context.storage, context.checkpoints):
+            self.add_step(row["step"], row)
 
-    def look(self, number: int, row: Row) -> None:
-        """Take in a step's means; report a warning for every limit that is crossed at the end of a tenth."""
-        self._look(number, row, said_before=False)
-
-    def _look(self, number: int, row: Row, said_before: bool) -> None:
+    def add_step(self, number: int, row: Row, reports: bool = True) -> None:
+        """Add a step's means. At the end of a tenth, report every limit that is newly crossed."""
         if number <= self._window:
             self._first.append(row)
         self._latest.append(row)
-        if number % self._every or number < 2 * self._window:  # the two means have no step in common
+        if number % self._interval or number < 2 * self._window:  # the two means have no step in common
             return
         for limit in LIMITS:
-            first, now = _mean(self._first, limit.column), _mean(self._latest, limit.column)
-            if math.isnan(now) or limit.column in self._said or not limit.is_crossed(first, now):
+            first, latest = _mean(self._first, limit.column), _mean(self._latest, limit.column)
+            if math.isnan(latest) or limit.column in self._crossed or not limit.is_crossed(first, latest):
                 continue
-            self._said.add(limit.column)
-            if said_before:
-                continue
-            before = "not known" if math.isnan(first) else f"{first:.3g}"
-            text = f"{limit.says} ({before} in the first steps, {now:.3g} now)"
-            self._job.report(event="warning", step=number, name=limit.column, text=text)
+            self._crossed.add(limit.column)
+            if reports:
+                before = "not known" if math.isnan(first) else f"{first:.3g}"
+                text = f"{limit.message} ({before} in the first steps, {latest:.3g} now)"
+                self._context.report(LimitCrossed(step=number, name=limit.column, text=text))
 
 
 def _mean(rows: Sequence[Row] | deque[Row], column: str) -> float:

@@ -1,13 +1,13 @@
-"""What a training step adds up over its passes and ranks, and the means that are reported of it.
+"""Sums that a training step collects over its passes and ranks, and the means that are reported.
 
-Every name is a sum that a pass knows its part of, so that passes and ranks only have to be added: a mean over anything
-but questions is the quotient of two such sums. Names of `LARGEST` are maxima instead.
+Each pass contributes to every sum, so the sums of passes and ranks are only added. A mean over anything but questions
+is the quotient of two sums. Names in `LARGEST` are maxima instead of sums.
 """
 
 from collections.abc import Iterable, Mapping
 
 LARGEST = {"largest_token_kl"}
-# what the sum of a name is divided by, where that is not the step's questions; named in `diagnostics`
+# the sum that a sum is divided by, if not by the number of the step's questions; `diagnostics` computes both
 DENOMINATORS = {
     "entropy": "tokens",
     "rare_negatives": "tokens",
@@ -22,21 +22,20 @@ DENOMINATORS = {
 }
 
 
-def merged(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The sums, or maxima, of several passes or ranks, by name; a part may lack names."""
-    found: dict[str, float] = {}
+def merge(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Add the sums, and take the maxima, of several passes or ranks, by name. A part may lack names."""
+    merged: dict[str, float] = {}
     for part in parts:
         for name, value in part.items():
-            known = found.get(name)
-            if known is None:
-                found[name] = value
+            if name not in merged:
+                merged[name] = value
             else:
-                found[name] = max(known, value) if name in LARGEST else known + value
-    return found
+                merged[name] = max(merged[name], value) if name in LARGEST else merged[name] + value
+    return merged
 
 
 def means(sums: Mapping[str, float], questions: int) -> dict[str, float]:
-    """What is reported of a step: means over what each name is counted in. A mean over nothing is left out."""
+    """Divide each sum by its denominator. A mean over nothing is left out."""
     found = {}
     for name, value in sums.items():
         if name in LARGEST:

@@ -1,9 +1,8 @@
-"""The trainer's process: `python -m masters.models.training.worker JOB.json`, one per rank.
+"""A trainer process: `python -m masters.models.training.worker JOB.json`, one for each rank.
 
-Ranks meet through a file (no socket listens beyond loopback); rank 0 reports, saves and exports.
+Ranks find each other through a file, so that nothing listens beyond loopback. Rank 0 reports, saves and exports.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -14,136 +13,164 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig
 
-from masters.config import Rewards, Runtime, Train
-from masters.data.question_shards import Ref
+from masters.config import Runtime
+from masters.data.question_shards import QuestionRef
 from masters.execution import processes
 from masters.models import devices, model_loading
-from masters.models.distributed import Sharding, mixed_precision, sharding_of, to_local
+from masters.models.distributed import Sharding, make_sharding, mixed_precision, to_local
 from masters.models.distributed.activation_checkpointing import checkpoint_activations
 from masters.models.distributed.collectives import gather_to_rank0
 from masters.models.families import family_of
 from masters.models.families.base import VLM
-from masters.models.model_loading import export
 from masters.models.packing import flex_attention
 from masters.models.packing.prefix_tree import Question
 from masters.models.training import memory_estimate, microbatches, trainer
+from masters.models.training.context import TrainContext
 from masters.models.training.groups import Group, label_groups, plan_steps, response_groups
-from masters.models.training.oom_retry import AGAIN
+from masters.models.training.job import (
+    Heartbeat,
+    ModelsLoaded,
+    RestartRequested,
+    StudentExported,
+    TokenBudgetLowered,
+    TrainEvent,
+    TrainingPlanned,
+    TrainJob,
+)
+from masters.models.training.memory_estimate import PassSize
 from masters.models.training.questions import QuestionPrompts
-from masters.models.training.round_part import Part
 from masters.store import artifacts
+from masters.store.artifacts import Artifact
 from masters.store.storage import Storage
-
-EVERY_RANK = {"token_budget", AGAIN}  # events that each rank tells of itself; rank 0 speaks for all otherwise
-ALIVE = "alive"  # what the others say instead: one that is silent for long is taken for lost
 
 
 def main(job_file: Path) -> None:
-    job = json.loads(job_file.read_text())
+    """Train as one rank, and export the student if that is rank 0."""
+    job = TrainJob.model_validate_json(job_file.read_text())
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if world > 1 or job["sharding"] != "replicate":
+    if world > 1 or job.sharding != "replicate":
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        meeting = f"file://{os.environ['MASTERS_RENDEZVOUS']}"
-        dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world)
-    ready = prepare(job, job_file, rank, world)
-    trainer.fit(ready)
-    held = ready.sharding.local_parameters(ready.student)
-    trained = gather_to_rank0(ready.sharding, held, held)
+        rendezvous = f"file://{os.environ['MASTERS_RENDEZVOUS']}"
+        dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=world)
+    context = prepare(job, job_file, rank, world)
+    trainer.fit(context)
+    parameters = context.sharding.local_parameters(context.student)
+    tensors = gather_to_rank0(context.sharding, parameters, parameters)
     if rank == 0:
-        export(trained, Path(job["student"]), Path(job["out"]))
-        ready.report(event="exported")
+        model_loading.export_student(tensors, job.student, job.out)
+        context.report(StudentExported())
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def prepare(job: dict, job_file: Path, rank: int, world: int) -> trainer.TrainContext:
-    """Load models and tables and plan the steps."""
-    storage, train = Storage(job["store"]), Train(**job["train"])
-    data = artifacts.load(storage, job["tables"]["data"])
-    prompts = QuestionPrompts(Path(job["student"]), data, job_file.parent)
-    refs = [Ref(*ref) for ref in job["refs"]]
-    groups, empty = _groups(job, storage, train, data, prompts, refs)
-    steps = plan_steps(groups, len(job["ratios"]), train.epochs, train.questions_per_step, train.seed)
-    planned = microbatches.plan(steps, [microbatches.size_of(group) for group in groups], job["token_budget"], world)
+def prepare(job: TrainJob, job_file: Path, rank: int, world: int) -> TrainContext:
+    """Load tables and models and plan the steps. Raises InputError if memory does not hold the models."""
 
-    def report(**fields: object) -> None:
-        told = fields if rank == 0 or fields["event"] in EVERY_RANK else dict(event=ALIVE)
-        processes.report(job_file, **told)
+    def report(event: TrainEvent) -> None:
+        """Rank 0 reports for all; another rank reports what happens to itself, else only that it is alive."""
+        speaks = rank == 0 or isinstance(event, TokenBudgetLowered | RestartRequested)
+        processes.report_event(job_file, event if speaks else Heartbeat())
 
-    told = {} if planned is None else dict(passes=planned.passes, largest_pass=planned.largest_tokens)
-    report(event="start", groups=len(groups), steps=len(steps), empty_responses=empty, planned=told)
-    device = devices.of_rank(rank, world)
-    _check_memory(job, train, planned, groups, len(steps), device, world)
-    sharding = sharding_of(job["sharding"], device)
-    student, teacher, reference = _models(job, train, device, sharding)
-    report(event="held", **_held(student, sharding, world), sharding=job["sharding"])
-    return trainer.TrainContext(
+    storage, train = Storage(job.store), job.train
+    data = artifacts.load(storage, job.tables["data"])
+    prompts = QuestionPrompts(job.student, data, job_file.parent)
+    groups, empty_responses = _load_groups(job, storage, data, prompts)
+    steps = plan_steps(groups, len(job.ratios), train.epochs, train.questions_per_step, train.seed)
+    planned = microbatches.plan(steps, [microbatches.size_of(group) for group in groups], job.token_budget, world)
+    pass_facts = {} if planned is None else dict(passes=planned.passes, largest_pass=planned.largest_tokens)
+    report(TrainingPlanned(groups=len(groups), steps=len(steps), empty_responses=empty_responses, planned=pass_facts))
+    device = devices.select_device(rank, world)
+    _check_memory(job, planned, groups, len(steps), device, world)
+    sharding = make_sharding(job.sharding, device)
+    student, teacher, reference = _load_models(job, device, sharding)
+    weights_share = _weights_share(student, sharding)
+    report(ModelsLoaded(processes=world, weights_share=weights_share, sharding=job.sharding))
+    return TrainContext(
         student=student,
         teacher=teacher,
-        remask=lambda stage: _remask(teacher, job, stage, sharding),
-        family=family_of(AutoConfig.from_pretrained(job["student"], trust_remote_code=False).model_type),
+        remask=lambda stage: model_loading.remask(teacher, job.teacher, job.thresholds[job.ratios[stage]], sharding),
+        family=family_of(AutoConfig.from_pretrained(job.student, trust_remote_code=False).model_type),
         train=train,
-        rewards=Rewards(**job["rewards"]),
+        rewards=job.rewards,
         groups=groups,
         steps=steps,
-        ratios=job["ratios"],
+        ratios=job.ratios,
         question=prompts.question,
         storage=storage,
-        checkpoints=job["checkpoints"],
-        checkpoint_steps=job["checkpoint_steps"],
-        token_budget=job["token_budget"],
+        checkpoints=job.checkpoints,
+        checkpoint_steps=job.checkpoint_steps,
+        token_budget=job.token_budget,
         report=report,
         reference=reference,
         end_tokens=_end_tokens(student, prompts.processor.tokenizer),
-        probe=_probe(prompts, [Ref(*ref) for ref in job["probe"]]),
+        probe=[_label_question(prompts, ref) for ref in job.probe],
         rank=rank,
         world=world,
         sharding=sharding,
-        part=Part(**job["part"]),
+        part=job.part,
     )
 
 
+def _load_groups(
+    job: TrainJob, storage: Storage, data: Artifact, prompts: QuestionPrompts
+) -> tuple[Sequence[Group], int]:
+    """The groups to train on, and the number of empty responses that were left out."""
+    if job.train.targets == "labels":
+        rows = data.rows("questions", ["question_id", "answer"])
+        answers = {row["question_id"]: prompts.label(row["answer"]) for row in rows}
+        return label_groups(job.refs, answers, job.ratios, job.coverage), 0
+    verdicts = artifacts.load(storage, job.tables["verdicts"]) if "verdicts" in job.tables else None
+    responses = artifacts.load(storage, job.tables["responses"])
+    return response_groups(job.refs, responses, verdicts, job.ratios, job.coverage, job.mask_stage)
+
+
 def _check_memory(
-    job: dict,
-    train: Train,
+    job: TrainJob,
     planned: microbatches.Plan | None,
     groups: Sequence[Group],
     steps: int,
     device: str,
     world: int,
 ) -> None:
-    """Raises InputError, before any model is loaded, if this machine does not have what training needs."""
-    available, ranks = memory_estimate.free(device, world)
+    """Raise InputError, before any model is loaded, if this machine does not have the memory that training needs."""
+    available, sharing_ranks = memory_estimate.free_memory(device, world)
     if world > 1:
-        dist.barrier()  # nobody loads a model before everyone has looked
+        dist.barrier()  # no rank loads a model before all ranks have measured
     tokens = planned.largest_tokens if planned else 0
-    image_token = AutoConfig.from_pretrained(job["student"], trust_remote_code=False).image_token_id
-    images = sum(int((groups[g].prompt == image_token).sum()) for g in planned.largest) if planned else 0
-    length = tokens if device == "cpu" else flex_attention.whole(tokens)
-    saves = device == "cpu" and (steps > job["checkpoint_steps"] or bool(job["part"]["hand_over"]))
-    teacher = None if train.objective == "sft" else Path(job["teacher"])
-    runtime = Runtime(sharding=job["sharding"], activation_checkpointing=job["activation_checkpointing"])
-    needed = memory_estimate.footprint(
-        Path(job["student"]), teacher, train, (length, images), world, saves, device, runtime
+    image_token = AutoConfig.from_pretrained(job.student, trust_remote_code=False).image_token_id
+    image_tokens = sum(int((groups[g].prompt == image_token).sum()) for g in planned.largest) if planned else 0
+    largest_pass = PassSize(tokens if device == "cpu" else flex_attention.round_up_to_block(tokens), image_tokens)
+    saves = device == "cpu" and (steps > job.checkpoint_steps or bool(job.part.end_state))
+    needed = memory_estimate.estimate_memory(
+        job.student,
+        None if job.train.objective == "sft" else job.teacher,
+        job.train,
+        largest_pass,
+        world,
+        saves,
+        device,
+        Runtime(sharding=job.sharding, activation_checkpointing=job.activation_checkpointing),
     )
-    memory_estimate.check(needed.on(device), available, ranks, device, length)
+    memory_estimate.check_memory(needed.on(device), available, sharing_ranks, device, largest_pass.tokens)
 
 
-def _models(job: dict, train: Train, device: str, sharding: Sharding) -> tuple[VLM, VLM | None, VLM | None]:
-    """Student, teacher and pi_ref, each let go of as a whole before the next is loaded.
+def _load_models(job: TrainJob, device: str, sharding: Sharding) -> tuple[VLM, VLM | None, VLM | None]:
+    """Load student, teacher and pi_ref, one after the other, so that only one is whole in memory at a time.
 
-    What is not trained is held in the type that is computed in; a resumed run has the same pi_ref, the round's start.
+    Teacher and pi_ref have the type of the products. pi_ref is the round's first student, also in a resumed run.
     """
-    hold = partial(sharding.shard_model, train=train)
-    student = model_loading.load_model(Path(job["student"]), train.dtype, device, hold)
-    if job["activation_checkpointing"]:
+    train = job.train
+    shard_student = partial(sharding.shard_model, train=train)
+    student = model_loading.load_model(job.student, train.dtype, device, shard_student)
+    if job.activation_checkpointing:
         checkpoint_activations(student)
 
-    def frozen(folder: str) -> VLM:
-        return model_loading.load_model(Path(folder), mixed_precision.frozen_dtype(train), device, sharding.shard_model)
+    def load_frozen(folder: Path) -> VLM:
+        return model_loading.load_model(folder, mixed_precision.frozen_dtype(train), device, sharding.shard_model)
 
-    teacher = None if train.objective == "sft" else frozen(job["teacher"])
-    return student, teacher, frozen(job["student"]) if train.holds_reference else None
+    teacher = None if train.objective == "sft" else load_frozen(job.teacher)
+    reference = load_frozen(job.student) if train.holds_reference else None
+    return student, teacher, reference
 
 
 def _end_tokens(student: VLM, tokenizer: Any) -> frozenset[int]:
@@ -153,33 +180,16 @@ def _end_tokens(student: VLM, tokenizer: Any) -> frozenset[int]:
     return frozenset(token for token in (*listed, tokenizer.eos_token_id) if token is not None)
 
 
-def _held(student: torch.nn.Module, sharding: Sharding, world: int) -> dict[str, float]:
-    """How many processes there are, and what share of the student's weights this one holds."""
+def _weights_share(student: torch.nn.Module, sharding: Sharding) -> float:
+    """Share of the student's weights that this rank holds."""
     parameters = sharding.local_parameters(student).values()
-    mine, whole = (sum(p.numel() for p in parts) for parts in (map(to_local, parameters), parameters))
-    return dict(processes=world, weights_share=round(mine / whole, 4))
+    local, total = (sum(p.numel() for p in tensors) for tensors in (map(to_local, parameters), parameters))
+    return round(local / total, 4)
 
 
-def _groups(
-    job: dict, storage: Storage, train: Train, data: artifacts.Artifact, prompts: QuestionPrompts, refs: list[Ref]
-):
-    if train.targets == "labels":
-        answers = {
-            r["question_id"]: prompts.label(r["answer"]) for r in data.rows("questions", ["question_id", "answer"])
-        }
-        return label_groups(refs, answers, job["ratios"], job["coverage"]), 0
-    tables = job["tables"]
-    verdicts = artifacts.load(storage, tables["verdicts"]) if "verdicts" in tables else None
-    responses = artifacts.load(storage, tables["responses"])
-    return response_groups(refs, responses, verdicts, job["ratios"], job["coverage"], job["mask_stage"])
-
-
-def _probe(prompts: QuestionPrompts, refs: list[Ref]) -> list[Question]:
-    return [Question(ref.question_id, prompts.prompt(ref), [prompts.label(prompts.row(ref)["answer"])]) for ref in refs]
-
-
-def _remask(teacher: VLM, job: dict, stage: int, sharding: Sharding) -> None:
-    model_loading.remask(teacher, Path(job["teacher"]), job["thresholds"][str(job["ratios"][stage])], sharding)
+def _label_question(prompts: QuestionPrompts, ref: QuestionRef) -> Question:
+    """A question whose only response is its label."""
+    return Question(ref.question_id, prompts.prompt(ref), [prompts.label(prompts.row(ref)["answer"])])
 
 
 if __name__ == "__main__":

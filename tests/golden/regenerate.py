@@ -11,13 +11,14 @@ from pathlib import Path
 
 from masters.config import Train
 from masters.models.masking import apply_mask, is_masked, magnitude_thresholds
-from masters.models.packing.prefix_tree import Sizes
+from masters.models.packing.prefix_tree import TokenCounts
 from masters.models.training import trainer
 from masters.models.training.groups import Step
 from masters.models.training.history import HistoryWriter
+from masters.models.training.job import StepFinished, TrainEvent
 from masters.store.storage import Storage
 from tests.models import tiny_models
-from tests.models.tiny_jobs import make_job
+from tests.models.tiny_contexts import make_context
 
 FILE = Path(__file__).with_name("loss_curve.json")
 FAMILY = "qwen3_vl"
@@ -28,20 +29,29 @@ SETTINGS = Train(learning_rate=1e-3)
 
 def loss_curve(settings: Train = SETTINGS) -> list[dict[str, float]]:
     """Loss and its parts at each step, to six digits. The teacher is restored over four mask stages."""
-    told: list[dict] = []
+    events: list[TrainEvent] = []
     with tempfile.TemporaryDirectory() as folder:
-        base, teacher = make_job(FAMILY), tiny_models.model(FAMILY, seed=1)
+        base, teacher = make_context(FAMILY), tiny_models.model(FAMILY, seed=1)
         groups = [tuple(range(number % 3, 8, 1 + number % 2)) for number in range(STEPS)]
-        job = replace(
-            base, student=copy.deepcopy(base.student), reference=base.student, teacher=teacher, train=settings,
+        context = replace(
+            base,
+            student=copy.deepcopy(base.student),
+            reference=base.student,
+            teacher=teacher,
+            train=settings,
             ratios=RATIOS,
             steps=[Step(0, number * len(RATIOS) // STEPS, of) for number, of in enumerate(groups)],
-            remask=lambda stage: mask(teacher, RATIOS[stage]), storage=Storage(folder), checkpoints="checkpoints",
-            checkpoint_steps=STEPS, report=lambda **line: told.append(line), ledger=HistoryWriter(), tally=Sizes(),
-        )  # fmt: skip
-        trainer.fit(job)
-    steps = [line for line in told if line["event"] == "step"]
-    return [{name: float(f"{step[name]:.6g}") for name in COLUMNS} for step in steps]
+            remask=lambda stage: mask(teacher, RATIOS[stage]),
+            storage=Storage(folder),
+            checkpoints="checkpoints",
+            checkpoint_steps=STEPS,
+            report=events.append,
+            history=HistoryWriter(),
+            token_counts=TokenCounts(),
+        )
+        trainer.fit(context)
+    steps = [event.means for event in events if isinstance(event, StepFinished)]
+    return [{name: float(f"{means[name]:.6g}") for name in COLUMNS} for means in steps]
 
 
 def mask(teacher, ratio: float) -> None:

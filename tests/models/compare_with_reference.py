@@ -97,7 +97,7 @@ def dense_terms(
 ) -> formulas.Terms:
     """The terms that the trainer would have, from logits; log pi_ref as it would be stored where `train` stores it."""
     held = pi_ref if train.holds_reference else None
-    made = formulas.terms(student, teacher, pack.token_T, train.divergence, held)
+    made = formulas.token_terms(student, teacher, pack.token_T, train.divergence, held)
     if train.stores_reference:
         made = replace(made, reference_logp_T=formulas.chosen_log_probs(pi_ref.detach(), pack.token_T))
     return made
@@ -158,7 +158,7 @@ def check_responses(batch: Batch, train: Train, rewards: Rewards) -> None:
     kl_T = objective.kl_term(terms, train)
     kl_T = torch.zeros_like(terms.logp_T) if kl_T is None else kl_T
     grpo_R = formulas.grpo_loss(terms.logp_T, advantage_T, kl_T, pack.response_T, pack.responses, train.beta)
-    reward_share_R, distill_share_R = objective.shares(score_R, pack, train, taught(pack))
+    reward_share_R, distill_share_R = objective.loss_weights(score_R, pack, train, taught(pack))
     loss_R = reward_share_R * train.reward_weight * grpo_R + distill_share_R * divergence_R
     weighed_R = loss_R * torch.tensor(weight_R)
     loss = objective.question_means(weighed_R, pack).sum()

@@ -1,19 +1,17 @@
-"""Groups of a table of responses, read row by row: what `masters.models.training.groups` is held to."""
-
-from array import array
+"""Groups of a table of responses, read row by row: the reference for `masters.models.training.groups`."""
 
 import numpy as np
 
-from masters.config.mask_schedule import stage_of
-from masters.data.question_shards import Ref
+from masters.config.mask_schedule import mask_stage_of
+from masters.data.question_shards import QuestionRef
 from masters.models.training.groups import Group
 from masters.store.artifacts import Artifact
 
 
 def response_groups(
-    refs: list[Ref], responses: Artifact, verdicts: Artifact | None, ratios: list[float], coverage: str
+    refs: list[QuestionRef], responses: Artifact, verdicts: Artifact | None, ratios: list[float], coverage: str
 ) -> tuple[list[Group], int]:
-    """Groups of every question at the stages that train on it, and how many responses were set aside as empty."""
+    """Groups of every question at the stages that train on it, and the number of empty responses, which are left out."""
     scores = _scores(verdicts) if verdicts else {}
     prompts, answered, empty = {}, {}, 0
     columns = ["question_id", "source", "mask_ratio", "sample", "prompt_token_ids", "response_token_ids"]
@@ -22,15 +20,15 @@ def response_groups(
             empty += 1
             continue
         prompts.setdefault(row["question_id"], np.asarray(row["prompt_token_ids"], dtype=np.int32))
-        own = (row["source"], row["mask_ratio"], row["sample"])
-        score = scores.get((row["question_id"], *own))
+        key = (row["source"], row["mask_ratio"], row["sample"])
+        score = scores.get((row["question_id"], *key))
         order = (row["source"] != "teacher", row["sample"])
-        said = (order, array("i", row["response_token_ids"]), np.nan if score is None else score, own)
-        answered.setdefault((row["question_id"], row["mask_ratio"]), []).append(said)
+        response = (order, row["response_token_ids"], np.nan if score is None else score, key)
+        answered.setdefault((row["question_id"], row["mask_ratio"]), []).append(response)
     groups = []
     for ref in refs:
-        own = stage_of(ref.digest, len(ratios))
-        for stage in range(len(ratios)) if coverage == "full" else [own]:
+        question_stage = mask_stage_of(ref.digest, len(ratios))
+        for stage in range(len(ratios)) if coverage == "full" else [question_stage]:
             found = sorted(
                 answered.get((ref.question_id, ratios[stage]), []) + answered.get((ref.question_id, None), []),
                 key=lambda r: r[0],

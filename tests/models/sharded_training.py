@@ -22,18 +22,19 @@ from demo import families
 from masters.common.errors import MastersError
 from masters.config import Train
 from masters.models import model_loading
-from masters.models.distributed import Sharding, sharding_of, to_local
+from masters.models.distributed import Sharding, make_sharding, to_local
 from masters.models.distributed.activation_checkpointing import checkpoint_activations
 from masters.models.distributed.collectives import gather_to_rank0
 from masters.models.masking import is_masked, magnitude_thresholds
 from masters.models.packing.packed_batch import pack, response_logits
-from masters.models.packing.prefix_tree import Question, Sizes
+from masters.models.packing.prefix_tree import Question, TokenCounts
 from masters.models.training import trainer
 from masters.models.training.groups import Step
 from masters.models.training.history import HistoryWriter
+from masters.models.training.job import StepFinished, TrainEvent
 from masters.store.storage import Storage
 from tests.models import tiny_models
-from tests.models.tiny_jobs import make_job, references
+from tests.models.tiny_contexts import make_context, references
 
 FAMILY = "qwen3_vl"
 BUDGET = 40  # tokens: several passes a step, of another number on each rank
@@ -57,7 +58,7 @@ class Trained:
 
     def __init__(self, folder: Path, way: str, rank: int, world: int) -> None:
         self.folder, self.rank, self.world = folder, rank, world
-        self.way, self.sharded = way, partial(sharding_of, way, "cpu")
+        self.way, self.sharded = way, partial(make_sharding, way, "cpu")
 
     def student(self, case: str) -> torch.nn.Module:
         family, tied, _ = CASES[case]
@@ -65,78 +66,93 @@ class Trained:
             torch.manual_seed(0)
             return families.build(family, tied)[1]
 
-    def job(self, case: str, store: str = "", **train: Any) -> trainer.TrainContext:
+    def context(self, case: str, store: str = "", **train: Any) -> trainer.TrainContext:
         """Six steps, the teacher masked anew at each stage; a store of its own."""
         family, _, values = CASES[case]
-        base, sharding = make_job(family), self.sharded()
+        base, sharding = make_context(family), self.sharded()
         config = Train.model_validate(dict(learning_rate=1e-4) | values | train)
         teacher = sharding.shard_model(copy.deepcopy(base.teacher)) if config.objective != "sft" else None
         reference = sharding.shard_model(copy.deepcopy(base.reference)) if config.holds_reference else None
         *groups, last = base.groups
         image_word = [base.student.config.image_token_id, *last.responses[0][1:]]  # that one rank alone looks up
         groups.append(replace(last, responses=[image_word, *last.responses[1:]]))
-        told: list[dict] = []
+        events: list[TrainEvent] = []
         made = replace(
-            base, student=sharding.shard_model(self.student(case), config), teacher=teacher, reference=reference,
-            groups=groups, steps=STEPS, ratios=RATIOS, train=config, token_budget=BUDGET,
-            storage=Storage(str(self.folder / store)), checkpoints=case, checkpoint_steps=CUT, probe=[],
-            report=lambda **fields: told.append(fields), rank=self.rank, world=self.world, sharding=sharding,
+            base,
+            student=sharding.shard_model(self.student(case), config),
+            teacher=teacher,
+            reference=reference,
+            groups=groups,
+            steps=STEPS,
+            ratios=RATIOS,
+            train=config,
+            token_budget=BUDGET,
+            storage=Storage(str(self.folder / store)),
+            checkpoints=case,
+            checkpoint_steps=CUT,
+            probe=[],
+            report=events.append,
+            rank=self.rank,
+            world=self.world,
+            sharding=sharding,
             remask=lambda stage: remask(self.folder, teacher, stage, sharding) if family == FAMILY else None,
-            ledger=HistoryWriter(), tally=Sizes(),
-        )  # fmt: skip
-        made.told = told  # type: ignore[attr-defined]
+            history=HistoryWriter(),
+            token_counts=TokenCounts(),
+        )
+        made.events = events  # type: ignore[attr-defined]
         return made
 
-    def weights(self, job: trainer.TrainContext) -> Tensors:
-        held = job.sharding.local_parameters(job.student)
-        return {k: v.clone() for k, v in gather_to_rank0(job.sharding, held, held).items()}
+    def weights(self, context: trainer.TrainContext) -> Tensors:
+        held = context.sharding.local_parameters(context.student)
+        return {k: v.clone() for k, v in gather_to_rank0(context.sharding, held, held).items()}
 
-    def gradients(self, case: str, job: trainer.TrainContext | None = None) -> list[dict]:
+    def gradients(self, case: str, context: trainer.TrainContext | None = None) -> list[dict]:
         """Of each step the sums, this rank's passes, and the gradients that the optimizer would get."""
-        job = job or self.job(case)
-        known = references(replace(make_job(CASES[case][0]), student=self.student(case), train=job.train))
-        found, held, stage = [], job.sharding.local_parameters(job.student), None
+        context = context or self.context(case)
+        known = references(replace(make_context(CASES[case][0]), student=self.student(case), train=context.train))
+        found, held, stage = [], context.sharding.local_parameters(context.student), None
         for step in STEPS:
-            if step.stage != stage and job.teacher is not None:
-                job.remask(stage := step.stage)
-            before = job.tally.passes
-            sums = trainer.run_step(job, step, known)
+            if step.stage != stage and context.teacher is not None:
+                context.remask(stage := step.stage)
+            before = context.token_counts.passes
+            sums = trainer.run_step(context, step, known)
             grads = gather_to_rank0(
-                job.sharding, {name: p.grad for name, p in held.items() if p.grad is not None}, held
+                context.sharding, {name: p.grad for name, p in held.items() if p.grad is not None}, held
             )
-            found.append(dict(sums=sums, passes=job.tally.passes - before, gradients=grads))
+            found.append(dict(sums=sums, passes=context.token_counts.passes - before, gradients=grads))
             for p in held.values():
                 p.grad = None
         return found
 
     def run(self, case: str, store: str, **train: Any) -> dict:
         """A whole run, from the checkpoint of that store if there is one."""
-        job = self.job(case, store, **train)
-        job.probe = probe_of(job, self.student(case))
-        before = self.weights(job)
-        trainer.fit(job)
-        told = job.told  # type: ignore[attr-defined]
-        losses = [line["loss"] for line in told if line["event"] == "step"]
-        norms = [line["gradient_norm"] for line in told if "gradient_norm" in line]
-        # a reference pass is told of when it is done, and ranks share them
-        events = [line["event"] for line in told if line["event"] != "reference"]
-        return dict(before=before, after=self.weights(job), losses=losses, norms=norms, events=events)
+        context = self.context(case, store, **train)
+        context.probe = probe_of(context, self.student(case))
+        before = self.weights(context)
+        trainer.fit(context)
+        events = context.events  # type: ignore[attr-defined]
+        means = [event.means for event in events if isinstance(event, StepFinished)]
+        losses = [step["loss"] for step in means]
+        norms = [step["gradient_norm"] for step in means if "gradient_norm" in step]
+        # ranks share the reference passes, and each is reported by the rank that did it
+        kinds = [event.event for event in events if event.event != "reference"]
+        return dict(before=before, after=self.weights(context), losses=losses, norms=norms, events=kinds)
 
     def remasked(self) -> list[Tensors]:
         """The teacher at each stage, after a pass at the one before."""
-        job, found = self.job("tied"), []
-        known = references(replace(make_job(FAMILY), student=self.student("tied"), train=job.train))
+        context, found = self.context("tied"), []
+        known = references(replace(make_context(FAMILY), student=self.student("tied"), train=context.train))
         for stage in range(len(RATIOS)):
-            job.remask(stage)
-            held = job.sharding.local_parameters(job.teacher)
-            found.append({k: v.clone() for k, v in gather_to_rank0(job.sharding, held, held).items()})
-            trainer.run_step(job, STEPS[0], known)
+            context.remask(stage)
+            held = context.sharding.local_parameters(context.teacher)
+            found.append({k: v.clone() for k, v in gather_to_rank0(context.sharding, held, held).items()})
+            trainer.run_step(context, STEPS[0], known)
         return found
 
     def spoilt(self) -> str:
         """What a run says of a question that has an infinite loss."""
-        job = self.job("tied", "spoilt", beta=0.0)
-        question = job.question
+        context = self.context("tied", "spoilt", beta=0.0)
+        question = context.question
 
         def spoil(group):
             made = question(group)
@@ -144,27 +160,27 @@ class Trained:
             pixels[0, 0] = float("inf")
             return replace(made, prompt=made.prompt | {"pixel_values": pixels}) if group.ref.row == SPOILT else made
 
-        job.question = spoil
-        return said(lambda: trainer.fit(job))
+        context.question = spoil
+        return said(lambda: trainer.fit(context))
 
-    def without_memory(self) -> tuple[str, list[dict]]:
+    def without_memory(self) -> tuple[str, list[TrainEvent]]:
         """What a run says, and reports, whose first pass finds no memory."""
-        job = self.job("tied", "memory", beta=0.0)
+        context = self.context("tied", "memory", beta=0.0)
 
         def fail(*_: object) -> None:
             raise torch.OutOfMemoryError
 
-        job.student.model.language_model.register_forward_hook(fail)
-        return said(lambda: trainer.fit(job)), job.told  # type: ignore[attr-defined]
+        context.student.model.language_model.register_forward_hook(fail)
+        return said(lambda: trainer.fit(context)), context.events  # type: ignore[attr-defined]
 
 
-def probe_of(job: trainer.TrainContext, student: torch.nn.Module) -> list[Question]:
+def probe_of(context: trainer.TrainContext, student: torch.nn.Module) -> list[Question]:
     """Questions that the student, as it is, has right: their labels are its own greedy answers."""
     made = []
-    for group in job.groups[:4]:
-        question = replace(job.question(group), responses=[[20]])
+    for group in context.groups[:4]:
+        question = replace(context.question(group), responses=[[20]])
         with torch.no_grad():
-            first = response_logits(student, pack([question], student, job.family))[0]
+            first = response_logits(student, pack([question], student, context.family))[0]
         made.append(replace(question, responses=[[int(first.argmax())]]))
     return made
 
@@ -187,7 +203,7 @@ def prepare(folder: Path) -> None:
 
 
 def remask(folder: Path, teacher: Any, stage: int, sharding: Sharding) -> None:
-    tensors = model_loading.safetensors_tensors(teacher_folder(folder))
+    tensors = model_loading.iterate_tensors(teacher_folder(folder))
     masked = {name: tensor for name, tensor in tensors if is_masked(name, tensor.ndim)}
     limits = {name: magnitude_thresholds(tensor, [RATIOS[stage]])[0] for name, tensor in masked.items()}
     model_loading.remask(teacher, teacher_folder(folder), limits, sharding)
@@ -217,7 +233,9 @@ def kept(world: Trained) -> int:
     layers = [torch.nn.Linear(SIDE, SIDE, bias=False) for _ in range(MATRICES)]
     model = sharding.shard_model(torch.nn.Sequential(*layers), Train())
     states = torch.randn(2, SIDE)
-    sharding.within(model, lambda itself: reduce(lambda x, layer: layer(x), itself, states)).square().mean().backward()
+    sharding.run_with_full_weights(
+        model, lambda itself: reduce(lambda x, layer: layer(x), itself, states)
+    ).square().mean().backward()
     sharding.sum_gradients(model)
     held = sharding.local_parameters(model)  # and what is gathered is released
     return alive() - before - states.nbytes if len(held) == MATRICES else 0
@@ -236,13 +254,13 @@ def found_by(world: Trained) -> dict:
     """All that sharded ranks find; FOLDER/one is the store of a run of one process that was not sharded."""
     if world.world == 1:
         return dict(gradients={"tied": world.gradients("tied")})
-    again = world.job("tied")
+    again = world.context("tied")
     checkpoint_activations(again.student)
     return dict(
         kept=kept(world),  # first: nothing else comes and goes then
         gradients={case: world.gradients(case) for case in CASES},
         again=world.gradients("tied", again),
-        bfloat16=world.gradients("tied", world.job("tied", compute_dtype="bfloat16")),
+        bfloat16=world.gradients("tied", world.context("tied", compute_dtype="bfloat16")),
         runs={case: world.run(case, "two") for case in ("tied", "untied")},
         resumed=world.run("tied", "from-one"),
         fallen=world.run("tied", "fallen", learning_rate=0.1, max_validation_drop=0.2, on_drop="rollback"),

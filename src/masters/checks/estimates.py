@@ -1,8 +1,9 @@
-"""What a run will take, calculated before it starts: the FLOPs of each stage, and hours at this machine's speed.
+"""Estimates of a run before it starts: the FLOPs of each stage, and the hours at this machine's measured speed.
 
-The cost model of docs/performance.md. A token costs 2 N FLOPs forward and 4 N backward in a model of N weights (tables
-that are looked up left out, and attention's products). An order of magnitude: decoding waits for memory and small
-models for everything else, images and answers that come twice are computed once.
+The cost model is that of docs/performance.md: a token costs 2 N FLOPs in the forward and 4 N in the backward pass of a
+model with N weights. Embedding lookups and the products of attention are left out. The estimates are orders of
+magnitude: decoding is bound by memory, small models by everything else, and equal images and responses are computed
+only once.
 """
 
 import math
@@ -18,21 +19,21 @@ from masters.config import Config
 from masters.config.fields import TEACHER
 from masters.data.sources import Source
 from masters.data.validation import TEST_SHARE
-from masters.models.training.memory_estimate import PATCHES, VISION, tensor_shapes
+from masters.models.model_loading import tensor_shapes
+from masters.models.training.memory_estimate import PATCHES, VISION
 
 if TYPE_CHECKING:
     from masters.checks.preflight import Resources
 
-UTILIZATION = 0.4  # of the speed of a large matrix product, reached where weights are many
-JUDGE_TOKENS = 665  # tokens of a judge's two calls on a response, on average on the demo's
-MATMUL_SIZE, MATMUL_SECONDS = 2048, 0.5  # of the matrix products that are timed
-
-SAMPLED_QUESTIONS = 32  # questions
+UTILIZATION = 0.4  # share of the speed of a large matrix product that models with many weights reach
+JUDGE_TOKENS = 665  # tokens of a judge's two calls per response, on average over the demo's responses
+MATMUL_SIZE, MATMUL_SECONDS = 2048, 0.5  # of the matrix products that measure the device's speed
+SAMPLED_QUESTIONS = 32  # whose prompts are measured
 
 
 @dataclass(frozen=True)
 class QuestionCounts:
-    """How many there are to train on and to evaluate, and the tokens of a prompt on average, an image's among them."""
+    """Numbers of training and evaluation questions, and the average tokens of a prompt and of its image."""
 
     train: float
     evaluation: float
@@ -42,64 +43,74 @@ class QuestionCounts:
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Of a model: what each text token passes, each image patch, and each state that becomes logits."""
+    """Weights of a model by use: per text token, per image patch, and per state that becomes logits."""
 
     text: float
     vision: float = 0.0
     head: float = 0.0
 
-    def forward(self, of: QuestionCounts, said: float) -> float:
-        """FLOPs of a prompt with its image, and of so many tokens of responses."""
-        return 2 * (self.text * (of.prompt + said) + self.vision * PATCHES * of.image + self.head * said)
+    def forward_flops(self, questions: QuestionCounts, response_tokens: float) -> float:
+        """Return the FLOPs of a forward pass over a prompt with its image and over the tokens of its responses."""
+        text_tokens, patches = questions.prompt + response_tokens, PATCHES * questions.image
+        return 2 * (self.text * text_tokens + self.vision * patches + self.head * response_tokens)
 
 
 def count_parameters(folder: Path) -> ParameterCounts:
-    """From the headers of a model's files; a tied head is there as the table of embeddings."""
+    """Count a model's parameters, from the headers of its files. A tied head is stored as the embedding table."""
     sizes = {name: math.prod(shape) for name, shape in tensor_shapes(folder).items()}
     head = max((size for name, size in sizes.items() if "embed_tokens" in name or "lm_head" in name), default=0)
-    passed = {name: size for name, size in sizes.items() if "embed_tokens" not in name and "lm_head" not in name}
-    vision = sum(size for name, size in passed.items() if any(part in name for part in VISION))
-    return ParameterCounts(sum(passed.values()) - vision, vision, head)
+    others = {name: size for name, size in sizes.items() if "embed_tokens" not in name and "lm_head" not in name}
+    vision = sum(size for name, size in others.items() if any(part in name for part in VISION))
+    return ParameterCounts(sum(others.values()) - vision, vision, head)
 
 
-def estimate_flops(config: Config, student: ParameterCounts, teachers: list[ParameterCounts], of: QuestionCounts) -> dict[str, float]:
-    """By stage, with responses as long as `generate.max_tokens`, none of them alike."""
-    found: dict[str, float] = dict.fromkeys(("generate", "score", "reference", "train", "evaluate"), 0.0)
-    for teacher, round_ in zip(teachers, config.teachers, strict=True):
-        passes = round(round_.r_max / round_.mask_step) + 1 if config.generate.coverage == "full" else 1
-        for stage, count in _round(config, student, teacher, of, passes).items():
-            found[stage] += of.train * count
-    asked = [*teachers, student, student]
-    found["evaluate"] = of.evaluation * sum(model.forward(of, config.generate.max_tokens) for model in asked)
-    return found
+def estimate_flops(
+    config: Config, student: ParameterCounts, teachers: list[ParameterCounts], questions: QuestionCounts
+) -> dict[str, float]:
+    """Return the FLOPs of each stage, if all responses have `generate.max_tokens` tokens and no two are equal."""
+    flops: dict[str, float] = dict.fromkeys(("generate", "score", "reference", "train", "evaluate"), 0.0)
+    for teacher, teacher_config in zip(teachers, config.teachers, strict=True):
+        mask_stages = round(teacher_config.r_max / teacher_config.mask_step) + 1
+        passes = mask_stages if config.generate.coverage == "full" else 1
+        for stage, per_question in _round_flops(config, student, teacher, questions, passes).items():
+            flops[stage] += questions.train * per_question
+    models = [*teachers, student, student]  # the student is evaluated before and after training
+    per_question = sum(model.forward_flops(questions, config.generate.max_tokens) for model in models)
+    flops["evaluate"] = questions.evaluation * per_question
+    return flops
 
 
-def _round(config: Config, student: ParameterCounts, teacher: ParameterCounts, of: QuestionCounts, passes: int) -> dict[str, float]:
-    """FLOPs a question of one teacher's round."""
-    generate, train, rewards, length = config.generate, config.train, config.rewards, config.generate.max_tokens
-    labels = train.targets == "labels"
-    said = length * (1 if labels else generate.responses)
-    counts = {"train": train.epochs * passes * 3 * student.forward(of, said)}
+def _round_flops(
+    config: Config, student: ParameterCounts, teacher: ParameterCounts, questions: QuestionCounts, passes: int
+) -> dict[str, float]:
+    """Return the FLOPs per question of a teacher's round. `passes`: mask stages in which a question is used."""
+    generate, train, length = config.generate, config.train, config.generate.max_tokens
+    uses_labels = train.targets == "labels"
+    trained_tokens = length * (1 if uses_labels else generate.responses)
+    trainings = train.epochs * passes
+    flops = {"train": 3 * trainings * student.forward_flops(questions, trained_tokens)}
     if train.objective != "sft":
-        counts["train"] += train.epochs * passes * teacher.forward(of, said)
-    if labels:
-        return counts
-    theirs, ours = generate.teacher_responses, generate.student_responses
-    anew = passes if generate.refresh == "stage" else 1
-    answers = passes * theirs + anew * ours
-    counts["generate"] = passes * teacher.forward(of, theirs * length) if theirs else 0.0
-    counts["generate"] += anew * student.forward(of, ours * length) if ours else 0.0
+        flops["train"] += trainings * teacher.forward_flops(questions, trained_tokens)
+    if uses_labels:
+        return flops
+    student_passes = passes if generate.refresh == "stage" else 1
+    responses = passes * generate.teacher_responses + student_passes * generate.student_responses
+    flops["generate"] = 0.0
+    if generate.teacher_responses:
+        flops["generate"] += passes * teacher.forward_flops(questions, generate.teacher_responses * length)
+    if generate.student_responses:
+        flops["generate"] += student_passes * student.forward_flops(questions, generate.student_responses * length)
     if train.holds_reference:
-        counts["reference"] = train.epochs * passes * student.forward(of, said)
+        flops["reference"] = trainings * student.forward_flops(questions, trained_tokens)
     if train.stores_reference:
-        counts["reference"] = student.forward(of, answers * length)
-    if config.needs_verdicts and rewards.accuracy == "llm" and rewards.judge == TEACHER:
-        counts["score"] = 2 * teacher.text * JUDGE_TOKENS * answers
-    return counts
+        flops["reference"] = student.forward_flops(questions, responses * length)
+    if config.needs_verdicts and config.rewards.accuracy == "llm" and config.rewards.judge == TEACHER:
+        flops["score"] = 2 * teacher.text * JUDGE_TOKENS * responses
+    return flops
 
 
 def count_questions(config: Config, source: Source, prompts: list[tuple[int, int]]) -> QuestionCounts:
-    """The source's rows, counted and not looked into; `prompts`: tokens of some, and how many are an image's."""
+    """Count the source's rows without reading their content. `prompts`: tokens and image tokens of some prompts."""
     splits = {"train": 0.0, "test": 0.0}
     for row in source.rows():
         if isinstance(row.split, str) and row.split in splits:
@@ -108,89 +119,101 @@ def count_questions(config: Config, source: Source, prompts: list[tuple[int, int
             splits["train"] += 1 - TEST_SHARE
             splits["test"] += TEST_SHARE
     train = min(splits["train"], config.data.train_limit or math.inf)
-    held = config.data.validation_share * train
-    on_test = min(splits["test"], config.data.eval_limit or math.inf)
-    evaluation = held if config.evaluate.split == "validation" else on_test
+    validation = config.data.validation_share * train
+    test = min(splits["test"], config.data.eval_limit or math.inf)
+    evaluation = validation if config.evaluate.split == "validation" else test
     tokens, image = (sum(numbers) / len(prompts) for numbers in zip(*prompts, strict=True))
-    return QuestionCounts(train - held, evaluation, tokens, image)
+    return QuestionCounts(train - validation, evaluation, tokens, image)
 
 
 def measure_flops_per_second(device: str, dtype: str) -> float:
-    """FLOP/s of a large matrix product on this device, measured now."""
+    """Measure the FLOP/s of a large matrix product on a device."""
     a, b = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE, device=device).to(getattr(torch, dtype))
-    count, began = 0, 0.0
-    while count < 2 or time.perf_counter() - began < MATMUL_SECONDS:
+    count, started = 0, 0.0
+    while count < 2 or time.perf_counter() - started < MATMUL_SECONDS:
         if count == 1:
-            began = time.perf_counter()  # the first is not counted: libraries are loaded in it
+            started = time.perf_counter()  # the first product is not measured: it loads libraries
         torch.matmul(a, b)
         count += 1
         if device != "cpu":
             torch.cuda.synchronize()
-    return 2 * MATMUL_SIZE**3 * (count - 1) / (time.perf_counter() - began)
+    return 2 * MATMUL_SIZE**3 * (count - 1) / (time.perf_counter() - started)
 
 
-def estimate_hours(work: dict[str, float], flops_a_second: float) -> dict[str, float]:
-    """By stage, on one device."""
-    return {stage: count / (UTILIZATION * flops_a_second) / 3600 for stage, count in work.items()}
+def estimate_hours(flops: dict[str, float], flops_per_second: float) -> dict[str, float]:
+    """Return the hours of each stage on one device."""
+    return {stage: count / (UTILIZATION * flops_per_second) / 3600 for stage, count in flops.items()}
 
 
 def measure_prompts(folder: Path, rows: list[dict[str, Any]]) -> list[tuple[int, int]]:
-    """Tokens of each question's prompt, and how many of them are the image's."""
+    """Return the number of tokens of each question's prompt, and how many of them are image tokens."""
     from transformers import AutoConfig, AutoProcessor
 
     from masters.models.prompts import model_inputs
 
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    image = AutoConfig.from_pretrained(folder, trust_remote_code=False).image_token_id
-    found = (model_inputs(processor, row["question"], row["image"])["input_ids"][0] for row in rows)
-    return [(len(ids), int((ids == image).sum())) for ids in found]
+    image_token = AutoConfig.from_pretrained(folder, trust_remote_code=False).image_token_id
+    prompts = (model_inputs(processor, row["question"], row["image"])["input_ids"][0] for row in rows)
+    return [(len(ids), int((ids == image_token).sum())) for ids in prompts]
 
 
-def describe_memory(settings: Config, resources: "Resources") -> str:
-    """What training needs at least, with the largest teacher, whatever its token budget. Raises InputError."""
+def describe_memory(config: Config, resources: "Resources") -> str:
+    """Return a line on the memory that training needs at least. Raises InputError if there is not enough."""
     from masters.models import devices
     from masters.models.training import memory_estimate
 
-    train, ranks = settings.train, settings.runtime.train_processes
-    device = devices.of_rank(0, ranks)
+    train, ranks = config.train, config.runtime.train_processes
+    device = devices.select_device(0, ranks)
     teachers = [None] if train.objective == "sft" else [teacher.folder for teacher in resources.teachers]
-    needs = [
-        memory_estimate.estimate_memory(resources.student.folder, one, train, (0, 0), ranks, False, device, settings.runtime).on(
-            device
-        )
-        for one in teachers
+    estimates = [
+        memory_estimate.estimate_memory(
+            resources.student.folder,
+            teacher,
+            train,
+            memory_estimate.NO_PASS,
+            ranks,
+            saves=False,
+            device=device,
+            runtime=config.runtime,
+        ).on(device)
+        for teacher in teachers
     ]
-    largest, (available, sharing) = max(needs, key=lambda one: one.total), memory_estimate.free_memory(device, ranks)
-    memory_estimate.check_memory(largest, available, sharing, device, 0)
-    needed = sharing * largest.total / memory_estimate.GIB
+    largest = max(estimates, key=lambda estimate: estimate.total)
+    available, ranks_per_device = memory_estimate.free_memory(device, ranks)
+    memory_estimate.check_memory(largest, available, ranks_per_device, device, 0)
+    needed = ranks_per_device * largest.total / memory_estimate.GIB
     free = available / memory_estimate.GIB
     return f"training takes {needed:.2f} GiB and its activations, {free:.2f} GiB are free on {device}"
 
 
-def describe_estimates(settings: Config, resources: "Resources", price: float | None) -> Iterator[str]:
-    """Lines on the work ahead, the least time that it takes here, and what that costs."""
-    import torch
+def describe_estimates(config: Config, resources: "Resources", price: float | None) -> Iterator[str]:
+    """Yield lines on the work of a run, the time it takes on this machine at least, and its cost.
 
+    `price`: of a device hour.
+    """
     from masters.checks.parity import sample_questions
     from masters.models.distributed.mixed_precision import frozen_dtype
 
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    rows = sample_questions(settings, resources, SAMPLED_QUESTIONS)
-    of = count_questions(settings, resources.source, measure_prompts(resources.student.folder, rows))
     student, teachers = resources.student.folder, [teacher.folder for teacher in resources.teachers]
-    work = estimate_flops(settings, count_parameters(student), [count_parameters(one) for one in teachers], of)
-    computed_in = frozen_dtype(settings.train)
-    fast = measure_flops_per_second(device, computed_in)
-    spent = estimate_hours(work, fast)
-    total = sum(spent.values())
-    parts = ", ".join(f"{stage} {share / total:.0%}" for stage, share in spent.items() if share)
+    rows = sample_questions(config, resources, SAMPLED_QUESTIONS)
+    questions = count_questions(config, resources.source, measure_prompts(student, rows))
+    flops = estimate_flops(
+        config, count_parameters(student), [count_parameters(folder) for folder in teachers], questions
+    )
+    dtype = frozen_dtype(config.train)
+    flops_per_second = measure_flops_per_second(device, dtype)
+    hours = estimate_hours(flops, flops_per_second)
+    total = sum(hours.values())
+    shares = ", ".join(f"{stage} {share / total:.0%}" for stage, share in hours.items() if share)
     yield (
-        f"work       {of.train:,.0f} training and {of.evaluation:,.0f} evaluation questions, prompts of "
-        f"{of.prompt:.0f} tokens (of {len(rows)}): {sum(work.values()):.2g} FLOPs if no answer comes twice ({parts})"
+        f"work       {questions.train:,.0f} training and {questions.evaluation:,.0f} evaluation questions, prompts of "
+        f"{questions.prompt:.0f} tokens (average of {len(rows)}): {sum(flops.values()):.2g} FLOPs if no two responses "
+        f"are equal ({shares})"
     )
     yield (
-        f"time       about {total:.2g} hours of {device}, at {UTILIZATION:.0%} of the {fast / 1e12:.3g} TFLOP/s "
-        f"that it shows in {computed_in} now; decoding and small models reach less"
+        f"time       about {total:.2g} hours on {device}, at {UTILIZATION:.0%} of the {flops_per_second / 1e12:.3g} "
+        f"TFLOP/s measured now in {dtype}; decoding and small models are slower"
     )
-    cost = f"{total * price:.2f} at {price:g} an hour" if price is not None else "--price says what that costs"
+    cost = f"{total * price:.2f} at {price:g} an hour" if price is not None else "add --price to see the cost"
     yield f"cost       {total:.2g} device hours: {cost}"

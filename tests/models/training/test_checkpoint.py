@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint is the undisturbed one, bit for bit; a damaged checkpoint is never taken."""
+"""A resumed run equals an uninterrupted one, bit for bit; a damaged checkpoint is refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ STEPS = 7
 
 
 class Training:
-    """A model with dropout and a part that only some steps use: AdamW counts its steps apart."""
+    """Training of a model with dropout and a layer that only some steps use, so that AdamW's step counts differ."""
 
     def __init__(self, used: tuple[bool, ...]) -> None:
         torch.manual_seed(5)
@@ -52,24 +52,27 @@ class Training:
 
 
 @given(used=st.tuples(*[st.booleans()] * STEPS), at=st.integers(1, STEPS - 1))
-def test_losses_and_weights_after_a_resume_are_those_of_an_undisturbed_run(
+def test_losses_and_weights_after_a_resume_equal_those_of_an_uninterrupted_run(
     used: tuple[bool, ...], at: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    storage, whole, cut, again = Storage(str(tmp_path_factory.mktemp("s"))), *(Training(used) for _ in range(3))
+    storage = Storage(str(tmp_path_factory.mktemp("s")))
+    uninterrupted, interrupted, resumed = (Training(used) for _ in range(3))
     torch.manual_seed(6)
-    expected = whole.steps(1, STEPS)
+    expected = uninterrupted.steps(1, STEPS)
     torch.manual_seed(6)
-    before = cut.steps(1, at)
-    cut.save(storage, at)
+    before = interrupted.steps(1, at)
+    interrupted.save(storage, at)
     torch.manual_seed(99)
-    assert again.restore(storage) == at
-    assert before + again.steps(at + 1, STEPS) == expected
-    assert all(torch.equal(whole.parameters[name], again.parameters[name]) for name in whole.parameters)
+    assert resumed.restore(storage) == at
+    assert before + resumed.steps(at + 1, STEPS) == expected
+    assert all(
+        torch.equal(uninterrupted.parameters[name], resumed.parameters[name]) for name in uninterrupted.parameters
+    )
 
 
 @pytest.fixture
 def storage(tmp_path: Path) -> Storage:
-    """Three checkpoints were saved, each behind a part of a table."""
+    """A store in which three checkpoints were saved, each after a part file of a table."""
     storage, training = Storage(str(tmp_path)), Training((True,) * STEPS)
 
     def keep(step: int) -> None:
@@ -84,40 +87,40 @@ def names(storage: Storage) -> list[str]:
     return [name for name in storage.names("c") if "/step-" in name]
 
 
-def test_the_last_two_are_kept(storage: Storage) -> None:
+def test_the_last_two_checkpoints_are_kept(storage: Storage) -> None:
     assert [name.split("-")[1] for name in names(storage)] == ["00000002", "00000003"]
 
 
 @pytest.mark.parametrize(
     "damage", [lambda data: data[: len(data) // 2], lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: b""]
 )
-def test_a_damaged_checkpoint_is_refused_for_the_one_before_and_said(
+def test_a_damaged_checkpoint_is_refused_with_the_reason_and_the_previous_one_is_used(
     damage: Callable[[bytes], bytes], storage: Storage
 ) -> None:
     before, last = names(storage)
     storage.write(last, damage(storage.read(last)))
     with pytest.raises(ArtifactError, match="damaged"):
         checkpoint.read(storage, last)
-    found, [why] = checkpoint.newest(storage, "c")
+    found, [reason] = checkpoint.newest(storage, "c")
     assert found and found.name == before and found.step == 2
-    assert last in why and "expected SHA-256" in why
+    assert last in reason and "expected SHA-256" in reason
     assert names(storage) == [before]
 
 
-def test_a_checkpoint_whose_rows_are_gone_is_refused(storage: Storage) -> None:
-    """An interrupted removal leaves it so; the rows would be missing in the tables."""
+def test_a_checkpoint_whose_rows_are_missing_is_refused(storage: Storage) -> None:
+    """An interrupted removal leaves such a checkpoint; the tables would lack these rows."""
     storage.remove("c/history-00000003-0000.parquet")
-    found, [why] = checkpoint.newest(storage, "c")
-    assert found and found.step == 2 and "history-00000003-0000.parquet" in why
+    found, [reason] = checkpoint.newest(storage, "c")
+    assert found and found.step == 2 and "history-00000003-0000.parquet" in reason
 
 
-def test_without_a_good_one_a_run_begins_anew(storage: Storage) -> None:
+def test_without_a_valid_checkpoint_training_starts_from_the_beginning(storage: Storage) -> None:
     storage.remove("c/history-00000001-0000.parquet")
     found, refused = checkpoint.newest(storage, "c")
     assert found is None and len(refused) == 2 and names(storage) == []
 
 
-def test_an_earlier_versions_checkpoint_is_none(storage: Storage) -> None:
+def test_a_file_with_another_name_is_no_checkpoint(storage: Storage) -> None:
     for name in names(storage):
         storage.copy(name, "c/step-00000009.safetensors")
         storage.remove(name)
@@ -125,10 +128,10 @@ def test_an_earlier_versions_checkpoint_is_none(storage: Storage) -> None:
 
 
 @given(st.lists(st.lists(st.floats(-30, 0, width=32), max_size=4), min_size=1, max_size=20))
-def test_reference_log_probabilities_are_kept_in_two_tensors_however_many_groups(values: list[list[float]]) -> None:
-    """A tensor a group would make a header that safetensors refuses at little more than a million."""
+def test_reference_log_probabilities_are_stored_in_two_tensors(values: list[list[float]]) -> None:
+    """One tensor for each group would make a header that safetensors refuses at little more than a million."""
     found = {group: torch.tensor(own, dtype=torch.float32) for group, own in enumerate(values)}
-    data = reference_policy._packed(found)
+    data = reference_policy._encode(found)
     assert len(data) < 500 + 4 * sum(map(len, values)) + 8 * len(values)
-    back = reference_policy._unpacked(data)
+    back = reference_policy._decode(data)
     assert back.keys() == found.keys() and all(torch.equal(back[group], own) for group, own in found.items())

@@ -1,4 +1,4 @@
-"""Groups in columns are those that a plain reading of the tables gives."""
+"""Groups held as columns equal those that are read row by row."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from masters.common.errors import MastersError
 from masters.common.hashing import digest
-from masters.data.question_shards import Ref
+from masters.data.question_shards import QuestionRef
 from masters.models.training.groups import Group, ResponseGroups, response_groups
 from masters.store import artifacts
 from masters.store import tables as schemas
@@ -20,7 +20,7 @@ from tests.models import plain_response_groups
 
 RATIOS = [0.2, 0.1, 0.0]
 QUESTIONS = [f"q{number}" for number in range(6)]
-REFS = sorted(Ref(digest(name.encode()), name, 0, number) for number, name in enumerate(QUESTIONS))
+REFS = sorted(QuestionRef(digest(name.encode()), name, 0, number) for number, name in enumerate(QUESTIONS))
 MODEL = dict(model="m", seed=0, text="", finish_reason="stop")
 JUDGED = dict(status="ok", judge="j", explanation="")
 SOURCES = st.sampled_from([("teacher", ratio) for ratio in (*RATIOS, 0.7)] + [("student", None)])
@@ -30,7 +30,7 @@ SCORES = st.none() | st.floats(0, 1)
 
 
 def table(storage: Storage, kind: str, rows: list[dict], files: int) -> Artifact:
-    """Dealt over files, some of them empty."""
+    """An artifact with these rows, distributed over files, some of them empty."""
     schema, made_of, digests = getattr(schemas, kind.upper()), Identity(kind, 1, {}, {}), {}
     for number in range(files):
         content = schemas.encode(rows[number::files], schema)
@@ -39,7 +39,7 @@ def table(storage: Storage, kind: str, rows: list[dict], files: int) -> Artifact
     return artifacts.commit(storage, made_of, digests, {})
 
 
-def same(one: Group, other: Group) -> None:
+def check_equal(one: Group, other: Group) -> None:
     assert (one.ref, one.stage, one.responses, one.keys) == (other.ref, other.stage, other.responses, other.keys)
     assert one.prompt is not None and other.prompt is not None and one.prompt.tolist() == other.prompt.tolist()
     np.testing.assert_array_equal(one.scores, other.scores)
@@ -47,39 +47,44 @@ def same(one: Group, other: Group) -> None:
 
 
 @given(
-    responses=st.dictionaries(KEYS, TOKENS), scores=st.dictionaries(KEYS, SCORES), trained=st.integers(0, len(REFS)),
-    coverage=st.sampled_from(["partition", "full"]), files=st.integers(1, 3), judged=st.booleans(),
-)  # fmt: skip
-def test_they_are_those_of_a_plain_reading(
+    responses=st.dictionaries(KEYS, TOKENS),
+    scores=st.dictionaries(KEYS, SCORES),
+    trained=st.integers(0, len(REFS)),
+    coverage=st.sampled_from(["partition", "full"]),
+    files=st.integers(1, 3),
+    judged=st.booleans(),
+)
+def test_groups_equal_those_that_are_read_row_by_row(
     responses: dict, scores: dict, trained: int, coverage: str, files: int, judged: bool
 ) -> None:
-    def key(of: tuple) -> dict:
-        return dict(question_id=of[0], source=of[1][0], mask_ratio=of[1][1], sample=of[2])
+    def columns(key: tuple) -> dict:
+        question_id, (source, mask_ratio), sample = key
+        return dict(question_id=question_id, source=source, mask_ratio=mask_ratio, sample=sample)
 
     def prompt(name: str) -> list[int]:
         return list(range(1, 2 + QUESTIONS.index(name)))
 
-    said = [
-        key(of) | MODEL | dict(prompt_token_ids=prompt(of[0]), response_token_ids=tokens)
-        for of, tokens in responses.items()
+    rows = [
+        columns(key) | MODEL | dict(prompt_token_ids=prompt(key[0]), response_token_ids=tokens)
+        for key, tokens in responses.items()
     ]
-    verdicts = [key(of) | JUDGED | dict(score=score) for of, score in scores.items()]
+    verdicts = [columns(key) | JUDGED | dict(score=score) for key, score in scores.items()]
     with TemporaryDirectory() as folder:
         storage = Storage(folder)
-        tables = table(storage, "responses", said, files), table(storage, "verdicts", verdicts, files)
-        given_ = (REFS[:trained], tables[0], tables[1] if judged else None, RATIOS, coverage)
-        expected, without = plain_response_groups.response_groups(*given_)
-        found, empty = response_groups(*given_)
+        tables = table(storage, "responses", rows, files), table(storage, "verdicts", verdicts, files)
+        arguments = (REFS[:trained], tables[0], tables[1] if judged else None, RATIOS, coverage)
+        expected, without = plain_response_groups.response_groups(*arguments)
+        found, empty = response_groups(*arguments)
     assert (len(found), empty) == (len(expected), without)
     for one, other in zip(found, expected, strict=True):
-        same(one, other)
+        check_equal(one, other)
 
 
 def groups_of(folder: Path) -> ResponseGroups:
     storage = Storage(str(folder))
-    asked = [dict(question_id=q, source="student", mask_ratio=None, sample=0) for q in QUESTIONS]
-    said = [one | MODEL | dict(prompt_token_ids=[1], response_token_ids=[n]) for n, one in enumerate(asked)]
-    return response_groups(REFS, table(storage, "responses", said, 1), None, RATIOS, "partition")[0]
+    keys = [dict(question_id=q, source="student", mask_ratio=None, sample=0) for q in QUESTIONS]
+    rows = [one | MODEL | dict(prompt_token_ids=[1], response_token_ids=[n]) for n, one in enumerate(keys)]
+    return response_groups(REFS, table(storage, "responses", rows, 1), None, RATIOS, "partition")[0]
 
 
 def test_response_groups_are_a_sequence(tmp_path: Path) -> None:
@@ -90,11 +95,11 @@ def test_response_groups_are_a_sequence(tmp_path: Path) -> None:
         groups[len(REFS)]
 
 
-def test_a_question_is_asked_in_one_prompt_by_teacher_and_student(tmp_path: Path) -> None:
-    """Two chat templates would have the student learn answers to another prompt."""
-    asked = [dict(question_id=q, source="student", mask_ratio=None, sample=n) for q in QUESTIONS for n in (0, 1)]
-    said = [one | MODEL | dict(prompt_token_ids=[1, 2, 3], response_token_ids=[4]) for one in asked]
-    said[-1]["prompt_token_ids"] = [1, 3, 2]
-    tables = table(Storage(str(tmp_path)), "responses", said, files=2)  # each has every question once
+def test_different_prompts_of_teacher_and_student_are_refused(tmp_path: Path) -> None:
+    """With two chat templates the student would learn answers to another prompt."""
+    keys = [dict(question_id=q, source="student", mask_ratio=None, sample=n) for q in QUESTIONS for n in (0, 1)]
+    rows = [one | MODEL | dict(prompt_token_ids=[1, 2, 3], response_token_ids=[4]) for one in keys]
+    rows[-1]["prompt_token_ids"] = [1, 3, 2]
+    tables = table(Storage(str(tmp_path)), "responses", rows, files=2)  # each has every question once
     with pytest.raises(MastersError, match="question q5: its responses lie behind different prompts"):
         response_groups(REFS, tables, None, RATIOS, "partition")

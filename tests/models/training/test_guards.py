@@ -1,4 +1,4 @@
-"""Guards of a whole run of tiny models: numbers that are none, and a fall on the probe."""
+"""Guards of a run of tiny models: values that are not finite, and a drop of probe accuracy."""
 
 import copy
 import math
@@ -17,47 +17,48 @@ from masters.models.packing.prefix_tree import Question
 from masters.models.training import checkpoint, guards, history, trainer
 from masters.models.training.groups import Group, Step
 from masters.models.training.history import HistoryWriter
+from masters.models.training.job import TrainEvent
 from masters.store.storage import Storage
-from tests.models.tiny_jobs import make_job
+from tests.models.tiny_contexts import make_context
 
 STEPS = 6
-CALM, WILD = 1e-4, 0.1  # learning rates: the second makes of any model one that is never right
+CALM, WILD = 1e-4, 0.1  # learning rates: with the second no model answers any probe question correctly
 
 
-def run_of(folder: Path, **train: Any) -> tuple[trainer.TrainContext, list[dict]]:
-    """A run of six steps on a store of its own, from the same student; what it reports."""
-    told: list[dict] = []
-    job = make_job("qwen3_vl")
+def run_of(folder: Path, **train: Any) -> tuple[trainer.TrainContext, list[TrainEvent]]:
+    """A run of six steps on its own store, always from the same student, and the list of its events."""
+    events: list[TrainEvent] = []
+    context = make_context("qwen3_vl")
     values = dict(learning_rate=CALM, questions_per_step=4) | train
     made = replace(
-        job,
-        student=copy.deepcopy(job.student),
+        context,
+        student=copy.deepcopy(context.student),
         train=Train.model_validate(values),
         steps=[Step(0, n // 2, (0, 1, 2, 3) if n % 2 == 0 else (4, 5, 6, 7)) for n in range(STEPS)],
         storage=Storage(str(folder)),
         checkpoints="checkpoints",
         checkpoint_steps=100,
-        report=lambda **fields: told.append(fields),
-        ledger=HistoryWriter(),
+        report=events.append,
+        history=HistoryWriter(),
         probe=[],
     )
-    probed(made)
-    return made, told
+    add_probe(made)
+    return made, events
 
 
-def probed(job: trainer.TrainContext) -> None:
-    """A probe that the student, as it is, has right: its labels are its own greedy answers."""
+def add_probe(context: trainer.TrainContext) -> None:
+    """Set a probe that the untrained student answers correctly: the labels are its own greedy choices."""
     with torch.no_grad():
-        for group in job.groups[:4]:
-            question = replace(job.question(group), responses=[[20]])
-            states = response_states(job.student, pack([question], job.student, job.family))
-            job.probe.append(replace(question, responses=[[int(states.logits()[0].argmax())]]))
+        for group in context.groups[:4]:
+            question = replace(context.question(group), responses=[[20]])
+            states = response_states(context.student, pack([question], context.student, context.family))
+            context.probe.append(replace(question, responses=[[int(states.logits()[0].argmax())]]))
 
 
-def spoiling(question: Callable[[Group], Question], row: int, pixel: float) -> Callable[[Group], Question]:
-    """Questions of which one has another image, a value of it being this."""
+def replace_pixel(question: Callable[[Group], Question], row: int, pixel: float) -> Callable[[Group], Question]:
+    """Make questions as before, but with this value in the image of one of them."""
 
-    def spoilt(group: Group) -> Question:
+    def make_question(group: Group) -> Question:
         made = question(group)
         if group.ref.row != row:
             return made
@@ -65,61 +66,63 @@ def spoiling(question: Callable[[Group], Question], row: int, pixel: float) -> C
         pixels[0, 0] = pixel
         return replace(made, prompt=made.prompt | {"pixel_values": pixels})
 
-    return spoilt
+    return make_question
 
 
-def weights(job: trainer.TrainContext) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in job.student.named_parameters()}
+def weights(context: trainer.TrainContext) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in context.student.named_parameters()}
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+def are_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def events(told: list[dict], kind: str) -> list[dict]:
-    return [line for line in told if line["event"] == kind]
+def of_kind(events: list[TrainEvent], kind: str) -> list[Any]:
+    return [event for event in events if event.event == kind]
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
-def test_a_loss_that_is_no_number_stops_before_the_update_and_names_the_question(tmp_path: Path, bad: float) -> None:
-    """One question's image is broken; it shares rows with others, which a NaN behind a mask reaches."""
-    job, told = run_of(tmp_path, beta=0.0)
-    job.question = spoiling(job.question, 6, bad)
-    states = [weights(job)]
-    job.report = lambda **fields: (told.append(fields), states.append(weights(job)))
+def test_a_non_finite_loss_stops_before_the_update_and_names_the_question(tmp_path: Path, bad: float) -> None:
+    """The question shares rows with others, whose loss is NaN too, in spite of the attention mask."""
+    context, events = run_of(tmp_path, beta=0.0)
+    context.question = replace_pixel(context.question, 6, bad)
+    states = [weights(context)]
+    context.report = lambda event: (events.append(event), states.append(weights(context)))
     with pytest.raises(MastersError, match=r"step 2, mask stage 0 \(ratio 0.2\), question q6: the loss is nan"):
-        trainer.fit(job)
-    assert [line["step"] for line in events(told, "step")] == [1]
-    assert not same(states[0], states[-1]) and same(weights(job), states[-1])  # the first step's update, no other
+        trainer.fit(context)
+    assert [event.step for event in of_kind(events, "step")] == [1]
+    assert not are_equal(states[0], states[-1]) and are_equal(
+        weights(context), states[-1]
+    )  # the first step's update, no other
 
 
-def test_the_reference_pass_stops_at_what_is_no_number(tmp_path: Path) -> None:
-    job, _ = run_of(tmp_path, kl="squared")
-    job.question, job.token_budget = spoiling(job.question, 6, math.nan), 1
+def test_the_reference_pass_stops_at_non_finite_values(tmp_path: Path) -> None:
+    context, _ = run_of(tmp_path, kl="squared")
+    context.question, context.token_budget = replace_pixel(context.question, 6, math.nan), 1
     with pytest.raises(MastersError, match="reference log-probabilities of question q6"):
-        trainer.fit(job)
-    assert not job.storage.names("checkpoints")
+        trainer.fit(context)
+    assert not context.storage.names("checkpoints")
 
 
-def test_a_gradient_that_is_no_number_stops_though_the_loss_is_one(tmp_path: Path) -> None:
-    job, told = run_of(tmp_path)
+def test_a_non_finite_gradient_stops_although_the_loss_is_finite(tmp_path: Path) -> None:
+    context, events = run_of(tmp_path)
     at: list[torch.Tensor] = []
 
     def spoil(_: torch.nn.Module, __: tuple, inputs: dict, out: Any) -> None:
-        """Only what question 5's image makes."""
-        if out.last_hidden_state.requires_grad and len(events(told, "step")) == 3:
+        """Make the gradient of question 5 infinite."""
+        if out.last_hidden_state.requires_grad and len(of_kind(events, "step")) == 3:
             ids = inputs["input_ids"]
-            own = job.question(job.groups[5]).ids_P
+            own = context.question(context.groups[5]).ids_P
             row = [r for r in range(len(ids)) if torch.equal(ids[r, : len(own)], own)]
             if row:
                 out.last_hidden_state.register_hook(lambda g: g.index_fill(0, torch.tensor(row), math.inf))
                 at.append(out.last_hidden_state)
 
-    job.student.model.register_forward_hook(spoil, with_kwargs=True)
-    job.question = spoiling(job.question, 5, 0.0)  # an image of its own, so a row that is its own
+    context.student.model.register_forward_hook(spoil, with_kwargs=True)
+    context.question = replace_pixel(context.question, 5, 0.0)  # an image of its own, so a row that is its own
     with pytest.raises(MastersError, match=r"step 4, .*question q5: the loss is -?\d.*the largest gradient (nan|inf)"):
-        trainer.fit(job)
-    assert at and len(events(told, "step")) == 3
+        trainer.fit(context)
+    assert at and len(of_kind(events, "step")) == 3
 
 
 def test_a_gradient_is_measured_by_its_largest_value() -> None:
@@ -132,48 +135,52 @@ def test_a_gradient_is_measured_by_its_largest_value() -> None:
     assert math.isnan(guards.gradient_size(model.parameters()))
 
 
-def test_without_a_guard_a_fall_changes_nothing(tmp_path: Path) -> None:
-    job, told = run_of(tmp_path, learning_rate=WILD)
-    trainer.fit(job)
-    assert len(events(told, "step")) == STEPS and not job.storage.names("checkpoints/best")
-    assert not events(told, "rolled_back")
+def test_without_a_guard_a_drop_changes_nothing(tmp_path: Path) -> None:
+    context, events = run_of(tmp_path, learning_rate=WILD)
+    trainer.fit(context)
+    assert len(of_kind(events, "step")) == STEPS and not context.storage.names("checkpoints/best")
+    assert not of_kind(events, "rolled_back")
 
 
 def test_a_drop_of_probe_accuracy_stops_training(tmp_path: Path) -> None:
-    job, told = run_of(tmp_path, learning_rate=WILD, max_validation_drop=0.2)
-    with pytest.raises(MastersError, match=r"step \d: the student has .* after 100.0% at step 0: a fall by more than"):
-        trainer.fit(job)
-    assert len(events(told, "step")) < STEPS
+    context, events = run_of(tmp_path, learning_rate=WILD, max_validation_drop=0.2)
+    with pytest.raises(
+        MastersError, match=r"step \d: the student answers .* after 100.0% at step 0: a drop by more than"
+    ):
+        trainer.fit(context)
+    assert len(of_kind(events, "step")) < STEPS
 
 
-def test_a_fall_rolls_back_to_the_best_weights_and_ends(tmp_path: Path) -> None:
-    job, told = run_of(tmp_path, learning_rate=WILD, max_validation_drop=0.2, on_drop="rollback")
-    start = weights(job)
-    trainer.fit(job)
-    (back,) = events(told, "rolled_back")
-    assert back["to"] == 0 and back["best"] == 1.0 and back["accuracy"] < 0.8
-    assert len(events(told, "step")) == back["at"] < STEPS
-    assert same(weights(job), start)
+def test_a_drop_rolls_back_to_the_best_weights_and_ends(tmp_path: Path) -> None:
+    context, events = run_of(tmp_path, learning_rate=WILD, max_validation_drop=0.2, on_drop="rollback")
+    start = weights(context)
+    trainer.fit(context)
+    (back,) = of_kind(events, "rolled_back")
+    assert back.to == 0 and back.best == 1.0 and back.accuracy < 0.8
+    assert len(of_kind(events, "step")) == back.at < STEPS
+    assert are_equal(weights(context), start)
 
 
-def test_a_guard_that_sees_no_fall_changes_no_weight(tmp_path: Path) -> None:
+def test_a_guard_without_a_drop_changes_no_weight(tmp_path: Path) -> None:
     found = []
     for train in ({}, dict(max_validation_drop=1.0, on_drop="rollback")):
-        job, _ = run_of(tmp_path / str(len(found)), **train)
-        trainer.fit(job)
-        found.append(weights(job))
-    assert same(*found)
+        context, _ = run_of(tmp_path / str(len(found)), **train)
+        trainer.fit(context)
+        found.append(weights(context))
+    assert are_equal(*found)
 
 
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("cut", [1, 2, 3])
-def test_a_run_cut_short_falls_like_a_whole_one(tmp_path: Path, monkeypatch, cut: int, after: bool) -> None:
-    """Cut right before and right after a checkpoint is there; the best weights of its step are written by then."""
-    right = {0: 4, 1: 4, 2: 3, 3: 4, 4: 2}  # of four: a fall by more than 0.3 at step 4, the best weights at step 3
-    monkeypatch.setattr(guards, "count_correct", lambda job: right[job.ledger._step.get("step", 0)])
+def test_an_interrupted_run_rolls_back_like_an_uninterrupted_one(
+    tmp_path: Path, monkeypatch, cut: int, after: bool
+) -> None:
+    """It is interrupted right before or right after a checkpoint is written; the best weights are written before."""
+    right = {0: 4, 1: 4, 2: 3, 3: 4, 4: 2}  # of four: a drop by more than 0.3 at step 4, the best weights at step 3
+    monkeypatch.setattr(guards, "count_correct", lambda context: right[context.history._step.get("step", 0)])
     original, ends = checkpoint.save, []
 
-    def cut_short(storage: Storage, prefix: str, step: int, *state: Any) -> None:
+    def interrupt(storage: Storage, prefix: str, step: int, *state: Any) -> None:
         if step != cut or after:
             original(storage, prefix, step, *state)
         if step == cut:
@@ -182,19 +189,19 @@ def test_a_run_cut_short_falls_like_a_whole_one(tmp_path: Path, monkeypatch, cut
     for name in ("whole", "cut"):
         if name == "cut":
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(checkpoint, "save", cut_short)
+                patch.setattr(checkpoint, "save", interrupt)
                 trainer.fit(run_of(tmp_path / name, max_validation_drop=0.3, on_drop="rollback")[0])
-        job, told = run_of(tmp_path / name, max_validation_drop=0.3, on_drop="rollback")
-        trainer.fit(job)
-        (back,) = events(told, "rolled_back")
-        assert (back["at"], back["to"], back["best"]) == (4, 3, 1.0)
-        ends.append(weights(job))
-    assert bool(events(told, "resumed")) == (cut > 1 or after)
-    assert same(*ends)
+        context, events = run_of(tmp_path / name, max_validation_drop=0.3, on_drop="rollback")
+        trainer.fit(context)
+        (back,) = of_kind(events, "rolled_back")
+        assert (back.at, back.to, back.best) == (4, 3, 1.0)
+        ends.append(weights(context))
+    assert bool(of_kind(events, "resumed")) == (cut > 1 or after)
+    assert are_equal(*ends)
 
 
 @pytest.mark.parametrize("place", ["before any weight", "between two weights"])
-def test_memory_that_does_not_hold_the_update_ends_the_run_which_goes_on_elsewhere(
+def test_running_out_of_memory_in_the_update_ends_the_run_which_can_be_resumed(
     tmp_path: Path, monkeypatch, place: str
 ) -> None:
     original, taken, ends = torch.optim.AdamW.step, [], []
@@ -209,20 +216,20 @@ def test_memory_that_does_not_hold_the_update_ends_the_run_which_goes_on_elsewhe
 
     for name in ("whole", "cut"):
         if name == "cut":
-            job, told = run_of(tmp_path / name)
-            job.checkpoint_steps = 1
+            context, events = run_of(tmp_path / name)
+            context.checkpoint_steps = 1
             with monkeypatch.context() as patch, pytest.raises(MastersError, match="step 3: memory does not hold what"):
                 patch.setattr(torch.optim.AdamW, "step", fails_at_3)
-                trainer.fit(job)
-            assert len(events(told, "step")) == 2 and not events(told, "token_budget")
-        job, told = run_of(tmp_path / name)
-        trainer.fit(job)
-        assert [line["step"] for line in events(told, "resumed")] == ([2] if name == "cut" else [])
-        ends.append(weights(job))
-    assert same(*ends)
+                trainer.fit(context)
+            assert len(of_kind(events, "step")) == 2 and not of_kind(events, "token_budget")
+        context, events = run_of(tmp_path / name)
+        trainer.fit(context)
+        assert [event.step for event in of_kind(events, "resumed")] == ([2] if name == "cut" else [])
+        ends.append(weights(context))
+    assert are_equal(*ends)
 
 
-def test_other_errors_of_a_step_are_not_taken_for_lack_of_memory(tmp_path: Path, monkeypatch) -> None:
+def test_other_errors_of_a_step_are_raised_as_they_are(tmp_path: Path, monkeypatch) -> None:
     def broken(_: torch.optim.AdamW) -> None:
         raise RuntimeError("shape mismatch")
 
@@ -234,17 +241,17 @@ def test_other_errors_of_a_step_are_not_taken_for_lack_of_memory(tmp_path: Path,
 @pytest.mark.parametrize(
     "settings", [{}, {"objective": "kd"}, {"learning_rate": WILD, "max_validation_drop": 0.2, "on_drop": "rollback"}]
 )
-def test_what_a_run_leaves_is_whole(tmp_path: Path, settings: dict) -> None:
-    """As the train stage proves it before the record, also of a run that ended early."""
-    job, told = run_of(tmp_path, **settings)
-    trainer.fit(job)
-    census = history.HistoryCheck()
+def test_the_tables_of_a_run_are_complete(tmp_path: Path, settings: dict) -> None:
+    """The train stage checks this before it commits, also for a run that ended early."""
+    context, events = run_of(tmp_path, **settings)
+    trainer.fit(context)
+    check = history.HistoryCheck()
     for table in history.SCHEMAS:
-        for content in history.files(job.storage, job.checkpoints, table):
-            census.count(table, content)
-    rewarded = job.train.objective == "masters"
-    back = events(told, "rolled_back")
+        for content in history.files(context.storage, context.checkpoints, table):
+            check.add_file(table, content)
+    rewarded = context.train.objective == "masters"
+    back = of_kind(events, "rolled_back")
     assert bool(back) == ("on_drop" in settings)
-    census.check(back[0]["at"] if back else STEPS, rewarded)
+    check.check(back[0].at if back else STEPS, rewarded)
     with pytest.raises(ArtifactError, match=f"each of {STEPS + 1} steps once"):
-        census.check(STEPS + 1, rewarded)
+        check.check(STEPS + 1, rewarded)

@@ -1,4 +1,4 @@
-"""Rows of a training that was cut short: each is in the tables once."""
+"""Each row of an interrupted training is in the tables exactly once."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from masters.common.errors import ArtifactError
-from masters.data.question_shards import Ref
+from masters.data.question_shards import QuestionRef
 from masters.models.training import history
 from masters.models.training.groups import Group
 from masters.models.training.history import HistoryWriter
@@ -19,30 +19,34 @@ from masters.store.storage import Storage
 RANKS = 2
 
 
-class Cut(Exception):
-    """The process is gone."""
+class Interrupted(Exception):
+    """The process ended; the argument is its newest checkpoint."""
 
 
-def attempt(storage: Storage, start: int, steps: int, every: int, dies_at: tuple[int, int] | None) -> int:
-    """Steps as the trainer takes them, from a checkpoint on. Returns the newest checkpoint.
+def write_steps(
+    storage: Storage, start: int, steps: int, interval: int, interrupted_at: tuple[int, int] | None = None
+) -> int:
+    """Write the rows of steps like a trainer that starts from checkpoint `start`. Returns the newest checkpoint.
 
-    `dies_at`: in this step, after so many ranks have written their rows.
+    `interrupted_at`: a step, and how many ranks write their rows in it before the interruption.
     """
     history.drop_after(storage, "c", start)
-    ledgers, saved = [HistoryWriter() for _ in range(RANKS)], start
+    writers, saved = [HistoryWriter() for _ in range(RANKS)], start
     for step in range(start + 1, steps + 1):
-        for rank, ledger in enumerate(ledgers):
-            ledger.begin(step, 0, 0, 0.2)
-            group = Group(Ref("", f"q{step}-{rank}", 0, 0), 0, None, [[1]], np.array([1.0]), [("teacher", 0.2, 0)])
-            ledger.responses([group], {"divergence": [step / 10], "reward": [float("nan")]})
-        ledgers[0].end(RANKS, {"loss": float(step)})
-        due = step % every == 0 or step == steps
-        for rank, ledger in enumerate(ledgers):
-            if dies_at == (step, rank):
-                raise Cut(saved)
-            if due:
-                ledger.write(storage, "c", rank)
-        saved = step if due else saved
+        for rank, writer in enumerate(writers):
+            writer.begin_step(step, 0, 0, 0.2)
+            group = Group(
+                QuestionRef("", f"q{step}-{rank}", 0, 0), 0, None, [[1]], np.array([1.0]), [("teacher", 0.2, 0)]
+            )
+            writer.add_responses([group], {"divergence": [step / 10], "reward": [float("nan")]})
+        writers[0].end_step(RANKS, {"loss": float(step)})
+        saves = step % interval == 0 or step == steps
+        for rank, writer in enumerate(writers):
+            if interrupted_at == (step, rank):
+                raise Interrupted(saved)
+            if saves:
+                writer.write(storage, "c", rank)
+        saved = step if saves else saved
     return saved
 
 
@@ -55,15 +59,17 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storage]:
     st.integers(1, 12),
     st.lists(st.tuples(st.integers(1, 4), st.integers(1, 12), st.integers(0, RANKS - 1)), max_size=4),
 )
-def test_each_row_is_there_once_however_often_it_was_cut_short(stores, steps: int, cuts: list[tuple]) -> None:
+def test_each_row_exists_once_however_often_training_was_interrupted(
+    stores, steps: int, interruptions: list[tuple]
+) -> None:
     storage, saved = next(stores), 0
-    for every, step, rank in cuts:  # another rhythm of checkpoints each time
+    for interval, step, rank in interruptions:  # with another interval between checkpoints each time
         try:
-            saved = attempt(storage, saved, steps, every, (step, rank))
-        except Cut as cut:
-            saved = cut.args[0]
+            saved = write_steps(storage, saved, steps, interval, (step, rank))
+        except Interrupted as interruption:
+            saved = interruption.args[0]
     if saved < steps:
-        attempt(storage, saved, steps, 2, None)
+        write_steps(storage, saved, steps, 2)
     found = {
         table: [row for part in history.files(storage, "c", table) for row in tables.decode(part).to_pylist()]
         for table in history.SCHEMAS
@@ -82,21 +88,21 @@ def test_a_table_without_rows_is_an_empty_file(tmp_path: Path) -> None:
 def test_parts_are_joined_to_files_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(history, "FILE_ROWS", 6)
     storage = Storage(str(tmp_path))
-    attempt(storage, 0, 10, 1, None)
+    write_steps(storage, 0, 10, 1)
     counts = [tables.decode(part).num_rows for part in history.files(storage, "c", "rewards")]
     assert counts == [6, 6, 6, 2]
 
 
-def census(storage: Storage) -> history.HistoryCheck:
-    counted = history.HistoryCheck()
+def check_of(storage: Storage) -> history.HistoryCheck:
+    check = history.HistoryCheck()
     for table in history.SCHEMAS:
         for content in history.files(storage, "c", table):
-            counted.count(table, content)
-    return counted
+            check.add_file(table, content)
+    return check
 
 
-def again(storage: Storage, table: str) -> None:
-    """A part written a second time under a later step's name."""
+def write_again(storage: Storage, table: str) -> None:
+    """Write a part a second time under a later step's name."""
     part = next(name for name in history.parts(storage, "c") if f"/{table}-" in name)
     storage.write(f"c/{table}-00000099-0000.parquet", storage.read(part))
 
@@ -106,43 +112,47 @@ FAULTS: dict[str, tuple[Callable[[Storage], object], str]] = {
         lambda storage: storage.remove("c/history-00000004-0000.parquet"),
         "each of 8 steps once, found step 3 0 times, step 4 0 times; train it again with --rebuild train",
     ),
-    "a part of history is there twice": (lambda storage: again(storage, "history"), "step 1 2 times, step 2 2 times;"),
-    "a rank's part of rewards is gone": (
-        lambda storage: storage.remove("c/rewards-00000004-0001.parquet"), "16 questions in 8 steps, found those of 14"
+    "a part of history is there twice": (
+        lambda storage: write_again(storage, "history"),
+        "step 1 2 times, step 2 2 times;",
     ),
-    "a part of rewards is there twice": (lambda storage: again(storage, "rewards"), "2 responses are there more than"),
+    "a rank's part of rewards is gone": (
+        lambda storage: storage.remove("c/rewards-00000004-0001.parquet"),
+        "16 questions in 8 steps, found those of 14",
+    ),
+    "a part of rewards is there twice": (lambda storage: write_again(storage, "rewards"), "2 responses have more than"),
     "all of history is gone": (
         lambda storage: [storage.remove(n) for n in history.parts(storage, "c") if "/history-" in n],
         "step 1 0 times, step 2 0 times, step 3 0 times and 5 more at fault",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_tables_that_are_not_whole_are_refused(tmp_path: Path, name: str) -> None:
+def test_tables_with_missing_or_repeated_rows_are_refused(tmp_path: Path, name: str) -> None:
     storage = Storage(str(tmp_path))
-    attempt(storage, 0, 8, 2, None)
-    census(storage).check(8, rewarded=True)
-    spoil, says = FAULTS[name]
-    spoil(storage)
-    with pytest.raises(ArtifactError, match=says):
-        census(storage).check(8, rewarded=True)
+    write_steps(storage, 0, 8, 2)
+    check_of(storage).check(8, rewarded=True)
+    damage, message = FAULTS[name]
+    damage(storage)
+    with pytest.raises(ArtifactError, match=message):
+        check_of(storage).check(8, rewarded=True)
 
 
-def test_steps_more_or_fewer_than_were_taken_are_refused(tmp_path: Path) -> None:
+def test_another_number_of_steps_is_refused(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
-    attempt(storage, 0, 8, 2, None)
-    for steps, says in ((7, "found step 8 1 times"), (9, "found step 9 0 times")):
-        with pytest.raises(ArtifactError, match=says):
-            census(storage).check(steps, rewarded=True)
+    write_steps(storage, 0, 8, 2)
+    for steps, message in ((7, "found step 8 1 times"), (9, "found step 9 0 times")):
+        with pytest.raises(ArtifactError, match=message):
+            check_of(storage).check(steps, rewarded=True)
 
 
-def test_where_nothing_is_rewarded_history_alone_is_asked_for(tmp_path: Path) -> None:
+def test_without_rewards_only_history_is_checked(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
-    attempt(storage, 0, 4, 2, None)
+    write_steps(storage, 0, 4, 2)
     for name in history.parts(storage, "c"):
         if "/rewards-" in name:
             storage.remove(name)
-    census(storage).check(4, rewarded=False)
+    check_of(storage).check(4, rewarded=False)
     with pytest.raises(ArtifactError, match="found those of 0"):
-        census(storage).check(4, rewarded=True)
+        check_of(storage).check(4, rewarded=True)

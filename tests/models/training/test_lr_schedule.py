@@ -12,8 +12,8 @@ from masters.models.training.lr_schedule import learning_rate
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 10), (3, 10), (10, 10), (1, 1), (20, 10)])
-def test_rates_are_those_of_transformers(schedule: str, warmup: int, steps: int) -> None:
-    """Its warmup begins with a step at rate 0, ours one step further on."""
+def test_rates_equal_those_of_transformers(schedule: str, warmup: int, steps: int) -> None:
+    """The warmup of transformers starts with a step at rate 0; ours skips that step."""
     train = Train.model_validate(dict(learning_rate=0.5, schedule=schedule, warmup_steps=warmup))
     name = "constant_with_warmup" if schedule == "constant" else schedule
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)

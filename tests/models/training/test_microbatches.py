@@ -1,4 +1,4 @@
-"""Which questions share a forward pass: a plan ahead, the passes that are taken, and what ranks get."""
+"""Division of steps into forward passes: the plan, the passes that are run, and the split across ranks."""
 
 from dataclasses import replace
 
@@ -6,18 +6,18 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from masters.data.question_shards import Ref
-from masters.models.packing.prefix_tree import Sizes
+from masters.data.question_shards import QuestionRef
+from masters.models.packing.prefix_tree import TokenCounts
 from masters.models.training import microbatches, trainer
 from masters.models.training.groups import Group, Step
-from tests.models.tiny_jobs import make_job, references
+from tests.models.tiny_contexts import make_context, references
 
 lengths = st.lists(st.integers(1, 60), min_size=1, max_size=12)
 
 
 def group(prompt: int, responses: list[list[int]]) -> Group:
     keys = [("teacher", 0.2, n) for n in range(len(responses))]
-    return Group(Ref("", "q", 0, 0), 0, np.zeros(prompt, np.int32), responses, np.zeros(len(responses)), keys)
+    return Group(QuestionRef("", "q", 0, 0), 0, np.zeros(prompt, np.int32), responses, np.zeros(len(responses)), keys)
 
 
 @given(lengths, st.integers(1, 100), st.integers(1, 4))
@@ -25,16 +25,16 @@ def test_a_plan_counts_the_passes_of_all_ranks(sizes: list[int], budget: int, ra
     members = tuple(range(len(sizes)))
     steps = [Step(0, 0, members), Step(0, 1, members[::-1])]
     planned = microbatches.plan(steps, sizes, budget, ranks)
-    taken = [
+    planned_batches = [
         batch
         for step in steps
-        for own in microbatches.split_across_ranks(step.groups, sizes, ranks)
-        for batch in microbatches.batches(own, sizes.__getitem__, budget)
+        for rank_groups in microbatches.split_across_ranks(step.groups, sizes, ranks)
+        for batch in microbatches.batches(rank_groups, sizes.__getitem__, budget)
     ]
     assert planned is not None
     assert planned == microbatches.plan(steps, sizes, budget, ranks)
-    assert planned.passes == len(taken) and planned.tokens == 2 * sum(sizes)
-    totals = [sum(sizes[g] for g in batch) for batch in taken]
+    assert planned.passes == len(planned_batches) and planned.tokens == 2 * sum(sizes)
+    totals = [sum(sizes[g] for g in batch) for batch in planned_batches]
     assert planned.largest_tokens == max(totals) == sum(sizes[g] for g in planned.largest)
     assert planned.largest_tokens <= max(budget, *sizes)
 
@@ -42,18 +42,18 @@ def test_a_plan_counts_the_passes_of_all_ranks(sizes: list[int], budget: int, ra
 @given(lengths, st.integers(1, 5))
 def test_ranks_share_a_step_evenly_and_keep_its_order(sizes: list[int], ranks: int) -> None:
     groups = tuple(range(len(sizes)))[::-1]
-    own = microbatches.split_across_ranks(groups, sizes, ranks)
-    assert sorted(g for part in own for g in part) == sorted(groups)
-    assert all(part == [g for g in groups if g in part] for part in own)
-    loads = [sum(sizes[g] for g in part) for part in own]
-    assert max(loads) - min(loads) <= max(sizes)  # who has most would have less without its last question
+    rank_groups = microbatches.split_across_ranks(groups, sizes, ranks)
+    assert sorted(g for part in rank_groups for g in part) == sorted(groups)
+    assert all(part == [g for g in groups if g in part] for part in rank_groups)
+    loads = [sum(sizes[g] for g in part) for part in rank_groups]
+    assert max(loads) - min(loads) <= max(sizes)  # the fullest rank would have fewer without its last question
     assert microbatches.split_across_ranks(groups, [*sizes[:-1], None], ranks) == [
         list(groups[r::ranks]) for r in range(ranks)
     ]
     assert microbatches.split_across_ranks(groups, sizes, 1) == [list(groups)]
 
 
-def test_repeated_responses_are_counted_once_and_unknown_prompts_are_not_guessed() -> None:
+def test_repeated_responses_count_once_and_unknown_prompts_have_no_size() -> None:
     known = group(5, [[1, 2], [1, 2], [3]])
     assert microbatches.size_of(known) == 5 + 2 + 1
     unknown = replace(known, prompt=None)  # training on labels
@@ -62,18 +62,20 @@ def test_repeated_responses_are_counted_once_and_unknown_prompts_are_not_guessed
     assert microbatches.plan([], [8], 10, 1) is None
 
 
-def test_the_passes_taken_are_those_planned() -> None:
-    job = make_job("qwen3_vl")
-    prompts = [job.question(one).ids_P.numpy() for one in job.groups]
-    asked = [replace(group, prompt=prompt) for group, prompt in zip(job.groups, prompts, strict=True)]
-    job = replace(job, groups=asked, token_budget=60, tally=Sizes())  # the job is shared with other tests
+def test_the_passes_that_are_run_are_those_planned() -> None:
+    context = make_context("qwen3_vl")
+    prompts = [context.question(one).ids_P.numpy() for one in context.groups]
+    groups = [replace(group, prompt=prompt) for group, prompt in zip(context.groups, prompts, strict=True)]
+    context = replace(
+        context, groups=groups, token_budget=60, token_counts=TokenCounts()
+    )  # the job is shared with other tests
     step = Step(0, 0, tuple(range(8)))
-    planned = microbatches.plan([step], job.sizes, 60, 1)
-    trainer.run_step(job, step, references(job))
-    job.student.zero_grad()
+    planned = microbatches.plan([step], context.group_tokens, 60, 1)
+    trainer.run_step(context, step, references(context))
+    context.student.zero_grad()
     assert planned is not None and planned.passes > 2
-    assert job.tally.passes == planned.passes
+    assert context.token_counts.passes == planned.passes
     assert (
-        job.tally.packed_tokens <= planned.tokens < job.tally.separate
+        context.token_counts.packed_tokens <= planned.tokens < context.token_counts.separate
     )  # less where questions of a pass share an image
-    assert job.tally.packed_tokens <= job.tally.padded
+    assert context.token_counts.packed_tokens <= context.token_counts.padded

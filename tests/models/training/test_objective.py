@@ -1,4 +1,4 @@
-"""The whole objective against the float64 reference, and what must hold of it whatever the numbers."""
+"""The objective against the float64 reference, and properties that hold for any numbers."""
 
 import math
 from typing import get_args
@@ -44,8 +44,8 @@ def batches(draw_from: st.DrawFn) -> Batch:
     return draw(shape, repeats, draw_from(st.integers(0, 2**32 - 1)), widths)
 
 
-def settled(batch: Batch) -> bool:
-    """Whether divergences of a question are either the same or well apart: rewards stretch a small difference."""
+def is_well_separated(batch: Batch) -> bool:
+    """Whether divergences of a question are equal or well apart: min-max scaling enlarges a small difference."""
     result = float64_reference.objective(batch, rewards=Rewards(distillation="raw"))
     groups = np.split(result.distill_R, np.cumsum([len(one) for one in batch.questions])[:-1])
     spreads = [np.ptp(d[~np.isnan(s)]) for d, s in zip(groups, batch.scores, strict=True) if not np.isnan(s).all()]
@@ -56,7 +56,7 @@ def settled(batch: Batch) -> bool:
 @settings(max_examples=15)
 @given(batch=batches())
 def test_equals_the_reference(variant: str, batch: Batch) -> None:
-    assume(settled(batch))
+    assume(is_well_separated(batch))
     check_objective(batch, *VARIANTS[variant])
     check_responses(batch, *VARIANTS[variant])
 
@@ -64,7 +64,7 @@ def test_equals_the_reference(variant: str, batch: Batch) -> None:
 def test_distillation_and_supervision_alone_equal_the_reference() -> None:
     batch = awkward()
     shares = np.zeros(len(batch.token_T))
-    for tokens in float64_reference.spans(batch):
+    for tokens in float64_reference.token_spans(batch):
         for t in tokens:
             shares[t] = 1 / (t.stop - t.start) / len(tokens)
     kinds = {
@@ -82,7 +82,7 @@ def test_distillation_and_supervision_alone_equal_the_reference() -> None:
         outcome.loss.backward()
         assert teacher.grad is None
         close(outcome.loss, (shares * terms(batch.student_TV)).sum(), kind)
-        close(student.grad, shares[:, None] * float64_reference.slope(terms, batch.student_TV), kind)
+        close(student.grad, shares[:, None] * float64_reference.numerical_gradient(terms, batch.student_TV), kind)
 
 
 def test_the_policy_ratio_is_one_and_its_gradient_the_advantage_times_that_of_log_pi() -> None:
@@ -97,7 +97,7 @@ def test_the_policy_ratio_is_one_and_its_gradient_the_advantage_times_that_of_lo
     loss_R.sum().backward()
     count_T = np.bincount(pack.response_T)[pack.response_T]
     a_T, old_T = advantage_R.numpy()[pack.response_T], float64_reference.log_pi(batch.student_TV, batch.token_T)
-    surrogate = float64_reference.slope(
+    surrogate = float64_reference.numerical_gradient(
         lambda logits: np.exp(float64_reference.log_pi(logits, batch.token_T) - old_T) * a_T, batch.student_TV
     )
     close(student.grad, -surrogate / count_T[:, None], "against finite differences")
@@ -163,7 +163,7 @@ def test_fine_tuning_on_responses_logs_their_accuracy() -> None:
     assert objective.supervised(logp_T, pack).sums.keys() == {"loss"}
 
 
-def test_fine_tuning_without_a_right_response_pulls_nowhere() -> None:
+def test_fine_tuning_without_a_right_response_has_no_gradient() -> None:
     batch = draw([[(3, 0.0), (1, NAN)]], set(), seed=2)
     student, _, _, score_R = tensors(batch)
     outcome = objective.supervised(formulas.chosen_log_probs(student, packed(batch).token_T), packed(batch), score_R)
@@ -174,7 +174,7 @@ def test_fine_tuning_without_a_right_response_pulls_nowhere() -> None:
 @pytest.mark.parametrize("divergence", get_args(Train.model_fields["divergence"].annotation))
 @pytest.mark.parametrize("kind", get_args(Train.model_fields["objective"].annotation))
 def test_no_configuration_leaves_a_question_without_a_gradient(kind: str, divergence: str) -> None:
-    """Not even with equal rewards and beta = 0: so no question is skipped. A way to turn D off would change that."""
+    """This holds even with equal rewards and beta = 0, because D is always in the loss: no question is skipped."""
     train = Train.model_validate(
         dict(objective=kind, divergence=divergence, beta=0.0, targets="labels" if kind == "sft" else "responses")
     )
@@ -193,7 +193,7 @@ def test_no_configuration_leaves_a_question_without_a_gradient(kind: str, diverg
 
 
 @pytest.mark.parametrize(("scores", "shared"), [([1.0] * 8, False), ([0.0] * 8, True)])
-def test_equal_verdicts_leave_the_divergence_to_decide(scores: list[float], shared: bool) -> None:
+def test_with_equal_verdicts_the_divergence_decides(scores: list[float], shared: bool) -> None:
     shape: Shape = [[(2, score) for score in scores]]
     batch = draw(shape, {(0, j) for j in range(1, 8)} if shared else set(), seed=3)
     student, teacher, pi_ref, score_R = tensors(batch)
@@ -204,8 +204,8 @@ def test_equal_verdicts_leave_the_divergence_to_decide(scores: list[float], shar
         assert advantage_R.argmax() == divergence_R.argmin()
 
 
-def test_a_question_is_rewarded_by_itself() -> None:
-    """The rewards of a batch are those of its questions, each alone."""
+def test_rewards_do_not_depend_on_other_questions_of_the_batch() -> None:
+    """The rewards of a batch equal those of each question alone."""
     batch = awkward()
     student, teacher, pi_ref, score_R = tensors(batch)
     pack = packed(batch)
@@ -218,7 +218,7 @@ def test_a_question_is_rewarded_by_itself() -> None:
         assert all(torch.equal(whole[of], own) for whole, own in zip(together, alone, strict=True))
 
 
-def test_equal_models_diverge_nowhere_and_pull_nowhere() -> None:
+def test_equal_models_have_no_divergence_and_no_gradient() -> None:
     student, _, _, _ = tensors(awkward())
     value_T = formulas.jensen_shannon(student, student.detach().clone())
     value_T.sum().backward()

@@ -1,4 +1,4 @@
-"""A training job on tiny random models: eight questions, some about one image, and what a test asks of it."""
+"""A training context of tiny random models with eight questions, some of them about one image."""
 
 from functools import cache
 from typing import Any, cast
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from masters.config import Rewards, Train
-from masters.data.question_shards import Ref
+from masters.data.question_shards import QuestionRef
 from masters.models.families import family_of
 from masters.models.losses import formulas
 from masters.models.packing.packed_batch import PackedBatch, pack, response_logits
@@ -23,7 +23,7 @@ SHARED_IMAGE = 5  # the questions from this number on are about one image
 
 
 @cache
-def make_job(name: str) -> trainer.TrainContext:
+def make_context(name: str) -> trainer.TrainContext:
     """Eight questions on a family's student, its masked teacher and a pi_ref that is not the student, so that the KL
     term has a gradient; no store, no optimizer."""
     student, teacher = tiny_models.model(name, seed=0), tiny_models.model(name, seed=1, ratio=0.2)
@@ -33,7 +33,7 @@ def make_job(name: str) -> trainer.TrainContext:
         if number in (1, 4):
             responses[1] = responses[0]
         keys = [("teacher", 0.2, sample) for sample in range(len(responses))]
-        ref = Ref("", f"q{number}", 0, number)
+        ref = QuestionRef("", f"q{number}", 0, number)
         groups.append(Group(ref, 0, None, responses, np.array(scores, dtype=float), keys))
     return trainer.TrainContext(
         student=student,
@@ -53,23 +53,23 @@ def make_job(name: str) -> trainer.TrainContext:
         checkpoints="",
         checkpoint_steps=1,
         token_budget=10_000,
-        report=lambda **fields: None,
+        report=lambda event: None,
     )
 
 
-def packed(job: trainer.TrainContext, groups: list[int]) -> PackedBatch:
-    return pack([job.question(job.groups[g]) for g in groups], job.student, job.family)
+def packed(context: trainer.TrainContext, groups: list[int]) -> PackedBatch:
+    return pack([context.question(context.groups[g]) for g in groups], context.student, context.family)
 
 
 @torch.no_grad()
-def references(job: trainer.TrainContext) -> dict[int, torch.Tensor]:
-    """Stored log pi_ref of a reference that is not the student; none where `job.train` stores none."""
+def references(context: trainer.TrainContext) -> dict[int, torch.Tensor]:
+    """Stored log pi_ref of a reference that is not the student; none where `context.train` stores none."""
     made: dict[int, torch.Tensor] = {}
-    if not job.train.stores_reference:
+    if not context.train.stores_reference:
         return made
-    for g in range(len(job.groups)):
-        one = packed(job, [g])
-        logits_TV = response_logits(job.student, one)
+    for g in range(len(context.groups)):
+        one = packed(context, [g])
+        logits_TV = response_logits(context.student, one)
         noise = torch.randn(logits_TV.shape, generator=torch.Generator().manual_seed(g))
         made[g] = formulas.chosen_log_probs(logits_TV + 0.3 * noise, one.token_T)
     return made
