@@ -1,4 +1,4 @@
-"""A small OpenAI-compatible server on loopback that judges by exact match, or as a test tells it to."""
+"""A small OpenAI-compatible server on loopback that judges by exact match, or replies as a test says."""
 
 import html
 import json
@@ -12,42 +12,44 @@ from threading import Lock, Thread
 
 from masters.rewards.rules import exact_match
 
-Say = Callable[[str], "tuple[int, object]"]  # the user's turn to HTTP status and text, bytes or seconds to wait
+Reply = Callable[
+    [str], "tuple[int, object]"
+]  # from the user's turn to the HTTP status and the text, body or seconds to wait
 
 
 @dataclass
 class FakeJudge:
-    """What was asked, how often at a time, and what to say."""
+    """The requests received, how many at the same time, and the function that replies."""
 
     url: str = ""
-    say: Say = field(default=lambda user: (200, verdict(user)))
+    reply: Reply = field(default=lambda user: (200, judge_by_exact_match(user)))
     models: tuple[str, ...] = ("exact-match",)
-    asked: list[dict] = field(default_factory=list)
+    requests: list[dict] = field(default_factory=list)
     keys: set[str] = field(default_factory=set)
-    at_once: int = 0
-    most_at_once: int = 0
+    concurrent: int = 0
+    max_concurrent: int = 0
     lock: Lock = field(default_factory=Lock)
 
     def first_calls(self) -> list[str]:
         """The user's turns of all first calls so far."""
-        return [user for user in (call["messages"][-1]["content"] for call in self.asked) if "<question>" in user]
+        return [user for user in (call["messages"][-1]["content"] for call in self.requests) if "<question>" in user]
 
 
-def verdict(user: str) -> str:
-    """What an able judge says in either call."""
+def judge_by_exact_match(user: str) -> str:
+    """Reply to either call as a correct judge does."""
     if "<overall_summary>" in user:
         return re.findall(r"<answer>(\d)</answer>", user)[-1]
-    truth, text = (inside(user, tag) for tag in ("ground_truth", "generated_text"))
+    truth, text = (tag_content(user, tag) for tag in ("ground_truth", "generated_text"))
     return f"It compares.\n<answer>{int(exact_match(text, truth))}</answer>"
 
 
-def inside(user: str, tag: str) -> str:
+def tag_content(user: str, tag: str) -> str:
     return html.unescape(re.findall(f"<{tag}>(.*?)</{tag}>", user, re.DOTALL)[0])
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 128  # a busy machine accepts late, and a test asks all at once
+    request_queue_size = 128  # tests send many requests at the same time
 
 
 @contextmanager
@@ -74,17 +76,18 @@ def _handler(judge: FakeJudge) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             call = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with judge.lock:
-                judge.asked.append(call)
+                judge.requests.append(call)
                 judge.keys.add(self.headers.get("Authorization", ""))
-                judge.at_once += 1
-                judge.most_at_once = max(judge.most_at_once, judge.at_once)
-            status, said = judge.say(call["messages"][-1]["content"])
-            if isinstance(said, float):
-                time.sleep(said)
-                said = ""
+                judge.concurrent += 1
+                judge.max_concurrent = max(judge.max_concurrent, judge.concurrent)
+            status, reply = judge.reply(call["messages"][-1]["content"])
+            if isinstance(reply, float):
+                time.sleep(reply)
+                reply = ""
             with judge.lock:
-                judge.at_once -= 1
-            self._send(status, said if isinstance(said, bytes) else json.dumps(_completion(str(said), call)).encode())
+                judge.concurrent -= 1
+            body = reply if isinstance(reply, bytes) else json.dumps(_completion(str(reply), call)).encode()
+            self._send(status, body)
 
         def _send(self, status: int, data: bytes) -> None:
             try:
@@ -93,7 +96,7 @@ def _handler(judge: FakeJudge) -> type[BaseHTTPRequestHandler]:
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
-            except OSError:  # the client waits no more
+            except OSError:  # the client has closed the connection
                 pass
 
         def log_message(self, *_: object) -> None:

@@ -84,12 +84,12 @@ def verdict(server: FakeJudge, timeout: float = 5.0) -> Verdict:
 def verdicts(says: dict[str, tuple[int, object]], first: str | None = None) -> dict[str, Verdict]:
     """By case: what comes of an answer in the first call, or in the second after `first`. All asked at once."""
 
-    def say(user: str) -> tuple[int, object]:
+    def reply(user: str) -> tuple[int, object]:
         if first and "<question>" in user:
             return 200, f"{fake_judge.inside(user, 'generated_text')} {first}"
         return next(answer for case, answer in says.items() if f"[{case}]" in html.unescape(user))
 
-    with fake_judge.serve(say=say) as server, ServerJudge(server.url, "m", timeout=60.0, retries=0) as voice:
+    with fake_judge.serve(reply=reply) as server, ServerJudge(server.url, "m", timeout=60.0, retries=0) as voice:
         found = judge_triples(voice, [Triple("what color?", "teal", f"[{case}]") for case in says])
     return dict(zip(says, found, strict=True))
 
@@ -199,11 +199,11 @@ def test_redirects_are_not_followed() -> None:
     with fake_judge.serve() as other:
         with raw(http(b"", f"Location: {other.url}/chat/completions", status="307 Temporary Redirect")) as server:
             assert verdict(server).status == "judge_failed"
-        assert other.asked == []
+        assert other.requests == []
 
 
 @pytest.mark.parametrize("listed", [None, 7, "", [], {}, "x" * 2000], ids=lambda value: repr(value)[:20])
 def test_server_that_lists_no_model_name_is_asked_without_one(listed: object) -> None:
     with fake_judge.serve(models=(listed,)) as server, ServerJudge(server.url, None, retries=0) as voice:
         (found,) = judge_triples(voice, [TRIPLE])
-        assert found.status == "ok" and server.asked[0]["model"] == DEFAULT_MODEL
+        assert found.status == "ok" and server.requests[0]["model"] == DEFAULT_MODEL

@@ -9,7 +9,7 @@ from masters.rewards.judge import judge_triples
 from masters.rewards.judge_prompts import grading_conversation
 from masters.rewards.judge_server import ServerJudge
 from masters.rewards.verdict import Triple
-from tests.fake_judge import serve, verdict
+from tests.fake_judge import serve, judge_by_exact_match
 
 TRIPLES = [Triple("what color?", "teal", text) for text in ("Teal.", "red", "")]
 
@@ -26,9 +26,9 @@ def test_verdicts_over_http(monkeypatch: pytest.MonkeyPatch) -> None:
         verdicts = judge_triples(server, TRIPLES)
     assert [(v.score, v.status, v.reading) for v in verdicts] == [(1, "ok", "1"), (0, "ok", "0"), (0, "ok", "0")]
     assert fake.keys == {"Bearer sesame"}
-    assert {call["model"] for call in fake.asked} == {"exact-match"}  # listed by the server, as none is configured
-    assert {call["temperature"] for call in fake.asked} == {0}
-    assert {call["max_tokens"] for call in fake.asked} == {256, 8}
+    assert {call["model"] for call in fake.requests} == {"exact-match"}  # listed by the server, as none is configured
+    assert {call["temperature"] for call in fake.requests} == {0}
+    assert {call["max_tokens"] for call in fake.requests} == {256, 8}
 
 
 @pytest.mark.parametrize(("models", "configured", "expected"), [(("a", "b"), "b", "b"), ((), None, "default")])
@@ -37,64 +37,64 @@ def test_requests_name_the_configured_or_listed_model(
 ) -> None:
     with serve(models=models) as fake:
         assert ask(ServerJudge(fake.url, configured))[0][0] == "ok"
-    assert {call["model"] for call in fake.asked} == {expected}
+    assert {call["model"] for call in fake.requests} == {expected}
 
 
 def test_server_errors_are_retried() -> None:
     replies = [(500, b"{}"), (503, b"busy"), (429, b"{}")]
-    with serve(say=lambda user: replies.pop(0) if replies else (200, verdict(user))) as fake:
+    with serve(reply=lambda user: replies.pop(0) if replies else (200, judge_by_exact_match(user))) as fake:
         assert ask(ServerJudge(fake.url, "m", retries=3))[0][0] == "ok"
-    assert len(fake.asked) == 4
+    assert len(fake.requests) == 4
 
 
 def test_a_persistent_error_is_a_failure() -> None:
-    with serve(say=lambda _: (500, b'{"error": {"message": "out of memory"}}')) as fake:
+    with serve(reply=lambda _: (500, b'{"error": {"message": "out of memory"}}')) as fake:
         ((status, text),) = ask(ServerJudge(fake.url, "m", retries=1))
-    assert (status, len(fake.asked)) == ("judge_failed", 2)
+    assert (status, len(fake.requests)) == ("judge_failed", 2)
     assert "500" in text and "out of memory" in text
 
 
 @pytest.mark.parametrize(("code", "status"), [(400, "refused"), (413, "refused"), (401, "judge_failed")])
 def test_client_errors_are_not_retried(code: int, status: str) -> None:
-    with serve(say=lambda _: (code, b"{}")) as fake:
+    with serve(reply=lambda _: (code, b"{}")) as fake:
         assert ask(ServerJudge(fake.url, "m"))[0][0] == status
-    assert len(fake.asked) == 1
+    assert len(fake.requests) == 1
 
 
 def test_a_judge_that_times_out_gives_judge_failed() -> None:
-    with serve(say=lambda _: (200, 2.0)) as fake:
+    with serve(reply=lambda _: (200, 2.0)) as fake:
         ((status, text),) = ask(ServerJudge(fake.url, "m", timeout=0.2, retries=1))
-    assert (status, len(fake.asked)) == ("judge_failed", 2)
+    assert (status, len(fake.requests)) == ("judge_failed", 2)
     assert "APITimeoutError" in text
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>hello</html>", b"[]", b"{}", b'"1"', b'{"choices": []}', b"\xff\xfe"])
 def test_a_body_without_a_chat_completion_is_a_failure(body: bytes) -> None:
-    with serve(say=lambda _: (200, body)) as fake:
+    with serve(reply=lambda _: (200, body)) as fake:
         assert ask(ServerJudge(fake.url, "m", retries=0))[0][0] == "judge_failed"
 
 
 def test_a_reply_without_a_score_is_a_parse_failure() -> None:
-    with serve(say=lambda _: (200, "\u2603 <answer>maybe</answer>")) as fake, ServerJudge(fake.url, "m") as server:
+    with serve(reply=lambda _: (200, "\u2603 <answer>maybe</answer>")) as fake, ServerJudge(fake.url, "m") as server:
         assert {(v.score, v.status) for v in judge_triples(server, TRIPLES)} == {(None, "parse_failed")}
 
 
 def test_a_reply_cut_at_the_token_limit_has_its_own_status() -> None:
-    with serve(say=lambda _: (200, "it goes on [cut]")) as fake:
+    with serve(reply=lambda _: (200, "it goes on [cut]")) as fake:
         assert ask(ServerJudge(fake.url, "m"))[0] == ("cut_off", "it goes on [cut]")
 
 
 def test_concurrent_requests_are_bounded() -> None:
-    with serve(say=lambda _: (200, 0.1)) as fake:
+    with serve(reply=lambda _: (200, 0.1)) as fake:
         assert len(ask(ServerJudge(fake.url, "m", requests=3), count=12)) == 12
-    assert 2 <= fake.most_at_once <= 3
+    assert 2 <= fake.max_concurrent <= 3
 
 
 def test_no_requests_after_many_failures_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge_server, "MAX_CONSECUTIVE_FAILURES", 4)
-    with serve(say=lambda _: (500, b"{}")) as fake:
+    with serve(reply=lambda _: (500, b"{}")) as fake:
         answers = ask(ServerJudge(fake.url, "m", requests=1, retries=0), count=10)
-    assert len(fake.asked) == 4
+    assert len(fake.requests) == 4
     assert {status for status, _ in answers} == {"judge_failed"}
     assert "not asked after 4 failures in a row (HTTP 500" in answers[-1][1]
 

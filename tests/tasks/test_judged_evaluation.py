@@ -19,7 +19,7 @@ from masters.tasks.judges import accuracy_metric, evaluation_judge
 from masters.tasks.register import render_card
 from masters.tasks.run_context import Run
 from tests import fake_judge
-from tests.fake_judge import FakeJudge, inside, serve
+from tests.fake_judge import FakeJudge, tag_content, serve
 from tests.handmade_run import first_round, make_run, read_stderr
 from tests.shape_data import write_questions
 
@@ -33,14 +33,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def judge() -> Iterator[FakeJudge]:
-    with serve(say=accept_phrases) as server:
+    with serve(reply=accept_phrases) as server:
         yield server
 
 
 def accept_phrases(user: str) -> tuple[int, object]:
     """Reply as a judge that accepts every answer of several words, unlike any rule."""
     if "<overall_summary>" in user:
-        return 200, fake_judge.verdict(user)
+        return 200, fake_judge.judge_by_exact_match(user)
     return 200, f"It looks. <answer>{int(len(inside(user, 'generated_text').split()) > 1)}</answer>"
 
 
@@ -83,9 +83,9 @@ def test_judge_decides_and_its_judgements_are_stored(tmp_path: Path, source: Pat
     assert evaluated.record["upstream"]["judge"]["uri"] == judge.url
     assert tables.read(run.storage, evaluated.files("predictions")[0]).schema.equals(tables.PREDICTIONS)
 
-    requests = len(judge.asked)
+    requests = len(judge.requests)
     assert run_evaluation(make_judged_run(tmp_path, source, judge.url), questions).fingerprint == evaluated.fingerprint
-    assert len(judge.asked) == requests
+    assert len(judge.requests) == requests
 
 
 def test_judge_enters_identity_and_rules_do_not_change_it(tmp_path: Path, source: Path) -> None:
@@ -109,11 +109,11 @@ def test_unavailable_judge_fails_the_stage_and_the_next_run_judges_the_rest(
     run = make_judged_run(tmp_path, source, judge.url)
     questions = data.fn(run)
     write_answers(run, questions)
-    judge.say = lambda user: (401, "no") if "no idea" in user else accept_phrases(user)
+    judge.reply = lambda user: (401, "no") if "no idea" in user else accept_phrases(user)
     with pytest.raises(WorkerError, match=r"was unavailable for \d+ of \d+ answers.*run again"):
         run_evaluation(run, questions)
-    first, judge.say = set(judge.first_calls()), accept_phrases
-    judge.asked.clear()
+    first, judge.reply = set(judge.first_calls()), accept_phrases
+    judge.requests.clear()
     evaluated = run_evaluation(make_judged_run(tmp_path, source, judge.url), questions)
     again = set(judge.first_calls())
     assert again and all("no idea" in user for user in again) and again < first
@@ -123,7 +123,7 @@ def test_unavailable_judge_fails_the_stage_and_the_next_run_judges_the_rest(
 def test_unparsable_verdict_counts_as_wrong_and_is_reported(
     tmp_path: Path, source: Path, judge: FakeJudge, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    judge.say = lambda user: (200, "who knows") if "no idea" in user else accept_phrases(user)
+    judge.reply = lambda user: (200, "who knows") if "no idea" in user else accept_phrases(user)
     run = make_judged_run(tmp_path, source, judge.url)
     questions = data.fn(run)
     write_answers(run, questions)
@@ -138,7 +138,7 @@ def test_unparsable_verdict_counts_as_wrong_and_is_reported(
 
 
 def test_judge_without_any_verdict_raises(tmp_path: Path, source: Path, judge: FakeJudge) -> None:
-    judge.say = lambda _: (200, "who knows")
+    judge.reply = lambda _: (200, "who knows")
     run = make_judged_run(tmp_path, source, judge.url)
     questions = data.fn(run)
     write_answers(run, questions)

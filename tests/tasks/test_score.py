@@ -14,7 +14,7 @@ from masters.rewards import judge_prompts
 from masters.store.artifacts import Artifact
 from masters.tasks.judges import scoring_judge
 from masters.tasks.run_context import Run
-from tests.fake_judge import FakeJudge, inside, serve, verdict
+from tests.fake_judge import FakeJudge, tag_content, serve, judge_by_exact_match
 from tests.handmade_run import read_stderr
 from tests.scoring_run import first_round, make_run, run_scoring, write_responses
 
@@ -58,8 +58,8 @@ def fake_judge() -> Iterator[FakeJudge]:
 
 def fail_on(text: str):
     """Return a reply function that answers one text with an error."""
-    return lambda user: (401, b"{}") if "<question>" in user and inside(user, "generated_text") == text else (
-        200, verdict(user))  # fmt: skip
+    return lambda user: (401, b"{}") if "<question>" in user and tag_content(user, "generated_text") == text else (
+        200, judge_by_exact_match(user))  # fmt: skip
 
 
 def test_rules_score_without_a_judge(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_every_distinct_text_is_judged_once(tmp_path: Path, fake_judge: FakeJudg
         assert row["score"] == right[row["question_id"]][row["sample"]]
         assert row["explanation"] == f"It compares.\n<answer>{row['score']:.0f}</answer>"
     assert len(fake_judge.first_calls()) == len(set(fake_judge.first_calls())) == DISTINCT
-    assert len(fake_judge.asked) == 2 * DISTINCT
+    assert len(fake_judge.requests) == 2 * DISTINCT
     assert (entry["triples"], entry["asked"], entry["answered"], entry["rows"]) == (DISTINCT, DISTINCT, DISTINCT, 12)
     judged = list(artifact.rows("judgements"))
     assert len({row["triple_digest"] for row in judged}) == DISTINCT
@@ -91,18 +91,18 @@ def test_every_distinct_text_is_judged_once(tmp_path: Path, fake_judge: FakeJudg
 
 def test_scoring_again_makes_no_judge_requests(tmp_path: Path, fake_judge: FakeJudge) -> None:
     first, *_ = score_texts(make_run(tmp_path, fake_judge.url))
-    asked = len(fake_judge.asked)
+    asked = len(fake_judge.requests)
     again, _, entry = score_texts(make_run(tmp_path, fake_judge.url))
-    assert (again.fingerprint, entry["outcome"], len(fake_judge.asked)) == (first.fingerprint, "reused", asked)
+    assert (again.fingerprint, entry["outcome"], len(fake_judge.requests)) == (first.fingerprint, "reused", asked)
 
 
 def test_only_new_texts_are_judged(tmp_path: Path, fake_judge: FakeJudge) -> None:
     first, before, _ = score_texts(make_run(tmp_path, fake_judge.url))
-    fake_judge.asked.clear()
+    fake_judge.requests.clear()
     more = TEXTS | {"q3": [*TEXTS["q3"], "No!"]}
     second, after, entry = score_texts(make_run(tmp_path, fake_judge.url), more)
     assert second.fingerprint != first.fingerprint
-    assert [inside(user, "generated_text") for user in fake_judge.first_calls()] == ["No!"]
+    assert [tag_content(user, "generated_text") for user in fake_judge.first_calls()] == ["No!"]
     assert entry["asked"] == 1
     assert [row for row in after if row["sample"] < 4] == before
 
@@ -129,7 +129,7 @@ def test_rebuild_judges_again(tmp_path: Path, fake_judge: FakeJudge) -> None:
 def test_failed_judgement_has_no_score_and_is_repeated_by_the_next_run(
     tmp_path: Path, fake_judge: FakeJudge, capsys
 ) -> None:
-    fake_judge.say = fail_on("Teal.")
+    fake_judge.reply = fail_on("Teal.")
     first, rows, entry = score_texts(make_run(tmp_path, fake_judge.url))
     (failed,) = [row for row in rows if row["status"] != "ok"]
     assert (failed["question_id"], failed["sample"]) == ("q1", 1)
@@ -140,28 +140,28 @@ def test_failed_judgement_has_no_score_and_is_repeated_by_the_next_run(
     assert entry["no_verdict"] == {"judge_failed": 1}
     assert "1 of 12 responses have no verdict and get no reward (judge_failed 1)" in read_stderr(capsys)
 
-    fake_judge.say = lambda user: (200, verdict(user))
-    fake_judge.asked.clear()
+    fake_judge.reply = lambda user: (200, judge_by_exact_match(user))
+    fake_judge.requests.clear()
     second, rows, entry = score_texts(make_run(tmp_path, fake_judge.url))
-    assert [inside(user, "generated_text") for user in fake_judge.first_calls()] == ["Teal."]
+    assert [tag_content(user, "generated_text") for user in fake_judge.first_calls()] == ["Teal."]
     assert {row["status"] for row in rows} == {"ok"}
     assert second.fingerprint != first.fingerprint  # what was trained on the first one's verdicts stays true
     assert second.record["inputs"]["earlier"] == first.fingerprint
 
-    fake_judge.asked.clear()
+    fake_judge.requests.clear()
     third, _, entry = score_texts(make_run(tmp_path, fake_judge.url))
-    assert (third.fingerprint, entry["outcome"], fake_judge.asked) == (second.fingerprint, "reused", [])
+    assert (third.fingerprint, entry["outcome"], fake_judge.requests) == (second.fingerprint, "reused", [])
 
 
 def test_pass_with_gaps_is_kept_while_the_judge_is_unavailable(tmp_path: Path, fake_judge: FakeJudge) -> None:
-    fake_judge.say = fail_on("Teal.")
+    fake_judge.reply = fail_on("Teal.")
     first, *_ = score_texts(make_run(tmp_path, fake_judge.url))
     again, _, entry = score_texts(make_run(tmp_path, fake_judge.url))
     assert (again.fingerprint, entry["outcome"]) == (first.fingerprint, "reused")
 
 
 def test_refused_text_is_final(tmp_path: Path, fake_judge: FakeJudge, capsys) -> None:
-    fake_judge.say = lambda user: (400, b"{}") if "Teal." in user else (200, verdict(user))
+    fake_judge.reply = lambda user: (400, b"{}") if "Teal." in user else (200, judge_by_exact_match(user))
     first, rows, _ = score_texts(make_run(tmp_path, fake_judge.url))
     assert [row["status"] for row in rows if row["score"] is None] == ["refused"]
     assert "1 of 12 responses have no verdict and get no reward (refused 1)" in read_stderr(capsys)
@@ -179,7 +179,7 @@ def test_no_warning_if_every_response_has_a_verdict(tmp_path: Path, fake_judge: 
     ("reply", "says"), [((401, b"{}"), r"judge_failed 8\); its first reply: 'HTTP 401"), ((200, "?"), "parse_failed 8")]
 )
 def test_stage_fails_without_any_verdict(tmp_path: Path, fake_judge: FakeJudge, reply: tuple, says: str) -> None:
-    fake_judge.say = lambda _: reply
+    fake_judge.reply = lambda _: reply
     with pytest.raises(WorkerError, match=rf"judge {fake_judge.url} gave no verdict on any of 8 texts.*{says}"):
         score_texts(make_run(tmp_path, fake_judge.url))
     assert make_run(tmp_path).storage.children("score") == []

@@ -64,9 +64,9 @@ def test_shards_are_judged_as_they_appear_and_score_asks_for_nothing(tmp_path: P
     run = make_run(tmp_path / "store", server.url)
     assert judge_early(run, tmp_path / "work") == DISTINCT
     assert len(server.first_calls()) == len(set(server.first_calls())) == DISTINCT
-    server.asked.clear()
+    server.requests.clear()
     artifact, rows, line = by_hand.run_scoring(run, QUESTIONS, TEXTS)
-    assert (server.asked, line["asked"], artifact.facts["statuses"]) == ([], 0, {"ok": 9})
+    assert (server.requests, line["asked"], artifact.facts["statuses"]) == ([], 0, {"ok": 9})
     with serve() as fresh:
         _, plain, _ = by_hand.run_scoring(make_run(tmp_path / "plain", fresh.url), QUESTIONS, TEXTS)
     columns = ("question_id", "sample", "score", "status", "explanation")
@@ -74,14 +74,14 @@ def test_shards_are_judged_as_they_appear_and_score_asks_for_nothing(tmp_path: P
 
 
 def test_a_judge_that_is_down_stops_no_run_and_score_asks_again(tmp_path: Path, server: FakeJudge) -> None:
-    server.say = lambda _: (401, b"{}")
+    server.reply = lambda _: (401, b"{}")
     run = make_run(tmp_path / "store", server.url)
     for name, data in encode_shards(run).items():
         run.storage.write(name, data)
     child = make_child(run, list(encode_shards(run)), tmp_path / "work")
     processes.run([child], 1, lambda *_: None, 60)
     assert "score will ask again" in child.log.read_text()
-    server.say = FakeJudge().say
+    server.reply = FakeJudge().reply
     _, rows, line = by_hand.run_scoring(run, QUESTIONS, TEXTS)
     assert line["asked"] == DISTINCT and {row["status"] for row in rows} == {"ok"}
 
