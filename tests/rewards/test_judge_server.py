@@ -9,7 +9,7 @@ from masters.rewards.judge import judge_triples
 from masters.rewards.judge_prompts import grading_conversation
 from masters.rewards.judge_server import ServerJudge
 from masters.rewards.verdict import Triple
-from tests.fake_judge import serve, judge_by_exact_match
+from tests.fake_judge import judge_by_exact_match, serve
 
 TRIPLES = [Triple("what color?", "teal", text) for text in ("Teal.", "red", "")]
 

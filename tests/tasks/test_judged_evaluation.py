@@ -19,7 +19,7 @@ from masters.tasks.judges import accuracy_metric, evaluation_judge
 from masters.tasks.register import render_card
 from masters.tasks.run_context import Run
 from tests import fake_judge
-from tests.fake_judge import FakeJudge, tag_content, serve
+from tests.fake_judge import FakeJudge, serve, tag_content
 from tests.handmade_run import first_round, make_run, read_stderr
 from tests.shape_data import write_questions
 
@@ -41,7 +41,7 @@ def accept_phrases(user: str) -> tuple[int, object]:
     """Reply as a judge that accepts every answer of several words, unlike any rule."""
     if "<overall_summary>" in user:
         return 200, fake_judge.judge_by_exact_match(user)
-    return 200, f"It looks. <answer>{int(len(inside(user, 'generated_text').split()) > 1)}</answer>"
+    return 200, f"It looks. <answer>{int(len(tag_content(user, 'generated_text').split()) > 1)}</answer>"
 
 
 def make_judged_run(store: Path, source: Path, url: str, accuracy: str = "llm") -> Run:

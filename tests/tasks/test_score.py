@@ -14,7 +14,7 @@ from masters.rewards import judge_prompts
 from masters.store.artifacts import Artifact
 from masters.tasks.judges import scoring_judge
 from masters.tasks.run_context import Run
-from tests.fake_judge import FakeJudge, tag_content, serve, judge_by_exact_match
+from tests.fake_judge import FakeJudge, judge_by_exact_match, serve, tag_content
 from tests.handmade_run import read_stderr
 from tests.scoring_run import first_round, make_run, run_scoring, write_responses
 
