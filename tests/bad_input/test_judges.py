@@ -1,4 +1,4 @@
-"""Judges that answer nonsense, over HTTP: a verdict that could not be had is a status, never a score, never a crash."""
+"""Judge servers with invalid replies: a missing verdict is a status, never a score and never a crash."""
 
 import gzip
 import html
@@ -27,7 +27,7 @@ def completion(content: object, **changes: object) -> bytes:
     return json.dumps(dict(id="1", object="chat.completion", created=0, model="m", choices=[choice])).encode()
 
 
-# HTTP status and what is sent in the first call; status of the verdict, and what its explanation says
+# the first reply, the status of the verdict, and a part of its explanation
 FIRSTS: dict[str, tuple[object, str, str]] = {
     "nothing": ("", "parse_failed", ""),
     "prose": ("I would say that it is right.", "parse_failed", "I would say"),
@@ -86,7 +86,7 @@ def verdicts(says: dict[str, tuple[int, object]], first: str | None = None) -> d
 
     def reply(user: str) -> tuple[int, object]:
         if first and "<question>" in user:
-            return 200, f"{fake_judge.inside(user, 'generated_text')} {first}"
+            return 200, f"{fake_judge.tag_content(user, 'generated_text')} {first}"
         return next(answer for case, answer in says.items() if f"[{case}]" in html.unescape(user))
 
     with fake_judge.serve(reply=reply) as server, ServerJudge(server.url, "m", timeout=60.0, retries=0) as voice:
