@@ -1,4 +1,4 @@
-"""The real data stage over a source, without Prefect and MLflow around it."""
+"""Run the data stage on a source, without Prefect and MLflow."""
 
 from pathlib import Path
 
@@ -16,25 +16,26 @@ TOKENS = ("<|im_end|>", "<|image_pad|>")
 
 
 def make_config(source: object) -> Config:
-    return Config.model_validate(
-        dict(
-            name="bad", store=dict(root="unused"), data=dict(source=str(source), max_rejected_share=1.0),
-            student=dict(model="s"), teachers=[dict(model="t")],
-        )
-    )  # fmt: skip
+    values = dict(
+        name="bad",
+        store=dict(root="unused"),
+        data=dict(source=str(source), max_rejected_share=1.0),
+        student=dict(model="s"),
+        teachers=[dict(model="t")],
+    )
+    return Config.model_validate(values)
 
 
 def build_data(store: Path, source: object) -> Artifact:
-    """Raises InputError where the source as a whole is at fault."""
+    """Build the data artifact. Raises InputError if the source as a whole is unusable."""
     config, storage = make_config(source), Storage(str(store))
     resources = Resources(storage, open_source(config.data), None, [], TOKENS)  # pyright: ignore
     identity = data.make_identity(Context(config, resources))
-    return artifacts.commit(
-        storage, identity, *question_table.write_tables(config, resources.source, storage, identity.folder, TOKENS), {}
-    )
+    written = question_table.write_tables(config, resources.source, storage, identity.folder, TOKENS)
+    return artifacts.commit(storage, identity, *written, {})
 
 
 def outcomes(artifact: Artifact) -> dict[str, str]:
-    """By id: "accepted", or the reason of the rejection."""
+    """Return by id "accepted", or the reason of the rejection."""
     accepted = {row["question_id"]: "accepted" for row in artifact.rows("questions", ["question_id"])}
     return accepted | {row["id"]: row["reason"] for row in artifact.rows("rejected")}

@@ -1,4 +1,4 @@
-"""What a person sees: exit code 2 and one line on stderr, before anything is written to the store."""
+"""Bad input on the command line: exit code 2 and one line on stderr, before anything is written to the store."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input.test_weights import GATE, one
+from tests.bad_input.test_weights import GATE, set_element
 from tests.fork_server import PYTHON
 from tests.shape_data import write_questions
 
@@ -27,10 +27,10 @@ def masters(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 class Case:
-    """A command on the demo's configuration with one thing at fault, and what its line says."""
+    """A command on the demo's configuration with one fault, and a part of its error line."""
 
-    def __init__(self, says: str, *values: str, command: str = "check", **environment: str) -> None:
-        self.says, self.values, self.command, self.environment = says, values, command, environment
+    def __init__(self, message: str, *values: str, command: str = "check", **environment: str) -> None:
+        self.message, self.values, self.command, self.environment = message, values, command, environment
 
 
 CASES = {
@@ -54,10 +54,10 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def top(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models and sources at fault, by the names that the cases use."""
+    """Write broken models and sources under the names that the cases use."""
     top = tmp_path_factory.mktemp("cases")
     shutil.copytree(STUDENT, top / "nan")
-    one(GATE, float("nan"))(top / "nan")
+    set_element(GATE, float("nan"))(top / "nan")
     (top / "bad.parquet").write_bytes(b"PAR1 nothing")
     outside = tmp_path_factory.mktemp("outside")
     (top / "link.jsonl").symlink_to(write_questions(outside / "data", 8))
@@ -66,7 +66,7 @@ def top(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(top: Path) -> dict[str, subprocess.CompletedProcess]:
-    """Every case's command, two at a time."""
+    """Run the command of every case, two at a time."""
 
     def run(name: str) -> subprocess.CompletedProcess:
         case = CASES[name]
@@ -94,7 +94,7 @@ def test_one_clear_line_and_exit_code_2(done: dict[str, subprocess.CompletedProc
     ran = done[name]
     lines = ran.stderr.strip().splitlines()
     assert (ran.returncode, len(lines)) == (2, 1), ran.stderr
-    assert lines[0].startswith("masters: ") and CASES[name].says in lines[0]
+    assert lines[0].startswith("masters: ") and CASES[name].message in lines[0]
     assert "hunter22" not in ran.stderr + ran.stdout
 
 

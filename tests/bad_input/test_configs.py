@@ -1,4 +1,4 @@
-"""Configurations with values of no sense: one line that names the key, whatever was written."""
+"""Configurations with invalid values: one line that names the key."""
 
 import socket
 from pathlib import Path
@@ -13,9 +13,9 @@ from masters.config.loading import load, override_values
 from masters.models.masking import is_masked
 
 DEMO = Path(__file__).parents[2] / "configs" / "easyvqa.toml"
-LONGEST = 1000  # characters of an error: it is read in a terminal
+MAX_ERROR_LENGTH = 1000  # characters, as errors are read in a terminal
 
-# an override, and what the line says
+# an override, and a part of the error line
 VALUES: dict[str, tuple[str, str]] = {
     "NaN learning rate": ("train.learning_rate=nan", "train.learning_rate: Input should be"),
     "infinite beta": ("train.beta=inf", "train.beta: Input should be a finite number"),
@@ -85,17 +85,17 @@ FILES: dict[str, tuple[bytes, str]] = {
 }
 
 
-def line_of(refused: pytest.ExceptionInfo) -> str:
+def error_line(refused: pytest.ExceptionInfo) -> str:
     line = str(refused.value)
-    assert "\n" not in line and len(line) < LONGEST
+    assert "\n" not in line and len(line) < MAX_ERROR_LENGTH
     return line
 
 
 def test_unreachable_ray_cluster_is_refused_before_work_starts() -> None:
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))  # and does not listen
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # without listening
         with pytest.raises(InputError, match=r"runtime.ray_address: no Ray cluster answers at 127.0.0.1:\d+ .*ray"):
-            check_ray_cluster(f"127.0.0.1:{nobody.getsockname()[1]}")
+            check_ray_cluster(f"127.0.0.1:{closed.getsockname()[1]}")
 
 
 def test_verifier_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,25 +108,25 @@ def test_verifier_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("name", VALUES)
 def test_invalid_value_is_refused_with_its_key(name: str) -> None:
-    override, says = VALUES[name]
+    override, message = VALUES[name]
     with pytest.raises(InputError) as refused:
         load(DEMO, [override])
-    assert says in line_of(refused)
+    assert message in error_line(refused)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_faulty_config_file_is_refused(tmp_path: Path, name: str) -> None:
-    content, says = FILES[name]
+    content, message = FILES[name]
     path = tmp_path / "config.toml"
     path.write_bytes(content)
     with pytest.raises(InputError) as refused:
         load(path)
-    assert says in line_of(refused)
+    assert message in error_line(refused)
 
 
 @pytest.mark.timeout(60)
 def test_catastrophic_pattern_is_matched_quickly() -> None:
-    """Python's engine takes longer than a life on the name of one tensor."""
+    """Python's `re` would take years for one tensor name."""
     exclude = load(DEMO, [r"mask.exclude=['([\w.]+)+!', '(x+x+)+y']"]).mask.exclude
     assert is_masked("model.language_model.layers.0.mlp.gate_proj.weight", 2, tuple(exclude))
     assert is_masked("x" * 10_000 + ".weight", 2, tuple(exclude))
@@ -144,9 +144,9 @@ def test_endless_config_file_is_refused() -> None:
 
 
 def test_study_grid_with_invalid_values_is_refused() -> None:
-    """What `study` makes of an arm's settings, from a form."""
+    """A study overrides values of the configuration in the same way."""
     config: Config = load(DEMO)
     for value in (10**5000, "x" * 10**6, [[]] * 1000, {"a": 1}, None, float("nan"), -1):
         with pytest.raises(InputError) as refused:
             override_values(config, {"train.beta": value})
-        assert "train.beta" in line_of(refused)
+        assert "train.beta" in error_line(refused)

@@ -1,4 +1,4 @@
-"""Parsers under anything at all: only the errors that they declare escape."""
+"""Fuzz tests of the parsers: they raise only the errors that they document."""
 
 import io
 import json
@@ -23,8 +23,8 @@ from masters.rewards.verdict import Triple
 DEMO = Path(__file__).parents[2] / "configs" / "easyvqa.toml"
 KEYS = [
     f"{section}.{name}" if section not in ("name", "teachers") else section
-    for section, of in load(DEMO).model_dump().items()
-    for name in (of if isinstance(of, dict) else [section])
+    for section, value in load(DEMO).model_dump().items()
+    for name in (value if isinstance(value, dict) else [section])
 ]
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.integers(2**62, 2**80), st.floats(), st.text(),
@@ -39,7 +39,7 @@ LINES = st.one_of(
 FRAGMENTS = st.sampled_from(
     ["<answer>", "</answer>", "0", "1", "0.5", "-1", "2", "NaN", "<ANSWER>", "\n", " ", "<", ">", "\u0661", "\0", "."]
 )
-SAID = st.one_of(st.text(), st.lists(FRAGMENTS, max_size=12).map("".join))
+REPLIES = st.one_of(st.text(), st.lists(FRAGMENTS, max_size=12).map("".join))
 
 
 @settings(max_examples=300)
@@ -69,7 +69,7 @@ def test_form_and_grid_values_raise_only_input_errors(key: str, value: object) -
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(LINES, min_size=1, max_size=5))
 def test_any_jsonl_line_is_a_question_or_a_rejection(tmp_path: Path, lines: list[bytes]) -> None:
-    """Every line that is not blank is a question or a rejection with a reason, and nothing else happens."""
+    """Every line that is not blank becomes a question or a rejection with a reason."""
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(lines))
     with suppress(InputError):
@@ -78,12 +78,12 @@ def test_any_jsonl_line_is_a_question_or_a_rejection(tmp_path: Path, lines: list
         found = list(validate_rows(source))
         assert len(found) == sum(bool(line.strip()) for line in path.read_bytes().split(b"\n"))
         for row in found:
-            assert isinstance(row, RejectedRow) and row.reason, row  # no picture lies beside the file
+            assert isinstance(row, RejectedRow) and row.reason, row  # there are no image files
             row.id.encode(), row.reason.encode(errors="surrogatepass")
 
 
-class Says:
-    """Answers the same to every conversation of a call."""
+class ScriptedJudge:
+    """A judge client that gives one reply to all conversations of a call."""
 
     def __init__(self, *calls: str) -> None:
         self.calls = list(calls)
@@ -93,10 +93,10 @@ class Says:
 
 
 @settings(max_examples=500)
-@given(SAID, SAID)
+@given(REPLIES, REPLIES)
 def test_any_judge_output_is_a_verdict_or_a_status(first: str, second: str) -> None:
-    """A score is 0 or 1, and only where both answers say it; all else is no verdict, and never a 0."""
-    (found,) = judge_triples(Says(first, second), [Triple("q", "a", "t")])
+    """A score is 0 or 1 only if both replies agree on it; any other pair of replies gives no verdict."""
+    (found,) = judge_triples(ScriptedJudge(first, second), [Triple("q", "a", "t")])
     if found.status == "ok":
         assert found.score in (0.0, 1.0) and second.strip() == str(int(found.score))
         assert first.rstrip().endswith(("</answer>",)) and str(int(found.score)) in first
@@ -107,7 +107,6 @@ def test_any_judge_output_is_a_verdict_or_a_status(first: str, second: str) -> N
 @settings(max_examples=300)
 @given(st.text(max_size=60).map(lambda text: f"http://{text}") | st.text(max_size=60))
 def test_accepted_judge_urls_are_valid_for_the_client(url: str) -> None:
-    """What is accepted, the client takes."""
     with suppress(InputError):
         base = api_base_url(url)
         assert base.isprintable()

@@ -66,8 +66,8 @@ FIRSTS: dict[str, tuple[object, str, str]] = {
 
 
 SECONDS = {
-    repr(said)[:40]: said
-    for said in (
+    repr(reply_text)[:40]: reply_text
+    for reply_text in (
         "", "0", "2", "-1", "1.0", "NaN", "yes", "1\n0", "<answer>1</answer>", "１", completion(1), completion(None),
         b"{}",
     )
@@ -76,32 +76,32 @@ STATUSES = (204, 301, 307, 400, 401, 403, 404, 418, 422, 429, 500, 503, 599)
 
 
 def verdict(server: FakeJudge, timeout: float = 5.0) -> Verdict:
-    with ServerJudge(server.url, "m", timeout=timeout, retries=0) as voice:
-        (found,) = judge_triples(voice, [TRIPLE])
+    with ServerJudge(server.url, "m", timeout=timeout, retries=0) as judge:
+        (found,) = judge_triples(judge, [TRIPLE])
     return found
 
 
-def verdicts(says: dict[str, tuple[int, object]], first: str | None = None) -> dict[str, Verdict]:
-    """By case: what comes of an answer in the first call, or in the second after `first`. All asked at once."""
+def verdicts(replies: dict[str, tuple[int, object]], first: str | None = None) -> dict[str, Verdict]:
+    """Return by case the verdict on a reply to the first call, or to the second call after `first`."""
 
     def reply(user: str) -> tuple[int, object]:
         if first and "<question>" in user:
             return 200, f"{fake_judge.tag_content(user, 'generated_text')} {first}"
-        return next(answer for case, answer in says.items() if f"[{case}]" in html.unescape(user))
+        return next(answer for case, answer in replies.items() if f"[{case}]" in html.unescape(user))
 
-    with fake_judge.serve(reply=reply) as server, ServerJudge(server.url, "m", timeout=60.0, retries=0) as voice:
-        found = judge_triples(voice, [Triple("what color?", "teal", f"[{case}]") for case in says])
-    return dict(zip(says, found, strict=True))
+    with fake_judge.serve(reply=reply) as server, ServerJudge(server.url, "m", timeout=60.0, retries=0) as judge:
+        found = judge_triples(judge, [Triple("what color?", "teal", f"[{case}]") for case in replies])
+    return dict(zip(replies, found, strict=True))
 
 
 @pytest.fixture(scope="module")
 def firsts() -> dict[str, Verdict]:
-    return verdicts({case: (200, said) for case, (said, _, _) in FIRSTS.items()})
+    return verdicts({case: (200, reply_text) for case, (reply_text, _, _) in FIRSTS.items()})
 
 
 @pytest.fixture(scope="module")
 def seconds() -> dict[str, Verdict]:
-    return verdicts({case: (200, said) for case, said in SECONDS.items()}, FIRST)
+    return verdicts({case: (200, reply_text) for case, reply_text in SECONDS.items()}, FIRST)
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +114,12 @@ def test_invalid_first_reply_gives_no_score(firsts: dict[str, Verdict], name: st
     found, (_, status, explanation) = firsts[name], FIRSTS[name]
     assert (found.score, found.status) == (None, status)
     assert explanation in found.explanation
-    found.explanation.encode()  # a table holds it
+    found.explanation.encode()  # a table can store it
 
 
-@pytest.mark.parametrize("said", SECONDS)
-def test_invalid_second_reply_gives_no_score(seconds: dict[str, Verdict], said: str) -> None:
-    assert seconds[said].score is None and seconds[said].status in ("parse_failed", "judge_failed")
+@pytest.mark.parametrize("reply_text", SECONDS)
+def test_invalid_second_reply_gives_no_score(seconds: dict[str, Verdict], reply_text: str) -> None:
+    assert seconds[reply_text].score is None and seconds[reply_text].status in ("parse_failed", "judge_failed")
 
 
 def test_equal_scores_in_both_replies_are_a_verdict() -> None:
@@ -133,8 +133,8 @@ def test_other_http_statuses_give_no_verdict(refusals: dict[str, Verdict], statu
 
 
 @contextmanager
-def raw(answer: bytes, slowly: int = 0) -> Iterator[FakeJudge]:
-    """A server that sends these bytes to whoever connects, the last `slowly` of them one after the other."""
+def serve_bytes(answer: bytes, slowly: int = 0) -> Iterator[FakeJudge]:
+    """Serve these bytes on every connection, the last `slowly` of them one at a time."""
     listener = socket.create_server(("127.0.0.1", 0))
     ended = []
 
@@ -169,41 +169,43 @@ def http(body: bytes, *headers: str, status: str = "200 OK") -> bytes:
 
 
 def test_slow_reply_ends_at_the_time_limit() -> None:
-    """Every byte comes in time; all of them together would take a quarter of an hour."""
+    """Each byte is in time, but all of them would take 15 minutes."""
     began = time.monotonic()
-    with raw(http(b" " * 9000), slowly=9000) as server:
+    with serve_bytes(http(b" " * 9000), slowly=9000) as server:
         found = verdict(server, timeout=1.0)
     assert found.status == "judge_failed" and time.monotonic() - began < 300
 
 
 def test_endless_reply_ends_at_the_size_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge_server, "MAX_ANSWER_BYTES", 1000)
-    with raw(http(completion(FIRST) + b" " * 100_000)) as server:
+    with serve_bytes(http(completion(FIRST) + b" " * 100_000)) as server:
         assert verdict(server).status == "judge_failed"
 
 
 def test_compressed_reply_is_not_decompressed() -> None:
     bomb = gzip.compress(bytes(20 << 20))
-    with raw(http(bomb, "Content-Encoding: gzip")) as server:
+    with serve_bytes(http(bomb, "Content-Encoding: gzip")) as server:
         assert verdict(server).status == "judge_failed"
 
 
 @pytest.mark.parametrize("answer", [b"", b"\0" * 100, b"HTTP/1.1 200", b"SSH-2.0-OpenSSH\r\n", http(b"{}")[:-1]])
 def test_reply_that_is_not_http_gives_no_verdict(answer: bytes) -> None:
-    with raw(answer) as server:
+    with serve_bytes(answer) as server:
         assert verdict(server).status == "judge_failed"
 
 
 def test_redirects_are_not_followed() -> None:
-    """A host that is allowed cannot send us, or our key, to one that is not."""
+    """An allowed host cannot redirect the request and its API key to another host."""
     with fake_judge.serve() as other:
-        with raw(http(b"", f"Location: {other.url}/chat/completions", status="307 Temporary Redirect")) as server:
+        with serve_bytes(
+            http(b"", f"Location: {other.url}/chat/completions", status="307 Temporary Redirect")
+        ) as server:
             assert verdict(server).status == "judge_failed"
         assert other.requests == []
 
 
 @pytest.mark.parametrize("listed", [None, 7, "", [], {}, "x" * 2000], ids=lambda value: repr(value)[:20])
 def test_server_that_lists_no_model_name_is_asked_without_one(listed: object) -> None:
-    with fake_judge.serve(models=(listed,)) as server, ServerJudge(server.url, None, retries=0) as voice:
-        (found,) = judge_triples(voice, [TRIPLE])
+    with fake_judge.serve(models=(listed,)) as server, ServerJudge(server.url, None, retries=0) as judge:
+        (found,) = judge_triples(judge, [TRIPLE])
         assert found.status == "ok" and server.requests[0]["model"] == DEFAULT_MODEL

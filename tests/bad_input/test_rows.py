@@ -1,4 +1,4 @@
-"""Rows that are at fault or odd, all of one JSONL through the real data stage: each has its named outcome."""
+"""Broken and unusual rows of one JSONL file in the data stage: each has the stated outcome."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from tests.bad_input.image_files import encoded, icon_with, plain, png_header
 
 ACCEPTED = "accepted"
 UNDECODABLE = "image cannot be decoded"
-# what the file holds, its name, and what becomes of its row
+# the content of the image file, its name, and the start of the outcome
 PICTURES: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "truncated png": (lambda: encoded(image_files.noise())[:800], "a.png", UNDECODABLE),
     "truncated jpeg": (lambda: encoded(image_files.noise(), "JPEG")[:500], "a.jpg", UNDECODABLE),
@@ -126,9 +126,9 @@ COUNT = len(PICTURES) + len(PATHS) + len(TEXTS) + len(LINES)
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """All cases and some good rows, as one source, built once."""
+    """Build one source of all cases and some good rows."""
     top = tmp_path_factory.mktemp("bad")
-    return build_data(top / "store", write(top / "data"))
+    return build_data(top / "store", write_source(top / "data"))
 
 
 @pytest.fixture(scope="module")
@@ -136,11 +136,11 @@ def found(table: Artifact) -> dict[str, str]:
     return outcomes(table)
 
 
-def write(folder: Path) -> Path:
+def write_source(folder: Path) -> Path:
     good = dict(image="images/good.png", question="what?", answer="that")
     (folder / "images").mkdir(parents=True)
     (folder / "images/good.png").write_bytes(GOOD)
-    links(folder)
+    write_links(folder)
     rows = [good | dict(id=f"good {split}", split=split) for split in ("train", "test")]
     for number, (name, (make, file, _)) in enumerate(PICTURES.items()):
         (folder / f"{number}-{file}").write_bytes(make())
@@ -153,12 +153,16 @@ def write(folder: Path) -> Path:
     return path
 
 
-def links(folder: Path) -> None:
+def write_links(folder: Path) -> None:
     (folder.parent / "secret.png").write_bytes(GOOD)
-    for name, target in {
-        "out.png": folder.parent / "secret.png", "outside": folder.parent, "twice.png": folder / "out.png",
-        "loop.png": folder / "loop.png", "zero.png": Path("/dev/zero"),
-    }.items():  # fmt: skip
+    targets = {
+        "out.png": folder.parent / "secret.png",
+        "outside": folder.parent,
+        "twice.png": folder / "out.png",
+        "loop.png": folder / "loop.png",
+        "zero.png": Path("/dev/zero"),
+    }
+    for name, target in targets.items():
         (folder / name).symlink_to(target)
     os.mkfifo(folder / "pipe.png")
 
@@ -196,36 +200,36 @@ def test_accepted_text_is_stored_unchanged(table: Artifact) -> None:
             assert {key: kept[name][key] for key in changes} == changes
 
 
-def seen(table: Artifact, name: str) -> np.ndarray:
-    """The picture as engine and trainer get it."""
+def model_pixels(table: Artifact, name: str) -> np.ndarray:
+    """Return the image as engine and trainer get it."""
     (image,) = (r["image"] for r in table.rows("questions", ["question_id", "image"]) if r["question_id"] == name)
     return np.asarray(open_image(image))
 
 
 def test_16_bit_gray_is_scaled_to_8_bits(table: Artifact) -> None:
     for channel in range(3):
-        assert (seen(table, "16 bits of gray")[:, :, channel] == image_files.gray16() >> 8).all()
-    assert seen(table, "16 bits a channel")[0].tolist() == [[0, 117, 255], [3, 7, 11]]
+        assert (model_pixels(table, "16 bits of gray")[:, :, channel] == image_files.gray16() >> 8).all()
+    assert model_pixels(table, "16 bits a channel")[0].tolist() == [[0, 117, 255], [3, 7, 11]]
 
 
 def test_first_frame_of_an_animation_is_used(table: Artifact) -> None:
     first = np.asarray(Image.open(io.BytesIO(encoded(image_files.frames()[0]))).convert("RGB"))
-    assert (seen(table, "animated gif") == first).all()
+    assert (model_pixels(table, "animated gif") == first).all()
 
 
 def test_cmyk_is_converted_to_its_colors(table: Artifact) -> None:
-    assert seen(table, "cmyk").min() >= 250  # no ink: white
+    assert model_pixels(table, "cmyk").min() >= 250  # no ink: white
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
 def test_image_is_rotated_upright(table: Artifact, kind: str) -> None:
     for orientation in range(1, 9):
-        assert (seen(table, f"turned {orientation}, {kind}") == image_files.corners()).all(), orientation
+        assert (model_pixels(table, f"turned {orientation}, {kind}") == image_files.corners()).all(), orientation
 
 
 def test_missing_or_invalid_orientation_is_ignored(table: Artifact) -> None:
     for name in ("turned by 9", "exif cut"):
-        assert (seen(table, name) == image_files.corners()).all()
+        assert (model_pixels(table, name) == image_files.corners()).all()
 
 
 def test_16_bit_gray_is_rotated_upright() -> None:

@@ -1,4 +1,4 @@
-"""Parquet files and saved data sets at fault: rows that are rejected, or one line before any row is read."""
+"""Broken Parquet files and saved data sets: rows are rejected, or the whole source is refused with one line."""
 
 import io
 import json
@@ -18,39 +18,41 @@ PICTURE = encoded(plain())
 
 
 def columns(**changes: pa.Array) -> dict[str, pa.Array]:
-    """Three good rows a split, or rows with other columns."""
+    """Return the columns of three good rows in each split, with some columns replaced."""
     count = 6
     good = dict(
-        id=pa.array([f"q{n}" for n in range(count)]), image=pa.array([PICTURE] * count, pa.binary()),
-        question=pa.array(["what?"] * count), answer=pa.array(["that"] * count),
+        id=pa.array([f"q{n}" for n in range(count)]),
+        image=pa.array([PICTURE] * count, pa.binary()),
+        question=pa.array(["what?"] * count),
+        answer=pa.array(["that"] * count),
         split=pa.array(["train", "test"] * 3),
-    )  # fmt: skip
-    return good | {name: pa.concat_arrays([of, of]) for name, of in changes.items()}
+    )
+    return good | {name: pa.concat_arrays([array, array]) for name, array in changes.items()}
 
 
-def stored(table: pa.Table, **options: object) -> bytes:
+def parquet_bytes(table: pa.Table, **options: object) -> bytes:
     sink = io.BytesIO()
     pq.write_table(table, sink, **options)
     return sink.getvalue()
 
 
-def named(names: list[str], arrays: list[pa.Array]) -> bytes:
-    return stored(pa.Table.from_arrays(arrays, names=names))
+def parquet_with_names(names: list[str], arrays: list[pa.Array]) -> bytes:
+    return parquet_bytes(pa.Table.from_arrays(arrays, names=names))
 
 
 def not_utf8() -> pa.Array:
-    """Three texts, the first of which is none."""
+    """Return three texts, the first of which is not valid UTF-8."""
     return pa.Array.from_buffers(
         pa.string(), 3, [None, pa.array(["abc", "def", "ghi"]).buffers()[1], pa.py_buffer(b"a\xffcdefghi")]
     )
 
 
 def old_dates() -> pa.Array:
-    """The first of another age than Python's."""
+    """Return three dates, the first of which Python cannot represent."""
     return pa.array([10**7, 1, 2], pa.int32()).cast(pa.date32())
 
 
-# what the first three rows come to, where one column is another
+# a replaced column, and the starts of the outcomes of its three rows
 ROWS: dict[str, tuple[dict[str, pa.Array], list[str]]] = {
     "numbers as text": (dict(question=pa.array([1, 2, 3])), ["question is not text (found int)"] * 3),
     "numbers with NaN": (
@@ -82,8 +84,8 @@ ROWS: dict[str, tuple[dict[str, pa.Array], list[str]]] = {
     "large texts": (dict(question=pa.array(["a", "b", "a"], pa.large_string())), ["accepted"] * 3),
 }  # fmt: skip
 
-# what is said of the file as a whole
-WHOLE = stored(pa.table(columns()), compression="none")
+# the content of a file, and a part of the error
+WHOLE = parquet_bytes(pa.table(columns()), compression="none")
 FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "empty": (lambda: b"", "expected a Parquet file, found something else"),
     "truncated": (lambda: WHOLE[: len(WHOLE) // 2], "expected a Parquet file, found something else"),
@@ -92,18 +94,18 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "text": (lambda: b"id,image,question,answer\n", "expected a Parquet file, found something else"),
     "overwritten inside": (lambda: WHOLE[:4] + b"\xff" * 400 + WHOLE[404:], "is damaged"),
     "without a column": (
-        lambda: stored(pa.table(columns()).drop_columns(["answer"])), "add or rename: answer",
+        lambda: parquet_bytes(pa.table(columns()).drop_columns(["answer"])), "add or rename: answer",
     ),
     "another case": (
-        lambda: stored(pa.table(columns()).rename_columns(["ID", "Image", "Question", "Answer", "Split"])),
+        lambda: parquet_bytes(pa.table(columns()).rename_columns(["ID", "Image", "Question", "Answer", "Split"])),
         "found Answer, ID, Image, Question, Split",
     ),
     "a column twice": (
-        lambda: named([*columns(), "answer"], [*columns().values(), pa.array(["this"] * 6)]),
+        lambda: parquet_with_names([*columns(), "answer"], [*columns().values(), pa.array(["this"] * 6)]),
         "found several named answer",
     ),
-    "without rows": (lambda: stored(pa.table(columns()).slice(0, 0)), "is empty"),
-    "without columns": (lambda: stored(pa.table({"x": [1]})), "found x"),
+    "without rows": (lambda: parquet_bytes(pa.table(columns()).slice(0, 0)), "is empty"),
+    "without columns": (lambda: parquet_bytes(pa.table({"x": [1]})), "found x"),
 }  # fmt: skip
 
 
@@ -111,23 +113,23 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
 def test_a_faulty_parquet_row_is_rejected(tmp_path: Path, name: str) -> None:
     changes, expected = ROWS[name]
     (tmp_path / "data").mkdir()
-    good = columns() | dict(id=pa.array([f"good{n}" for n in range(6)]))  # leaves something to build
+    good = columns() | dict(id=pa.array([f"good{n}" for n in range(6)]))  # so that something can be built
     pq.write_table(pa.table(good), tmp_path / "data/b.parquet")
     pq.write_table(pa.table(columns(**changes)).slice(0, 3), tmp_path / "data/a.parquet")
     found = outcomes(build_data(tmp_path / "store", tmp_path / "data"))
-    own = [outcome for key, outcome in found.items() if not key.startswith("good")]
-    assert len(own) == 3
-    for outcome, start in zip(sorted(own), sorted(expected), strict=True):
+    faulty = [outcome for key, outcome in found.items() if not key.startswith("good")]
+    assert len(faulty) == 3
+    for outcome, start in zip(sorted(faulty), sorted(expected), strict=True):
         assert outcome.startswith(start)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_faulty_parquet_file_is_refused(tmp_path: Path, name: str) -> None:
-    make, says = FILES[name]
+    make, message = FILES[name]
     (tmp_path / "rows.parquet").write_bytes(make())
     with pytest.raises(InputError) as caught:
         build_data(tmp_path / "store", tmp_path / "rows.parquet")
-    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not list((tmp_path / "store").rglob("record.json"))
 
 
@@ -142,12 +144,12 @@ SAVED: dict[str, tuple[object, str]] = {
 
 @pytest.mark.parametrize("name", SAVED)
 def test_faulty_saved_data_set_is_refused(tmp_path: Path, name: str) -> None:
-    """A saved data set lists its own files: what it may name lies in its folder."""
-    state, says = SAVED[name]
+    """The list of files in a saved data set may only name files in its folder."""
+    state, message = SAVED[name]
     rows = dict(id=["a", "b"], image=[PICTURE] * 2, question=["q"] * 2, answer=["a"] * 2, split=["train", "test"])
     datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
     assert build_data(tmp_path / "store", tmp_path / "saved").facts["rows"] == 2
     (tmp_path / "other.arrow").write_bytes((tmp_path / "saved/data-00000-of-00001.arrow").read_bytes())
     (tmp_path / "saved/state.json").write_text(json.dumps(state))
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=message):
         build_data(tmp_path / "store", tmp_path / "saved")

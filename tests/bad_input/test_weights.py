@@ -1,4 +1,4 @@
-"""Model folders at fault: refused by preflight, in a line that names what is wrong, before an engine starts."""
+"""Broken model folders: preflight refuses them before an engine starts, with one line that names the fault."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ NORM = "model.visual.blocks.0.norm1.weight"
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What this machine found sound before is not asked."""
+    """Use an empty cache of checked weights."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     return tmp_path / "home"
 
@@ -36,8 +36,8 @@ def model(tmp_path: Path) -> Path:
     return Path(shutil.copytree(DEMO, tmp_path / "model"))
 
 
-def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
-    """A change of the tensors by name."""
+def change_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
+    """Return a function that changes the tensors of a folder by name."""
 
     def apply(folder: Path) -> None:
         tensors = load_file(folder / WEIGHTS)
@@ -47,13 +47,13 @@ def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pa
     return apply
 
 
-def one(name: str, value: float) -> Callable[[Path], object]:
-    """A single element of a tensor set."""
-    return weights(lambda tensors: tensors[name].view(-1)[-1].fill_(value))
+def set_element(name: str, value: float) -> Callable[[Path], object]:
+    """Return a function that sets the last element of a tensor."""
+    return change_tensors(lambda tensors: tensors[name].view(-1)[-1].fill_(value))
 
 
-def config(**changes: object) -> Callable[[Path], object]:
-    """Changes of config.json's text model."""
+def change_text_config(**changes: object) -> Callable[[Path], object]:
+    """Return a function that changes the text model in config.json."""
 
     def apply(folder: Path) -> None:
         found = json.loads((folder / CONFIG).read_text())
@@ -63,8 +63,8 @@ def config(**changes: object) -> Callable[[Path], object]:
     return apply
 
 
-def edited(name: str, *keys: str, **changes: object) -> Callable[[Path], object]:
-    """Changes of a JSON file, below these keys."""
+def change_json(name: str, *keys: str, **changes: object) -> Callable[[Path], object]:
+    """Return a function that changes a JSON file below these keys."""
 
     def apply(folder: Path) -> None:
         inner = found = json.loads((folder / name).read_text())
@@ -76,11 +76,11 @@ def edited(name: str, *keys: str, **changes: object) -> Callable[[Path], object]
     return apply
 
 
-def gone(*names: str) -> Callable[[Path], object]:
+def remove_files(*names: str) -> Callable[[Path], object]:
     return lambda folder: [(folder / name).unlink() for name in names]
 
 
-def cut(name: str, keep: Callable[[int], int]) -> Callable[[Path], object]:
+def truncate(name: str, keep: Callable[[int], int]) -> Callable[[Path], object]:
     def apply(folder: Path) -> None:
         data = (folder / name).read_bytes()
         (folder / name).write_bytes(data[: keep(len(data))])
@@ -88,97 +88,102 @@ def cut(name: str, keep: Callable[[int], int]) -> Callable[[Path], object]:
     return apply
 
 
-def index(*files: str) -> Callable[[Path], object]:
+def write_index(*files: str) -> Callable[[Path], object]:
     content = json.dumps(dict(metadata={}, weight_map={f"tensor{n}": file for n, file in enumerate(files)}))
     return lambda folder: (folder / soundness.INDEX).write_text(content)
 
 
-def written(name: str, content: str) -> Callable[[Path], object]:
+def write_text(name: str, content: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_text(content)
 
 
 PROCESSOR, TEMPLATE, GENERATION = "processor_config.json", "chat_template.jinja", "generation_config.json"
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "NaN in a matrix": (one(GATE, float("nan")), [WEIGHTS, GATE, "NaN"]),
-    "NaN in a norm, which is never masked": (one(NORM, float("nan")), [WEIGHTS, NORM, "NaN"]),
-    "infinity": (one(GATE, float("inf")), [WEIGHTS, GATE, "infinity"]),
-    "negative infinity": (one(NORM, float("-inf")), [WEIGHTS, NORM, "infinity"]),
+    "NaN in a matrix": (set_element(GATE, float("nan")), [WEIGHTS, GATE, "NaN"]),
+    "NaN in a norm, which is never masked": (set_element(NORM, float("nan")), [WEIGHTS, NORM, "NaN"]),
+    "infinity": (set_element(GATE, float("inf")), [WEIGHTS, GATE, "infinity"]),
+    "negative infinity": (set_element(NORM, float("-inf")), [WEIGHTS, NORM, "infinity"]),
     "another shape": (
-        weights(lambda tensors: tensors.update({GATE: torch.zeros(3, 64)})), [GATE, "shape [192, 64]", "hold [3, 64]"],
+        change_tensors(lambda tensors: tensors.update({GATE: torch.zeros(3, 64)})),
+        [GATE, "shape [192, 64]", "hold [3, 64]"],
     ),
     "transposed": (
-        weights(lambda tensors: tensors.update({GATE: tensors[GATE].T.contiguous()})), [GATE, "hold [64, 192]"],
+        change_tensors(lambda tensors: tensors.update({GATE: tensors[GATE].T.contiguous()})), [GATE, "hold [64, 192]"],
     ),
-    "one dimension": (weights(lambda tensors: tensors.update({GATE: torch.zeros(12_288)})), [GATE, "hold [12288]"]),
-    "a tensor missing": (weights(lambda tensors: tensors.pop(GATE)), ["lack 1 tensors", GATE]),
+    "one dimension": (
+        change_tensors(lambda tensors: tensors.update({GATE: torch.zeros(12_288)})), [GATE, "hold [12288]"],
+    ),
+    "a tensor missing": (change_tensors(lambda tensors: tensors.pop(GATE)), ["lack 1 tensors", GATE]),
     "no tensor at all": (lambda folder: save_file({}, folder / WEIGHTS), ["describes no model", "0 tensors"]),
-    "truncated": (cut(WEIGHTS, lambda size: size // 2), [WEIGHTS, "cannot be read"]),
-    "a byte short": (cut(WEIGHTS, lambda size: size - 1), [WEIGHTS, "cannot be read"]),
-    "header cut": (cut(WEIGHTS, lambda size: 20), [WEIGHTS, "cannot be read"]),
-    "empty weights": (cut(WEIGHTS, lambda size: 0), [WEIGHTS, "cannot be read"]),
-    "text named safetensors": (written(WEIGHTS, "not weights"), [WEIGHTS, "cannot be read"]),
+    "truncated": (truncate(WEIGHTS, lambda size: size // 2), [WEIGHTS, "cannot be read"]),
+    "a byte short": (truncate(WEIGHTS, lambda size: size - 1), [WEIGHTS, "cannot be read"]),
+    "header cut": (truncate(WEIGHTS, lambda size: 20), [WEIGHTS, "cannot be read"]),
+    "empty weights": (truncate(WEIGHTS, lambda size: 0), [WEIGHTS, "cannot be read"]),
+    "text named safetensors": (write_text(WEIGHTS, "not weights"), [WEIGHTS, "cannot be read"]),
     "a pickle named safetensors": (lambda folder: torch.save({}, folder / WEIGHTS), [WEIGHTS, "cannot be read"]),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), ["expected safetensors weights"]),
-    "wider than its weights": (config(hidden_size=128), ["asks for", "shape"]),
-    "more layers than its weights": (config(num_hidden_layers=5), ["lack", "layers.3"]),
-    "layers without end": (config(num_hidden_layers=10**9), ["describes no model", "1000000000 layers"]),
-    "negative size": (config(hidden_size=-64), ["describes no model"]),
-    "size as text": (config(hidden_size="many"), ["describes no model"]),
+    "wider than its weights": (change_text_config(hidden_size=128), ["asks for", "shape"]),
+    "more layers than its weights": (change_text_config(num_hidden_layers=5), ["lack", "layers.3"]),
+    "layers without end": (change_text_config(num_hidden_layers=10**9), ["describes no model", "1000000000 layers"]),
+    "negative size": (change_text_config(hidden_size=-64), ["describes no model"]),
+    "size as text": (change_text_config(hidden_size="many"), ["describes no model"]),
     "no config": (lambda folder: (folder / CONFIG).unlink(), ["expected config.json"]),
-    "config is no json": (written(CONFIG, "{"), ["names no model_type"]),
-    "config is a list": (written(CONFIG, "[1]"), ["names no model_type"]),
-    "config without end": (written(CONFIG, "[" * 100_000), ["names no model_type"]),
-    "index that leaves": (index(WEIGHTS, "../other.safetensors"), ["'../other.safetensors'", "not a weights file"]),
-    "index of a file that is not there": (index("model-00001-of-00002.safetensors"), ["not a weights file"]),
-    "index that is none": (written(soundness.INDEX, "[]"), ["is no index of weights"]),
-    "no processor": (gone(PROCESSOR), ["its processor cannot be loaded", "processor_config.json"]),
-    "processor cut": (cut(PROCESSOR, lambda size: size // 2), ["its processor cannot be loaded"]),
-    "processor is a list": (written(PROCESSOR, "[]"), ["its processor cannot be loaded"]),
-    "patches of another size": (edited(PROCESSOR, "image_processor", patch_size=16), ["4 tokens", "describes 16"]),
-    "merges of another size": (edited(PROCESSOR, "image_processor", merge_size=1), ["64 tokens", "describes 16"]),
-    "no chat template": (gone(TEMPLATE), ["its chat template cannot be used"]),
-    "broken chat template": (written(TEMPLATE, "{% for m in messages %}"), ["its chat template cannot be used"]),
+    "config is no json": (write_text(CONFIG, "{"), ["names no model_type"]),
+    "config is a list": (write_text(CONFIG, "[1]"), ["names no model_type"]),
+    "config without end": (write_text(CONFIG, "[" * 100_000), ["names no model_type"]),
+    "index that leaves": (write_index(WEIGHTS, "../x.safetensors"), ["'../x.safetensors'", "not a weights file"]),
+    "index of a file that is not there": (write_index("model-00001-of-00002.safetensors"), ["not a weights file"]),
+    "index that is none": (write_text(soundness.INDEX, "[]"), ["is no index of weights"]),
+    "no processor": (remove_files(PROCESSOR), ["its processor cannot be loaded", "processor_config.json"]),
+    "processor cut": (truncate(PROCESSOR, lambda size: size // 2), ["its processor cannot be loaded"]),
+    "processor is a list": (write_text(PROCESSOR, "[]"), ["its processor cannot be loaded"]),
+    "patches of another size": (change_json(PROCESSOR, "image_processor", patch_size=16), ["4 tokens", "describes 16"]),
+    "merges of another size": (change_json(PROCESSOR, "image_processor", merge_size=1), ["64 tokens", "describes 16"]),
+    "no chat template": (remove_files(TEMPLATE), ["its chat template cannot be used"]),
+    "broken chat template": (write_text(TEMPLATE, "{% for m in messages %}"), ["its chat template cannot be used"]),
     "template that reaches out": (
-        written(TEMPLATE, "{{ messages.__class__.__mro__[1].__subclasses__() }}"), ["its chat template cannot be used"],
+        write_text(TEMPLATE, "{{ messages.__class__.__mro__[1].__subclasses__() }}"),
+        ["its chat template cannot be used"],
     ),
     "template without image": (
-        written(TEMPLATE, "{% for c in messages[0]['content'] %}{{ c['text'] }}{% endfor %}"),
+        write_text(TEMPLATE, "{% for c in messages[0]['content'] %}{{ c['text'] }}{% endfor %}"),
         ["its chat template puts the image 0 times"],
     ),
-    "template with two images": (written(TEMPLATE, PICTURE * 2 + "what shape is it?"), ["make no prompt"]),
-    "template without question": (written(TEMPLATE, PICTURE), ["writes the question 0 times"]),
+    "template with two images": (write_text(TEMPLATE, PICTURE * 2 + "what shape is it?"), ["make no prompt"]),
+    "template without question": (write_text(TEMPLATE, PICTURE), ["writes the question 0 times"]),
     "template with two questions": (
-        written(TEMPLATE, PICTURE + "{{ messages[0]['content'][1]['text'] }}" * 2), ["writes the question 2 times"],
+        write_text(TEMPLATE, PICTURE + "{{ messages[0]['content'][1]['text'] }}" * 2), ["writes the question 2 times"],
     ),
-    "another image token": (edited(CONFIG, image_token_id=6), ["image_token_id is 6, its processor's 5"]),
-    "broken generation config": (written(GENERATION, "{"), ["generation_config.json cannot be read"]),
-    "generation config is a list": (written(GENERATION, "[]"), ["generation_config.json cannot be read"]),
-    "end that is no token": (edited(GENERATION, eos_token_id=10**6), [GENERATION, "1000000", "below 362"]),
-    "end that is text": (edited(GENERATION, eos_token_id="<|im_end|>"), [GENERATION]),
+    "another image token": (change_json(CONFIG, image_token_id=6), ["image_token_id is 6, its processor's 5"]),
+    "broken generation config": (write_text(GENERATION, "{"), ["generation_config.json cannot be read"]),
+    "generation config is a list": (write_text(GENERATION, "[]"), ["generation_config.json cannot be read"]),
+    "end that is no token": (change_json(GENERATION, eos_token_id=10**6), [GENERATION, "1000000", "below 362"]),
+    "end that is text": (change_json(GENERATION, eos_token_id="<|im_end|>"), [GENERATION]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_faulty_model_folder_is_refused(model: Path, home: Path, name: str) -> None:
-    change, says = FOLDERS[name]
+    change, message = FOLDERS[name]
     change(model)
     with pytest.raises(InputError) as refused:
         model_folder.find_model(Model(model=str(model)))
     line = str(refused.value)
-    assert all(part in line for part in says) and "\n" not in line, line
-    assert not (home / ".cache/masters/sound").exists()  # what is at fault is looked at again
+    assert all(part in line for part in message) and "\n" not in line, line
+    assert not (home / ".cache/masters/sound").exists()  # a broken model is checked again
 
 
 def test_model_with_too_few_positions_is_refused(model: Path) -> None:
-    """For the configuration's longest answer: of a model that is sound otherwise."""
-    config(max_position_embeddings=64)(model)
-    few = model_folder.find_model(Model(model=str(model)))
+    """The model is valid, but too short for prompt and answer of the configuration."""
+    change_text_config(max_position_embeddings=64)(model)
+    short_model = model_folder.find_model(Model(model=str(model)))
     settings = load(ROOT / "configs/easyvqa.toml")
-    assert few.processor_output is not None and few.processor_output.positions == 64
-    model_folder.check_context_length(few, override_values(settings, {"generate.max_tokens": 64 - few.processor_output.prompt}))
+    assert short_model.processor_output is not None and short_model.processor_output.positions == 64
+    longest = override_values(settings, {"generate.max_tokens": 64 - short_model.processor_output.prompt})
+    model_folder.check_context_length(short_model, longest)
     with pytest.raises(InputError, match=r"generate.max_tokens 64, .* max_position_embeddings \(64\): raise"):
-        model_folder.check_context_length(few, override_values(settings, {"generate.max_tokens": 64}))
+        model_folder.check_context_length(short_model, override_values(settings, {"generate.max_tokens": 64}))
 
 
 def test_checked_weights_are_cached(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +191,7 @@ def test_checked_weights_are_cached(model: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(soundness, "run_processor", None)
     assert model_folder.find_model(Model(model=str(model))) == first
     (note,) = (Path.home() / ".cache/masters/sound").iterdir()
-    note.write_text("{")  # by hand: looked at again
+    note.write_text("{")  # a damaged note is ignored
     monkeypatch.undo()
     assert model_folder.find_model(Model(model=str(model))) == first
 
@@ -199,19 +204,19 @@ def test_every_family_is_checked(name: str, tmp_path: Path) -> None:
 
 
 def test_unused_tensor_is_ignored(model: Path) -> None:
-    weights(lambda tensors: tensors.update(extra=torch.zeros(2)))(model)
+    change_tensors(lambda tensors: tensors.update(extra=torch.zeros(2)))(model)
     model_folder.find_model(Model(model=str(model)))
 
 
 def test_weights_are_checked_once_and_again_after_a_change(model: Path, monkeypatch) -> None:
-    asked: list[Path] = []
-    monkeypatch.setattr(soundness, "check_finite", asked.append)
+    checked: list[Path] = []
+    monkeypatch.setattr(soundness, "check_finite", checked.append)
     for _ in range(2):
         model_folder.find_model(Model(model=str(model)))
-    assert asked == [model]
-    one(GATE, 0.5)(model)
+    assert checked == [model]
+    set_element(GATE, 0.5)(model)
     model_folder.find_model(Model(model=str(model)))
-    assert asked == [model, model]
+    assert checked == [model, model]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn])
@@ -227,7 +232,7 @@ def test_every_dtype_is_checked(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 def test_custom_model_code_is_not_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor asked about on a terminal, as transformers would; only the machine's own settings can allow it."""
+    """Only an environment variable can allow it; there is no question on the terminal, as transformers would ask."""
     marker = tmp_path / "ran"
     (model / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass C: pass\n")
     found = json.loads((model / CONFIG).read_text()) | dict(model_type="evil", auto_map={"AutoConfig": "evil.C"})
@@ -256,23 +261,23 @@ def test_model_code_is_part_of_its_digest(model: Path) -> None:
     assert model_digest(model) != before
 
 
-def gate_as(dtype: torch.dtype) -> Callable[[Path], object]:
-    return weights(lambda tensors: tensors.update({GATE: tensors[GATE].to(dtype)}))
+def cast_gate(dtype: torch.dtype) -> Callable[[Path], object]:
+    return change_tensors(lambda tensors: tensors.update({GATE: tensors[GATE].to(dtype)}))
 
 
 UNMASKABLE: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "nothing is left to mask": (lambda folder: None, (".*",), "no tensor is left to mask"),
-    "8-bit weights": (gate_as(torch.float8_e4m3fn), (), f"{GATE} is of type F8"),
-    "64-bit weights": (gate_as(torch.float64), (), f"{GATE} is of type F64"),
-    "several types": (gate_as(torch.float32), (), "of several types (BF16, F32)"),
+    "8-bit weights": (cast_gate(torch.float8_e4m3fn), (), f"{GATE} is of type F8"),
+    "64-bit weights": (cast_gate(torch.float64), (), f"{GATE} is of type F64"),
+    "several types": (cast_gate(torch.float32), (), "of several types (BF16, F32)"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", UNMASKABLE)
 def test_teacher_without_maskable_weights_is_refused(model: Path, name: str) -> None:
-    change, exclude, says = UNMASKABLE[name]
+    change, exclude, message = UNMASKABLE[name]
     change(model)
     with pytest.raises(InputError) as refused:
         soundness.check_maskable(model, exclude)
-    assert says in str(refused.value)
+    assert message in str(refused.value)
     soundness.check_maskable(DEMO, ())

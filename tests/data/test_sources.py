@@ -1,4 +1,4 @@
-"""The adapters: what each gives, what its digest notices, and how it refuses."""
+"""Sources: their rows, what their digests cover, and what they refuse."""
 
 import io
 import json
@@ -16,34 +16,16 @@ from masters.common.errors import InputError
 from masters.config import Data
 from masters.data.sources import RawRow, digits, open_source
 from masters.data.sources.easyvqa import question_category
-
-
-def png(seed: int) -> bytes:
-    sink = io.BytesIO()
-    Image.new("RGB", (5, 4), (seed % 256, seed // 256, 7)).save(sink, "PNG")
-    return sink.getvalue()
+from tests.data import source_files
+from tests.data.source_files import png
 
 
 def records(count: int = 6) -> list[dict]:
-    return [
-        {
-            "id": f"q{i}",
-            "image": f"images/{i // 2}.png",
-            "question": f"what is {i}?",
-            "answer": str(i),
-            "split": "train",
-        }
-        for i in range(count)
-    ]
+    return source_files.records(count, split="train")
 
 
 def write_jsonl(folder: Path, rows: list[dict] | None = None) -> Path:
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    for i in range(3):
-        (folder / "images" / f"{i}.png").write_bytes(png(i))
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in (records() if rows is None else rows)), encoding="utf-8")
-    return path
+    return source_files.write_jsonl(folder, records() if rows is None else rows)
 
 
 def write_parquet(path: Path, rows: list[dict]) -> Path:
@@ -52,32 +34,32 @@ def write_parquet(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def opened(path: object, revision: str | None = None):
+def open_path(path: object, revision: str | None = None):
     return open_source(Data(source=str(path), revision=revision))
 
 
-def refusal(path: object, revision: str | None = None) -> str:
+def refusal_message(path: object, revision: str | None = None) -> str:
     with pytest.raises(InputError) as caught:
-        opened(path, revision)
+        open_path(path, revision)
     line = str(caught.value)
     assert "\n" not in line
     return line
 
 
-# what is where
+# paths
 
 
 @pytest.mark.parametrize(
     "name", ["./no.jsonl", "/no/such", "no.parquet", "a/b/c", "~/nothing-here", "x.csv", "x" * 5000 + ".jsonl"]
 )
 def test_missing_path_is_not_looked_up_on_the_hub(name):
-    line = refusal(name)
+    line = refusal_message(name)
     assert line.startswith("source not found") and "correct data.source" in line
 
 
 def test_unreachable_hub_fails_quickly_with_one_line():
     began = time.monotonic()
-    line = refusal("masters-tests/no-such-data-set", "v1")
+    line = refusal_message("masters-tests/no-such-data-set", "v1")
     assert time.monotonic() - began < 300
     assert "masters-tests/no-such-data-set at v1" in line and "check the name" in line
 
@@ -85,20 +67,20 @@ def test_unreachable_hub_fails_quickly_with_one_line():
 def test_other_files_and_folders_are_refused(tmp_path):
     (tmp_path / "rows.json").write_text("[]")
     (tmp_path / "empty").mkdir()
-    assert "expected a .jsonl or .parquet file, found .json" in refusal(tmp_path / "rows.json")
-    assert "found neither" in refusal(tmp_path / "empty")
+    assert "expected a .jsonl or .parquet file, found .json" in refusal_message(tmp_path / "rows.json")
+    assert "found neither" in refusal_message(tmp_path / "empty")
 
 
 def test_a_revision_of_a_local_source_is_refused(tmp_path):
-    assert "remove data.revision" in refusal(write_jsonl(tmp_path), "main")
-    assert "remove data.revision" in refusal("easyvqa", "main")
+    assert "remove data.revision" in refusal_message(write_jsonl(tmp_path), "main")
+    assert "remove data.revision" in refusal_message("easyvqa", "main")
 
 
 # JSONL
 
 
 def test_jsonl_rows(tmp_path):
-    rows = list(opened(write_jsonl(tmp_path)).rows())
+    rows = list(open_path(write_jsonl(tmp_path)).rows())
     assert len(rows) == 6
     assert rows[3] == RawRow("q3", "images/1.png", "what is 3?", "3", "train", None, tmp_path)
 
@@ -117,7 +99,7 @@ def test_broken_lines_become_faulty_rows_with_their_numbers(tmp_path):
         good[1],
     ]
     path.write_bytes(b"\n".join(lines))
-    rows = list(opened(path).rows())
+    rows = list(open_path(path).rows())
     assert [r.id for r in rows] == ["q0", "line 3", "line 4", "line 5", "line 6", "line 7", "q1"]
     faults = [r.fault for r in rows[1:-1]]
     assert [f.split(" (")[0] for f in faults] == [
@@ -130,18 +112,18 @@ def test_broken_lines_become_faulty_rows_with_their_numbers(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"\n \n\n"])
 def test_an_empty_jsonl_is_refused(tmp_path, content):
     (tmp_path / "rows.jsonl").write_bytes(content)
-    assert "is empty" in refusal(tmp_path / "rows.jsonl")
+    assert "is empty" in refusal_message(tmp_path / "rows.jsonl")
 
 
 def test_jsonl_file_without_a_required_column_is_refused_but_a_row_is_read(tmp_path):
     rows = records()
     for row in rows:
         row["label"] = row.pop("answer")
-    line = refusal(write_jsonl(tmp_path, rows))
+    line = refusal_message(write_jsonl(tmp_path, rows))
     assert "found id, image, label, question, split" in line and line.endswith("add or rename: answer")
     rows = records()
     del rows[0]["answer"]
-    assert next(opened(write_jsonl(tmp_path, rows)).rows()).answer is None
+    assert next(open_path(write_jsonl(tmp_path, rows)).rows()).answer is None
 
 
 # digests
@@ -149,20 +131,20 @@ def test_jsonl_file_without_a_required_column_is_refused_but_a_row_is_read(tmp_p
 
 def test_jsonl_digest_covers_rows_and_images(tmp_path):
     path = write_jsonl(tmp_path / "a")
-    before = opened(path).digest()
-    assert opened(write_jsonl(tmp_path / "b")).digest() == before, "the place is no content"
+    before = open_path(path).digest()
+    assert open_path(write_jsonl(tmp_path / "b")).digest() == before, "the path is not content"
     os.utime(path)
     (path.parent / "images" / "unnamed.png").write_bytes(b"named by no row")
-    assert opened(path).digest() == before
+    assert open_path(path).digest() == before
     image = path.parent / "images" / "1.png"
     image.write_bytes(png(9))
-    changed = opened(path).digest()
+    changed = open_path(path).digest()
     image.unlink()
-    gone = opened(path).digest()
+    gone = open_path(path).digest()
     image.write_bytes(png(1))
-    assert opened(path).digest() == before
+    assert open_path(path).digest() == before
     path.write_text(path.read_text() + json.dumps(records(7)[6]) + "\n")
-    assert len({before, changed, gone, opened(path).digest()}) == 4
+    assert len({before, changed, gone, open_path(path).digest()}) == 4
 
 
 def test_a_digest_reads_nothing_outside_the_folder(tmp_path):
@@ -172,22 +154,22 @@ def test_a_digest_reads_nothing_outside_the_folder(tmp_path):
     digests = set()
     for content in (b"one", b"two"):
         secret.write_bytes(content)
-        digests.add(opened(path).digest())
+        digests.add(open_path(path).digest())
     assert len(digests) == 1
 
 
 @pytest.mark.parametrize("name", ["bad\x00name.png", "x" * 5000, "\ud800.png", "images"])
 def test_digest_tolerates_impossible_image_names(tmp_path, name):
     path = write_jsonl(tmp_path, [*records(), {**records()[0], "id": "x", "image": name}])
-    assert len(opened(path).digest()) == 64
+    assert len(open_path(path).digest()) == 64
 
 
 def test_parquet_digest_changes_with_an_image_file(tmp_path):
     write_jsonl(tmp_path)
     path = write_parquet(tmp_path / "rows.parquet", records())
-    before = opened(path).digest()
+    before = open_path(path).digest()
     (tmp_path / "images" / "0.png").write_bytes(png(99))
-    assert opened(path).digest() != before
+    assert open_path(path).digest() != before
 
 
 # Parquet
@@ -198,29 +180,29 @@ def test_parquet_folder_is_read_by_name_without_temporary_files(tmp_path):
     write_parquet(tmp_path / "b.parquet", rows[3:])
     write_parquet(tmp_path / "a" / "a.parquet", rows[:3])
     write_parquet(tmp_path / "_temporary" / "c.parquet", rows)
-    source = opened(tmp_path)
+    source = open_path(tmp_path)
     assert [r.id for r in source.rows()] == [f"q{i}" for i in range(6)]
     before = source.digest()
     write_parquet(tmp_path / "c.parquet", rows)
-    assert opened(tmp_path).digest() != before
+    assert open_path(tmp_path).digest() != before
 
 
 def test_parquet_images_are_bytes_paths_or_structs(tmp_path):
     structs = [{**r, "image": {"bytes": png(1), "path": "ignored.png"}} for r in records(1)]
     named = [{**r, "image": {"bytes": None, "path": "images/0.png"}} for r in records(2)[1:]]
-    rows = list(opened(write_parquet(tmp_path / "rows.parquet", structs + named)).rows())
+    rows = list(open_path(write_parquet(tmp_path / "rows.parquet", structs + named)).rows())
     assert [r.image for r in rows] == [png(1), "images/0.png"]
     assert rows[1].root == tmp_path
 
 
 def test_parquet_refusals(tmp_path):
     (tmp_path / "text.parquet").write_text("not parquet")
-    assert "expected a Parquet file" in refusal(tmp_path / "text.parquet")
+    assert "expected a Parquet file" in refusal_message(tmp_path / "text.parquet")
     narrow = write_parquet(tmp_path / "narrow.parquet", [{"id": "1", "image": b"x"}])
-    assert refusal(narrow).endswith("add or rename: question, answer")
+    assert refusal_message(narrow).endswith("add or rename: question, answer")
     empty = tmp_path / "empty.parquet"
     pq.write_table(pa.Table.from_pylist(records()).slice(0, 0), empty)
-    assert "is empty" in refusal(empty)
+    assert "is empty" in refusal_message(empty)
 
 
 def test_a_damaged_parquet_body_is_an_input_error(tmp_path):
@@ -229,13 +211,13 @@ def test_a_damaged_parquet_body_is_an_input_error(tmp_path):
     data[4:200] = b"\xff" * 196
     path.write_bytes(data)
     with pytest.raises(InputError, match="damaged"):
-        list(opened(path).rows())
+        list(open_path(path).rows())
 
 
 # datasets
 
 
-def saved(folder: Path, count: int = 6) -> datasets.Dataset:
+def make_dataset(folder: Path, count: int = 6) -> datasets.Dataset:
     features = {c: datasets.Value("string") for c in ("id", "question", "answer")} | {"image": datasets.Image()}
     rows = [
         {"id": r["id"], "question": r["question"], "answer": r["answer"], "image": {"bytes": png(i // 2), "path": None}}
@@ -245,11 +227,11 @@ def saved(folder: Path, count: int = 6) -> datasets.Dataset:
 
 
 def test_saved_data_set_yields_stored_bytes_and_splits_by_part(tmp_path):
-    whole = saved(tmp_path)
+    whole = make_dataset(tmp_path)
     whole.save_to_disk(tmp_path / "one")
     parts = datasets.DatasetDict(train=whole.select(range(4)), validation=whole.select([4, 5]))
     parts.save_to_disk(tmp_path / "many")
-    one, many = list(opened(tmp_path / "one").rows()), list(opened(tmp_path / "many").rows())
+    one, many = list(open_path(tmp_path / "one").rows()), list(open_path(tmp_path / "many").rows())
     assert [r.image for r in one] == [r.image for r in many] == [png(i // 2) for i in range(6)]
     assert [r.split for r in one] == [None] * 6
     assert [r.split for r in many] == ["train"] * 4 + ["test"] * 2
@@ -257,23 +239,23 @@ def test_saved_data_set_yields_stored_bytes_and_splits_by_part(tmp_path):
 
 def test_digest_of_a_saved_data_set_covers_its_content(tmp_path):
     for name, count in (("a", 6), ("b", 5)):
-        saved(tmp_path, count).save_to_disk(tmp_path / name)
-    before = opened(tmp_path / "a").digest()
-    assert opened(tmp_path / "b").digest() != before
-    (tmp_path / "a" / "cache-123.arrow").write_bytes(b"left by someone's map()")
-    assert opened(tmp_path / "a").digest() == before
+        make_dataset(tmp_path, count).save_to_disk(tmp_path / name)
+    before = open_path(tmp_path / "a").digest()
+    assert open_path(tmp_path / "b").digest() != before
+    (tmp_path / "a" / "cache-123.arrow").write_bytes(b"cache of map()")
+    assert open_path(tmp_path / "a").digest() == before
 
 
 def test_saved_data_set_refusals(tmp_path):
-    saved(tmp_path).rename_column("answer", "label").save_to_disk(tmp_path / "narrow")
-    datasets.DatasetDict(dev=saved(tmp_path)).save_to_disk(tmp_path / "dev")
-    saved(tmp_path).select([]).save_to_disk(tmp_path / "empty")  # `datasets` cannot load what it saves here
+    make_dataset(tmp_path).rename_column("answer", "label").save_to_disk(tmp_path / "narrow")
+    datasets.DatasetDict(dev=make_dataset(tmp_path)).save_to_disk(tmp_path / "dev")
+    make_dataset(tmp_path).select([]).save_to_disk(tmp_path / "empty")  # `datasets` cannot load what it saved
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "dataset_info.json").write_text("{")
-    assert refusal(tmp_path / "narrow").endswith("add or rename: answer")
-    assert "found dev" in refusal(tmp_path / "dev")
-    assert "expected a folder with rows" in refusal(tmp_path / "empty")
-    assert "expected a folder with rows" in refusal(tmp_path / "broken")
+    assert refusal_message(tmp_path / "narrow").endswith("add or rename: answer")
+    assert "found dev" in refusal_message(tmp_path / "dev")
+    assert "expected a folder with rows" in refusal_message(tmp_path / "empty")
+    assert "expected a folder with rows" in refusal_message(tmp_path / "broken")
 
 
 class FakeHub:
@@ -285,16 +267,16 @@ class FakeHub:
 
 
 def test_a_hub_data_set_is_streamed_at_its_resolved_commit(tmp_path, monkeypatch):
-    asked = []
+    requests = []
 
     def load(name, revision, streaming, download_config):
-        asked.append((name, revision, streaming))
-        return datasets.IterableDatasetDict(train=saved(tmp_path).to_iterable_dataset())
+        requests.append((name, revision, streaming))
+        return datasets.IterableDatasetDict(train=make_dataset(tmp_path).to_iterable_dataset())
 
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: FakeHub({None: "c1", "v1": "c1", "v2": "c2"}))
     monkeypatch.setattr("datasets.load_dataset", load)
-    sources = [opened("org/shapes", revision) for revision in (None, "v1", "v2")]
-    assert asked == [("org/shapes", "c1", True), ("org/shapes", "c1", True), ("org/shapes", "c2", True)]
+    sources = [open_path("org/shapes", revision) for revision in (None, "v1", "v2")]
+    assert requests == [("org/shapes", "c1", True), ("org/shapes", "c1", True), ("org/shapes", "c2", True)]
     digests = [s.digest() for s in sources]
     assert digests[0] == digests[1] != digests[2]
     rows = list(sources[0].rows())
@@ -305,7 +287,7 @@ def test_a_hub_data_set_is_streamed_at_its_resolved_commit(tmp_path, monkeypatch
 
 
 def test_easyvqa_has_the_official_split():
-    rows = list(opened("easyvqa").rows())
+    rows = list(open_path("easyvqa").rows())
     assert [sum(r.split == s for r in rows) for s in ("train", "test")] == [38575, 9673]
     assert rows[0].id == "train-0" and rows[-1].id == "test-9672"
     assert len({(r.root, r.image) for r in rows}) == 5000
@@ -346,6 +328,6 @@ def test_handwritten_digit_pools_are_disjoint():
 
 
 def test_the_answer_in_steps_ends_with_the_short_answer():
-    for asked in digits.questions([4, 0, 7]):
-        assert asked.steps.split("= ")[-1] == asked.answer
-    assert [asked.answer for asked in digits.questions([4, 0, 7])] == ["11", "4 0 7", "7", "1", "11", "no"]
+    for question in digits.questions([4, 0, 7]):
+        assert question.steps.split("= ")[-1] == question.answer
+    assert [question.answer for question in digits.questions([4, 0, 7])] == ["11", "4 0 7", "7", "1", "11", "no"]

@@ -1,8 +1,6 @@
-"""Every rule of acceptance, by its reason; and that no row ends a run."""
+"""Every reason for which a row is rejected; no row ends a run."""
 
 import io
-import struct
-import zlib
 from pathlib import Path
 
 import pytest
@@ -13,19 +11,20 @@ from masters.common.hashing import canonical_json, digest, to_unit_interval
 from masters.data import images
 from masters.data.sources.base import RawRow
 from masters.data.validation import RejectedRow, parse_row, validate_rows
+from tests.bad_input.image_files import png_header
 
 
-class Rows:
+class FakeSource:
     """A source of given rows."""
 
     def __init__(self, *rows: RawRow) -> None:
-        self.given = rows
+        self._given = rows
 
     def digest(self) -> str:
         return "0" * 64
 
     def rows(self):
-        yield from self.given
+        yield from self._given
 
 
 def encoded(mode: str = "RGB", size: tuple[int, int] = (6, 5), kind: str = "PNG", **options) -> bytes:
@@ -41,33 +40,21 @@ def row(**changes) -> RawRow:
     return RawRow(**({"id": "a", "image": GOOD, "question": "what?", "answer": "that"} | changes))
 
 
-def judge(*rows: RawRow) -> list:
-    return list(validate_rows(Rows(*rows)))
+def validate(*rows: RawRow) -> list:
+    return list(validate_rows(FakeSource(*rows)))
 
 
-def reason(**changes) -> str:
-    (found,) = judge(row(**changes))
+def rejection(**changes) -> str:
+    (found,) = validate(row(**changes))
     assert isinstance(found, RejectedRow), found
     assert found.reason.startswith(found.kind)
     return found.reason
 
 
-def accepted(**changes) -> dict:
-    (found,) = judge(row(**changes))
+def accept(**changes) -> dict:
+    (found,) = validate(row(**changes))
     assert isinstance(found, dict), found
     return found
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size without having the pixels."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
-    )
 
 
 # what is accepted
@@ -75,14 +62,14 @@ def png_header(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("name", ["question", "answer"])
 def test_text_with_a_special_token_is_refused(name: str) -> None:
-    rows = Rows(row(id="a", **{name: "what is <|image_pad|> here"}), row(id="b", **{name: "what is <b> here"}))
+    rows = FakeSource(row(id="a", **{name: "what is <|image_pad|> here"}), row(id="b", **{name: "what is <b> here"}))
     first, second = validate_rows(rows, ("<|im_end|>", "<|image_pad|>"))
     assert first == RejectedRow("a", f"{name} has a special token", f"{name} has a special token (<|image_pad|>)")
     assert second[name] == "what is <b> here"
 
 
 def test_accepted_row_is_unchanged():
-    found = accepted(question=" Wie groß?\n\tsehr\r\n", answer="groß", category="size", split="test")
+    found = accept(question=" Wie groß?\n\tsehr\r\n", answer="groß", category="size", split="test")
     content = digest(canonical_json([" Wie groß?\n\tsehr\r\n", "groß", digest(GOOD)]).encode())
     assert found == {
         "question_id": "a", "question_digest": content, "image_digest": digest(GOOD), "image": GOOD,
@@ -92,31 +79,31 @@ def test_accepted_row_is_unchanged():
 
 
 def test_question_digest_covers_question_answer_and_image():
-    base = accepted()["question_digest"]
-    assert accepted(id="b", category="c", split="test")["question_digest"] == base
-    others = [accepted(question="who?"), accepted(answer="this"), accepted(image=encoded(size=(7, 5)))]
+    base = accept()["question_digest"]
+    assert accept(id="b", category="c", split="test")["question_digest"] == base
+    others = [accept(question="who?"), accept(answer="this"), accept(image=encoded(size=(7, 5)))]
     assert len({base, *(o["question_digest"] for o in others)}) == 4
 
 
 def test_first_answer_is_the_label_and_repetitions_are_dropped():
-    found = accepted(answer=["eleven", "11", "eleven", " 11"])
+    found = accept(answer=["eleven", "11", "eleven", " 11"])
     assert (found["answer"], found["accepted_answers"]) == ("eleven", ["eleven", "11", " 11"])
 
 
 def test_question_digest_covers_all_accepted_answers():
     lists = (["this"], ["this", "that"], ["that", "this"], ["this", "that", "it"])
-    digests = {accepted(answer=answers)["question_digest"] for answers in lists}
-    assert len(digests) == 4 and accepted(answer="this")["question_digest"] in digests
+    digests = {accept(answer=answers)["question_digest"] for answers in lists}
+    assert len(digests) == 4 and accept(answer="this")["question_digest"] in digests
 
 
 def test_special_tokens_are_refused_in_every_accepted_answer():
-    (found,) = validate_rows(Rows(row(answer=["this", "<|im_end|>"])), ("<|im_end|>",))
+    (found,) = validate_rows(FakeSource(row(answer=["this", "<|im_end|>"])), ("<|im_end|>",))
     assert found == RejectedRow("a", "answer has a special token", "answer has a special token (<|im_end|>)")
 
 
 def test_whole_number_ids_become_their_decimals():
-    assert accepted(id=17)["question_id"] == "17"
-    first, second = judge(row(id=17), row(id="17"))
+    assert accept(id=17)["question_id"] == "17"
+    first, second = validate(row(id=17), row(id="17"))
     assert first["question_id"] == "17" and second.reason == "duplicate id"
 
 
@@ -128,13 +115,13 @@ def test_parse_row_returns_the_accepted_question(tmp_path):
         row(id=3, split="test", category="c"),
         row(image="x.png", root=tmp_path),
     ):
-        assert judge(raw) == [parse_row(raw)]
+        assert validate(raw) == [parse_row(raw)]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])
 def test_every_png_mode_is_accepted(mode):
     data = encoded(mode)
-    assert accepted(image=data)["image"] == data, "bytes are kept, not encoded again"
+    assert accept(image=data)["image"] == data, "bytes are stored unchanged"
 
 
 @pytest.mark.parametrize(
@@ -146,7 +133,7 @@ def test_every_png_mode_is_accepted(mode):
     ],
 )  # fmt: skip
 def test_every_image_format_is_accepted(kind, mode, options):
-    accepted(image=encoded(mode, kind=kind, **options))
+    accept(image=encoded(mode, kind=kind, **options))
 
 
 # the split
@@ -154,7 +141,7 @@ def test_every_image_format_is_accepted(kind, mode, options):
 
 def test_without_a_split_the_image_decides():
     pictures = [encoded(size=(1 + n % 20, 1 + n // 20)) for n in range(300)]
-    found = judge(*(row(id=f"{n}-{k}", image=p, question=f"{k}?") for n, p in enumerate(pictures) for k in range(3)))
+    found = validate(*(row(id=f"{n}-{k}", image=p, question=f"{k}?") for n, p in enumerate(pictures) for k in range(3)))
     split_of: dict[bytes, set] = {}
     for question in found:
         split_of.setdefault(question["image"], set()).add(question["split"])
@@ -165,7 +152,7 @@ def test_without_a_split_the_image_decides():
 
 
 def test_a_given_split_is_kept():
-    assert {accepted(split=s)["split"] for s in ("train", "test")} == {"train", "test"}
+    assert {accept(split=s)["split"] for s in ("train", "test")} == {"train", "test"}
 
 
 # what is rejected
@@ -217,23 +204,23 @@ def test_a_given_split_is_kept():
     ],
 )  # fmt: skip
 def test_a_faulty_row_is_rejected_with_its_reason(changes, expected):
-    assert reason(**changes) == expected
+    assert rejection(**changes) == expected
 
 
 def test_values_at_the_limits_are_accepted():
-    accepted(id="x" * 1000, question="x" * 20_000, answer="x" * 10_000, image=encoded(size=(200, 1)))
+    accept(id="x" * 1000, question="x" * 20_000, answer="x" * 10_000, image=encoded(size=(200, 1)))
 
 
 def test_decompression_bomb_is_refused_by_its_header(monkeypatch):
     monkeypatch.setattr(images, "to_rgb", lambda image: pytest.fail("decoded"))
-    reason(image=png_header(8001, 8000))
+    rejection(image=png_header(8001, 8000))
 
 
 def test_oversized_file_is_refused_without_reading(tmp_path, monkeypatch):
     monkeypatch.setattr("masters.data.validation.MAX_BYTES", 100)
     (tmp_path / "big.png").write_bytes(bytes(101))
-    assert reason(image=bytes(101)) == "image is too large (101 bytes, limit 100)"
-    assert reason(image="big.png", root=tmp_path) == "image is too large (101 bytes, limit 100)"
+    assert rejection(image=bytes(101)) == "image is too large (101 bytes, limit 100)"
+    assert rejection(image="big.png", root=tmp_path) == "image is too large (101 bytes, limit 100)"
 
 
 # paths
@@ -250,19 +237,19 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("path", ["images/x.png", "./images/x.png", "in.png", Path("images/x.png")])
 def test_paths_inside_the_folder_are_accepted(folder, path):
-    assert accepted(image=path, root=folder)["image"] == GOOD
+    assert accept(image=path, root=folder)["image"] == GOOD
 
 
 # isolation
 
 
 def test_rejected_rows_do_not_reserve_their_id():
-    first, second, third = judge(row(answer=None), row(), row(answer="other"))
+    first, second, third = validate(row(answer=None), row(), row(answer="other"))
     assert (first.kind, second["answer"], third.kind) == ("answer is missing", "that", "duplicate id")
 
 
 def test_rejected_row_has_its_id_or_row_number():
-    found = judge(row(id=None), row(id=[1]), row(id="b", answer=None), row(id="x" * 5000), row(id="\ud800"))
+    found = validate(row(id=None), row(id=[1]), row(id="b", answer=None), row(id="x" * 5000), row(id="\ud800"))
     assert [r.id for r in found] == ["row 1", "row 2", "b", "x" * 200, "\\ud800"]
 
 
@@ -272,25 +259,25 @@ def test_unexpected_error_rejects_one_row(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("masters.data.validation.find_image_fault", explode)
-        assert reason() == "row cannot be processed (MemoryError: no room)"
+        assert rejection() == "row cannot be processed (MemoryError: no room)"
 
 
 def test_error_of_the_source_is_raised():
-    class Ends(Rows):
+    class FailingSource(FakeSource):
         def rows(self):
             yield row()
             raise InputError("the source broke off")
 
     with pytest.raises(InputError, match="broke off"):
-        list(validate_rows(Ends()))
+        list(validate_rows(FailingSource()))
 
 
 def test_image_faults_are_cached_up_to_a_limit(monkeypatch):
     monkeypatch.setattr(images, "CACHE_SIZE", 3)
     monkeypatch.setattr(images, "_faults", {})
-    judged = []
-    monkeypatch.setattr(images, "_decode_fault", lambda data: judged.append(data))
+    decoded = []
+    monkeypatch.setattr(images, "_decode_fault", lambda data: decoded.append(data))
     for data in (b"1", b"1", b"2", b"3", b"4", b"2", b"1"):
         images.find_image_fault(data, digest(data))
         assert len(images._faults) <= 3
-    assert judged == [b"1", b"2", b"3", b"4", b"1"]
+    assert decoded == [b"1", b"2", b"3", b"4", b"1"]

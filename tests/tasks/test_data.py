@@ -26,29 +26,13 @@ from masters.store.artifacts import Artifact
 from masters.store.storage import Storage
 from masters.tasks import data as stage
 from masters.tasks.run_context import Context
-
-
-def png(seed: int) -> bytes:
-    sink = io.BytesIO()
-    Image.new("RGB", (5, 4), (seed % 256, seed // 256, 7)).save(sink, "PNG")
-    return sink.getvalue()
+from tests.data import source_files
+from tests.data.source_files import png, write_jsonl
 
 
 def records(count: int = 200) -> list[dict]:
-    """Return rows with two questions an image and no split: about a tenth of them is for testing."""
-    return [
-        {"id": f"q{i}", "image": f"images/{i // 2}.png", "question": f"what is {i}?", "answer": str(i), "category": "c"}
-        for i in range(count)
-    ]
-
-
-def write_jsonl(folder: Path, rows: list[dict]) -> Path:
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    for i in range(-(-len(rows) // 2)):
-        (folder / "images" / f"{i}.png").write_bytes(png(i))
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    return path
+    """Return rows without a split: about a tenth of them is for testing."""
+    return source_files.records(count, category="c")
 
 
 def make_config(source: object, **data) -> Config:
