@@ -1,4 +1,4 @@
-"""A distillation of four stages, its artifacts written by hand: what tracking, lineage and gc need of one."""
+"""Writes a distillation of four stages with handmade artifacts, for tests of tracking, lineage and gc."""
 
 from pathlib import Path
 
@@ -19,8 +19,10 @@ def configured(root: Path | str, **runtime) -> Config:
     return Config.model_validate(tree | models)
 
 
-def made(storage: Storage, stage: str, upstream: Upstream | None = None, content: bytes = b"rows") -> Artifact:
-    """An artifact of one table and a model."""
+def commit_artifact(
+    storage: Storage, stage: str, upstream: Upstream | None = None, content: bytes = b"rows"
+) -> Artifact:
+    """Commit an artifact with one table and a model."""
     identity = Identity(stage, 1, {}, {"content": digest(content)}, NAME)
     files = {}
     for name in (f"{TABLES.get(stage, stage)}/0.parquet", "model/README.md"):
@@ -31,22 +33,22 @@ def made(storage: Storage, stage: str, upstream: Upstream | None = None, content
     return artifacts.commit(storage, identity, files, dict(scores=scores), upstream)
 
 
-def staged(tracker: RunWriter, storage: Storage, stage: str, upstream: Upstream, content: bytes = b"rows") -> Artifact:
-    with tracker.stage(Identity(stage, 1, {}, {"content": digest(content)}, NAME), upstream) as tracked:
-        artifact = made(storage, stage, upstream, content)
-        tracked(artifact, dict(outcome="built", rows=1, seconds=0.1))
+def staged(writer: RunWriter, storage: Storage, stage: str, upstream: Upstream, content: bytes = b"rows") -> Artifact:
+    with writer.stage(Identity(stage, 1, {}, {"content": digest(content)}, NAME), upstream) as record_artifact:
+        artifact = commit_artifact(storage, stage, upstream, content)
+        record_artifact(artifact, dict(outcome="built", rows=1, seconds=0.1))
     return artifact
 
 
 def registered(
     storage: Storage, content: bytes = b"rows", key: str = "", student: Artifact | None = None
 ) -> tuple[RunWriter, int]:
-    """A distillation of four stages, to its end. `student`: what it starts from, if that was trained before."""
-    tracker = RunWriter(configured(storage.uri("")), storage, key)
-    data = staged(tracker, storage, "data", {"source": External("source", "/q.jsonl", "5" * 64)})
-    trained = staged(tracker, storage, "train", {"data": data} | ({"student": student} if student else {}), content)
-    evaluated = staged(tracker, storage, "evaluate", {"data": data, "student": trained}, content)
-    exported = staged(tracker, storage, "register", {"train": trained, "evaluate": evaluated}, content)
-    version = tracker.register_model(NAME, exported, trained, evaluated)
-    tracker.finish("FINISHED")
-    return tracker, version
+    """Write a finished distillation of four stages. `student` is an earlier artifact that training starts from."""
+    writer = RunWriter(configured(storage.uri("")), storage, key)
+    data = staged(writer, storage, "data", {"source": External("source", "/q.jsonl", "5" * 64)})
+    trained = staged(writer, storage, "train", {"data": data} | ({"student": student} if student else {}), content)
+    evaluated = staged(writer, storage, "evaluate", {"data": data, "student": trained}, content)
+    exported = staged(writer, storage, "register", {"train": trained, "evaluate": evaluated}, content)
+    version = writer.register_model(NAME, exported, trained, evaluated)
+    writer.finish("FINISHED")
+    return writer, version

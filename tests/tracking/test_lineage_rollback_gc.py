@@ -1,4 +1,4 @@
-"""Lineage, rollback and gc on finished distillations in real MLflow: what is proven, where champions go, what stays."""
+"""Lineage, rollback and garbage collection of finished distillations in a real MLflow."""
 
 import json
 import os
@@ -16,13 +16,13 @@ from masters.cli.main import app
 from masters.common import machine
 from masters.common.errors import ArtifactError, InputError
 from masters.common.redaction import redact
-from masters.flows.garbage_collection import FRESH, collect
+from masters.flows.garbage_collection import MIN_AGE, collect_garbage
 from masters.store import artifacts, lineage
 from masters.store.artifacts import Identity
 from masters.store.storage import Storage
 from masters.tracking import locations
 from masters.tracking.client import redact_uri
-from masters.tracking.lineage_report import find, trace
+from masters.tracking.lineage_report import find_target, trace_lineage
 from masters.tracking.registry import Registry
 from masters.tracking.run_writer import RunWriter
 from tests.s3_server import BUCKET, S3
@@ -33,53 +33,53 @@ STAGES = ["data", "train", "evaluate", "register"]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with two versions of a model, and the home that remembers it; tests work on copies of the store."""
-    place = tmp_path_factory.mktemp("finished")
-    (place / "store").mkdir()
+    """A store with two versions of a model, and the home with its address. Tests work on copies of the store."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "store").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.setenv("HOME", str(place / "home"))
-        storage = Storage(str(place / "store"))
+        patch.setenv("HOME", str(folder / "home"))
+        storage = Storage(str(folder / "store"))
         registered(storage, b"first")
         registered(storage, b"second")
-    return place
+    return folder
 
 
 @pytest.fixture
-def there(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
-    """The store as it was finished, at the same place, and MLflow's database copied: an open one cannot be put back."""
+def store(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    """The finished store, restored in place, with a copy of MLflow's database, as an open one cannot be replaced."""
     monkeypatch.setenv("HOME", str(finished / "home"))
-    kept = finished / "kept"
-    if not kept.exists():
-        shutil.copytree(finished / "store", kept)
+    backup = finished / "backup"
+    if not backup.exists():
+        shutil.copytree(finished / "store", backup)
     shutil.rmtree(finished / "store")
-    shutil.copytree(kept, finished / "store")
-    shutil.copy(kept / "mlflow.db", tmp_path)
+    shutil.copytree(backup, finished / "store")
+    shutil.copy(backup / "mlflow.db", tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     return Storage(str(finished / "store"))
 
 
 @pytest.fixture
-def registry(there: Storage) -> Registry:
+def registry(store: Storage) -> Registry:
     return Registry(os.environ["MLFLOW_TRACKING_URI"])
 
 
-def listed(storage: Storage, folders: dict[str, str]) -> list[str]:
+def listed_files(storage: Storage, folders: dict[str, str]) -> list[str]:
     return [
-        f"{link.folder}/{file['name']}"
-        for link in lineage.walk(storage, folders, prove=False)
-        for file in (link.record or {})["files"]
+        f"{node.folder}/{file['name']}"
+        for node in lineage.walk(storage, folders, verify_files=False)
+        for file in (node.record or {})["files"]
     ]
 
 
 def age(storage: Storage) -> None:
-    """As if everything had been written two days ago."""
+    """Set the time of every file to two days ago."""
     for name in storage.names(""):
-        os.utime(storage.path(name), (time.time() - 2 * FRESH,) * 2)
+        os.utime(storage.path(name), (time.time() - 2 * MIN_AGE,) * 2)
 
 
-def test_the_chain_leads_back_to_the_questions(there: Storage) -> None:
-    found = trace(NAME)
+def test_lineage_leads_back_to_the_questions(store: Storage) -> None:
+    found = trace_lineage(NAME)
     assert found["verified"] and found["of"] == f"models:/{NAME}/2"
     assert [stage["name"] for stage in found["stages"]] == STAGES
     data, train, *_ = found["stages"]
@@ -91,106 +91,106 @@ def test_the_chain_leads_back_to_the_questions(there: Storage) -> None:
     assert all(len(stage["mlflow_run_id"]) == 32 for stage in found["stages"])
 
 
-def test_a_model_goes_by_many_names(there: Storage, registry: Registry) -> None:
+def test_a_model_has_several_references(store: Storage, registry: Registry) -> None:
     registry.promote(NAME, 1)
     titles = {
-        reference: find(reference, None)[1].title.rsplit("/", 1)[-1]
+        reference: find_target(reference, None)[1].title.rsplit("/", 1)[-1]
         for reference in (NAME, f"{NAME}/2", f"models:/{NAME}/2", f"models:/{NAME}@champion", f"{NAME}@candidate")
     }
     assert list(titles.values()) == ["1", "2", "2", "1", "2"]
 
 
-def test_a_run_of_a_distillation_or_a_stage_has_a_chain_too(there: Storage) -> None:
-    runs = {stage["name"]: stage["mlflow_run_id"] for stage in trace(NAME)["stages"]}
-    assert [stage["name"] for stage in trace(runs["train"])["stages"]] == ["data", "train"]
-    parent = find(NAME, None)[1].parent
-    assert parent and sorted(s["name"] for s in trace(parent)["stages"]) == sorted(STAGES)
+def test_runs_of_distillations_and_stages_have_a_lineage(store: Storage) -> None:
+    runs = {stage["name"]: stage["mlflow_run_id"] for stage in trace_lineage(NAME)["stages"]}
+    assert [stage["name"] for stage in trace_lineage(runs["train"])["stages"]] == ["data", "train"]
+    parent = find_target(NAME, None)[1].parent
+    assert parent and sorted(s["name"] for s in trace_lineage(parent)["stages"]) == sorted(STAGES)
 
 
 @pytest.mark.parametrize(
     ("reference", "says"),
     [
-        ("nobody", "no run of nobody"), (f"{NAME}/9", "no version 9; there: 1, 2"), (f"{NAME}@best", "alias 'best'"),
-        (f"{NAME}/x", "number or @alias"), ("0" * 32, "in no MLflow known here"),
+        ("nobody", "no run of nobody"), (f"{NAME}/9", "no version 9; existing versions: 1, 2"),
+        (f"{NAME}@best", "alias 'best'"), (f"{NAME}/x", "number or @alias"),
+        ("0" * 32, "not found in an MLflow known"),
     ],
 )  # fmt: skip
-def test_what_is_not_there_is_said_in_a_line(
-    reference: str, says: str, there: Storage, monkeypatch: pytest.MonkeyPatch
+def test_an_unknown_reference_is_an_error(
+    reference: str, says: str, store: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without an MLflow named: by what this machine remembers."""
+    """Without an address, the one that this machine keeps is used."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     with pytest.raises(InputError, match=says):
-        trace(reference)
+        trace_lineage(reference)
 
 
-def test_asking_makes_no_database(there: Storage, tmp_path: Path) -> None:
+def test_a_missing_database_is_not_created(store: Storage, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no MLflow database"):
-        trace(NAME, f"sqlite:///{tmp_path / 'no.db'}")
+        trace_lineage(NAME, f"sqlite:///{tmp_path / 'no.db'}")
     assert not (tmp_path / "no.db").exists()
 
 
 @settings(max_examples=60)
 @given(data=st.data())
-def test_any_changed_byte_is_found(finished: Path, data: st.DataObject) -> None:
+def test_every_changed_byte_is_found(finished: Path, data: st.DataObject) -> None:
     storage = Storage(str(finished / "store"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(finished / "home"))
-        folders = find(f"{NAME}/1", None)[1].folders
-    name = data.draw(st.sampled_from(listed(storage, folders)))
+        folders = find_target(f"{NAME}/1", None)[1].folders
+    name = data.draw(st.sampled_from(listed_files(storage, folders)))
     path = Path(storage.path(name))
     content = path.read_bytes()
     at, by = data.draw(st.integers(0, len(content) - 1)), data.draw(st.integers(1, 255))
     try:
         path.write_bytes(content[:at] + bytes([content[at] ^ by]) + content[at + 1 :])
-        faults = [fault for link in lineage.walk(storage, folders) for fault in link.faults]
+        faults = [fault for node in lineage.walk(storage, folders) for fault in node.faults]
         assert len(faults) == 1 and faults[0].startswith(f"{storage.uri(name)} changed")
     finally:
         path.write_bytes(content)
-    assert not any(link.faults for link in lineage.walk(storage, folders))
+    assert not any(node.faults for node in lineage.walk(storage, folders))
 
 
-def test_what_does_not_verify_is_named_and_exits_1(there: Storage) -> None:
-    folders = find(NAME, None)[1].folders
-    name = next(n for n in listed(there, folders) if n.startswith("data/"))
-    there.remove(name)
+def test_the_command_names_faults_and_exits_with_1(store: Storage) -> None:
+    folders = find_target(NAME, None)[1].folders
+    name = next(n for n in listed_files(store, folders) if n.startswith("data/"))
+    store.remove(name)
     done = CliRunner().invoke(app, ["lineage", NAME, "--json"])
-    assert f"{there.uri(name)} is missing" in str(done.exception) and done.exception.exit_code == 1  # pyright: ignore
+    assert f"{store.uri(name)} is missing" in str(done.exception) and done.exception.exit_code == 1  # pyright: ignore
     found = json.loads(done.stdout.splitlines()[-1])
     assert not found["verified"]
     assert [stage["name"] for stage in found["stages"] if not stage["verified"]] == ["data"]
 
 
 @pytest.mark.parametrize("damage", ["missing", "no JSON", "other config", "other files", "rebuilt", "no list"])
-def test_a_record_that_is_not_what_was_used_is_found(damage: str, there: Storage) -> None:
-    folders = find(NAME, None)[1].folders
-    folder = next(link.folder for link in lineage.walk(there, folders) if link.folder.startswith("data/"))
-    record = json.loads(there.read(f"{folder}/record.json"))
+def test_a_changed_record_is_found(damage: str, store: Storage) -> None:
+    folders = find_target(NAME, None)[1].folders
+    folder = next(node.folder for node in lineage.walk(store, folders) if node.folder.startswith("data/"))
+    record = json.loads(store.read(f"{folder}/record.json"))
     if damage == "missing":
-        there.remove(f"{folder}/record.json")
+        store.remove(f"{folder}/record.json")
     elif damage == "no JSON":
-        there.write(f"{folder}/record.json", b'{"files"')
+        store.write(f"{folder}/record.json", b'{"files"')
     elif damage == "rebuilt":
-        lost = record["files"].pop()
+        assert record["files"].pop()
         record["digest"] = lineage.listing_digest({f["name"]: f["digest"] for f in record["files"]})
-        there.write(f"{folder}/record.json", json.dumps(record).encode())
-        assert lost
+        store.write(f"{folder}/record.json", json.dumps(record).encode())
     else:
         changed = {"other config": dict(config={"a": 1}), "other files": dict(files=[]), "no list": dict(files=3)}[
             damage
         ]
-        there.write(f"{folder}/record.json", json.dumps(record | changed).encode())
-    faults = [fault for link in lineage.walk(there, folders) for fault in link.faults]
+        store.write(f"{folder}/record.json", json.dumps(record | changed).encode())
+    faults = [fault for node in lineage.walk(store, folders) for fault in node.faults]
     assert faults and all(folder in fault for fault in faults)
 
 
 @pytest.mark.parametrize("stage", ["train", "register"])
 @pytest.mark.parametrize("damage", ["no upstream", "other facts", "an input without its stage", "another input"])
-def test_lineage_covers_what_records_say(damage: str, stage: str, there: Storage) -> None:
-    _, target = find(NAME, None)
-    links = lineage.walk(there, target.folders, records=target.records)
-    assert not any(link.faults for link in links)
-    folder = next(link.folder for link in links if link.folder.startswith(f"{stage}/"))
-    record = json.loads(there.read(f"{folder}/record.json"))
+def test_lineage_covers_the_content_of_records(damage: str, stage: str, store: Storage) -> None:
+    _, target = find_target(NAME, None)
+    nodes = lineage.walk(store, target.folders, records=target.records)
+    assert not any(node.faults for node in nodes)
+    folder = next(node.folder for node in nodes if node.folder.startswith(f"{stage}/"))
+    record = json.loads(store.read(f"{folder}/record.json"))
     role = "data" if stage == "train" else "evaluate"
     if damage == "no upstream":
         record["upstream"] = {}
@@ -200,31 +200,31 @@ def test_lineage_covers_what_records_say(damage: str, stage: str, there: Storage
         record["upstream"][role]["fingerprint"] = "0" * 16
     else:
         del record["upstream"][role]["stage"]
-    there.write(f"{folder}/record.json", json.dumps(record).encode())
-    told = trace(NAME)
-    assert not told["verified"] and any(there.uri(folder) in fault for fault in told["faults"])
+    store.write(f"{folder}/record.json", json.dumps(record).encode())
+    report = trace_lineage(NAME)
+    assert not report["verified"] and any(store.uri(folder) in fault for fault in report["faults"])
 
 
-def test_an_input_that_was_built_again_is_not_taken_for_what_was_read(there: Storage) -> None:
-    registered_ = artifacts.load(there, next(iter(find(NAME, None)[1].folders)))
+def test_a_rebuilt_input_is_not_loaded(store: Storage) -> None:
+    registered_ = artifacts.load(store, next(iter(find_target(NAME, None)[1].folders)))
     trained = registered_.upstream("train")
     assert trained
-    there.write(f"{trained.folder}/record.json", json.dumps(trained.record | {"digest": "0" * 64}).encode())
-    with pytest.raises(ArtifactError, match="was built again: it is not the train"):
+    store.write(f"{trained.folder}/record.json", json.dumps(trained.record | {"digest": "0" * 64}).encode())
+    with pytest.raises(ArtifactError, match="was rebuilt: it is not the train"):
         registered_.upstream("train")
 
 
-def test_champions_come_and_go(there: Storage, registry: Registry) -> None:
+def test_versions_are_promoted_and_rolled_back(store: Storage, registry: Registry) -> None:
     with pytest.raises(InputError, match="no champion"):
         registry.rollback(NAME)
     registry.promote(NAME, 1)
     with pytest.raises(InputError, match="no version was champion before"):
         registry.rollback(NAME)
     registry.promote(NAME, 2)
-    registry.promote(NAME, 2)  # again changes nothing
-    assert (registry.champion(NAME), registry.history(NAME)) == (2, [1, 2])
+    registry.promote(NAME, 2)  # a repetition changes nothing
+    assert (registry.champion(NAME), registry.champion_history(NAME)) == (2, [1, 2])
     assert registry.rollback(NAME) == (2, 1)
-    assert registry.previous(NAME) is None
+    assert registry.previous_champion(NAME) is None
     assert registry.rollback(NAME, 2) == (1, 2)
     with pytest.raises(InputError, match="champion already"):
         registry.rollback(NAME, 2)
@@ -232,7 +232,7 @@ def test_champions_come_and_go(there: Storage, registry: Registry) -> None:
         registry.rollback(NAME, 7)
 
 
-def test_the_command_rolls_back(there: Storage, registry: Registry) -> None:
+def test_the_command_rolls_back(store: Storage, registry: Registry) -> None:
     registry.promote(NAME, 1)
     registry.promote(NAME, 2)
     done = CliRunner().invoke(app, ["rollback", NAME])
@@ -240,120 +240,125 @@ def test_the_command_rolls_back(there: Storage, registry: Registry) -> None:
     assert registry.champion(NAME) == 1
 
 
-def test_a_version_whose_files_are_gone_cannot_be_champion(there: Storage, registry: Registry) -> None:
+def test_a_version_without_its_files_cannot_be_champion(store: Storage, registry: Registry) -> None:
     registry.promote(NAME, 1)
     registry.promote(NAME, 2)
-    for name in there.names(next(iter(find(f"{NAME}/1", None)[1].folders))):
-        there.remove(name)
+    for name in store.names(next(iter(find_target(f"{NAME}/1", None)[1].folders))):
+        store.remove(name)
     with pytest.raises(InputError, match="no longer in its store"):
         registry.rollback(NAME)
     assert registry.champion(NAME) == 2
 
 
-def test_gc_spares_what_aliases_reach(there: Storage, registry: Registry) -> None:
-    """Version 2 is candidate. Version 1 has no alias: what only it reaches goes."""
-    age(there)
-    config = configured(Path(there.uri("")))
-    before = there.names("")
-    dry = collect(config)
-    assert there.names("") == before and {item["kind"] for item in dry["items"]} == {"artifact"}
+def test_gc_keeps_artifacts_behind_aliases(store: Storage, registry: Registry) -> None:
+    """Version 2 is candidate. Version 1 has no alias, so the artifacts behind it alone are removed."""
+    age(store)
+    config = configured(Path(store.uri("")))
+    before = store.names("")
+    dry = collect_garbage(config)
+    assert store.names("") == before and {item["kind"] for item in dry["items"]} == {"artifact"}
     assert {Path(item["uri"]).parent.name for item in dry["items"]} == {"train", "evaluate", "register"}
-    collect(config, delete=True)
-    assert trace(f"{NAME}/2")["verified"]
-    assert not trace(f"{NAME}/1")["verified"]
+    collect_garbage(config, delete=True)
+    assert trace_lineage(f"{NAME}/2")["verified"]
+    assert not trace_lineage(f"{NAME}/1")["verified"]
     assert not any(Path(item["uri"]).exists() for item in dry["items"])
-    assert collect(config)["items"] == []
+    assert collect_garbage(config)["items"] == []
 
 
-def test_gc_spares_where_a_rollback_leads(there: Storage, registry: Registry) -> None:
-    age(there)
+def test_gc_keeps_the_target_of_a_rollback(store: Storage, registry: Registry) -> None:
+    age(store)
     registry.promote(NAME, 1)
     registry.promote(NAME, 2)
-    assert collect(configured(Path(there.uri(""))), delete=True)["items"] == []
+    assert collect_garbage(configured(Path(store.uri(""))), delete=True)["items"] == []
     registry.rollback(NAME)
-    assert trace(NAME)["verified"]
+    assert trace_lineage(NAME)["verified"]
 
 
-def test_gc_removes_old_leftovers_and_no_young_ones(there: Storage) -> None:
+def test_gc_removes_only_old_leftovers(store: Storage) -> None:
     leftovers = [
         "train/x-0123456789abcdef/checkpoints/1", "shards/responses/x.parquet", ".work/train-1/job.json",
         "leases/train/x-0123456789abcdef/00000001", "handed/0123/asked",
     ]  # fmt: skip
     for name in leftovers:
-        there.write(name, b"left")
-    config = configured(Path(there.uri("")))
-    assert {item["kind"] for item in collect(config)["items"]} == {"artifact"}
-    age(there)
-    kinds = [item["kind"] for item in collect(config, delete=True)["items"]]
+        store.write(name, b"left")
+    config = configured(Path(store.uri("")))
+    assert {item["kind"] for item in collect_garbage(config)["items"]} == {"artifact"}
+    age(store)
+    kinds = [item["kind"] for item in collect_garbage(config, delete=True)["items"]]
     assert sorted(kinds) == ["artifact"] * 3 + ["note"] * 2 + ["shard", "unfinished", "work"]
-    assert not any(there.exists(name) for name in leftovers)
+    assert not any(store.exists(name) for name in leftovers)
 
 
 @pytest.mark.parametrize("flow", ["distill", "evaluate"])
-def test_gc_spares_what_a_live_run_has_and_builds(flow: str, there: Storage) -> None:
-    age(there)
-    tracker = RunWriter(configured(Path(there.uri(""))), there, flow=flow)
+def test_gc_keeps_the_artifacts_of_open_runs(flow: str, store: Storage) -> None:
+    age(store)
+    writer = RunWriter(configured(Path(store.uri(""))), store, flow=flow)
     identity = Identity("train", 1, {}, {"new": "1"}, NAME)
     building = f"{identity.folder}/model/half"
-    with tracker.stage(identity, {}):
-        there.write(building, b"half")
-        there.write("shards/responses/x.parquet", b"left")
-        age(there)
-        found = collect(configured(Path(there.uri(""))), delete=True)
-        assert there.exists(building) and there.exists("shards/responses/x.parquet")
+    with writer.stage(identity, {}):
+        store.write(building, b"half")
+        store.write("shards/responses/x.parquet", b"left")
+        age(store)
+        found = collect_garbage(configured(Path(store.uri(""))), delete=True)
+        assert store.exists(building) and store.exists("shards/responses/x.parquet")
         assert {item["kind"] for item in found["items"]} == {"artifact"}
-        assert any(tracker.run_id in note for note in found["notes"])
+        assert any(writer.run_id in note for note in found["notes"])
     host, boot, pid, *_ = machine.this_process().split()
-    tracker._client.set_tag(tracker.run_id, "masters.process", f"{host} {boot} {pid} 1")  # gone, without a word
-    assert {item["kind"] for item in collect(configured(Path(there.uri(""))))["items"]} == {"unfinished", "shard"}
+    writer._client.set_tag(writer.run_id, "masters.process", f"{host} {boot} {pid} 1")  # a process that has ended
+    assert {item["kind"] for item in collect_garbage(configured(Path(store.uri(""))))["items"]} == {
+        "unfinished",
+        "shard",
+    }
 
 
-def test_gc_asks_the_mlflow_of_the_last_run(there: Storage) -> None:
-    there.write("summary.json", json.dumps(dict(mlflow=dict(tracking_uri="http://elsewhere"))).encode())
-    config = configured(Path(there.uri("")))
+def test_gc_needs_the_mlflow_of_the_last_run(store: Storage) -> None:
+    store.write("summary.json", json.dumps(dict(mlflow=dict(tracking_uri="http://elsewhere"))).encode())
+    config = configured(Path(store.uri("")))
     with pytest.raises(InputError, match="http://elsewhere"):
-        collect(config, delete=True)
-    assert any("http://elsewhere" in note and "--delete is refused" in note for note in collect(config)["notes"])
-    there.write("summary.json", b"{}")
-    assert not any("elsewhere" in note for note in collect(config)["notes"])
+        collect_garbage(config, delete=True)
+    assert any(
+        "http://elsewhere" in note and "--delete is refused" in note for note in collect_garbage(config)["notes"]
+    )
+    store.write("summary.json", b"{}")
+    assert not any("elsewhere" in note for note in collect_garbage(config)["notes"])
 
 
-def test_gc_removes_nothing_while_an_mlflow_that_tracked_into_the_store_is_away(
-    there: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_gc_needs_every_mlflow_that_tracked_into_the_store(
+    store: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also on a machine that remembers nothing: the store says where it was tracked."""
+    """Also on a machine without kept addresses, as the store has them."""
     other = tmp_path / "other.db"
-    config = configured(Path(there.uri("")))
+    config = configured(Path(store.uri("")))
     with monkeypatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
-        registered(there, b"third")
-    kept = set(find(f"{NAME}@candidate", f"sqlite:///{other}")[1].folders)
+        registered(store, b"third")
+    protected = set(find_target(f"{NAME}@candidate", f"sqlite:///{other}")[1].folders)
     monkeypatch.setenv("HOME", str(tmp_path / "another"))
-    age(there)
-    spared = {there.uri(folder) for folder in kept}
-    assert not spared & {item["uri"] for item in collect(config)["items"]}
+    age(store)
+    spared = {store.uri(folder) for folder in protected}
+    assert not spared & {item["uri"] for item in collect_garbage(config)["items"]}
     other.rename(tmp_path / "away")
-    assert any("other.db" in note for note in collect(config)["notes"])
+    assert any("other.db" in note for note in collect_garbage(config)["notes"])
     with pytest.raises(InputError, match=r"cannot be asked: .*other\.db.*remove .*/tracking/"):
-        collect(config, delete=True)
+        collect_garbage(config, delete=True)
     (tmp_path / "away").rename(other)
-    collect(config, delete=True)
-    assert trace(f"{NAME}@candidate", f"sqlite:///{other}")["verified"]
+    collect_garbage(config, delete=True)
+    assert trace_lineage(f"{NAME}@candidate", f"sqlite:///{other}")["verified"]
 
 
-def test_the_store_keeps_no_password_of_its_mlflow(there: Storage) -> None:
-    locations.note(there, redact_uri("postgresql://me:hunter2@host/mlflow"), "sqlite:///default")
-    told = locations.noted(there, "sqlite:///default")
-    assert "postgresql://host/mlflow" in told and "hunter2" not in str([there.read(n) for n in there.names("tracking")])
+def test_the_store_has_no_password_of_its_mlflow(store: Storage) -> None:
+    locations.record_uri(store, redact_uri("postgresql://me:hunter2@host/mlflow"), "sqlite:///default")
+    uris = locations.recorded_uris(store, "sqlite:///default")
+    assert "postgresql://host/mlflow" in uris and "hunter2" not in str([store.read(n) for n in store.names("tracking")])
 
 
-def test_gc_removes_nothing_behind_a_record_that_does_not_say_what_it_read(there: Storage) -> None:
-    folder = next(iter(find(NAME, None)[1].folders))
-    record = json.loads(there.read(f"{folder}/record.json"))
+def test_gc_removes_nothing_upstream_of_a_record_without_inputs(store: Storage) -> None:
+    folder = next(iter(find_target(NAME, None)[1].folders))
+    record = json.loads(store.read(f"{folder}/record.json"))
     del record["upstream"]
-    there.write(f"{folder}/record.json", json.dumps(record).encode())
-    found = collect(configured(Path(there.uri(""))), delete=True)
-    assert found["items"] == [] and "does not say" in found["notes"][0]
+    store.write(f"{folder}/record.json", json.dumps(record).encode())
+    found = collect_garbage(configured(Path(store.uri(""))), delete=True)
+    assert found["items"] == [] and "does not name its inputs" in found["notes"][0]
 
 
 def test_lineage_and_gc_of_a_store_on_s3(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,17 +369,17 @@ def test_lineage_and_gc_of_a_store_on_s3(s3: S3, tmp_path: Path, monkeypatch: py
     storage = Storage(root)
     registered(storage, b"first")
     registered(storage, b"second")
-    assert trace(NAME)["verified"] and trace(NAME)["stages"][0]["uri"].startswith(f"{root}/data/")
-    removed = collect(configured(root), delete=True)["items"]
+    assert trace_lineage(NAME)["verified"] and trace_lineage(NAME)["stages"][0]["uri"].startswith(f"{root}/data/")
+    removed = collect_garbage(configured(root), delete=True)["items"]
     assert [item["kind"] for item in removed] == ["artifact"] * 3
     assert all(item["uri"].startswith(root) and item["bytes"] > 0 for item in removed)
-    assert trace(NAME)["verified"]
-    name = listed(storage, find(NAME, None)[1].folders)[0]
+    assert trace_lineage(NAME)["verified"]
+    name = listed_files(storage, find_target(NAME, None)[1].folders)[0]
     storage.write(name, b"other")
-    assert f"{root}/{name} changed" in trace(NAME)["faults"][0]
+    assert f"{root}/{name} changed" in trace_lineage(NAME)["faults"][0]
 
 
-def test_a_student_that_starts_from_a_champion_leads_on_to_what_made_that(
+def test_lineage_of_a_student_includes_the_champion_that_it_started_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -382,61 +387,62 @@ def test_a_student_that_starts_from_a_champion_leads_on_to_what_made_that(
     (tmp_path / "store").mkdir()
     storage = Storage(str(tmp_path / "store"))
     registered(storage, b"first")
-    _, first = find(f"{NAME}@candidate", None)
+    _, first = find_target(f"{NAME}@candidate", None)
     champion = artifacts.load(storage, next(iter(first.folders))).upstream("train")
-    tracker, version = registered(storage, b"second", student=champion)
-    told = trace(f"{NAME}@candidate")
-    assert champion and told["verified"] and len(told["stages"]) == 5
-    own = next(stage for stage in told["stages"] if stage["fingerprint"] == champion.fingerprint)
-    client = MlflowClient(tracker.uri)
-    parent = client.get_run(own["mlflow_run_id"]).data.tags["mlflow.parentRunId"]
-    assert parent == first.parent != tracker.run_id
+    writer, version = registered(storage, b"second", student=champion)
+    report = trace_lineage(f"{NAME}@candidate")
+    assert champion and report["verified"] and len(report["stages"]) == 5
+    trained = next(stage for stage in report["stages"] if stage["fingerprint"] == champion.fingerprint)
+    client = MlflowClient(writer.uri)
+    parent = client.get_run(trained["mlflow_run_id"]).data.tags["mlflow.parentRunId"]
+    assert parent == first.parent != writer.run_id
     found = client.get_model_version(NAME, str(version))
-    assert f"/runs/{own['mlflow_run_id']})" in (found.description or "").partition("earlier runs")[2]
-    reached = client.get_run(client.get_run(tracker.run_id).data.tags["stage.register.run_id"]).data.tags
+    assert f"/runs/{trained['mlflow_run_id']})" in (found.description or "").partition("earlier runs")[2]
+    reached = client.get_run(client.get_run(writer.run_id).data.tags["stage.register.run_id"]).data.tags
     assert reached["upstream.student"] == champion.fingerprint != reached["upstream.train"]
     storage.write(f"{champion.folder}/model/README.md", b"changed")
-    assert any(champion.folder in fault for fault in trace(f"{NAME}@candidate")["faults"])
+    assert any(champion.folder in fault for fault in trace_lineage(f"{NAME}@candidate")["faults"])
 
 
-def test_gc_asks_every_mlflow_that_is_known_for_its_own_aliases(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In one version 1 is candidate, in the other version 2: each is spared where it lies."""
+def test_gc_keeps_the_aliases_of_every_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Version 1 is candidate in one MLflow and version 2 in the other; both are kept."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "store").mkdir()
     storage = Storage(str(tmp_path / "store"))
     registered(storage, b"first")
-    kept = set(find(NAME, None)[1].folders)
+    protected = set(find_target(NAME, None)[1].folders)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
     registered(storage, b"second")
     registered(storage, b"third")
-    kept |= set(find(f"{NAME}@candidate", None)[1].folders)
+    protected |= set(find_target(f"{NAME}@candidate", None)[1].folders)
     age(storage)
-    gone = {item["uri"] for item in collect(configured(storage.uri("")))["items"]}
-    spared = {link.uri for link in lineage.walk(storage, dict.fromkeys(kept, ""))}
+    gone = {item["uri"] for item in collect_garbage(configured(storage.uri("")))["items"]}
+    spared = {node.uri for node in lineage.walk(storage, dict.fromkeys(protected, ""))}
     assert len(spared) == 7 and not gone & spared and gone
 
 
-def test_gc_spares_what_was_registered_while_the_store_had_another_address(there: Storage, tmp_path: Path) -> None:
-    moved = Path(shutil.copytree(there.uri(""), tmp_path / "moved"))
+def test_gc_keeps_versions_registered_before_the_store_was_moved(store: Storage, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(store.uri(""), tmp_path / "moved"))
     (moved / "summary.json").unlink(missing_ok=True)
-    found = collect(configured(moved))
-    kept = [link.folder for link in lineage.walk(Storage(str(moved)), find(NAME, None)[1].folders, prove=False)]
+    found = collect_garbage(configured(moved))
+    kept = [
+        node.folder
+        for node in lineage.walk(Storage(str(moved)), find_target(NAME, None)[1].folders, verify_files=False)
+    ]
     assert kept and not {item["uri"] for item in found["items"]} & {str(moved / folder) for folder in kept}
 
 
-def test_gc_lets_runs_be_of_a_machine_that_mounts_the_store_elsewhere(there: Storage) -> None:
-    tracker = RunWriter(configured(Path(there.uri(""))), there)
+def test_gc_keeps_open_runs_of_machines_that_mount_the_store_elsewhere(store: Storage) -> None:
+    writer = RunWriter(configured(Path(store.uri(""))), store)
     host = machine.this_process().partition(" ")[0]
-    tracker._client.set_tag(tracker.run_id, "masters.store", "/mounted/elsewhere")
-    tracker._client.set_tag(tracker.run_id, "masters.process", f"not-{host} boot 1 1")
-    assert any(tracker.run_id in note for note in collect(configured(Path(there.uri(""))))["notes"])
+    writer._client.set_tag(writer.run_id, "masters.store", "/mounted/elsewhere")
+    writer._client.set_tag(writer.run_id, "masters.process", f"not-{host} boot 1 1")
+    assert any(writer.run_id in note for note in collect_garbage(configured(Path(store.uri(""))))["notes"])
 
 
 @pytest.mark.parametrize("password", ["simple", "p/w1234", "p#w1234", "p?w1234", "p@w1234"])
-def test_no_address_shows_its_password(password: str) -> None:
+def test_addresses_are_shown_without_passwords(password: str) -> None:
     uri = f"postgresql+psycopg2://user:{password}@host:5432/db"
     assert redact_uri(uri) == "postgresql+psycopg2://host:5432/db"
     assert redact(f"cannot reach {uri}") == "cannot reach postgresql+psycopg2://***@host:5432/db"

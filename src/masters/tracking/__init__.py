@@ -1,1 +1,1 @@
-"""The only package that imports MLflow."""
+"""Experiment tracking: runs, lineage and registered models in MLflow. No other package imports MLflow."""

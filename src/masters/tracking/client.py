@@ -1,4 +1,4 @@
-"""MLflow's client. Where MLflow fails or does not answer, after its own tries, that is a TrackingError in one line."""
+"""A client for MLflow that raises TrackingError, with a text of one line, when MLflow fails or does not answer."""
 
 import os
 import re
@@ -11,15 +11,16 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from masters.common.errors import InputError, TrackingError, Unreachable
+from masters.common.errors import InputError, TrackingError, Unreachable, one_line
 from masters.common.redaction import DATABASES
 
-ANSWERS = {"RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}  # MLflow is well
-PUBLIC = "MASTERS_MLFLOW_PUBLIC_URL"  # where a browser finds MLflow, if not where runs do
+# error codes of requests that MLflow understood and refused
+REFUSALS = {"RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}
+PUBLIC_URL = "MASTERS_MLFLOW_PUBLIC_URL"  # environment variable: MLflow's address for browsers
 
 
 def client(uri: str) -> MlflowClient:
-    """A client for `uri`. What MLflow answers to a wrong question stays an MlflowException."""
+    """Return a client for `uri`. Requests that MLflow refuses still raise MlflowException."""
     return cast(MlflowClient, _Client(MlflowClient(uri)))
 
 
@@ -28,46 +29,44 @@ class _Client:
         self._client = client
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._client, name)
-        return _wrap_errors(found) if callable(found) else found
+        attribute = getattr(self._client, name)
+        return _wrap_errors(attribute) if callable(attribute) else attribute
 
 
 def _wrap_errors(call: Callable) -> Callable:
     @wraps(call)
-    def told(*args: Any, **named: Any) -> Any:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
-            return call(*args, **named)
+            return call(*args, **kwargs)
         except MlflowException as error:
-            if error.error_code in ANSWERS:
+            if error.error_code in REFUSALS:
                 raise
-            raise TrackingError(f"MLflow: {_one_line(error)}") from error
-        except Exception as error:  # of the disk, the database or the network beneath
-            raise TrackingError(f"MLflow: {_one_line(error)}") from error
+            raise TrackingError(f"MLflow: {one_line(error)}") from error
+        except Exception as error:  # from the disk, the database or the network
+            raise TrackingError(f"MLflow: {one_line(error)}") from error
 
-    return told
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return wrapped
 
 
-def check_answers(uri: str) -> None:
-    """Raises Unreachable if an MLflow server is named and does not answer: its client would retry for minutes."""
+def check_server(uri: str) -> None:
+    """Raise Unreachable if `uri` names a server that does not answer: MLflow's client would retry for minutes."""
     if not uri.startswith(("http://", "https://")):
         return
     name, password = (os.environ.get(f"MLFLOW_TRACKING_{part}", "") for part in ("USERNAME", "PASSWORD"))
     token = os.environ.get("MLFLOW_TRACKING_TOKEN")
     try:
-        answer = httpx.get(
-            f"{uri.rstrip('/')}/health", timeout=10, auth=(name, password) if name else None,
+        response = httpx.get(
+            f"{uri.rstrip('/')}/health",
+            timeout=10,
+            auth=(name, password) if name else None,
             headers={"Authorization": f"Bearer {token}"} if token else None,
-        )  # fmt: skip
-        if answer.status_code in (401, 403):
+        )
+        if response.status_code in (401, 403):
             raise InputError(
-                f"MLflow at {redact_uri(uri)} refuses these credentials ({answer.status_code}): set "
+                f"MLflow at {redact_uri(uri)} refuses the credentials ({response.status_code}): set "
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
             )
-        answer.raise_for_status()
+        response.raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise Unreachable(
             f"MLflow at {redact_uri(uri)} does not answer ({error}): start it, or choose another with "
@@ -75,25 +74,25 @@ def check_answers(uri: str) -> None:
         ) from error
 
 
-def browsed(uri: str) -> str:
-    """Where a browser finds the server that runs reach at `uri`."""
-    return (os.environ.get(PUBLIC) or redact_uri(uri)).rstrip("/")
+def browser_url(uri: str) -> str:
+    """Return the address by which a browser reaches the server at `uri`."""
+    return (os.environ.get(PUBLIC_URL) or redact_uri(uri)).rstrip("/")
 
 
 def point_mlflow_at(uri: str) -> None:
-    """For MLflow's functions that take no client.
+    """Set the address for MLflow functions that take no client, and restore MLFLOW_TRACKING_URI.
 
-    MLflow also writes the address into the environment, where it would pass for the user's wish in a later run.
+    MLflow writes the address into that variable, where a later run would take it for the user's setting.
     """
-    named = os.environ.get("MLFLOW_TRACKING_URI")
+    previous = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)
     os.environ.pop("MLFLOW_TRACKING_URI", None)
-    if named is not None:
-        os.environ["MLFLOW_TRACKING_URI"] = named
+    if previous is not None:
+        os.environ["MLFLOW_TRACKING_URI"] = previous
 
 
 def redact_uri(uri: str) -> str:
-    """A tracking URI without the user and the password that it may hold."""
+    """Return a tracking URI without user and password."""
     scheme, mark, rest = uri.partition("://")
     if not mark:
         return uri

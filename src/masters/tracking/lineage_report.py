@@ -1,4 +1,4 @@
-"""From a model's name or a run's id back to the questions: what `masters lineage` shows."""
+"""Traces a model or run back to its questions: the report of `masters lineage`."""
 
 import re
 from collections.abc import Callable
@@ -7,59 +7,65 @@ from pathlib import Path
 from masters.common.errors import InputError, MastersError
 from masters.common.hashing import model_digest
 from masters.config import Data
-from masters.config.schema import BUILT_IN
+from masters.config.schema import BUILT_IN_SOURCES
 from masters.data.sources import open_source
 from masters.store import lineage
-from masters.store.lineage import Link
+from masters.store.lineage import LineageNode
 from masters.store.storage import Storage
 from masters.tracking.client import redact_uri
-from masters.tracking.locations import available, uris
-from masters.tracking.registry import Registry, Target
+from masters.tracking.locations import candidate_uris, reachable_uris
+from masters.tracking.registry import LineageTarget, Registry
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
-def trace(reference: str, mlflow_uri: str | None = None) -> dict:
-    """The chain behind a model or run, every listed file read again: `verified`, `stages` and `faults`, as JSON."""
-    registry, target = find(reference, mlflow_uri)
-    links = lineage.walk(Storage(target.store), target.folders, records=target.records)
-    made = [_fingerprint(link) for link in links]
-    runs = registry.run_ids(target.parent, made) if target.parent else dict.fromkeys(made)
-    faults = [fault for link in links for fault in link.faults]
-    return dict(
-        of=target.title, mlflow=redact_uri(registry.uri), store=target.store, verified=not faults, faults=faults,
-        stages=[_stage(link, links, runs) for link in links],
-    )  # fmt: skip
+def trace_lineage(reference: str, mlflow_uri: str | None = None) -> dict:
+    """Return the lineage of a model or run, with every listed file verified: `verified`, `stages` and `faults`."""
+    registry, target = find_target(reference, mlflow_uri)
+    nodes = lineage.walk(Storage(target.store), target.folders, records=target.records)
+    fingerprints = [_fingerprint(node) for node in nodes]
+    run_ids = registry.run_ids(target.parent, fingerprints) if target.parent else dict.fromkeys(fingerprints)
+    faults = [fault for node in nodes for fault in node.faults]
+    return {
+        "of": target.title,
+        "mlflow": redact_uri(registry.uri),
+        "store": target.store,
+        "verified": not faults,
+        "faults": faults,
+        "stages": [_report_stage(node, nodes, run_ids) for node in nodes],
+    }
 
 
-def find(reference: str, mlflow_uri: str | None) -> tuple[Registry, Target]:
-    """What `name`, `models:/name/3`, `name@champion` or a run's id stands for, and in which MLflow."""
-    name, selector = parse(reference)
+def find_target(reference: str, mlflow_uri: str | None) -> tuple[Registry, LineageTarget]:
+    """Resolve `name`, `models:/name/3`, `name@champion` or a run id. Returns its MLflow's registry and the target."""
+    name, selector = parse_reference(reference)
     if selector is None and RUN_ID.fullmatch(name):
-        for uri in available(uris(None, mlflow_uri)):
+        for uri in reachable_uris(candidate_uris(None, mlflow_uri)):
             registry = Registry(uri)
-            if target := registry.target_of_run(name):
+            if target := registry.resolve_run(name):
                 return registry, target
-        raise InputError(f"run {name} is in no MLflow known here; name its MLflow with --mlflow-uri")
-    registry = registry_of(name, mlflow_uri)
-    return registry, registry.target_of_model(name, selector)
+        raise InputError(
+            f"run {name} was not found in an MLflow known to this machine; name its MLflow with --mlflow-uri"
+        )
+    registry = find_registry(name, mlflow_uri)
+    return registry, registry.resolve_model(name, selector)
 
 
-def registry_of(name: str, mlflow_uri: str | None = None) -> Registry:
-    """The MLflow that has a registered model of this name."""
-    tried = uris(name, mlflow_uri)
-    if not tried:
+def find_registry(name: str, mlflow_uri: str | None = None) -> Registry:
+    """Return the registry of the MLflow that has a registered model of this name."""
+    uris = candidate_uris(name, mlflow_uri)
+    if not uris:
         raise InputError(f"no run of {name} was made on this machine: name its MLflow with --mlflow-uri")
-    for uri in available(tried):
+    for uri in reachable_uris(uris):
         registry = Registry(uri)
         if registry.has(name):
             return registry
-    places = ", ".join(map(redact_uri, tried))
+    places = ", ".join(map(redact_uri, uris))
     raise InputError(f"no registered model {name} in MLflow at {places}; name another with --mlflow-uri")
 
 
-def parse(reference: str) -> tuple[str, str | None]:
-    """Name, and version number or "@alias" if one is given."""
+def parse_reference(reference: str) -> tuple[str, str | None]:
+    """Split a reference into the name and, if given, the version number or "@alias"."""
     name, separator, selector = reference.removeprefix("models:/").partition("/")
     if separator:
         return name, selector
@@ -67,57 +73,52 @@ def parse(reference: str) -> tuple[str, str | None]:
     return name, f"@{alias}" if at else None
 
 
-def _fingerprint(link: Link) -> str:
-    return (link.record or {}).get("fingerprint") or link.folder.rsplit("-", 1)[-1]
+def _fingerprint(node: LineageNode) -> str:
+    return (node.record or {}).get("fingerprint") or node.folder.rsplit("-", 1)[-1]
 
 
-def _stage(link: Link, links: list[Link], runs: dict[str, str | None]) -> dict:
-    record, fingerprint = link.record or {}, _fingerprint(link)
-    uri = {other.folder: other.uri for other in links}
-    inputs = [
-        dict(
-            role=role,
-            name=made["stage"],
-            fingerprint=made["fingerprint"],
-            uri=uri[made["folder"]],
-            digest=made["digest"],
-        )
-        for role, made in link.upstream.items()
-        if made["kind"] == "artifact"
-    ]
-    inputs += [
-        dict(
-            role=role,
-            name=made["kind"],
-            fingerprint=None,
-            uri=made["uri"],
-            digest=made["digest"],
-            state=state(made),
-        )
-        for role, made in lineage.outside(link)
-    ]
+def _report_stage(node: LineageNode, nodes: list[LineageNode], run_ids: dict[str, str | None]) -> dict:
+    record, fingerprint = node.record or {}, _fingerprint(node)
     return dict(
-        name=record.get("stage") or link.folder.split("/")[0], fingerprint=fingerprint, uri=link.uri,
-        digest=record.get("digest"), mlflow_run_id=runs[fingerprint], inputs=inputs,
-        files=len(record.get("files", [])), verified=not link.faults,
-    )  # fmt: skip
+        name=record.get("stage") or node.folder.split("/")[0],
+        fingerprint=fingerprint,
+        uri=node.uri,
+        digest=record.get("digest"),
+        mlflow_run_id=run_ids[fingerprint],
+        inputs=_report_inputs(node, {other.folder: other.uri for other in nodes}),
+        files=len(record.get("files", [])),
+        verified=not node.faults,
+    )
 
 
-def state(made: dict) -> str:
-    """What became of an input from outside the store: "same", "changed since", "not here", or "not checked"."""
+def _report_inputs(node: LineageNode, uris: dict[str, str]) -> list[dict]:
+    """Describe a stage's inputs, artifacts first. `uris` maps the folders of artifacts to their addresses."""
+    artifacts = [
+        dict(role=role, name=source["stage"], fingerprint=source["fingerprint"], uri=uris[source["folder"]])
+        | dict(digest=source["digest"])
+        for role, source in node.upstream.items()
+        if source["kind"] == "artifact"
+    ]
+    external = [
+        dict(role=role, name=source["kind"], fingerprint=None, uri=source["uri"])
+        | dict(digest=source["digest"], state=input_state(source))
+        for role, source in lineage.external_inputs(node)
+    ]
+    return artifacts + external
+
+
+def input_state(reference: dict) -> str:
+    """Compare an input from outside the store: "same", "changed since", "not here" or "not checked"."""
     digests: dict[str, Callable[[str], str]] = {
         "model": lambda folder: model_digest(Path(folder)),
-        "source": _source_digest,
+        "source": lambda source: open_source(Data(source=source)).digest(),
     }
-    if made["digest"] is None or made["kind"] not in digests:
+    kind, uri = reference["kind"], reference["uri"]
+    if reference["digest"] is None or kind not in digests:
         return "not checked"
-    if not Path(made["uri"]).exists() and made["uri"] not in BUILT_IN:
+    if not Path(uri).exists() and uri not in BUILT_IN_SOURCES:
         return "not here"
     try:
-        return "same" if digests[made["kind"]](made["uri"]) == made["digest"] else "changed since"
+        return "same" if digests[kind](uri) == reference["digest"] else "changed since"
     except (MastersError, OSError):
         return "changed since"
-
-
-def _source_digest(place: str) -> str:
-    return open_source(Data(source=place)).digest()

@@ -1,145 +1,123 @@
-"""Where runs are tracked: which MLflow a run goes to, and which ones a store and this machine know of.
+"""Finds the MLflow of a run, and keeps the addresses that commands need later.
 
-A store keeps the addresses without secrets. What aliases stand for in one of these MLflows must not be removed; a
-machine that never made a run must know of it.
+A store keeps the address, without secrets, of every MLflow that tracked a run into it: garbage collection spares the
+models with an alias in any of them, also on machines that never made a run. This machine keeps the last address of
+each name, so that `masters lineage NAME` needs no option.
 """
 
-import fcntl
 import json
 import os
 from contextlib import suppress
 from pathlib import Path
 
 from masters.common.errors import InputError
+from masters.common.files import write_atomically
 from masters.common.hashing import fingerprint
-from masters.common.machine import cache
+from masters.common.machine import cache_folder
 from masters.common.redaction import redact
 from masters.config import Config, allowlist
 from masters.config.allowlist import Setting
 from masters.store.storage import Storage
-from masters.tracking.client import check_answers, redact_uri
+from masters.tracking.client import check_server, redact_uri
 
 FOLDER = "tracking"
-BESIDE = "beside the artifacts"  # the default database of a local store moves with it
-
-KEPT = 20  # tracking URIs a name
+DEFAULT_DATABASE = "beside the artifacts"  # stands for the default database of a local store, which moves with it
 
 
-def note(storage: Storage, uri: str, default: str) -> None:
-    """Keep an address. `default`: that of the database beside the artifacts. One file each: nobody overwrites."""
-    told = BESIDE if uri == default and storage.local else redact(uri)
-    name = f"{FOLDER}/{fingerprint(told)}.json"
+def record_uri(storage: Storage, uri: str, default: str) -> None:
+    """Write an address to the store. `default` is the address of the store's default database."""
+    stored = DEFAULT_DATABASE if uri == default and storage.local else redact(uri)
+    name = f"{FOLDER}/{fingerprint(stored)}.json"
     if not storage.exists(name):
-        storage.write(name, json.dumps(dict(uri=told)).encode())
+        storage.write(name, json.dumps(dict(uri=stored)).encode())
 
 
-def noted(storage: Storage, default: str) -> dict[str, str]:
-    """The addresses, each with the URI of the file that says so."""
-    found = {}
+def recorded_uris(storage: Storage, default: str) -> dict[str, str]:
+    """Map each address in the store to the URI of the file that holds it."""
+    uris = {}
     for name in storage.names(FOLDER):
-        told = json.loads(storage.read(name))["uri"]
-        found[default if told == BESIDE else told] = storage.uri(name)
-    return found
+        stored = json.loads(storage.read(name))["uri"]
+        uris[default if stored == DEFAULT_DATABASE else stored] = storage.uri(name)
+    return uris
 
 
-def remember(name: str, tracking_uri: str) -> None:
-    """Keep where runs of this name are tracked, for commands that are given a name alone."""
-    file = _state()
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with suppress(OSError):  # a home that cannot be written costs an option on the command line, not a run
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file.with_name(f".{file.name}.lock"), "ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # let go of as the file is closed
-            _remember(name, tracking_uri, file, temporary)
+def remember_uri(name: str, uri: str) -> None:
+    """Keep on this machine where runs of this name are tracked, for commands that take a name alone."""
+    with suppress(OSError):  # without a writable home, those commands need --mlflow-uri
+        write_atomically(cache_folder() / FOLDER / name, uri, mode=0o600)  # a database's address may hold its password
 
 
-def _remember(name: str, tracking_uri: str, file: Path, temporary: Path) -> None:
-    uris = [tracking_uri, *(uri for uri in remembered(name) if uri != tracking_uri)][:KEPT]
-    temporary.touch(mode=0o600)  # the address of a database may hold its password
-    temporary.write_text(json.dumps(_remembered() | {name: uris}, indent=1))
-    os.replace(temporary, file)
-
-
-def remembered(name: str | None = None) -> list[str]:
-    """Tracking URIs of a name, the last one first; without a name those of all."""
-    known = _remembered()
-    if name is not None:
-        return known.get(name, [])
-    return list(dict.fromkeys(uri for uris in known.values() for uri in uris))
-
-
-def _state() -> Path:
-    return cache() / "tracking.json"
-
-
-def _remembered() -> dict[str, list[str]]:
-    try:
-        return json.loads(_state().read_text())
-    except (OSError, ValueError):
-        return {}
+def remembered_uris(name: str | None = None) -> list[str]:
+    """Return the address kept for a name, or those of all names, the latest first."""
+    folder = cache_folder() / FOLDER
+    with suppress(OSError):
+        files = sorted(folder.glob("[!.]*"), key=os.path.getmtime, reverse=True)
+        return list(dict.fromkeys(file.read_text() for file in files if name in (None, file.name)))
+    return []
 
 
 def tracking_uri(config: Config, storage: Storage) -> str:
-    """runtime.mlflow_uri, else MLFLOW_TRACKING_URI, else a SQLite file beside the artifacts (S3: in this folder)."""
-    named = config.runtime.mlflow_uri
-    if named and redact_uri(named) != named:
+    """Return runtime.mlflow_uri, else MLFLOW_TRACKING_URI, else the address of the default database."""
+    configured = config.runtime.mlflow_uri
+    if configured and redact_uri(configured) != configured:
         raise InputError(
             "runtime.mlflow_uri holds a user or password, and a configuration is kept with the run: set it as "
             "MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD beside the plain address"
         )
-    if named:
-        allowlist.check(Setting.MLFLOW, "runtime.mlflow_uri", named)
-    return named or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(storage)
+    if configured:
+        allowlist.check(Setting.MLFLOW, "runtime.mlflow_uri", configured)
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(storage)
 
 
 def default_uri(storage: Storage) -> str:
+    """Return the address of the SQLite file beside the artifacts; for S3 it lies in the working folder."""
     return f"sqlite:///{storage.path('mlflow.db') if storage.local else Path('mlflow.db').absolute()}"
 
 
-def check_beside(storage: Storage) -> None:
-    """Raises InputError if the default database cannot be made: unlike the store, the working folder is not proven."""
+def check_default_database(storage: Storage) -> None:
+    """Raise InputError if the default database cannot be created. The check of the store does not cover its folder."""
     database = default_uri(storage).removeprefix("sqlite:///")
-    if strange := {"?", "%"} & set(database):
+    if invalid := {"?", "%"} & set(database):
         raise InputError(
-            f"the tracking database of a run goes to {database}, whose address cannot hold {' '.join(sorted(strange))}"
-            ": choose a store.root or a working folder without, or set runtime.mlflow_uri"
+            f"the tracking database of a run would be {database}, but its address cannot contain "
+            f"{' '.join(sorted(invalid))}: choose another store.root or working folder, or set runtime.mlflow_uri"
         )
     try:
         Path(database).touch()
     except OSError as error:
         raise InputError(
-            f"the tracking database of a run goes into the working folder, which cannot be written: {error}; "
-            "set runtime.mlflow_uri or MLFLOW_TRACKING_URI, or start elsewhere"
+            f"the tracking database {database} cannot be written: {error}; set runtime.mlflow_uri or "
+            "MLFLOW_TRACKING_URI, or start in another folder"
         ) from error
 
 
-def files_beside(storage: Storage) -> str:
-    """Where a new experiment of that database keeps its files: on this machine too, S3 would ask for a client more."""
+def default_files_folder(storage: Storage) -> str:
+    """Return where the default database's experiments keep files: always local, as S3 would need another client."""
     return storage.path("mlflow") if storage.local else str(Path("mlruns").absolute())
 
 
-def uris(name: str | None, mlflow_uri: str | None) -> list[str]:
-    """The MLflow that is named, else the environment's, else those that this machine's runs used, the last first."""
+def candidate_uris(name: str | None, mlflow_uri: str | None) -> list[str]:
+    """Return `mlflow_uri`, else MLFLOW_TRACKING_URI, else the addresses that this machine keeps, the latest first."""
     named = mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return [named] if named else remembered(name)
+    return [named] if named else remembered_uris(name)
 
 
-def available(tried: list[str]) -> list[str]:
-    """Those that can be asked; of a single one InputError says why not."""
-    there = []
-    for uri in tried:
+def reachable_uris(uris: list[str]) -> list[str]:
+    """Return the addresses that answer. Raises InputError if the only one does not."""
+    reachable = []
+    for uri in uris:
         try:
-            check_there(uri)
-            there.append(uri)
+            check_exists(uri)
+            reachable.append(uri)
         except InputError:
-            if len(tried) == 1:
+            if len(uris) == 1:
                 raise
-    return there
+    return reachable
 
 
-def check_there(uri: str) -> None:
-    """Raises InputError if there is no such MLflow: asking for a SQLite file would make it."""
-    check_answers(uri)
+def check_exists(uri: str) -> None:
+    """Raise InputError if there is no MLflow at this address; connecting to a missing SQLite file would create it."""
+    check_server(uri)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
         raise InputError(
             f"there is no MLflow database at {uri}: name the right one (--mlflow-uri, or for a command that reads a "

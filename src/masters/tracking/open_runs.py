@@ -1,4 +1,4 @@
-"""Runs that MLflow holds for running: which there are, and how they are ended when their process is gone."""
+"""Finds runs that MLflow shows as running, and ends those whose process is gone."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -11,53 +11,53 @@ from mlflow.store.entities import PagedList
 from masters.common import machine
 from masters.store.storage import Storage
 
-LIVE = "attributes.status = 'RUNNING'"
-PARENT = "masters.parent"  # a tag of every run that is no stage's: distillations, nights, evaluations
+RUNNING = "attributes.status = 'RUNNING'"
+PARENT = "masters.parent"  # tag of every run that is not a stage's: distillations, nights, evaluations
 
 T = TypeVar("T")
 
 
-def live(uri: str, storage: Storage) -> list[Run]:
-    """Parent runs into this store that MLflow holds for running, whether they do or not."""
-    client, query = MlflowClient(uri), f"{LIVE} and tags.`{PARENT}` = 'yes'"
-    experiments = [e.experiment_id for e in _pages(lambda token: client.search_experiments(page_token=token))]
-    found = _pages(lambda token: client.search_runs(experiments, query, max_results=1000, page_token=token))
-    return [run for run in found if _may_be(run.data.tags.get("masters.store", ""), storage)]
+def find_open_runs(uri: str, storage: Storage) -> list[Run]:
+    """Return the parent runs into this store that MLflow shows as running, whether or not their process is alive."""
+    client, query = MlflowClient(uri), f"{RUNNING} and tags.`{PARENT}` = 'yes'"
+    experiments = [e.experiment_id for e in _read_pages(lambda token: client.search_experiments(page_token=token))]
+    found = _read_pages(lambda token: client.search_runs(experiments, query, max_results=1000, page_token=token))
+    return [run for run in found if _may_be_store(run.data.tags.get("masters.store", ""), storage)]
 
 
-def _may_be(store: str, storage: Storage) -> bool:
-    """Whether a run's store is this one; so may be a folder that is not there, of another machine that mounts it."""
-    return store == storage.uri("") or (storage.local and "://" not in store and not os.path.exists(store))
+def _may_be_store(address: str, storage: Storage) -> bool:
+    """Whether a run's store may be this one: a missing local folder may be where another machine mounts it."""
+    return address == storage.uri("") or (storage.local and "://" not in address and not os.path.exists(address))
 
 
-def _pages(ask: Callable[[str | None], PagedList[T]]) -> Iterator[T]:
+def _read_pages(search: Callable[[str | None], PagedList[T]]) -> Iterator[T]:
     token = None
     while True:
-        page = ask(token)
+        page = search(token)
         yield from page
         if not (token := page.token):
             return
 
 
-def close_lost(uri: str, storage: Storage) -> None:
-    """End, as KILLED, the runs whose process on this machine is gone. Those of other machines cannot be judged."""
+def end_lost_runs(uri: str, storage: Storage) -> None:
+    """End, as KILLED, the runs whose process on this machine is gone. Other machines' processes are unknown."""
     client = MlflowClient(uri)
-    for run in live(uri, storage):
-        if machine.ended(run.data.tags.get("masters.process", "")):
-            close(client, run)
+    for run in find_open_runs(uri, storage):
+        if machine.has_ended(run.data.tags.get("masters.process", "")):
+            end_run(client, run)
 
 
-def close_of(uri: str, storage: Storage, key: str) -> None:
-    """End, as KILLED, the run that was made under this key, wherever its process ran."""
+def end_runs_with_key(uri: str, storage: Storage, key: str) -> None:
+    """End, as KILLED, the open runs with this key, wherever their process ran."""
     client = MlflowClient(uri)
-    for run in live(uri, storage):
+    for run in find_open_runs(uri, storage):
         if run.data.tags.get("masters.key") == key:
-            close(client, run)
+            end_run(client, run)
 
 
-def close(client: MlflowClient, run: Run) -> None:
-    """End a run and all below it that are still held for running: stages, and a study's runs with their stages."""
-    query = f"{LIVE} and tags.`mlflow.parentRunId` = '{run.info.run_id}'"
+def end_run(client: MlflowClient, run: Run) -> None:
+    """End a run and all running ones below it: stages, and a study's runs with their stages."""
+    query = f"{RUNNING} and tags.`mlflow.parentRunId` = '{run.info.run_id}'"
     for child in client.search_runs([run.info.experiment_id], query, max_results=1000):
-        close(client, child)
+        end_run(client, child)
     client.set_terminated(run.info.run_id, "KILLED")

@@ -1,4 +1,4 @@
-"""The registered models in MLflow: versions, who is candidate and champion, who was, and what a version leads to."""
+"""The registered models in MLflow: versions, candidate and champion, rollback, and the artifacts behind a version."""
 
 import json
 import re
@@ -6,38 +6,43 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
 from masters.common.errors import InputError
-from masters.config.fields import NAME
+from masters.config.fields import NAME_PATTERN
 from masters.store.artifacts import RECORD
 from masters.store.storage import Storage
 from masters.tracking.client import client as mlflow_client
 from masters.tracking.client import point_mlflow_at, redact_uri
 
 CANDIDATE, CHAMPION = "candidate", "champion"
-CHAMPIONS = "masters.champions"  # a registered model's tag: JSON list of versions, the first champion first
-RECORD_TAG = "masters.record"  # a digest over what an artifact's record holds
-# a version's tags
-VERDICT, TOLD, LEFT, SINCE = "masters.gate", "masters.told", "masters.rolled_back", "masters.champion_since"
-KEPT = 50
+RECORD_TAG = "masters.record"  # digest of an artifact's record
+# tag of a registered model
+CHAMPIONS = "masters.champions"  # JSON list of the versions that were champion, the first one first
+MAX_CHAMPIONS = 50
+# tags of a model version
+VERDICT = "masters.gate"  # the promotion gate's verdict
+REGRESSION = "masters.told"  # the regression that the webhook has reported
+ROLLED_BACK = "masters.rolled_back"  # when a person took the alias champion away
+CHAMPION_SINCE = "masters.champion_since"
 
 
 @dataclass(frozen=True)
-class Target:
-    """A registered version or a run, and the artifacts it stands for: `folders` of `store` to the digest expected."""
+class LineageTarget:
+    """A model version or a run, and its artifacts in `store`."""
 
     title: str
     store: str
-    folders: dict[str, str]
+    folders: dict[str, str]  # folder to the expected digest of its files
     parent: str | None  # the run of the whole distillation
-    records: dict[str, str] = field(default_factory=dict)  # by folder: what its record is expected to hold, a digest
+    records: dict[str, str] = field(default_factory=dict)  # folder to the expected digest of its record
 
 
 class Registry:
-    """The models of one MLflow. Names and versions that are not there are InputErrors."""
+    """The registered models of one MLflow. Unknown names and versions raise InputError."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
@@ -45,122 +50,125 @@ class Registry:
         self._client = mlflow_client(uri)
 
     def has(self, name: str) -> bool:
+        """Whether there is a registered model of this name."""
         return self._model(name) is not None
 
     def _model(self, name: str) -> RegisteredModel | None:
-        """None if MLflow says that there is none. Asked by a search: an MLflow that is away is no missing model."""
-        if not re.fullmatch(NAME, name):
-            return None  # no configuration's name, and none that a query could hold
+        """Return a model, None if there is none. A search tells a missing model from an MLflow that does not answer."""
+        if not re.fullmatch(NAME_PATTERN, name):
+            return None  # not a name that a configuration can have, nor one that a query can hold
         found = self._client.search_registered_models(f"name = '{name}'")
         return found[0] if found else None
 
     def versions(self, name: str) -> list[ModelVersion]:
-        """All of them, the newest first."""
+        """Return all versions, the newest first."""
         found = self._client.search_model_versions(f"name = '{name}'", max_results=10_000)
         return sorted(found, key=lambda version: int(version.version), reverse=True)
 
     def version(self, name: str, number: int) -> ModelVersion:
+        """Return the version with this number."""
         versions = self.versions(name) if self.has(name) else []
         for version in versions:
             if int(version.version) == number:
                 return version
-        there = ", ".join(str(v.version) for v in reversed(versions)) or "none"
-        raise InputError(f"model {name} has no version {number}; there: {there}")
+        existing = ", ".join(str(v.version) for v in reversed(versions)) or "none"
+        raise InputError(f"model {name} has no version {number}; existing versions: {existing}")
 
-    def aliased(self, name: str, alias: str) -> int | None:
-        """The version that an alias stands for; None if no version of that model has it."""
+    def version_of_alias(self, name: str, alias: str) -> int | None:
+        """Return the number of the version with this alias; None if there is none."""
         model = self._model(name)
         number = model.aliases.get(alias) if model else None
         return None if number is None else int(number)
 
     def champion(self, name: str) -> int | None:
-        return self.aliased(name, CHAMPION)
+        """Return the number of the champion; None if there is none."""
+        return self.version_of_alias(name, CHAMPION)
 
     def candidate(self, name: str) -> int | None:
-        return self.aliased(name, CANDIDATE)
+        """Return the number of the candidate; None if there is none."""
+        return self.version_of_alias(name, CANDIDATE)
 
-    def history(self, name: str) -> list[int]:
-        """Versions that were champion, in order; one that was rolled back stays until the next is promoted."""
+    def champion_history(self, name: str) -> list[int]:
+        """Return the versions that were champion, in order. One that was rolled back stays until the next promotion."""
         model = self._model(name)
         if model is None:
             raise InputError(f"there is no registered model {name} in MLflow at {redact_uri(self.uri)}")
         return [int(version) for version in json.loads(model.tags.get(CHAMPIONS, "[]"))]
 
     def last_champion(self, name: str) -> int | None:
-        """The version that had the alias champion last; one to which it was on its way when a night died had not."""
-        since = {int(version.version) for version in self.versions(name) if SINCE in version.tags}
-        return next((number for number in reversed(self.history(name)) if number in since), None)
+        """Return the last version that had the alias champion, without promotions that were cut short."""
+        promoted = {int(version.version) for version in self.versions(name) if CHAMPION_SINCE in version.tags}
+        return next((number for number in reversed(self.champion_history(name)) if number in promoted), None)
 
-    def previous(self, name: str) -> int | None:
-        """The version that was champion before today's."""
-        before = self._until_champion(name)[:-1]
-        return before[-1] if before else None
+    def previous_champion(self, name: str) -> int | None:
+        """Return the version that was champion before the present one."""
+        earlier = self._history_to_champion(name)[:-1]
+        return earlier[-1] if earlier else None
 
     def promote(self, name: str, version: int) -> None:
-        """Make a version the champion. Cut short anywhere, doing it again ends the same."""
-        if SINCE in self.version(name, version).tags and self.champion(name) == version:
+        """Make a version the champion. A repetition after an interruption gives the same result."""
+        if CHAMPION_SINCE in self.version(name, version).tags and self.champion(name) == version:
             return
-        chain = [*self._until_champion(name), version][-KEPT:]
-        # history first: an alias that is not in it could not be rolled back to
-        self._client.set_registered_model_tag(name, CHAMPIONS, json.dumps(chain))
+        history = [*self._history_to_champion(name), version][-MAX_CHAMPIONS:]
+        # history first: a rollback could not leave an alias that is not in it
+        self._client.set_registered_model_tag(name, CHAMPIONS, json.dumps(history))
         self._client.set_registered_model_alias(name, CHAMPION, str(version))
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._client.set_model_version_tag(name, str(version), SINCE, now)
+        self._client.set_model_version_tag(name, str(version), CHAMPION_SINCE, _now())
 
-    def judged(self, name: str, version: int, verdict: str) -> None:
-        """Note the gate's verdict on a version, which is the candidate from now on."""
+    def record_verdict(self, name: str, version: int, verdict: str) -> None:
+        """Make a version the candidate and record the promotion gate's verdict on it."""
         self._client.set_registered_model_alias(name, CANDIDATE, str(version))
         self._client.set_model_version_tag(name, str(version), VERDICT, verdict[:500])
 
-    def is_judged(self, name: str, version: int) -> bool:
-        """Whether a night came to a verdict on it."""
+    def has_verdict(self, name: str, version: int) -> bool:
+        """Whether the promotion gate has judged a version."""
         return VERDICT in self.version(name, version).tags
 
-    def told(self, name: str, version: int) -> str:
-        """The regression of a version that a person has been told of, as `tell` noted it; else empty."""
-        return self.version(name, version).tags.get(TOLD, "")
+    def reported_regression(self, name: str, version: int) -> str:
+        """Return the regression of a version that has been reported; empty if there is none."""
+        return self.version(name, version).tags.get(REGRESSION, "")
 
-    def tell(self, name: str, version: int, regression: str) -> None:
-        self._client.set_model_version_tag(name, str(version), TOLD, regression)
+    def record_reported_regression(self, name: str, version: int, regression: str) -> None:
+        """Record that the regression of a version has been reported."""
+        self._client.set_model_version_tag(name, str(version), REGRESSION, regression)
 
-    def rolled_back(self, name: str, version: int) -> bool:
-        """Whether a person took the alias champion from it, and nobody has given it back."""
-        return LEFT in self.version(name, version).tags
+    def was_rolled_back(self, name: str, version: int) -> bool:
+        """Whether a person took the alias champion from a version, and nobody has given it back."""
+        return ROLLED_BACK in self.version(name, version).tags
 
     def rollback(self, name: str, to: int | None = None) -> tuple[int | None, int]:
-        """Give the alias to an earlier champion, by default the one before. Returns (from, to).
+        """Give the alias champion to an earlier version, by default the previous champion. Returns (from, to).
 
-        The version that is left stays candidate at most: no night promotes it, until a person does, by `to`.
+        No night promotes the version that lost the alias again, until a person does with `to`.
         """
-        history, current = self.history(name), self.champion(name)
+        history, current = self.champion_history(name), self.champion(name)
         if current is None and to is None:
             raise InputError(f"model {name} has no champion to roll back; name a version with --to")
-        target = to if to is not None else self.previous(name)
+        target = to if to is not None else self.previous_champion(name)
         if target is None:
             raise InputError(f"model {name}: no version was champion before version {current}; name one with --to")
         if target == current:
             raise InputError(f"model {name}: version {target} is the champion already")
         version = self.version(name, target)
-        self._check_there(version)
-        if current is not None:  # before the alias: a night in between must not undo it
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            self._client.set_model_version_tag(name, str(current), LEFT, now)
-        if LEFT in version.tags:
-            self._client.delete_model_version_tag(name, str(target), LEFT)
+        self._check_artifact_exists(version)
+        if current is not None:  # before the alias, so that no night in between promotes it again
+            self._client.set_model_version_tag(name, str(current), ROLLED_BACK, _now())
+        if ROLLED_BACK in version.tags:
+            self._client.delete_model_version_tag(name, str(target), ROLLED_BACK)
         if target in history:
             self._client.set_registered_model_alias(name, CHAMPION, str(target))
         else:
             self.promote(name, target)
         return current, target
 
-    def chosen(self, name: str, selector: str | None = None) -> ModelVersion:
-        """A version by number or by "@alias"; without either champion, else candidate, else the newest."""
+    def select_version(self, name: str, selector: str | None = None) -> ModelVersion:
+        """Return a version by number or "@alias"; without a selector the champion, else candidate, else newest."""
         if selector and not selector.startswith("@"):
             if not selector.isascii() or not selector.isdigit():
                 raise InputError(f"model {name}: expected a version's number or @alias, found {selector!r}")
             return self.version(name, int(selector))
         if selector:
-            number = self.aliased(name, selector[1:])
+            number = self.version_of_alias(name, selector[1:])
             if number is None:
                 raise InputError(f"model {name} has no version with the alias {selector[1:]!r}")
             return self.version(name, number)
@@ -169,18 +177,20 @@ class Registry:
             raise InputError(f"model {name} has no version yet")
         return self.version(name, number or int(found[0].version))
 
-    def target_of_model(self, name: str, selector: str | None = None) -> Target:
-        version = self.chosen(name, selector)
+    def resolve_model(self, name: str, selector: str | None = None) -> LineageTarget:
+        """Return the artifact of a version, selected as in `select_version`."""
+        version = self.select_version(name, selector)
         title = f"models:/{name}/{version.version}"
         tags = version.tags
         if "masters.store" not in tags:
-            raise InputError(f"{title} was not registered by this version of masters: it does not say where it lies")
+            raise InputError(f"{title} has no tag masters.store: it was not registered by this version of masters")
         folder = tags["masters.folder"]
         records = {folder: tags[RECORD_TAG]} if RECORD_TAG in tags else {}
-        return Target(title, tags["masters.store"], {folder: tags["masters.digest"]}, tags["masters.run_id"], records)
+        folders = {folder: tags["masters.digest"]}
+        return LineageTarget(title, tags["masters.store"], folders, tags["masters.run_id"], records)
 
-    def target_of_run(self, run_id: str) -> Target | None:
-        """Of a stage's run its artifact, of a distillation's run those of its stages; None if it is not known here."""
+    def resolve_run(self, run_id: str) -> LineageTarget | None:
+        """Return the artifact of a stage's run, or those of a distillation's stages; None if the run is unknown."""
         try:
             run = self._client.get_run(run_id)
         except MlflowException as error:
@@ -188,75 +198,76 @@ class Registry:
                 raise
             return None
         parent = run.data.tags.get("mlflow.parentRunId")
-        stages = [run] if parent else self.stages(run.info.experiment_id, run_id)
-        made = [
+        stages = [run] if parent else self.stage_runs(run.info.experiment_id, run_id)
+        finished = [
             stage.data.tags
             for stage in sorted(stages, key=lambda stage: stage.info.start_time)
             if "masters.folder" in stage.data.tags
         ]
-        if not made:
+        if not finished:
             raise InputError(f"run {run_id} finished no stage of a distillation")
-        folders = {tags["masters.folder"]: tags["masters.digest"] for tags in made}
-        records = {tags["masters.folder"]: tags[RECORD_TAG] for tags in made if RECORD_TAG in tags}
-        return Target(f"run {run_id}", run.data.tags["masters.store"], folders, parent or run_id, records)
+        folders = {tags["masters.folder"]: tags["masters.digest"] for tags in finished}
+        records = {tags["masters.folder"]: tags[RECORD_TAG] for tags in finished if RECORD_TAG in tags}
+        return LineageTarget(f"run {run_id}", run.data.tags["masters.store"], folders, parent or run_id, records)
 
-    def stages(self, experiment: str, parent: str) -> list:
-        """The runs of a distillation's stages."""
+    def stage_runs(self, experiment: str, parent: str) -> list[Run]:
+        """Return the runs of a distillation's stages."""
         return list(self._client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'", max_results=1000))
 
     def run_ids(self, parent: str, fingerprints: Iterable[str]) -> dict[str, str | None]:
-        """By fingerprint the run of a stage: this distillation's, else that which built what it took over."""
+        """Map fingerprints to the runs of this distillation's stages, else to the runs that built the artifacts."""
         experiment = self._client.get_run(parent).info.experiment_id
-        own = {run.data.tags["masters.fingerprint"]: run.info.run_id for run in self.stages(experiment, parent)}
-        return {made: own.get(made) or self.built(experiment, made) for made in fingerprints}
+        runs = self.stage_runs(experiment, parent)
+        run_ids = {run.data.tags["masters.fingerprint"]: run.info.run_id for run in runs}
+        return {key: run_ids.get(key) or self.find_building_run(experiment, key) for key in fingerprints}
 
-    def built(self, experiment: str, fingerprint: str) -> str | None:
-        """The run that built an artifact of this experiment, whichever distillation it belonged to."""
+    def find_building_run(self, experiment: str, fingerprint: str) -> str | None:
+        """Return the run in this experiment that built an artifact, whichever distillation it belongs to."""
         query = f"tags.`masters.fingerprint` = '{fingerprint}' and tags.`masters.outcome` = 'built'"
         found = self._client.search_runs([experiment], query, max_results=1)
         return found[0].info.run_id if found else None
 
-    def wanted(self) -> set[tuple[str, str, str]]:
-        """URI, folder in its store and digest of the versions that some alias stands for, or `rollback` leads to."""
+    def protected_artifacts(self) -> set[tuple[str, str, str]]:
+        """Return (URI, folder, digest) of each version that has an alias or that `rollback` would choose."""
         found, tags = set(), ("masters.uri", "masters.folder", "masters.digest")
         for model in self._models():
             numbers = {int(version) for version in model.aliases.values()}
-            if before := self.previous(model.name):
-                numbers.add(before)
+            if previous := self.previous_champion(model.name):
+                numbers.add(previous)
             versions = (version for version in self.versions(model.name) if int(version.version) in numbers)
             found |= {tuple(version.tags.get(tag, "") for tag in tags) for version in versions}
         return found
 
-    def made_from(self, fingerprint: str) -> list[str]:
-        """The versions with an alias that an artifact led to, as `models:/NAME/VERSION (ALIASES)`."""
+    def versions_made_from(self, fingerprint: str) -> list[str]:
+        """Return the versions with an alias that have an artifact upstream, as `models:/NAME/VERSION (ALIASES)`."""
         found = []
         for model in self._models():
             for number in sorted({int(version) for version in model.aliases.values()}):
                 tags = self.version(model.name, number).tags
-                made = {value for key, value in tags.items() if key.startswith("upstream.")}
-                if fingerprint in made | {tags.get("masters.fingerprint")}:
+                upstream = {value for key, value in tags.items() if key.startswith("upstream.")}
+                if fingerprint in upstream | {tags.get("masters.fingerprint")}:
                     names = sorted(alias for alias, version in model.aliases.items() if int(version) == number)
                     found.append(f"models:/{model.name}/{number} ({', '.join(names)})")
         return found
 
     def _models(self) -> Iterator[RegisteredModel]:
-        """All of them. By this client: MLflow's own function for it asks whichever MLflow was named last."""
+        """Yield all models that a configuration can name. MLflow's own function uses the address that was set last."""
         token = ""
         while token is not None:
             page = self._client.search_registered_models(page_token=token or None)
-            yield from (model for model in page if re.fullmatch(NAME, model.name))  # others are nobody's of ours
+            yield from (model for model in page if re.fullmatch(NAME_PATTERN, model.name))
             token = page.token or None
 
-    def _until_champion(self, name: str) -> list[int]:
-        """The history up to today's champion, with it: what was rolled back is left out."""
-        history, current = self.history(name), self.champion(name)
+    def _history_to_champion(self, name: str) -> list[int]:
+        """Return the history up to and including the present champion, without versions that were rolled back."""
+        history, current = self.champion_history(name), self.champion(name)
         if current is None:
             return []
         if current not in history:  # somebody set the alias by hand
             return [*history, current]
         return history[: len(history) - history[::-1].index(current)]
 
-    def _check_there(self, version: ModelVersion) -> None:
+    def _check_artifact_exists(self, version: ModelVersion) -> None:
         tags = version.tags
         if "masters.store" not in tags:
             return
@@ -265,3 +276,7 @@ class Registry:
                 f"model {version.name}: version {version.version} is no longer in its store "
                 f"({tags['masters.uri']}): it cannot be champion"
             )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
