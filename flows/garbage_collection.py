@@ -1,16 +1,17 @@
-"""What in a store no champion, candidate or live run reaches, and its removal.
+"""Garbage collection: find, and on request remove, what nothing in a store needs any more.
 
-Spared are the artifacts behind every alias of every registered model, behind the champion before (a rollback leads
-there), behind the last run and behind runs that are under way, and the shards that these are made of. While a run is
-under way, shards and unfinished work stay altogether: nobody can say which of them it will want.
+Kept are the artifacts behind every alias of every registered model, behind the previous champion (the target of a
+rollback), behind the last run and behind running runs, and all shards that these artifacts contain. While a run is
+running, all shards and all unfinished work are kept, because nobody can say which of them it will need.
 """
 
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Literal
 
 from masters.common import machine
 from masters.common.errors import InputError
@@ -26,129 +27,139 @@ from masters.tracking.client import redact_uri
 from masters.tracking.locations import check_exists
 from masters.tracking.registry import Registry
 
-MIN_AGE = 24 * 3600  # seconds: what was written since is kept, though nothing reaches it
-NOTES = ("leases", "handed")  # where runs and their workers leave each other word
-ASKED_AGAIN = 1.0  # seconds: a run that begins has its first stage later than that
+MIN_AGE = 24 * 3600  # seconds; younger files are kept unless they are finished artifacts
+NOTE_FOLDERS = ("leases", "handed")  # where runs and their workers leave notes for each other
+QUERY_INTERVAL = 1.0  # seconds; a run that starts takes longer than this to reach its first stage
 
 
 @dataclass(frozen=True)
 class Item:
-    """Something that may go: a folder or a file of the store, or of the work folders on this machine."""
+    """A folder or file that nothing needs, in the store or among the work folders of this machine."""
 
-    kind: str  # "artifact", "unfinished", "shard", "judgements", "note", "work"
+    kind: Literal["artifact", "unfinished", "shard", "judgements", "note", "work"]
     storage: Storage
     name: str
     bytes: int
     why: str
 
-    @property
-    def fingerprint(self) -> str:
-        return _fingerprint(self.name)
-
 
 @dataclass
-class Spared:
-    """What is reached."""
+class Reachable:
+    """What is still needed."""
 
     folders: set[str]  # of artifacts
-    shards: set[str]  # files, and folders of judges' answers
-    live: set[str]  # fingerprints of what runs under way have or build
-    busy: bool  # a run is under way
+    shards: set[str]  # shard files, and folders of judgements
+    running: set[str]  # fingerprints of the stages of running runs
+    has_running_runs: bool
     notes: list[str]
-    everything: bool = False  # what some record read is not known: nothing finished may go
+    is_incomplete: bool = False  # a record does not name its inputs, so no finished artifact may be removed
 
 
 def collect_garbage(config: Config, delete: bool = False) -> dict:
-    """List what may go, or remove it: `items` (kind, uri, bytes, why), `bytes`, `kept` artifacts, `notes`."""
+    """List what nothing needs, and remove it if `delete`.
+
+    Returns `items` (kind, uri, bytes, why), their `bytes`, the number of `kept` artifacts, `notes` and `deleted`.
+    """
     storage = open_storage(config.store.root)
-    registries, silent = _registries(config, storage)
-    if delete and silent:
+    registries, unreachable = _find_registries(config, storage)
+    if delete and unreachable:
         raise InputError(
-            f"nothing is removed while an MLflow that knows this store cannot be asked: {'; '.join(silent)}"
+            "nothing is removed, because an MLflow server that knows this store cannot be asked: "
+            f"{'; '.join(unreachable)}"
         )
-    spared = reached(registries, storage)
-    spared.notes += [f"{why}; --delete is refused" for why in silent]
-    items = [*_artifacts(storage, spared), *_shards(storage, spared), *_notes(storage, spared), *_work(storage, spared)]
+    reachable = find_reachable(registries, storage)
+    reachable.notes += [f"{reason}; --delete is refused" for reason in unreachable]
+    items = [
+        *_find_artifacts(storage, reachable),
+        *_find_shards(storage, reachable),
+        *_find_notes(storage, reachable),
+        *_find_work_folders(storage, reachable),
+    ]
     if delete:
-        under_way = _UnderWay(registries, storage)
-        items = [item for item in items if _removed(item, under_way)]
+        running_stages = _RunningStages(registries, storage)
+        items = [item for item in items if _remove(item, running_stages)]
         storage.remove_unfinished_writes("")
-    listed = [dict(kind=i.kind, uri=i.storage.uri(i.name), bytes=i.bytes, why=i.why) for i in items]
     return dict(
-        items=listed, bytes=sum(i.bytes for i in items), kept=len(spared.folders), notes=spared.notes, deleted=delete
+        items=[dict(kind=i.kind, uri=i.storage.uri(i.name), bytes=i.bytes, why=i.why) for i in items],
+        bytes=sum(item.bytes for item in items),
+        kept=len(reachable.folders),
+        notes=reachable.notes,
+        deleted=delete,
     )
 
 
-def reached(registries: list[Registry], storage: Storage) -> Spared:
-    """Everything behind aliases, the last run and runs under way."""
-    live, notes = _under_way(registries, storage)
-    roots = _registered(registries, storage) | _last_run(storage) | _folders_of(storage, live)
-    links = lineage.walk(storage, dict.fromkeys(roots, ""), verify_files=False)
-    spared = Spared({link.folder for link in links}, set(), live, bool(notes), notes)
-    for link in links:
-        if link.record is None or "upstream" not in link.record:
-            spared.everything = True
-            notes.append(f"{link.uri} does not say what it was made from: no finished artifact is removed")
+def find_reachable(registries: list[Registry], storage: Storage) -> Reachable:
+    """Find everything behind aliases, the last run and running runs."""
+    running, notes = _find_running(registries, storage)
+    roots = _registered_folders(registries, storage) | _last_run_folders(storage) | _finished_folders(storage, running)
+    nodes = lineage.walk(storage, dict.fromkeys(roots, ""), verify_files=False)
+    reachable = Reachable({node.folder for node in nodes}, set(), running, bool(notes), notes)
+    for node in nodes:
+        if node.record is None or "upstream" not in node.record:
+            reachable.is_incomplete = True
+            notes.append(f"the record of {node.uri} does not name its inputs: no finished artifact is removed")
             continue
-        spared.shards |= {f"shards/{file['name']}" for file in link.record["files"]}
-        if link.record["stage"].startswith(Stage.SCORE):
-            said = {key: value for key, value in link.record["config"].items() if key != "judge"}
-            spared.shards.add(f"shards/judgements/{fingerprint(said)}")
-    return spared
+        reachable.shards |= {f"shards/{file['name']}" for file in node.record["files"]}
+        if node.record["stage"].startswith(Stage.SCORE):
+            judge_settings = {key: value for key, value in node.record["config"].items() if key != "judge"}
+            reachable.shards.add(f"shards/judgements/{fingerprint(judge_settings)}")
+    return reachable
 
 
-def _registries(config: Config, storage: Storage) -> tuple[list[Registry], list[str]]:
-    """Every MLflow that tracked a run into this store and those known to this machine; and of which none answers, why.
+def _find_registries(config: Config, storage: Storage) -> tuple[list[Registry], list[str]]:
+    """Return the registries of every MLflow that knows this store, and a message for each that cannot be asked.
 
-    Raises InputError if the configuration's own cannot be asked.
+    An MLflow is known to the store if a run of the store was tracked in it, or to this machine by an earlier run.
+    Raises InputError if the MLflow of the configuration cannot be asked.
     """
-    named = locations.tracking_uri(config, storage)
-    check_exists(named)
-    known = {redact_uri(uri): uri for uri in [*locations.remembered_uris(), named]}  # with what a note must not hold
-    told = locations.recorded_uris(storage, locations.default_uri(storage))
-    if last := _summary(storage).get("mlflow", {}).get("tracking_uri"):
-        told.setdefault(last, storage.uri("summary.json"))
-    asked, silent = [named], []
-    for uri, note in told.items():
-        if why := _unasked(known.get(uri, uri)):
-            silent.append(f"MLflow at {uri}: {why}; if it is gone for good, remove {note}")
+    configured = locations.tracking_uri(config, storage)
+    check_exists(configured)
+    # This machine may know an address with its password; the store records it without.
+    full_uris = {redact_uri(uri): uri for uri in [*locations.remembered_uris(), configured]}
+    recorded = locations.recorded_uris(storage, locations.default_uri(storage))
+    if last := _read_summary(storage).get("mlflow", {}).get("tracking_uri"):
+        recorded.setdefault(last, storage.uri("summary.json"))
+    reachable, unreachable = [configured], []
+    for uri, file in recorded.items():
+        if error := _query_error(full_uris.get(uri, uri)):
+            unreachable.append(f"MLflow at {uri}: {error}; if it no longer exists, remove {file}")
         else:
-            asked.append(known.get(uri, uri))
-    asked += [uri for told_as, uri in known.items() if told_as not in told and not _unasked(uri)]
-    return [Registry(uri) for uri in dict.fromkeys(asked)], silent
+            reachable.append(full_uris.get(uri, uri))
+    reachable += [uri for redacted, uri in full_uris.items() if redacted not in recorded and not _query_error(uri)]
+    return [Registry(uri) for uri in dict.fromkeys(reachable)], unreachable
 
 
-def _unasked(uri: str) -> str | None:
-    """Why an MLflow cannot be asked for its models."""
+def _query_error(uri: str) -> str | None:
+    """Return why an MLflow cannot be asked for its models, None if it can."""
     try:
         check_exists(uri)
         Registry(uri).protected_artifacts()
-    except Exception as error:  # drivers of databases raise what they like
+    except Exception as error:  # database drivers raise errors of their own types
         return redact(str(error)).partition("\n")[0]
     return None
 
 
-def _summary(storage: Storage) -> dict:
+def _read_summary(storage: Storage) -> dict:
     return json.loads(storage.read("summary.json")) if storage.exists("summary.json") else {}
 
 
-def _last_run(storage: Storage) -> set[str]:
+def _last_run_folders(storage: Storage) -> set[str]:
     root = f"{storage.uri('')}/"
-    return {stage["uri"].removeprefix(root) for stage in _summary(storage).get("stages", [])}
+    return {stage["uri"].removeprefix(root) for stage in _read_summary(storage).get("stages", [])}
 
 
-def _registered(registries: list[Registry], storage: Storage) -> set[str]:
-    """Folders that an alias of a registered model stands for, or that a rollback would lead to."""
+def _registered_folders(registries: list[Registry], storage: Storage) -> set[str]:
+    """Return the folders of registered models that have an alias or are the target of a rollback."""
     root = f"{storage.uri('')}/"
-    found = {wanted for registry in registries for wanted in registry.protected_artifacts()}
-    here = {uri.removeprefix(root).removesuffix("/model") for uri, _, _ in found if uri.startswith(root)}
-    # registered while the store had another address: it was moved, or is mounted elsewhere too
-    return here | {
-        folder for uri, folder, digest in found if not uri.startswith(root) and _holds(storage, folder, digest)
+    registered = {artifact for registry in registries for artifact in registry.protected_artifacts()}
+    folders = {uri.removeprefix(root).removesuffix("/model") for uri, _, _ in registered if uri.startswith(root)}
+    # A store that was moved or is mounted elsewhere too has registered its models under another address.
+    return folders | {
+        folder for uri, folder, digest in registered if not uri.startswith(root) and _contains(storage, folder, digest)
     }
 
 
-def _holds(storage: Storage, folder: str, digest: str) -> bool:
+def _contains(storage: Storage, folder: str, digest: str) -> bool:
     return (
         bool(folder)
         and storage.exists(f"{folder}/{RECORD}")
@@ -156,94 +167,99 @@ def _holds(storage: Storage, folder: str, digest: str) -> bool:
     )
 
 
-def _under_way(registries: list[Registry], storage: Storage) -> tuple[set[str], list[str]]:
-    """Fingerprints of the stages of live runs, and a note a run."""
-    found, notes = set(), []
+def _find_running(registries: list[Registry], storage: Storage) -> tuple[set[str], list[str]]:
+    """Return the fingerprints of the stages of running runs, and a note per run."""
+    fingerprints, notes = set(), []
     for registry in registries:
         for run in open_runs.find_open_runs(registry.uri, storage):
             process = run.data.tags.get("masters.process", "")
             if machine.has_ended(process):
                 continue
             stages = registry.stage_runs(run.info.experiment_id, run.info.run_id)
-            found |= {stage.data.tags["masters.fingerprint"] for stage in stages}
+            fingerprints |= {stage.data.tags["masters.fingerprint"] for stage in stages}
             notes.append(
-                f"run {run.info.run_id} is under way ({process or 'of an unknown process'}): what it has, all shards "
-                "and all unfinished work are kept; if it is not, end it in MLflow"
+                f"run {run.info.run_id} is running (process: {process or 'unknown'}): its artifacts, all shards and "
+                "all unfinished work are kept; if it is not running, end it in MLflow"
             )
-    return found, notes
+    return fingerprints, notes
 
 
-def _folders_of(storage: Storage, fingerprints: set[str]) -> set[str]:
-    """Finished artifacts with one of these fingerprints."""
+def _finished_folders(storage: Storage, fingerprints: set[str]) -> set[str]:
+    """Return the folders of finished artifacts with one of these fingerprints."""
     folders = (f"{kind}/{name}" for kind in Stage for name in storage.children(kind))
-    return {f for f in folders if _fingerprint(f) in fingerprints and storage.exists(f"{f}/{RECORD}")}
+    return {f for f in folders if _fingerprint_of(f) in fingerprints and storage.exists(f"{f}/{RECORD}")}
 
 
-def _artifacts(storage: Storage, spared: Spared) -> Iterator[Item]:
+def _find_artifacts(storage: Storage, reachable: Reachable) -> Iterator[Item]:
+    """Find finished artifacts, and old folders of unfinished ones."""
     for kind in Stage:
         folders: dict[str, dict[str, tuple[int, float]]] = {}
-        for name, found in storage.details(kind).items():
-            folders.setdefault("/".join(name.split("/")[:2]), {})[name] = found
+        for name, details in storage.details(kind).items():
+            folders.setdefault("/".join(name.split("/")[:2]), {})[name] = details
         for folder, files in folders.items():
-            finished = f"{folder}/{RECORD}" in files
-            if folder in spared.folders or _fingerprint(folder) in spared.live or (finished and spared.everything):
+            is_finished = f"{folder}/{RECORD}" in files
+            if folder in reachable.folders or _fingerprint_of(folder) in reachable.running:
                 continue
-            size, written = sum(size for size, _ in files.values()), max(at for _, at in files.values())
-            if finished:
-                yield Item("artifact", storage, folder, size, "nothing reaches it")
-            elif _old(written) and not spared.busy:
+            size = sum(size for size, _ in files.values())
+            if is_finished and not reachable.is_incomplete:
+                yield Item("artifact", storage, folder, size, "not needed by any model or run")
+            elif not is_finished and not reachable.has_running_runs and _are_old(files.values()):
                 yield Item("unfinished", storage, folder, size, "unfinished for more than a day")
 
 
-def _shards(storage: Storage, spared: Spared) -> Iterator[Item]:
-    """Files of responses and predictions, and judges' answers."""
-    if spared.busy or spared.everything:
+def _find_shards(storage: Storage, reachable: Reachable) -> Iterator[Item]:
+    """Find files of responses, predictions and judgements."""
+    if reachable.has_running_runs or reachable.is_incomplete:
         return
-    for name, (size, written) in storage.details("shards").items():
-        group = str(PurePosixPath(name).parent)
-        if name not in spared.shards and group not in spared.shards and _old(written):
+    for name, details in storage.details("shards").items():
+        folder = str(PurePosixPath(name).parent)
+        if name not in reachable.shards and folder not in reachable.shards and _are_old([details]):
             kind = "judgements" if name.startswith("shards/judgements/") else "shard"
-            yield Item(kind, storage, name, size, "no reached artifact holds it")
+            yield Item(kind, storage, name, details[0], "not part of any artifact that is kept")
 
 
-def _notes(storage: Storage, spared: Spared) -> Iterator[Item]:
-    """What runs that are over told others: who builds an artifact, which stage a worker is asked for."""
-    if spared.busy:
+def _find_notes(storage: Storage, reachable: Reachable) -> Iterator[Item]:
+    """Find leases and stage requests of runs that have ended."""
+    if reachable.has_running_runs:
         return
-    for prefix in NOTES:
-        for name, (size, written) in storage.details(prefix).items():
-            if _old(written):
-                yield Item("note", storage, name, size, "no run is under way")
+    for prefix in NOTE_FOLDERS:
+        for name, details in storage.details(prefix).items():
+            if _are_old([details]):
+                yield Item("note", storage, name, details[0], "no run is running")
 
 
-def _work(storage: Storage, spared: Spared) -> Iterator[Item]:
-    """Job files, logs and copies of this machine's runs."""
-    if spared.busy or not (folder := work_folder(storage)).is_dir():
+def _find_work_folders(storage: Storage, reachable: Reachable) -> Iterator[Item]:
+    """Find job files, logs and downloads of runs on this machine."""
+    if reachable.has_running_runs or not (folder := work_folder(storage)).is_dir():
         return
-    here = Storage(str(folder))
-    for name in here.children(""):
-        files = here.details(name).values()
-        if all(_old(written) for _, written in files):
-            yield Item("work", here, name, sum(size for size, _ in files), "not written to for more than a day")
+    local = Storage(str(folder))
+    for name in local.children(""):
+        files = local.details(name).values()
+        if _are_old(files):
+            yield Item("work", local, name, sum(size for size, _ in files), "not changed for more than a day")
 
 
-class _UnderWay:
-    """`_under_way` while things are removed: asked for each of them as long as there is a run, else every second."""
+class _RunningStages:
+    """Repeats `_find_running` during the removal: for every item while runs are running, otherwise every second."""
 
     def __init__(self, registries: list[Registry], storage: Storage) -> None:
-        self._ask, self._at = lambda: _under_way(registries, storage), -math.inf
-        self._found: tuple[set[str], list[str]] = set(), []
+        self._registries, self._storage = registries, storage
+        self._queried_at = -math.inf
+        self._fingerprints: set[str] = set()
+        self._has_running_runs = False
 
-    def __call__(self) -> tuple[set[str], list[str]]:
-        if self._found[1] or time.monotonic() - self._at > ASKED_AGAIN:
-            self._found, self._at = self._ask(), time.monotonic()
-        return self._found
+    def query(self) -> tuple[set[str], bool]:
+        """Return the fingerprints of the stages of running runs, and whether there are running runs."""
+        if self._has_running_runs or time.monotonic() - self._queried_at > QUERY_INTERVAL:
+            self._fingerprints, notes = _find_running(self._registries, self._storage)
+            self._has_running_runs, self._queried_at = bool(notes), time.monotonic()
+        return self._fingerprints, self._has_running_runs
 
 
-def _removed(item: Item, under_way: _UnderWay) -> bool:
-    """Remove it, unless a run that began meanwhile came upon it."""
-    live, notes = under_way()
-    if item.fingerprint in live or (notes and item.kind != "artifact"):
+def _remove(item: Item, running_stages: _RunningStages) -> bool:
+    """Remove an item and return True, unless a run that has started meanwhile may need it."""
+    running, has_running_runs = running_stages.query()
+    if _fingerprint_of(item.name) in running or (has_running_runs and item.kind != "artifact"):
         return False
     if item.kind in ("shard", "judgements", "note"):
         item.storage.remove(item.name)
@@ -253,9 +269,10 @@ def _removed(item: Item, under_way: _UnderWay) -> bool:
     return True
 
 
-def _fingerprint(name: str) -> str:
-    return name.rsplit("-", 1)[-1]
+def _fingerprint_of(folder: str) -> str:
+    return folder.rsplit("-", 1)[-1]
 
 
-def _old(written: float) -> bool:
-    return time.time() - written > MIN_AGE
+def _are_old(files: Iterable[tuple[int, float]]) -> bool:
+    """Return whether no file was written within MIN_AGE. `files`: size and time of the last write of each."""
+    return all(time.time() - written > MIN_AGE for _, written in files)

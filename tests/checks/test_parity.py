@@ -13,7 +13,7 @@ from masters.checks import parity_worker
 from masters.models import model_loading, prompts
 from masters.models.families import family_of
 from masters.models.losses import formulas
-from masters.models.masking import group_thresholds, safetensors_tensors
+from masters.models.masking import group_thresholds, iterate_tensors
 from masters.models.packing import packed_batch
 from masters.models.packing.packed_batch import pack, response_logits
 from masters.models.packing.prefix_tree import Question
@@ -58,6 +58,6 @@ def test_an_engine_that_serves_other_weights_is_noticed(model, prompt) -> None:
     with torch.no_grad():
         said = formulas.chosen_log_probs(response_logits(model, packed), packed.token_T).tolist()
     assert parity_worker.compare_log_probs(model, FAMILY, prompt, tokens, said) == 0
-    rows = group_thresholds(lambda: safetensors_tensors(FOLDER), [0.2], "matrix")
+    rows = group_thresholds(lambda: iterate_tensors(FOLDER), [0.2], "matrix")
     masked = load_masked(FOLDER, {r["tensor"]: r["threshold"] for r in rows}, "float32")
     assert parity_worker.compare_log_probs(masked, FAMILY, prompt, tokens, said) > parity_worker.LOG_PROBS["float32"]

@@ -38,14 +38,14 @@ def test_a_name_stays_where_nothing_else_has_it(models: list[LocalModel]) -> Non
 @pytest.mark.parametrize(
     ("file", "old", "new", "why"),
     [
-        ("chat_template.jinja", "{%", "Look.{%", "other tokens|tokens with a small picture"),
+        ("chat_template.jinja", "{%", "Look.{%", "different tokens|tokens with a small image"),
         (
             "processor_config.json",
             '"longest_edge": 4096',
             '"longest_edge": 16384',
-            "41 and 41 tokens with a small picture, 79 and 37 with a large one",
+            "41 and 41 tokens with a small image, 79 and 37 with a large one",
         ),
-        ("processor_config.json", "0.5,", "0.25,", "other pixels"),
+        ("processor_config.json", "0.5,", "0.25,", "different pixels"),
     ],
 )
 def test_models_that_make_other_prompts_of_a_question_are_no_pair(
@@ -59,5 +59,5 @@ def test_models_that_make_other_prompts_of_a_question_are_no_pair(
     text = (folder / file).read_text()
     assert old in text
     (folder / file).write_text(text.replace(old, new, 1))
-    with pytest.raises(InputError, match=f"make different prompts of one question and picture: .*({why})"):
+    with pytest.raises(InputError, match=f"make different prompts of one question and image: .*({why})"):
         check_pair(find_model(Model(model=str(folder))), ours)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from demo import families, shapes
-from tests.command_line import masters, options, rows, told
+from tests.command_line import masters, options, rows, read_json
 from tests.parity.answers import from_transformers, from_vllm
 from tests.shape_data import QUESTIONS, write_rows
 
@@ -44,7 +44,7 @@ def distil(place: Path, source: Path, teacher: Path, student: Path, prefect: dic
     }  # fmt: skip
     (place / "home").mkdir()
     done = masters("distill", "configs/easyvqa.toml", *options(values), "--json", home=place / "home", **prefect)
-    return told(done)
+    return read_json(done)
 
 
 def rows_of_embedding(folder: Path) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import masters, options, rows, told
+from tests.command_line import masters, options, rows, read_json
 from tests.shape_data import write_questions, write_rows
 
 pytestmark = pytest.mark.slow
@@ -67,7 +67,7 @@ def nights(tmp_path_factory: pytest.TempPathFactory, webhook: Webhook, prefect: 
         words = ("nightly", "configs/easyvqa.toml", *options(values), "--json")
         done = masters(*words, home=folder / "home", **environment)
         assert webhook.url not in done.stdout + done.stderr
-        return told(done) | dict(said=len(webhook.said))
+        return read_json(done) | dict(said=len(webhook.said))
 
     plan = [(early, BAD), (early, BAD), (everything, GOOD), (late, BAD)]
     return [night(given, rate) for given, rate in plan]
@@ -78,31 +78,31 @@ def stages(night: dict) -> dict[str, dict]:
 
 
 def test_the_first_night_makes_the_first_champion(nights: list[dict]) -> None:
-    told = nights[0]["nightly"]
-    assert (told["outcome"], told["champion"], told["reasons"]) == ("promoted", 1, ["the first champion"])
+    read_json = nights[0]["nightly"]
+    assert (read_json["outcome"], read_json["champion"], read_json["reasons"]) == ("promoted", 1, ["the first champion"])
 
 
 def test_a_night_without_change_does_no_model_work_and_says_so(nights: list[dict]) -> None:
-    told = nights[1]["nightly"]
-    assert (told["outcome"], told["candidate"], told["champion"]) == ("no change", 1, 1)
+    read_json = nights[1]["nightly"]
+    assert (read_json["outcome"], read_json["candidate"], read_json["champion"]) == ("no change", 1, 1)
     assert {stage["outcome"] for stage in nights[1]["stages"]} == {"reused"}
 
 
 def test_only_new_and_changed_questions_are_answered(nights: list[dict]) -> None:
-    told = {}
+    read_json = {}
     for night in nights:
         found: dict = {}
         for row in rows(night, "generate", "responses"):
             found.setdefault(row["question_id"], []).append(row)
-        told[id(night)] = {q: sorted(given, key=lambda r: (r["source"], r["sample"])) for q, given in found.items()}
-    first, _, third, fourth = told.values()
+        read_json[id(night)] = {q: sorted(given, key=lambda r: (r["source"], r["sample"])) for q, given in found.items()}
+    first, _, third, fourth = read_json.values()
     new = third.keys() - first.keys()
     assert len(new) == 8 and stages(nights[2])["generate"]["shards_built"] > 0
     assert {q: third[q] for q in first} == first
     gone, changed = third.keys() - fourth.keys(), [q for q in fourth if fourth[q] != third[q]]
     assert len(gone) == 1 and len(changed) == 1
     # each engine answered one question, and gave the rest of its shard anew without the one withdrawn
-    assert all(len(responses) == RESPONSES for found in told.values() for responses in found.values())
+    assert all(len(responses) == RESPONSES for found in read_json.values() for responses in found.values())
 
 
 def test_the_champion_is_asked_no_question_twice(nights: list[dict]) -> None:
@@ -120,12 +120,12 @@ def test_a_better_student_is_promoted_and_a_worse_one_is_not(nights: list[dict])
 
 @pytest.mark.parametrize("number", [2, 3])
 def test_the_gate_went_by_its_numbers(number: int, nights: list[dict]) -> None:
-    told = nights[number]["nightly"]
-    found = told["comparison"]
+    read_json = nights[number]["nightly"]
+    found = read_json["comparison"]
     n = found["gained"] + found["lost"]
     p = sum(comb(n, k) for k in range(found["gained"], n + 1)) / 2**n
     fell = any(c["champion"] - c["candidate"] > 0.05 for c in found["categories"].values())
-    assert (told["outcome"] == "promoted") == (p < 0.05 and not fell)
+    assert (read_json["outcome"] == "promoted") == (p < 0.05 and not fell)
     right = {
         stage: {
             r["question_id"]: r["correct"]

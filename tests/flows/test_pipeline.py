@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from masters.config.loading import load
 from masters.config.stages import Stage
 from masters.flows.plan import plan
-from tests.command_line import ROOT, masters, options, rows, told
+from tests.command_line import ROOT, masters, options, rows, read_json
 from tests.shape_data import write_questions, write_rows
 
 STAGES = ["data", "mask", "generate", "score", "train", "evaluate", "register"]
@@ -43,7 +43,7 @@ def settings(place: Path) -> list[str]:
 def first(place: Path) -> dict:
     done = masters("distill", "configs/easyvqa.toml", *settings(place), "--json", home=place / "home")
     assert "report is incomplete" not in done.stderr and "Error logging" not in done.stderr, done.stderr[-3000:]
-    return told(done)
+    return read_json(done)
 
 
 def test_every_stage_is_built_and_the_summary_says_so(first: dict, place: Path) -> None:
@@ -132,7 +132,7 @@ def test_transformers_loads_the_student_and_answers_alike(first: dict) -> None:
 
 def test_running_again_reuses_everything(first: dict, place: Path) -> None:
     done = masters("distill", "configs/easyvqa.toml", *settings(place), "--json", home=place / "home")
-    again = told(done)
+    again = read_json(done)
     assert {s["outcome"] for s in again["stages"]} == {"reused"}
     assert again["student"] == first["student"]
     assert [s["fingerprint"] for s in again["stages"]] == [s["fingerprint"] for s in first["stages"]]
@@ -148,7 +148,7 @@ READ = {
 
 def test_lineage_leads_from_the_student_to_the_questions(first: dict, place: Path) -> None:
     done = masters("lineage", "easyvqa", "--json", home=place / "home")
-    found = told(done)
+    found = read_json(done)
     assert found["verified"]
     assert {stage["name"]: {read["role"] for read in stage["inputs"]} for stage in found["stages"]} == READ
     made = {stage["name"]: (stage["fingerprint"], stage["uri"]) for stage in first["stages"]}
@@ -160,18 +160,13 @@ def test_lineage_leads_from_the_student_to_the_questions(first: dict, place: Pat
 
 def test_gc_finds_nothing_to_remove_of_a_candidate(first: dict, place: Path) -> None:
     done = masters("gc", "configs/easyvqa.toml", *settings(place), "--json", home=place / "home")
-    gone = {item["uri"] for item in told(done)["items"]}
+    gone = {item["uri"] for item in read_json(done)["items"]}
     assert not gone & {stage["uri"] for stage in first["stages"]}
 
 
 def processes_of(home: Path) -> list[str]:
     """Command lines of the processes that run with this home."""
-    mark, found = f"HOME={home}".encode(), []
-    for environment in Path("/proc").glob("[0-9]*/environ"):
-        with suppress(OSError):  # gone meanwhile, or another user's
-            if mark in environment.read_bytes().split(b"\0"):
-                found.append((environment.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-    return found
+    return [command_line(process) for process in processes_with_variable("HOME", str(home))]
 
 
 def test_no_process_of_a_run_is_left(first: dict, place: Path) -> None:
@@ -182,7 +177,7 @@ def test_no_process_of_a_run_is_left(first: dict, place: Path) -> None:
 def test_the_number_of_workers_changes_no_response(first: dict, place: Path, prefect: dict[str, str]) -> None:
     arguments = [*settings(place), "--set", f"store.root={place / 'other'}", "--set", "runtime.generate_workers=1"]
     done = masters("stage", "generate", "configs/easyvqa.toml", *arguments, "--json", home=place / "home", **prefect)
-    other = told(done)
+    other = read_json(done)
     assert [s["name"] for s in other["stages"]] == ["data", "mask", "generate"]
     assert rows(other, "generate", "responses") == rows(first, "generate", "responses")
 
@@ -297,7 +292,7 @@ def test_another_image_under_an_old_id_is_other_data(first: dict, place: Path, p
     shutil.copy(place / "edited/images/3.png", place / "edited/images/5.png")
     arguments = [*settings(place), "--set", f"data.source={place / 'edited/questions.jsonl'}"]
     done = masters("stage", "generate", "configs/easyvqa.toml", *arguments, "--json", home=place / "home", **prefect)
-    stages = {s["name"]: s for s in told(done)["stages"]}
+    stages = {s["name"]: s for s in read_json(done)["stages"]}
     assert [stages[n]["outcome"] for n in ("data", "mask", "generate")] == ["built", "reused", "built"]
     # the student's one shard, and the teacher's at the stages that lost or won the question
     assert 1 <= stages["generate"]["shards_built"] <= 3

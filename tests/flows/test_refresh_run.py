@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from masters.config.mask_schedule import mask_stage_of
-from tests.command_line import ROOT, environment, masters, options, rows, told
+from tests.command_line import ROOT, environment, masters, options, rows, read_json
 from tests.flows.test_pipeline import processes_of
 from tests.local_stack import until
 from tests.shape_data import write_questions
@@ -44,7 +44,7 @@ def arguments(place: Path, store: str, **values: object) -> list[str]:
 def whole(place: Path) -> dict:
     done = masters("distill", *arguments(place, "whole"), "--json", home=place / "home")
     assert "report is incomplete" not in done.stderr, done.stderr[-3000:]
-    return told(done)
+    return read_json(done)
 
 
 def stages(summary: dict) -> dict[str, dict]:
@@ -77,17 +77,17 @@ def test_the_first_mask_stage_is_answered_as_a_round_would_be(whole: dict, place
     done = masters(
         "stage", "generate", *arguments(place, "whole", generate__refresh="round"), "--json", home=place / "home"
     )
-    everything = {tuple(row[k] for k in KEY): row for row in rows(told(done), "generate", "responses")}
+    everything = {tuple(row[k] for k in KEY): row for row in rows(read_json(done), "generate", "responses")}
     first = rows(whole, "generate-mask0", "responses")
     assert first and all(everything[tuple(row[k] for k in KEY)] == row for row in first)
 
 
 def test_lineage_plan_and_collection_know_every_part(whole: dict, place: Path) -> None:
-    found = told(masters("lineage", "easyvqa", "--json", home=place / "home"))
+    found = read_json(masters("lineage", "easyvqa", "--json", home=place / "home"))
     assert found["verified"] and {stage["name"] for stage in found["stages"]} == set(NAMES)
     read = {stage["name"]: {each["role"] for each in stage["inputs"]} for stage in found["stages"]}
     assert "earlier" in read["train-mask1"] and "earlier" not in read["train-mask0"]
-    kept = told(masters("gc", *arguments(place, "whole"), "--json", home=place / "home"))
+    kept = read_json(masters("gc", *arguments(place, "whole"), "--json", home=place / "home"))
     assert not {item["uri"] for item in kept["items"]} & {stage["uri"] for stage in whole["stages"]}
     planned = masters("distill", *arguments(place, "whole"), "--plan", home=place / "home")
     assert [line.split()[:2] for line in planned.stdout.splitlines()] == [[name, "reused"] for name in NAMES]
@@ -110,7 +110,7 @@ def test_a_run_killed_between_mask_stages_goes_on_and_ends_with_the_same_student
     running.wait()
     until(lambda: not any("generation.worker" in line for line in processes_of(home)), "the engine to be gone")
     done = masters("distill", *arguments(place, "killed"), "--json", home=home)
-    again = told(done)
+    again = read_json(done)
     outcomes = {name: stage["outcome"] for name, stage in stages(again).items()}
     assert [outcomes[name] for name in NAMES[:5]] == ["reused"] * 5 and outcomes["train-mask1"] == "built"
     assert stages(again)["generate-mask1"]["engines"] <= 1  # anew, on the weights that the first stage ended with

@@ -31,7 +31,7 @@ from masters.tasks.report import report_run
 from masters.tasks.run_context import Round, Run
 from masters.tasks.train import train
 from tests.handmade_run import ROOT, write_training_inputs, first_round, make_run
-from tests.scoring_run import table
+from tests.scoring_run import write_table
 from tests.shape_data import write_questions
 
 HOSTILE = "</td><script>alert(1)</script> | **b** ![x](http://e.example/x) \u202e\x1b[31m"
@@ -188,9 +188,9 @@ def test_every_kind_of_question_is_there_and_hostile_text_is_text(tmp_path: Path
             said.append(own | dict(text=f"{sample} {HOSTILE}"))
             verdicts.append(own | dict(score=score, status="judge_failed" if score is None else "ok"))
     tables = [
-        table(storage, "questions", [questions], schemas.QUESTIONS),
-        table(storage, "responses", [said], schemas.RESPONSES),
-        table(storage, "verdicts", [verdicts], schemas.VERDICTS),
+        write_table(storage, "questions", [questions], schemas.QUESTIONS),
+        write_table(storage, "responses", [said], schemas.RESPONSES),
+        write_table(storage, "verdicts", [verdicts], schemas.VERDICTS),
     ]
     questions, *rest = tables
     page = gallery(questions, *([one] for one in rest))

@@ -19,7 +19,7 @@ from masters.store.storage import Storage
 from masters.tasks.run_context import Context, Run
 from masters.tracking.locations import check_default_database
 from tests import command_line
-from tests.command_line import ROOT, options, told
+from tests.command_line import ROOT, options, read_json
 from tests.s3_server import BUCKET, S3, serve
 from tests.shape_data import write_questions
 
@@ -58,7 +58,7 @@ def aws(s3: S3, prefect: dict[str, str]) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def first(place: Path, aws: dict[str, str]) -> dict:
-    return told(masters("distill", "--json", place=place, machine="first", aws=aws))
+    return read_json(masters("distill", "--json", place=place, machine="first", aws=aws))
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +98,8 @@ class TestPipeline:
 
     def test_another_machine_reuses_everything(self, first: dict, place: Path, aws: dict[str, str]) -> None:
         plan = masters("distill", "--plan", "--json", place=place, machine="planner", aws=aws)
-        assert {s["outcome"] for s in told(plan)["stages"]} == {"reused"}
-        again = told(masters("distill", "--json", place=place, machine="second", aws=aws))
+        assert {s["outcome"] for s in read_json(plan)["stages"]} == {"reused"}
+        again = read_json(masters("distill", "--json", place=place, machine="second", aws=aws))
         assert {s["outcome"] for s in again["stages"]} == {"reused"}
         assert [s["fingerprint"] for s in again["stages"]] == [s["fingerprint"] for s in first["stages"]]
         assert again["student"] == first["student"]

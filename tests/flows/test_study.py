@@ -7,7 +7,7 @@ import pyarrow.parquet as parquet
 import pytest
 from mlflow import MlflowClient
 
-from tests.command_line import ROOT, masters, told
+from tests.command_line import ROOT, masters, read_json
 from tests.shape_data import write_questions
 
 CONFIG = """
@@ -65,7 +65,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def studied(place: Path, prefect: dict[str, str]) -> dict:
-    return told(masters("study", str(place / "study.toml"), "--json", home=place / "home", **prefect))
+    return read_json(masters("study", str(place / "study.toml"), "--json", home=place / "home", **prefect))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A model folder on this machine: found, sound, and fit to be distilled with another one."""
+"""Model folders on this machine: finding and checking them, alone and as a pair of teacher and student."""
 
 import json
 from dataclasses import dataclass, replace
@@ -8,10 +8,11 @@ from masters.checks.processor import ProcessorOutput
 from masters.checks.weights import check_weights
 from masters.common.errors import InputError
 from masters.common.hashing import model_digest
+from masters.common.machine import cache_folder
 from masters.config import Config, Model, allowlist
 from masters.config.allowlist import Setting, check_model
 from masters.models.families import FAMILIES, family_of
-from masters.models.model_loading import check_readable, resolve
+from masters.models.model_loading import check_readable, resolve_model_folder
 from masters.store.artifacts import Artifact, External
 
 STUDENT_BEFORE, STUDENT_AFTER = "student-before", "student-after"  # the student's names in the predictions table
@@ -20,34 +21,36 @@ STUDENT_NAMES = (STUDENT_BEFORE, STUDENT_AFTER)
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A model folder on this machine, its name in tables and its identity."""
+    """A model folder on this machine, with its name in tables and its digest."""
 
     name: str
     folder: Path
     digest: str
-    artifact: Artifact | None = None  # the artifact that it was fetched from; None: it came from outside
+    artifact: Artifact | None = None  # the artifact it was downloaded from; None: it comes from outside the store
     has_custom_code: bool = False  # whether it runs code of its own, which this machine's owner trusts
-    processor_output: ProcessorOutput | None = None  # what its processor made of a small prompt; None: of none of our families
+    processor_output: ProcessorOutput | None = None  # None: not a supported family
 
     @property
     def origin(self) -> Artifact | External:
+        """The model's source, for lineage."""
         return self.artifact or External("model", str(self.folder), self.digest)
 
 
 @dataclass(frozen=True)
 class JudgeServer:
-    """Where an OpenAI-compatible API begins, and the model's name there (None: the first that it lists)."""
+    """Base URL of an OpenAI-compatible API, and the model's name there (None: the first one that it lists)."""
 
     url: str
     model: str | None
 
     @property
     def origin(self) -> External:
+        """The judge's source, for lineage."""
         return External("server", self.url, None)
 
 
 def disambiguate_names(models: list[LocalModel]) -> list[LocalModel]:
-    """Models under names that tell them apart in tables: folders are often called the same, such as `final`."""
+    """Return the models with unique names: folders often have equal names, such as `final`."""
     digests: dict[str, set[str]] = {}
     for model in models:
         digests.setdefault(model.name, set()).add(model.digest)
@@ -60,56 +63,68 @@ def disambiguate_names(models: list[LocalModel]) -> list[LocalModel]:
 
 
 def find_model(model: Model, store: str | None = None) -> LocalModel:
-    """A model that is allowed, here and sound. `store`: whose students are allowed too."""
+    """Return a model that is allowed and passes all checks. Students in the store `store` are allowed too."""
     check_model(model.model, store)
-    folder = resolve(model.model, model.revision)
+    folder = resolve_model_folder(model.model, model.revision)
     check_readable(folder)
     name = model.model if not Path(model.model).is_dir() else folder.name
-    digest, kind = model_digest(folder), read_model_type(folder)
-    own_code = kind not in FAMILIES and has_custom_code(folder)
-    if own_code and not allowlist.may_run_code(model.model, str(folder)):
+    digest, model_type = model_digest(folder), read_model_type(folder)
+    is_supported = model_type in FAMILIES
+    needs_custom_code = not is_supported and has_custom_code(folder)
+    if needs_custom_code and not allowlist.may_run_code(model.model, str(folder)):
         raise InputError(
-            f"model {model.model} ({kind}) wants to run code of its own, which is off; whoever runs this machine can "
-            f"name it in {Setting.CODE} after reading that code"
+            f"model {model.model} ({model_type}) wants to run code of its own, which is off; whoever runs this machine "
+            f"can name it in {Setting.CODE} after reading that code"
         )
-    processor_output = check_weights(folder, digest, shaped=kind in FAMILIES)
-    return LocalModel(name, folder, digest, has_custom_code=own_code, processor_output=processor_output)
+    output = check_weights(folder, digest, is_supported)
+    return LocalModel(name, folder, digest, has_custom_code=needs_custom_code, processor_output=output)
+
+
+def download_student(trained: Artifact) -> Path:
+    """Return a local copy of a train artifact's model. The copy is named by content: a rebuilt model has another."""
+    target = cache_folder() / "models" / trained.part_digests["model"][:32]
+    return trained.storage.download(f"{trained.folder}/model", target)
 
 
 def check_pair(teacher: LocalModel, student: LocalModel) -> None:
-    """A teacher and a student must be of one family, write the same tokens and be asked in the same ones."""
-    kinds = [read_model_type(m.folder) for m in (teacher, student)]
-    for kind in kinds:
-        family_of(kind)
-    if kinds[0] != kinds[1]:
+    """Raise InputError unless both models have the same family, the same tokenizer and the same prompts."""
+    teacher_type, student_type = read_model_type(teacher.folder), read_model_type(student.folder)
+    for model_type in (teacher_type, student_type):
+        family_of(model_type)
+    if teacher_type != student_type:
         raise InputError(
-            f"teacher {teacher.name} is {kinds[0]}, student {student.name} is {kinds[1]}: both must be of one family"
+            f"teacher {teacher.name} is {teacher_type}, student {student.name} is {student_type}: both must be of one "
+            "family"
         )
-    ours, theirs = (load_tokenizer(m.folder).get_vocab() for m in (teacher, student))
-    if ours != theirs:
-        differ = sum(1 for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    teacher_vocabulary, student_vocabulary = (load_tokenizer(m.folder).get_vocab() for m in (teacher, student))
+    if teacher_vocabulary != student_vocabulary:
+        tokens = teacher_vocabulary.keys() | student_vocabulary.keys()
+        different = sum(1 for token in tokens if teacher_vocabulary.get(token) != student_vocabulary.get(token))
         raise InputError(
-            f"teacher {teacher.name} and student {student.name} have different tokenizers ({differ} tokens differ): "
-            "distillation compares the same vocabulary; choose models that share one"
+            f"teacher {teacher.name} and student {student.name} have different tokenizers ({different} tokens differ), "
+            "but distillation compares probabilities over one vocabulary: choose models with the same tokenizer"
         )
-    if teacher.processor_output and student.processor_output and (unlike := teacher.processor_output.unlike(student.processor_output)):
+    if not teacher.processor_output or not student.processor_output:
+        return
+    if difference := teacher.processor_output.describe_difference(student.processor_output):
         raise InputError(
-            f"teacher {teacher.name} and student {student.name} make different prompts of one question and picture: "
-            f"{unlike}; distillation reads a response behind one prompt: give them the same chat template and "
+            f"teacher {teacher.name} and student {student.name} make different prompts of one question and image: "
+            f"{difference}; both must read a response after the same prompt: give them the same chat template and "
             "processor_config.json (or preprocessor_config.json)"
         )
 
 
 def check_context_length(model: LocalModel, config: Config) -> None:
-    """A short question on a small picture and the longest answer fit what an engine admits of this model."""
+    """Raise InputError unless a short question with a small image and the longest response fit the context length."""
     if model.processor_output is None:
         return
     prompt, answer, limit = model.processor_output.prompt, config.generate.max_tokens, config.runtime.max_model_len
-    if prompt + answer > min(limit, model.processor_output.positions):
+    positions = model.processor_output.positions
+    if prompt + answer > min(limit, positions):
         raise InputError(
-            f"model {model.name}: a short question on a small picture takes {prompt} tokens and generate.max_tokens "
+            f"model {model.name}: a short question with a small image takes {prompt} tokens and generate.max_tokens "
             f"{answer}, together more than runtime.max_model_len ({limit}) or the model's max_position_embeddings "
-            f"({model.processor_output.positions}): raise the one, or lower generate.max_tokens"
+            f"({positions}): raise runtime.max_model_len, or lower generate.max_tokens"
         )
 
 
@@ -121,22 +136,22 @@ def read_model_type(folder: Path) -> str:
 
 
 def has_custom_code(folder: Path) -> bool:
-    """Whether a model's configuration names Python code of its own."""
+    """Return whether a model's configuration names Python code in its folder."""
     return any('"auto_map"' in file.read_text(errors="replace") for file in folder.glob("*config.json"))
 
 
 def read_special_tokens(folder: Path) -> tuple[str, ...]:
-    """The texts that a tokenizer reads as control tokens, sorted."""
+    """Return the sorted texts that the tokenizer reads as control tokens."""
     return tuple(sorted(t.content for t in load_tokenizer(folder).added_tokens_decoder.values() if t.special))
 
 
 def load_tokenizer(folder: Path):
-    """The tokenizer; from its one file where there is one: choosing its class imports every model's code first."""
+    """Load a tokenizer, from tokenizer.json if it exists: AutoTokenizer imports the code of every model first."""
     if (folder / "tokenizer.json").is_file():
         from transformers import PreTrainedTokenizerFast as Tokenizer
     else:
         from transformers import AutoTokenizer as Tokenizer
     try:
         return Tokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds
+    except Exception as error:  # transformers raises many types of errors
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {error}") from error

@@ -1,63 +1,71 @@
-"""A look at a few rows before a run: fast paths against plain ones, and vLLM against transformers (`--parity`)."""
+"""Parity check (`masters check --parity`) on a few rows: fast code against plain code, vLLM against transformers."""
 
+import base64
 import tempfile
 from itertools import islice
 from pathlib import Path
 
 from masters.checks.model_folder import LocalModel
+from masters.checks.parity_job import Difference, ParityJob, ParityQuestion
 from masters.checks.preflight import Resources
 from masters.common.errors import InputError
 from masters.config import Config
 from masters.data.validation import RejectedRow, validate_rows
 from masters.execution import processes
+from masters.execution.processes import WorkerModule
 
-ROWS = 4
+CHECKED_QUESTIONS = 4
 
 
-def compare_models(config: Config, resources: Resources) -> list[dict]:
-    """Differences found for every model: `name`, `found`, `limit`. Loads each model on this machine, twice."""
-    rows = [
-        dict(question=row["question"], answer=row["answer"], image=row["image"].hex())
-        for row in sample_questions(config, resources, ROWS)
+def compare_models(config: Config, resources: Resources) -> list[Difference]:
+    """Return the differences measured for every model. Each model is loaded on this machine twice."""
+    questions = tuple(
+        ParityQuestion(question=row["question"], answer=row["answer"], image=base64.b64encode(row["image"]))
+        for row in sample_questions(config, resources, CHECKED_QUESTIONS)
+    )
+    ratios = [(resources.student, {0.0})]
+    ratios += [
+        (model, {teacher.r_max, 0.0}) for teacher, model in zip(config.teachers, resources.teachers, strict=True)
     ]
-    models = [_model(config, resources.student, [0.0])]
-    models += [
-        _model(config, model, [teacher.r_max, 0.0])
-        for teacher, model in zip(config.teachers, resources.teachers, strict=True)
-    ]
-    found: list[dict] = []
+    jobs = [_make_job(config, model, model_ratios, questions) for model, model_ratios in ratios]
+    differences: list[Difference] = []
     with tempfile.TemporaryDirectory(prefix="masters-check-") as folder:
-        # a process a model: it holds one engine
+        # one process per model, because a process can hold only one engine
         children = [
-            processes.Child(
-                f"check-{number}", "masters.checks.parity_worker",
-                dict(model=model, rows=rows, dtype=config.generate.dtype, runtime=config.runtime.model_dump()),
-                Path(folder), {},
-            )
-            for number, model in enumerate(models)
-        ]  # fmt: skip
-        processes.run(children, 1, lambda _, line: found.append(line))
-    return found
+            processes.Child(f"check-{number}", WorkerModule.PARITY, job, Path(folder))
+            for number, job in enumerate(jobs)
+        ]
+        processes.run(children, 1, lambda _, line: differences.append(Difference.model_validate(line)))
+    return differences
 
 
-def sample_questions(config: Config, resources: Resources, rows: int) -> list[dict]:
-    """The source's first questions. Raises InputError if no row can be used."""
-    questions = (row for row in validate_rows(resources.source, resources.special_tokens) if not isinstance(row, RejectedRow))
-    found = list(islice(questions, rows))
-    if not found:
-        raise InputError(f"source {config.data.source} holds no row that could be used")
-    return found
+def sample_questions(config: Config, resources: Resources, count: int) -> list[dict]:
+    """Return the source's first valid questions. Raises InputError if there are none."""
+    rows = validate_rows(resources.source, resources.special_tokens)
+    questions = list(islice((row for row in rows if not isinstance(row, RejectedRow)), count))
+    if not questions:
+        raise InputError(f"source {config.data.source} contains no valid row")
+    return questions
 
 
-def _model(config: Config, model: LocalModel, ratios: list[float]) -> dict:
-    from masters.models.masking import group_thresholds, safetensors_tensors
+def _make_job(
+    config: Config, model: LocalModel, ratios: set[float], questions: tuple[ParityQuestion, ...]
+) -> ParityJob:
+    from masters.models.masking import group_thresholds, iterate_tensors
 
-    wanted = sorted(set(ratios), reverse=True)
+    ordered = sorted(ratios, reverse=True)
     rows = group_thresholds(
-        lambda: safetensors_tensors(model.folder), wanted, config.mask.granularity, tuple(config.mask.exclude)
+        lambda: iterate_tensors(model.folder), ordered, config.mask.granularity, tuple(config.mask.exclude)
     )
     thresholds = {
-        str(ratio): {r["tensor"]: r["threshold"] for r in rows if r["mask_ratio"] == ratio and ratio > 0}
-        for ratio in wanted
+        ratio: {row["tensor"]: row["threshold"] for row in rows if row["mask_ratio"] == ratio and ratio > 0}
+        for ratio in ordered
     }
-    return dict(name=model.name, folder=str(model.folder), thresholds=thresholds)
+    return ParityJob(
+        name=model.name,
+        folder=model.folder,
+        thresholds=thresholds,
+        questions=questions,
+        dtype=config.generate.dtype,
+        runtime=config.runtime,
+    )

@@ -1,18 +1,18 @@
-"""Does this machine compute the method as written? Fast paths against plain ones on a few rows of real input.
+"""Parity of one model on this machine: fast code against plain code, and vLLM against transformers.
 
-`python -m masters.checks.parity_worker JOB.json`, started by `masters check --parity`. Shapes: T response tokens,
-R responses.
+`python -m masters.checks.parity_worker JOB.json`, started by `masters check --parity`; the job is a `ParityJob`.
+
+Shape suffixes: T response tokens, U distinct response tokens, H hidden size, V vocabulary,
+3 the terms log pi, divergence and KL.
 """
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoProcessor
 
-from masters.config import Runtime
+from masters.checks.parity_job import Difference, ParityJob
 from masters.execution import processes
 from masters.models import model_loading, prompts
 from masters.models.families import family_of
@@ -22,63 +22,58 @@ from masters.models.losses.chunked_head import Projection
 from masters.models.packing.packed_batch import pack, response_logits, response_states
 from masters.models.packing.prefix_tree import Question
 
-TERMS = 1e-4  # absolute, nats, float32
-GRADIENTS = 1e-4  # relative to the largest gradient
-LOG_PROBS = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}  # nats, engine against transformers in float32
-TOKENS = 8  # greedy tokens compared a row
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A measured difference and the largest one that is rounding."""
-
-    name: str
-    found: float
-    limit: float
+TERM_LIMIT = 1e-4  # absolute, in nats, computed in float32
+GRADIENT_LIMIT = 1e-4  # relative to the largest gradient
+# In nats, between the engine's log-probabilities and those of transformers in float32.
+LOG_PROB_LIMITS = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
+MAX_TOKENS = 8  # of the compared greedy responses
 
 
 def main(job_file: Path) -> None:
-    job = json.loads(job_file.read_text())
+    job = ParityJob.model_validate_json(job_file.read_text())
     for difference in measure_differences(job):
-        processes.report(job_file, **asdict(difference))
+        processes.report_event(job_file, difference)
 
 
-def measure_differences(job: dict) -> list[Difference]:
-    """Of a model: the packed batch against separate rows, and the engine against transformers at every ratio."""
-    model, rows = job["model"], job["rows"]
-    folder = Path(model["folder"])
-    images = [bytes.fromhex(row["image"]) for row in rows]
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    inputs = [prompts.model_inputs(processor, r["question"], i) for r, i in zip(rows, images, strict=True)]
-    answers = [prompts.label_tokens(processor.tokenizer, row["answer"]) for row in rows]
-    masked, family = model_loading.load_model(folder, "float32"), _family(folder)
-    name = model["name"]
-    found = compare_packing(name, masked, family, Question(name, inputs[0], answers))
-    requests = [Request(image, row["question"], 1, 0) for row, image in zip(rows, images, strict=True)]
-    with Engine(folder, job["dtype"], Runtime(**job["runtime"])) as engine:
-        for ratio, thresholds in model["thresholds"].items():
+def measure_differences(job: ParityJob) -> list[Difference]:
+    """Compare packed with separate sequences, and the engine with transformers at every mask ratio."""
+    processor = AutoProcessor.from_pretrained(job.folder, trust_remote_code=False)
+    inputs = [prompts.model_inputs(processor, q.question, q.image) for q in job.questions]
+    labels = [prompts.tokenize_label(processor.tokenizer, q.answer) for q in job.questions]
+    requests = [Request(q.image, q.question, 1, 0) for q in job.questions]
+    model, family = model_loading.load_model(job.folder, "float32"), _find_family(job.folder)
+    differences = compare_packing(job.name, model, family, Question(job.name, inputs[0], labels))
+    with Engine(job.folder, job.dtype, job.runtime) as engine:
+        for ratio, thresholds in job.thresholds.items():
             engine.remask(thresholds)
-            said = engine.greedy(requests, TOKENS)
-            model_loading.remask(masked, folder, thresholds)
-            worst = max(
-                compare_log_probs(masked, family, prompt, *reply) for prompt, reply in zip(inputs, said, strict=True)
+            model_loading.remask(model, job.folder, thresholds)
+            replies = engine.decode_greedily(requests, MAX_TOKENS)
+            largest = max(
+                compare_log_probs(model, family, prompt, *reply) for prompt, reply in zip(inputs, replies, strict=True)
             )
-            what = f"{name}, mask {ratio}: engine against transformers, log-probability of chosen tokens"
-            found.append(Difference(what, worst, LOG_PROBS[job["dtype"]]))
-    return found
+            name = f"{job.name}, mask ratio {ratio}: engine against transformers, log-probability of chosen tokens"
+            differences.append(Difference(name=name, found=largest, limit=LOG_PROB_LIMITS[job.dtype]))
+    return differences
 
 
 def compare_packing(name: str, model: torch.nn.Module, family, question: Question) -> list[Difference]:
-    """The trainer's path, G responses behind one prompt and a chunked head, against G sequences and whole logits."""
-    alone = [Question(question.question_id, question.prompt, [r]) for r in question.responses]
-    plain_3T, plain = _terms_and_gradients(model, family, alone, _dense_terms)
-    packed_3T, packed = _terms_and_gradients(model, family, [question], chunked_head.terms)
-    scale = max(g.abs().max().item() for g in plain)
-    worst = max((a - b).abs().max().item() for a, b in zip(plain, packed, strict=True))
-    what = f"{name}: packed and chunked against separate and dense"
+    """Compare the trainer's code with plain code, for the responses to one question.
+
+    The trainer packs G responses behind one prompt and uses the chunked head; the plain code computes G sequences and
+    full logits.
+    """
+    separate = [Question(question.question_id, question.prompt, [response]) for response in question.responses]
+    plain_3T, plain_gradients = _terms_and_gradients(model, family, separate, _dense_terms)
+    packed_3T, packed_gradients = _terms_and_gradients(model, family, [question], chunked_head.token_terms)
+    scale = max(gradient.abs().max().item() for gradient in plain_gradients)
+    gradient_difference = max(
+        (plain - packed).abs().max().item() for plain, packed in zip(plain_gradients, packed_gradients, strict=True)
+    )
+    term_difference = (plain_3T - packed_3T).abs().max().item()
+    prefix = f"{name}: packed and chunked against separate and dense"
     return [
-        Difference(f"{what}, log-probabilities and divergences", (plain_3T - packed_3T).abs().max().item(), TERMS),
-        Difference(f"{what}, gradients", worst / scale, GRADIENTS),
+        Difference(name=f"{prefix}, log-probabilities and divergences", found=term_difference, limit=TERM_LIMIT),
+        Difference(name=f"{prefix}, gradients", found=gradient_difference / scale, limit=GRADIENT_LIMIT),
     ]
 
 
@@ -86,42 +81,41 @@ def compare_packing(name: str, model: torch.nn.Module, family, question: Questio
 def compare_log_probs(
     model: torch.nn.Module, family, prompt: dict, tokens: list[int], engine_log_probs: list[float]
 ) -> float:
-    """Largest difference in nats over a response's tokens, both given the engine's own tokens."""
+    """Return the largest difference in nats between engine and model over the engine's tokens."""
     packed = pack([Question("", prompt, [tokens])], model, family)
     logp_T = formulas.chosen_log_probs(response_logits(model, packed), packed.token_T)
     return (logp_T - torch.tensor(engine_log_probs)).abs().max().item()
 
 
 def _terms_and_gradients(
-    model: torch.nn.Module, family, questions: list[Question], terms_of: Callable[..., formulas.Terms]
+    model: torch.nn.Module, family, questions: list[Question], compute_terms: Callable[..., formulas.Terms]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Log pi, D_t and the exact KL, [3, T], row after row, and the gradients of their sum.
+    """Return log pi, D_t and the exact KL of all responses, [3, T], and the gradients of their sum.
 
-    The parts of teacher and reference are taken by the model's own hidden states, read backwards and moved on by one:
-    other distributions.
+    The model's own hidden states, reversed and shifted, stand for teacher and reference: they give other distributions.
     """
     model.zero_grad(set_to_none=True)
-    found = []
+    values = []
     for question in questions:
         packed = pack([question], model, family)
         states = response_states(model, packed)
         hidden_TH, weight_VH = states.hidden_TH.detach(), states.weight_VH.detach()
-        others = Projection(hidden_TH.flip(1), weight_VH), Projection(hidden_TH.roll(1, 1), weight_VH)
-        terms = packed.expand(terms_of(states, others[0], packed.token_U, "jsd", others[1]))
+        teacher, reference = Projection(hidden_TH.flip(1), weight_VH), Projection(hidden_TH.roll(1, 1), weight_VH)
+        terms = packed.expand(compute_terms(states, teacher, packed.token_U, "jsd", reference))
         assert terms.kl_T is not None
         values_3T = torch.stack([terms.logp_T, terms.divergence_T, terms.kl_T])
         values_3T.sum().backward()
-        found.append(values_3T.detach())
-    return torch.cat(found, 1), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        values.append(values_3T.detach())
+    return torch.cat(values, 1), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
 def _dense_terms(
     student: Projection, teacher: Projection, token_T: torch.Tensor, divergence: str, reference: Projection
 ) -> formulas.Terms:
-    return formulas.terms(student.logits(), teacher.logits(), token_T, divergence, reference.logits())
+    return formulas.token_terms(student.logits(), teacher.logits(), token_T, divergence, reference.logits())
 
 
-def _family(folder: Path):
+def _find_family(folder: Path):
     return family_of(AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type)
 
 

@@ -1,21 +1,21 @@
-"""Refuse, before work starts, what cannot work: store, source, models and whether they fit together."""
+"""Preflight: refuse before work starts what cannot work, alone or together: store, source, models, judge."""
 
 import socket
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 from masters.checks.model_folder import (
-    LocalModel,
     JudgeServer,
-    check_pair,
+    LocalModel,
     check_context_length,
+    check_pair,
     disambiguate_names,
+    download_student,
     find_model,
     read_special_tokens,
 )
 from masters.checks.weights import check_maskable
 from masters.common.errors import InputError
-from masters.common.machine import cache_folder
 from masters.config import Config, Model
 from masters.config.allowlist import check_config
 from masters.config.fields import TEACHER
@@ -24,23 +24,26 @@ from masters.data.sources import Source, open_source
 from masters.store.artifacts import Artifact
 from masters.store.storage import Storage, open_storage
 
-RAY_TIMEOUT = 5.0  # for the head of a Ray cluster to answer
+RAY_TIMEOUT = 5.0  # seconds for the head of a Ray cluster to accept a connection
 
 
 @dataclass(frozen=True)
 class Resources:
-    """A configuration whose parts were found and fit together."""
+    """The opened storage, source and models of a configuration, checked alone and together."""
 
     storage: Storage
     source: Source
     student: LocalModel
     teachers: list[LocalModel]
-    read_special_tokens: tuple[str, ...]  # of the tokenizer that all models share
-    judge: LocalModel | JudgeServer | None = None  # None: no LLM judges, or each round's teacher does
+    special_tokens: tuple[str, ...]  # of the tokenizer that all models share
+    judge: LocalModel | JudgeServer | None = None  # None: no judge model, or each round's teacher judges
 
 
 def preflight(config: Config) -> Resources:
-    """Check all parts together. Raises InputError with what was expected, what was found and what to do."""
+    """Check a configuration before work starts and open its resources.
+
+    Raises InputError with what was expected, what was found and what to do.
+    """
     check_config(config)
     check_ray_cluster(config.runtime.cluster)
     check_packages(config)
@@ -49,10 +52,10 @@ def preflight(config: Config) -> Resources:
     student = find_model(config.student, config.store.root)
     teachers = [find_model(teacher, config.store.root) for teacher in config.teachers]
     check_context_length(student, config)
-    for teacher, wanted in zip(teachers, config.teachers, strict=True):
+    for teacher, teacher_config in zip(teachers, config.teachers, strict=True):
         check_pair(teacher, student)
         check_context_length(teacher, config)
-        if wanted.r_max > 0:
+        if teacher_config.r_max > 0:
             check_maskable(teacher.folder, tuple(config.mask.exclude))
     storage = open_storage(config.store.root)
     student, *teachers = disambiguate_names([student, *teachers])
@@ -60,14 +63,14 @@ def preflight(config: Config) -> Resources:
 
 
 def preflight_from_student(config: Config, trained: Artifact, name: str) -> Resources:
-    """What preflight finds with a trained student as the student: lineage goes on into its train artifact."""
-    folder = trained.storage.download(f"{trained.folder}/model", cache_folder() / "models" / trained.parts["model"][:32])
-    resources = preflight(config.model_copy(update=dict(student=Model(model=str(folder)))))
+    """Run preflight with a trained student in place of the configuration's. Its lineage includes `trained`."""
+    student = Model(model=str(download_student(trained)))
+    resources = preflight(config.model_copy(update=dict(student=student)))
     return replace(resources, student=replace(resources.student, name=name, artifact=trained))
 
 
 def check_ray_cluster(cluster: str | None) -> None:
-    """Raises InputError if nothing listens where a Ray cluster should. Ray itself is asked when engines are."""
+    """Raise InputError if nothing listens at the address of a Ray cluster. Ray itself is used when engines start."""
     if cluster is None:
         return
     host, port = cluster.rsplit(":", 1)
@@ -77,21 +80,21 @@ def check_ray_cluster(cluster: str | None) -> None:
     except (OSError, OverflowError) as error:
         raise InputError(
             f"runtime.ray_address: no Ray cluster answers at {cluster} ({error}); "
-            "start its head with `ray start --head`, or leave the setting out"
+            "start its head with `ray start --head`, or remove the setting"
         ) from error
 
 
 def check_packages(config: Config) -> None:
-    """Raises InputError where a stage would need a package that is not here."""
+    """Raise InputError if a stage needs a package that is not installed."""
     if config.answers.verifier == "number" and find_spec("math_verify") is None:
         raise InputError(
-            'answers.verifier = "number" needs math-verify, which is not installed: install masters[number], or take '
-            '"final"'
+            'answers.verifier = "number" needs math-verify, which is not installed: install masters[number], or use '
+            'answers.verifier = "final"'
         )
 
 
 def find_judge(config: Config) -> LocalModel | JudgeServer | None:
-    """The judge that the configuration names, where it needs one beside the teachers."""
+    """Return the judge in the configuration; None if no judge is needed or the teachers judge."""
     rewards = config.rewards
     if not config.needs_judge or rewards.judge == TEACHER:
         return None
@@ -104,10 +107,10 @@ def find_judge(config: Config) -> LocalModel | JudgeServer | None:
 
 
 def list_warnings(config: Config) -> list[str]:
-    """What is allowed but was found to do harm."""
+    """Return warnings about settings that are allowed but are known to do harm."""
     return [
-        f"teacher {t.model}: r_max = {t.r_max} is above 0.2; "
-        "in the paper three of four teachers did worse at 0.3 than without masks"
-        for t in config.teachers
-        if t.r_max > 0.2
+        f"teacher {teacher.model}: r_max = {teacher.r_max} is above 0.2; "
+        "in the paper, three of four teachers did worse at 0.3 than without masks"
+        for teacher in config.teachers
+        if teacher.r_max > 0.2
     ]

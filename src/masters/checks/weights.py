@@ -1,12 +1,10 @@
-"""Whether a model folder can be used, before an engine or a trainer starts: weights that are finite and shaped as it
-says, and, for our families, a processor that makes prompts (`processor`).
+"""Checks of a model folder before an engine or a trainer starts: finite weights of the right shapes, and its processor.
 
-Weights are read once, tensor by tensor. What was found sound is noted on this machine under the folder's digest, so
-that the next run neither reads them again nor imports the model's code.
+The weights are read once, tensor by tensor. A passed check is noted in this machine's cache under the folder's
+digest, so that the next run neither reads the weights nor imports the model's code again.
 """
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,66 +13,68 @@ import torch
 from safetensors import safe_open
 
 from masters.checks.processor import ProcessorOutput, run_processor
-from masters.common.errors import InputError
+from masters.common.errors import InputError, one_line
+from masters.common.files import write_atomically
 from masters.common.machine import cache_folder
 from masters.models.masking import is_masked
-from masters.models.model_loading import parameter_names
+from masters.models.model_loading import parameter_names, tensor_shapes
 
-VERSION = 3  # of the checks
-LAYERS = ("num_hidden_layers", "num_layers", "depth", "n_layer")  # what configurations call the number of blocks
+VERSION = 3  # of the checks; part of the cache key
+LAYER_KEYS = ("num_hidden_layers", "num_layers", "depth", "n_layer")  # keys for the number of blocks in configurations
 INDEX = "model.safetensors.index.json"
-
-MASKABLE = {"BF16", "F16", "F32"}  # as files call them
-
-Shapes = dict[str, tuple[int, ...]]
+MASKABLE_DTYPES = {"BF16", "F16", "F32"}  # as named in safetensors files
 
 
-def check_weights(folder: Path, digest: str, shaped: bool) -> ProcessorOutput | None:
-    """Raises InputError that names what is at fault, a tensor with its file. `digest` is the folder's.
+def check_weights(folder: Path, digest: str, is_supported: bool) -> ProcessorOutput | None:
+    """Raise InputError naming the fault, such as a tensor and its file. `digest` is the folder's.
 
-    `shaped`: also compare every tensor with the model that the configuration describes, and probe the processor; for
-    models of our families. Returns what the probe found.
+    `is_supported`: the model belongs to a supported family. Then all shapes are compared with the configuration, and
+    the processor is run; its output is returned.
     """
     import transformers
 
-    note = cache_folder() / "sound" / f"{digest}-{VERSION}-{transformers.__version__}-{'shaped' if shaped else 'finite'}"
-    if (known := _noted(note)) is not None:
-        return ProcessorOutput(**known) if shaped else None
+    scope = "shaped" if is_supported else "finite"
+    note = cache_folder() / "sound" / f"{digest}-{VERSION}-{transformers.__version__}-{scope}"
+    if (noted := _read_note(note)) is not None:
+        return ProcessorOutput(**noted) if is_supported else None
     _check_index(folder)
-    probed = None
-    if shaped:
+    output = None
+    if is_supported:
         check_shapes(folder)
-        probed = run_processor(folder)
+        output = run_processor(folder)
     check_finite(folder)
-    _write(note, asdict(probed) if probed else {})
-    return probed
+    write_atomically(note, json.dumps(asdict(output) if output else {}))
+    return output
 
 
 def check_finite(folder: Path) -> None:
-    """No NaN and no infinity: either makes every answer and every mask threshold meaningless. Raises InputError."""
+    """Raise InputError if a weight is NaN or infinite: it would make every answer and mask threshold meaningless."""
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             names = sorted(opened.keys())
         for name in names:
-            with safe_open(file, "pt") as opened:  # for each: a mapping that stays would keep every page read so far
+            with safe_open(file, "pt") as opened:  # opened per tensor: a lasting mapping would keep all pages in memory
                 tensor = opened.get_tensor(name)
-            if found := _not_finite(tensor):
-                raise InputError(f"weights {file}: tensor {name} holds {found}: the model is damaged, fetch it again")
+            if value := _non_finite_value(tensor):
+                raise InputError(
+                    f"weights {file}: tensor {name} holds {value}: the file is damaged, download the model again"
+                )
 
 
 def check_shapes(folder: Path) -> None:
-    """Every parameter of the model that config.json describes is there, in its shape. Raises InputError."""
-    saved = saved_shapes(folder)
-    model = _described(folder, len(saved))
+    """Raise InputError unless the weights contain every parameter of the model in config.json, in its shape."""
+    saved = {name: tuple(shape) for name, shape in tensor_shapes(folder).items()}
+    model = _build_empty_model(folder, len(saved))
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    named = {now: (old, shape) for (old, shape), now in zip(saved.items(), _names(model, saved), strict=True)}
-    for name, shape in expected.items():
-        old, found = named.get(name, (name, None))
-        if found is not None and found != shape:
+    names = parameter_names(model, saved)
+    by_parameter = {names[name]: (name, shape) for name, shape in saved.items()}
+    for parameter, shape in expected.items():
+        name, found = by_parameter.get(parameter, (parameter, shape))
+        if found != shape:
             raise InputError(
-                f"model {folder}: config.json asks for {old} of shape {list(shape)}, its weights hold {list(found)}"
+                f"model {folder}: config.json asks for {name} of shape {list(shape)}, its weights hold {list(found)}"
             )
-    missing = sorted(expected.keys() - named.keys() - set(getattr(model, "all_tied_weights_keys", {})))
+    missing = sorted(expected.keys() - by_parameter.keys() - set(getattr(model, "all_tied_weights_keys", {})))
     if missing:
         raise InputError(
             f"model {folder}: its weights lack {len(missing)} tensors that config.json asks for (first: {missing[0]})"
@@ -82,70 +82,56 @@ def check_shapes(folder: Path) -> None:
 
 
 def check_maskable(folder: Path, exclude: tuple[str, ...]) -> None:
-    """Something can be masked, and thresholds of it can be taken. Raises InputError."""
-    kinds: dict[str, str] = {}
+    """Raise InputError if no tensor can be masked, or if the tensors to mask have an unsupported or mixed type."""
+    example_by_dtype: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             for name in sorted(opened.keys()):
                 part = opened.get_slice(name)
                 if is_masked(name, len(part.get_shape()), exclude):
-                    kinds.setdefault(part.get_dtype(), name)
-    if not kinds:
+                    example_by_dtype.setdefault(part.get_dtype(), name)
+    if not example_by_dtype:
         raise InputError(f"model {folder}: no tensor is left to mask (mask.exclude: {list(exclude)}); set r_max = 0")
-    if strange := kinds.keys() - MASKABLE:
-        kind = min(strange)
+    if unsupported := example_by_dtype.keys() - MASKABLE_DTYPES:
+        dtype = min(unsupported)
         raise InputError(
-            f"model {folder}: tensor {kinds[kind]} is of type {kind}, masks are taken of "
-            f"{', '.join(sorted(MASKABLE))}; save it in one of these, or add it to mask.exclude"
+            f"model {folder}: tensor {example_by_dtype[dtype]} is of type {dtype}, only tensors of "
+            f"{', '.join(sorted(MASKABLE_DTYPES))} can be masked; convert it, or add it to mask.exclude"
         )
-    if len(kinds) > 1:
+    if len(example_by_dtype) > 1:
         raise InputError(
-            f"model {folder}: tensors to be masked are of several types ({', '.join(sorted(kinds))}): save it in one"
+            f"model {folder}: tensors to be masked are of several types ({', '.join(sorted(example_by_dtype))}): "
+            "convert the model to a single type"
         )
 
 
-def saved_shapes(folder: Path) -> Shapes:
-    """By name, from the files' headers alone."""
-    shapes: Shapes = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in sorted(opened.keys())}
-    return shapes
-
-
-def _described(folder: Path, tensors: int) -> torch.nn.Module:
-    """The model that config.json describes, without memory behind it."""
+def _build_empty_model(folder: Path, tensors: int) -> torch.nn.Module:
+    """Return the model that config.json describes, without memory for its weights."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     try:
-        blocks = _blocks(json.loads((folder / "config.json").read_text()))
-        if blocks > tensors:
-            raise ValueError(f"it asks for {blocks} layers, the weights are {tensors} tensors")
+        layers = _largest_layer_count(json.loads((folder / "config.json").read_text()))
+        if layers > tensors:
+            raise ValueError(f"it asks for {layers} layers, the weights are {tensors} tensors")
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             return AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds
-        said = " ".join(str(error).split())[:300]
-        raise InputError(f"model {folder}: its config.json describes no model ({said})") from error
+    except Exception as error:  # transformers raises many types of errors
+        raise InputError(f"model {folder}: its config.json describes no model ({one_line(error)})") from error
 
 
-def _blocks(config: Any) -> int:
-    """The largest number of layers that is asked for anywhere: a model without end would be built for ever."""
+def _largest_layer_count(config: Any) -> int:
+    """Return the largest number of layers in a nested configuration: building a huge model would never end."""
     if not isinstance(config, dict):
         return 0
-    own = [value for key, value in config.items() if key in LAYERS and isinstance(value, int)]
-    return max([0, *own, *(_blocks(value) for value in config.values())])
+    counts = [value for key, value in config.items() if key in LAYER_KEYS and isinstance(value, int)]
+    return max([0, *counts, *(_largest_layer_count(value) for value in config.values())])
 
 
-def _names(model: torch.nn.Module, saved: Shapes) -> list[str]:
-    names = parameter_names(model, saved)
-    return [names[name] for name in saved]
-
-
-def _not_finite(tensor: torch.Tensor) -> str | None:
+def _non_finite_value(tensor: torch.Tensor) -> str | None:
     if not tensor.is_floating_point() or not tensor.numel():
         return None
-    # one pass, no copy; types of 8 bits are widened: they know no minimum
+    # aminmax needs one pass and no copy, but does not support types of 8 bits
     low, high = torch.aminmax(tensor if tensor.element_size() > 1 else tensor.to(torch.float32))
     if low.isnan():
         return "NaN"
@@ -153,30 +139,21 @@ def _not_finite(tensor: torch.Tensor) -> str | None:
 
 
 def _check_index(folder: Path) -> None:
-    """An index may name files of the folder alone: others would be loaded without being part of its identity."""
+    """Raise InputError if the index names files outside the folder: they would not be part of the model's identity."""
     if not (folder / INDEX).is_file():
         return
     try:
         files = {str(name) for name in json.loads((folder / INDEX).read_text())["weight_map"].values()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"model {folder}: {INDEX} is no index of weights ({error})") from error
-    there = {file.name for file in folder.glob("*.safetensors")}
-    if strange := sorted(files - there):
+    if unknown := sorted(files - {file.name for file in folder.glob("*.safetensors")}):
         raise InputError(
-            f"model {folder}: {INDEX} names {strange[0]!r:.200}, which is not a weights file of its folder"
+            f"model {folder}: {INDEX} names {unknown[0]!r:.200}, which is not a weights file of its folder"
         )
 
 
-def _noted(note: Path) -> dict[str, Any] | None:
+def _read_note(note: Path) -> dict[str, Any] | None:
     try:
         return json.loads(note.read_text())
     except (OSError, ValueError):
         return None
-
-
-def _write(note: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all: another run may read it now."""
-    note.parent.mkdir(parents=True, exist_ok=True)
-    temporary = note.with_name(f".{note.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content))
-    os.replace(temporary, note)

@@ -1,4 +1,4 @@
-"""`masters check`: what can be refused, and what can be known, before hours are spent."""
+"""`masters check`: check a configuration and estimate its work before hours are spent."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,45 +18,51 @@ app = typer.Typer()
 
 @app.command()
 def check(
-    config: ConfigPath,
+    config_path: ConfigPath,
     overrides: Overrides = None,
-    compare_models: Annotated[
-        bool, typer.Option("--parity", help="Also load the models: fast paths against plain ones, vLLM against PyTorch")
+    parity: Annotated[
+        bool,
+        typer.Option(
+            "--parity",
+            help="Also load the models and compare fast code with plain code, and vLLM with transformers",
+        ),
     ] = False,
     price: Annotated[
-        float | None, typer.Option("--price", min=0, help="Of an hour of a device, in any currency, for the estimate")
+        float | None, typer.Option("--price", min=0, help="Price of a device hour, for the cost estimate")
     ] = None,
 ) -> None:
-    """Before hours are spent: configuration, source, models, families and tokenizers, store, memory, time, cost."""
-    settings = load(config, overrides)
-    check_config(settings)
+    """Check configuration, data, models, store and memory; estimate time and cost."""
+    config = load(config_path, overrides)
+    check_config(config)
 
     from masters.checks.estimates import describe_estimates, describe_memory
-    from masters.checks.preflight import preflight, list_warnings
+    from masters.checks.preflight import list_warnings, preflight
 
-    resources = preflight(settings)
-    for line in list_warnings(settings):
-        typer.echo(f"warning: {line}", err=True)
-    typer.echo(f"source     {settings.data.source}")
+    resources = preflight(config)
+    for warning in list_warnings(config):
+        typer.echo(f"warning: {warning}", err=True)
+    typer.echo(f"source     {config.data.source}")
     typer.echo(f"student    {resources.student.folder} ({resources.student.digest[:16]})")
     for teacher in resources.teachers:
         typer.echo(f"teacher    {teacher.folder} ({teacher.digest[:16]})")
     typer.echo(f"store      {resources.storage.uri('')}: read, write, conditional write")
-    typer.echo(f"memory     {describe_memory(settings, resources)}")
-    for line in describe_estimates(settings, resources, price):
+    typer.echo(f"memory     {describe_memory(config, resources)}")
+    for line in describe_estimates(config, resources, price):
         typer.echo(line)
-    if compare_models:
-        _parity(settings, resources)
+    if parity:
+        _check_parity(config, resources)
     typer.echo("ready")
 
 
-def _parity(settings: Config, resources: "Resources") -> None:
-    """Print each difference with its verdict. Raises MastersError if one is more than rounding."""
+def _check_parity(config: Config, resources: "Resources") -> None:
+    """Print the measured differences. Raises MastersError if one is larger than a rounding error."""
     from masters.checks.parity import compare_models
 
-    differences = compare_models(settings, resources)
-    for line in differences:
-        verdict = "ok" if line["found"] <= line["limit"] else "DIFFERENT"
-        typer.echo(f"{verdict:<10} {line['found']:.1e} (limit {line['limit']:.0e})  {line['name']}")
-    if any(line["found"] > line["limit"] for line in differences):
-        raise MastersError("this machine does not compute the method as written; see the lines marked DIFFERENT")
+    differences = compare_models(config, resources)
+    for difference in differences:
+        verdict = "ok" if difference.is_rounding else "DIFFERENT"
+        typer.echo(f"{verdict:<10} {difference.found:.1e} (limit {difference.limit:.0e})  {difference.name}")
+    if not all(difference.is_rounding for difference in differences):
+        raise MastersError(
+            "on this machine the fast code gives other results than the plain code: see the lines marked DIFFERENT"
+        )

@@ -1,6 +1,6 @@
-"""The command line. Errors are one line on stderr; exit 0, 1 failed, 2 usage or bad input.
+"""The command line. Errors are one line on stderr. Exit codes: 0 success, 1 failure, 2 usage or bad input.
 
-Heavy libraries are imported by the commands, after their arguments are understood: `--help` is quick.
+Heavy libraries are imported inside the commands, after the arguments are parsed, so that `--help` is fast.
 """
 
 import atexit
@@ -28,86 +28,90 @@ from masters.config.stages import Stage
 from masters.config.study_file import load_study
 from masters.infra.settings import Services
 
-INTERRUPTED = 130  # what Typer makes of a KeyboardInterrupt
+INTERRUPTED = 130  # exit code that Typer returns after a KeyboardInterrupt
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Distil large vision-language models with masked teachers.",
+    help="Distill large vision-language models with masked teachers.",
 )
-
-
-for part in (check.app, registry.app):
-    app.add_typer(part)  # without a name: its commands are masters' own
+for commands in (check.app, registry.app):
+    app.add_typer(commands)  # without a name, its commands become commands of `masters` itself
 
 
 @app.command()
 def distill(
-    config: ConfigPath,
+    config_path: ConfigPath,
     overrides: Overrides = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what would be built or reused, build nothing")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show what would be built or reused, without building anything")
+    ] = False,
     rebuild: Rebuild = None,
     as_json: Json = False,
 ) -> None:
-    """The whole pipeline; run again, it reuses what is built and finishes what is not."""
-    settings = load(config, overrides)
+    """Run the whole pipeline. Run again, it reuses what is built and continues what is not."""
+    config = load(config_path, overrides)
     if plan:
-        show_plan(settings, as_json, rebuild or [])
+        show_plan(config, as_json, rebuild or [])
         return
-    _run("distill", settings, as_json, rebuild=rebuild)
+    _run_and_show("distill", config, as_json, rebuild=rebuild)
 
 
 @app.command()
 def stage(
     name: Annotated[Stage, typer.Argument(help="The last stage to run")],
-    config: ConfigPath,
+    config_path: ConfigPath,
     overrides: Overrides = None,
     rebuild: Rebuild = None,
     as_json: Json = False,
 ) -> None:
-    """One stage and what it needs."""
-    _run("distill", load(config, overrides), as_json, rebuild=rebuild, until=name)
+    """Run one stage and the stages that it needs."""
+    _run_and_show("distill", load(config_path, overrides), as_json, rebuild=rebuild, until=name)
 
 
 @app.command()
-def nightly(config: ConfigPath, overrides: Overrides = None, as_json: Json = False) -> None:
-    """One night: new rows, candidate, gate, champion."""
-    _run("nightly", load(config, overrides), as_json)
+def nightly(config_path: ConfigPath, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Run one night: train a candidate on new data, and promote it if it is better than the champion."""
+    _run_and_show("nightly", load(config_path, overrides), as_json)
 
 
 @app.command()
 def evaluate(
-    config: ConfigPath,
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders, hub ids, models:/NAME@ALIAS")],
+    config_path: ConfigPath,
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Folders, Hugging Face ids, or models:/NAME@ALIAS")
+    ],
     benchmarks: Annotated[
         list[str] | None,
-        typer.Option("--benchmark", help="Also this one: paper (all 13), e.g. MMStar, or a task of lmms-eval's"),
+        typer.Option(
+            "--benchmark", help="Also run a benchmark: paper (all 13 of the paper), e.g. MMStar, or an lmms-eval task"
+        ),
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Only so many documents of each benchmark")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Maximum number of documents per benchmark")] = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Models on the evaluation split, and on the field's benchmarks."""
-    settings = load(config, overrides)
+    """Evaluate models on the evaluation split and on benchmarks."""
+    config = load(config_path, overrides)
     if benchmarks:
         from masters.evaluation.benchmark_selection import select_benchmarks
 
-        select_benchmarks(benchmarks)  # at once; the flow, which may be started elsewhere, does it again
-    _run("evaluate", settings, as_json, models=models, benchmarks=benchmarks, benchmark_limit=limit)
+        select_benchmarks(benchmarks)  # fail at once; the flow checks again, because it can be started elsewhere
+    _run_and_show("evaluate", config, as_json, models=models, benchmarks=benchmarks, benchmark_limit=limit)
 
 
 @app.command()
 def study(
     file: Annotated[
-        Path, typer.Argument(metavar="STUDY", help="A study's TOML file, e.g. configs/studies/digits.toml")
+        Path, typer.Argument(metavar="STUDY", help="The TOML file of a study, e.g. configs/studies/digits.toml")
     ],
     as_json: Json = False,
 ) -> None:
-    """Arms compared over learning rates and seeds; run again, it goes on from the results that are there."""
-    settings, design = load_study(file)
+    """Compare ways to train over learning rates and seeds. Run again, it continues from the existing results."""
+    config, design = load_study(file)
     try:
-        report = _run_flow("study", settings, design=design)
+        report = _run_flow("study", config, design=design)
     except RunsFailed as error:
         typer.echo(json.dumps(error.report) if as_json else error.report["markdown"])
         raise
@@ -117,19 +121,19 @@ def study(
 @app.command()
 def up(
     services: Annotated[
-        Services, typer.Option(envvar="MASTERS_STACK", help="full: Postgres and an S3-compatible store too")
+        Services, typer.Option(envvar="MASTERS_STACK", help="full: also Postgres and an S3-compatible store")
     ] = Services.LIGHT,
     as_json: Json = False,
 ) -> None:
-    """The local stack: Prefect server and worker, MLflow server, deployments; on loopback."""
-    from masters.infra.stack import up as start
+    """Start the local stack on loopback: Prefect server and worker, MLflow server, deployments."""
+    from masters.infra.stack import up as start_stack
 
-    stack, new = start(services)
+    stack, is_new = start_stack(services)
     lines = [
         f"Prefect  {stack.urls['prefect_url']}",
         f"MLflow   {stack.urls['mlflow_url']}",
-        "started" if new else "runs already",
-        f"to track what this shell starts there too: source {stack.folder / 'env'}",
+        "started" if is_new else "already running",
+        f"to use the stack from this shell: source {stack.folder / 'env'}",
     ]
     typer.echo("\n".join(lines), err=as_json)
     if as_json:
@@ -138,15 +142,16 @@ def up(
 
 @app.command()
 def down() -> None:
-    """Stop what `masters up` started; its state stays, and runs that are interrupted go on after the next `up`."""
-    from masters.infra.stack import down as stop
+    """Stop the local stack. Its state is kept, and interrupted runs continue after the next `masters up`."""
+    from masters.infra.stack import down as stop_stack
 
-    typer.echo("stopped" if stop() else "nothing runs")
+    typer.echo("stopped" if stop_stack() else "nothing is running")
 
 
 def main() -> None:
-    """Entry point: turns expected errors into one line and an exit code."""
-    atexit.register(gc.freeze)  # runs last: nothing is worth collecting then, which took 2 s where PyTorch was loaded
+    """Run the command line. Every error becomes one line and an exit code."""
+    # Runs last. The garbage collection at exit frees nothing useful and took 2 s with PyTorch loaded.
+    atexit.register(gc.freeze)
     try:
         code = app(standalone_mode=False)
     except typer.TyperException as error:
@@ -155,45 +160,45 @@ def main() -> None:
     except MastersError as error:
         typer.echo(f"masters: {error}", err=True)
         sys.exit(error.exit_code)
-    except Exception as error:  # ours to mend: the line says where the rest is
-        typer.echo(f"masters: unexpected {type(error).__name__}: {_kept(error)}", err=True)
+    except Exception as error:  # a bug in masters
+        typer.echo(f"masters: unexpected {type(error).__name__}: {_save_traceback(error)}", err=True)
         sys.exit(1)
     if code == INTERRUPTED:
         typer.echo("masters: interrupted; run again to go on from here", err=True)
     sys.exit(1 if code else 0)
 
 
-def _kept(error: Exception) -> str:
-    """An error's line, and the file that its traceback was written to."""
-    said = " ".join(redact(str(error)).split())[:300]
+def _save_traceback(error: Exception) -> str:
+    """Write the traceback to a file. Returns the error's message with the path of the file."""
+    message = " ".join(redact(str(error)).split())[:300]  # redacted first: a secret must not be cut in two
     try:
         file = cache_folder() / "errors" / f"{datetime.now():%Y-%m-%d-%H%M%S}.log"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(redact("".join(traceback.format_exception(error))))
     except OSError:
-        return said
-    return f"{said} (traceback: {file}; please report it)"
+        return message
+    return f"{message} (traceback: {file}; please report it)"
 
 
-def _run(name: str, settings: Config, as_json: bool, **arguments: object) -> None:
+def _run_and_show(name: str, config: Config, as_json: bool, **arguments: object) -> None:
     """Run the flow of this name and print its summary."""
-    summary = _run_flow(name, settings, **arguments)
+    summary = _run_flow(name, config, **arguments)
     if as_json:
         typer.echo(json.dumps(summary))
     else:
         show_summary(summary)
 
 
-def _run_flow(name: str, settings: Config, **arguments: object) -> dict:
-    """Run the flow of this name. Returns its summary."""
+def _run_flow(name: str, config: Config, **arguments: object) -> dict:
+    """Run the flow of this name and return its result."""
     from masters.infra.local_prefect import prefect_api, wait_until_ready
 
-    check_config(settings)  # at once: the rest of preflight needs seconds of imports
+    check_config(config)  # fail at once; the other checks need seconds of imports
     with prefect_api() as url:
         from masters.checks.preflight import preflight
 
-        preflight(settings)  # while the server starts; the flow, which may be started elsewhere, does it again
+        preflight(config)  # while the server starts; the flow checks again, because it can be started elsewhere
         silence_libraries()
         flow = getattr(import_module(f"masters.flows.{name}"), name)
         wait_until_ready(url)
-        return flow(settings, **arguments)
+        return flow(config, **arguments)

@@ -1,7 +1,4 @@
-"""Arguments and options that several commands share, and silence for libraries.
-
-Progress and results are printed by us; libraries' logs go to their servers and log files.
-"""
+"""Arguments and options that several commands share, and the setup that keeps libraries silent."""
 
 import logging
 import os
@@ -14,19 +11,20 @@ import typer
 from masters.common.redaction import redact_logs
 from masters.config.stages import Stage
 
-ConfigPath = Annotated[Path, typer.Argument(help="A TOML configuration, e.g. configs/demo.toml")]
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML configuration, e.g. configs/demo.toml")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value, e.g. train.epochs=2")
 ]
 Rebuild = Annotated[list[Stage] | None, typer.Option("--rebuild", help="Build a stage again, in every round")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout")]
 
 
 def silence_libraries() -> None:
-    """Call before Prefect and MLflow are imported."""
+    """Keep library logs off the terminal, which shows our own progress. Call before Prefect and MLflow are imported."""
     redact_logs()
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")  # a stack takes a run without them for lost
+    # `masters up` marks runs without heartbeats as crashed, and Prefect sends none by default
+    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
     os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "false")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     warnings.filterwarnings("ignore")

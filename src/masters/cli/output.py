@@ -12,60 +12,69 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def show_plan(settings: Config, as_json: bool, rebuild: list[Stage]) -> None:
+def show_plan(config: Config, as_json: bool, rebuild: list[Stage]) -> None:
+    """Print a line per stage, or one JSON object."""
     from masters.flows.plan import plan
 
-    lines = plan(settings, rebuild)
+    lines = plan(config, rebuild)
     if as_json:
         typer.echo(json.dumps({"stages": lines}))
-    for line in lines if not as_json else []:
+        return
+    for line in lines:
         changed = f"  changed: {', '.join(line['changed'])}" if line["changed"] else ""
         typer.echo(f"{line['name']:<10} {line['outcome']:<7} {line['fingerprint'] or '(after its inputs)'}{changed}")
 
 
 def show_summary(summary: dict) -> None:
+    """Print the summary of a distillation, a night or an evaluation."""
     from rich.console import Console
-    from rich.table import Table
 
-    console = Console(markup=False)  # names may hold brackets
+    console = Console(markup=False)  # names may contain brackets
     if "student" in summary:
-        scores = Table(
-            "model",
-            summary["metric"],
-            "standard error",
-            "questions",
-            title=f"{summary['split']} split, greedy, through vLLM",
-        )
-        student = summary["student"]
-        rows = [(t["name"], t) for t in summary["teachers"]] + [
-            ("student before", student["before"]),
-            ("student after", student["after"]),
-        ]
-        for name, s in rows:
-            scores.add_row(name, f"{s['accuracy']:.2%}", f"{s['standard_error']:.2%}", str(s["n"]))
-        console.print(scores)
-    _evaluation(console, summary)
-    stages = Table("stage", "outcome", "rows", "rejected", "seconds")
-    for s in summary["stages"]:
-        stages.add_row(s["name"], s["outcome"], str(s["rows"]), str(s["rejected"]), f"{s['seconds']:.1f}")
-    console.print(stages)
+        _print_scores(console, summary)
+    _print_evaluation(console, summary)
+    _print_stages(console, summary)
     if "nightly" in summary:
-        told = summary["nightly"]
-        console.print(f"{told['outcome']}; champion: version {told['champion']}; {'; '.join(told['reasons'])}")
+        night = summary["nightly"]
+        console.print(f"{night['outcome']}; champion: version {night['champion']}; {'; '.join(night['reasons'])}")
     if "student" in summary:
         console.print(f"student: {summary['student']['after']['uri']}", soft_wrap=True)
     uri = summary["mlflow"]["tracking_uri"]
     console.print(f"look at the run: mlflow ui --host 127.0.0.1 --backend-store-uri {uri}", soft_wrap=True)
-    console.print("and its flow run: prefect server start --host 127.0.0.1", soft_wrap=True)
+    console.print("and at its flow run: prefect server start --host 127.0.0.1", soft_wrap=True)
 
 
-def _evaluation(console: "Console", summary: dict) -> None:
-    """Of `evaluate`: each model on the evaluation split, then a table of benchmarks a model."""
+def _print_scores(console: "Console", summary: dict) -> None:
+    """Print the accuracy of the teachers and of the student before and after training."""
+    from rich.table import Table
+
+    title = f"{summary['split']} split, greedy, through vLLM"
+    table = Table("model", summary["metric"], "standard error", "questions", title=title)
+    student = summary["student"]
+    scores = [(teacher["name"], teacher) for teacher in summary["teachers"]]
+    scores += [("student before", student["before"]), ("student after", student["after"])]
+    for name, score in scores:
+        table.add_row(name, f"{score['accuracy']:.2%}", f"{score['standard_error']:.2%}", str(score["n"]))
+    console.print(table)
+
+
+def _print_stages(console: "Console", summary: dict) -> None:
+    from rich.table import Table
+
+    table = Table("stage", "outcome", "rows", "rejected", "seconds")
+    for stage in summary["stages"]:
+        counts = (str(stage["rows"]), str(stage["rejected"]), f"{stage['seconds']:.1f}")
+        table.add_row(stage["name"], stage["outcome"], *counts)
+    console.print(table)
+
+
+def _print_evaluation(console: "Console", summary: dict) -> None:
+    """Print the scores of `masters evaluate`: a line per model, then a table of benchmarks per model."""
     from rich.table import Table
 
     for model, score in summary.get("scores", {}).items():
-        told = f"{score['accuracy']:.2%} (standard error {score['standard_error']:.2%}) of {score['n']} questions"
-        console.print(f"{model}: {summary['metric']} {told}", soft_wrap=True)
+        accuracy = f"{score['accuracy']:.2%} (standard error {score['standard_error']:.2%}) of {score['n']} questions"
+        console.print(f"{model}: {summary['metric']} {accuracy}", soft_wrap=True)
     for model, rows in summary.get("benchmarks", {}).items():
         table = Table("task", "version", "metric", "filter", "value", "standard error", "documents", title=model)
         for row in rows:

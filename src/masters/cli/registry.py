@@ -1,4 +1,4 @@
-"""Commands about models that are there: where one came from, which one is champion, what may go."""
+"""Commands for existing models: where a model came from, which version is champion, what can be deleted."""
 
 import json
 from typing import Annotated
@@ -12,91 +12,103 @@ from masters.config.loading import load
 app = typer.Typer()
 
 MlflowUri = Annotated[
-    str | None, typer.Option("--mlflow-uri", help="Default: MLFLOW_TRACKING_URI, else where this machine's runs went")
+    str | None,
+    typer.Option(
+        "--mlflow-uri", help="Default: MLFLOW_TRACKING_URI, otherwise where runs on this machine were tracked"
+    ),
 ]
 
 
 @app.command()
 def lineage(
     reference: Annotated[
-        str, typer.Argument(metavar="MODEL_OR_RUN", help="A name, models:/NAME/3, NAME@champion, or an MLflow run id")
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_RUN", help="A model's name, models:/NAME/3, NAME@champion, or an MLflow run id"
+        ),
     ],
     mlflow_uri: MlflowUri = None,
     as_json: Json = False,
 ) -> None:
-    """The chain behind a student, back to the questions; every file is read again and compared."""
+    """Show the chain of artifacts behind a student, back to the questions, and verify the digest of every file."""
     silence_libraries()
-    from masters.tracking.lineage_report import trace
+    from masters.tracking.lineage_report import trace_lineage
 
-    found = trace(reference, mlflow_uri)
-    _chain(found, as_json)
+    report = trace_lineage(reference, mlflow_uri)
+    _print_chain(report, as_json)
     if as_json:
-        typer.echo(json.dumps(found))
-    if not found["verified"]:
-        first, *more = found["faults"]
-        for fault in more:
+        typer.echo(json.dumps(report))
+    if not report["verified"]:
+        first, *others = report["faults"]
+        for fault in others:
             typer.echo(f"masters: {fault}", err=True)
-        raise MastersError(f"{found['of']} does not verify: {first}")
+        raise MastersError(f"{report['of']} could not be verified: {first}")
 
 
 @app.command()
 def rollback(
     name: Annotated[str, typer.Argument(help="The registered model")],
-    to: Annotated[int | None, typer.Option("--to", metavar="VERSION", help="Default: the champion before")] = None,
+    to: Annotated[int | None, typer.Option("--to", metavar="VERSION", help="Default: the previous champion")] = None,
     mlflow_uri: MlflowUri = None,
 ) -> None:
-    """The alias champion back to an earlier version."""
+    """Move the alias champion back to an earlier version."""
     silence_libraries()
-    from masters.tracking.lineage_report import registry_of
+    from masters.tracking.lineage_report import find_registry
 
-    before, now = registry_of(name, mlflow_uri).rollback(name, to)
+    before, now = find_registry(name, mlflow_uri).rollback(name, to)
     typer.echo(f"champion of {name}: version {now} (was {before or 'none'})")
 
 
 @app.command()
 def gc(
-    config: ConfigPath,
+    config_path: ConfigPath,
     overrides: Overrides = None,
     delete: Annotated[bool, typer.Option("--delete", help="Remove them; without it they are only listed")] = False,
     as_json: Json = False,
 ) -> None:
-    """What no champion, candidate or live run reaches in the store; listed, or removed."""
+    """List or remove artifacts in the store that no champion, candidate or running run needs."""
     silence_libraries()
     from masters.flows.garbage_collection import collect_garbage
 
-    found = collect_garbage(load(config, overrides), delete)
-    for item in found["items"]:
-        typer.echo(
-            f"{item['bytes'] / 2**20:>10.1f} MiB  {item['kind']:<10} {item['uri']}  ({item['why']})", err=as_json
-        )
-    for note in found["notes"]:
+    report = collect_garbage(load(config_path, overrides), delete)
+    for item in report["items"]:
+        size = f"{item['bytes'] / 2**20:>10.1f} MiB"
+        typer.echo(f"{size}  {item['kind']:<10} {item['uri']}  ({item['why']})", err=as_json)
+    for note in report["notes"]:
         typer.echo(f"note: {note}", err=True)
-    done = "removed" if delete else "would be removed (--delete removes them)"
+    verb = "removed" if delete else "would be removed (--delete removes them)"
     typer.echo(
-        f"{len(found['items'])} things, {found['bytes'] / 2**20:.1f} MiB {done}; {found['kept']} artifacts kept",
+        f"{len(report['items'])} items, {report['bytes'] / 2**20:.1f} MiB {verb}; {report['kept']} artifacts kept",
         err=as_json,
     )
     if as_json:
-        typer.echo(json.dumps(found))
+        typer.echo(json.dumps(report))
 
 
-def _chain(found: dict, to_stderr: bool) -> None:
+def _print_chain(report: dict, to_stderr: bool) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    console = Console(stderr=to_stderr, markup=False)
     table = Table(
-        "stage", Column("artifact", overflow="fold"), "made from", "verified", Column("MLflow run", overflow="fold"),
-        title=f"{found['of']}: {found['store']}",
-    )  # fmt: skip
-    for stage in found["stages"]:
+        "stage",
+        Column("artifact", overflow="fold"),
+        "inputs",
+        "verified",
+        Column("MLflow run", overflow="fold"),
+        title=f"{report['of']}: {report['store']}",
+    )
+    for stage in report["stages"]:
         table.add_row(
-            stage["name"], stage["uri"].removeprefix(f"{found['store']}/"), ", ".join(map(_read, stage["inputs"])),
-            f"{stage['files']} files" if stage["verified"] else "NO", stage["mlflow_run_id"] or "-",
-        )  # fmt: skip
-    console.print(table)
+            stage["name"],
+            stage["uri"].removeprefix(f"{report['store']}/"),
+            ", ".join(map(_describe_input, stage["inputs"])),
+            f"{stage['files']} files" if stage["verified"] else "NO",
+            stage["mlflow_run_id"] or "-",
+        )
+    Console(stderr=to_stderr, markup=False).print(table)
 
 
-def _read(made: dict) -> str:
-    """An input by its role; of one outside the store also what became of it, where it is not as it was."""
-    return made["role"] if made.get("state", "same") == "same" else f"{made['role']} ({made['state']})"
+def _describe_input(source: dict) -> str:
+    """Return an input's role. An input outside the store that has changed also shows its state."""
+    state = source.get("state", "same")
+    return source["role"] if state == "same" else f"{source['role']} ({state})"
