@@ -21,6 +21,7 @@ from masters.infra.service import Started
 from tests import fork_server
 from tests.command_line import share_notes
 from tests.listening_sockets import addresses, reachable, sockets
+from tests.process_table import command_line, processes_with_variable
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 900.0  # seconds for what takes a minute or two, whatever else the machine does
@@ -96,13 +97,8 @@ class Stack:
 
     def processes(self) -> dict[int, str]:
         """Pid to command line of whatever was started with this stack's home, by anyone."""
-        mark, found = f"MASTERS_HOME={self.folder / 'home'}".encode(), {}
-        for environment in Path("/proc").glob("[0-9]*/environ"):
-            with suppress(OSError):
-                if mark in environment.read_bytes().split(b"\0"):
-                    line = (environment.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                    found[int(environment.parent.name)] = line
-        return found
+        found = processes_with_variable("MASTERS_HOME", str(self.folder / "home"))
+        return {process.pid: command_line(process) for process in found}
 
     def children(self, module: str = "masters.models.") -> dict[int, str]:
         """Engines and trainers among them."""

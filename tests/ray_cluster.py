@@ -9,13 +9,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from masters.execution.ray_engines.guard import session_processes
 from masters.infra.ports import free_ports
 from tests.local_stack import until
 
 ROOT = Path(__file__).parents[1]
 HOST = "127.0.0.1"
-OURS = b"ray::EngineActor"  # what Ray calls an engine's process
+ENGINE_TITLE = "ray::EngineActor"  # what Ray calls an engine's process
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Cluster:
 
     def engines(self) -> set[int]:
         """Processes of actors that hold, or start, an engine."""
-        return {pid for pid in session_processes(self.head) if _title(pid).startswith(OURS)}
+        return {pid for pid in session_processes(self.head) if _title(pid).startswith(ENGINE_TITLE)}
 
 
 @contextmanager
@@ -58,7 +60,7 @@ def serve(folder: Path) -> Iterator[Cluster]:
         head.wait()
 
 
-def _title(pid: int) -> bytes:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    return b""
+def _title(pid: int) -> str:
+    with suppress(psutil.Error):
+        return " ".join(psutil.Process(pid).cmdline())
+    return ""

@@ -19,6 +19,7 @@ from tests.faults import verify_store
 from tests.faults.fault_points import Fault
 from tests.faults.run_spec import Shape
 from tests.faults.verify_store import Finished, Verdict
+from tests.process_table import command_line, processes_with_variable
 from tests.s3_server import BUCKET
 from tests.shape_data import write_questions
 
@@ -178,10 +179,10 @@ class World:
     def left(self, store: Path | str, patience: float = 5.0) -> int:
         """Processes of a store's runs that are there still, a moment after their parent's end."""
         deadline = time.monotonic() + patience
-        while (found := _marked(f"{MARK}={store}")) and time.monotonic() < deadline:
+        while (found := processes_with_variable(MARK, str(store))) and time.monotonic() < deadline:
             time.sleep(0.05)
-        for pid in found:  # or nobody would know who it was
-            print("left:", pid, *_told_of(pid))
+        for process in found:  # otherwise nobody would know which process it was
+            print("left:", process, command_line(process))
         return len(found)
 
     def disturbed(
@@ -232,12 +233,8 @@ def stage_of(where: str) -> str:
 
 def started(store: Path | str, module: str) -> list[int]:
     """Pids of the children of a store's runs that run a module."""
-    found = []
-    for pid in _marked(f"{MARK}={store}"):
-        with suppress(OSError):
-            if module in Path(f"/proc/{pid}/cmdline").read_text():
-                found.append(pid)
-    return sorted(found)
+    processes = processes_with_variable(MARK, str(store))
+    return sorted(process.pid for process in processes if module in command_line(process))
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = LIMIT) -> None:
@@ -254,27 +251,6 @@ def told(seen: list[Seen]) -> list[dict]:
 def _test() -> str:
     """The running test's name, with its parameters and without its phase."""
     return os.environ.get("PYTEST_CURRENT_TEST", "").split("::")[-1].rpartition(" ")[0]
-
-
-def _told_of(pid: int) -> list[str]:
-    """What /proc says of a process: its state and parent, and its command line."""
-    with suppress(OSError):
-        place = Path(f"/proc/{pid}")
-        stat = (place / "stat").read_text().rpartition(")")[2].split()[:2]
-        return [*stat, (place / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")]
-    return ["gone"]
-
-
-def _marked(entry: str) -> set[int]:
-    """Pids with this entry in their environment that still run. A forked pipeline is found by its session."""
-    found = set()
-    for environment in Path("/proc").glob("[0-9]*/environ"):
-        with suppress(OSError):
-            if entry.encode() in environment.read_bytes().split(b"\0"):
-                state = (environment.parent / "stat").read_text().rpartition(")")[2].split()[0]
-                if state not in "ZX":
-                    found.add(int(environment.parent.name))
-    return found
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 from collections.abc import Collection
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from masters.config.loading import load
 from masters.config.stages import Stage
 from masters.flows.plan import plan
 from tests.command_line import ROOT, masters, options, rows, read_json
+from tests.process_table import command_line, processes_with_variable
 from tests.shape_data import write_questions, write_rows
 
 STAGES = ["data", "mask", "generate", "score", "train", "evaluate", "register"]

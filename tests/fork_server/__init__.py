@@ -8,6 +8,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).parents[2]
 PYTHON = str(Path(__file__).with_name("python"))  # stands in for the interpreter
 
@@ -24,11 +26,11 @@ def open_session() -> None:
 
 def programs() -> set[int]:
     """Pids of the programs that run now, whoever started them."""
-    mark, found = f"tests.fork_server.server\0{os.environ['FORK_SERVER']}/".encode(), set()
-    for line in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            if mark in line.read_bytes():
-                found.add(int(line.parent.name))
+    mark, found = f"tests.fork_server.server {os.environ['FORK_SERVER']}/", set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if mark in " ".join(process.cmdline()):
+                found.add(process.pid)
     return found
 
 
