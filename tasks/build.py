@@ -106,7 +106,7 @@ def build_or_reuse(
     started = time.monotonic()
     machine.reset_peak_memory()
     finished = None if run.must_rebuild(identity) else artifacts.find(run.storage, identity, upstream)
-    with run.tracker.stage(identity, upstream) as tracked:
+    with run.tracker.stage(identity, upstream) as record_artifact:
         if finished is not None:
             stage = StageOutcome(finished, "reused")
         elif pool := run.pool_for(identity.kind):
@@ -116,7 +116,7 @@ def build_or_reuse(
         else:
             stage = _build_locally(run, identity, upstream, build, delete_stored)
         entry = _summary_entry(identity, stage, time.monotonic() - started)
-        entry["mlflow_run_id"] = tracked(stage.artifact, entry)
+        entry["mlflow_run_id"] = record_artifact(stage.artifact, entry)
     run.stages.append(entry)
     run.artifacts[identity.stage] = stage.artifact
     line = f"{identity.stage:<12} {stage.outcome:<7} {entry['rows']:>8} rows {entry['seconds']:>8.1f} s"

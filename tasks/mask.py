@@ -22,11 +22,11 @@ def mask(run: Run, current: Round) -> Artifact:
     identity = make_identity(run, current)
 
     def build() -> StageResult:
-        from masters.models.masking import group_thresholds, safetensors_tensors
+        from masters.models.masking import group_thresholds, iterate_tensors
 
         settings, folder = run.config.mask, current.teacher.folder
         rows = group_thresholds(
-            lambda: safetensors_tensors(folder), current.ratios, settings.granularity, tuple(settings.exclude)
+            lambda: iterate_tensors(folder), current.ratios, settings.granularity, tuple(settings.exclude)
         )
         files = write_file(run.storage, identity, "thresholds/all.parquet", tables.encode(rows, tables.THRESHOLDS))
         sparsity = {str(ratio): _sparsity(rows, ratio) for ratio in current.ratios}

@@ -12,9 +12,9 @@ from prefect.cache_policies import NO_CACHE
 
 from masters.common.redaction import redact
 from masters.config.stages import Stage
-from masters.reporting.gallery import gallery
-from masters.reporting.markdown import inert, picture
-from masters.reporting.plots import plots
+from masters.reporting.gallery import render_gallery
+from masters.reporting.markdown import embed_image, escape_text
+from masters.reporting.plots import plot_training
 from masters.store.artifacts import Artifact
 from masters.tasks.judges import accuracy_metric
 from masters.tasks.progress import artifact_key, warn
@@ -36,15 +36,16 @@ def report_run(run: Run, version: int | None) -> None:
 
 def report_night(name: str, night: dict, metric: str) -> None:
     """Show the outcome of a nightly run as a table. `metric`: the name of the accuracy that the gate compared."""
-    row = {column: inert(str(night.get(column, "")), 300) for column in ("outcome", "champion", "candidate", "reasons")}
+    columns = ("outcome", "champion", "candidate", "reasons")
+    row = {column: escape_text(str(night.get(column, "")), 300) for column in columns}
     _create_table(name, "night", [row], f"The promotion gate's decision, by {metric}")
 
 
 def report_benchmarks(name: str, scores: dict[str, list[dict]]) -> None:
     """Show the benchmark scores of each model as a table."""
     rows = [
-        {"model": inert(model)}
-        | {column: inert(row[column]) for column in ("task", "version", "metric", "filter")}
+        {"model": escape_text(model)}
+        | {column: escape_text(row[column]) for column in ("task", "version", "metric", "filter")}
         | {"value": f"{row['value']:.4g}", "standard error": _or_empty(row["standard_error"]), "documents": row["n"]}
         for model, model_rows in scores.items()
         for row in model_rows
@@ -85,7 +86,7 @@ def report(run: Run, version: int | None) -> None:
         _create_plots(run, suffix, parts)
     verdicts = _artifacts_by_round(run, Stage.SCORE)
     for suffix, responses in _artifacts_by_round(run, Stage.GENERATE).items():
-        page = gallery(run.artifacts["data"], responses, verdicts.get(suffix, []), trained.get(suffix, []))
+        page = render_gallery(run.artifacts["data"], responses, verdicts.get(suffix, []), trained.get(suffix, []))
         create_markdown_artifact(page, key=artifact_key(run.config.name, f"gallery{suffix}"))
 
 
@@ -111,7 +112,7 @@ def _create_tables(run: Run) -> None:
         metric = accuracy_metric(run.config)
         rows = [
             {
-                "model": inert(model),
+                "model": escape_text(model),
                 metric: f"{score['accuracy']:.2%}",
                 "standard error": f"{score['standard_error']:.2%}",
                 "questions": score["n"],
@@ -129,7 +130,7 @@ def _create_tables(run: Run) -> None:
             "rejected": entry["rejected"],
             "seconds": entry["seconds"],
             "MLflow": _link(run, entry["mlflow_run_id"]),
-            "where": inert(entry["uri"], 300),
+            "where": escape_text(entry["uri"], 300),
         }
         for entry in run.stages
     ]
@@ -144,10 +145,10 @@ def _link(run: Run, run_id: str) -> str:
 
 def _create_plots(run: Run, suffix: str, trained: list[Artifact]) -> None:
     """Show plots and warnings of a round's training, and store the plots in MLflow. `trained`: one for each part."""
-    figures = plots(trained)
+    figures = plot_training(trained)
     warnings = [warning for part in trained for warning in part.facts["warnings"]]
-    paragraphs = [f"**Warning**, step {warning['step']}: {inert(warning['text'], 300)}" for warning in warnings]
-    paragraphs += [f"## {CAPTIONS[name]}\n\n{picture(content, 'png', name)}" for name, content in figures.items()]
+    paragraphs = [f"**Warning**, step {warning['step']}: {escape_text(warning['text'], 300)}" for warning in warnings]
+    paragraphs += [f"## {CAPTIONS[name]}\n\n{embed_image(content, 'png', name)}" for name, content in figures.items()]
     create_markdown_artifact("\n\n".join(paragraphs), key=artifact_key(run.config.name, f"plots{suffix}"))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / f"figures{suffix}"

@@ -68,7 +68,7 @@ class TrainingMonitor:
                 self._record_step(event)
             case ProbeMeasured() as event:
                 self.probes.append(event.model_dump(exclude={"event"}))
-                self._run.tracker.metrics({"probe_accuracy": event.accuracy}, event.step)
+                self._run.tracker.log_metrics({"probe_accuracy": event.accuracy}, event.step)
             case LimitCrossed() as event:
                 self._record_warning(event)
             case RolledBack() as event:
@@ -87,7 +87,7 @@ class TrainingMonitor:
             dict(stage=event.stage, epoch=event.epoch, seconds=event.seconds) | event.means | dict(mask_ratio=ratio)
         )
         self.last_step = {name: value for name, value in values.items() if math.isfinite(value)}
-        self._run.tracker.metrics(self.last_step, event.step)
+        self._run.tracker.log_metrics(self.last_step, event.step)
         self._progress.update(event.step, event.total, f"loss {event.means['loss']:.4f} mask {ratio:.2f}")
 
     def _record_warning(self, event: LimitCrossed) -> None:
@@ -95,7 +95,7 @@ class TrainingMonitor:
             return  # a resumed trainer reports it again
         self.warnings.append(event.model_dump(exclude={"event"}))
         warn(f"train, step {event.step}: {event.text}")
-        self._run.tracker.warning(event.name, f"step {event.step}: {event.text}")
+        self._run.tracker.log_warning(event.name, f"step {event.step}: {event.text}")
 
 
 def _packing_shares(sizes: PassesPacked) -> dict:

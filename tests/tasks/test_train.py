@@ -1,4 +1,4 @@
-"""Training in its own processes: an interrupted run and one of two processes end where a plain one does."""
+"""Training in child processes: interrupted runs and runs with two processes end like an uninterrupted one."""
 
 import subprocess
 from pathlib import Path
@@ -31,8 +31,8 @@ STEPS = 10
 Tables = dict[str, list[dict]]
 
 
-def trained(run: Run) -> tuple[dict[str, torch.Tensor], dict, Tables]:
-    """Weights, the stage's line of the summary, and what was recorded of steps and responses."""
+def run_training(run: Run) -> tuple[dict[str, torch.Tensor], dict, Tables]:
+    """Train. Returns the weights, the stage's entry of the summary, and the rows of the tables."""
     current = first_round(run)
     questions = data.fn(run)
     inputs = {"data": questions, "masks": mask.fn(run, current), **write_training_inputs(run, current, questions)}
@@ -41,11 +41,11 @@ def trained(run: Run) -> tuple[dict[str, torch.Tensor], dict, Tables]:
     return load_file(Path(artifact.uri) / "model/model.safetensors"), run.stages[-1], tables
 
 
-def interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train until a few steps behind a checkpoint."""
+def interrupt_training(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train until a few steps after a checkpoint."""
     original = processes.run
 
-    def cut_short(children, max_running, on_progress, heartbeat_timeout) -> None:
+    def interrupt(children, max_running, on_progress, heartbeat_timeout) -> None:
         def stop(name: str, line: dict) -> None:
             if line.get("event") == "step" and line["step"] >= 5:
                 raise KeyboardInterrupt
@@ -54,9 +54,9 @@ def interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         original(children, max_running, stop, heartbeat_timeout)
 
     with monkeypatch.context() as patch:
-        patch.setattr(processes, "run", cut_short)
+        patch.setattr(processes, "run", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            trained(run)
+            run_training(run)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], Tables]:
-    weights, done, tables = trained(make_run(tmp_path_factory.mktemp("plain"), source))
+    weights, done, tables = run_training(make_run(tmp_path_factory.mktemp("plain"), source))
     assert done["steps"] in (STEPS, STEPS + 1) and done["resumed_at_step"] == 0
     assert len(done["remask_seconds"]) == 2  # mask stages
     assert done["planned"]["passes"] == done["packed"]["passes"] == done["steps"] and done["token_budgets"] == []
@@ -100,9 +100,9 @@ def test_steps_and_responses_are_recorded_once(recorded: Tables) -> None:
         assert row["reward_accuracy"] == float(row["source"] == "teacher")
         assert row["reward"] == pytest.approx(row["reward_accuracy"] + row["reward_distillation"])
     for step in steps:
-        own = [row for row in rows if row["step"] == step["step"]]
-        assert len(own) == 2 * step["questions"]
-        mean = sum(row["divergence"] for row in own) / len(own)  # as many responses a question: a mean of means
+        of_step = [row for row in rows if row["step"] == step["step"]]
+        assert len(of_step) == 2 * step["questions"]
+        mean = sum(row["divergence"] for row in of_step) / len(of_step)  # every question has two responses
         assert step["divergence"] == pytest.approx(mean, rel=1e-5)
 
 
@@ -114,21 +114,23 @@ def test_training_moves_every_kind_of_weight(plain: dict[str, torch.Tensor]) -> 
         assert any(part in name for name in moved)
 
 
-def test_an_interrupted_run_goes_on_and_ends_the_same(source, plain, recorded, tmp_path, monkeypatch) -> None:
-    interrupted(make_run(tmp_path, source, runtime=dict(checkpoint_steps=2)), monkeypatch)
-    weights, done, tables = trained(make_run(tmp_path, source, runtime=dict(checkpoint_steps=2)))
+def test_an_interrupted_run_resumes_and_ends_with_the_same_result(
+    source, plain, recorded, tmp_path, monkeypatch
+) -> None:
+    interrupt_training(make_run(tmp_path, source, runtime=dict(checkpoint_steps=2)), monkeypatch)
+    weights, done, tables = run_training(make_run(tmp_path, source, runtime=dict(checkpoint_steps=2)))
     assert done["resumed_at_step"] >= 4
     assert {name for name in plain if not torch.equal(plain[name], weights[name])} == set()
     assert tables == recorded
 
 
 def test_two_processes_train_like_one(source, plain, recorded, tmp_path, monkeypatch) -> None:
-    """Also if they are cut short and go on."""
-    interrupted(make_run(tmp_path, source, runtime=dict(train_processes=2, checkpoint_steps=3)), monkeypatch)
-    weights, done, tables = trained(make_run(tmp_path, source, runtime=dict(train_processes=2, checkpoint_steps=3)))
+    """Also if they are interrupted and resumed."""
+    interrupt_training(make_run(tmp_path, source, runtime=dict(train_processes=2, checkpoint_steps=3)), monkeypatch)
+    weights, done, tables = run_training(make_run(tmp_path, source, runtime=dict(train_processes=2, checkpoint_steps=3)))
     assert done["processes"] == 2 and done["resumed_at_step"] >= 3
-    [told] = tmp_path.glob(".work/train-*/rank-1.progress")  # a rank that is silent for long is taken for lost
-    assert told.read_text().count('"alive"') > done["steps"] - done["resumed_at_step"]
+    [progress] = tmp_path.glob(".work/train-*/rank-1.progress")  # without heartbeats a rank is taken for lost
+    assert progress.read_text().count('"alive"') > done["steps"] - done["resumed_at_step"]
     assert len(tables["rewards"]) == len(responses(tables)) and responses(tables) == responses(recorded)
     assert sorted(row["step"] for row in tables["history"]) == sorted(row["step"] for row in recorded["history"])
     for name, expected in plain.items():  # exported in bfloat16: up to one unit in the last place may differ
@@ -137,28 +139,28 @@ def test_two_processes_train_like_one(source, plain, recorded, tmp_path, monkeyp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["fsdp2"])
-def test_a_rank_killed_beside_its_shares_is_named_and_the_run_goes_on_whole(
+def test_a_killed_rank_with_sharded_weights_is_named_and_the_run_resumes(
     sharding, source, plain, recorded, tmp_path, monkeypatch
 ) -> None:
     shared = dict(train_processes=2, sharding=sharding, activation_checkpointing=True, checkpoint_steps=2)
-    ranks, start, follow = {}, processes._start, TrainingMonitor.__call__
+    ranks, start, handle = {}, processes._start, TrainingMonitor.__call__
 
     def started(child: processes.Child, slot: int | None) -> subprocess.Popen:
         ranks[child.name] = start(child, slot)
         return ranks[child.name]
 
-    def followed(watch: object, name: str, line: dict) -> None:
+    def kill_rank(monitor: object, name: str, line: dict) -> None:
         if line["event"] == "step" and line["step"] == 5:
             ranks["rank-1"].kill()
-        follow(watch, name, line)
+        handle(monitor, name, line)
 
     with monkeypatch.context() as patch:
         patch.setattr(processes, "_start", started)
-        patch.setattr(TrainingMonitor, "__call__", followed)
+        patch.setattr(TrainingMonitor, "__call__", kill_rank)
         with pytest.raises(WorkerLost, match="rank-1 ended with signal SIGKILL"):
-            trained(make_run(tmp_path, source, runtime=shared))
+            run_training(make_run(tmp_path, source, runtime=shared))
     assert all(rank.poll() is not None for rank in ranks.values())
-    weights, done, tables = trained(make_run(tmp_path, source, runtime=shared))
+    weights, done, tables = run_training(make_run(tmp_path, source, runtime=shared))
     assert done["resumed_at_step"] >= 4 and done["sharding"] == sharding and done["processes"] == 2
     assert 0.45 < done["weights_share"] < 0.55
     assert responses(tables) == responses(recorded) and len(tables["rewards"]) == len(responses(tables))
@@ -167,10 +169,10 @@ def test_a_rank_killed_beside_its_shares_is_named_and_the_run_goes_on_whole(
 
 
 @pytest.mark.slow
-def test_a_fall_on_held_out_questions_ends_with_the_best_weights(source: Path, tmp_path: Path) -> None:
+def test_a_drop_on_held_out_questions_ends_with_the_best_weights(source: Path, tmp_path: Path) -> None:
     wild = dict(learning_rate=0.1, max_validation_drop=0.1, on_drop="rollback")
     run = make_run(tmp_path, source, train=wild)
-    weights, _, tables = trained(run)
+    weights, _, tables = run_training(run)
     facts = run.artifacts["train"].facts
     assert facts["held_out"] == 3 and facts["rows"] == 36  # one in ten of 39
     assert facts["rolled_back"]["to"] == 0 < facts["rolled_back"]["at"] == len(tables["history"])
@@ -181,15 +183,15 @@ def test_a_fall_on_held_out_questions_ends_with_the_best_weights(source: Path, t
 
 def test_held_out_questions_come_from_all_mask_stages() -> None:
     refs = sorted(QuestionRef(digest(str(n).encode()), f"q{n}", 0, n) for n in range(3000))
-    learnt, probe = hold_out(refs)
-    assert sorted([*learnt, *probe]) == refs and len(probe) == MAX_PROBE
+    train_refs, probe = hold_out(refs)
+    assert sorted([*train_refs, *probe]) == refs and len(probe) == MAX_PROBE
     assert all(sum(mask_stage_of(ref.digest, 5) == stage for ref in probe) > MAX_PROBE / 10 for stage in range(5))
     assert len(hold_out(refs[:55])[1]) == 5
     with pytest.raises(InputError, match="expected 10 or more, found 9"):
         hold_out(refs[:9])
 
 
-def test_a_guard_that_is_off_has_no_part_in_identity(source: Path, tmp_path: Path) -> None:
+def test_a_disabled_guard_is_not_part_of_the_identity(source: Path, tmp_path: Path) -> None:
     def config(**train: object) -> dict:
         run = make_run(tmp_path, source, train=train)
         return make_identity(run, first_round(run), {}).config["train"]
@@ -198,7 +200,7 @@ def test_a_guard_that_is_off_has_no_part_in_identity(source: Path, tmp_path: Pat
     assert config(max_validation_drop=0.1) == config() | dict(max_validation_drop=0.1, on_drop="stop")
 
 
-def test_computing_as_ever_has_no_part_in_identity_and_another_way_has(source: Path, tmp_path: Path) -> None:
+def test_the_compute_dtype_is_part_of_the_identity_unless_it_is_the_default(source: Path, tmp_path: Path) -> None:
     def config(**train: object) -> dict:
         run = make_run(tmp_path, source, train=train)
         return make_identity(run, first_round(run), {}).config["train"]
@@ -218,20 +220,20 @@ def test_too_little_memory_is_refused_before_a_model_is_loaded(source, tmp_path,
         worker.prepare(job, tmp_path / "job.json", 0, 1)
 
 
-def test_a_warning_is_told_once_and_kept(capsys: pytest.CaptureFixture) -> None:
+def test_a_warning_is_reported_once_and_recorded(capsys: pytest.CaptureFixture) -> None:
     tags: dict[str, str] = {}
-    watch = TrainingMonitor(SimpleNamespace(tracker=SimpleNamespace(warning=tags.__setitem__)), None, [0.2])  # pyright: ignore
-    for step in (3, 6):  # the second from a trainer that went on from a checkpoint
-        watch("rank-0", dict(event="warning", step=step, name="entropy", text="the entropy fell"))
-    assert watch.warnings == [dict(step=3, name="entropy", text="the entropy fell")]
+    monitor = TrainingMonitor(SimpleNamespace(tracker=SimpleNamespace(log_warning=tags.__setitem__)), None, [0.2])  # pyright: ignore
+    for step in (3, 6):  # the second one from a resumed trainer
+        monitor("rank-0", dict(event="warning", step=step, name="entropy", text="the entropy fell"))
+    assert monitor.warnings == [dict(step=3, name="entropy", text="the entropy fell")]
     assert tags == {"entropy": "step 3: the entropy fell"}
     assert capsys.readouterr().err.count("train, step 3: the entropy fell") == 1
 
 
-def test_looks_at_the_probe_that_are_taken_again_are_told_once() -> None:
-    watch = TrainingMonitor(SimpleNamespace(tracker=SimpleNamespace(metrics=lambda *_: None)), None, [0.2])  # pyright: ignore
+def test_repeated_probe_measurements_are_recorded_once() -> None:
+    monitor = TrainingMonitor(SimpleNamespace(tracker=SimpleNamespace(log_metrics=lambda *_: None)), None, [0.2])  # pyright: ignore
     for step in (0, 2, 4):
-        watch("rank-0", dict(event="probe", step=step, accuracy=0.5))
-    watch("rank-0", dict(event="resumed", step=2, total=9))
-    watch("rank-0", dict(event="probe", step=4, accuracy=0.5))
-    assert [look["step"] for look in watch.probes] == [0, 2, 4]
+        monitor("rank-0", dict(event="probe", step=step, accuracy=0.5))
+    monitor("rank-0", dict(event="resumed", step=2, total=9))
+    monitor("rank-0", dict(event="probe", step=4, accuracy=0.5))
+    assert [probe["step"] for probe in monitor.probes] == [0, 2, 4]

@@ -26,7 +26,7 @@ from masters.tasks.run_context import Context, Run
 from masters.tracking.pool_stage import PoolStageWriter
 from masters.tracking.run_writer import RunWriter
 from tests.scoring_run import NoTracking
-from tests.tracked_run import NAME, configured, made
+from tests.tracked_run import NAME, make_config, commit_artifact
 
 DEMO = Path(__file__).parents[2] / "configs/easyvqa.toml"
 NAMED = ["runtime.pools.cpu=c", "runtime.pools.generate=g", "runtime.pools.train=t"]
@@ -146,7 +146,7 @@ def test_stage_request_round_trips_through_json() -> None:
 
 def test_inputs_that_differ_between_machines_are_refused(tmp_path: Path) -> None:
     upstream = dict(
-        data=made(Storage(str(tmp_path)), "data"),
+        data=commit_artifact(Storage(str(tmp_path)), "data"),
         teacher=External("model", "/m/t", "a" * 64),
         judge=External("server", "http://j", None),
     )
@@ -162,7 +162,7 @@ def test_worker_writes_metrics_only_to_the_run_of_its_stage(tmp_path: Path, monk
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "store").mkdir()
-    config, storage = configured(tmp_path / "store"), Storage(str(tmp_path / "store"))
+    config, storage = make_config(tmp_path / "store"), Storage(str(tmp_path / "store"))
     tracker, identity = RunWriter(config, storage), Identity("train", 1, {}, {}, NAME)
     with tracker.stage(identity, {}):
         request = make_request(stage="train", tracked=tracker.current_run_id, run=tracker.key)
@@ -170,7 +170,7 @@ def test_worker_writes_metrics_only_to_the_run_of_its_stage(tmp_path: Path, monk
         with writer.stage(identity, {}) as tracked:
             writer.metrics(dict(loss=0.5), 7)
         client = MlflowClient(tracker.uri)
-        run = client.get_run(tracked(made(storage, "train"), {}))
+        run = client.get_run(tracked(commit_artifact(storage, "train"), {}))
         assert run.info.status == "RUNNING" and writer.run_id == tracker.run_id and writer.lost_metrics == 0
     (metric,) = client.get_metric_history(run.info.run_id, "loss")
     assert (metric.value, metric.step) == (0.5, 7)
