@@ -80,13 +80,13 @@ def test_parts_request_the_same_as_the_round_with_equal_weights(run, questions, 
     context = change_config(run, generate__coverage=coverage, teachers__0__mask_step=0.1)
     whole = generate.shard_requests(context, first_round(context), questions, masks)
     student = {request.fingerprint: request for request in by_source(whole, "student")}
-    teacher, asked = [], []
+    teacher, student_requests = [], []
     for part in split_round(context.config, first_round(context), questions):
         found = generate.shard_requests(context, part, questions, masks)
         teacher += by_source(found, "teacher")
-        asked.append(by_source(found, "student"))
-    assert len(asked) == 3 and teacher == by_source(whole, "teacher")
-    for stage, requests in enumerate(asked):
+        student_requests.append(by_source(found, "student"))
+    assert len(student_requests) == 3 and teacher == by_source(whole, "teacher")
+    for stage, requests in enumerate(student_requests):
         digests = [ref.digest for request in requests for ref in request.shard.refs]
         all_digests = [ref.digest for ref in question_shards.read_refs(questions, "train")]
         assert digests == [d for d in all_digests if coverage == "full" or mask_stage_of(d, 3) == stage]
@@ -94,7 +94,7 @@ def test_parts_request_the_same_as_the_round_with_equal_weights(run, questions, 
             same = student[request.part_of or request.fingerprint]
             assert request.batch_refs == same.shard.refs and request.sampling == same.sampling
             assert replace(request, shard=same.shard, stored_name=None, part_of=None, batch=()) == same
-    crossing = [request for requests in asked for request in requests if request.part_of]
+    crossing = [request for requests in student_requests for request in requests if request.part_of]
     assert bool(crossing) == (coverage == "partition")
 
 
@@ -126,11 +126,11 @@ def test_student_generates_with_its_weights_at_the_start_of_the_mask_stage(run, 
     first, second = split_round(run.config, first_round(run), questions)
     moved = LocalModel("student-after", Path("elsewhere"), "another digest")
     second = replace(second, mask_stage=replace(second.mask_stage, student=moved))
-    asked = [by_source(generate.shard_requests(run, part, questions, masks), "student") for part in (first, second)]
-    assert {request.model.digest for request in asked[0]} == {run.resources.student.digest}
-    assert {request.model.digest for request in asked[1]} == {"another digest"}
+    by_part = [by_source(generate.shard_requests(run, part, questions, masks), "student") for part in (first, second)]
+    assert {request.model.digest for request in by_part[0]} == {run.resources.student.digest}
+    assert {request.model.digest for request in by_part[1]} == {"another digest"}
     assert second.student == run.resources.student  # pi_ref stays
-    assert {request.stage for requests in asked for request in requests} == {0}  # and with it the seeds
+    assert {request.stage for requests in by_part for request in requests} == {0}  # and with it the seeds
 
 
 def test_round_with_one_mask_stage_is_not_split(run, questions) -> None:
@@ -187,7 +187,7 @@ def test_mask_stages_without_questions_are_skipped(run, questions) -> None:
 
 
 class StageTables:
-    """Responses and verdicts of each mask stage in artifacts of their own."""
+    """Responses and verdicts of each mask stage in separate artifacts."""
 
     def __init__(self, run: Run, current: Round, questions: Artifact) -> None:
         self.whole = write_training_inputs(run, current, questions)

@@ -91,9 +91,9 @@ def test_every_distinct_text_is_judged_once(tmp_path: Path, fake_judge: FakeJudg
 
 def test_scoring_again_makes_no_judge_requests(tmp_path: Path, fake_judge: FakeJudge) -> None:
     first, *_ = score_texts(make_run(tmp_path, fake_judge.url))
-    asked = len(fake_judge.requests)
+    requests = len(fake_judge.requests)
     again, _, entry = score_texts(make_run(tmp_path, fake_judge.url))
-    assert (again.fingerprint, entry["outcome"], len(fake_judge.requests)) == (first.fingerprint, "reused", asked)
+    assert (again.fingerprint, entry["outcome"], len(fake_judge.requests)) == (first.fingerprint, "reused", requests)
 
 
 def test_only_new_texts_are_judged(tmp_path: Path, fake_judge: FakeJudge) -> None:

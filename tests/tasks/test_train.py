@@ -127,7 +127,9 @@ def test_an_interrupted_run_resumes_and_ends_with_the_same_result(
 def test_two_processes_train_like_one(source, plain, recorded, tmp_path, monkeypatch) -> None:
     """Also if they are interrupted and resumed."""
     interrupt_training(make_run(tmp_path, source, runtime=dict(train_processes=2, checkpoint_steps=3)), monkeypatch)
-    weights, done, tables = run_training(make_run(tmp_path, source, runtime=dict(train_processes=2, checkpoint_steps=3)))
+    weights, done, tables = run_training(
+        make_run(tmp_path, source, runtime=dict(train_processes=2, checkpoint_steps=3))
+    )
     assert done["processes"] == 2 and done["resumed_at_step"] >= 3
     [progress] = tmp_path.glob(".work/train-*/rank-1.progress")  # without heartbeats a rank is taken for lost
     assert progress.read_text().count('"alive"') > done["steps"] - done["resumed_at_step"]

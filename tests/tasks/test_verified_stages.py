@@ -69,7 +69,7 @@ def test_score_uses_the_verifier_with_every_accepted_answer(tmp_path: Path, sour
 def test_another_verifier_evaluates_stored_answers_without_an_engine(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "_plan_work", lambda *_: pytest.fail("an engine was asked"))
+    monkeypatch.setattr(shards, "_plan_work", lambda *_: pytest.fail("an engine would run"))
     runs = {
         name: make_run(tmp_path / "store", source, answers=dict(verifier=name)) for name in ("final", "exact", "number")
     }

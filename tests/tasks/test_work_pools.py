@@ -26,7 +26,7 @@ from masters.tasks.run_context import Context, Run
 from masters.tracking.pool_stage import PoolStageWriter
 from masters.tracking.run_writer import RunWriter
 from tests.scoring_run import NoTracking
-from tests.tracked_run import NAME, make_config, commit_artifact
+from tests.tracked_run import NAME, commit_artifact, make_config
 
 DEMO = Path(__file__).parents[2] / "configs/easyvqa.toml"
 NAMED = ["runtime.pools.cpu=c", "runtime.pools.generate=g", "runtime.pools.train=t"]
@@ -85,13 +85,13 @@ def test_stages_run_on_the_pool_of_their_hardware(
 
 
 def test_another_store_is_refused(tmp_path: Path) -> None:
-    ours, theirs = Storage(str(tmp_path / "ours")), Storage(str(tmp_path / "theirs"))
-    pool_request.write_note(ours, KEY)
-    pool_request.check_note(ours, KEY)
+    run_store, other_store = Storage(str(tmp_path / "a")), Storage(str(tmp_path / "b"))
+    pool_request.write_note(run_store, KEY)
+    pool_request.check_note(run_store, KEY)
     with pytest.raises(InputError, match="not the same place"):
-        pool_request.check_note(theirs, KEY)
-    pool_request.remove_note_and_result(ours, KEY)
-    assert ours.names("handed") == []
+        pool_request.check_note(other_store, KEY)
+    pool_request.remove_note_and_result(run_store, KEY)
+    assert run_store.names("handed") == []
 
 
 def test_store_that_workers_cannot_reach_is_refused() -> None:
@@ -168,7 +168,7 @@ def test_worker_writes_metrics_only_to_the_run_of_its_stage(tmp_path: Path, monk
         request = make_request(stage="train", tracked=tracker.current_run_id, run=tracker.key)
         writer = PoolStageWriter(config, storage, request)
         with writer.stage(identity, {}) as tracked:
-            writer.metrics(dict(loss=0.5), 7)
+            writer.log_metrics(dict(loss=0.5), 7)
         client = MlflowClient(tracker.uri)
         run = client.get_run(tracked(commit_artifact(storage, "train"), {}))
         assert run.info.status == "RUNNING" and writer.run_id == tracker.run_id and writer.lost_metrics == 0
