@@ -192,12 +192,8 @@ def _read_columns(
     table = table.append_column("length", pa.array(length_R))
     table = _join_scores(table, verdicts, question_numbers, ratios)
     table = table.sort_by([(name, "ascending") for name in KEY_SCHEMA.names])
-    column = {name: table[name].to_numpy() for name in table.column_names}
-    columns = ResponseColumns(
-        column["question"], column["source"], column["stage"], column["sample"], column["score"],
-        column["first_token"], column["length"], token_T, prompt_Q,
-    )  # fmt: skip
-    return columns, empty
+    columns = {f"{name}_R": table[name].to_numpy() for name in table.column_names}
+    return ResponseColumns(**columns, token_T=token_T, prompt_Q=prompt_Q), empty
 
 
 def _integer_keys(batch: pa.Table, question_numbers: dict[str, int], ratios: list[float]) -> tuple[pa.Table, pa.Table]:

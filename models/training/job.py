@@ -74,6 +74,8 @@ class ModelsLoaded(Event):
 
 
 class CheckpointRefused(Event):
+    """A checkpoint is damaged or incomplete, and an earlier one is tried."""
+
     event: Literal["refused_checkpoint"] = "refused_checkpoint"
     reason: str
 
@@ -168,6 +170,8 @@ class PassesPacked(Event):
 
 
 class StudentExported(Event):
+    """The trained student is in the output folder."""
+
     event: Literal["exported"] = "exported"
 
 

@@ -82,9 +82,13 @@ def masters_loss(
     distill_R, advantage_R = advantages(divergence_R.detach().cpu(), score_R, packed, rewards, train.baseline_shift)
     advantage_T = bounded_advantages(terms, advantage_R, score_R, packed, train.negatives)
     grpo_R = formulas.grpo_loss(
-        terms.logp_T, advantage_T, torch.zeros_like(terms.logp_T) if kl_T is None else kl_T,
-        packed.response_T, packed.responses, train.beta,
-    )  # fmt: skip
+        terms.logp_T,
+        advantage_T,
+        torch.zeros_like(terms.logp_T) if kl_T is None else kl_T,
+        packed.response_T,
+        packed.responses,
+        train.beta,
+    )
     grpo_weight_R, distill_weight_R = loss_weights(score_R, packed, train, by_teacher_R)
     loss_R = grpo_weight_R * train.reward_weight * grpo_R + distill_weight_R * divergence_R
     loss = question_means(loss_R, packed).sum()

@@ -130,8 +130,8 @@ def test_a_file_with_another_name_is_no_checkpoint(storage: Storage) -> None:
 @given(st.lists(st.lists(st.floats(-30, 0, width=32), max_size=4), min_size=1, max_size=20))
 def test_reference_log_probabilities_are_stored_in_two_tensors(values: list[list[float]]) -> None:
     """One tensor for each group would make a header that safetensors refuses at little more than a million."""
-    found = {group: torch.tensor(own, dtype=torch.float32) for group, own in enumerate(values)}
+    found = {group: torch.tensor(logps, dtype=torch.float32) for group, logps in enumerate(values)}
     data = reference_policy._encode(found)
     assert len(data) < 500 + 4 * sum(map(len, values)) + 8 * len(values)
     back = reference_policy._decode(data)
-    assert back.keys() == found.keys() and all(torch.equal(back[group], own) for group, own in found.items())
+    assert back.keys() == found.keys() and all(torch.equal(back[group], logps) for group, logps in found.items())

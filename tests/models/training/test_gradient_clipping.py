@@ -26,12 +26,14 @@ def test_a_gradient_is_clipped_as_pytorch_does(limit: float) -> None:
     base = make_context(FAMILY)
     context = replace(base, student=copy.deepcopy(base.student), token_counts=TokenCounts())
     trainer.run_step(context, Step(0, 0, tuple(range(8))), references(context))
-    theirs = copy.deepcopy(context.student)
-    for ours, other in zip(context.student.parameters(), theirs.parameters(), strict=True):
-        other.grad = None if ours.grad is None else ours.grad.clone()
+    clipped_by_pytorch = copy.deepcopy(context.student)
+    for parameter, copied in zip(context.student.parameters(), clipped_by_pytorch.parameters(), strict=True):
+        copied.grad = None if parameter.grad is None else parameter.grad.clone()
     norm = clip_gradient(context, limit)
-    assert norm == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs.parameters(), limit).item(), rel=1e-5)
-    torch.testing.assert_close(gradient(context.student), gradient(theirs))
+    assert norm == pytest.approx(
+        torch.nn.utils.clip_grad_norm_(clipped_by_pytorch.parameters(), limit).item(), rel=1e-5
+    )
+    torch.testing.assert_close(gradient(context.student), gradient(clipped_by_pytorch))
     assert gradient(context.student).norm() <= limit * 1.0001
 
 
@@ -39,9 +41,16 @@ def test_history_has_the_learning_rate_and_the_gradient_norm_of_each_step(tmp_pa
     base, storage = make_context(FAMILY), Storage(str(tmp_path))
     train = Train(learning_rate=1e-3, schedule="cosine", warmup_steps=2, max_gradient_norm=0.05)
     context = replace(
-        base, student=copy.deepcopy(base.student), train=train, steps=[Step(0, 0, (0, 1, 2, 3))] * 5, storage=storage,
-        checkpoints="c", checkpoint_steps=100, history=HistoryWriter(), token_counts=TokenCounts(),
-    )  # fmt: skip
+        base,
+        student=copy.deepcopy(base.student),
+        train=train,
+        steps=[Step(0, 0, (0, 1, 2, 3))] * 5,
+        storage=storage,
+        checkpoints="c",
+        checkpoint_steps=100,
+        history=HistoryWriter(),
+        token_counts=TokenCounts(),
+    )
     trainer.fit(context)
     [name] = [name for name in storage.names("c") if "history" in name]
     rows = tables.read(storage, name).to_pylist()

@@ -91,9 +91,8 @@ def test_a_non_finite_loss_stops_before_the_update_and_names_the_question(tmp_pa
     with pytest.raises(MastersError, match=r"step 2, mask stage 0 \(ratio 0.2\), question q6: the loss is nan"):
         trainer.fit(context)
     assert [event.step for event in of_kind(events, "step")] == [1]
-    assert not are_equal(states[0], states[-1]) and are_equal(
-        weights(context), states[-1]
-    )  # the first step's update, no other
+    assert not are_equal(states[0], states[-1])  # the first step's update
+    assert are_equal(weights(context), states[-1])  # no other
 
 
 def test_the_reference_pass_stops_at_non_finite_values(tmp_path: Path) -> None:
@@ -108,18 +107,18 @@ def test_a_non_finite_gradient_stops_although_the_loss_is_finite(tmp_path: Path)
     context, events = run_of(tmp_path)
     at: list[torch.Tensor] = []
 
-    def spoil(_: torch.nn.Module, __: tuple, inputs: dict, out: Any) -> None:
+    def add_hook(_: torch.nn.Module, __: tuple, inputs: dict, out: Any) -> None:
         """Make the gradient of question 5 infinite."""
         if out.last_hidden_state.requires_grad and len(of_kind(events, "step")) == 3:
             ids = inputs["input_ids"]
-            own = context.question(context.groups[5]).ids_P
-            row = [r for r in range(len(ids)) if torch.equal(ids[r, : len(own)], own)]
+            prompt = context.question(context.groups[5]).ids_P
+            row = [r for r in range(len(ids)) if torch.equal(ids[r, : len(prompt)], prompt)]
             if row:
                 out.last_hidden_state.register_hook(lambda g: g.index_fill(0, torch.tensor(row), math.inf))
                 at.append(out.last_hidden_state)
 
-    context.student.model.register_forward_hook(spoil, with_kwargs=True)
-    context.question = replace_pixel(context.question, 5, 0.0)  # an image of its own, so a row that is its own
+    context.student.model.register_forward_hook(add_hook, with_kwargs=True)
+    context.question = replace_pixel(context.question, 5, 0.0)  # no other question has its image, so it has its own row
     with pytest.raises(MastersError, match=r"step 4, .*question q5: the loss is -?\d.*the largest gradient (nan|inf)"):
         trainer.fit(context)
     assert at and len(of_kind(events, "step")) == 3
@@ -204,11 +203,11 @@ def test_an_interrupted_run_rolls_back_like_an_uninterrupted_one(
 def test_running_out_of_memory_in_the_update_ends_the_run_which_can_be_resumed(
     tmp_path: Path, monkeypatch, place: str
 ) -> None:
-    original, taken, ends = torch.optim.AdamW.step, [], []
+    original, calls, ends = torch.optim.AdamW.step, [], []
 
     def fails_at_3(self: torch.optim.AdamW) -> None:
-        taken.append(0)
-        if len(taken) == 3:
+        calls.append(0)
+        if len(calls) == 3:
             for parameter in self.param_groups[0]["params"][: 2 * (place == "between two weights")]:
                 parameter.data.add_(1.0)
             torch.empty(1 << 50)  # the allocator's own error

@@ -17,12 +17,12 @@ def test_rates_equal_those_of_transformers(schedule: str, warmup: int, steps: in
     train = Train.model_validate(dict(learning_rate=0.5, schedule=schedule, warmup_steps=warmup))
     name = "constant_with_warmup" if schedule == "constant" else schedule
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
-    theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=max(steps, warmup + 1))
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=max(steps, warmup + 1))
     rates = []
     for _ in range(steps + 1):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
-        theirs.step()
+        scheduler.step()
     expected = [rates[step] if step <= warmup else rates[step - 1] for step in range(1, steps + 1)]
     assert [learning_rate(train, step, steps) for step in range(1, steps + 1)] == pytest.approx(expected)
 

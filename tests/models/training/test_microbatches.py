@@ -64,18 +64,16 @@ def test_repeated_responses_count_once_and_unknown_prompts_have_no_size() -> Non
 
 def test_the_passes_that_are_run_are_those_planned() -> None:
     context = make_context("qwen3_vl")
-    prompts = [context.question(one).ids_P.numpy() for one in context.groups]
+    prompts = [context.question(group).ids_P.numpy() for group in context.groups]
     groups = [replace(group, prompt=prompt) for group, prompt in zip(context.groups, prompts, strict=True)]
-    context = replace(
-        context, groups=groups, token_budget=60, token_counts=TokenCounts()
-    )  # the job is shared with other tests
+    # a copy, because other tests share the context
+    context = replace(context, groups=groups, token_budget=60, token_counts=TokenCounts())
     step = Step(0, 0, tuple(range(8)))
     planned = microbatches.plan([step], context.group_tokens, 60, 1)
     trainer.run_step(context, step, references(context))
     context.student.zero_grad()
     assert planned is not None and planned.passes > 2
-    assert context.token_counts.passes == planned.passes
-    assert (
-        context.token_counts.packed_tokens <= planned.tokens < context.token_counts.separate
-    )  # less where questions of a pass share an image
-    assert context.token_counts.packed_tokens <= context.token_counts.padded
+    counts = context.token_counts
+    assert counts.passes == planned.passes
+    assert counts.packed_tokens <= planned.tokens < counts.separate  # fewer where questions of a pass share an image
+    assert counts.packed_tokens <= counts.padded

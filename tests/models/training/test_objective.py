@@ -215,7 +215,7 @@ def test_rewards_do_not_depend_on_other_questions_of_the_batch() -> None:
         of = pack.question_R == question
         single = Batch([responses], [batch.scores[question]], *(np.empty(0),) * 3)
         alone = objective.advantages(divergence_R[of], score_R[of], packed(single), Rewards())
-        assert all(torch.equal(whole[of], own) for whole, own in zip(together, alone, strict=True))
+        assert all(torch.equal(whole[of], separate) for whole, separate in zip(together, alone, strict=True))
 
 
 def test_equal_models_have_no_divergence_and_no_gradient() -> None:

@@ -88,19 +88,19 @@ def read_rows(context: trainer.TrainContext, *prefixes: str) -> dict[str, list[d
     }
 
 
-WAYS = {  # pi_ref is held, or its numbers are stored; distillation alone
+SETTINGS = {  # with pi_ref in memory, with stored log-probabilities of pi_ref, with distillation only
     "masters": dict(),
     "stored": dict(kl="squared", negatives="clipped"),
     "kd": dict(objective="kd"),
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_parts_end_with_the_weights_and_tables_of_the_whole_round(way: str, tmp_path: Path) -> None:
-    whole, _ = training_of(tmp_path / "whole", "one", **WAYS[way])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_parts_end_with_the_weights_and_tables_of_the_whole_round(name: str, tmp_path: Path) -> None:
+    whole, _ = training_of(tmp_path / "whole", "one", **SETTINGS[name])
     trainer.fit(whole)
-    trainer.fit(first_part(tmp_path / "parts", **WAYS[way])[0])
-    two, events = second_part(tmp_path / "parts", **WAYS[way])
+    trainer.fit(first_part(tmp_path / "parts", **SETTINGS[name])[0])
+    two, events = second_part(tmp_path / "parts", **SETTINGS[name])
     trainer.fit(two)
     assert not [event for event in events if event.event == "resumed"]
     assert {(event.step, event.total) for event in events if event.event == "step"} == {
@@ -114,13 +114,13 @@ FAULTS: dict[str, list[Edit]] = {
     "a learning rate by the part's own steps": [
         (trainer, "_take_step", "(context.train, number, context.round_steps)", "(context.train, number, 4)")
     ],
-    "steps that begin at one again": [
+    "steps that start at 1 again": [
         (trainer, "restore_state", "steps_done = context.part.steps_before", "steps_done = 0")
     ],
-    "a part that begins with the round's student": [
+    "a part that starts with the round's student": [
         (trainer, "restore_state", "elif context.part.start_state:", "elif False:")
     ],
-    "an optimizer that begins anew": [
+    "an optimizer without its state": [
         (
             trainer,
             "save_end_state",
@@ -202,27 +202,27 @@ def test_a_damaged_end_state_is_refused(damage: Callable[[Storage, str], None], 
         trainer.fit(context)
 
 
-RIGHT = {  # of four probe questions, by step: where the fall is, and the step of the best weights
-    "the best weights are of the part before": ({0: 2, 1: 2, 2: 4, 3: 3, 4: 3, 5: 3, 6: 2}, 6, 2),
-    "the best weights are its own": ({0: 2, 1: 2, 2: 2, 3: 3, 4: 3, 5: 4, 6: 3, 7: 2}, 7, 5),
-    "the part before falls": ({0: 4, 1: 4, 2: 3, 3: 2}, 3, 1),
+CORRECT = {  # correct answers to four probe questions by step; the step of the drop; the step of the best weights
+    "the best weights are those of the previous part": ({0: 2, 1: 2, 2: 4, 3: 3, 4: 3, 5: 3, 6: 2}, 6, 2),
+    "the best weights are those of the same part": ({0: 2, 1: 2, 2: 2, 3: 3, 4: 3, 5: 4, 6: 3, 7: 2}, 7, 5),
+    "the drop is in the previous part": ({0: 4, 1: 4, 2: 3, 3: 2}, 3, 1),
 }
 
 
-@pytest.mark.parametrize("case", RIGHT)
+@pytest.mark.parametrize("case", CORRECT)
 def test_a_drop_is_detected_across_parts_and_rolls_back_to_the_best_weights_of_the_round(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right, at, to = RIGHT[case]
-    watched = dict(max_validation_drop=0.3, on_drop="rollback")
-    monkeypatch.setattr(guards, "count_correct", lambda context: right[context.history._step.get("step", 0)])
-    whole, events = training_of(tmp_path / "whole", "one", **watched)
+    correct, at, to = CORRECT[case]
+    guarded = dict(max_validation_drop=0.3, on_drop="rollback")
+    monkeypatch.setattr(guards, "count_correct", lambda context: correct[context.history._step.get("step", 0)])
+    whole, events = training_of(tmp_path / "whole", "one", **guarded)
     trainer.fit(whole)
     assert [(event.at, event.to) for event in events if event.event == "rolled_back"] == [(at, to)]
-    context, events = first_part(tmp_path / "parts", **watched)
+    context, events = first_part(tmp_path / "parts", **guarded)
     trainer.fit(context)
     if at > FIRST:
-        context, events = second_part(tmp_path / "parts", **watched)
+        context, events = second_part(tmp_path / "parts", **guarded)
         trainer.fit(context)
     else:
         assert context.storage.names("state") == []  # nothing follows
