@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from masters.reporting.markdown import inert
+from masters.reporting.markdown import escape_text
 
 PARSER = MarkdownIt("commonmark", {"html": True, "linkify": False}).enable(["table", "strikethrough"])
 HOSTILE = [
@@ -41,8 +41,8 @@ def shown(text: str) -> str:
 
 @given(texts)
 @pytest.mark.parametrize("frame", ["{}", "## {}", "**right**; answer: {}", "| said | next |\n|---|---|\n| {} | end |"])
-def test_text_is_shown_as_it_is_and_nothing_else(frame: str, text: str) -> None:
-    page = frame.format(inert(text, 10_000))
+def test_text_is_shown_unchanged_and_not_interpreted(frame: str, text: str) -> None:
+    page = frame.format(escape_text(text, 10_000))
     assert page.encode()  # no lone surrogate is left
     expected = PARSER.parse(frame.format("word"))
     assert [t.type for t in PARSER.parse(page)] == [t.type for t in expected]  # same blocks, same cells
@@ -54,18 +54,18 @@ def test_text_is_shown_as_it_is_and_nothing_else(frame: str, text: str) -> None:
 
 
 @given(texts)
-def test_no_control_or_turning_character_is_left(text: str) -> None:
-    left = [c for c in inert(text, 10_000) if unicodedata.category(c)[0] == "C"]
+def test_control_and_directional_characters_are_escaped(text: str) -> None:
+    left = [c for c in escape_text(text, 10_000) if unicodedata.category(c)[0] == "C"]
     assert left in ([], ["\u2068", "\u2069"])
 
 
 @given(texts)
-def test_no_link_is_found_by_a_renderer_that_looks_for_them(text: str) -> None:
+def test_links_are_not_detected(text: str) -> None:
     assert not re.search(
-        r"https?://|www\.|\w@\w", inert(f"{text} https://example.com www.example.com a@b.example", 999)
+        r"https?://|www\.|\w@\w", escape_text(f"{text} https://example.com www.example.com a@b.example", 999)
     )
 
 
-def test_long_text_is_cut_and_empty_text_named() -> None:
-    assert inert("x" * 200).count("x") == 80
-    assert inert(" \n") == "*(empty)*"
+def test_long_text_is_cut_and_empty_text_is_marked() -> None:
+    assert escape_text("x" * 200).count("x") == 80
+    assert escape_text(" \n") == "*(empty)*"

@@ -1,4 +1,4 @@
-"""Results of a study are kept in small files, and its table says what they hold."""
+"""The result files, table and report of a study."""
 
 from pathlib import Path
 
@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 
 from masters.common.errors import InputError, MastersError
 from masters.config.study_file import Study
-from masters.evaluation.study_results import Cell, Result, Results, packed_bits, questions_of
+from masters.evaluation.study_results import Cell, Result, ResultStore, encode_correct, make_questions
 from masters.evaluation.study_statistics import difference
 from masters.reporting.study_report import write_report
-from masters.reporting.study_table import StudyRuns, arm_row, comparison_rows, markdown
+from masters.reporting.study_table import StudyRuns, compare_arms, render_study, summarize_arm
 
 RATES = [1e-4, 2e-4, 5e-4]
 IMAGES = {f"q{n}": f"image {n // 2}" for n in range(24)}
-ASKED = questions_of(IMAGES)
+QUESTIONS = make_questions(IMAGES)
 
 
-def design(**changes: object) -> Study:
+def make_study(**changes: object) -> Study:
     values = dict(
         name="s", results="unused", learning_rates=RATES, tuning_seeds=[0, 9], seeds=[1, 2, 3],
         arms={"a": {}, "b": {}, "one": dict(learning_rates=[1e-3], different_steps=True)},
@@ -29,88 +29,88 @@ def design(**changes: object) -> Study:
     return Study.model_validate(values | changes)
 
 
-def result(cell: Cell, accuracy: float = 0.5, steps: int = 7, **changes: object) -> Result:
+def make_result(cell: Cell, accuracy: float = 0.5, steps: int = 7, **changes: object) -> Result:
     right = np.random.default_rng(cell.seed + len(cell.arm)).permutation(24) < round(24 * accuracy)
     values = dict(
         arm=cell.arm, phase=cell.phase, learning_rate=cell.learning_rate, seed=cell.seed, settings="made of",
-        steps=steps, accuracy=accuracy, standard_error=0.1, untrained=0.25, questions=ASKED.digest, count=24,
-        correct=packed_bits(dict(zip(sorted(IMAGES), right.tolist(), strict=True))), mlflow_run_id="r",
+        steps=steps, accuracy=accuracy, standard_error=0.1, untrained=0.25, questions=QUESTIONS.digest, count=24,
+        correct=encode_correct(dict(zip(sorted(IMAGES), right.tolist(), strict=True))), mlflow_run_id="r",
     )  # fmt: skip
     return Result.model_validate(values | changes)
 
 
-def found(validation: dict[str, list[float]], final: dict[tuple[str, int], float]) -> StudyRuns:
-    """Results by arm: validation accuracies by rate, and test accuracies by seed at the rate chosen."""
-    made = StudyRuns(design())
+def make_runs(validation: dict[str, list[float]], final: dict[tuple[str, int], float]) -> StudyRuns:
+    """Make runs from validation accuracies by rate, and test accuracies by seed at the chosen rate, of each arm."""
+    runs = StudyRuns(make_study())
     for arm, accuracies in validation.items():
         for rate, accuracy in zip(RATES, accuracies, strict=False):
-            for seed in made.study.tuning_seeds:
+            for seed in runs.study.tuning_seeds:
                 cell = Cell("tuning", arm, rate, seed)
-                made.results[cell] = result(cell, accuracy)
+                runs.results[cell] = make_result(cell, accuracy)
     for (arm, seed), accuracy in final.items():
-        cell = Cell("final", arm, made.chosen(arm) or 0.0, seed)
-        made.results[cell] = result(cell, accuracy)
-    return made
+        cell = Cell("final", arm, runs.chosen_rate(arm) or 0.0, seed)
+        runs.results[cell] = make_result(cell, accuracy)
+    return runs
 
 
 @given(st.dictionaries(st.text(max_size=4), st.booleans(), min_size=1, max_size=70))
-def test_bits_come_back_in_the_order_of_ids(correct: dict[str, bool]) -> None:
-    packed = result(Cell("final", "a", 1e-4, 1), correct=packed_bits(correct), count=len(correct))
+def test_correct_answers_are_decoded_in_the_order_of_ids(correct: dict[str, bool]) -> None:
+    packed = make_result(Cell("final", "a", 1e-4, 1), correct=encode_correct(correct), count=len(correct))
     assert packed.correct_Q.tolist() == [correct[question] for question in sorted(correct)]
 
 
 @given(st.dictionaries(st.text(max_size=4), st.sampled_from("abcd"), min_size=1, max_size=70))
-def test_questions_say_which_share_an_image(images: dict[str, str]) -> None:
-    image_Q, ordered = questions_of(images).image_Q, [images[question] for question in sorted(images)]
+def test_questions_with_the_same_image_share_a_number(images: dict[str, str]) -> None:
+    image_Q, ordered = make_questions(images).image_Q, [images[question] for question in sorted(images)]
     assert [[a == b for b in image_Q] for a in image_Q] == [[a == b for b in ordered] for a in ordered]
 
 
-def test_other_questions_or_images_have_another_digest() -> None:
+def test_the_digest_covers_questions_and_images() -> None:
     others = [IMAGES | {"q0": "other"}, IMAGES | {"q99": "image 1"}]
-    assert len({questions_of(images).digest for images in [IMAGES, *others]}) == 3
+    assert len({make_questions(images).digest for images in [IMAGES, *others]}) == 3
 
 
-def test_a_kept_result_is_found_and_one_of_other_settings_refused(tmp_path: Path) -> None:
-    results, cell = Results(tmp_path / "new"), Cell("final", "a", 1e-4, 1)
+def test_a_stored_result_is_found_and_one_of_other_settings_refused(tmp_path: Path) -> None:
+    results, cell = ResultStore(tmp_path / "new"), Cell("final", "a", 1e-4, 1)
     assert results.find(cell, "made of") is None
-    results.keep(result(cell), ASKED)
-    assert results.find(cell, "made of") == result(cell)
+    results.save(make_result(cell), QUESTIONS)
+    assert results.find(cell, "made of") == make_result(cell)
     assert results.find(Cell("final", "a", 1e-4, 2), "made of") is None
     assert all(file.stat().st_size < 4096 for file in (tmp_path / "new").iterdir())
-    with pytest.raises(InputError, match="result of other settings.*expected others, found made of"):
+    with pytest.raises(InputError, match="result of other settings.*expected others, found runs of"):
         results.find(cell, "others")
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"arm": 1'])
-def test_a_file_that_is_no_result_is_refused(content: str, tmp_path: Path) -> None:
+def test_an_invalid_result_file_is_refused(content: str, tmp_path: Path) -> None:
     cell = Cell("final", "a", 1e-4, 1)
     (tmp_path / f"{cell.name}.json").write_text(content)
-    with pytest.raises(InputError, match="is no Result of a study"):
-        Results(tmp_path).find(cell, "made of")
+    with pytest.raises(InputError, match="is not a Result of a study"):
+        ResultStore(tmp_path).find(cell, "made of")
 
 
 @pytest.mark.parametrize("damage", [dict(correct="////"), dict(correct="AAAA"), dict(correct="/"), dict(count=25)])
 def test_a_result_whose_answers_are_damaged_is_refused(damage: dict, tmp_path: Path) -> None:
-    cell, results = Cell("final", "a", 1e-4, 1), Results(tmp_path)
-    results.keep(result(cell), ASKED)
-    results.keep(result(cell, **damage), ASKED)
+    cell, results = Cell("final", "a", 1e-4, 1), ResultStore(tmp_path)
+    results.save(make_result(cell), QUESTIONS)
+    results.save(make_result(cell, **damage), QUESTIONS)
     with pytest.raises(InputError, match="damaged: move it away"):
         results.find(cell, "made of")
 
 
 def test_a_result_whose_questions_are_damaged_is_refused(tmp_path: Path) -> None:
-    cell, results = Cell("final", "a", 1e-4, 1), Results(tmp_path)
-    results.keep(result(cell), ASKED.model_copy(update=dict(images="AAAA")))
+    cell, results = Cell("final", "a", 1e-4, 1), ResultStore(tmp_path)
+    results.save(make_result(cell), QUESTIONS.model_copy(update=dict(images="AAAA")))
     with pytest.raises(InputError, match="damaged: move it away"):
         results.find(cell, "made of")
 
 
 def test_a_result_without_its_questions_is_refused(tmp_path: Path) -> None:
     cell = Cell("final", "a", 1e-4, 1)
-    Results(tmp_path).keep(result(cell), ASKED)
-    (tmp_path / f"questions-{ASKED.digest}.json").unlink()
+    ResultStore(tmp_path).save(make_result(cell), QUESTIONS)
+    (tmp_path / f"questions-{QUESTIONS.digest}.json").unlink()
     with pytest.raises(InputError, match="cannot be read"):
-        Results(tmp_path).find(cell, "made of")
+        ResultStore(tmp_path).find(cell, "made of")
 
 
 @pytest.mark.parametrize(
@@ -122,28 +122,28 @@ def test_a_result_without_its_questions_is_refused(tmp_path: Path) -> None:
         ([0.1, 0.2], 2e-4, False),
     ],
 )
-def test_the_best_rate_is_chosen_the_smaller_of_equals(accuracies: list[float], rate: float, edge: bool) -> None:
-    made = found({"a": accuracies}, {})
-    assert (made.chosen("a"), made.at_edge("a")) == (rate, edge)
-    assert made.chosen("b") is None and made.chosen("one") == 1e-3 and not made.at_edge("one")
+def test_the_best_rate_is_chosen_and_the_smallest_of_equals(accuracies: list[float], rate: float, edge: bool) -> None:
+    runs = make_runs({"a": accuracies}, {})
+    assert (runs.chosen_rate("a"), runs.is_at_edge("a")) == (rate, edge)
+    assert runs.chosen_rate("b") is None and runs.chosen_rate("one") == 1e-3 and not runs.is_at_edge("one")
 
 
 def test_a_rate_that_failed_at_a_seed_is_not_chosen() -> None:
-    made = found({"a": [0.1, 0.9, 0.2]}, {})
-    del made.results[Cell("tuning", "a", 2e-4, 9)]
-    assert made.chosen("a") == 5e-4
+    runs = make_runs({"a": [0.1, 0.9, 0.2]}, {})
+    del runs.results[Cell("tuning", "a", 2e-4, 9)]
+    assert runs.chosen_rate("a") == 5e-4
 
 
-def test_test_results_have_no_part_in_the_choice() -> None:
-    made = found({"a": [0.1, 0.3, 0.2]}, {})
+def test_test_results_do_not_affect_the_choice() -> None:
+    runs = make_runs({"a": [0.1, 0.3, 0.2]}, {})
     for rate in RATES:
         cell = Cell("final", "a", rate, 1)
-        made.results[cell] = result(cell, 1.0 if rate == 5e-4 else 0.0)
-    assert made.chosen("a") == 2e-4 and [run.accuracy for run in made.tested("a").values()] == [0.0]
+        runs.results[cell] = make_result(cell, 1.0 if rate == 5e-4 else 0.0)
+    assert runs.chosen_rate("a") == 2e-4 and [run.accuracy for run in runs.test_results("a").values()] == [0.0]
 
 
-def test_an_arms_row_is_of_its_seeds_at_the_chosen_rate() -> None:
-    row = arm_row(found({"a": [0.1, 0.3, 0.2]}, {("a", 1): 0.5, ("a", 2): 0.75, ("a", 3): 1.0}), "a")
+def test_an_arm_is_summarized_at_the_chosen_rate() -> None:
+    row = summarize_arm(make_runs({"a": [0.1, 0.3, 0.2]}, {("a", 1): 0.5, ("a", 2): 0.75, ("a", 3): 1.0}), "a")
     assert row["seeds"] == 3 and row["accuracy"] == 0.75 and row["gain"] == 0.5 and row["standard_deviation"] == 0.25
     reach = 4.302653 * 0.25 / 3**0.5
     assert row["interval"] == pytest.approx((0.75 - reach, 0.75 + reach), abs=1e-6)
@@ -151,50 +151,50 @@ def test_an_arms_row_is_of_its_seeds_at_the_chosen_rate() -> None:
 
 def complete() -> StudyRuns:
     final = {(arm, seed): accuracy for arm, accuracy in (("a", 0.75), ("b", 0.5), ("one", 0.25)) for seed in (1, 2, 3)}
-    return found({"a": [0.1, 0.3, 0.2], "b": [0.1, 0.3, 0.2]}, final)
+    return make_runs({"a": [0.1, 0.3, 0.2], "b": [0.1, 0.3, 0.2]}, final)
 
 
 def test_comparisons_are_paired_by_seed_and_corrected_together() -> None:
-    made = complete()
-    rows = comparison_rows(made, {ASKED.digest: ASKED})
+    runs = complete()
+    rows = compare_arms(runs, {QUESTIONS.digest: QUESTIONS})
     for row, pair in zip(rows, [("a", "b"), ("one", "b")], strict=True):
-        correct = [np.stack([made.tested(arm)[seed].correct_Q for seed in (1, 2, 3)]) for arm in pair]
-        expected = difference(*correct, ASKED.image_Q, level=0.975).as_dict()
+        correct = [np.stack([runs.test_results(arm)[seed].correct_Q for seed in (1, 2, 3)]) for arm in pair]
+        expected = difference(*correct, QUESTIONS.image_Q, level=0.975).as_dict()
         assert {name: row[name] for name in expected} == expected
         assert row["corrected"] >= row["p_value"]
     assert min(row["corrected"] for row in rows) == pytest.approx(2 * min(row["p_value"] for row in rows))
 
 
-def test_a_comparison_without_its_runs_says_so_and_still_counts() -> None:
-    made = complete()
-    whole = comparison_rows(made, {ASKED.digest: ASKED})[0]
+def test_a_comparison_without_runs_has_an_error_and_counts_in_the_correction() -> None:
+    runs = complete()
+    whole = compare_arms(runs, {QUESTIONS.digest: QUESTIONS})[0]
     for seed in (2, 3):
-        del made.results[Cell("final", "one", 1e-3, seed)]
-    first, second = comparison_rows(made, {ASKED.digest: ASKED})
+        del runs.results[Cell("final", "one", 1e-3, seed)]
+    first, second = compare_arms(runs, {QUESTIONS.digest: QUESTIONS})
     assert "expected 2 seeds or more that both arms finished, found 1" in second["error"]
     assert first["corrected"] == min(1.0, 2 * whole["p_value"])
 
 
-def test_unequal_steps_are_refused_unless_an_arm_may() -> None:
-    made, cell = complete(), Cell("final", "one", 1e-3, 1)
-    made.results[cell] = result(cell, steps=99)
-    made.check_steps()
-    made.results[Cell("final", "b", 2e-4, 1)] = result(Cell("final", "b", 2e-4, 1), steps=8)
+def test_unequal_steps_are_refused_unless_an_arm_allows_them() -> None:
+    runs, cell = complete(), Cell("final", "one", 1e-3, 1)
+    runs.results[cell] = make_result(cell, steps=99)
+    runs.check_steps()
+    runs.results[Cell("final", "b", 2e-4, 1)] = make_result(Cell("final", "b", 2e-4, 1), steps=8)
     with pytest.raises(MastersError, match="equal numbers of optimizer steps"):
-        made.check_steps()
+        runs.check_steps()
 
 
-def test_the_report_says_everything(tmp_path: Path) -> None:
-    made, results, lost = complete(), Results(tmp_path), Cell("final", "b", 2e-4, 3)
-    for run in made.results.values():
-        results.keep(run, ASKED)
-    del made.results[lost]
-    made.errors[lost] = "no memory\nat all"
-    report, folder = write_report(made, results)
+def test_the_report_has_all_files(tmp_path: Path) -> None:
+    runs, results, lost = complete(), ResultStore(tmp_path), Cell("final", "b", 2e-4, 3)
+    for run in runs.results.values():
+        results.save(run, QUESTIONS)
+    del runs.results[lost]
+    runs.errors[lost] = "no memory\nat all"
+    report, folder = write_report(runs, results)
     assert report["failed"] == [dict(run=lost.name, error="no memory\nat all")] and report["status"] == "failed"
     assert "failed: final-b-0.0002-3: no memory at all" in report["markdown"]
     table = parquet.read_table(folder / "runs.parquet").to_pylist()
-    assert len(table) == len(made.results) + 1 and [row["error"] for row in table if row["error"]] == [
+    assert len(table) == len(runs.results) + 1 and [row["error"] for row in table if row["error"]] == [
         "no memory\nat all"
     ]
     assert {row["split"] for row in table if row["phase"] == "tuning"} == {"validation"}
@@ -202,11 +202,11 @@ def test_the_report_says_everything(tmp_path: Path) -> None:
 
 
 def test_an_edge_is_flagged_in_the_table() -> None:
-    made = found({"a": [0.3, 0.2, 0.1], "b": [0.1, 0.3, 0.2]}, {("a", 1): 0.5})
-    text = markdown([arm_row(made, arm) for arm in ("a", "b")], [], {})
+    runs = make_runs({"a": [0.3, 0.2, 0.1], "b": [0.1, 0.3, 0.2]}, {("a", 1): 0.5})
+    text = render_study([summarize_arm(runs, arm) for arm in ("a", "b")], [], {})
     assert "0.0001 \\*" in text and "0.0002 |" in text and "* a: the best learning rate lies at the edge" in text
 
 
-def test_a_study_of_which_nothing_finished_has_a_table(tmp_path: Path) -> None:
-    report, folder = write_report(StudyRuns(design()), Results(tmp_path))
+def test_a_study_without_finished_runs_has_a_table(tmp_path: Path) -> None:
+    report, folder = write_report(StudyRuns(make_study()), ResultStore(tmp_path))
     assert "none finished" in report["markdown"] and not list(folder.glob("*.png"))

@@ -1,1 +1,1 @@
-"""What people look at. Imports neither Prefect nor MLflow."""
+"""Plots, tables and pages of results. Imports neither Prefect nor MLflow."""

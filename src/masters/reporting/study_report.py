@@ -1,4 +1,4 @@
-"""The report of a study, in the folder `report` of its results: table, plots, and one Parquet of all runs."""
+"""Writes the report of a study to the folder `report` of its results: table, plots, and a Parquet file of all runs."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from masters.evaluation.study_results import Results
-from masters.reporting.study_plots import study_plots
-from masters.reporting.study_table import StudyRuns, arm_row, comparison_rows, markdown
+from masters.evaluation.study_results import ResultStore
+from masters.reporting.study_plots import plot_study
+from masters.reporting.study_table import StudyRuns, compare_arms, render_study, summarize_arm
 
 RUNS = pa.schema([
     ("study", pa.string()), ("phase", pa.string()), ("arm", pa.string()), ("learning_rate", pa.float64()),
@@ -19,29 +19,33 @@ RUNS = pa.schema([
 ])  # fmt: skip
 
 
-def write_report(found: StudyRuns, results: Results) -> tuple[dict, Path]:
+def write_report(found: StudyRuns, results: ResultStore) -> tuple[dict, Path]:
     """Write the report's files. Returns the report and the folder."""
-    arms = [arm_row(found, arm) for arm in found.study.arms]
+    arms = [summarize_arm(found, arm) for arm in found.study.arms]
     questions = {run.questions: results.questions(run.questions) for run in found.results.values()}
-    comparisons = comparison_rows(found, questions)
-    text = markdown(arms, comparisons, found.errors)
-    told = dict(
-        study=found.study.name, status="failed" if found.errors else "completed", runs=len(found.results),
+    comparisons = compare_arms(found, questions)
+    text = render_study(arms, comparisons, found.errors)
+    report = dict(
+        study=found.study.name,
+        status="failed" if found.errors else "completed",
+        runs=len(found.results),
         failed=[dict(run=cell.name, error=error) for cell, error in found.errors.items()],
-        arms=arms, comparisons=comparisons, markdown=text,
-    )  # fmt: skip
+        arms=arms,
+        comparisons=comparisons,
+        markdown=text,
+    )
     folder = results.folder / "report"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(text)
-    (folder / "report.json").write_text(json.dumps(told, indent=1) + "\n")
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     parquet.write_table(runs_table(found), folder / "runs.parquet")
-    for name, content in study_plots(found, arms).items():
+    for name, content in plot_study(found, arms).items():
         (folder / f"{name}.png").write_bytes(content)
-    return told, folder
+    return report, folder
 
 
 def runs_table(found: StudyRuns) -> pa.Table:
-    """A row a run, finished or failed."""
+    """Return a table with a row for each run, finished or failed."""
     rows = [dict(split=cell.split) | run.model_dump() for cell, run in found.results.items()]
     for cell, error in found.errors.items():
         rows.append(

@@ -1,4 +1,4 @@
-"""What a study found: the rate that each arm chose, each arm's accuracy, and the planned comparisons."""
+"""Results of a study: the chosen learning rate and the accuracy of each arm, and the planned comparisons."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,21 +10,21 @@ from masters.common.errors import MastersError
 from masters.config.study_file import Comparison, Study
 from masters.evaluation.study_results import Cell, Questions, Result
 from masters.evaluation.study_statistics import difference, holm, interval
-from masters.reporting.markdown import table
+from masters.reporting.markdown import render_table
 
 CONFIDENCE = 0.95
 
 
 @dataclass
 class StudyRuns:
-    """The runs of a study until now: results, and errors of those that failed."""
+    """The runs of a study so far: results of finished runs and errors of failed ones."""
 
     study: Study
     results: dict[Cell, Result] = field(default_factory=dict)
     errors: dict[Cell, str] = field(default_factory=dict)
 
-    def validation(self, arm: str) -> dict[float, float]:
-        """Mean validation accuracy by learning rate, of the rates at which every tuning seed has finished."""
+    def validation_accuracy(self, arm: str) -> dict[float, float]:
+        """Return mean validation accuracy by learning rate, for rates at which every tuning seed has finished."""
         means = {}
         for rate in self.study.rates(arm):
             runs = [self.results.get(Cell("tuning", arm, rate, seed)) for seed in self.study.tuning_seeds]
@@ -32,50 +32,57 @@ class StudyRuns:
                 means[rate] = statistics.mean(run.accuracy for run in runs if run)
         return means
 
-    def chosen(self, arm: str) -> float | None:
-        """The learning rate of the best mean validation accuracy, the smaller of equals; None if none finished."""
+    def chosen_rate(self, arm: str) -> float | None:
+        """Return the rate with the best mean validation accuracy, the smallest of equals; None if none finished."""
         if len(rates := self.study.rates(arm)) == 1:
             return rates[0]
-        means = self.validation(arm)
+        means = self.validation_accuracy(arm)
         return max(means, key=lambda rate: (means[rate], -rate), default=None)
 
-    def at_edge(self, arm: str) -> bool:
-        """Whether a rate beyond those that were tried may be better still."""
+    def is_at_edge(self, arm: str) -> bool:
+        """Whether the chosen rate is the smallest or largest tried, so that one beyond it may be better."""
         rates = self.study.rates(arm)
-        return len(rates) > 1 and self.chosen(arm) in (rates[0], rates[-1])
+        return len(rates) > 1 and self.chosen_rate(arm) in (rates[0], rates[-1])
 
-    def tested(self, arm: str) -> dict[int, Result]:
-        """Final results at the chosen rate, by seed."""
-        if (rate := self.chosen(arm)) is None:
+    def test_results(self, arm: str) -> dict[int, Result]:
+        """Return final results at the chosen rate, by seed."""
+        if (rate := self.chosen_rate(arm)) is None:
             return {}
         found = {seed: self.results.get(Cell("final", arm, rate, seed)) for seed in self.study.seeds}
         return {seed: result for seed, result in found.items() if result}
 
     def check_steps(self) -> None:
-        """Raises MastersError if arms took different numbers of optimizer steps that were not allowed to."""
-        strict = {arm for arm, own in self.study.arms.items() if not own.different_steps}
+        """Raise MastersError if arms without `different_steps` took different numbers of optimizer steps."""
+        strict = {arm for arm, settings in self.study.arms.items() if not settings.different_steps}
         counts = sorted({(cell.arm, run.steps) for cell, run in self.results.items() if cell.arm in strict})
         if len({count for _, count in counts}) > 1:
-            told = ", ".join(f"{arm} {count}" for arm, count in counts)
+            counted = ", ".join(f"{arm} {count}" for arm, count in counts)
             raise MastersError(
-                f"study {self.study.name}: expected equal numbers of optimizer steps in all arms, found {told}; change "
-                "epochs, questions_per_step or coverage of an arm, or set its different_steps = true"
+                f"study {self.study.name}: expected equal numbers of optimizer steps in all arms, found {counted}; "
+                "change epochs, questions_per_step or coverage of an arm, or set its different_steps = true"
             )
 
 
-def arm_row(found: StudyRuns, arm: str) -> dict:
-    """An arm: its chosen rate, and accuracy on the test split with mean, spread and interval over seeds."""
-    tested = found.tested(arm)
+def summarize_arm(found: StudyRuns, arm: str) -> dict:
+    """Return an arm's chosen rate, and its accuracy on the test split with spread and interval over seeds."""
+    tested = found.test_results(arm)
     accuracies = [run.accuracy for run in tested.values()]
     row = dict(
-        arm=arm, learning_rate=found.chosen(arm), at_edge=found.at_edge(arm),
-        validation=[dict(learning_rate=rate, accuracy=mean) for rate, mean in found.validation(arm).items()],
-        seeds=len(tested), accuracy=None, standard_deviation=None, interval=None, untrained=None, gain=None,
+        arm=arm,
+        learning_rate=found.chosen_rate(arm),
+        at_edge=found.is_at_edge(arm),
+        validation=[dict(learning_rate=rate, accuracy=mean) for rate, mean in found.validation_accuracy(arm).items()],
+        seeds=len(tested),
+        accuracy=None,
+        standard_deviation=None,
+        interval=None,
+        untrained=None,
+        gain=None,
         errors=[dict(run=cell.name, error=error) for cell, error in found.errors.items() if cell.arm == arm],
-    )  # fmt: skip
+    )
     if accuracies:
-        mean, before = statistics.mean(accuracies), next(iter(tested.values())).untrained
-        row |= dict(accuracy=mean, untrained=before, gain=mean - before)
+        mean, untrained = statistics.mean(accuracies), next(iter(tested.values())).untrained
+        row |= dict(accuracy=mean, untrained=untrained, gain=mean - untrained)
     if len(accuracies) > 1:
         spread = statistics.stdev(accuracies)
         error = spread / len(accuracies) ** 0.5
@@ -83,47 +90,47 @@ def arm_row(found: StudyRuns, arm: str) -> dict:
     return row
 
 
-def comparison_rows(found: StudyRuns, questions: Mapping[str, Questions]) -> list[dict]:
-    """The planned comparisons; p-values are Holm's, intervals hold together (Bonferroni).
+def compare_arms(found: StudyRuns, questions: Mapping[str, Questions]) -> list[dict]:
+    """Return the planned comparisons, with p-values corrected by Holm and simultaneous intervals by Bonferroni.
 
-    `questions`: by digest. A comparison that cannot be made has an `error` instead and counts as p = 1 there.
+    `questions` are by digest. A comparison that cannot be made has an `error` and counts as p = 1 in the correction.
     """
     planned = found.study.comparisons
-    rows = [_comparison(found, pair, questions, 1 - (1 - CONFIDENCE) / len(planned)) for pair in planned]
+    rows = [_compare(found, pair, questions, 1 - (1 - CONFIDENCE) / len(planned)) for pair in planned]
     corrected = holm([row.get("p_value", 1.0) for row in rows])
     return [row | ({} if "error" in row else dict(corrected=p)) for row, p in zip(rows, corrected, strict=True)]
 
 
-def _comparison(found: StudyRuns, pair: Comparison, questions: Mapping[str, Questions], level: float) -> dict:
-    better, than = found.tested(pair.better), found.tested(pair.than)
+def _compare(found: StudyRuns, pair: Comparison, questions: Mapping[str, Questions], level: float) -> dict:
+    better, than = found.test_results(pair.better), found.test_results(pair.than)
     seeds, named = sorted(better.keys() & than.keys()), dict(better=pair.better, than=pair.than)
-    asked = {run.questions for seed in seeds for run in (better[seed], than[seed])}
-    if len(asked) > 1:
+    digests = {run.questions for seed in seeds for run in (better[seed], than[seed])}
+    if len(digests) > 1:
         return named | dict(error="the arms were evaluated on different questions")
     if len(seeds) < 2:
         return named | dict(error=f"expected 2 seeds or more that both arms finished, found {len(seeds)}")
     correct = [np.stack([runs[seed].correct_Q for seed in seeds]) for runs in (better, than)]
     try:
-        return named | difference(correct[0], correct[1], questions[asked.pop()].image_Q, level).as_dict()
+        return named | difference(correct[0], correct[1], questions[digests.pop()].image_Q, level).as_dict()
     except MastersError as error:
         return named | dict(error=str(error))
 
 
-def markdown(arms: Sequence[dict], comparisons: Sequence[dict], errors: Mapping[Cell, str]) -> str:
-    """The whole report as Markdown: arms, comparisons, and what failed."""
-    parts = [table([shown_arm(row) for row in arms])]
+def render_study(arms: Sequence[dict], comparisons: Sequence[dict], errors: Mapping[Cell, str]) -> str:
+    """Return the report as Markdown: arms, comparisons and failed runs."""
+    parts = [render_table([format_arm(row) for row in arms])]
     if edges := [row["arm"] for row in arms if row["at_edge"]]:
         parts.append(
             f"\\* {', '.join(edges)}: the best learning rate lies at the edge of those tried; one beyond it may be "
             "better."
         )
     if comparisons:
-        parts += [table([shown_comparison(row) for row in comparisons]), READING]
+        parts += [render_table([format_comparison(row) for row in comparisons]), EXPLANATION]
     parts += [f"failed: {cell.name}: {' '.join(error.split())}" for cell, error in errors.items()]
     return "\n\n".join(parts) + "\n"
 
 
-READING = (
+EXPLANATION = (
     "Differences are means over seeds and test questions, paired by both. By image: the seeds are fixed, images vary "
     "(clustered interval, exact sign-flip test). By seed: questions and responses are fixed, the order of training "
     "varies (paired t). The primary p is the larger of the two, corrected by Holm over the planned comparisons; "
@@ -131,39 +138,42 @@ READING = (
 )
 
 
-def shown_arm(row: dict) -> dict[str, str]:
-    """An arm's row for people."""
+def format_arm(row: dict) -> dict[str, str]:
+    """Format a row of `summarize_arm` for a table."""
     rate = "none finished" if row["learning_rate"] is None else f"{row['learning_rate']:g}"
     return {
         "arm": row["arm"],
         "learning rate": rate + (" \\*" if row["at_edge"] else ""),
         "seeds": str(row["seeds"]),
-        "accuracy": _percent(row["accuracy"]),
-        "sd over seeds": _percent(row["standard_deviation"]),
-        "untrained": _percent(row["untrained"]),
-        "gain": _signed(row["gain"]),
+        "accuracy": _format_percent(row["accuracy"]),
+        "sd over seeds": _format_percent(row["standard_deviation"]),
+        "untrained": _format_percent(row["untrained"]),
+        "gain": _format_difference(row["gain"]),
         "failed": str(len(row["errors"])),
     }
 
 
-def shown_comparison(row: dict) -> dict[str, str]:
-    """A comparison's row for people."""
+def format_comparison(row: dict) -> dict[str, str]:
+    """Format a row of `compare_arms` for a table."""
     named = {"comparison": f"{row['better']} - {row['than']}"}
     columns = ("difference", "interval by image", "interval by seed", "p by image", "p by seed", "corrected p")
     if "error" in row:
         return named | dict.fromkeys(columns, "") | {"difference": row["error"]}
-    cells = [_signed(row["difference"]), *(_between(row[f"{unit}_interval"]) for unit in ("image", "seed"))]
+    cells = [
+        _format_difference(row["difference"]),
+        *(_format_interval(row[f"{unit}_interval"]) for unit in ("image", "seed")),
+    ]
     cells += [f"{row[name]:.2g}" for name in ("image_p_value", "seed_p_value", "corrected")]
     return named | dict(zip(columns, cells, strict=True))
 
 
-def _percent(value: float | None) -> str:
+def _format_percent(value: float | None) -> str:
     return "" if value is None else f"{value:.2%}"
 
 
-def _signed(value: float | None) -> str:
+def _format_difference(value: float | None) -> str:
     return "" if value is None else f"{100 * value:+.2f}"
 
 
-def _between(ends: Sequence[float]) -> str:
-    return f"{_signed(ends[0])} to {_signed(ends[1])}"
+def _format_interval(ends: Sequence[float]) -> str:
+    return f"{_format_difference(ends[0])} to {_format_difference(ends[1])}"
