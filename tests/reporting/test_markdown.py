@@ -1,4 +1,4 @@
-"""Text of data and models on a page of Markdown is text."""
+"""Text of data and models on a Markdown page is shown and not interpreted."""
 
 import re
 import unicodedata
@@ -12,7 +12,7 @@ from markdown_it.token import Token
 from masters.reporting.markdown import escape_text
 
 PARSER = MarkdownIt("commonmark", {"html": True, "linkify": False}).enable(["table", "strikethrough"])
-HOSTILE = [
+MARKUP_TEXTS = [
     "<script>alert(1)</script>",
     '<img src=x onerror="alert(1)">',
     "| a | b |\n|---|---|\n| c | d |",
@@ -25,7 +25,7 @@ HOSTILE = [
     "مرحبا بالعالم",
     "$x^2$ :smile: @everyone",
 ]
-texts = st.one_of(st.text(max_size=60), st.lists(st.sampled_from(HOSTILE), min_size=1, max_size=3).map(" ".join))
+texts = st.one_of(st.text(max_size=60), st.lists(st.sampled_from(MARKUP_TEXTS), min_size=1, max_size=3).map(" ".join))
 
 
 def leaves(markdown: str) -> list[Token]:
@@ -33,10 +33,10 @@ def leaves(markdown: str) -> list[Token]:
 
 
 def shown(text: str) -> str:
-    """What a page may show: one line, the invisible spelt out, inside an isolate."""
+    """Return what a page may show: one line, with invisible characters spelled out, in an isolate."""
     line = " ".join(text.split())
-    spelt = (f"\\u{{{ord(c):x}}}" if unicodedata.category(c)[0] == "C" else c for c in line)
-    return f"\u2068{''.join(spelt)}\u2069"
+    spelled = (f"\\u{{{ord(c):x}}}" if unicodedata.category(c)[0] == "C" else c for c in line)
+    return f"\u2068{''.join(spelled)}\u2069"
 
 
 @given(texts)
