@@ -175,7 +175,8 @@ def _read_columns(
 ) -> tuple[ResponseColumns, int]:
     """Read both tables. Returns the columns, and the number of empty responses."""
     question_numbers = {ref.question_id: number for number, ref in enumerate(refs)}
-    empty, prompt_Q = 0, [None] * len(refs)
+    empty = 0
+    prompt_Q: list[np.ndarray | None] = [None] * len(refs)
     keys, lengths, tokens = [KEY_SCHEMA.empty_table()], [np.empty(0, np.int32)], [np.empty(0, np.int32)]
     for batch in responses.batches("responses", [*RESPONSE_COLUMNS, "prompt_token_ids", "response_token_ids"]):
         has_tokens = pc.greater(pc.fill_null(pc.list_value_length(batch["response_token_ids"]), 0), 0)

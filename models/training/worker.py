@@ -88,7 +88,7 @@ def prepare(job: TrainJob, job_file: Path, rank: int, world: int) -> TrainContex
     return TrainContext(
         student=student,
         teacher=teacher,
-        remask=lambda stage: model_loading.remask(teacher, job.teacher, job.thresholds[job.ratios[stage]], sharding),
+        remask=lambda stage: _remask(teacher, job, stage, sharding),
         family=family_of(AutoConfig.from_pretrained(job.student, trust_remote_code=False).model_type),
         train=train,
         rewards=job.rewards,
@@ -171,6 +171,11 @@ def _load_models(job: TrainJob, device: str, sharding: Sharding) -> tuple[VLM, V
     teacher = None if train.objective == "sft" else load_frozen(job.teacher)
     reference = load_frozen(job.student) if train.holds_reference else None
     return student, teacher, reference
+
+
+def _remask(teacher: VLM, job: TrainJob, stage: int, sharding: Sharding) -> None:
+    """Mask the teacher in place for a mask stage."""
+    model_loading.remask(teacher, job.teacher, job.thresholds[job.ratios[stage]], sharding)
 
 
 def _end_tokens(student: VLM, tokenizer: Any) -> frozenset[int]:
