@@ -15,6 +15,7 @@ from masters.config.allowlist import check_config
 from masters.config.stages import Stage
 from masters.execution import pool_request
 from masters.execution.pool_request import StageRequest, without_pools
+from masters.flows.prefect_compat import worker_name
 from masters.flows.retries import flow_attempt, retry_unreachable
 from masters.models.generation.shards import ShardCache
 from masters.store import artifacts
@@ -64,7 +65,8 @@ def _run_stage(config: Config, request: StageRequest) -> None:
     _build_stage(run, request)
     if tracker.lost_metrics:
         warn(f"{tracker.lost_metrics} metrics of {request.stage} could not be written to MLflow")
-    pool_request.write_result(storage, request.key, run.artifacts[request.stage], run.stages[-1])
+    artifact = run.artifacts[request.stage]
+    pool_request.write_result(storage, request.key, artifact, run.stages[-1], worker_name())
 
 
 def _make_context(config: Config, request: StageRequest, storage: Storage) -> Context:

@@ -22,7 +22,7 @@ from masters.flows.plan import stage_identities
 from masters.flows.retries import flow_attempt, retry_unreachable
 from masters.flows.summary import Summary
 from masters.reporting.study_report import write_report
-from masters.reporting.study_table import StudyRuns, shown_arm
+from masters.reporting.study_table import StudyRuns, format_arm
 from masters.tasks import train, work_pools
 from masters.tasks.evaluate import greedy_sampling
 from masters.tasks.progress import warn
@@ -79,7 +79,7 @@ class StudyRunner:
         self._run_cells(list(tuning_cells(self._design)), tracker)
         self._run_cells(list(final_cells(self.runs)), tracker)
         report, folder = write_report(self.runs, self._results)
-        report_study(self._design.name, [shown_arm(row) for row in report["arms"]])
+        report_study(self._design.name, [format_arm(row) for row in report["arms"]])
         tracker.log_files(folder)
         accuracies = {f"accuracy_{row['arm']}": row["accuracy"] for row in report["arms"] if row["seeds"]}
         tracker.log_metrics(accuracies, 0)
@@ -169,7 +169,7 @@ def final_cells(runs: StudyRuns) -> Iterator[Cell]:
     """Yield the runs at the chosen learning rates. An arm whose rate could not be chosen has none."""
     for seed in runs.study.seeds:
         for arm in runs.study.arms:
-            if rate := runs.chosen(arm):
+            if rate := runs.chosen_rate(arm):
                 yield Cell("final", arm, rate, seed)
 
 

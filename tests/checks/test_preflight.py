@@ -1,4 +1,4 @@
-"""Names that tell models apart in tables: folders are often called the same; and which models are a pair."""
+"""Unique names of models in tables, and the checks of teacher and student as a pair."""
 
 import shutil
 from pathlib import Path
@@ -21,7 +21,7 @@ MODELS = st.builds(
 
 
 @given(st.lists(MODELS, max_size=6))
-def test_a_name_belongs_to_one_model(models: list[LocalModel]) -> None:
+def test_equal_names_mean_equal_models(models: list[LocalModel]) -> None:
     named = disambiguate_names(models)
     assert [model.digest for model in named] == [model.digest for model in models]
     assert len({model.name for model in named}) == len({(model.name, model.digest) for model in models})
@@ -29,14 +29,14 @@ def test_a_name_belongs_to_one_model(models: list[LocalModel]) -> None:
 
 
 @given(st.lists(MODELS, max_size=6))
-def test_a_name_stays_where_nothing_else_has_it(models: list[LocalModel]) -> None:
+def test_a_unique_name_is_kept(models: list[LocalModel]) -> None:
     for before, after in zip(models, disambiguate_names(models), strict=True):
         shared = any(other.name == before.name and other.digest != before.digest for other in models)
         assert (after.name == before.name) == (not shared and before.name not in STUDENT_NAMES)
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new", "why"),
+    ("file", "old", "new", "difference"),
     [
         ("chat_template.jinja", "{%", "Look.{%", "different tokens|tokens with a small image"),
         (
@@ -48,16 +48,16 @@ def test_a_name_stays_where_nothing_else_has_it(models: list[LocalModel]) -> Non
         ("processor_config.json", "0.5,", "0.25,", "different pixels"),
     ],
 )
-def test_models_that_make_other_prompts_of_a_question_are_no_pair(
-    file: str, old: str, new: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_models_with_different_prompts_are_refused(
+    file: str, old: str, new: str, difference: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Same tokenizer, same family: responses would be sampled behind one prompt and learnt behind another."""
+    """Same tokenizer, same family: a response would be sampled after one prompt and learned after another."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    ours = find_model(Model(model=str(ROOT / "demo/models/student")))
-    check_pair(find_model(Model(model=str(ROOT / "demo/models/teacher"))), ours)
+    student = find_model(Model(model=str(ROOT / "demo/models/student")))
+    check_pair(find_model(Model(model=str(ROOT / "demo/models/teacher"))), student)
     folder = shutil.copytree(ROOT / "demo/models/teacher", tmp_path / "teacher")
     text = (folder / file).read_text()
     assert old in text
     (folder / file).write_text(text.replace(old, new, 1))
-    with pytest.raises(InputError, match=f"make different prompts of one question and image: .*({why})"):
-        check_pair(find_model(Model(model=str(folder))), ours)
+    with pytest.raises(InputError, match=f"make different prompts of one question and image: .*({difference})"):
+        check_pair(find_model(Model(model=str(folder))), student)

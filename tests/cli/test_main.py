@@ -1,4 +1,4 @@
-"""The command line's last resort: an error that nobody expected is one line too, and its traceback is kept."""
+"""An unexpected error is one line without secrets, and its traceback goes into a file."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def _fails(**_: object) -> None:
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The home of who calls."""
+    """Replace the commands by one that fails, and return the home folder."""
     monkeypatch.setattr(main, "app", _fails)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MASTERS_JUDGE_API_KEY", SECRET)
@@ -25,14 +25,16 @@ def failing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_an_unexpected_error_is_one_line(failing: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main.main()
-    said = capsys.readouterr()
-    [kept] = (failing / ".cache/masters/errors").iterdir()
-    line = f"masters: unexpected RuntimeError: first line second line *** (traceback: {kept}; please report it)\n"
-    assert (ended.value.code, said.out, said.err) == (1, "", line)
-    assert "in _fails" in kept.read_text() and SECRET not in kept.read_text()
+    output = capsys.readouterr()
+    [file] = (failing / ".cache/masters/errors").iterdir()
+    line = f"masters: unexpected RuntimeError: first line second line *** (traceback: {file}; please report it)\n"
+    assert (ended.value.code, output.out, output.err) == (1, "", line)
+    assert "in _fails" in file.read_text() and SECRET not in file.read_text()
 
 
-def test_also_where_nothing_can_be_kept(failing: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unexpected_error_is_one_line_without_a_saved_traceback(
+    failing: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (failing / ".cache").write_text("in the way")
     with pytest.raises(SystemExit):
         main.main()

@@ -1,4 +1,4 @@
-"""What `masters study` prints, and how it ends."""
+"""Output and exit code of `masters study`."""
 
 import json
 from pathlib import Path
@@ -18,21 +18,21 @@ def home(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_the_report_is_printed_also_where_runs_failed(
+def test_the_report_is_printed_even_if_runs_failed(
     as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = []
+    calls = []
 
-    def ended(name: str, settings: object, **arguments: object) -> dict:
-        asked.append((name, arguments["design"].name))  # pyright: ignore
-        if len(asked) == 2:
+    def run_flow(name: str, settings: object, **arguments: object) -> dict:
+        calls.append((name, arguments["design"].name))  # pyright: ignore
+        if len(calls) == 2:
             raise RunsFailed("1 run failed", REPORT)
         return REPORT
 
-    monkeypatch.setattr(main, "_run_flow", ended)
+    monkeypatch.setattr(main, "_run_flow", run_flow)
     main.study(DEMO, as_json)
     with pytest.raises(RunsFailed, match="1 run failed") as failed:
         main.study(DEMO, as_json)
-    assert failed.value.exit_code == 1 and asked == [("study", "easyvqa")] * 2
+    assert failed.value.exit_code == 1 and calls == [("study", "easyvqa")] * 2
     printed = json.dumps(REPORT) if as_json else REPORT["markdown"]
     assert capsys.readouterr().out == 2 * f"{printed}\n"

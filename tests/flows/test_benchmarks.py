@@ -20,7 +20,7 @@ from masters.execution import processes
 from masters.store import artifacts
 from masters.tasks.benchmark import lmms_eval_process, make_identity
 from masters.tasks.run_context import Context
-from tests.command_line import ROOT, masters, rows, read_json
+from tests.command_line import ROOT, masters, read_json, rows
 
 STUDENT = "demo/models/student"
 DOCUMENTS = 20

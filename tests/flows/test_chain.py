@@ -7,7 +7,7 @@ import pytest
 
 from masters.store.artifacts import Artifact
 from masters.store.storage import Storage
-from tests.command_line import ROOT, masters, rows, read_json
+from tests.command_line import ROOT, masters, read_json, rows
 from tests.shape_data import write_questions
 
 CONFIG = """

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from demo import families, shapes
-from tests.command_line import masters, options, rows, read_json
+from tests.command_line import masters, options, read_json, rows
 from tests.parity.answers import from_transformers, from_vllm
 from tests.shape_data import QUESTIONS, write_rows
 

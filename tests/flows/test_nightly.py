@@ -1,4 +1,4 @@
-"""Four nights: first, no change, new rows, a changed and a withdrawn row with a worse candidate."""
+"""Four nights: the first, no change, new rows, and a changed and a withdrawn row with a worse candidate."""
 
 import json
 import threading
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import masters, options, rows, read_json
+from tests.command_line import masters, options, read_json, rows
 from tests.shape_data import write_questions, write_rows
 
 pytestmark = pytest.mark.slow
@@ -18,21 +18,21 @@ RESPONSES = 4
 
 
 class Webhook:
-    """Keeps what is posted to it."""
+    """A server that records the reports posted to it."""
 
     def __init__(self) -> None:
-        said: list[dict] = []
+        reports: list[dict] = []
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                said.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                reports.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
                 self.send_response(200)
                 self.end_headers()
 
             def log_message(self, format: str, *args: object) -> None:
                 pass
 
-        self.said, self.server = said, HTTPServer(("127.0.0.1", 0), Handler)
+        self.reports, self.server = reports, HTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/hook"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
@@ -67,7 +67,7 @@ def nights(tmp_path_factory: pytest.TempPathFactory, webhook: Webhook, prefect: 
         words = ("nightly", "configs/easyvqa.toml", *options(values), "--json")
         done = masters(*words, home=folder / "home", **environment)
         assert webhook.url not in done.stdout + done.stderr
-        return read_json(done) | dict(said=len(webhook.said))
+        return read_json(done) | dict(reports=len(webhook.reports))
 
     plan = [(early, BAD), (early, BAD), (everything, GOOD), (late, BAD)]
     return [night(given, rate) for given, rate in plan]
@@ -78,34 +78,40 @@ def stages(night: dict) -> dict[str, dict]:
 
 
 def test_the_first_night_makes_the_first_champion(nights: list[dict]) -> None:
-    read_json = nights[0]["nightly"]
-    assert (read_json["outcome"], read_json["champion"], read_json["reasons"]) == ("promoted", 1, ["the first champion"])
+    decision = nights[0]["nightly"]
+    assert (decision["outcome"], decision["champion"], decision["reasons"]) == (
+        "promoted",
+        1,
+        ["the first champion"],
+    )
 
 
 def test_a_night_without_change_does_no_model_work_and_says_so(nights: list[dict]) -> None:
-    read_json = nights[1]["nightly"]
-    assert (read_json["outcome"], read_json["candidate"], read_json["champion"]) == ("no change", 1, 1)
+    decision = nights[1]["nightly"]
+    assert (decision["outcome"], decision["candidate"], decision["champion"]) == ("no change", 1, 1)
     assert {stage["outcome"] for stage in nights[1]["stages"]} == {"reused"}
 
 
 def test_only_new_and_changed_questions_are_answered(nights: list[dict]) -> None:
-    read_json = {}
+    responses_by_night = {}
     for night in nights:
         found: dict = {}
         for row in rows(night, "generate", "responses"):
             found.setdefault(row["question_id"], []).append(row)
-        read_json[id(night)] = {q: sorted(given, key=lambda r: (r["source"], r["sample"])) for q, given in found.items()}
-    first, _, third, fourth = read_json.values()
+        responses_by_night[id(night)] = {
+            q: sorted(given, key=lambda r: (r["source"], r["sample"])) for q, given in found.items()
+        }
+    first, _, third, fourth = responses_by_night.values()
     new = third.keys() - first.keys()
     assert len(new) == 8 and stages(nights[2])["generate"]["shards_built"] > 0
     assert {q: third[q] for q in first} == first
     gone, changed = third.keys() - fourth.keys(), [q for q in fourth if fourth[q] != third[q]]
     assert len(gone) == 1 and len(changed) == 1
     # each engine answered one question, and gave the rest of its shard anew without the one withdrawn
-    assert all(len(responses) == RESPONSES for found in read_json.values() for responses in found.values())
+    assert all(len(responses) == RESPONSES for found in responses_by_night.values() for responses in found.values())
 
 
-def test_the_champion_is_asked_no_question_twice(nights: list[dict]) -> None:
+def test_the_champion_answers_no_question_twice(nights: list[dict]) -> None:
     third = stages(nights[2])["evaluate-champion"]
     assert (third["engines"], third["shards_built"]) == (0, 0)
     assert stages(nights[2])["evaluate"]["engines"] == 1  # of the candidate alone
@@ -119,13 +125,13 @@ def test_a_better_student_is_promoted_and_a_worse_one_is_not(nights: list[dict])
 
 
 @pytest.mark.parametrize("number", [2, 3])
-def test_the_gate_went_by_its_numbers(number: int, nights: list[dict]) -> None:
-    read_json = nights[number]["nightly"]
-    found = read_json["comparison"]
-    n = found["gained"] + found["lost"]
-    p = sum(comb(n, k) for k in range(found["gained"], n + 1)) / 2**n
-    fell = any(c["champion"] - c["candidate"] > 0.05 for c in found["categories"].values())
-    assert (read_json["outcome"] == "promoted") == (p < 0.05 and not fell)
+def test_the_decision_follows_from_the_predictions(number: int, nights: list[dict]) -> None:
+    decision = nights[number]["nightly"]
+    comparison = decision["comparison"]
+    n = comparison["gained"] + comparison["lost"]
+    p = sum(comb(n, k) for k in range(comparison["gained"], n + 1)) / 2**n
+    fell = any(c["champion"] - c["candidate"] > 0.05 for c in comparison["categories"].values())
+    assert (decision["outcome"] == "promoted") == (p < 0.05 and not fell)
     right = {
         stage: {
             r["question_id"]: r["correct"]
@@ -135,13 +141,14 @@ def test_the_gate_went_by_its_numbers(number: int, nights: list[dict]) -> None:
         for stage in ("evaluate", "evaluate-champion")
     }
     for kind, better, worse in (("gained", *right), ("lost", *reversed(right))):
-        assert found[kind] == sum(right[better][q] and not right[worse][q] for q in right["evaluate"])
+        assert comparison[kind] == sum(right[better][q] and not right[worse][q] for q in right["evaluate"])
 
 
 def test_a_regression_is_reported_once(nights: list[dict], webhook: Webhook) -> None:
-    assert nights[2]["said"] == 0
-    said = webhook.said[-1]
-    assert (said["name"], said["status"]) == ("easyvqa", "regression") and "worse than the champion" in said["reason"]
+    assert nights[2]["reports"] == 0
+    report = webhook.reports[-1]
+    assert (report["name"], report["status"]) == ("easyvqa", "regression")
+    assert "worse than the champion" in report["reason"]
 
 
 def test_a_night_that_fails_is_reported(tmp_path: Path, prefect: dict[str, str]) -> None:
@@ -152,5 +159,5 @@ def test_a_night_that_fails_is_reported(tmp_path: Path, prefect: dict[str, str])
     done = masters("nightly", "configs/easyvqa.toml", *options(values), home=tmp_path, **environment)
     hook.server.shutdown()
     assert done.returncode != 0 and "Traceback" not in done.stderr
-    [said] = hook.said
-    assert (said["name"], said["status"]) == ("unlucky", "failed") and "max_rejected_share" in said["reason"]
+    [report] = hook.reports
+    assert (report["name"], report["status"]) == ("unlucky", "failed") and "max_rejected_share" in report["reason"]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from masters.config.loading import load
 from masters.config.stages import Stage
 from masters.flows.plan import plan
-from tests.command_line import ROOT, masters, options, rows, read_json
+from tests.command_line import ROOT, masters, options, read_json, rows
 from tests.process_table import command_line, processes_with_variable
 from tests.shape_data import write_questions, write_rows
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from masters.config.mask_schedule import mask_stage_of
-from tests.command_line import ROOT, environment, masters, options, rows, read_json
+from tests.command_line import ROOT, environment, masters, options, read_json, rows
 from tests.flows.test_pipeline import processes_of
 from tests.local_stack import until
 from tests.shape_data import write_questions

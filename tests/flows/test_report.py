@@ -18,9 +18,9 @@ from prefect.context import FlowRunContext, SyncClientContext
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 
-from masters.reporting.gallery import gallery
-from masters.reporting.markdown import inert
-from masters.reporting.plots import sampled
+from masters.reporting.gallery import render_gallery
+from masters.reporting.markdown import escape_text
+from masters.reporting.plots import subsample
 from masters.store import tables as schemas
 from masters.store.storage import Storage
 from masters.tasks import report as reporting
@@ -30,7 +30,7 @@ from masters.tasks.progress import CONSOLE, LAST_UPDATE_SECONDS, Progress
 from masters.tasks.report import report_run
 from masters.tasks.run_context import Round, Run
 from masters.tasks.train import train
-from tests.handmade_run import ROOT, write_training_inputs, first_round, make_run
+from tests.handmade_run import ROOT, first_round, make_run, write_training_inputs
 from tests.scoring_run import write_table
 from tests.shape_data import write_questions
 
@@ -119,7 +119,9 @@ def rounds(run: Run, responses: bool) -> str:
         current = Round(number, teacher, model, student)
         inputs = {"data": questions, "masks": mask(run, current)}
         if responses:
-            inputs["responses"] = run.artifacts[f"generate{current.suffix}"] = write_training_inputs(run, current, questions)["responses"]
+            inputs["responses"] = run.artifacts[f"generate{current.suffix}"] = write_training_inputs(
+                run, current, questions
+            )["responses"]
         student = run.load_student(train(run, current, inputs))
     report_run(run, None)
     return flow_run_id()
@@ -159,16 +161,18 @@ def test_pages_of_other_objectives_and_of_a_second_teacher(
         listed = {file.path for file in client.list_artifacts(run.tracker.run_id, f"figures{suffix}")}
         assert listed == {f"figures{suffix}/{name}.png" for name in drawn}
     for page in galleries:
-        assert "**no verdict**" in str(shown[page].data) and inert("red circle") in str(shown[page].data)
+        assert "**no verdict**" in str(shown[page].data) and escape_text("red circle") in str(shown[page].data)
 
 
 def test_the_gallery_shows_what_the_tables_say(finished) -> None:
     run, shown = finished
     page = str(shown["trained-gallery"].data)
-    assert page == gallery(run.artifacts["data"], [run.artifacts["generate"]], [run.artifacts["score"]], [run.artifacts["train"]])
+    assert page == render_gallery(
+        run.artifacts["data"], [run.artifacts["generate"]], [run.artifacts["score"]], [run.artifacts["train"]]
+    )
     assert len(pictures(page)) == page.count("reference answer") == 2  # by hand every question is right in part
     said = [line.split(" | ") for line in page.splitlines() if line.startswith("| student")]
-    assert [(row[1], row[-1]) for row in said] == [("1", f"{inert('red circle')} |")] * 2
+    assert [(row[1], row[-1]) for row in said] == [("1", f"{escape_text('red circle')} |")] * 2
     rewards = {(r["question_id"], r["source"]): r for r in run.artifacts["train"].rows("rewards")}
     for question in re.findall("question \u2068(q\\d+)\u2069", page):
         assert f"| {rewards[question, 'student']['divergence']:.3g} |" in page
@@ -193,7 +197,7 @@ def test_every_kind_of_question_is_there_and_hostile_text_is_text(tmp_path: Path
         write_table(storage, "verdicts", [verdicts], schemas.VERDICTS),
     ]
     questions, *rest = tables
-    page = gallery(questions, *([one] for one in rest))
+    page = render_gallery(questions, *([one] for one in rest))
     for kind in ("every response right", "some right", "none right", "no verdict"):
         assert page.count(f"**{kind}**") == 1
     assert "<script>" not in page and "\x1b" not in page and "\u202e" not in page
@@ -263,5 +267,5 @@ def test_a_server_that_is_away_neither_fails_nor_holds_up_a_stage() -> None:
 def test_a_sample_is_every_nth_row_however_the_files_are_cut() -> None:
     whole = pa.table({"n": list(range(1000))})
     for size in (1, 7, 300, 1000):
-        part, stride = sampled((whole.slice(at, size) for at in range(0, 1000, size)), 150)
+        part, stride = subsample((whole.slice(at, size) for at in range(0, 1000, size)), 150)
         assert (stride, part["n"].to_pylist()) == (8, list(range(0, 1000, 8)))

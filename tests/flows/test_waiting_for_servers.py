@@ -1,4 +1,4 @@
-"""Patience: in a deployment a store or server that is away is waited for; a person at a terminal is told at once."""
+"""A deployment retries while a store or server is unreachable; a person at a terminal gets the error at once."""
 
 import time
 from types import SimpleNamespace
@@ -9,17 +9,17 @@ from masters.common.errors import InputError, Unreachable
 from masters.flows import retries
 
 
-class Away:
-    """Answers after it was asked `times` in vain."""
+class UnreachableServer:
+    """Raises an error at the first `failures` calls."""
 
-    def __init__(self, times: int, error: Exception) -> None:
-        self.times, self.error, self.asked = times, error, 0
+    def __init__(self, failures: int, error: Exception) -> None:
+        self.failures, self.error, self.calls = failures, error, 0
 
     def __call__(self) -> str:
-        self.asked += 1
-        if self.asked <= self.times:
+        self.calls += 1
+        if self.calls <= self.failures:
             raise self.error
-        return "there"
+        return "result"
 
 
 @pytest.fixture
@@ -28,27 +28,27 @@ def deployed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
 
 
-def test_a_deployment_waits_for_its_store(deployed: None) -> None:
-    store = Away(3, Unreachable("away"))
-    assert retries.retry_unreachable(store) == "there" and store.asked == 4
+def test_a_deployment_retries_an_unreachable_store(deployed: None) -> None:
+    store = UnreachableServer(3, Unreachable("away"))
+    assert retries.retry_unreachable(store) == "result" and store.calls == 4
 
 
-def test_waiting_for_a_store_ends(deployed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retries_end_after_a_time_limit(deployed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "RETRY_SECONDS", 0.0)
     with pytest.raises(Unreachable, match="away"):
-        retries.retry_unreachable(Away(10, Unreachable("away")))
+        retries.retry_unreachable(UnreachableServer(10, Unreachable("away")))
 
 
-def test_bad_input_is_not_waited_for(deployed: None) -> None:
-    store = Away(1, InputError("wrong"))
+def test_bad_input_is_not_retried(deployed: None) -> None:
+    store = UnreachableServer(1, InputError("wrong"))
     with pytest.raises(InputError, match="wrong"):
         retries.retry_unreachable(store)
-    assert store.asked == 1
+    assert store.calls == 1
 
 
-def test_a_person_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outside_a_deployment_nothing_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "deployment", SimpleNamespace(id=None))
-    store = Away(1, Unreachable("away"))
+    store = UnreachableServer(1, Unreachable("away"))
     with pytest.raises(Unreachable):
         retries.retry_unreachable(store)
-    assert store.asked == 1
+    assert store.calls == 1

@@ -5,7 +5,6 @@ sees that it reaches the same store, and the worker leaves its result beside the
 """
 
 import json
-import os
 import re
 import socket
 from pathlib import Path
@@ -142,9 +141,9 @@ def check_note(storage: Storage, key: str) -> None:
         )
 
 
-def write_result(storage: Storage, key: str, artifact: Artifact, summary_entry: dict) -> None:
+def write_result(storage: Storage, key: str, artifact: Artifact, summary_entry: dict, worker: str) -> None:
     """In the worker: leave the artifact's folder and the stage's entry for the summary, with worker and host."""
-    place = dict(worker=os.environ.get("PREFECT__WORKER_NAME", ""), host=socket.gethostname())
+    place = dict(worker=worker, host=socket.gethostname())
     result = dict(folder=artifact.folder, done=summary_entry | place)
     storage.write(_result(key), json.dumps(result).encode())
 
