@@ -22,8 +22,12 @@ DEMO = Path(__file__).parents[2] / "demo" / "models"
 def make_config(**values: object) -> Config:
     """Return the configuration of the table in docs/performance.md with other values (`__` stands for a dot)."""
     base = Config(
-        name="large", store={"root": "x"}, data={"source": "x"}, student={"model": "s"}, teachers=[{"model": "t"}],
-    )  # fmt: skip
+        name="large",
+        store={"root": "x"},
+        data={"source": "x"},
+        student={"model": "s"},
+        teachers=[{"model": "t"}],
+    )
     return override_values(base, {key.replace("__", "."): value for key, value in values.items()})
 
 

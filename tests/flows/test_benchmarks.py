@@ -1,4 +1,4 @@
-"""A model on a task of the real lmms-eval, end to end: the same rows as our own evaluation gives."""
+"""A model on a task of the real lmms-eval gives the same rows as our own evaluation."""
 
 import json
 from dataclasses import replace
@@ -43,7 +43,7 @@ def student() -> LocalModel:
 
 @pytest.mark.slow
 @installed
-def test_lmms_eval_and_our_evaluation_agree_to_the_row(
+def test_lmms_eval_and_our_evaluation_agree_on_every_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefect: dict[str, str]
 ) -> None:
     (tmp_path / "home").mkdir()
@@ -88,8 +88,8 @@ def test_lmms_eval_and_our_evaluation_agree_to_the_row(
 
 @pytest.mark.slow
 @installed
-def test_a_benchmark_whose_data_cannot_be_had_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Said before an engine is started: here is no model that one could start with."""
+def test_a_benchmark_without_its_data_is_refused_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error comes before an engine starts: the model does not exist."""
     benchmark.write(tmp_path / "tasks", 1)
     (tmp_path / "tasks/data/test.parquet").unlink()
     monkeypatch.setenv("MASTERS_BENCHMARK_TASKS", str(tmp_path / "tasks"))

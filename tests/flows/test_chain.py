@@ -1,4 +1,4 @@
-"""A chain of two teachers: a round each, the student carrying over."""
+"""A chain of two teachers: each has a round, and the second starts from the first one's student."""
 
 import json
 from pathlib import Path

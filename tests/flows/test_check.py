@@ -1,4 +1,4 @@
-"""`masters check --parity`: real models, vLLM and PyTorch on a few rows."""
+"""`masters check --parity` with the demo models, vLLM and PyTorch."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from tests.command_line import masters
 
 
 @pytest.mark.slow
-def test_the_demo_models_pass(tmp_path: Path) -> None:
+def test_the_demo_models_pass_the_parity_check(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     arguments = ("--set", f"store.root={tmp_path / 'store'}", "--parity")
     done = masters("check", "configs/easyvqa.toml", *arguments, home=tmp_path / "home")

@@ -1,4 +1,4 @@
-"""Every family through the whole pipeline, as a user runs it: tiny random models, drawn images of several sizes."""
+"""Every family goes through the whole pipeline, with tiny random models and drawn images of several sizes."""
 
 import io
 import json
@@ -21,7 +21,7 @@ PADDING = 64  # rows of the teacher's embedding matrix that the student's lacks,
 
 
 def write_data(folder: Path, count: int) -> Path:
-    """Questions about shapes on images of several sizes, a fourth of them for the test."""
+    """Write questions about shapes on images of several sizes; a fourth of them are test questions."""
     rng, rows = np.random.default_rng(11), []
     (folder / "images").mkdir(parents=True)
     for number in range(count):
@@ -33,15 +33,22 @@ def write_data(folder: Path, count: int) -> Path:
     return write_rows(folder, rows)
 
 
-def distil(place: Path, source: Path, teacher: Path, student: Path, prefect: dict[str, str]) -> dict:
-    """The summary of `masters distill`, with a home of its own."""
+def distill(place: Path, source: Path, teacher: Path, student: Path, prefect: dict[str, str]) -> dict:
+    """Run `masters distill` with a home of its own and return the summary."""
     values = {
-        "store.root": place / "store", "data.source": source,
-        "student.model": student, "teachers.0.model": teacher, "teachers.0.mask_step": 0.1,
-        "generate.responses": 4, "generate.max_tokens": 6,
-        "train.epochs": 1, "train.questions_per_step": 4, "train.learning_rate": 1e-3,
-        "runtime.max_model_len": 128, "runtime.train_processes": 1,
-    }  # fmt: skip
+        "store.root": place / "store",
+        "data.source": source,
+        "student.model": student,
+        "teachers.0.model": teacher,
+        "teachers.0.mask_step": 0.1,
+        "generate.responses": 4,
+        "generate.max_tokens": 6,
+        "train.epochs": 1,
+        "train.questions_per_step": 4,
+        "train.learning_rate": 1e-3,
+        "runtime.max_model_len": 128,
+        "runtime.train_processes": 1,
+    }
     (place / "home").mkdir()
     done = masters("distill", "configs/easyvqa.toml", *options(values), "--json", home=place / "home", **prefect)
     return read_json(done)
@@ -57,7 +64,7 @@ def test_a_family_goes_through_the_pipeline(name: str, tied: bool, tmp_path: Pat
     texts = [*QUESTIONS, *shapes.SHAPES, *shapes.COLORS, "yes", "no"]
     teacher = families.save(name, tmp_path / "teacher", texts, "teacher", False, PADDING)
     student = families.save(name, tmp_path / "student", texts, "student", tied, seed=1)
-    summary = distil(tmp_path, write_data(tmp_path / "data", 24), teacher, student, prefect)
+    summary = distill(tmp_path, write_data(tmp_path / "data", 24), teacher, student, prefect)
 
     assert [(s["name"], s["outcome"]) for s in summary["stages"]] == [(stage, "built") for stage in STAGES]
     responses = rows(summary, "generate", "responses")

@@ -1,4 +1,4 @@
-"""A run that is interrupted ends soon, says so in a line, and leaves no process."""
+"""An interrupted run ends soon, prints one line, and leaves no process."""
 
 import os
 import signal
@@ -21,17 +21,20 @@ SECONDS = 300  # to report to Prefect and MLflow and to end the engines
     ("stop", "code", "line"),
     [(signal.SIGINT, 1, "masters: interrupted; run again to go on from here"), (signal.SIGTERM, -signal.SIGTERM, None)],
 )
-def test_a_run_ends_when_told_to(stop: signal.Signals, code: int, line: str | None, tmp_path: Path) -> None:
-    """The signal goes to the whole group, as a terminal's Ctrl-C does."""
+def test_a_signal_ends_a_run(stop: signal.Signals, code: int, line: str | None, tmp_path: Path) -> None:
+    """The signal is sent to the whole process group, as by Ctrl-C in a terminal."""
     home = tmp_path / "home"
     home.mkdir()
     write_questions(tmp_path / "data", 64)
     running = subprocess.Popen(
         [sys.executable, "-m", "masters.cli", "distill", "configs/easyvqa.toml", *settings(tmp_path)],
-        cwd=ROOT, env=environment(home, MASTERS_PYTHON=sys.executable), stderr=subprocess.PIPE, text=True,
+        cwd=ROOT,
+        env=environment(home, MASTERS_PYTHON=sys.executable),
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-    )  # fmt: skip
+    )
     assert running.stderr
     deadline = time.monotonic() + 900
     while not any("generation.worker" in line for line in processes_of(home)):

@@ -1,4 +1,4 @@
-"""The demo's judge in an engine: its verdicts on short answers are those of exact match, on Ray too."""
+"""The verdicts of the demo's judge model on short answers agree with exact match, also on Ray."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ ANSWERS = ("blue", "yes", "no", "circle", "rectangle", "teal")
 
 
 def asked() -> tuple[Questions, Texts]:
-    """Questions in easy-VQA's manner, and what a model may say: right, wrong, almost, nothing, again and forged."""
+    """Return questions like those of easy-VQA and answers: right, wrong, almost right, empty, repeated and forged."""
     questions, texts = {}, {}
     for n, answer in enumerate(ANSWERS):
         question = ("what color is the shape?", "is there a circle?", "what shape is present?")[n % 3]
@@ -34,7 +34,7 @@ Judged = tuple[Artifact, list[dict], dict]
 
 @pytest.fixture(autouse=True, scope="module")
 def batches() -> Iterator[None]:
-    """More of them than a single engine is worth."""
+    """Use small batches, so that there are enough for several engines."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(judging, "BATCH", 4)
         yield
@@ -67,7 +67,7 @@ def test_the_demo_judge_agrees_with_exact_match(judged: Judged, store: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_judge_on_ray_says_the_same(judged: Judged, tmp_path: Path, ray_cluster: Cluster) -> None:
+def test_a_judge_on_ray_gives_the_same_verdicts(judged: Judged, tmp_path: Path, ray_cluster: Cluster) -> None:
     run = make_run(tmp_path, str(JUDGE), generate_workers=2, ray_address=ray_cluster.address)
     artifact, rows, line = run_scoring(run, *asked())
     assert rows == judged[1] and artifact.fingerprint == judged[0].fingerprint

@@ -59,10 +59,16 @@ def nights(tmp_path_factory: pytest.TempPathFactory, webhook: Webhook, prefect: 
     def night(given: list[dict], rate: float) -> dict:
         write_rows(folder / "data", given)
         values = {
-            "data.source": path, "store.root": folder / "store", "train.epochs": 1, "train.learning_rate": rate,
-            "train.questions_per_step": 4, "runtime.checkpoint_steps": 50, "runtime.train_processes": 1,
-            "generate.responses": RESPONSES, "nightly.max_category_drop": 0.05,
-        }  # fmt: skip
+            "data.source": path,
+            "store.root": folder / "store",
+            "train.epochs": 1,
+            "train.learning_rate": rate,
+            "train.questions_per_step": 4,
+            "runtime.checkpoint_steps": 50,
+            "runtime.train_processes": 1,
+            "generate.responses": RESPONSES,
+            "nightly.max_category_drop": 0.05,
+        }
         environment = {"MASTERS_WEBHOOK_URL": webhook.url} | prefect
         words = ("nightly", "configs/easyvqa.toml", *options(values), "--json")
         done = masters(*words, home=folder / "home", **environment)

@@ -32,10 +32,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(place: Path) -> list[str]:
     values = {
-        "data.source": place / "data" / "questions.jsonl", "data.max_rejected_share": 0.2,
+        "data.source": place / "data" / "questions.jsonl",
+        "data.max_rejected_share": 0.2,
         "store.root": place / "store",
-        "train.epochs": 1, "runtime.checkpoint_steps": 3, "train.questions_per_step": 4,
-    }  # fmt: skip
+        "train.epochs": 1,
+        "runtime.checkpoint_steps": 3,
+        "train.questions_per_step": 4,
+    }
     return options(values)
 
 
@@ -46,7 +49,7 @@ def first(place: Path) -> dict:
     return read_json(done)
 
 
-def test_every_stage_is_built_and_the_summary_says_so(first: dict, place: Path) -> None:
+def test_the_summary_lists_every_stage_as_built(first: dict, place: Path) -> None:
     assert [(s["name"], s["outcome"]) for s in first["stages"]] == [(name, "built") for name in STAGES]
     assert first["status"] == "completed"
     assert json.loads((place / "store" / "summary.json").read_text()) == first
@@ -54,21 +57,21 @@ def test_every_stage_is_built_and_the_summary_says_so(first: dict, place: Path) 
     assert first["mlflow"]["model_version"] == 1
 
 
-def test_a_model_has_one_engine_a_run(first: dict) -> None:
-    """Teacher and student answer both splits with one start each; the trained student is another model."""
+def test_each_model_starts_one_engine(first: dict) -> None:
+    """Teacher and student answer both splits with one engine each; the trained student is a third model."""
     stages = {stage["name"]: stage for stage in first["stages"]}
     assert [stages[name]["engines"] for name in ("generate", "evaluate")] == [2, 1]
     assert (stages["evaluate"]["shards"], stages["evaluate"]["shards_built"]) == (3, 1)
 
 
-def test_the_summary_says_what_memory_stages_took(first: dict) -> None:
-    """Engines and trainers hold PyTorch: no less than 200 MiB a process."""
+def test_the_summary_contains_the_memory_of_each_stage(first: dict) -> None:
+    """Engines and trainers import PyTorch, which takes at least 200 MiB per process."""
     stages = {stage["name"]: stage for stage in first["stages"]}
     assert all(100 < stage["peak_mib"] < 24_000 for stage in first["stages"])
     assert all(2 * 200 < stages[name]["children_peak_mib"] < 24_000 for name in ("generate", "train"))
 
 
-def test_bad_rows_are_set_aside_with_their_reason(first: dict) -> None:
+def test_bad_rows_are_rejected_with_a_reason(first: dict) -> None:
     assert sorted(row["id"] for row in rows(first, "data", "rejected")) == [
         "broken",
         "empty",
@@ -84,7 +87,7 @@ def test_bad_rows_are_set_aside_with_their_reason(first: dict) -> None:
     assert all(row["answer"] == row["accepted_answers"][0] for row in questions)
 
 
-def test_every_expected_response_and_verdict_is_there_once(first: dict) -> None:
+def test_each_expected_response_and_verdict_exists_once(first: dict) -> None:
     key = ("question_id", "source", "mask_ratio", "sample")
     responses, verdicts = (rows(first, s, t) for s, t in (("generate", "responses"), ("score", "verdicts")))
     keys = [tuple(row[k] for k in key) for row in responses]
@@ -96,7 +99,7 @@ def test_every_expected_response_and_verdict_is_there_once(first: dict) -> None:
     assert all(row["score"] in (0.0, 1.0) and row["status"] == "ok" for row in verdicts)
 
 
-def test_scores_come_from_the_predictions(first: dict) -> None:
+def test_scores_follow_from_the_predictions(first: dict) -> None:
     predictions = rows(first, "evaluate", "predictions")
     after = [row["correct"] for row in predictions if row["model"] == "student-after"]
     assert first["student"]["after"]["n"] == len(after) == 16
@@ -105,7 +108,7 @@ def test_scores_come_from_the_predictions(first: dict) -> None:
     assert first["teachers"][0]["accuracy"] >= 0.9  # the teacher has seen such shapes
 
 
-def test_transformers_loads_the_student_and_answers_alike(first: dict) -> None:
+def test_transformers_loads_the_student_and_gives_the_same_answers(first: dict) -> None:
     import io
 
     import torch
@@ -139,11 +142,14 @@ def test_running_again_reuses_everything(first: dict, place: Path) -> None:
 
 
 READ = {
-    "data": {"source"}, "mask": {"teacher"}, "generate": {"data", "masks", "teacher", "student"},
-    "score": {"data", "responses"}, "train": {"data", "masks", "responses", "verdicts", "teacher", "student"},
+    "data": {"source"},
+    "mask": {"teacher"},
+    "generate": {"data", "masks", "teacher", "student"},
+    "score": {"data", "responses"},
+    "train": {"data", "masks", "responses", "verdicts", "teacher", "student"},
     "evaluate": {"data", "model teacher", "model student-before", "model student-after"},
     "register": {"train", "evaluate"},
-}  # fmt: skip
+}
 
 
 def test_lineage_leads_from_the_student_to_the_questions(first: dict, place: Path) -> None:
@@ -158,23 +164,23 @@ def test_lineage_leads_from_the_student_to_the_questions(first: dict, place: Pat
     assert run.returncode == 0 and "register" in run.stdout
 
 
-def test_gc_finds_nothing_to_remove_of_a_candidate(first: dict, place: Path) -> None:
+def test_gc_keeps_the_artifacts_of_a_candidate(first: dict, place: Path) -> None:
     done = masters("gc", "configs/easyvqa.toml", *settings(place), "--json", home=place / "home")
     gone = {item["uri"] for item in read_json(done)["items"]}
     assert not gone & {stage["uri"] for stage in first["stages"]}
 
 
 def processes_of(home: Path) -> list[str]:
-    """Command lines of the processes that run with this home."""
+    """Return the command lines of the processes with this home folder."""
     return [command_line(process) for process in processes_with_variable("HOME", str(home))]
 
 
-def test_no_process_of_a_run_is_left(first: dict, place: Path) -> None:
+def test_a_finished_run_leaves_no_process(first: dict, place: Path) -> None:
     assert processes_of(place / "home") == []
 
 
 @pytest.mark.slow
-def test_the_number_of_workers_changes_no_response(first: dict, place: Path, prefect: dict[str, str]) -> None:
+def test_responses_do_not_depend_on_the_number_of_workers(first: dict, place: Path, prefect: dict[str, str]) -> None:
     arguments = [*settings(place), "--set", f"store.root={place / 'other'}", "--set", "runtime.generate_workers=1"]
     done = masters("stage", "generate", "configs/easyvqa.toml", *arguments, "--json", home=place / "home", **prefect)
     other = read_json(done)
@@ -183,23 +189,23 @@ def test_the_number_of_workers_changes_no_response(first: dict, place: Path, pre
 
 
 def lines(place: Path, *overrides: str, rebuild: Collection[Stage] = ()) -> dict[str, dict]:
-    """What `--plan` tells of each stage."""
+    """Return the lines of `--plan` by stage."""
     given = [part for part in settings(place) if part != "--set"]
     os.chdir(ROOT)  # the demo's configuration names its models from there
     return {line["name"]: line for line in plan(load("configs/easyvqa.toml", [*given, *overrides]), rebuild)}
 
 
 def planned(place: Path, *overrides: str, rebuild: Collection[Stage] = ()) -> dict[str, str]:
-    """Stage to outcome."""
+    """Return the planned outcome of each stage."""
     return {name: line["outcome"] for name, line in lines(place, *overrides, rebuild=rebuild).items()}
 
 
-def test_the_plan_knows_what_is_built_again(first: dict, place: Path) -> None:
+def test_the_plan_of_a_rebuild_includes_the_stages_behind_it(first: dict, place: Path) -> None:
     outcomes = planned(place, rebuild=[Stage.SCORE])
     assert {name for name, outcome in outcomes.items() if outcome == "reused"} == {"data", "mask", "generate"}
 
 
-def test_the_plan_names_what_changed_of_stages_whose_inputs_are_not_built(first: dict, place: Path) -> None:
+def test_the_plan_names_changes_even_if_inputs_are_not_built(first: dict, place: Path) -> None:
     found = lines(place, "generate.temperature=0.5", "train.beta=0.2", "train.epochs=2")
     assert found["generate"]["changed"][0] == "sampling.temperature" and found["generate"]["fingerprint"]
     assert found["train"]["changed"] == ["train.beta", "train.epochs"] and found["train"]["fingerprint"] is None
@@ -208,7 +214,7 @@ def test_the_plan_names_what_changed_of_stages_whose_inputs_are_not_built(first:
     assert found["score"]["changed"] == found["evaluate"]["changed"] == found["register"]["changed"] == []
 
 
-def test_the_plan_is_printed_and_names_what_changed(first: dict, place: Path) -> None:
+def test_the_printed_plan_names_changes(first: dict, place: Path) -> None:
     done = masters(
         "distill", "configs/easyvqa.toml", *settings(place), "--set", "train.seed=1", "--plan", home=place / "home"
     )
@@ -222,7 +228,7 @@ def test_the_plan_is_printed_and_names_what_changed(first: dict, place: Path) ->
     "runtime",
     ["checkpoint_steps=7", "generate_workers=1", "train_processes=2", "engine_memory_gib=2", "max_model_len=600"],
 )
-def test_how_it_runs_is_no_part_of_what_is_made(first: dict, place: Path, runtime: str) -> None:
+def test_runtime_settings_do_not_affect_identities(first: dict, place: Path, runtime: str) -> None:
     assert set(planned(place, f"runtime.{runtime}").values()) == {"reused"}
 
 
@@ -267,7 +273,7 @@ SWITCHES = {  # of the paper's ablations: the first stage that each changes
 
 
 @pytest.mark.parametrize(("switch", "stage"), SWITCHES.items())
-def test_a_switch_changes_its_stage_and_what_follows_alone(first: dict, place: Path, switch: str, stage: str) -> None:
+def test_a_switch_affects_only_its_stage_and_those_behind_it(first: dict, place: Path, switch: str, stage: str) -> None:
     outcomes = planned(place, *switch.split())
     after = STAGES[STAGES.index(stage) :]
     assert {name: outcome for name, outcome in outcomes.items() if name not in after} == {
@@ -276,7 +282,7 @@ def test_a_switch_changes_its_stage_and_what_follows_alone(first: dict, place: P
     assert {outcomes[name] for name in after if name in outcomes} == {"built"}
 
 
-def test_a_model_changed_in_its_folder_is_another_model(first: dict, place: Path) -> None:
+def test_a_changed_model_folder_is_another_model(first: dict, place: Path) -> None:
     changed = place / "changed"
     shutil.copytree(ROOT / "demo/models/teacher", changed / "teacher")
     assert set(planned(place, f"teachers.0.model={changed / 'teacher'}").values()) == {"reused"}  # equal content
@@ -287,7 +293,7 @@ def test_a_model_changed_in_its_folder_is_another_model(first: dict, place: Path
 
 
 @pytest.mark.slow
-def test_another_image_under_an_old_id_is_other_data(first: dict, place: Path, prefect: dict[str, str]) -> None:
+def test_another_image_under_the_same_id_is_other_data(first: dict, place: Path, prefect: dict[str, str]) -> None:
     shutil.copytree(place / "data", place / "edited")
     shutil.copy(place / "edited/images/3.png", place / "edited/images/5.png")
     arguments = [*settings(place), "--set", f"data.source={place / 'edited/questions.jsonl'}"]
@@ -309,7 +315,7 @@ def test_too_many_rejected_rows_stop_the_run_with_one_line(first: dict, place: P
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         ("train.lerning_rate=1", "train.lerning_rate: unknown key"),
         ("data.source=/nowhere/questions.jsonl", "not found"),
@@ -320,10 +326,10 @@ def test_too_many_rejected_rows_stop_the_run_with_one_line(first: dict, place: P
         ("rewards={accuracy='llm', judge='http://host:port'}", "rewards.judge: expected http(s)://host"),
     ],
 )
-def test_bad_input_is_one_clear_line_before_work_starts(override: str, says: str, place: Path) -> None:
+def test_bad_input_is_one_clear_line_before_work_starts(override: str, message: str, place: Path) -> None:
     done = masters("check", "configs/easyvqa.toml", *settings(place), "--set", override, home=place / "home")
     assert done.returncode == 2
-    assert says in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 

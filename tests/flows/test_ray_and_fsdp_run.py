@@ -1,4 +1,4 @@
-"""A whole run on two engines of a Ray of its own and two sharded ranks, one of each killed, against a plain run."""
+"""A run on two Ray engines and two FSDP ranks, one of each killed, gives the results of a plain run."""
 
 import json
 import os
@@ -28,10 +28,14 @@ TRAIN, TEST = 48, 16  # of the questions
 
 def start(place: Path, name: str, runtime: dict, prefect: dict[str, str]) -> subprocess.Popen:
     values = {
-        "data.source": place / "data/questions.jsonl", "store.root": place / name, "train.epochs": 1,
-        "train.questions_per_step": 2, "runtime.checkpoint_steps": 4, "runtime.mlflow_uri": f"sqlite:///{place}/{name}.db",
+        "data.source": place / "data/questions.jsonl",
+        "store.root": place / name,
+        "train.epochs": 1,
+        "train.questions_per_step": 2,
+        "runtime.checkpoint_steps": 4,
+        "runtime.mlflow_uri": f"sqlite:///{place}/{name}.db",
         **{f"runtime.{key}": value for key, value in runtime.items()},
-    }  # fmt: skip
+    }
     command = [sys.executable, "-m", "masters.cli", "distill", "configs/easyvqa.toml", *options(values), "--json"]
     given = environment(place / "home", **prefect, MASTERS_PYTHON=sys.executable)  # their ranks are found and killed
     with open(place / f"{name}.log", "wb") as log:
@@ -39,7 +43,7 @@ def start(place: Path, name: str, runtime: dict, prefect: dict[str, str]) -> sub
 
 
 def lines(place: Path, pattern: str, event: str) -> list[dict]:
-    """What processes of the run on two engines and ranks reported."""
+    """Return the events of a kind that processes of the run on two engines and ranks reported."""
     whole = [line for file in place.glob(f"two/.work/{pattern}") for line in file.read_text().splitlines(True)]
     return [told for line in whole if line.endswith("\n") and (told := json.loads(line))["event"] == event]
 
@@ -52,7 +56,7 @@ def once(condition: Callable[[], object], run: subprocess.Popen, place: Path) ->
 
 
 def teachers_engine(place: Path) -> list[int]:
-    """Its process, once it has started."""
+    """Return the process ids of the teacher's engine, empty before it starts."""
     started = lines(place, "generate-*/ray.progress", "engine")
     return [line["pid"] for line in started if line["model"].startswith("teacher")]
 
@@ -81,7 +85,7 @@ def one(place: Path, prefect: dict[str, str]) -> dict:
 
 @pytest.fixture(scope="module")
 def sockets() -> dict[str, set[tuple[str, int]]]:
-    """Of Ray and its engines: those that listen, and those that others reach. Filled by `two`."""
+    """Listening and externally reachable sockets of Ray and its engines. Filled by the fixture `two`."""
     return {}
 
 
@@ -107,7 +111,7 @@ def stage(summary: dict, name: str) -> dict:
     return next(stage for stage in summary["stages"] if stage["name"] == name)
 
 
-def test_the_summary_says_what_served_it(one: dict, two: dict) -> None:
+def test_the_summary_counts_workers_and_restarts(one: dict, two: dict) -> None:
     generated, trained = stage(two, "generate"), stage(two, "train")
     assert (generated["workers"], generated["restarts"]) == (2, 1) and generated["engines"] >= 2
     assert (trained["processes"], trained["sharding"]) == (2, "fsdp2") and trained["resumed_at_step"] >= 4
@@ -119,8 +123,8 @@ def test_rows_equal_those_of_the_plain_run(one: dict, two: dict, name: str, tabl
     assert rows(one, name, table) == rows(two, name, table)
 
 
-def test_its_predictions_are_the_same_where_the_model_is(one: dict, two: dict) -> None:
-    """Teacher and student before training are asked by the engines of `generate`."""
+def test_predictions_of_the_same_models_are_equal(one: dict, two: dict) -> None:
+    """Teacher and untrained student are evaluated by the engines of `generate`."""
     first, second = (
         [row for row in rows(run, "evaluate", "predictions") if row["model"] != "student-after"] for run in (one, two)
     )
@@ -133,7 +137,7 @@ def test_no_question_was_answered_twice(place: Path, one: dict, two: dict) -> No
     assert answered == models * (TRAIN + TEST)
 
 
-def test_its_ray_listened_on_loopback_alone_without_a_dashboard_and_is_gone(
+def test_ray_listened_only_on_loopback_without_a_dashboard_and_has_ended(
     place: Path, two: dict, sockets: dict[str, set[tuple[str, int]]]
 ) -> None:
     assert sockets["listened"] and sockets["reached"] == set()
@@ -141,7 +145,7 @@ def test_its_ray_listened_on_loopback_alone_without_a_dashboard_and_is_gone(
     assert session_processes(driver(place)) == set()
 
 
-def test_its_student_is_as_good_as_the_same(one: dict, two: dict) -> None:
+def test_the_students_are_nearly_equal(one: dict, two: dict) -> None:
     """End weights differ by less than 1 % of the distance traveled."""
     began = load_file(ROOT / "demo/models/student/model.safetensors")
     first, second = (load_file(Path(stage(run, "train")["uri"]) / "model/model.safetensors") for run in (one, two))

@@ -1,4 +1,4 @@
-"""A run whose student answers as each mask stage begins, from the command line: whole, and killed between two."""
+"""A run with refresh by stage from the command line: uninterrupted, and killed between two mask stages."""
 
 import os
 import signal
@@ -17,9 +17,17 @@ from tests.shape_data import write_questions
 
 pytestmark = pytest.mark.slow
 NAMES = [
-    "data", "mask", "generate-mask0", "score-mask0", "train-mask0", "generate-mask1", "score-mask1", "train-mask1",
-    "evaluate", "register",
-]  # fmt: skip
+    "data",
+    "mask",
+    "generate-mask0",
+    "score-mask0",
+    "train-mask0",
+    "generate-mask1",
+    "score-mask1",
+    "train-mask1",
+    "evaluate",
+    "register",
+]
 KEY = ("question_id", "source", "mask_ratio", "sample")
 
 
@@ -33,10 +41,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(place: Path, store: str, **values: object) -> list[str]:
     own = {
-        "data.source": place / "data" / "questions.jsonl", "store.root": place / store, "generate.refresh": "stage",
-        "teachers.0.mask_step": 0.2, "train.questions_per_step": 4, "train.learning_rate": 1e-3,
-        "runtime.generate_workers": 1, "runtime.train_processes": 1,
-    }  # fmt: skip
+        "data.source": place / "data" / "questions.jsonl",
+        "store.root": place / store,
+        "generate.refresh": "stage",
+        "teachers.0.mask_step": 0.2,
+        "train.questions_per_step": 4,
+        "train.learning_rate": 1e-3,
+        "runtime.generate_workers": 1,
+        "runtime.train_processes": 1,
+    }
     return ["configs/easyvqa.toml", *options(own | {key.replace("__", "."): value for key, value in values.items()})]
 
 
@@ -51,7 +64,7 @@ def stages(summary: dict) -> dict[str, dict]:
     return {stage["name"]: stage for stage in summary["stages"]}
 
 
-def test_each_mask_stage_is_answered_scored_and_trained_in_turn(whole: dict) -> None:
+def test_mask_stages_are_generated_scored_and_trained_in_turn(whole: dict) -> None:
     assert [(stage["name"], stage["outcome"]) for stage in whole["stages"]] == [(name, "built") for name in NAMES]
     first, second = (rows(whole, f"generate-mask{n}", "responses") for n in (0, 1))
     digests = {row["question_id"]: row["question_digest"] for row in rows(whole, "data", "questions")}
@@ -65,15 +78,15 @@ def test_each_mask_stage_is_answered_scored_and_trained_in_turn(whole: dict) -> 
     assert sorted(steps) == list(range(1, len(steps) + 1))
 
 
-def test_the_students_engine_takes_new_weights_without_a_start(whole: dict, place: Path) -> None:
-    """And the teacher's answers all mask stages at its one start."""
+def test_the_students_engine_loads_new_weights_without_a_restart(whole: dict, place: Path) -> None:
+    """The teacher's engine also starts once and answers all mask stages."""
     made = stages(whole)
     assert [made[f"generate-mask{n}"]["engines"] for n in (0, 1)] == [2, 0]
     assert made["generate-mask1"]["kept"] == 1 and made["evaluate"]["engines"] == 1
     assert processes_of(place / "home") == []
 
 
-def test_the_first_mask_stage_is_answered_as_a_round_would_be(whole: dict, place: Path) -> None:
+def test_the_first_mask_stage_equals_that_of_a_whole_round(whole: dict, place: Path) -> None:
     done = masters(
         "stage", "generate", *arguments(place, "whole", generate__refresh="round"), "--json", home=place / "home"
     )
@@ -82,7 +95,7 @@ def test_the_first_mask_stage_is_answered_as_a_round_would_be(whole: dict, place
     assert first and all(everything[tuple(row[k] for k in KEY)] == row for row in first)
 
 
-def test_lineage_plan_and_collection_know_every_part(whole: dict, place: Path) -> None:
+def test_lineage_plan_and_garbage_collection_know_every_mask_stage(whole: dict, place: Path) -> None:
     found = read_json(masters("lineage", "easyvqa", "--json", home=place / "home"))
     assert found["verified"] and {stage["name"] for stage in found["stages"]} == set(NAMES)
     read = {stage["name"]: {each["role"] for each in stage["inputs"]} for stage in found["stages"]}
@@ -93,7 +106,7 @@ def test_lineage_plan_and_collection_know_every_part(whole: dict, place: Path) -
     assert [line.split()[:2] for line in planned.stdout.splitlines()] == [[name, "reused"] for name in NAMES]
 
 
-def test_a_run_killed_between_mask_stages_goes_on_and_ends_with_the_same_student(whole: dict, place: Path) -> None:
+def test_a_run_killed_between_mask_stages_continues_to_the_same_student(whole: dict, place: Path) -> None:
     home = place / "other-home"
     home.mkdir()
     command = [sys.executable, "-m", "masters.cli", "distill", *arguments(place, "killed"), "--json"]

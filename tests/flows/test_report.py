@@ -1,4 +1,4 @@
-"""What a person sees of a run: artifacts read back through Prefect's client from a real server, plots in MLflow."""
+"""The report of a run: artifacts read back from a real Prefect server, and plots in MLflow."""
 
 import base64
 import io
@@ -47,7 +47,7 @@ def server() -> Iterator[None]:
 
 @flow
 def small(run: Run) -> str:
-    """Training and the report of a run whose responses are written by hand. Gives the flow run's id."""
+    """Train on handmade responses and report on the run. Returns the id of the flow run."""
     current = first_round(run)
     questions = data(run)
     inputs = {"data": questions, "masks": mask(run, current)} | write_training_inputs(run, current, questions)
@@ -82,7 +82,7 @@ def pictures(page: object) -> list[Image.Image]:
     ]
 
 
-def test_a_run_leaves_its_pages(finished) -> None:
+def test_a_run_publishes_its_artifacts(finished) -> None:
     run, shown = finished
     assert shown.keys() == {"trained-train", "trained-stages", "trained-plots", "trained-gallery"}
     assert shown["trained-train"].data == 100
@@ -92,7 +92,7 @@ def test_a_run_leaves_its_pages(finished) -> None:
     assert "**Warning**" not in str(shown["trained-plots"].data)
 
 
-def test_warnings_of_a_training_stand_above_its_plots(finished, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_warnings_are_shown_above_the_plots(finished, monkeypatch: pytest.MonkeyPatch) -> None:
     run, pages = finished[0], []
     monkeypatch.setattr(reporting, "create_markdown_artifact", lambda page, key: pages.append(page))
     monkeypatch.setitem(run.artifacts["train"].facts, "warnings", [dict(step=3, name="entropy", text="it fell <b>")])
@@ -100,7 +100,7 @@ def test_warnings_of_a_training_stand_above_its_plots(finished, monkeypatch: pyt
     assert pages[0].startswith("**Warning**, step 3: ") and "it fell" in pages[0] and "<b>" not in pages[0]
 
 
-def test_plots_are_pictures_with_something_on_them_and_the_same_in_mlflow(finished) -> None:
+def test_plots_are_not_empty_and_are_also_in_mlflow(finished) -> None:
     run, shown = finished
     drawn = pictures(shown["trained-plots"].data)
     assert len(drawn) == 4
@@ -113,7 +113,7 @@ def test_plots_are_pictures_with_something_on_them_and_the_same_in_mlflow(finish
 
 @flow
 def rounds(run: Run, responses: bool) -> str:
-    """A round a teacher and the report; responses, where the objective asks for them, are written by hand."""
+    """Train a round per teacher, on handmade responses if the objective needs them, and report on the run."""
     questions, student = data(run), run.resources.student
     for number, (teacher, model) in enumerate(zip(run.config.teachers, run.resources.teachers, strict=True), 1):
         current = Round(number, teacher, model, student)
@@ -142,10 +142,10 @@ TEACHER = dict(model=str(ROOT / "demo/models/teacher"), r_max=0.2, mask_step=0.2
         ("sft", [TEACHER], ["training"]),
     ],
 )
-def test_pages_of_other_objectives_and_of_a_second_teacher(
+def test_artifacts_for_other_objectives_and_a_second_teacher(
     objective: str, teachers: list[dict], drawn: list[str], tmp_path: Path
 ) -> None:
-    """What an objective does not have, rewards or divergences or responses, has no picture and no page."""
+    """Rewards, divergences or responses that an objective does not use have no plot and no page."""
     source, targets = write_questions(tmp_path / "data", 12, bad=False), "labels" if objective == "sft" else "responses"
     run = make_run(tmp_path / "store", source, teachers=teachers, train=dict(objective=objective, targets=targets))
     shown = artifacts_of(rounds(run, targets == "responses"))
@@ -164,7 +164,7 @@ def test_pages_of_other_objectives_and_of_a_second_teacher(
         assert "**no verdict**" in str(shown[page].data) and escape_text("red circle") in str(shown[page].data)
 
 
-def test_the_gallery_shows_what_the_tables_say(finished) -> None:
+def test_the_gallery_agrees_with_the_tables(finished) -> None:
     run, shown = finished
     page = str(shown["trained-gallery"].data)
     assert page == render_gallery(
@@ -178,7 +178,7 @@ def test_the_gallery_shows_what_the_tables_say(finished) -> None:
         assert f"| {rewards[question, 'student']['divergence']:.3g} |" in page
 
 
-def test_every_kind_of_question_is_there_and_hostile_text_is_text(tmp_path: Path) -> None:
+def test_the_gallery_shows_every_kind_of_question_and_escapes_text(tmp_path: Path) -> None:
     storage, sink = Storage(str(tmp_path)), io.BytesIO()
     Image.new("RGB", (300, 20), "red").save(sink, "png")
     scores = {"good": (1.0, 1.0), "mixed": (1.0, 0.0), "bad": (0.0, 0.0), "unknown": (None, None)}
@@ -207,7 +207,7 @@ def test_every_kind_of_question_is_there_and_hostile_text_is_text(tmp_path: Path
     assert page.count("judge\\_failed") == 2
 
 
-def test_a_report_that_fails_fails_no_run(finished, monkeypatch, capsys) -> None:
+def test_a_failed_report_does_not_fail_the_run(finished, monkeypatch, capsys) -> None:
     def broken(*_: object) -> None:
         raise OSError("no space left")
 
@@ -230,7 +230,7 @@ def told(updates: int, seconds: float) -> float:
     return time.monotonic() - began
 
 
-def test_many_updates_are_few_requests(monkeypatch) -> None:
+def test_progress_updates_are_throttled(monkeypatch) -> None:
     from masters.tasks import progress
 
     sent, send = [], progress._sent
@@ -246,8 +246,8 @@ def test_many_updates_are_few_requests(monkeypatch) -> None:
     assert 2 <= len(sent) <= 4
 
 
-def test_a_server_that_is_away_neither_fails_nor_holds_up_a_stage() -> None:
-    """Nothing listens where the updates go, which are tried again with growing pauses."""
+def test_an_unreachable_server_neither_fails_nor_delays_a_stage() -> None:
+    """Nothing listens at the address of the updates, and Prefect's client retries with growing pauses."""
 
     @task
     def told_to_nobody() -> float:
@@ -264,7 +264,7 @@ def test_a_server_that_is_away_neither_fails_nor_holds_up_a_stage() -> None:
     assert artifacts_of(flow_run) == {}  # nothing came through
 
 
-def test_a_sample_is_every_nth_row_however_the_files_are_cut() -> None:
+def test_a_sample_is_every_nth_row_across_batches() -> None:
     whole = pa.table({"n": list(range(1000))})
     for size in (1, 7, 300, 1000):
         part, stride = subsample((whole.slice(at, size) for at in range(0, 1000, size)), 150)

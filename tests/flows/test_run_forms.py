@@ -1,4 +1,4 @@
-"""The forms that the Prefect UI makes of the flows: what they accept is what the TOML accepts."""
+"""The run forms in Prefect's UI accept the same values as TOML files."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def form_accepts(tree: dict) -> bool:
 
 
 def toml_accepts(tree: dict) -> bool:
-    """Whether every single value is; what values mean together (a share of 7 responses) no form can say."""
+    """Return whether each value alone is valid. A form cannot check combinations, such as a share of 7 responses."""
     try:
         Config.model_validate(tree)
     except ValidationError as error:
@@ -37,34 +37,40 @@ def toml_accepts(tree: dict) -> bool:
 
 
 def fields() -> list[tuple[str, str, dict]]:
-    """Section, field and what the form asks for."""
+    """Return section, name and form schema of every field."""
     return [
-        (section, name, of)
+        (section, name, schema)
         for section in TREE
         if isinstance(TREE[section], dict)
-        for name, of in DEFINITIONS[section.capitalize() if section != "student" else "Model"]["properties"].items()
+        for name, schema in DEFINITIONS[section.capitalize() if section != "student" else "Model"]["properties"].items()
     ]
 
 
-def edges(of: dict) -> list:
-    """Values on both sides of a field's bounds, and of other types."""
-    kinds = of.get("anyOf", [of])
+def edge_values(schema: dict) -> list:
+    """Return values on both sides of a field's bounds, and of other types."""
+    kinds = schema.get("anyOf", [schema])
     bounds = [b for kind in kinds for key, b in kind.items() if "inimum" in key or "aximum" in key or "Length" in key]
     near = [b + d for b in bounds for d in (-1, -1e-9, 0, 1e-9, 1)]
-    return [*near, *of.get("enum", []), "none of them", "", None, True, 3, 0.5, [], ["x"], {}, "3"]
+    return [*near, *schema.get("enum", []), "none of them", "", None, True, 3, 0.5, [], ["x"], {}, "3"]
 
 
-@pytest.mark.parametrize(("section", "name", "of"), fields(), ids=lambda value: value if isinstance(value, str) else "")
-def test_form_and_toml_agree_at_every_bound(section: str, name: str, of: dict) -> None:
-    for value in edges(of):
+@pytest.mark.parametrize(
+    ("section", "name", "schema"), fields(), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_form_and_toml_agree_at_every_bound(section: str, name: str, schema: dict) -> None:
+    for value in edge_values(schema):
         tree = TREE | {section: TREE[section] | {name: value}}
         assert form_accepts(tree) == toml_accepts(tree), (section, name, value)
 
 
 VALUES = st.one_of(
-    st.none(), st.booleans(), st.integers(-(2**40), 2**40), st.text(max_size=5),
-    st.floats(allow_nan=False, allow_infinity=False), st.integers(-3, 100).map(float),
-)  # fmt: skip
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**40), 2**40),
+    st.text(max_size=5),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.integers(-3, 100).map(float),
+)
 
 
 @settings(max_examples=300)
@@ -84,30 +90,33 @@ def test_form_and_toml_agree_on_names(name: object) -> None:
 
 def test_unknown_and_missing_keys_are_refused_by_both() -> None:
     for tree in (
-        TREE | {"trian": {}}, TREE | {"train": {"lerning_rate": 1}}, TREE | {"teachers": []},
-        {k: v for k, v in TREE.items() if k != "student"}, TREE | {"teachers": [{"model": "t", "r_max": 1.5}]},
-    ):  # fmt: skip
+        TREE | {"trian": {}},
+        TREE | {"train": {"lerning_rate": 1}},
+        TREE | {"teachers": []},
+        {k: v for k, v in TREE.items() if k != "student"},
+        TREE | {"teachers": [{"model": "t", "r_max": 1.5}]},
+    ):
         assert (form_accepts(tree), toml_accepts(tree)) == (False, False)
 
 
-def test_a_section_that_is_left_out_has_its_defaults() -> None:
+def test_optional_sections_have_defaults() -> None:
     needed = {key: TREE[key] for key in ("name", "store", "data", "student", "teachers")}
     assert form_accepts(needed) and toml_accepts(needed)
 
 
 def test_every_field_is_described() -> None:
-    silent = [
+    undescribed = [
         f"{kind}.{name}"
-        for kind, of in DEFINITIONS.items()
-        for name, field in of.get("properties", {}).items()
+        for kind, schema in DEFINITIONS.items()
+        for name, field in schema.get("properties", {}).items()
         if not field.get("description") and "$ref" not in field
     ]
-    assert silent == []
-    assert [kind for kind, of in DEFINITIONS.items() if not of.get("description")] == []
+    assert undescribed == []
+    assert [kind for kind, schema in DEFINITIONS.items() if not schema.get("description")] == []
 
 
-def test_the_form_of_a_study_takes_what_a_studys_file_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Settings of an arm are any keys: the form passes them on, and the flow checks them as the file's are."""
+def test_the_form_of_a_study_accepts_the_content_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings of an arm may have any key in the form; the flow validates them like those of a file."""
     root = Path(__file__).parents[2]
     monkeypatch.chdir(root)
     config, design = load_study(root / "configs/studies/easyvqa.toml")
@@ -118,4 +127,4 @@ def test_the_form_of_a_study_takes_what_a_studys_file_holds(monkeypatch: pytest.
 
 @pytest.mark.parametrize("flow", [distill, nightly, evaluate, study], ids=lambda flow: flow.name)
 def test_every_parameter_is_described(flow: Flow) -> None:
-    assert all(of.get("description") for of in parameter_schema(flow).properties.values())
+    assert all(schema.get("description") for schema in parameter_schema(flow).properties.values())

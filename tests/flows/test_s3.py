@@ -30,15 +30,21 @@ STAGES = ["data", "mask", "generate", "score", "train", "evaluate", "register"]
 def masters(
     *arguments: str, place: Path, machine: str, aws: dict[str, str], root: str = PREFIX
 ) -> subprocess.CompletedProcess:
-    """Run it on a "machine": a home and a working folder of its own."""
+    """Run a command on a "machine", which has a home and a working folder of its own."""
     home, here = place / machine / "home", place / machine / "here"
     for folder in (home, here):
         folder.mkdir(parents=True, exist_ok=True)
     values = {
-        "data.source": place / "data" / "questions.jsonl", "data.max_rejected_share": 0.2, "store.root": root,
-        "student.model": ROOT / "demo/models/student", "teachers.0.model": ROOT / "demo/models/teacher",
-        "train.epochs": 1, "train.questions_per_step": 4, "runtime.checkpoint_steps": 3, "runtime.train_processes": 2,
-    }  # fmt: skip
+        "data.source": place / "data" / "questions.jsonl",
+        "data.max_rejected_share": 0.2,
+        "store.root": root,
+        "student.model": ROOT / "demo/models/student",
+        "teachers.0.model": ROOT / "demo/models/teacher",
+        "train.epochs": 1,
+        "train.questions_per_step": 4,
+        "runtime.checkpoint_steps": 3,
+        "runtime.train_processes": 2,
+    }
     words = (arguments[0], str(ROOT / "configs/easyvqa.toml"), *options(values), *arguments[1:])
     return command_line.masters(*words, home=home, here=here, **aws)
 
@@ -52,7 +58,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def aws(s3: S3, prefect: dict[str, str]) -> dict[str, str]:
-    """A user's variables; runs need no Prefect server each."""
+    """Return a user's environment variables, with one Prefect server for all runs."""
     return s3.environment() | prefect
 
 
@@ -70,7 +76,7 @@ def store(s3: S3, first: dict) -> Iterator[Storage]:
 
 
 def versions(place: Path, machine: str) -> list[tuple[str, int]]:
-    """Registered model versions in a machine's tracking database."""
+    """Return the registered model versions in a machine's tracking database."""
     with sqlite3.connect(place / machine / "here" / "mlflow.db") as database:
         return database.execute("select name, version from model_versions").fetchall()
 
@@ -129,7 +135,7 @@ class TestPipeline:
 
 
 def refused(done: subprocess.CompletedProcess, why: str, place: Path, machine: str = "reader") -> None:
-    """One line, exit 2, and nothing was started: this machine only knows which weights it found sound."""
+    """Check for one line and exit code 2, and that nothing was started: only the notes of checked weights exist."""
     assert done.returncode == 2, done.stderr[-3000:]
     [line] = done.stderr.strip().splitlines()
     assert why in line and PREFIX in line
@@ -139,7 +145,7 @@ def refused(done: subprocess.CompletedProcess, why: str, place: Path, machine: s
 
 
 @pytest.mark.slow
-def test_a_store_that_has_gone_away_is_refused(place: Path, tmp_path: Path) -> None:
+def test_an_unreachable_store_is_refused(place: Path, tmp_path: Path) -> None:
     with serve(tmp_path / "gone") as server:
         ready = masters("check", place=place, machine="gone", aws=server.environment())
         assert ready.returncode == 0, ready.stderr
@@ -148,15 +154,15 @@ def test_a_store_that_has_gone_away_is_refused(place: Path, tmp_path: Path) -> N
     refused(done, "Could not connect to the endpoint URL", place, "gone")
 
 
-def test_a_store_at_fault_is_refused_by_check(place: Path, s3: S3) -> None:
+def test_check_refuses_a_store_with_wrong_keys(place: Path, s3: S3) -> None:
     aws = s3.environment() | {"AWS_SECRET_ACCESS_KEY": "guessed"}
     done = masters("check", place=place, machine="check", aws=aws)
     refused(done, "signature", place, "check")
     assert "AWS_*" in done.stderr
 
 
-def test_a_student_built_again_is_fetched_again(tmp_path: Path, context: Callable[[str], Run]) -> None:
-    """The same identity may come out differently; a copy of the one before is not the student."""
+def test_a_rebuilt_student_is_downloaded_again(tmp_path: Path, context: Callable[[str], Run]) -> None:
+    """A rebuild may give other weights under the same identity; the earlier copy must not be used."""
     run, folders = context(f"s3://{BUCKET}/again"), []
     for weights in (b"first", b"second"):
         run.storage.write("train/x-1/model/weights", weights)
@@ -166,14 +172,14 @@ def test_a_student_built_again_is_fetched_again(tmp_path: Path, context: Callabl
     assert all(folder.is_relative_to(tmp_path / ".cache") for folder in folders)
 
 
-def test_two_stores_share_no_work_folder(context: Callable[[str], Run]) -> None:
-    """Jobs name their store, and the same stage of two stores has the same identity."""
+def test_two_stores_have_different_work_folders(context: Callable[[str], Run]) -> None:
+    """Job files name their store, and the same stage has the same identity in both stores."""
     identity = Identity("train", 1, {}, {})
     folders = {context(f"s3://{BUCKET}/{store}").work_folder(identity) for store in ("one", "two")}
     assert len(folders) == 2 and all(folder.is_dir() for folder in folders)
 
 
-def test_a_working_folder_without_room_for_tracking_is_refused(
+def test_a_read_only_working_folder_is_refused_for_tracking(
     context: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir("/proc")
@@ -183,7 +189,7 @@ def test_a_working_folder_without_room_for_tracking_is_refused(
 
 @pytest.fixture
 def context(s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Run]:
-    """Makes a run with its store at a root, of which only the store matters."""
+    """Return a function that makes a run in which only the store is real."""
     for name, value in (s3.environment() | {"HOME": str(tmp_path)}).items():
         monkeypatch.setenv(name, value)
 

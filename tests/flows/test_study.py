@@ -1,4 +1,4 @@
-"""A study as a user runs it: two arms, two learning rates, fresh seeds, and what is left of it when runs are lost."""
+"""A study from the command line: two arms, two learning rates, fresh seeds, and runs that fail or are lost."""
 
 import json
 from pathlib import Path
@@ -48,9 +48,13 @@ better = "distillation"
 than = "fine-tuning"
 """
 RUNS = {
-    "tuning-distillation-1e-06-0", "tuning-distillation-0.001-0", "final-distillation-{}-1", "final-distillation-{}-2",
-    "final-fine-tuning-0.0001-1", "final-fine-tuning-0.0001-2",
-}  # fmt: skip
+    "tuning-distillation-1e-06-0",
+    "tuning-distillation-0.001-0",
+    "final-distillation-{}-1",
+    "final-distillation-{}-2",
+    "final-fine-tuning-0.0001-1",
+    "final-fine-tuning-0.0001-2",
+}
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +98,15 @@ def test_the_rate_is_chosen_on_validation_and_the_arms_compared_on_the_test_spli
 
 
 @pytest.mark.slow
-def test_the_report_is_written_and_every_run_is_below_the_studys_in_mlflow(first: dict, place: Path) -> None:
+def test_the_report_is_written_and_runs_are_nested_in_mlflow(first: dict, place: Path) -> None:
     report = place / "results/report"
     assert {file.name for file in report.iterdir()} == {
-        "table.md", "report.json", "runs.parquet", "accuracy.png", "learning-rates.png",
-    }  # fmt: skip
+        "table.md",
+        "report.json",
+        "runs.parquet",
+        "accuracy.png",
+        "learning-rates.png",
+    }
     assert (report / "table.md").read_text() == first["markdown"]
     table = parquet.read_table(report / "runs.parquet").to_pylist()
     assert sorted((row["phase"], row["accuracy"]) for row in table) == sorted(
@@ -114,7 +122,7 @@ def test_the_report_is_written_and_every_run_is_below_the_studys_in_mlflow(first
 
 
 @pytest.mark.slow
-def test_a_lost_result_alone_is_made_again_and_is_the_same(first: dict, place: Path, prefect: dict[str, str]) -> None:
+def test_only_a_lost_result_is_computed_again_and_is_equal(first: dict, place: Path, prefect: dict[str, str]) -> None:
     before = results(place)
     lost = place / "results/final-fine-tuning-0.0001-2.json"
     lost.unlink()
@@ -133,8 +141,8 @@ def test_results_of_other_settings_are_refused(first: dict, place: Path, prefect
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_is_a_row_and_the_others_go_on(first: dict, place: Path, prefect: dict[str, str]) -> None:
-    """Without processes that train and answer, what the store does not hold yet fails."""
+def test_a_failed_run_is_reported_and_the_others_still_run(first: dict, place: Path, prefect: dict[str, str]) -> None:
+    """Engines and trainers cannot start, so every run that is not in the store fails."""
     text = STUDY.replace('"results"', '"failing"').replace("seeds = [1, 2]", "seeds = [1, 3]")
     (place / "failing.toml").write_text(text)
     broken = prefect | {"MASTERS_PYTHON": "/bin/false"}

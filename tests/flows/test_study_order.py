@@ -143,8 +143,11 @@ def test_a_failed_run_is_reported_and_repeated_next_time(runs: FakeRuns, tmp_pat
     runs.broken, _ = set(), runs.take_names()
     report = run_study(tmp_path)
     assert not report["failed"] and set(runs.take_names()) == {
-        "tuning-b-0.0001-0", "final-a-0.0002-5", "final-b-0.0001-5", "final-b-0.0001-6",
-    }  # fmt: skip
+        "tuning-b-0.0001-0",
+        "final-a-0.0002-5",
+        "final-b-0.0001-5",
+        "final-b-0.0001-6",
+    }
 
 
 def test_an_arm_without_a_finished_tuning_run_has_no_final_run(runs: FakeRuns, tmp_path: Path) -> None:
