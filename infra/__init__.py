@@ -1,1 +1,1 @@
-"""What the pipeline runs on: local servers, images, work pools."""
+"""Infrastructure of the pipeline: local servers, container images, deployments and work pools."""

@@ -1,8 +1,8 @@
-"""`python -m masters.infra.deployments`: what the Prefect server must hold before a worker starts.
+"""`python -m masters.infra.deployments`: prepares the Prefect server before a worker starts.
 
-The work pools, the deployments of prefect.yaml and of single stages, and three automations for lost runs: one that has
-stopped to send heartbeats is marked Crashed, one that was being cancelled meanwhile is Cancelled, and a crashed run of
-a deployment is scheduled again, a set number of times. Scheduling waits for RESUME_AFTER: workers but for the stack's
+Creates the work pools, the deployments of prefect.yaml and of single stages, and three automations for lost runs: a run
+without heartbeats becomes Crashed, one that was being cancelled becomes Cancelled, and a crashed run of a deployment is
+scheduled again, up to MASTERS_RESUMES times. Scheduling waits for RESUME_AFTER: workers but for the stack's
 own (infra/worker.py) propose Crashed twice, seconds apart, and resuming at the first would run it twice.
 """
 
@@ -30,102 +30,110 @@ from prefect.workers.process import ProcessWorker
 import masters
 from masters.infra.settings import POOL, Settings
 
-RUN = "prefect.flow-run."
-ENDED = {f"{RUN}{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
-GOES_ON = {f"{RUN}{state}" for state in ("Scheduled", "AwaitingRetry", "Late", "Pending", "Running", "Cancelling")}
-LIVES = ("heartbeat", "AwaitingRetry", "Cancelling")  # or somebody has it in hand
+EVENT = "prefect.flow-run."
+END_EVENTS = {f"{EVENT}{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
+CONTINUATION_EVENTS = {
+    f"{EVENT}{state}" for state in ("Scheduled", "AwaitingRetry", "Late", "Pending", "Running", "Cancelling")
+}
+ALIVE_EVENTS = ("heartbeat", "AwaitingRetry", "Cancelling")
 STAGE_FLOW = "stage"
-OWNERS = ("command", "env", "working_dir")  # of a run's job: what the machine's owner decides
+OWNER_SETTINGS = ("command", "env", "working_dir")  # parts of a run's job that only the machine's owner sets
 DEFINITIONS = Path(masters.__file__).parent / "prefect.yaml"
 
 
-async def prepare(settings: Settings) -> None:
-    """Pool, automations, and an end to what a previous stack left running."""
+async def prepare_server(settings: Settings) -> None:
+    """Create pools and automations, and end runs that a previous stack left running."""
     async with get_client() as client:
         for name in (POOL, *settings.pools):
-            await _pool(client, name, settings)
-        for automation in (lost(settings), cancelled(settings), resumed(settings)):
-            await _replace(client, automation)
-        await _end_lost(client, settings)
+            await _create_pool(client, name, settings)
+        for make_automation in (lost_run_automation, lost_cancellation_automation, resume_automation):
+            await _replace_automation(client, make_automation(settings))
+        await _end_lost_runs(client, settings)
 
 
 def deploy() -> int:
-    """Every deployment of prefect.yaml; its runs start in the present folder. Returns the exit code."""
+    """Create every deployment of prefect.yaml, whose runs start in the working folder. Returns the exit code."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / DEFINITIONS.name
-        file.touch(mode=0o600)  # parameters of a schedule may concern nobody else
-        file.write_text(yaml.safe_dump(asyncio.run(definitions())))
+        file.touch(mode=0o600)  # parameters of a schedule may be private
+        file.write_text(yaml.safe_dump(asyncio.run(deployment_definitions())))
         command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
         return subprocess.run(command).returncode
 
 
-async def definitions() -> dict:
-    """prefect.yaml, where a deployment is there already with the schedules, parameters and pause that it has.
+async def deployment_definitions() -> dict:
+    """Return prefect.yaml, with the schedules, parameters and pause of deployments that exist.
 
-    Those are whoever uses the UI's. They go into the request that updates a deployment, which would end them otherwise.
+    Users set them in the UI; an update request without them would remove them.
     """
-    defined = yaml.safe_load(DEFINITIONS.read_text())
-    named = dict(name=dict(any_=[deployment["name"] for deployment in defined["deployments"]]))
+    definitions = yaml.safe_load(DEFINITIONS.read_text())
+    named = dict(name=dict(any_=[deployment["name"] for deployment in definitions["deployments"]]))
     async with get_client() as client:
         found = await client.read_deployments(deployment_filter=DeploymentFilter.model_validate(named))
-    there = {deployment.name: deployment for deployment in found}
-    for deployment in defined["deployments"]:
-        if kept := there.get(deployment["name"]):
-            deployment["schedules"] = [_scheduled(schedule) for schedule in kept.schedules]
-            deployment |= dict(parameters=kept.parameters, paused=kept.paused)
-    return defined
+    existing = {deployment.name: deployment for deployment in found}
+    for deployment in definitions["deployments"]:
+        if present := existing.get(deployment["name"]):
+            deployment["schedules"] = [_schedule_definition(schedule) for schedule in present.schedules]
+            deployment |= dict(parameters=present.parameters, paused=present.paused)
+    return definitions
 
 
-def _scheduled(found: DeploymentSchedule) -> dict:
-    """A schedule of the server as prefect.yaml would say it."""
-    told = found.schedule.model_dump(mode="json", exclude_none=True)
-    if "rrule" in told:
-        told = dict(rrule=json.dumps(told))
-    told |= dict(active=found.active, parameters=found.parameters, slug=found.slug)
-    return {name: value for name, value in told.items() if value is not None}
+def _schedule_definition(found: DeploymentSchedule) -> dict:
+    """Return a schedule of the server in the form of prefect.yaml."""
+    definition = found.schedule.model_dump(mode="json", exclude_none=True)
+    if "rrule" in definition:
+        definition = dict(rrule=json.dumps(definition))
+    definition |= dict(active=found.active, parameters=found.parameters, slug=found.slug)
+    return {name: value for name, value in definition.items() if value is not None}
 
 
 async def deploy_stages(settings: Settings) -> None:
-    """For each further pool the deployment `stage/POOL`, which runs one stage of somebody's run.
+    """Create the deployment `stage/POOL` for each further pool, which runs single stages of other runs.
 
-    Unlike those of prefect.yaml it names no folder to start in: its workers may be on other machines.
+    Unlike those of prefect.yaml it has no working folder, because its workers may be on other machines.
     """
     if not settings.pools:
         return
-    from masters.flows.pool_stage import stage  # seconds of imports that no other deployment needs
+    from masters.flows.pool_stage import stage  # imports for seconds, which no other deployment needs
 
     for pool in settings.pools:
         deployment = await stage.ato_deployment(
-            pool, description="One stage, handed on by a run that waits for it", tags=["masters"], work_pool_name=pool,
-            job_variables={"stream_output": False}, entrypoint_type=EntrypointType.MODULE_PATH,
-        )  # fmt: skip
+            pool,
+            description="One stage, requested by a run that waits for it",
+            tags=["masters"],
+            work_pool_name=pool,
+            job_variables={"stream_output": False},
+            entrypoint_type=EntrypointType.MODULE_PATH,
+        )
         await deployment.aapply()
 
 
-def lost(settings: Settings) -> AutomationCore:
-    """A run that sent a heartbeat and then neither another nor an end."""
+def lost_run_automation(settings: Settings) -> AutomationCore:
+    """Return the automation that marks a run Crashed when its heartbeats stop before its end."""
     return AutomationCore(
         name="masters: lost runs are crashed",
         description="A run whose process or machine is gone sends no heartbeat and would stay Running for ever.",
-        trigger=_missed(f"{RUN}heartbeat", {f"{RUN}{still}" for still in LIVES} | ENDED, settings),
-        actions=_become(StateType.CRASHED, f"no heartbeat for {settings.lost_after} seconds"),
+        trigger=_missing_event(
+            f"{EVENT}heartbeat", {f"{EVENT}{event}" for event in ALIVE_EVENTS} | END_EVENTS, settings
+        ),
+        actions=_change_state(StateType.CRASHED, f"no heartbeat for {settings.lost_after} seconds"),
     )
 
 
-def cancelled(settings: Settings) -> AutomationCore:
-    """A run that was to be cancelled and whose process is gone: nobody wants it to go on, so it is not crashed."""
+def lost_cancellation_automation(settings: Settings) -> AutomationCore:
+    """Return the automation that marks a run Cancelled when its process is gone, so that it is not scheduled again."""
     return AutomationCore(
         name="masters: lost cancellations are done",
         description="A run that is being cancelled and whose worker is gone would stay Cancelling for ever.",
-        trigger=_missed(f"{RUN}Cancelling", ENDED, settings),
-        actions=_become(StateType.CANCELLED, "its process did not end within this time"),
+        trigger=_missing_event(f"{EVENT}Cancelling", END_EVENTS, settings),
+        actions=_change_state(StateType.CANCELLED, "its process did not end within this time"),
     )
 
 
-def _missed(after: str, expect: set[str], settings: Settings) -> EventTrigger:
-    """A run of which none of the expected comes within `lost_after`."""
+def _missing_event(after: str, expect: set[str], settings: Settings) -> EventTrigger:
+    """Return a trigger for runs with none of the expected events within `lost_after`."""
     return EventTrigger(
-        match={"prefect.resource.id": f"{RUN}*"},
+        match={"prefect.resource.id": f"{EVENT}*"},
         for_each={"prefect.resource.id"},
         after={after},
         expect=expect,
@@ -135,38 +143,38 @@ def _missed(after: str, expect: set[str], settings: Settings) -> EventTrigger:
     )
 
 
-def resumed(settings: Settings) -> AutomationCore:
-    """A crashed run of a deployment that nothing has scheduled since, if it began at most `resumes` times."""
+def resume_automation(settings: Settings) -> AutomationCore:
+    """Return the automation that schedules a crashed run of a deployment again, up to `resumes` times."""
     return AutomationCore(
         name="masters: crashed runs go on",
         description=f"At most {settings.resumes} times; what is built already is reused.",
         enabled=settings.resumes > 0,
         trigger=EventTrigger(
             match={
-                "prefect.resource.id": f"{RUN}*",
+                "prefect.resource.id": f"{EVENT}*",
                 "prefect.run-count": [str(count) for count in range(1, settings.resumes + 1)] or ["none"],
             },
             match_related=[
                 {"prefect.resource.role": "deployment"},
-                # a stage on another pool is asked for again by the run that waits for it
+                # the run that waits for a stage on another pool requests it again
                 {"prefect.resource.role": "flow", "prefect.resource.name": f"!{STAGE_FLOW}"},
             ],
             for_each={"prefect.resource.id"},
-            after={f"{RUN}Crashed"},
-            expect=GOES_ON,
+            after={f"{EVENT}Crashed"},
+            expect=CONTINUATION_EVENTS,
             posture=Posture.Proactive,
             threshold=1,
             within=timedelta(seconds=settings.resume_after),
         ),
-        actions=_become(StateType.SCHEDULED, "goes on after a crash", "AwaitingRetry"),
+        actions=_change_state(StateType.SCHEDULED, "goes on after a crash", "AwaitingRetry"),
     )
 
 
-def _become(state: StateType, message: str, name: str | None = None) -> list[ActionTypes]:
+def _change_state(state: StateType, message: str, name: str | None = None) -> list[ActionTypes]:
     return [ChangeFlowRunState(state=state, message=message, name=name, force=False)]
 
 
-async def _pool(client: PrefectClient, name: str, settings: Settings) -> None:
+async def _create_pool(client: PrefectClient, name: str, settings: Settings) -> None:
     try:
         await client.read_work_pool(name)
     except ObjectNotFound:
@@ -176,21 +184,21 @@ async def _pool(client: PrefectClient, name: str, settings: Settings) -> None:
 
 
 def job_template() -> dict:
-    """Of the pool's runs: whoever starts one chooses its parameters, not its command, environment or folder.
+    """Return the job template of a pool. Users choose a run's parameters, not its command, environment or folder.
 
-    The environment holds what bounds parameters (MASTERS_ALLOWED_*), so a form must not reach it.
+    The environment has the limits on parameters (MASTERS_ALLOWED_*), so a form must not change it.
     """
     template = ProcessWorker.get_default_base_job_template()
-    for name in OWNERS:
+    for name in OWNER_SETTINGS:
         template["job_configuration"].pop(name, None)
         template["variables"]["properties"].pop(name, None)
     return template
 
 
-async def _end_lost(client: PrefectClient, settings: Settings) -> None:
-    """Runs of the pool that look alive before its worker was started: their processes went with the last one.
+async def _end_lost_runs(client: PrefectClient, settings: Settings) -> None:
+    """End the pool's open runs before its worker starts, as their processes ended with the previous worker.
 
-    They are scheduled again at once, as the automation would: it may not have heard of a Crashed that came so early.
+    Schedules them again as the automation would, which may miss a Crashed event this early.
     """
     alive = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
     runs = await client.read_flow_runs(
@@ -206,8 +214,8 @@ async def _end_lost(client: PrefectClient, settings: Settings) -> None:
             await client.set_flow_run_state(run.id, again, force=True)
 
 
-async def _replace(client: PrefectClient, automation: AutomationCore) -> None:
-    """The one of this name, as it is written here. One that is so already stays: written anew it forgets its runs."""
+async def _replace_automation(client: PrefectClient, automation: AutomationCore) -> None:
+    """Create or update the automation of this name. An equal one is not touched, as an update resets its state."""
     found = await client.read_automations_by_name(automation.name)
     for extra in found[1:]:
         await client.delete_automation(extra.id)
@@ -218,7 +226,7 @@ async def _replace(client: PrefectClient, automation: AutomationCore) -> None:
 
 
 if __name__ == "__main__":
-    chosen = Settings.from_environment()
-    asyncio.run(prepare(chosen))
-    asyncio.run(deploy_stages(chosen))
+    environment_settings = Settings.from_environment()
+    asyncio.run(prepare_server(environment_settings))
+    asyncio.run(deploy_stages(environment_settings))
     sys.exit(deploy())

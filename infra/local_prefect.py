@@ -1,7 +1,7 @@
-"""Prefect's embedded default: a server on loopback that lives as long as this process, its history in ~/.prefect.
+"""The default Prefect server: on loopback, ended with this process, with its history in ~/.prefect.
 
-Prefect's own ephemeral server outlives a killed parent; this one does not. With PREFECT_API_URL set (or a profile
-that names a server) that server is used.
+Prefect's own ephemeral server outlives a killed parent; this one does not. A server that PREFECT_API_URL or the Prefect
+profile names is used instead.
 """
 
 import os
@@ -22,7 +22,7 @@ START_SECONDS = 120
 
 @contextmanager
 def prefect_api() -> Iterator[str]:
-    """The URL of a Prefect API, also put into PREFECT_API_URL before Prefect is first imported."""
+    """Yield the URL of a Prefect API and set PREFECT_API_URL to it; to be entered before Prefect is imported."""
     configured = os.environ.get("PREFECT_API_URL") or _profile_url()
     if configured:
         yield configured
@@ -48,7 +48,7 @@ def prefect_api() -> Iterator[str]:
 
 
 def wait_until_ready(url: str) -> None:
-    """Raises MastersError if the server does not answer in time."""
+    """Wait until the server answers. Raises MastersError if it does not within `START_SECONDS`."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -60,7 +60,7 @@ def wait_until_ready(url: str) -> None:
 
 
 def _profile_url() -> str | None:
-    """An API URL in the user's Prefect profile, read without importing Prefect."""
+    """Return the API URL of the user's Prefect profile, read without importing Prefect."""
     import tomllib
 
     home = Path(os.environ.get("PREFECT_HOME", Path.home() / ".prefect"))
@@ -80,12 +80,12 @@ def _start(port: int, log: Path) -> subprocess.Popen:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            start_new_session=True,  # on Ctrl-C it must outlive the flow, which still has its end to report
+            start_new_session=True,  # on Ctrl-C it must outlive the flow, which reports its end
         )
 
 
 def _send_logs() -> None:
-    """What was logged last, while the server is there: at its exit Prefect would look for it for a minute."""
+    """Send the last log records while the server runs. Otherwise Prefect would try to for a minute at exit."""
     if "prefect.logging.handlers" in sys.modules:
         from prefect.logging.handlers import APILogHandler
 

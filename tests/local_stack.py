@@ -17,7 +17,7 @@ from urllib.request import urlopen
 
 from masters.infra.api import post
 from masters.infra.ports import free_ports
-from masters.infra.service import Started
+from masters.infra.service import StartedService
 from tests import fork_server
 from tests.command_line import share_notes
 from tests.listening_sockets import addresses, reachable, sockets
@@ -60,7 +60,7 @@ class Stack:
         started = json.loads(recorded.read_text())["started"] if recorded.exists() else []
         done = self.masters("down")
         assert done.returncode == 0, done.stderr[-2000:]
-        assert [service["name"] for service in started if Started(**service).alive()] == []
+        assert [service["name"] for service in started if StartedService(**service).is_alive()] == []
 
     def client_environment(self) -> dict[str, str]:
         """What `source MASTERS_HOME/env` gives a shell."""

@@ -48,8 +48,8 @@ def serve() -> Iterator[Serve]:
         server.server_close()
 
 
-def test_a_busy_server_is_asked_again(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "SECONDS", 0.5)
+def test_a_request_to_a_busy_server_is_repeated(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "REQUEST_SECONDS", 0.5)
     url, answered = serve([503, 0, 503, 200])
     assert api.post(url, {"a": [1]}) == {"a": [1]}
     assert answered == [503, 0, 503, 200]
@@ -63,7 +63,7 @@ def test_a_refusal_is_final(code: int, serve: Serve) -> None:
 
 
 def test_a_server_that_stays_busy_is_given_up(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "PATIENCE", 1)
+    monkeypatch.setattr(api, "RETRY_SECONDS", 1)
     url, answered = serve([503] * 20)
     assert api.post(url, {}) is None
     assert len(answered) > 1

@@ -80,9 +80,9 @@ def test_whoever_owns_a_worker_says_to_compose_what_its_runs_may_and_know() -> N
     for worker in ("worker", "worker-gpu"):
         environment = services[worker]["environment"]
         given = {name for name, value in environment.items() if value is None}
-        assert {*Setting, webhook.ADDRESS, judge_server.KEY, "HF_TOKEN"} <= given
+        assert {*Setting, webhook.URL_VARIABLE, judge_server.API_KEY_VARIABLE, "HF_TOKEN"} <= given
         assert environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] and environment["MLFLOW_TRACKING_URI"]
-        assert environment[client.PUBLIC].endswith("http://127.0.0.1:5000}")
+        assert environment[client.PUBLIC_URL].endswith("http://127.0.0.1:5000}")
     limits = {f"MASTERS_{f.name.upper()}" for f in fields(Settings) if not f.name.endswith("_port")}
     assert limits <= services["deployments"]["environment"].keys()
 

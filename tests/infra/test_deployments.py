@@ -14,7 +14,7 @@ from prefect.client.schemas.schedules import CronSchedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling, Crashed, Running
 
-from masters.infra.deployments import POOL, deploy, prepare
+from masters.infra.deployments import POOL, deploy, prepare_server
 from masters.infra.local_prefect import prefect_api, wait_until_ready
 from masters.infra.settings import Settings
 
@@ -34,7 +34,7 @@ def _server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         with prefect_api() as url, temporary_settings({PREFECT_API_URL: url}):
             wait_until_ready(url)
             assert os.environ["PREFECT_API_URL"] == url
-            asyncio.run(prepare(SETTINGS))
+            asyncio.run(prepare_server(SETTINGS))
             assert deploy() == 0
             yield
 
@@ -80,12 +80,12 @@ def test_automations_that_did_not_change_are_left_alone(_server: None) -> None:
 
     before = asyncio.run(told())
     assert len(before) == 3
-    asyncio.run(prepare(SETTINGS))
+    asyncio.run(prepare_server(SETTINGS))
     assert asyncio.run(told()) == before
-    asyncio.run(prepare(Settings(resumes=1, resume_after=20)))
+    asyncio.run(prepare_server(Settings(resumes=1, resume_after=20)))
     changed = {name for name, what in asyncio.run(told()).items() if what != before[name]}
     assert changed == {"masters: crashed runs go on"}
-    asyncio.run(prepare(SETTINGS))
+    asyncio.run(prepare_server(SETTINGS))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_what_a_stack_left_running(states: list[State], end: tuple[StateType, st
             run = await client.create_flow_run_from_deployment((await nightly(client)).id, parameters=given)
             for state in states:
                 await client.set_flow_run_state(run.id, state, force=True)
-            await prepare(SETTINGS)
+            await prepare_server(SETTINGS)
             return await client.read_flow_run(run.id)
 
     run = asyncio.run(left())
@@ -118,7 +118,7 @@ def test_a_crashed_run_is_taken_up_again_as_often_as_is_set_and_no_more(_server:
     """As Prefect's automations do it, while the stack runs: SETTINGS grants one more attempt."""
 
     async def ended() -> tuple[FlowRun, FlowRun]:
-        await prepare(replace(SETTINGS, resume_after=10))
+        await prepare_server(replace(SETTINGS, resume_after=10))
         async with get_client() as client:
             run = await client.create_flow_run_from_deployment(
                 (await nightly(client)).id, parameters=dict(config=CONFIG)

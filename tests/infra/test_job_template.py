@@ -7,7 +7,7 @@ from prefect.utilities.templating import apply_values
 from prefect.workers.process import ProcessJobConfiguration
 
 from masters.flows.pool_stage import stage
-from masters.infra.deployments import OWNERS, STAGE_FLOW, job_template, resumed
+from masters.infra.deployments import OWNER_SETTINGS, STAGE_FLOW, job_template, resume_automation
 from masters.infra.settings import Settings
 
 
@@ -30,7 +30,7 @@ def test_command_environment_and_folder_are_the_owners() -> None:
     plain = configured()
     assert (hostile.command, hostile.working_dir) == (plain.command, plain.working_dir)
     assert hostile.env == plain.env | {name: hostile.env[name] for name in ("PREFECT__FLOW_RUN_ID", "PREFECT__FLOW_ID")}
-    assert set(OWNERS).isdisjoint(job_template()["variables"]["properties"])
+    assert set(OWNER_SETTINGS).isdisjoint(job_template()["variables"]["properties"])
 
 
 def test_what_our_deployments_ask_for_is_kept() -> None:
@@ -39,5 +39,5 @@ def test_what_our_deployments_ask_for_is_kept() -> None:
 
 def test_the_automation_that_resumes_runs_leaves_stages_to_who_asked_for_them() -> None:
     assert stage.name == STAGE_FLOW
-    related = [of.root for of in resumed(Settings()).trigger.match_related]
+    related = [of.root for of in resume_automation(Settings()).trigger.match_related]
     assert {"prefect.resource.role": "flow", "prefect.resource.name": f"!{STAGE_FLOW}"} in related

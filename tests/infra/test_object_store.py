@@ -43,12 +43,12 @@ def test_it_answers_when_every_bucket_is_there(
     made: tuple[str, ...], port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Starting, "made", set(made))
-    service = object_store.service(tmp_path, port, {})
+    service = object_store.make_service(tmp_path, port, {})
     assert service.answers() == (made == object_store.BUCKETS)
 
 
 def test_a_server_that_is_not_there_does_not_answer(tmp_path: Path) -> None:
-    service = object_store.service(tmp_path, object_store.listener_ports()["s3.port"], {})
+    service = object_store.make_service(tmp_path, object_store.listener_ports()["s3.port"], {})
     assert not service.answers()
 
 

@@ -12,15 +12,15 @@ RAY_WORKERS = range(10_002, 20_000)
 def test_ports_are_free_and_different_and_nobody_is_given_them() -> None:
     found = [*ports.free_ports(50), *object_store.listener_ports().values()]
     assert len(set(found[:50])) == 50 and len(set(found[50:])) == len(found[50:])
-    assert not set(found[:50]) & set(ports.ephemeral())
+    assert not set(found[:50]) & set(ports.ephemeral_ports())
     for port in found:
         assert port not in RAY_WORKERS
         with socket.socket() as server:
             server.bind(("127.0.0.1", port))
 
 
-def test_where_the_kernel_gives_every_port_away_some_are_found_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ports, "ephemeral", lambda: range(1024, 65_536))
+def test_ephemeral_ports_are_used_if_there_are_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ports, "ephemeral_ports", lambda: range(1024, 65_536))
     assert len(set(ports.free_ports(5))) == 5 and object_store.listener_ports()
 
 

@@ -112,7 +112,7 @@ def test_down_leaves_no_process_and_up_takes_the_run_up_again(stack: Stack, kill
     make(stack, "down")
     assert stack.processes() == {}
     assert stack.urls["prefect_url"] in make(stack, "up")
-    assert "runs already" in make(stack, "up")
+    assert "already running" in make(stack, "up")
     stack.complete(killed, RESUMED)
     assert stack.run(killed)["run_count"] == 3, stack.history(killed)
     stack.complete(waiting, RESUMED)
@@ -172,4 +172,4 @@ def test_no_run_is_left_and_no_secret_told(stack: Stack, killed: str) -> None:
     assert secret not in json.dumps(post(f"{stack.api}/logs/filter", {"limit": 200}))
     assert make(stack, "down").splitlines()[-1] == "stopped"
     assert stack.processes() == {}
-    assert make(stack, "down").splitlines()[-1] == "nothing runs"
+    assert make(stack, "down").splitlines()[-1] == "nothing is running"

@@ -27,7 +27,7 @@ def test_a_port_in_use_is_named_with_its_setting(tmp_path: Path) -> None:
         port = str(holder.getsockname()[1])
         done = masters("up", home=tmp_path, MASTERS_PREFECT_PORT=port)
     assert done.returncode == 2
-    assert f"port {port} cannot be had" in done.stderr and "MASTERS_PREFECT_PORT" in done.stderr
+    assert f"port {port} cannot be bound" in done.stderr and "MASTERS_PREFECT_PORT" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lock"]
 
@@ -60,7 +60,7 @@ def test_another_kind_of_stack_is_refused_as_usage(tmp_path: Path) -> None:
 
 def test_down_without_a_stack_says_so_and_makes_no_folder(tmp_path: Path) -> None:
     done = masters("down", home=tmp_path / "none")
-    assert (done.returncode, done.stdout) == (0, "nothing runs\n")
+    assert (done.returncode, done.stdout) == (0, "nothing is running\n")
     assert not (tmp_path / "none").exists()
 
 
@@ -82,5 +82,5 @@ def test_no_setting_makes_it_listen_elsewhere(tmp_path: Path, monkeypatch: pytes
     ]  # fmt: skip
     for service in services:
         assert service.command[service.command.index("--host") + 1] == "127.0.0.1"
-    store = object_store.command(tmp_path, object_store.listener_ports(), ())
+    store = object_store.server_command(tmp_path, object_store.listener_ports(), ())
     assert "-ip.bind=127.0.0.1" in store and "-ip=127.0.0.1" in store
