@@ -69,7 +69,7 @@ def measure(sizes: Sizes = Sizes()) -> list[Row]:
     rows = group_thresholds(lambda: iterate_tensors(teacher), ratios, config.mask.granularity)
     masks = [{r["tensor"]: r["threshold"] for r in rows if r["mask_ratio"] == ratio} for ratio in ratios]
     questions = islice(EasyVqaSource().rows(), sizes.prompts)
-    prompts = [Prompt(image=Path(row.root, row.image), question=row.question) for row in questions]
+    prompts = [Prompt(image=Path(f"{row.root}/{row.image}"), question=str(row.question)) for row in questions]
     with TemporaryDirectory(prefix="masters-bench-") as name:
         folder = Path(name)
         masked_in_place = [Checkpoint(folder=teacher, thresholds=mask) for mask in masks]

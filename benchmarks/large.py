@@ -143,14 +143,14 @@ def time_store_on_s3(count: int) -> dict[str, float]:
     port = object_store.listener_ports()["s3.port"]
     with TemporaryDirectory(prefix="masters-bench-") as name:
         folder = Path(name)
-        server = object_store.service(folder, port, dict(os.environ))
-        started = service.start(server, folder, folder.name)
+        server = object_store.make_service(folder, port, dict(os.environ))
+        started = service.start_service(server, folder, folder.name)
         try:
-            service.wait(server, started, folder, SERVER_START_SECONDS)
-            with patch.dict(os.environ, object_store.environment_of(folder, port)):
+            service.wait_until_ready(server, started, folder, SERVER_START_SECONDS)
+            with patch.dict(os.environ, object_store.client_environment(folder, port)):
                 return time_store(f"s3://{object_store.BUCKETS[0]}/store", count)
         finally:
-            service.stop(started)
+            service.stop_service(started)
 
 
 def time_store(root: str, count: int) -> dict[str, float]:

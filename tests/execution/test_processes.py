@@ -12,9 +12,9 @@ from prefect.states import Failed
 
 import masters
 from masters.common.errors import InputError, StoreError, WorkerError, WorkerLost
+from masters.common.machine import process_birth
 from masters.execution import processes
 from masters.execution.processes import Child, WorkerModule
-from masters.infra.service import birth
 from masters.tasks.build import is_retryable
 from tests.local_stack import until
 
@@ -74,7 +74,7 @@ def test_a_child_ends_at_once_and_what_it_started_with_it(tmp_path: Path) -> Non
     child, pids = Child("parent", "child_parent", {}, tmp_path), []
     began = time.monotonic()
     processes.run([child], 1, lambda _, line: pids.append(line["pid"]))
-    assert time.monotonic() - began < 300 and birth(pids[0]) is None  # it would sleep for ten minutes
+    assert time.monotonic() - began < 300 and process_birth(pids[0]) is None  # it would sleep for ten minutes
     assert child.log.read_text() == "the last line"
 
 
@@ -130,7 +130,7 @@ def test_a_child_ends_with_its_parent_even_before_it_has_imported_anything(tmp_p
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True)
-    until(lambda: birth(int(done.stdout)) is None, "the child ends")
+    until(lambda: process_birth(int(done.stdout)) is None, "the child ends")
 
 
 def test_a_child_may_be_named_after_a_hub_id(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Lines of progress that engine processes write, as types. Each is told from the others by its field `event`."""
+"""Types of the lines of progress that engine processes write."""
 
 from typing import Annotated, Literal
 
@@ -8,6 +8,8 @@ from masters.rewards.verdict import Status
 
 
 class Event(BaseModel):
+    """One line of progress. Each kind has its own value of `event`."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 

@@ -56,7 +56,7 @@ def judge_early(run: Run, folder: Path) -> int:
         if late and isinstance(event, WaitingForShards) and any(isinstance(e, JudgedEarly) for e in events):
             run.storage.write(name := late.pop(0), shards[name])
 
-    processes.run([make_child(run, list(shards), folder)], 1, add_next_shard, 60)
+    processes.run([make_child(run, list(shards), folder)], 1, add_next_shard, 300)
     return sum(event.judged for event in events if isinstance(event, JudgedEarly))
 
 
@@ -79,7 +79,7 @@ def test_a_judge_that_is_down_stops_no_run_and_score_asks_again(tmp_path: Path, 
     for name, data in encode_shards(run).items():
         run.storage.write(name, data)
     child = make_child(run, list(encode_shards(run)), tmp_path / "work")
-    processes.run([child], 1, lambda *_: None, 60)
+    processes.run([child], 1, lambda *_: None, 300)
     assert "score will ask again" in child.log.read_text()
     server.reply = FakeJudge().reply
     _, rows, line = by_hand.run_scoring(run, QUESTIONS, TEXTS)
@@ -96,7 +96,7 @@ def test_a_judge_works_early_only_where_that_helps(tmp_path: Path, monkeypatch) 
     assert start(make_run(tmp_path / "a")) is not None
     assert start(make_run(tmp_path / "b", accuracy="rules")) is None
     assert start(make_run(tmp_path / "c", rebuild=True)) is None
-    monkeypatch.setattr("masters.tasks.generate.judge_of", lambda *_: ENGINE_JUDGE)
+    monkeypatch.setattr("masters.tasks.generate.scoring_judge", lambda *_: ENGINE_JUDGE)
     assert start(make_run(tmp_path / "d")) is None
 
 
