@@ -12,7 +12,7 @@ from masters.execution.events import BatchJudged, EngineStarted
 from masters.models.judging.batches import judgement_row
 from masters.models.judging.job import JudgeBatch, JudgeEndpoint, JudgeJob, JudgeSetup, ServerEndpoint
 from masters.rewards.judge import JudgeClient, judge_triples
-from masters.rewards.verdict import FINAL_STATUSES
+from masters.rewards.verdict import FINAL_STATUSES, Status
 from masters.store import tables
 from masters.store.storage import Storage
 
@@ -32,7 +32,11 @@ class Worker:
         rows = [judgement_row(triple, verdict) for triple, verdict in judged if verdict.status in FINAL_STATUSES]
         if rows:
             self._storage.create(batch.out, tables.encode(rows, tables.JUDGEMENTS))
-        without_verdict = [(t.digest, v.status, v.explanation) for t, v in judged if v.status not in FINAL_STATUSES]
+        without_verdict: list[tuple[str, Status, str]] = [
+            (triple.digest, verdict.status, verdict.explanation)
+            for triple, verdict in judged
+            if verdict.status not in FINAL_STATUSES
+        ]
         return BatchJudged(triples=len(batch.triples), without_verdict=without_verdict)
 
 
