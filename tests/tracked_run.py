@@ -13,7 +13,7 @@ NAME = "tracked"
 TABLES = {"data": "questions"}
 
 
-def configured(root: Path | str, **runtime) -> Config:
+def make_config(root: Path | str, **runtime) -> Config:
     models = {"student": {"model": "s"}, "teachers": [{"model": "t"}]}
     tree = {"name": NAME, "store": {"root": str(root)}, "data": {"source": "d"}, "runtime": runtime}
     return Config.model_validate(tree | models)
@@ -33,22 +33,24 @@ def commit_artifact(
     return artifacts.commit(storage, identity, files, dict(scores=scores), upstream)
 
 
-def staged(writer: RunWriter, storage: Storage, stage: str, upstream: Upstream, content: bytes = b"rows") -> Artifact:
+def write_stage(
+    writer: RunWriter, storage: Storage, stage: str, upstream: Upstream, content: bytes = b"rows"
+) -> Artifact:
     with writer.stage(Identity(stage, 1, {}, {"content": digest(content)}, NAME), upstream) as record_artifact:
         artifact = commit_artifact(storage, stage, upstream, content)
         record_artifact(artifact, dict(outcome="built", rows=1, seconds=0.1))
     return artifact
 
 
-def registered(
+def write_run(
     storage: Storage, content: bytes = b"rows", key: str = "", student: Artifact | None = None
 ) -> tuple[RunWriter, int]:
     """Write a finished distillation of four stages. `student` is an earlier artifact that training starts from."""
-    writer = RunWriter(configured(storage.uri("")), storage, key)
-    data = staged(writer, storage, "data", {"source": External("source", "/q.jsonl", "5" * 64)})
-    trained = staged(writer, storage, "train", {"data": data} | ({"student": student} if student else {}), content)
-    evaluated = staged(writer, storage, "evaluate", {"data": data, "student": trained}, content)
-    exported = staged(writer, storage, "register", {"train": trained, "evaluate": evaluated}, content)
+    writer = RunWriter(make_config(storage.uri("")), storage, key)
+    data = write_stage(writer, storage, "data", {"source": External("source", "/q.jsonl", "5" * 64)})
+    trained = write_stage(writer, storage, "train", {"data": data} | ({"student": student} if student else {}), content)
+    evaluated = write_stage(writer, storage, "evaluate", {"data": data, "student": trained}, content)
+    exported = write_stage(writer, storage, "register", {"train": trained, "evaluate": evaluated}, content)
     version = writer.register_model(NAME, exported, trained, evaluated)
     writer.finish("FINISHED")
     return writer, version

@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 from masters.store.artifacts import Identity, commit
 from masters.store.storage import Storage
 from masters.tracking.run_writer import RunWriter
-from tests.tracked_run import NAME, configured
+from tests.tracked_run import NAME, make_config
 
 FIELDS = ("benchmark", "task", "version", "metric", "filter", "value", "standard_error", "n")
 SCORES = [
@@ -33,7 +33,7 @@ def test_every_score_has_a_valid_name(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "store").mkdir()
     storage, identity = Storage(str(tmp_path / "store")), Identity("benchmarks", 1, {}, {}, NAME)
-    writer = RunWriter(configured(tmp_path / "store"), storage, flow="evaluate")
+    writer = RunWriter(make_config(tmp_path / "store"), storage, flow="evaluate")
     with writer.stage(identity, {}) as record_artifact:
         artifact = commit(storage, identity, {}, dict(scores=SCORES, lmms_eval="0.7.3"), {})
         stage_run = record_artifact(artifact, dict(outcome="built", rows=4, seconds=0.1))

@@ -26,7 +26,7 @@ from masters.tracking.lineage_report import find_target, trace_lineage
 from masters.tracking.registry import Registry
 from masters.tracking.run_writer import RunWriter
 from tests.s3_server import BUCKET, S3
-from tests.tracked_run import NAME, configured, registered
+from tests.tracked_run import NAME, make_config, write_run
 
 STAGES = ["data", "train", "evaluate", "register"]
 
@@ -40,8 +40,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setenv("HOME", str(folder / "home"))
         storage = Storage(str(folder / "store"))
-        registered(storage, b"first")
-        registered(storage, b"second")
+        write_run(storage, b"first")
+        write_run(storage, b"second")
     return folder
 
 
@@ -253,7 +253,7 @@ def test_a_version_without_its_files_cannot_be_champion(store: Storage, registry
 def test_gc_keeps_artifacts_behind_aliases(store: Storage, registry: Registry) -> None:
     """Version 2 is candidate. Version 1 has no alias, so the artifacts behind it alone are removed."""
     age(store)
-    config = configured(Path(store.uri("")))
+    config = make_config(Path(store.uri("")))
     before = store.names("")
     dry = collect_garbage(config)
     assert store.names("") == before and {item["kind"] for item in dry["items"]} == {"artifact"}
@@ -269,7 +269,7 @@ def test_gc_keeps_the_target_of_a_rollback(store: Storage, registry: Registry) -
     age(store)
     registry.promote(NAME, 1)
     registry.promote(NAME, 2)
-    assert collect_garbage(configured(Path(store.uri(""))), delete=True)["items"] == []
+    assert collect_garbage(make_config(Path(store.uri(""))), delete=True)["items"] == []
     registry.rollback(NAME)
     assert trace_lineage(NAME)["verified"]
 
@@ -281,7 +281,7 @@ def test_gc_removes_only_old_leftovers(store: Storage) -> None:
     ]  # fmt: skip
     for name in leftovers:
         store.write(name, b"left")
-    config = configured(Path(store.uri("")))
+    config = make_config(Path(store.uri("")))
     assert {item["kind"] for item in collect_garbage(config)["items"]} == {"artifact"}
     age(store)
     kinds = [item["kind"] for item in collect_garbage(config, delete=True)["items"]]
@@ -292,20 +292,20 @@ def test_gc_removes_only_old_leftovers(store: Storage) -> None:
 @pytest.mark.parametrize("flow", ["distill", "evaluate"])
 def test_gc_keeps_the_artifacts_of_open_runs(flow: str, store: Storage) -> None:
     age(store)
-    writer = RunWriter(configured(Path(store.uri(""))), store, flow=flow)
+    writer = RunWriter(make_config(Path(store.uri(""))), store, flow=flow)
     identity = Identity("train", 1, {}, {"new": "1"}, NAME)
     building = f"{identity.folder}/model/half"
     with writer.stage(identity, {}):
         store.write(building, b"half")
         store.write("shards/responses/x.parquet", b"left")
         age(store)
-        found = collect_garbage(configured(Path(store.uri(""))), delete=True)
+        found = collect_garbage(make_config(Path(store.uri(""))), delete=True)
         assert store.exists(building) and store.exists("shards/responses/x.parquet")
         assert {item["kind"] for item in found["items"]} == {"artifact"}
         assert any(writer.run_id in note for note in found["notes"])
     host, boot, pid, *_ = machine.this_process().split()
     writer._client.set_tag(writer.run_id, "masters.process", f"{host} {boot} {pid} 1")  # a process that has ended
-    assert {item["kind"] for item in collect_garbage(configured(Path(store.uri(""))))["items"]} == {
+    assert {item["kind"] for item in collect_garbage(make_config(Path(store.uri(""))))["items"]} == {
         "unfinished",
         "shard",
     }
@@ -313,7 +313,7 @@ def test_gc_keeps_the_artifacts_of_open_runs(flow: str, store: Storage) -> None:
 
 def test_gc_needs_the_mlflow_of_the_last_run(store: Storage) -> None:
     store.write("summary.json", json.dumps(dict(mlflow=dict(tracking_uri="http://elsewhere"))).encode())
-    config = configured(Path(store.uri("")))
+    config = make_config(Path(store.uri("")))
     with pytest.raises(InputError, match="http://elsewhere"):
         collect_garbage(config, delete=True)
     assert any(
@@ -328,10 +328,10 @@ def test_gc_needs_every_mlflow_that_tracked_into_the_store(
 ) -> None:
     """Also on a machine without kept addresses, as the store has them."""
     other = tmp_path / "other.db"
-    config = configured(Path(store.uri("")))
+    config = make_config(Path(store.uri("")))
     with monkeypatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
-        registered(store, b"third")
+        write_run(store, b"third")
     protected = set(find_target(f"{NAME}@candidate", f"sqlite:///{other}")[1].folders)
     monkeypatch.setenv("HOME", str(tmp_path / "another"))
     age(store)
@@ -357,7 +357,7 @@ def test_gc_removes_nothing_upstream_of_a_record_without_inputs(store: Storage) 
     record = json.loads(store.read(f"{folder}/record.json"))
     del record["upstream"]
     store.write(f"{folder}/record.json", json.dumps(record).encode())
-    found = collect_garbage(configured(Path(store.uri(""))), delete=True)
+    found = collect_garbage(make_config(Path(store.uri(""))), delete=True)
     assert found["items"] == [] and "does not name its inputs" in found["notes"][0]
 
 
@@ -367,10 +367,10 @@ def test_lineage_and_gc_of_a_store_on_s3(s3: S3, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     root = f"s3://{BUCKET}/lineage"
     storage = Storage(root)
-    registered(storage, b"first")
-    registered(storage, b"second")
+    write_run(storage, b"first")
+    write_run(storage, b"second")
     assert trace_lineage(NAME)["verified"] and trace_lineage(NAME)["stages"][0]["uri"].startswith(f"{root}/data/")
-    removed = collect_garbage(configured(root), delete=True)["items"]
+    removed = collect_garbage(make_config(root), delete=True)["items"]
     assert [item["kind"] for item in removed] == ["artifact"] * 3
     assert all(item["uri"].startswith(root) and item["bytes"] > 0 for item in removed)
     assert trace_lineage(NAME)["verified"]
@@ -386,10 +386,10 @@ def test_lineage_of_a_student_includes_the_champion_that_it_started_from(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "store").mkdir()
     storage = Storage(str(tmp_path / "store"))
-    registered(storage, b"first")
+    write_run(storage, b"first")
     _, first = find_target(f"{NAME}@candidate", None)
     champion = artifacts.load(storage, next(iter(first.folders))).upstream("train")
-    writer, version = registered(storage, b"second", student=champion)
+    writer, version = write_run(storage, b"second", student=champion)
     report = trace_lineage(f"{NAME}@candidate")
     assert champion and report["verified"] and len(report["stages"]) == 5
     trained = next(stage for stage in report["stages"] if stage["fingerprint"] == champion.fingerprint)
@@ -410,14 +410,14 @@ def test_gc_keeps_the_aliases_of_every_mlflow(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "store").mkdir()
     storage = Storage(str(tmp_path / "store"))
-    registered(storage, b"first")
+    write_run(storage, b"first")
     protected = set(find_target(NAME, None)[1].folders)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
-    registered(storage, b"second")
-    registered(storage, b"third")
+    write_run(storage, b"second")
+    write_run(storage, b"third")
     protected |= set(find_target(f"{NAME}@candidate", None)[1].folders)
     age(storage)
-    gone = {item["uri"] for item in collect_garbage(configured(storage.uri("")))["items"]}
+    gone = {item["uri"] for item in collect_garbage(make_config(storage.uri("")))["items"]}
     spared = {node.uri for node in lineage.walk(storage, dict.fromkeys(protected, ""))}
     assert len(spared) == 7 and not gone & spared and gone
 
@@ -425,7 +425,7 @@ def test_gc_keeps_the_aliases_of_every_mlflow(tmp_path: Path, monkeypatch: pytes
 def test_gc_keeps_versions_registered_before_the_store_was_moved(store: Storage, tmp_path: Path) -> None:
     moved = Path(shutil.copytree(store.uri(""), tmp_path / "moved"))
     (moved / "summary.json").unlink(missing_ok=True)
-    found = collect_garbage(configured(moved))
+    found = collect_garbage(make_config(moved))
     kept = [
         node.folder
         for node in lineage.walk(Storage(str(moved)), find_target(NAME, None)[1].folders, verify_files=False)
@@ -434,11 +434,11 @@ def test_gc_keeps_versions_registered_before_the_store_was_moved(store: Storage,
 
 
 def test_gc_keeps_open_runs_of_machines_that_mount_the_store_elsewhere(store: Storage) -> None:
-    writer = RunWriter(configured(Path(store.uri(""))), store)
+    writer = RunWriter(make_config(Path(store.uri(""))), store)
     host = machine.this_process().partition(" ")[0]
     writer._client.set_tag(writer.run_id, "masters.store", "/mounted/elsewhere")
     writer._client.set_tag(writer.run_id, "masters.process", f"not-{host} boot 1 1")
-    assert any(writer.run_id in note for note in collect_garbage(configured(Path(store.uri(""))))["notes"])
+    assert any(writer.run_id in note for note in collect_garbage(make_config(Path(store.uri(""))))["notes"])
 
 
 @pytest.mark.parametrize("password", ["simple", "p/w1234", "p#w1234", "p?w1234", "p@w1234"])

@@ -22,7 +22,7 @@ from masters.store.storage import Storage
 from masters.tracking import locations, metric_buffer, open_runs, run_lineage
 from masters.tracking.locations import check_default_database
 from masters.tracking.run_writer import RunWriter
-from tests.tracked_run import NAME, configured, registered, staged
+from tests.tracked_run import NAME, make_config, write_run, write_stage
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunWriter, int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
-        return registered(Storage(str(tmp_path_factory.mktemp("finished"))))
+        return write_run(Storage(str(tmp_path_factory.mktemp("finished"))))
 
 
 def stage_run(writer: RunWriter, stage: str) -> Run:
@@ -55,27 +55,27 @@ def stage_run(writer: RunWriter, stage: str) -> Run:
 
 def test_an_unreachable_server_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"127\.0\.0\.1:9 does not answer.*runtime\.mlflow_uri"):
-        RunWriter(configured(tmp_path, mlflow_uri="http://127.0.0.1:9"), Storage(str(tmp_path)))
+        RunWriter(make_config(tmp_path, mlflow_uri="http://127.0.0.1:9"), Storage(str(tmp_path)))
 
 
 def test_a_night_refuses_an_unreachable_server(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(InputError, match=r"127\.0\.0\.1:9 does not answer"):
-        run_night(configured(tmp_path, mlflow_uri="http://127.0.0.1:9"))
+        run_night(make_config(tmp_path, mlflow_uri="http://127.0.0.1:9"))
     assert time.monotonic() - began < 120  # shorter than seven retries of MLflow's client
 
 
 def test_a_password_in_the_configuration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="MLFLOW_TRACKING_URI") as caught:
-        RunWriter(configured(tmp_path, mlflow_uri="http://me:hunter2@127.0.0.1:9"), Storage(str(tmp_path)))
+        RunWriter(make_config(tmp_path, mlflow_uri="http://me:hunter2@127.0.0.1:9"), Storage(str(tmp_path)))
     assert "hunter2" not in str(caught.value)
 
 
 def test_the_default_database_lies_beside_the_artifacts(storage: Storage, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert registered(storage)[1] == 1
-    assert registered(storage)[1] == 1  # the same student is registered once
-    assert registered(storage, b"other")[1] == 2
+    assert write_run(storage)[1] == 1
+    assert write_run(storage)[1] == 1  # the same student is registered once
+    assert write_run(storage, b"other")[1] == 2
     assert (tmp_path / "store/mlflow.db").exists()
     assert {p.name for p in tmp_path.iterdir()} == {"store", "home"}  # nothing in the working folder
 
@@ -84,7 +84,7 @@ def test_a_run_does_not_change_the_address_of_the_next(tmp_path: Path) -> None:
     for name in ("one", "two"):
         storage = Storage(str(tmp_path / name))
         (tmp_path / name).mkdir()
-        assert RunWriter(configured(tmp_path / name), storage).uri == f"sqlite:///{tmp_path / name}/mlflow.db"
+        assert RunWriter(make_config(tmp_path / name), storage).uri == f"sqlite:///{tmp_path / name}/mlflow.db"
     assert "MLFLOW_TRACKING_URI" not in os.environ
 
 
@@ -108,11 +108,11 @@ def test_a_stage_logs_its_inputs_and_outputs(finished: tuple[RunWriter, int]) ->
 
 def test_a_student_named_by_its_alias_is_tracked(storage: Storage) -> None:
     """MLflow takes no "@" in a tag's name."""
-    writer, _ = registered(storage)
+    writer, _ = write_run(storage)
     trained = next(found for found in storage.children("train"))
     student = load(storage, f"train/{trained}")
-    later = RunWriter(configured(storage.uri("")), storage, "later", "evaluate")
-    staged(later, storage, "evaluate", {f"models:/{NAME}@candidate": student}, b"asked by name")
+    later = RunWriter(make_config(storage.uri("")), storage, "later", "evaluate")
+    write_stage(later, storage, "evaluate", {f"models:/{NAME}@candidate": student}, b"asked by name")
     tags = MlflowClient(writer.uri).get_run(later.run_id).data.tags
     assert tags[f"earlier.models:/{NAME}-candidate.fingerprint"] == student.fingerprint
 
@@ -133,11 +133,11 @@ UNUSUAL_NAMES = [
 @pytest.mark.parametrize("name", UNUSUAL_NAMES)
 def test_models_with_unusual_names_are_tracked(name: str, storage: Storage) -> None:
     """A run that is opened again writes its tags again."""
-    registered(storage)
+    write_run(storage)
     student = load(storage, f"train/{storage.children('train')[0]}")
     for _ in range(2):
-        writer = RunWriter(configured(storage.uri("")), storage, "one", "evaluate")
-        staged(writer, storage, "evaluate", {name: student, f"model {name}": student}, b"asked")
+        writer = RunWriter(make_config(storage.uri("")), storage, "one", "evaluate")
+        write_stage(writer, storage, "evaluate", {name: student, f"model {name}": student}, b"asked")
         writer.log_metrics({f"accuracy_{name}": 0.5}, 0)
         writer.finish("FINISHED")
     run = MlflowClient(writer.uri).get_run(writer.run_id)
@@ -153,13 +153,13 @@ def test_any_text_becomes_a_valid_key(text: str) -> None:
 
 
 def test_a_role_with_a_dot_is_linked_from_the_version(storage: Storage) -> None:
-    registered(storage)
+    write_run(storage)
     student = load(storage, f"train/{storage.children('train')[0]}")
-    writer = RunWriter(configured(storage.uri("")), storage, "later")
-    data = staged(writer, storage, "data", {"source": External("source", "/q.jsonl", "5" * 64)})
-    trained = staged(writer, storage, "train", {"data": data, "model v1.5 x": student}, b"more")
-    evaluated = staged(writer, storage, "evaluate", {"data": data, "student": trained}, b"more")
-    exported = staged(writer, storage, "register", {"train": trained, "evaluate": evaluated}, b"more")
+    writer = RunWriter(make_config(storage.uri("")), storage, "later")
+    data = write_stage(writer, storage, "data", {"source": External("source", "/q.jsonl", "5" * 64)})
+    trained = write_stage(writer, storage, "train", {"data": data, "model v1.5 x": student}, b"more")
+    evaluated = write_stage(writer, storage, "evaluate", {"data": data, "student": trained}, b"more")
+    exported = write_stage(writer, storage, "register", {"train": trained, "evaluate": evaluated}, b"more")
     number = writer.register_model(NAME, exported, trained, evaluated)
     found = MlflowClient(writer.uri).get_model_version(NAME, str(number))
     assert "- [model v1.5 x](" in (found.description or "")
@@ -211,10 +211,10 @@ def test_scores_refer_to_the_model_and_the_questions(finished: tuple[RunWriter, 
 
 def test_an_interrupted_run_is_continued(storage: Storage) -> None:
     """Neither its stage nor its registration ended."""
-    first = RunWriter(configured(Path(storage.uri(""))), storage, "flow-1")
+    first = RunWriter(make_config(Path(storage.uri(""))), storage, "flow-1")
     child = first.stage(Identity("data", 1, {}, {"content": digest(b"rows")}, NAME), {})
     child.__enter__()  # interrupted here
-    again, number = registered(storage, key="flow-1")
+    again, number = write_run(storage, key="flow-1")
     assert again.run_id == first.run_id and number == 1
     client = MlflowClient(again.uri)
     runs = client.search_runs([again._experiment])
@@ -225,8 +225,8 @@ def test_an_interrupted_registration_is_finished(storage: Storage, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "set_registered_model_alias", lambda *_: 1 / 0)
         with pytest.raises(TrackingError, match="MLflow: division by zero"):
-            registered(storage)
-    writer, number = registered(storage)
+            write_run(storage)
+    writer, number = write_run(storage)
     assert number == 1 and writer.registry.candidate(NAME) == 1
     assert len(writer.registry.versions(NAME)) == 1
 
@@ -247,7 +247,7 @@ def unreachable() -> Iterator[pytest.MonkeyPatch]:
 
 
 def test_metrics_are_written_once_mlflow_answers_again(storage: Storage, unreachable: pytest.MonkeyPatch) -> None:
-    writer, steps = RunWriter(configured(Path(storage.uri(""))), storage), 2 * metric_buffer.BATCH_SIZE + 1
+    writer, steps = RunWriter(make_config(Path(storage.uri(""))), storage), 2 * metric_buffer.BATCH_SIZE + 1
     for step in range(steps):
         writer.log_metrics({"loss": float(step)}, step)
     client = MlflowClient(writer.uri)
@@ -259,7 +259,7 @@ def test_metrics_are_written_once_mlflow_answers_again(storage: Storage, unreach
 
 
 def test_lost_metrics_are_counted(storage: Storage, unreachable: pytest.MonkeyPatch) -> None:
-    writer = RunWriter(configured(Path(storage.uri(""))), storage)
+    writer = RunWriter(make_config(Path(storage.uri(""))), storage)
     unreachable.setattr(metric_buffer, "MAX_PENDING", 10)
     for step in range(25):
         writer.log_metrics({"loss": 1.0}, step)
@@ -270,15 +270,15 @@ def test_lost_metrics_are_counted(storage: Storage, unreachable: pytest.MonkeyPa
 
 
 def test_runs_whose_process_is_gone_are_ended(storage: Storage) -> None:
-    lost = RunWriter(configured(Path(storage.uri(""))), storage)
+    lost = RunWriter(make_config(Path(storage.uri(""))), storage)
     interrupted = lost.stage(Identity("data", 1, {}, {}, NAME), {})
     interrupted.__enter__()
     client = MlflowClient(lost.uri)
     host, boot, pid, *_ = machine.this_process().split()
     client.set_tag(lost.run_id, "masters.process", f"{host} {boot} {pid} 1")
-    elsewhere = RunWriter(configured(Path(storage.uri(""))), storage)
+    elsewhere = RunWriter(make_config(Path(storage.uri(""))), storage)
     client.set_tag(elsewhere.run_id, "masters.process", f"another {boot} {pid} 1")
-    RunWriter(configured(Path(storage.uri(""))), storage)
+    RunWriter(make_config(Path(storage.uri(""))), storage)
     assert client.get_run(lost.run_id).info.status == "KILLED"
     assert {run.info.status for run in stage_runs(lost)} == {"KILLED"}
     assert client.get_run(elsewhere.run_id).info.status == "RUNNING"
@@ -286,8 +286,8 @@ def test_runs_whose_process_is_gone_are_ended(storage: Storage) -> None:
 
 
 def test_a_run_of_another_machine_is_ended_by_its_key(storage: Storage) -> None:
-    lost = RunWriter(configured(Path(storage.uri(""))), storage, "flow-run-1", "evaluate")
-    other = RunWriter(configured(Path(storage.uri(""))), storage, "flow-run-2")
+    lost = RunWriter(make_config(Path(storage.uri(""))), storage, "flow-run-1", "evaluate")
+    other = RunWriter(make_config(Path(storage.uri(""))), storage, "flow-run-2")
     client = MlflowClient(lost.uri)
     for run in (lost, other):
         client.set_tag(run.run_id, "masters.process", "pod-7 boot 1 1")
@@ -297,8 +297,8 @@ def test_a_run_of_another_machine_is_ended_by_its_key(storage: Storage) -> None:
 
 
 def test_a_run_is_ended_with_all_runs_below_it(storage: Storage) -> None:
-    study = RunWriter(configured(Path(storage.uri(""))), storage, "flow-run-1", "study")
-    cell = RunWriter(configured(Path(storage.uri(""))), storage, "cell-1")
+    study = RunWriter(make_config(Path(storage.uri(""))), storage, "flow-run-1", "study")
+    cell = RunWriter(make_config(Path(storage.uri(""))), storage, "cell-1")
     cell.nest_under(study.run_id, "cell", {})
     client = MlflowClient(study.uri)
     experiment = client.get_run(cell.run_id).info.experiment_id
@@ -309,7 +309,7 @@ def test_a_run_is_ended_with_all_runs_below_it(storage: Storage) -> None:
 
 
 def test_open_runs_are_found_on_every_page_of_experiments(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = RunWriter(configured(Path(storage.uri(""))), storage)
+    writer = RunWriter(make_config(Path(storage.uri(""))), storage)
     client = MlflowClient(writer.uri)
     for number in range(4):
         client.create_experiment(f"later-{number}")
@@ -329,7 +329,7 @@ def stage_runs(writer: RunWriter) -> list[Run]:
 
 
 def test_this_machine_keeps_the_last_address_of_a_name(storage: Storage, home: Path) -> None:
-    writer, _ = registered(storage)
+    writer, _ = write_run(storage)
     assert locations.remembered_uris(NAME) == [writer.uri]
     locations.remember_uri(NAME, "http://elsewhere")
     locations.remember_uri("another", writer.uri)

@@ -65,7 +65,7 @@ def tracking_uri(config: Config, storage: Storage) -> str:
             "MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD beside the plain address"
         )
     if configured:
-        allowlist.check(Setting.MLFLOW, "runtime.mlflow_uri", configured)
+        allowlist.check_allowed(Setting.MLFLOW, "runtime.mlflow_uri", configured)
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(storage)
 
 
