@@ -24,7 +24,7 @@ from transformers import AddedToken, PreTrainedTokenizerFast, Qwen3VLForConditio
 
 from demo import build
 from demo.train import IGNORE, answer_loss, schedule, stacked, update
-from masters.common.hashing import digest, unit_interval
+from masters.common.hashing import digest, to_unit_interval
 from masters.rewards import judge_prompts
 from masters.rewards.rules import exact_match, normalize
 from masters.rewards.verdict import Triple
@@ -67,7 +67,7 @@ class Recipe:
 
 
 def held_out(*parts: str) -> bool:
-    return unit_interval(digest("/".join(("judge", *parts)).encode())) < HELD_OUT
+    return to_unit_interval(digest("/".join(("judge", *parts)).encode())) < HELD_OUT
 
 
 def explanation(triple: Triple) -> str:
@@ -169,7 +169,7 @@ class Maker:
 
 def lesson(triple: Triple) -> Lesson:
     """A first call and its answer."""
-    return judge_prompts.grading(triple), explanation(triple)
+    return judge_prompts.grading_conversation(triple), explanation(triple)
 
 
 def second_lesson(rng: np.random.Generator, triple: Triple) -> Lesson:
@@ -177,7 +177,7 @@ def second_lesson(rng: np.random.Generator, triple: Triple) -> Lesson:
     said = explanation(triple)
     if rng.random() < 0.3:
         said = f"{triple.text} {triple.reference} {said[-len('<answer>0</answer>') :]}"
-    return judge_prompts.reading(said), said[-len("0</answer>")]
+    return judge_prompts.score_conversation(said), said[-len("0</answer>")]
 
 
 # --- how it is trained ---------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def tokenizer(rng: np.random.Generator) -> PreTrainedTokenizerFast:
     It reads NFKC in lower case, as `normalize` does: the model need not learn that "Teal" is "teal".
     """
     maker = Maker(rng, 0.0)
-    texts = [judge_prompts.GRADE, judge_prompts.READ, *REASONS.values(), *(q for q, _ in maker.pairs)]
+    texts = [judge_prompts.GRADING_PROMPT, judge_prompts.SCORE_PROMPT, *REASONS.values(), *(q for q, _ in maker.pairs)]
     texts += [*maker.answers, *WORDS.split()]
     fast = build.tokenizer([re.sub(r"</?[a-z_]+>", " ", text).lower() for text in texts], 960)
     fast.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])

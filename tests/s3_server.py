@@ -64,11 +64,11 @@ def serve(folder: Path) -> Iterator[S3]:
 
 def _start(folder: Path, ports: dict[str, int]) -> subprocess.Popen:
     (folder / "data").mkdir(exist_ok=True)
-    command = object_store.command(folder, ports, (BUCKET,))
+    command = object_store.server_command(folder, ports, (BUCKET,))
     with open(folder / "log", "wb") as log:
         return subprocess.Popen(
             command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            env=os.environ | object_store.variables(folder), preexec_fn=die_with_parent,
+            env=os.environ | object_store.server_environment(folder), preexec_fn=die_with_parent,
         )  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def die_with_parent() -> None:
 def _wait(process: subprocess.Popen, server: S3, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
-        if object_store.holds((BUCKET,), server.environment()):
+        if object_store.have_buckets((BUCKET,), server.environment()):
             return
         time.sleep(0.1)
     raise RuntimeError(f"the S3 server did not start: {log.read_text(errors='replace')[-2000:]}")
