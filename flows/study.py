@@ -49,7 +49,7 @@ def study(config: Config, design: Study) -> dict:
         runner = StudyRunner(config, design)
         tracker = retry_unreachable(lambda: RunWriter(config, runner.storage, str(flow_run.id or ""), "study"))
         with finish_with_status(tracker):
-            report = runner.run(tracker) | dict(mlflow=dict(run_id=tracker.run_id))
+            report: dict = {**runner.run(tracker), "mlflow": dict(run_id=tracker.run_id)}
             if failed := [run["run"] for run in report["failed"]]:
                 raise RunsFailed(
                     f"study {design.name}: {len(failed)} runs failed, {report['runs']} finished; run it again to "

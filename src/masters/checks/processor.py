@@ -95,7 +95,7 @@ def check_image_tokens(folder: Path, config: Any, processor: Any, inputs: dict[s
     runs = [len(list(run)) for value, run in groupby(inputs["input_ids"][0].tolist()) if value == token]
     if len(runs) != 1:
         raise _fault(folder, f"its chat template puts the image {len(runs)} times into the prompt, expected once")
-    expected = family_of(config.model_type).image_tokens(config, inputs)
+    expected = family_of(config.model_type).count_image_tokens(config, inputs)
     if runs[0] != expected:
         raise _fault(
             folder,

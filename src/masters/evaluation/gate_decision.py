@@ -47,7 +47,9 @@ class GateDecision:
 
     def as_dict(self) -> dict:
         """Return the entry `nightly` of the summary."""
-        entry = dict(outcome=self.outcome, champion=self.champion, reasons=self.reasons, regressions=self.regressions)
+        entry: dict = dict(
+            outcome=self.outcome, champion=self.champion, reasons=self.reasons, regressions=self.regressions
+        )
         if self.candidate is not None:
             entry["candidate"] = self.candidate
         if self.comparison is not None:
