@@ -1,4 +1,4 @@
-"""Faults around the command line: its servers go away, its engines, trainer and the run itself are killed."""
+"""Faults around the command line: servers are restarted; engines, the trainer and the run are killed."""
 
 import json
 import os
@@ -62,7 +62,7 @@ class Servers:
         until(answers, name)
 
     def kill(self, name: str) -> None:
-        """With all that it started: its session."""
+        """Kill a server with its session, that is, all its descendants."""
         os.killpg(self.running[name].pid, signal.SIGKILL)
         self.running[name].wait()
 
@@ -72,7 +72,7 @@ class Servers:
 
 
 class Commands:
-    """`masters` as a user runs it, in a world, with these servers; and what its undisturbed runs leave."""
+    """Runs `masters` as a user does, with these servers, and keeps the results of undisturbed runs."""
 
     def __init__(self, world: World, servers: Servers) -> None:
         self.world, self.servers = world, servers
@@ -101,7 +101,7 @@ class Commands:
         return _watched(process, log)
 
     def expected(self, *command: str, **values: object) -> Finished:
-        """What an undisturbed run leaves; its operations are counted meanwhile."""
+        """Return the result of an undisturbed run, whose operations are counted."""
         key = repr((command, sorted(values.items())))
         if key not in self._made:
             store = self.world.store()
@@ -114,13 +114,13 @@ class Commands:
         return self._made[key][0]
 
     def points(self, role: str, *command: str, **values: object) -> list[str]:
-        """What the processes of this role do to the store, in order."""
+        """Return the operations on the store by processes of this role, in order."""
         self.expected(*command, **values)
         return [where for who, where in self._made[repr((command, sorted(values.items())))][1] if who == role]
 
 
 def server_away(commands: Commands, name: str, seconds: float) -> Seen:
-    """A server is killed once training has begun, and started again: the run goes on."""
+    """Kill a server once training has begun and start it again: the run continues."""
     world, servers, store = commands.world, commands.servers, commands.world.store()
     expected = commands.expected(*STEPS_ALONE, **MANY_STEPS)
 
@@ -143,7 +143,7 @@ def server_away(commands: Commands, name: str, seconds: float) -> Seen:
 
 
 def metrics_kept(commands: Commands) -> tuple[int, int]:
-    """Of the training that was tracked last: steps whose loss MLflow has, and steps that were taken."""
+    """Return the steps whose loss MLflow has, and the steps taken, of the last tracked training."""
     from mlflow import MlflowClient
 
     client = MlflowClient(commands.servers.urls["mlflow"])
@@ -155,7 +155,7 @@ def metrics_kept(commands: Commands) -> tuple[int, int]:
 
 
 def with_engines(commands: Commands, rng: random.Random) -> list[Seen]:
-    """A whole distillation in one store, with kills at seeded operations of the processes.
+    """Run a whole distillation in one store, with kills at seeded operations of the processes.
 
     The first run is killed by its engine, in the middle of a shard. The second goes on by itself though two engines
     and a trainer are killed. The third is the undisturbed one.
@@ -194,7 +194,7 @@ def with_engines(commands: Commands, rng: random.Random) -> list[Seen]:
 
 
 def _first_shard(commands: Commands) -> list[int]:
-    """An engine's operations from the write of its first shard to the report of it."""
+    """Return an engine's operations from the write of its first shard to the report of it."""
     points = commands.points("engine", "distill")
     wrote = next(n for n, point in enumerate(points, 1) if point.startswith("write shards/"))
     told = next(n for n, point in enumerate(points, 1) if n > wrote and point.startswith("report"))

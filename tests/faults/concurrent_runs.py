@@ -1,4 +1,4 @@
-"""Two runs at once on one machine: one builds, the other waits; the one that builds is killed; the other rebuilds."""
+"""Concurrent runs on one machine: one builds while the other waits, is killed, or rebuilds."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from tests.faults.world import TRAIN, Running, Seen, World, started, until
 
 
 def two_at_once(world: World) -> Seen:
-    """The same command twice: one builds, the other waits and takes what there is."""
+    """Start the same command twice: one run builds, the other waits and reuses the artifacts."""
     store = world.store()
 
     def disturb() -> tuple[int, list[str]]:
@@ -27,7 +27,7 @@ def two_at_once(world: World) -> Seen:
 
 
 def rebuilt_at_once(world: World) -> Seen:
-    """While one run trains another is told to build training again: both end well."""
+    """Start a rebuild of training while another run trains: both complete."""
 
     def end(first: Running, second: Running) -> int:
         codes = [first.wait(), second.wait()]
@@ -39,7 +39,7 @@ def rebuilt_at_once(world: World) -> Seen:
 
 
 def holder_killed(world: World) -> Seen:
-    """Of two runs the one that trains is killed once the other waits for it: that one goes on from there."""
+    """Kill the run that trains while another waits for it: the other continues the training."""
 
     def end(first: Running, second: Running) -> int:
         first.kill()
@@ -52,7 +52,7 @@ def holder_killed(world: World) -> Seen:
 
 @contextmanager
 def stopped(pids: list[int]) -> Iterator[None]:
-    """Processes that stand still (SIGSTOP) for the time of the body."""
+    """Stop processes (SIGSTOP) while the body runs."""
     assert pids
     try:
         for pid in pids:

@@ -1,4 +1,4 @@
-"""How many tests there are, before any is left out: a report says whether it is of all of them."""
+"""Counts the tests before any is deselected, so that a report can say whether it covers all of them."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Faults inside a process, at the N-th thing that it does to files below a folder. Test code: nothing of it is shipped.
+"""Faults inside a process, at its N-th operation on files below a folder. Test code, not part of the package.
 
 A process reads what is to happen from MASTERS_FAULT (JSON, see `Fault`). What it did, and the fault when it came, is
 appended to `log`, a line each: "did" or "fault", the role, the operation and the path below the root.
@@ -29,7 +29,7 @@ ROLES = {
 
 @dataclass(frozen=True)
 class At:
-    """What happens at the operation number `at` of a process of this role.
+    """A fault at the operation number `at` of a process of this role.
 
     `what`: "kill", "kill the parent", "full" (no space from then on), "readonly" (from then on), "clock". `how`:
     "before" the operation, in the middle of its bytes ("half"), or "after" it, before the process knows.
@@ -51,16 +51,16 @@ class Fault:
     plan: tuple[At, ...] = ()
 
     def variables(self) -> dict[str, str]:
-        """For the environment of a process, and of its children."""
+        """Return environment variables for a process and its children."""
         site = str(pathlib.Path(__file__).parent / "site")
         return {VARIABLE: json.dumps(asdict(self)), "PYTHONPATH": f"{site}:{pathlib.Path(__file__).parents[2]}"}
 
     def fired(self) -> list[tuple[str, str]]:
-        """Role and "operation path" of what came."""
+        """Return role and "operation path" of the faults that occurred."""
         return [(role, where) for what, role, where in self._lines() if what == "fault"]
 
     def counted(self) -> list[tuple[str, str]]:
-        """Role and "operation path" of all that was done, where nothing was to happen."""
+        """Return role and "operation path" of all operations of an undisturbed run."""
         return [(role, where) for what, role, where in self._lines() if what == "did"]
 
     def _lines(self) -> list[tuple[str, str, str]]:
@@ -70,7 +70,7 @@ class Fault:
 
 
 def install(role: str | None = None) -> None:
-    """Take part in the fault that the environment names, if this process has a role in it."""
+    """Install the fault that the environment names, if this process has a role in it."""
     told = json.loads(os.environ[VARIABLE])
     fault = Fault(told["root"], told["log"], tuple(At(**at) for at in told["plan"]))
     role = role or next((role for word, role in ROLES.items() if any(word in a for a in sys.orig_argv)), None)
@@ -102,7 +102,7 @@ class _Points:
         builtins.open = opened
 
     def _point(self, name: str, real: Callable, half: Callable | None, place: int = 0) -> Callable:
-        """`real`, with the fault where it is due. `place`: the argument that says which file is made or goes."""
+        """Wrap `real` with the fault. `place` is the index of the argument with the file's path."""
 
         def wrapped(*args, **named):
             path = os.fspath(args[place]) if len(args) > place else ""
@@ -128,7 +128,7 @@ class _Points:
         return wrapped
 
     def _lasting(self, at: At, name: str, half: Callable | None, real: Callable, args: tuple, named: dict):
-        """A disk without room, a store that no longer lets write."""
+        """Raise the error of a full disk, or of a store that became read-only."""
         if at.what == "full" and name in ("write", "copy", "report"):
             if half:
                 half(*args)
@@ -145,13 +145,13 @@ class _Points:
 
 
 def _end(what: str) -> None:
-    """Of this process, or of the one that started it: then the kernel ends this one with it."""
+    """Kill this process, or its parent: the kernel then ends this one too."""
     os.kill(os.getpid() if what == "kill" else os.getppid(), signal.SIGKILL)
     time.sleep(60)
 
 
 def _set_clock(jump: float) -> None:
-    """The time of day as this process reads it, from now on. Nobody sets the monotonic clock."""
+    """Change the time of day that this process reads. The monotonic clock stays."""
     now, now_ns, real = time.time, time.time_ns, datetime
     time.time = lambda: now() + jump
     time.time_ns = lambda: now_ns() + int(jump * 1e9)

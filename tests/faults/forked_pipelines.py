@@ -1,4 +1,4 @@
-"""Starts pipelines as processes of their own that need no import: it imports everything once and forks.
+"""Starts pipelines as separate processes without import time: imports everything once and forks.
 
 `python -m tests.faults.forked_pipelines` reads a job a line (JSON: id, folder of its log, environment, arguments of
 `tests.faults.pipeline.main`), answers {"id", "pid"}, and when the process has ended {"id", "code"}.

@@ -1,4 +1,4 @@
-"""The faults of processes and disks: each disturbs one run of a world at a seeded moment and gives what was seen."""
+"""Faults of processes and disks: each function disturbs one run at a seeded moment and returns what was seen."""
 
 import os
 import random
@@ -20,7 +20,7 @@ DAY = 86_400.0
 def killed(
     world: World, rng: random.Random, role: str, stage: str | tuple[str, ...], number: int, shape: Shape = SCORE
 ) -> Seen:
-    """SIGKILL at an operation in a stage's folders, by the process itself: before it, half done, or just done."""
+    """Let a process kill itself before, during or after an operation in a stage's folders."""
     wanted = (stage,) if isinstance(stage, str) else stage
     at = rng.choice([n for n, point in enumerate(world.points(role, shape), 1) if stage_of(point) in wanted])
     how = HOWS[number % len(HOWS)]
@@ -39,7 +39,7 @@ def killed_often(world: World, rng: random.Random, times: int) -> list[Seen]:
 
 
 def _killed_in_a_row(world: World, rng: random.Random, times: int) -> list[Seen]:
-    """Rows are counted once, after the last."""
+    """Compare the rows once, after the last kill."""
     store, before, codes = world.store(), [], []
 
     def disturb() -> tuple[int, list[str]]:
@@ -69,7 +69,7 @@ def _killed_in_a_row(world: World, rng: random.Random, times: int) -> list[Seen]
 
 
 def killed_at_the_end(world: World, rng: random.Random, stage: str, number: int, shape: Shape) -> Seen:
-    """In evaluate or register; also MLflow then has the student once."""
+    """Kill the flow in evaluate or register; MLflow must have the student once."""
     seen = killed(world, rng, "flow", stage, number, shape)
     store = str(world.folder / f"store-{world.stores}")
     versions = MlflowClient(world.mlflow).search_model_versions("name = 'trained'")
@@ -79,7 +79,7 @@ def killed_at_the_end(world: World, rng: random.Random, stage: str, number: int,
 
 
 def disk(world: World, rng: random.Random, what: str, role: str) -> Seen:
-    """From a seeded operation on the disk is full, or no longer lets write."""
+    """Let the disk be full or read-only from a seeded operation on."""
     shape = TRAIN if role == "trainer" else SCORE
     writes = _unchecked(world.points(role, shape), lambda point: point.split()[0] in ("write", "copy"))
     store = world.store()
@@ -89,7 +89,7 @@ def disk(world: World, rng: random.Random, what: str, role: str) -> Seen:
 
 
 def small_disk(world: World, rng: random.Random) -> Seen | None:
-    """A real file system that is too small; then it is made larger. None where it may not be mounted."""
+    """Use a real file system that is too small and then enlarged. Returns None if it cannot be mounted."""
     with _mounted(world.store(), rng.randint(12, 48)) as store:
         if store is None:
             return None
@@ -118,7 +118,7 @@ def clock(world: World, rng: random.Random, jump: float, role: str, shape: Shape
 
 
 def damaged_checkpoint(world: World, rng: random.Random) -> Seen:
-    """The trainer is killed and a bit of its newest checkpoint flips: it is refused, said, and the one before taken."""
+    """Kill the trainer and flip a bit of its newest checkpoint: it is refused, and the previous one is used."""
     points, store = world.points("trainer", TRAIN), world.store()
     saved = [n for n, p in enumerate(points, 1) if p.startswith("replace") and "/step-" in p]
     fault = _fault(world, store, At("trainer", "kill", saved[1], "after"))
@@ -152,13 +152,13 @@ def _run(world: World, store: Path, fault: Fault, shape: Shape) -> tuple[int, li
 
 
 def _lost_child_named(running: Running, fault: Fault, fired: list[tuple[str, str]]) -> None:
-    """A run whose child was killed says so: only then a task knows that another try may succeed."""
+    """A run reports that its child was killed, which tells the task to retry."""
     if fired and fault.plan[0].what == "kill" and fired[0][0] != "flow":
         assert "ended with signal SIGKILL" in running.said(), running.said()
 
 
 def _unchecked(points: list[str], fits: Callable[[str], bool]) -> list[int]:
-    """Numbers of the points that fit, without those of the store's probe."""
+    """Return the numbers of the matching points, without those of the store's check."""
     return [n for n, p in enumerate(points, 1) if CHECKED not in p.split("/")[0] and fits(p)]
 
 

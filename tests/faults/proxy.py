@@ -1,4 +1,4 @@
-"""An HTTP proxy in front of the tests' S3 server that does what networks and servers do: on the N-th request that fits.
+"""An HTTP proxy before the tests' S3 server that injects faults of networks and servers at the N-th matching request.
 
 It hands on heads unchanged, so signatures hold.
 """
@@ -20,7 +20,7 @@ LEASES = "/leases/"  # how many signs of life a run gives depends on the time it
 
 @dataclass
 class Plan:
-    """What happens to requests number `at` to `at + times - 1` of those that fit.
+    """A fault of the matching requests number `at` to `at + times - 1`.
 
     `kind`: "500", "503", "denied"; "hang" (no answer for `seconds`); "cut" (in mid-body, of a PUT's or an answer's);
     "lost" (done, its answer lost); "count" (nothing); "away" (for `seconds` all connections are closed unheard);
@@ -55,7 +55,7 @@ class Plan:
 
 
 class Proxy:
-    """`plan` may be exchanged at any time."""
+    """The attribute `plan` may be replaced at any time."""
 
     def __init__(self, upstream: str) -> None:
         self.upstream = upstream.removeprefix("http://")

@@ -1,4 +1,4 @@
-"""Runs that are tried again after more than a kill: one that rebuilds, and one whose shard a power cut left damaged."""
+"""Retries after a killed rebuild, and after a power failure that damaged a shard."""
 
 import os
 import random
@@ -15,7 +15,7 @@ SHARDS = "shards/predictions"
 
 
 def rebuild_killed(world: World, rng: random.Random, number: int) -> Seen:
-    """A run that builds masks again is killed while it does, or once it has: tried again, it keeps what it built."""
+    """Kill a run during or after a rebuild of masks: its retry keeps the rebuilt artifact."""
     points = world.points("flow", REBUILDS)
     built = next(n for n, point in enumerate(points, 1) if stage_of(point) == "responses")
     first = next(n for n, point in enumerate(points, 1) if stage_of(point) == "mask")
@@ -39,7 +39,7 @@ def rebuild_killed(world: World, rng: random.Random, number: int) -> Seen:
 
 
 def damaged_shard(world: World, rng: random.Random, how: str) -> Seen:
-    """The machine goes down before evaluate reads its shards, and one of them is left without bytes, or cut short."""
+    """Leave a shard empty or truncated, as after a power failure before evaluate reads its shards."""
     first = next(n for n, point in enumerate(world.points("flow", REGISTER), 1) if stage_of(point) == "evaluate")
     store = world.store(REGISTER)
     fault = Fault(str(store), str(world.folder / f"faults-{store.name}"), (At("flow", "kill", first, "before"),))

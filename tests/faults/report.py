@@ -1,15 +1,17 @@
-"""Reports what became of injected faults, as Markdown tables.
+"""Reports the outcomes of injected faults as Markdown tables.
 
 `python -m tests.faults.report SEED` writes runs/faults/SEED.md, a row for each kind of fault and stage, and prints it.
 Without a seed it prints one table of all kept seeds, a row for each kind of fault, for docs/reliability.md.
 """
 
-import fcntl
 import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable
 
+from filelock import FileLock
+
+from masters.common.files import write_atomically
 from tests.faults.world import ROOT, Seen, told
 
 KEPT = ROOT / "runs" / "faults"
@@ -20,30 +22,27 @@ KINDS = 12
 
 
 def keep(seed: int, seen: list[Seen], tests: set[str], of: int) -> None:
-    """Write a seed's results down; of tests that did not run here what was kept, by others or before, stays.
+    """Store a seed's results. Stored results of tests that did not run now stay.
 
-    `tests`: the names of those that ran; `of`: how many the suite has.
+    `tests` are the names of the tests that ran, `of` is the number of tests in the suite.
     """
     KEPT.mkdir(parents=True, exist_ok=True)
     file, rows = KEPT / f"{seed}.json", told(seen)
     ran = {row["test"] for row in rows}
-    with open(KEPT / "lock", "ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(KEPT / "lock"):
         before = kept(seed) if file.exists() else dict(rows=[], tests=[])
         rows = [row for row in before["rows"] if row["test"] not in ran] + rows
-        saw = dict(of=of, tests=sorted(tests.union(before["tests"])), rows=rows)
-        new = file.with_suffix(".new")
-        new.write_text(json.dumps(saw, indent=1))
-        new.replace(file)  # who reads it meanwhile reads it whole
+        results = dict(of=of, tests=sorted(tests.union(before["tests"])), rows=rows)
+        write_atomically(file, json.dumps(results, indent=1))
 
 
 def kept(seed: int) -> dict:
-    """What a seed's tests saw, also in earlier sessions: `rows`, one a fault; `tests` that ran, `of` how many."""
+    """Return a seed's stored results: `rows` (one per fault), the `tests` that ran, and the number `of` all tests."""
     return json.loads((KEPT / f"{seed}.json").read_text())
 
 
 def kind(row: dict) -> str:
-    """A fault's kind without the circumstances that follow a comma."""
+    """Return a fault's kind without the details after a comma."""
     return row["kind"].split(",")[0]
 
 
@@ -56,12 +55,12 @@ def kills(rows: list[dict]) -> int:
 
 
 def wrong(rows: list[dict]) -> list[dict]:
-    """Faults after which something was not as an undisturbed run leaves it."""
+    """Return the faults after which the result differs from that of an undisturbed run."""
     return [row for row in rows if not row["recovered"] or any(row["verdict"].values()) or row["left"]]
 
 
 def of_seed(seed: int, saw: dict) -> str:
-    """A heading and a row for each kind of fault and stage."""
+    """Return a heading and a table with a row for each kind of fault and stage."""
     rows, ran = saw["rows"], len(saw["tests"])
     share = f"all {ran} tests" if ran >= saw["of"] else f"only {ran} of {saw['of']} tests"
     found = f"{len(rows)} faults, {kills(rows)} of them kills, {kinds(rows)} kinds"
@@ -70,13 +69,13 @@ def of_seed(seed: int, saw: dict) -> str:
 
 
 def of_all(seeds: dict[int, dict]) -> str:
-    """A row for each kind of fault, summed over seeds."""
+    """Return a table with a row for each kind of fault, summed over seeds."""
     rows = [row for saw in seeds.values() for row in saw["rows"]]
     return table(rows, ("fault",), lambda row: (kind(row),))
 
 
 def table(rows: list[dict], names: tuple[str, ...], key: Callable[[dict], tuple[str, ...]]) -> str:
-    """A Markdown table of what the rows of each key came to, and their totals."""
+    """Return a Markdown table with counts for each key, and totals."""
     groups: dict[tuple[str, ...], list[dict]] = defaultdict(list)
     for row in rows:
         groups[key(row)].append(row)

@@ -1,4 +1,4 @@
-"""What a pipeline of the fault tests is to do. Read also where nothing heavy is imported."""
+"""The specification of a pipeline in the fault tests. Imports nothing heavy."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from masters.config.stages import Stage
 
 @dataclass(frozen=True)
 class Shape:
-    """How far a run goes, and with what: `ranks` trainers, a judge's URL (none: the rules judge).
+    """The stages and settings of a run: `ranks` trainers, and a judge's URL (none: rules).
 
     `key`: of a run that is tried again; without one each start is a run of its own.
     """

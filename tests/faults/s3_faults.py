@@ -1,4 +1,4 @@
-"""Faults of a store on S3: what networks and servers do, and kills at the N-th request, through the tests' proxy."""
+"""Faults of a store on S3, through the tests' proxy: network and server errors, and kills at the N-th request."""
 
 import os
 import random
@@ -34,7 +34,7 @@ LEASE_FAULTS = {
 
 @dataclass
 class Remote:
-    """A world's S3: the real server, and the proxy that the runs speak to."""
+    """The S3 of a world: the real server and the proxy before it."""
 
     server: S3
     proxy: Proxy
@@ -46,7 +46,7 @@ class Remote:
         return self.place(self.stores)
 
     def place(self, number: int) -> str:
-        """Another one for each suite on this machine: processes are known by their store."""
+        """Return a root that no other suite on this machine uses, since processes are found by their store."""
         return f"s3://{BUCKET}/store-{os.getpid()}-{number}"
 
     def aws(self) -> dict[str, str]:
@@ -60,7 +60,7 @@ class Remote:
 
 @dataclass(frozen=True)
 class S3Fault:
-    """`plan` is given a seeded request's number; `outcome`: what must become of the run itself."""
+    """Run with a fault. `plan` gets a seeded request's number; `outcome` is the expected outcome of the run."""
 
     plan: Callable[[int], Plan]
     outcome: str = WENT_ON
@@ -81,7 +81,7 @@ S3_FAULTS = {
 
 
 def s3_fault(world: World, remote: Remote, rng: random.Random, kind: str, shape: Shape = SCORE) -> Seen:
-    """What a network or a server does, to one request or to a few in a row; of a run that trains, while it does."""
+    """Disturb one request or a few in a row; in a run that trains, during training."""
     fault, store = S3_FAULTS[kind], remote.store()
     plan = fault.plan(_chosen(world, remote, rng, shape, fault.methods))
     seen = world.disturbed(kind, store, lambda: _run(world, remote, store, plan, shape, []), shape, aws=remote.aws())
@@ -90,14 +90,14 @@ def s3_fault(world: World, remote: Remote, rng: random.Random, kind: str, shape:
 
 
 def killed_on_s3(world: World, remote: Remote, rng: random.Random, number: int, shape: Shape = SCORE) -> Seen:
-    """SIGKILL of the flow at one of the run's writes: before the server has it, or before the run knows."""
+    """Kill the flow at one of its writes: before the server has it, or before the response."""
     running: list[Running] = []
     at = _chosen(world, remote, rng, shape, WRITES)
     return _killed(world, remote, "flow", Plan(at=at, call=lambda: running[0].kill()), number, shape, running)
 
 
 def trainer_killed_on_s3(world: World, remote: Remote, rng: random.Random, number: int) -> Seen:
-    """SIGKILL of the trainer at a write of its checkpoints."""
+    """Kill the trainer at a write of its checkpoints."""
     at = _chosen(world, remote, rng, TRAIN, ("PUT",), "/checkpoints/")  # which may take a store of its own
     store = remote.place(remote.stores + 1)
 
@@ -127,7 +127,7 @@ PART_FAULTS = {
 
 
 def upload_in_parts(world: World, remote: Remote, rng: random.Random, kind: str) -> Seen:
-    """A file that is sent in parts: a part fails, or the sender is killed at one. Then it is sent again."""
+    """Let a part of a multipart upload fail, or kill the sender at one; then upload again."""
     store, file = remote.store(), world.folder / "large"
     if not file.exists():
         file.write_bytes(rng.randbytes(PARTS))
@@ -181,7 +181,7 @@ def two_machines(world: World, remote: Remote) -> Seen:
 
 
 def rebuilt_elsewhere(world: World, remote: Remote) -> Seen:
-    """While one machine trains, another is told to build training again: both end well."""
+    """Start a rebuild of training on one machine while another trains: both complete."""
     store = remote.store()
 
     def disturb() -> tuple[int, list[str]]:
@@ -196,7 +196,7 @@ def rebuilt_elsewhere(world: World, remote: Remote) -> Seen:
 
 
 def lease_holder_killed(world: World, remote: Remote) -> Seen:
-    """Of two machines the one that trains is killed while the other waits for its lease: that one goes on."""
+    """Kill the machine that trains while another waits for its lease: the other continues."""
     store = remote.store()
 
     def disturb() -> tuple[int, list[str]]:
@@ -214,7 +214,7 @@ def lease_holder_killed(world: World, remote: Remote) -> Seen:
 
 
 def lease_fails(world: World, remote: Remote, rng: random.Random, kind: str) -> Seen:
-    """Something happens to a request for a lease."""
+    """Disturb a request for a lease."""
     store, at = remote.store(), rng.randint(1, 3)  # each of three stages takes one
     plan = LEASE_FAULTS[kind](at)
     return world.disturbed(kind, store, lambda: _run(world, remote, store, plan, SCORE, []), aws=remote.aws())
@@ -227,7 +227,7 @@ def _on_a_machine(world: World, remote: Remote, store: str, name: str, shape: Sh
 
 
 def _trains(remote: Remote, store: str) -> None:
-    """Wait for a checkpoint."""
+    """Wait until there is a checkpoint."""
     with environment(remote.server.environment()):
         storage = Storage(store)
         until(lambda: any("/checkpoints/" in name for name in storage.names("train")), "a checkpoint")
@@ -236,14 +236,14 @@ def _trains(remote: Remote, store: str) -> None:
 def _chosen(
     world: World, remote: Remote, rng: random.Random, shape: Shape, methods: tuple[str, ...], within: str = ""
 ) -> int:
-    """The number of one of an undisturbed run's requests; of one that trains, while it does."""
+    """Return a seeded number of an undisturbed run's requests; in a run that trains, during training."""
     sent = [r for r in _counted(world, remote, shape) if r.split(" ")[0] in methods and within in r]
     trains = [n for n, request in enumerate(sent, 1) if stage_of(request) == Stage.TRAIN]
     return rng.choice(trains) if shape.until == Stage.TRAIN and trains else rng.randint(1, len(sent))
 
 
 def _counted(world: World, remote: Remote, shape: Shape) -> list[str]:
-    """What an undisturbed run sends: "method path", in order."""
+    """Return an undisturbed run's requests as "method path", in order."""
     if shape not in remote.counted:
         plan, store = Plan("count", (*WRITES, "GET"), times=1_000_000), remote.store()
         code, fired = _run(world, remote, store, plan, shape, [])

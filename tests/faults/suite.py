@@ -42,7 +42,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 @pytest.fixture(scope="module")
 def keep(world: World, request: pytest.FixtureRequest) -> Iterator[Callable[[str], None]]:
-    """Writes down what was seen, with the name of a test that ran."""
+    """Store what was seen, with the name of the test."""
     ran: set[str] = set()
 
     def add(test: str) -> None:
@@ -54,7 +54,7 @@ def keep(world: World, request: pytest.FixtureRequest) -> Iterator[Callable[[str
 
 @pytest.fixture(autouse=True)
 def _kept(keep: Callable[[str], None], request: pytest.FixtureRequest) -> Iterator[None]:
-    """What was seen is written down after each test: a suite that is ended early has told the truth so far."""
+    """Store results after each test, so that an interrupted suite keeps those so far."""
     yield
     keep(request.node.name)
 
@@ -86,7 +86,7 @@ def judged() -> Iterator[Shape]:
 
 
 def right(seen: Seen | list[Seen], outcome: str | None = None) -> None:
-    """`outcome`: what must have become of the disturbed run, where it is not the fault's choice."""
+    """Check what was seen. `outcome` is the expected outcome of the disturbed run, if it is determined."""
     for one in seen if isinstance(seen, list) else [seen]:
         assert one.recovered and one.verdict.right and one.left == 0, one
         assert outcome in (None, one.outcome), one
@@ -124,7 +124,7 @@ def test_the_judge_is_killed(world: World, judged: Shape, rng: random.Random, nu
     right(process_faults.killed(world, rng, "judge", ("score", "shards"), number, judged), "failed")
 
 
-def test_it_is_killed_again_and_again(world: World, rng: random.Random) -> None:
+def test_the_run_is_killed_repeatedly(world: World, rng: random.Random) -> None:
     seen = process_faults.killed_often(world, rng, 8)
     right(seen)
     assert len(seen) == 8
@@ -217,11 +217,11 @@ def test_a_lease_fails(world: World, far: Remote, rng: random.Random, kind: str)
     right(s3_faults.lease_fails(world, far, rng, kind), "went on")
 
 
-def test_one_rebuilds_while_the_other_builds(world: World) -> None:
+def test_one_run_rebuilds_while_the_other_builds(world: World) -> None:
     right(concurrent_runs.rebuilt_at_once(world), "went on")
 
 
-def test_the_one_that_builds_is_killed(world: World) -> None:
+def test_the_run_that_builds_is_killed(world: World) -> None:
     right(concurrent_runs.holder_killed(world), "went on")
 
 
@@ -230,7 +230,7 @@ def test_the_newest_checkpoint_is_damaged(world: World, rng: random.Random) -> N
 
 
 @pytest.mark.parametrize("number", range(2))
-def test_one_that_rebuilds_is_killed(world: World, rng: random.Random, number: int) -> None:
+def test_a_run_that_rebuilds_is_killed(world: World, rng: random.Random, number: int) -> None:
     right(rebuild_faults.rebuild_killed(world, rng, number), "killed")
 
 
@@ -240,7 +240,7 @@ def test_a_shard_is_damaged(world: World, rng: random.Random, how: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "seconds"), [("prefect", 15.0), ("mlflow", 60.0)])
-def test_a_server_is_away(commands: command_faults.Commands, name: str, seconds: float) -> None:
+def test_a_server_is_restarted(commands: command_faults.Commands, name: str, seconds: float) -> None:
     right(command_faults.server_away(commands, name, seconds), "went on")
     known, steps = command_faults.metrics_kept(commands)
     assert known == steps  # none is lost, though some come late
@@ -257,7 +257,7 @@ def test_the_prefect_worker_is_killed(world: World) -> None:
 
 
 def test_enough_was_injected(world: World) -> None:
-    """The contract of `make test-faults`; of a suite that is run in parts it holds with the last."""
+    """Check the contract of `make test-faults`; with a suite in parts, after the last part."""
     rows = report.kept(SEED)["rows"]
     assert report.kills(rows) >= report.KILLS and report.kinds(rows) >= report.KINDS
     assert not report.wrong(rows)

@@ -48,8 +48,8 @@ def test_the_disk_fails(world: World, what: str) -> None:
     right(process_faults.disk(world, random.Random(0), what, "flow"))
 
 
-def test_a_judge_that_could_not_tell_is_none(world: World) -> None:
-    """It sees rows that are lost, there twice or different, a file unlike its record, an artifact that is missing."""
+def test_the_comparison_of_stores_finds_differences(world: World) -> None:
+    """It finds lost, duplicate and different rows, changed files and missing artifacts."""
     expected, store = world.expected(SCORE), world.store()
     assert world.start(store).wait() == 0
     storage = Storage(str(store))

@@ -1,4 +1,4 @@
-"""What a store holds against what an undisturbed run left: rows lost, twice, different; files not as recorded."""
+"""Compares a store with that of an undisturbed run: lost, duplicate and different rows, and changed files."""
 
 import json
 from collections import Counter
@@ -23,7 +23,7 @@ Finished = dict[str, dict]  # by an artifact's folder: its tables as lists of ro
 
 @dataclass
 class Verdict:
-    """Counts; all zero is right. `wrong`: what else is not as it should be."""
+    """Counts of differences, all zero if the store is right; `wrong` lists other faults."""
 
     lost: int = 0
     twice: int = 0
@@ -36,7 +36,7 @@ class Verdict:
 
 
 def finished(storage: Storage) -> tuple[Finished, list[str]]:
-    """All artifacts that have a record, and which of their files are not what it says."""
+    """Return all artifacts with a record, and their files that differ from it."""
     found, wrong = {}, []
     for name in storage.names(""):
         if name.startswith("shards/") or not name.endswith(f"/{RECORD}"):
@@ -61,7 +61,7 @@ def finished(storage: Storage) -> tuple[Finished, list[str]]:
 
 
 def compare(expected: Finished, storage: Storage) -> Verdict:
-    """Every artifact of `expected`, table by table, row by row. Files beside the tables must be equal byte for byte."""
+    """Compare every artifact of `expected` row by row. Files that are not tables must have equal bytes."""
     found, wrong = finished(storage)
     verdict = Verdict(wrong=wrong)
     for folder, artifact in expected.items():

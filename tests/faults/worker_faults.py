@@ -1,4 +1,4 @@
-"""The local stack's Prefect worker is killed, alone and with the run that it started, while the run trains."""
+"""Kills the local stack's Prefect worker during training, alone and with its run."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from tests.local_stack import ENDED, Stack, serve, until
 
 
 def worker_killed(world: World) -> list[Seen]:
-    """Alone: its run goes on without it. With the run: it is missed, and resumed with the next worker."""
+    """Kill the worker. Alone, its run continues; with the run, the next worker resumes it."""
     with serve(stack="light", resume_after=10, lost_after=60) as stack:
         expected = _undisturbed(world, stack)
         alone = _killed(world, stack, expected, ("infra.worker",))
@@ -29,7 +29,7 @@ def _undisturbed(world: World, stack: Stack) -> Finished:
 
 
 def _killed(world: World, stack: Stack, expected: Finished, names: tuple[str, ...]) -> Seen:
-    """The same run, taken up by a worker that is started again; no other run is needed."""
+    """Check that a restarted worker resumes the same run without a new one."""
     store = world.store()
 
     def disturb() -> tuple[int, list[str]]:
@@ -55,7 +55,7 @@ def _never() -> Running:
 
 
 def _config(world: World, store: str) -> dict:
-    """Labels as targets, so that no engine starts; training takes long enough to be met in it."""
+    """Return a configuration without engines (labels as targets) whose training takes long enough to be killed."""
     return dict(
         name="stacked", store=dict(root=store), data=dict(source=str(world.source), max_rejected_share=0.2),
         student=dict(model="demo/models/student"),

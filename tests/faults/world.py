@@ -1,4 +1,4 @@
-"""Where faults happen: one process that forks pipelines, a source, a tracking database, and what each run came to."""
+"""The setting of the fault tests: a process that forks pipelines, a source, a tracking database, and results."""
 
 import json
 import os
@@ -33,7 +33,7 @@ LIMIT = 600.0  # seconds that a run may take before it counts as hanging; machin
 
 @dataclass
 class Seen:
-    """One fault as it came, and what became of the run: a line of the report."""
+    """A fault that occurred and the outcome of the run: a row of the report."""
 
     kind: str
     stage: str
@@ -128,7 +128,7 @@ class Zygote:
 
 
 class World:
-    """Runs pipelines, disturbed and not, and keeps what was seen."""
+    """Runs pipelines with and without faults, and keeps what was seen."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.stores, self.seen = folder, 0, []
@@ -139,7 +139,7 @@ class World:
         self._made: dict[Shape, tuple[Path, Finished, list[tuple[str, str]]]] = {}
 
     def store(self, shape: Shape = SCORE) -> Path:
-        """A new one: empty, but for what comes after training, or builds again, a copy of one where that was done."""
+        """Return a new store: empty, or a copy of a trained one for stages after training and for rebuilds."""
         self.stores += 1
         store = self.folder / f"store-{self.stores}"
         done = (
@@ -154,13 +154,13 @@ class World:
         self, store: Path | str, shape: Shape = SCORE, fault: Fault | None = None, aws: dict | None = None,
         home: Path | None = None,
     ) -> Running:  # fmt: skip
-        """`home`: of another machine, which shares no work folder with this one."""
+        """Start a run. `home` stands for another machine, without shared work folders."""
         job = dict(store=str(store), source=str(self.source), mlflow=self.mlflow, shape=asdict(shape))
         variables = {MARK: str(store)} | (aws or {}) | (fault.variables() if fault else {})
         return self.zygote.fork(job, variables | ({"HOME": str(home)} if home else {}))
 
     def expected(self, shape: Shape) -> Finished:
-        """What an undisturbed run leaves; its operations are counted meanwhile."""
+        """Return the result of an undisturbed run, whose operations are counted."""
         if shape not in self._made:
             store = self.store(shape)
             fault = Fault(str(store), str(self.folder / f"points-{store.name}"))
@@ -172,12 +172,12 @@ class World:
         return self._made[shape][1]
 
     def points(self, role: str, shape: Shape) -> list[str]:
-        """What a process of this role does to the store, in order: the places where a fault may be put."""
+        """Return the operations on the store by a process of this role, in order, at which a fault may occur."""
         self.expected(shape)
         return [where for who, where in self._made[shape][2] if who == role]
 
     def left(self, store: Path | str, patience: float = 5.0) -> int:
-        """Processes of a store's runs that are there still, a moment after their parent's end."""
+        """Return the processes of a store's runs that still exist a moment after their parent's end."""
         deadline = time.monotonic() + patience
         while (found := processes_with_variable(MARK, str(store))) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -189,7 +189,7 @@ class World:
         self, kind: str, store: Path | str, disturb: Callable[[], tuple[int, list[str]]], shape: Shape = SCORE,
         aws: dict[str, str] | None = None, again: Callable[[], Running] | None = None, expected: Finished | None = None,
     ) -> Seen:  # fmt: skip
-        """A run with a fault, then the same command without one (`again`); both are judged.
+        """Run a command with a fault and again without one (`again`), and judge both.
 
         `disturb` gives the exit code and where the fault came ("operation path"; none: it did not come).
         """
@@ -224,7 +224,7 @@ class World:
 
 
 def stage_of(where: str) -> str:
-    """The stage in whose folder a fault came; work folders are called after theirs."""
+    """Return the stage in whose folder (or work folder) a fault occurred."""
     path = where.split(" ", 1)[1].removeprefix(f"/{BUCKET}/")
     parts = [part for part in path.split("/") if not part.startswith("store-")]
     name = parts[1] if parts[0] == ".work" and len(parts) > 1 else parts[0]
@@ -232,7 +232,7 @@ def stage_of(where: str) -> str:
 
 
 def started(store: Path | str, module: str) -> list[int]:
-    """Pids of the children of a store's runs that run a module."""
+    """Return the ids of the child processes of a store's runs that run a module."""
     processes = processes_with_variable(MARK, str(store))
     return sorted(process.pid for process in processes if module in command_line(process))
 
@@ -249,7 +249,7 @@ def told(seen: list[Seen]) -> list[dict]:
 
 
 def _test() -> str:
-    """The running test's name, with its parameters and without its phase."""
+    """Return the name of the running test, with parameters and without phase."""
     return os.environ.get("PYTEST_CURRENT_TEST", "").split("::")[-1].rpartition(" ")[0]
 
 

@@ -1,4 +1,4 @@
-"""A server that is too busy is asked again; one that refuses, or is not there, is not."""
+"""Requests to a busy server are repeated; those to a refusing or missing one are not."""
 
 import json
 import time
@@ -16,7 +16,7 @@ Serve = Callable[[list[int]], tuple[str, list[int]]]
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """Starts a server that answers with these codes in turn (0: not within the client's time); what it answered."""
+    """Start a server that responds with these status codes in turn (0: a timeout). Returns its responses."""
     running = []
 
     def start(codes: list[int]) -> tuple[str, list[int]]:
@@ -62,18 +62,18 @@ def test_a_refusal_is_final(code: int, serve: Serve) -> None:
     assert answered == [code]
 
 
-def test_a_server_that_stays_busy_is_given_up(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_to_a_server_that_stays_busy_end(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "RETRY_SECONDS", 1)
     url, answered = serve([503] * 20)
     assert api.post(url, {}) is None
     assert len(answered) > 1
 
 
-def test_where_no_server_is_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_server_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waited"))
     assert api.post(f"http://127.0.0.1:{free_ports(1)[0]}", {}) is None
 
 
-def test_json_that_is_none_is_none(serve: Serve) -> None:
+def test_invalid_json_gives_none(serve: Serve) -> None:
     url, _ = serve([200])
     assert api.post(url, json.loads("null")) is None

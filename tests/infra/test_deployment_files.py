@@ -1,4 +1,4 @@
-"""prefect.yaml, the container files and the Kubernetes template, as far as they can be judged without running them."""
+"""prefect.yaml, the container files and the Kubernetes template are valid, without running them."""
 
 import asyncio
 import json
@@ -62,7 +62,7 @@ def test_the_compose_file_follows_the_specification() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_the_compose_file_holds_no_secret_and_opens_loopback_alone() -> None:
+def test_the_compose_file_has_no_secrets_and_publishes_on_loopback_only() -> None:
     services = yaml.safe_load((INFRA / "compose.yaml").read_text())["services"]
     for name, service in services.items():
         for variable, value in service.get("environment", {}).items():
@@ -74,8 +74,8 @@ def test_the_compose_file_holds_no_secret_and_opens_loopback_alone() -> None:
             assert needed in services
 
 
-def test_whoever_owns_a_worker_says_to_compose_what_its_runs_may_and_know() -> None:
-    """Variables without a value are those of the environment that compose is called in."""
+def test_compose_passes_limits_and_credentials_from_the_environment() -> None:
+    """Variables without a value come from the environment of `docker compose`."""
     services = yaml.safe_load((INFRA / "compose.yaml").read_text())["services"]
     for worker in ("worker", "worker-gpu"):
         environment = services[worker]["environment"]
@@ -88,7 +88,7 @@ def test_whoever_owns_a_worker_says_to_compose_what_its_runs_may_and_know() -> N
 
 
 def rendered(**values: object) -> KubernetesWorkerJobConfiguration:
-    """A run's job as a Kubernetes worker would submit it."""
+    """Return a run's job as a Kubernetes worker submits it."""
     properties = TEMPLATE["variables"]["properties"]
     defaults = {name: of["default"] for name, of in properties.items() if "default" in of}
     filled = apply_values(TEMPLATE["job_configuration"], defaults | values)
@@ -97,7 +97,7 @@ def rendered(**values: object) -> KubernetesWorkerJobConfiguration:
     return job
 
 
-def test_a_job_asks_for_its_gpus() -> None:
+def test_a_job_requests_its_gpus() -> None:
     pod = rendered(gpus=4, memory="256Gi").job_manifest["spec"]["template"]["spec"]
     [container] = pod["containers"]
     assert container["resources"]["limits"] == {"memory": "256Gi", "nvidia.com/gpu": 4}
@@ -106,8 +106,8 @@ def test_a_job_asks_for_its_gpus() -> None:
     assert {"name", "value"} == set(container["env"][0])
 
 
-def test_a_job_holds_only_what_kubernetes_knows() -> None:
-    """Read into the API's own model and written again, nothing of it is lost."""
+def test_a_job_matches_the_kubernetes_schema() -> None:
+    """A round trip through the API's own model loses nothing."""
 
     async def again(job: dict) -> dict:
         async with kubernetes.ApiClient(kubernetes.Configuration()) as api:

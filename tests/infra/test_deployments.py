@@ -1,4 +1,4 @@
-"""What `masters up` tells Prefect's server, on a real one: told again, it takes nothing from whoever uses the UI."""
+"""`masters up` prepares a real Prefect server, and keeps changes that users made in the UI."""
 
 import asyncio
 import os
@@ -43,7 +43,7 @@ async def nightly(client: PrefectClient) -> Deployment:
     return await client.read_deployment_by_name("nightly/nightly")  # pyright: ignore[reportReturnType]
 
 
-def test_a_schedule_changed_in_the_ui_outlives_the_next_up(_server: None, tmp_path: Path) -> None:
+def test_a_schedule_changed_in_the_ui_is_kept(_server: None, tmp_path: Path) -> None:
     config = dict(name="demo", store=dict(root=str(tmp_path)))
 
     async def changed() -> Deployment:
@@ -72,7 +72,7 @@ def test_a_schedule_changed_in_the_ui_outlives_the_next_up(_server: None, tmp_pa
     )  # fmt: skip
 
 
-def test_automations_that_did_not_change_are_left_alone(_server: None) -> None:
+def test_unchanged_automations_are_not_updated(_server: None) -> None:
     async def told() -> dict:
         async with get_client() as client:
             answer = await client._client.post("/automations/filter")
@@ -97,8 +97,8 @@ def test_automations_that_did_not_change_are_left_alone(_server: None) -> None:
     ],
     ids=["goes on", "was to be cancelled", "began too often"],
 )
-def test_what_a_stack_left_running(states: list[State], end: tuple[StateType, str], _server: None) -> None:
-    """`states`: one after another, each Running a further attempt; SETTINGS grants one more."""
+def test_runs_of_a_previous_stack_are_ended(states: list[State], end: tuple[StateType, str], _server: None) -> None:
+    """Runs go through `states`; each Running is another attempt, and SETTINGS allows one more."""
 
     async def left() -> FlowRun:
         async with get_client() as client:
@@ -114,8 +114,8 @@ def test_what_a_stack_left_running(states: list[State], end: tuple[StateType, st
     assert (run.state_type, run.state_name) == end
 
 
-def test_a_crashed_run_is_taken_up_again_as_often_as_is_set_and_no_more(_server: None) -> None:
-    """As Prefect's automations do it, while the stack runs: SETTINGS grants one more attempt."""
+def test_a_crashed_run_is_resumed_up_to_the_limit(_server: None) -> None:
+    """Prefect's automations resume the run while the stack runs; SETTINGS allows one more attempt."""
 
     async def ended() -> tuple[FlowRun, FlowRun]:
         await prepare_server(replace(SETTINGS, resume_after=10))

@@ -43,7 +43,7 @@ def rows(stack: Stack) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def early(rows: list[dict]) -> list[dict]:
-    """Without the last training rows."""
+    """Write the questions without the last training rows."""
     late = [row["id"] for row in rows[:80] if row["split"] == "train"][-NEW:]
     return [row for row in rows if row["id"] not in late]
 
@@ -70,7 +70,7 @@ def config(stack: Stack) -> dict:
 
 
 def night(stack: Stack, store: Storage, given: list[dict]) -> dict:
-    """The summary of a night on these rows."""
+    """Return the summary of a night on these rows."""
     write_rows(stack.folder / "data", given)
     run = stack.start("nightly", config=config(stack))
     stack.complete(run)
@@ -139,7 +139,7 @@ def test_candidate_and_champion_are_compared_on_the_same_questions(
     assert told["champion"] == (2 if told["outcome"] == "promoted" else 1)
 
 
-def test_lineage_goes_on_through_the_champion(stack: Stack, first: dict, third: dict, store: Storage) -> None:
+def test_lineage_includes_the_champion(stack: Stack, first: dict, third: dict, store: Storage) -> None:
     client = replace(stack, environment=stack.environment | stack.client_environment())
     done = client.masters("lineage", f"{NAME}@candidate", "--json")
     assert done.returncode == 0, done.stderr
@@ -253,7 +253,7 @@ def clicked(page: Page, stage: str) -> Page:
     return opened.value
 
 
-def test_from_the_registered_model_one_clicks_to_the_questions(stack: Stack, page: Page, run: str) -> None:
+def test_links_lead_from_the_registered_model_to_the_questions(stack: Stack, page: Page, run: str) -> None:
     page.goto(f"{stack.urls['mlflow_url']}/#/models/seen/versions/1")
     expect(page.get_by_text("built by its stages")).to_be_visible()
     seen(page, "version")
@@ -266,7 +266,7 @@ def test_from_the_registered_model_one_clicks_to_the_questions(stack: Stack, pag
     seen(questions, "questions")
 
 
-def test_the_command_line_tells_the_same_lineage(stack: Stack, run: str) -> None:
+def test_the_command_line_shows_the_same_lineage(stack: Stack, run: str) -> None:
     environment = stack.environment | stack.client_environment()
     told = Stack(stack.folder, environment, stack.urls).masters("lineage", "seen", "--json")
     assert told.returncode == 0 and '"verified": true' in told.stdout.splitlines()[-1], told.stderr

@@ -12,7 +12,7 @@ from masters.infra.settings import Settings
 
 
 def configured(**values: object) -> ProcessJobConfiguration:
-    """A run's job as the process worker makes it from the form's job variables."""
+    """Return a run's job as the process worker makes it from the form's job variables."""
     template = job_template()
     properties = template["variables"]["properties"]
     defaults = {name: of["default"] for name, of in properties.items() if "default" in of}
@@ -21,7 +21,7 @@ def configured(**values: object) -> ProcessJobConfiguration:
     return job
 
 
-def test_command_environment_and_folder_are_the_owners() -> None:
+def test_command_environment_and_folder_cannot_be_set() -> None:
     hostile = configured(
         command="touch /tmp/owned",
         env={"MASTERS_ALLOWED_STORES": "/", "PYTHONPATH": "/tmp/evil"},
@@ -33,11 +33,11 @@ def test_command_environment_and_folder_are_the_owners() -> None:
     assert set(OWNER_SETTINGS).isdisjoint(job_template()["variables"]["properties"])
 
 
-def test_what_our_deployments_ask_for_is_kept() -> None:
+def test_job_variables_of_deployments_are_kept() -> None:
     assert configured(stream_output=False).stream_output is False
 
 
-def test_the_automation_that_resumes_runs_leaves_stages_to_who_asked_for_them() -> None:
+def test_the_resume_automation_ignores_stages() -> None:
     assert stage.name == STAGE_FLOW
     related = [of.root for of in resume_automation(Settings()).trigger.match_related]
     assert {"prefect.resource.role": "flow", "prefect.resource.name": f"!{STAGE_FLOW}"} in related

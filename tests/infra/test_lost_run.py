@@ -1,4 +1,4 @@
-"""A run whose process and worker are gone: nobody reports its end, so that only its silence tells of it."""
+"""A run whose process and worker are gone is found by its missing heartbeats."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from tests.shape_data import write_questions
 pytestmark = pytest.mark.slow
 
 
-def test_a_run_lost_with_its_worker_is_crashed_by_its_silence_and_goes_on_with_the_next() -> None:
+def test_a_run_without_heartbeats_is_crashed_and_resumed() -> None:
     with serve(stack="light", resume_after=10, lost_after=60) as stack:
         source = write_questions(stack.folder / "data", 24, bad=False)
         config = dict(

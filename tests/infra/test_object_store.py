@@ -1,4 +1,4 @@
-"""The local store counts as started once its buckets are there, not once it answers."""
+"""The local store is ready once its buckets exist, not once it answers."""
 
 import threading
 import time
@@ -14,7 +14,7 @@ from tests.s3_server import serve
 
 
 class Starting(BaseHTTPRequestHandler):
-    """SeaweedFS in its first moments: well, and with some of its buckets."""
+    """Serve like SeaweedFS right after its start: healthy, with some of the buckets."""
 
     made: set[str] = set()
 
@@ -39,7 +39,7 @@ def port() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("made", [(), object_store.BUCKETS[:1], object_store.BUCKETS[1:], object_store.BUCKETS])
-def test_it_answers_when_every_bucket_is_there(
+def test_the_store_is_ready_with_all_buckets(
     made: tuple[str, ...], port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Starting, "made", set(made))
@@ -47,13 +47,13 @@ def test_it_answers_when_every_bucket_is_there(
     assert service.answers() == (made == object_store.BUCKETS)
 
 
-def test_a_server_that_is_not_there_does_not_answer(tmp_path: Path) -> None:
+def test_a_missing_server_is_not_ready(tmp_path: Path) -> None:
     service = object_store.make_service(tmp_path, object_store.listener_ports()["s3.port"], {})
     assert not service.answers()
 
 
-def test_at_rest_it_takes_next_to_no_time(tmp_path: Path) -> None:
-    """It runs beside everything else on the machine."""
+def test_the_idle_store_uses_little_cpu(tmp_path: Path) -> None:
+    """It shares the machine with training."""
     with serve(tmp_path) as server:
         before = cpu_seconds(server.pid)
         time.sleep(5)

@@ -37,7 +37,7 @@ def stack() -> Iterator[Stack]:
 
 @pytest.fixture(scope="module")
 def workers(stack: Stack) -> Iterator[dict[str, subprocess.Popen]]:
-    """By pool, as a user starts them on other machines: in folders of their own, with bounds of their own."""
+    """Start a worker for each pool, in separate folders and with separate limits, as on other machines."""
     started = {pool: worker(stack, pool) for pool in POOLS.values()}
     try:
         yield started
@@ -65,7 +65,7 @@ def worker(stack: Stack, pool: str) -> subprocess.Popen:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """What a machine's end does to a worker and to all that it started."""
+    """Kill a worker and all its descendants, as the end of its machine would."""
     with suppress(psutil.NoSuchProcess):
         gone = psutil.Process(process.pid)
         for one in [gone, *gone.children(recursive=True)]:
@@ -90,7 +90,7 @@ def client(stack: Stack) -> dict[str, str]:
 
 
 def toml(stack: Stack, tree: dict) -> Path:
-    """The same as a file."""
+    """Write the configuration to a file."""
     path = stack.folder / f"{tree['name']}.toml"
     lines = [f'name = "{tree["name"]}"', f"teachers = [{inline(tree['teachers'][0])}]"]
     lines += [f"{key} = {inline(value)}" for key, value in tree.items() if key not in ("name", "teachers")]
@@ -110,9 +110,7 @@ def start(stack: Stack, path: Path, *arguments: str) -> subprocess.Popen:
         return subprocess.Popen(command, cwd=ROOT, env=client(stack), stdout=subprocess.PIPE, stderr=log, text=True)
 
 
-def test_what_a_pools_worker_refuses_is_one_line_for_who_asked(
-    stack: Stack, workers: dict[str, subprocess.Popen]
-) -> None:
+def test_an_error_of_a_pool_worker_is_one_line(stack: Stack, workers: dict[str, subprocess.Popen]) -> None:
     source = dict(source=str(stack.folder / "elsewhere/questions.jsonl"), max_rejected_share=0.5)
     path = toml(stack, config(stack, name="refused", data=source))
     done = start(stack, path)
@@ -145,14 +143,14 @@ def pooled(both: tuple[dict, dict]) -> dict:
     return both[0]
 
 
-def test_the_run_ends_right_though_a_worker_was_killed(pooled: dict) -> None:
+def test_a_run_completes_although_a_worker_was_killed(pooled: dict) -> None:
     assert pooled["status"] == "completed"
     assert {stage["name"]: stage["outcome"] for stage in pooled["stages"]} == dict.fromkeys(
         [*PLACES, "register"], "built"
     )
 
 
-def test_the_summary_says_where_each_stage_ran(pooled: dict) -> None:
+def test_the_summary_has_the_pool_of_each_stage(pooled: dict) -> None:
     assert {stage["name"]: stage["pool"] for stage in pooled["stages"] if "pool" in stage} == PLACES
     assert {stage["worker"] for stage in pooled["stages"] if stage.get("pool") == "cpu"} == {"machine-of-cpu"}
     generate = next(stage for stage in pooled["stages"] if stage["name"] == "generate")
@@ -162,7 +160,7 @@ def test_the_summary_says_where_each_stage_ran(pooled: dict) -> None:
     ) | dict(generate=2)  # the one that was killed, and the one that ended it
 
 
-def test_the_killed_stage_was_asked_for_again_once(stack: Stack, pooled: dict) -> None:
+def test_the_killed_stage_was_requested_once_more(stack: Stack, pooled: dict) -> None:
     assert sorted(run["state_type"] for run in stages(stack, "pooled generate")) == ["COMPLETED", "CRASHED"]
 
 
@@ -175,7 +173,7 @@ def rows(store: Path, stage: str, table: str) -> list[dict]:
     return sorted(found, key=json.dumps if stage != "data" else lambda row: row["question_id"])
 
 
-def test_the_rows_are_those_of_one_process(stack: Stack, both: tuple[dict, dict]) -> None:
+def test_the_rows_equal_those_of_one_process(stack: Stack, both: tuple[dict, dict]) -> None:
     ours, theirs = ({stage["name"]: stage["fingerprint"] for stage in summary["stages"]} for summary in both)
     assert {name: ours[name] for name in PLACES} == {name: theirs[name] for name in PLACES}
     for stage, table in [
@@ -208,7 +206,7 @@ def test_lineage_is_complete(stack: Stack, pooled: dict) -> None:
         assert ("loss" in metrics) == (name == "train")  # written by the pool's worker
 
 
-def test_only_references_travel_and_no_secret(stack: Stack, pooled: dict) -> None:
+def test_requests_hold_references_and_no_secrets(stack: Stack, pooled: dict) -> None:
     asked = [*stages(stack, "pooled generate"), *stages(stack, "pooled train")]
     assert len(asked) == 3 and all(set(run["parameters"]) == {"config", "assignment"} for run in asked)
     assert SECRET not in json.dumps(asked) and max(len(json.dumps(run["parameters"])) for run in asked) < 10_000
@@ -216,12 +214,12 @@ def test_only_references_travel_and_no_secret(stack: Stack, pooled: dict) -> Non
     assert all((stack.folder / "store" / folder).is_dir() for folder in reads.values()) and "responses" in reads
 
 
-def test_nothing_is_left_where_run_and_workers_met(stack: Stack, pooled: dict) -> None:
+def test_request_files_are_removed(stack: Stack, pooled: dict) -> None:
     assert not [file for file in (stack.folder / "store/handed").rglob("*") if file.is_file()]
 
 
 def stages(stack: Stack, name: str) -> list[dict]:
-    """The runs that were asked for of this name, on whatever pool."""
+    """Return the requested runs of this name on all pools."""
     body = {"flows": {"name": {"any_": ["stage"]}}, "flow_runs": {"name": {"any_": [name]}}}
     return httpx.post(f"{stack.api}/flow_runs/filter", json=body).json()
 
@@ -237,7 +235,7 @@ def processes_of(run: str) -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def resumed(stack: Stack, pooled: dict) -> str:
-    """A run that was killed while its pool trained, and that goes on."""
+    """A run is killed while its pool trains, and then resumed."""
     wanted = config(stack) | dict(train=dict(learning_rate=1e-4, questions_per_step=1, epochs=400))
     run = stack.start("distill", config=wanted, until="train")
     until(lambda: stack.children("training.worker"), "the trainer")
@@ -248,14 +246,14 @@ def resumed(stack: Stack, pooled: dict) -> str:
     return run
 
 
-def test_a_run_that_goes_on_waits_for_the_stage_that_it_had_asked_for(stack: Stack, resumed: str) -> None:
+def test_a_resumed_run_waits_for_the_stage_that_it_requested(stack: Stack, resumed: str) -> None:
     until(lambda: "train" in tasks(stack, resumed)["RUNNING"], "it has come to train")
     asked = [run for run in stages(stack, "pooled train") if run["state_type"] != "COMPLETED"]
     assert [(run["state_type"], run["run_count"]) for run in asked] == [("RUNNING", 1)]
 
 
 def tasks(stack: Stack, run: str) -> dict[str, list[str]]:
-    """Names of a run's tasks by state."""
+    """Return the names of a run's tasks by state."""
     found: dict[str, list[str]] = {"RUNNING": []}
     body = {"flow_runs": {"id": {"any_": [run]}}}
     for task in httpx.post(f"{stack.api}/task_runs/filter", json=body).json():

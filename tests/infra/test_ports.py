@@ -1,4 +1,4 @@
-"""Ports that nobody else takes while a server imports."""
+"""Ports stay free until a server has started."""
 
 import socket
 
@@ -9,7 +9,7 @@ from masters.infra import object_store, ports
 RAY_WORKERS = range(10_002, 20_000)
 
 
-def test_ports_are_free_and_different_and_nobody_is_given_them() -> None:
+def test_ports_are_free_different_and_not_ephemeral() -> None:
     found = [*ports.free_ports(50), *object_store.listener_ports().values()]
     assert len(set(found[:50])) == 50 and len(set(found[50:])) == len(found[50:])
     assert not set(found[:50]) & set(ports.ephemeral_ports())
@@ -24,7 +24,7 @@ def test_ephemeral_ports_are_used_if_there_are_no_others(monkeypatch: pytest.Mon
     assert len(set(ports.free_ports(5))) == 5 and object_store.listener_ports()
 
 
-def test_a_port_in_use_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_used_port_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     [port] = ports.free_ports(1)
     monkeypatch.setattr(ports, "PORTS", range(port, port + 1))
     assert ports.free_ports(1) == [port]

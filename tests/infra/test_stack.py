@@ -51,7 +51,7 @@ def config(stack: Stack) -> dict:
 
 
 def make(stack: Stack, target: str) -> str:
-    """Its output. The environment is the one that runs the tests: nothing is installed."""
+    """Run make in the environment of the tests, without installing anything. Returns its output."""
     command = ["make", "--no-print-directory", "-o", ".venv/ready", target, f"BIN={Path(sys.executable).parent}"]
     done = subprocess.run(command, cwd=ROOT, env=stack.environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:] + stack.logs()
@@ -63,7 +63,7 @@ def state(stack: Stack, run: str) -> str:
 
 
 def task_states(stack: Stack, run: str) -> dict[str, list[str]]:
-    """By stage, of its attempts."""
+    """Return the attempts by stage."""
     found: dict[str, list[str]] = {}
     for task in post(f"{stack.api}/task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}, "limit": 200}):
         found.setdefault(task["name"], []).append(task["state_type"])
@@ -76,7 +76,7 @@ def test_a_value_out_of_range_is_refused(stack: Stack) -> None:
         stack.start("distill", config=wrong)
 
 
-def test_a_run_cancelled_in_generate_leaves_no_child_and_nothing_half_written(stack: Stack, store: Storage) -> None:
+def test_a_run_cancelled_in_generate_leaves_no_child_and_no_partial_files(stack: Stack, store: Storage) -> None:
     run = stack.start("distill", config=config(stack))
     until(lambda: stack.children("generation.worker"), "engines")
     stack.cancel(run)
@@ -89,7 +89,7 @@ def test_a_run_cancelled_in_generate_leaves_no_child_and_nothing_half_written(st
 
 @pytest.fixture(scope="module")
 def killed(stack: Stack) -> str:
-    """A run whose engine, and whose own process later, in train, are killed."""
+    """A run whose engine is killed, and whose own process is killed later in train."""
     run = stack.start("distill", config=config(stack))
     until(lambda: stack.children("generation.worker"), "engines")
     os.kill(next(iter(stack.children("generation.worker"))), signal.SIGKILL)
@@ -100,12 +100,12 @@ def killed(stack: Stack) -> str:
     return run
 
 
-def test_a_crashed_run_goes_on_by_itself(stack: Stack, killed: str) -> None:
+def test_a_crashed_run_is_resumed(stack: Stack, killed: str) -> None:
     until(lambda: stack.run(killed)["run_count"] == 2 and stack.children("training.worker"), "second attempt")
 
 
-def test_down_leaves_no_process_and_up_takes_the_run_up_again(stack: Stack, killed: str, store: Storage) -> None:
-    """As a user does it, with make; a run that waits for its turn is not lost either."""
+def test_down_leaves_no_process_and_up_resumes_the_run(stack: Stack, killed: str, store: Storage) -> None:
+    """With make, as a user does it. A queued run is not lost either."""
     later = config(stack) | dict(store=dict(root="s3://lake/later"))
     waiting = stack.start("distill", config=later, until="mask")  # the pool takes one run at a time
     until(lambda: any("/checkpoints/step-" in name for name in store.names("train")), "a checkpoint")
@@ -118,7 +118,7 @@ def test_down_leaves_no_process_and_up_takes_the_run_up_again(stack: Stack, kill
     stack.complete(waiting, RESUMED)
 
 
-def test_what_was_built_before_is_reused_and_tracked(stack: Stack, killed: str, store: Storage) -> None:
+def test_earlier_artifacts_are_reused_and_tracked(stack: Stack, killed: str, store: Storage) -> None:
     summary = json.loads(store.read("summary.json"))
     outcomes = {stage["name"]: stage["outcome"] for stage in summary["stages"]}
     assert outcomes == dict.fromkeys(("data", "mask", "generate", "score"), "reused") | dict.fromkeys(
@@ -129,16 +129,16 @@ def test_what_was_built_before_is_reused_and_tracked(stack: Stack, killed: str, 
     assert summary["prefect"]["flow_run_id"] == killed
 
 
-def test_no_task_of_an_attempt_that_was_cut_short_looks_alive(stack: Stack, killed: str) -> None:
+def test_interrupted_attempts_have_no_running_tasks(stack: Stack, killed: str) -> None:
     told = task_states(stack, killed)
     assert {one for states in told.values() for one in states} == {"COMPLETED", "CRASHED"}, told
     assert sorted(told["train"]) == ["COMPLETED", "CRASHED", "CRASHED"]
 
 
-def test_a_run_cancelled_in_train_takes_nothing_half_written_for_done_and_goes_on(
+def test_a_run_cancelled_in_train_ignores_partial_files_and_is_resumed(
     stack: Stack, killed: str, store: Storage
 ) -> None:
-    """Responses and verdicts are those of the run before: it comes to training at once."""
+    """Responses and verdicts are reused from the previous run, so that training starts immediately."""
     wanted = config(stack) | dict(train=config(stack)["train"] | dict(seed=2))
     before = set(store.names("train"))
     run = stack.start("distill", config=wanted)
@@ -164,7 +164,7 @@ def test_a_registered_student_is_evaluated_by_name(stack: Stack, killed: str, st
     assert len(answers) == 2  # the run's own, and this one
 
 
-def test_no_run_is_left_and_no_secret_told(stack: Stack, killed: str) -> None:
+def test_no_run_is_open_and_no_secret_is_shown(stack: Stack, killed: str) -> None:
     alive = {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING", "SCHEDULED"]}}}
     assert post(f"{stack.api}/flow_runs/filter", {"flow_runs": alive}) == []
     secret = stack.client_environment()["AWS_SECRET_ACCESS_KEY"]

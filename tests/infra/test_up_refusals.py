@@ -1,4 +1,4 @@
-"""What `masters up` refuses, in a line, before anything is started."""
+"""`masters up` refuses invalid settings with one line, before anything is started."""
 
 import os
 import socket
@@ -33,7 +33,7 @@ def test_a_port_in_use_is_named_with_its_setting(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("setting", ["MASTERS_PREFECT_PORT", "MASTERS_RUNS_AT_ONCE", "MASTERS_RESUMES"])
-def test_a_setting_that_is_no_number_is_refused(setting: str, tmp_path: Path) -> None:
+def test_a_setting_that_is_not_a_number_is_refused(setting: str, tmp_path: Path) -> None:
     done = masters("up", home=tmp_path, **{setting: "many"})
     assert (done.returncode, done.stderr) == (2, f"masters: {setting}: expected a whole number, found 'many'\n")
 
@@ -58,7 +58,7 @@ def test_another_kind_of_stack_is_refused_as_usage(tmp_path: Path) -> None:
     assert masters("up", home=tmp_path, MASTERS_STACK="huge").returncode == 2
 
 
-def test_down_without_a_stack_says_so_and_makes_no_folder(tmp_path: Path) -> None:
+def test_down_without_a_stack_creates_no_folder(tmp_path: Path) -> None:
     done = masters("down", home=tmp_path / "none")
     assert (done.returncode, done.stdout) == (0, "nothing is running\n")
     assert not (tmp_path / "none").exists()
@@ -66,14 +66,14 @@ def test_down_without_a_stack_says_so_and_makes_no_folder(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("option", ["--host", "--bind", "--address"])
 def test_there_is_no_option_to_listen_elsewhere(option: str, tmp_path: Path) -> None:
-    """Neither Prefect nor MLflow asks who calls: they stay on loopback, a reverse proxy that asks may stand before."""
+    """Prefect and MLflow have no authentication, so they listen on loopback; a reverse proxy may authenticate."""
     done = masters("up", option, "0.0.0.0", home=tmp_path)
     assert done.returncode == 2 and "No such option" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
 def test_no_setting_makes_it_listen_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the environment says, the commands name the address."""
+    """The commands name the address, whatever the environment has."""
     for name in ("PREFECT_SERVER_API_HOST", "MLFLOW_HOST", "MASTERS_HOST", "HOST"):
         monkeypatch.setenv(name, "0.0.0.0")
     environment = stack._environment(tmp_path)

@@ -1,4 +1,4 @@
-"""The stack's worker tells a real server of a crash once: what it says later is of an attempt that is over."""
+"""The stack's worker reports a crash to a real server once; a later report would concern an ended attempt."""
 
 import asyncio
 
@@ -22,7 +22,7 @@ def nothing() -> None:
 
 
 async def attempt(client: PrefectClient, run: FlowRun, *states: State) -> FlowRun:
-    """The run as a worker takes it up, which then goes through these states."""
+    """Return a run as a worker takes it, which then goes through these states."""
     await client.set_flow_run_state(run.id, AwaitingRetry(), force=True)
     taken = await client.read_flow_run(run.id)
     for state in states:
@@ -30,7 +30,7 @@ async def attempt(client: PrefectClient, run: FlowRun, *states: State) -> FlowRu
     return taken
 
 
-def test_the_second_report_of_a_crash_leaves_the_next_attempt_alone(prefect: dict[str, str]) -> None:
+def test_the_second_report_of_a_crash_does_not_affect_the_next_attempt(prefect: dict[str, str]) -> None:
     async def told() -> list[StateType | None]:
         async with get_client() as client:
             run, worker, found = await client.create_flow_run(nothing), Worker("masters"), []
@@ -46,7 +46,7 @@ def test_the_second_report_of_a_crash_leaves_the_next_attempt_alone(prefect: dic
         assert asyncio.run(told()) == [StateType.CRASHED, StateType.PENDING, StateType.CRASHED]
 
 
-def test_a_crash_is_told_of_where_the_server_does_not_say_what_it_knows(prefect: dict[str, str]) -> None:
+def test_a_crash_is_reported_when_the_server_does_not_answer(prefect: dict[str, str]) -> None:
     async def told() -> StateType | None:
         async with get_client() as client:
             taken = await attempt(client, await client.create_flow_run(nothing), Running(), Crashed(), Running())
@@ -62,5 +62,5 @@ def test_a_crash_is_told_of_where_the_server_does_not_say_what_it_knows(prefect:
         assert asyncio.run(told()) == StateType.CRASHED
 
 
-def test_it_is_what_a_process_pool_gets() -> None:
+def test_process_pools_use_this_worker() -> None:
     assert lookup_type(BaseWorker, "process") is Worker

@@ -1,4 +1,4 @@
-"""What the rest relies on, held against a local folder and a real S3 server alike."""
+"""The guarantees of Storage, on a local folder and on a real S3 server."""
 
 import os
 import socket
@@ -27,7 +27,7 @@ AWKWARD = "with space/größe 模型 #1+%41&=?.txt"
 
 @pytest.fixture(params=["local", "s3"])
 def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A root that nothing has used, with a space and a letter beyond ASCII in it."""
+    """Return an unused root with a space and a non-ASCII letter."""
     if request.param == "local":
         return str(tmp_path / "störe one")
     server: S3 = request.getfixturevalue("s3")
@@ -49,7 +49,7 @@ def remote(s3: S3, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def elsewhere(root: str, statement: str) -> str:
-    """Runs `statement` about `store` in a process of its own; what it printed."""
+    """Run `statement` with `store` in a separate process. Returns its output."""
     program = f"from masters.store.storage import Storage\nstore = Storage({root!r})\n{statement}"
     return subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
 
@@ -122,7 +122,7 @@ def test_one_of_several_processes_creates(root: str) -> None:
         assert store.read(f"r{number}") == str(won.index(1)).encode()
 
 
-def test_listings_hold_what_was_written(store: Storage) -> None:
+def test_listings_show_written_objects(store: Storage) -> None:
     assert store.names("") == store.names("a") == store.children("") == store.children("a") == []
     for name in ("a/1", "a/b/2", "a-b/3", "top"):
         store.write(name, b"x")
@@ -142,7 +142,7 @@ def test_more_names_than_one_page_of_a_listing(store: Storage) -> None:
     assert store.names("many") == names
 
 
-def test_what_another_process_does_is_seen(root: str, store: Storage) -> None:
+def test_changes_by_another_process_are_seen(root: str, store: Storage) -> None:
     store.write("shards/1", b"x")
     assert store.names("shards") == ["shards/1"] and not store.exists("shards/2") and store.children("new") == []
     elsewhere(root, "store.write('shards/2', b'y'); store.write('new/a/b', b'z'); store.remove('shards/1')")
@@ -153,7 +153,7 @@ def test_what_another_process_does_is_seen(root: str, store: Storage) -> None:
     assert store.names("") == ["new/a/b", "shards/2"]
 
 
-def test_emptied_folders_hold_nothing(store: Storage) -> None:
+def test_emptied_folders_have_no_objects(store: Storage) -> None:
     store.write("a/b/c", b"x")
     store.remove("a/b/c")
     assert store.names("a/b") == store.names("a") == store.names("") == []
@@ -205,7 +205,7 @@ def test_check_passes_and_leaves_nothing(store: Storage) -> None:
     assert store.names("") == []
 
 
-def test_local_writes_under_way_are_not_listed(tmp_path: Path) -> None:
+def test_unfinished_local_writes_are_not_listed(tmp_path: Path) -> None:
     store = Storage(str(tmp_path))
     with store._sibling("a/x") as temporary:
         temporary.write_bytes(b"half")
@@ -230,7 +230,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch:
 
 
 class TestDownload:
-    """From S3: whole or not at all, by whoever is first."""
+    """Downloads from S3 are complete or absent, and shared by concurrent callers."""
 
     def test_an_interrupted_download_leaves_nothing(
         self, remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -256,7 +256,7 @@ class TestDownload:
 
         return failing
 
-    def test_several_at_once_get_the_same_folder(self, remote: str, tmp_path: Path) -> None:
+    def test_concurrent_downloads_share_a_folder(self, remote: str, tmp_path: Path) -> None:
         store = Storage(remote)
         for number in range(5):
             store.write(f"model/{number}", bytes(100_000))
@@ -266,7 +266,7 @@ class TestDownload:
         assert [p.name for p in (tmp_path / "cache").iterdir()] == ["model"]
         assert sorted(p.stat().st_size for p in folders.pop().iterdir()) == [100_000] * 5
 
-    def test_a_folder_that_is_there_is_used(self, remote: str, tmp_path: Path) -> None:
+    def test_an_existing_folder_is_used(self, remote: str, tmp_path: Path) -> None:
         store = Storage(remote)
         store.write("model/1", b"x")
         store.download("model", tmp_path / "model")
@@ -279,7 +279,7 @@ class TestDownload:
 
 
 class TestRefusals:
-    """What `check` says no to: quickly, in one line that names the store and the cause."""
+    """Stores that `check` refuses, quickly and with one line that names the store and the cause."""
 
     @staticmethod
     def refused(root: str) -> str:
@@ -344,7 +344,7 @@ class TestRefusals:
         assert "cannot be written" in self.refused("/proc/masters")
 
 
-def test_a_store_that_fails_meanwhile_is_one_line(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_a_store_is_one_line(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     store = Storage(remote, retry=False)
     for use in (store.read, store.exists, store.names, lambda n: store.write(n, b""), lambda n: store.copy(n, "x")):
@@ -353,8 +353,8 @@ def test_a_store_that_fails_meanwhile_is_one_line(remote: str, monkeypatch: pyte
         assert str(error.value).startswith(f"store {remote}: ") and "\n" not in str(error.value)
 
 
-def test_a_store_that_is_away_for_a_while_is_waited_for(remote: str, s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The endpoint is a relay that starts to listen late."""
+def test_requests_outlast_a_short_outage(remote: str, s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The endpoint is a relay that starts late."""
     [port] = free_ports(1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
     store = Storage(remote)
@@ -369,7 +369,7 @@ def test_a_store_that_is_away_for_a_while_is_waited_for(remote: str, s3: S3, mon
 
 @contextmanager
 def _relay(port: int, target: int) -> Iterator[None]:
-    """Passes on what comes to `port`."""
+    """Forward connections at `port` to `target`."""
 
     def passes(source: socket.socket, sink: socket.socket) -> None:
         with suppress(OSError):
@@ -390,14 +390,14 @@ def _relay(port: int, target: int) -> Iterator[None]:
         yield
 
 
-def test_the_environment_is_read_anew(remote: str, s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_store_reads_the_environment(remote: str, s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     Storage(remote).write("a", b"x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "guessed")
     with pytest.raises(StoreError):
         Storage(remote).read("a")
 
 
-def test_a_refused_condition_is_told_from_other_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_not_taken_for_a_refused_condition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -413,8 +413,8 @@ def test_a_root_is_a_folder_or_an_s3_prefix() -> None:
     assert Storage("s3://bucket").uri("x") == "s3://bucket/x"
 
 
-def test_what_killed_writers_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
-    """A checkpoint that was being written is as large as the model; nothing else would ever remove it."""
+def test_only_old_unfinished_writes_are_removed(tmp_path: Path) -> None:
+    """An unfinished checkpoint is as large as the model, and nothing else removes it."""
     storage = Storage(str(tmp_path))
     left, fresh = "train/x/.step-1.0a1b2c3d.tmp", "train/x/.step-2.0a1b2c3d.tmp"
     for name in (left, fresh, "train/x/step-0", "train/x/named.tmp", "other/.y.0a1b2c3d.tmp"):

@@ -1,4 +1,4 @@
-"""Python imports this at its start where the tests put its folder into PYTHONPATH: children take part in faults."""
+"""Python imports this at startup if PYTHONPATH has its folder, so that child processes install faults."""
 
 import os
 
