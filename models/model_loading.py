@@ -51,6 +51,15 @@ def check_readable(folder: Path) -> None:
             raise InputError(f"weights {file} cannot be read: {error}") from error
 
 
+def tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    """Return the shapes of a checkpoint's tensors by name, read from the files' headers alone."""
+    shapes = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            shapes |= {name: tensors.get_slice(name).get_shape() for name in sorted(tensors.keys())}
+    return shapes
+
+
 def load_model(folder: Path, dtype: str, device: str = "cpu", shard_model: ShardModel | None = None) -> VLM:
     """Load a model in `dtype` and evaluation mode (no layer of these families trains differently in training mode).
 

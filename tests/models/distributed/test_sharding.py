@@ -1,4 +1,4 @@
-"""Two processes that hold shares of the weights (on gloo) train as one process that holds all of them, in each way."""
+"""Two processes with sharded weights (on gloo) train like one process with all weights, for each strategy."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from masters.config import Runtime, Train
 from masters.execution.processes import LOOPBACK
 from masters.models.training import checkpoint as resume
-from masters.models.training.memory_estimate import estimate_memory
+from masters.models.training.memory_estimate import PassSize, estimate_memory
 from masters.store.storage import Storage
 from tests.models import sharded_training
 from tests.models.sharded_training import CASES, Tensors, Trained
@@ -36,7 +36,7 @@ def one(folder: Path) -> Trained:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path, one: Trained) -> dict:
-    """What one process finds."""
+    """Results of one process with all weights."""
     gradients = {case: one.gradients(case) for case in CASES}
     runs = {case: one.run(case, "one") for case in ("tied", "untied")}
     return dict(gradients=gradients, runs=runs, remasked=one.remasked())
@@ -49,7 +49,7 @@ def way(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path, way: str, whole: dict) -> list[dict]:
-    """What each of two ranks finds, and then what one of one does."""
+    """Results of each of two ranks, and then of a single sharded rank."""
     environment, stores = os.environ | LOOPBACK | {"OMP_NUM_THREADS": "1"}, folder / way
     shutil.copytree(folder / "one", stores / "from-one")
     for kept in (stores / "from-one").rglob("reference-*"):
@@ -77,18 +77,18 @@ def two(ranks: list[dict]) -> dict:
     return ranks[0]
 
 
-def apart(found: Tensors, expected: Tensors, start: Tensors | None = None) -> float:
-    """Their distance, relative to how far the expected ones are from the start (0)."""
+def relative_distance(found: Tensors, expected: Tensors, start: Tensors | None = None) -> float:
+    """Distance of two sets of tensors, relative to the distance of the expected ones from the start (0)."""
     assert found.keys() == expected.keys()
     far = sum(float((expected[n] - (start[n] if start else 0)).square().sum()) for n in expected)
     return (sum(float((found[n] - expected[n]).square().sum()) for n in expected) / far) ** 0.5
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_losses_and_gradients_of_each_step_are_one_processs(case: str, whole: dict, two: dict) -> None:
+def test_losses_and_gradients_of_each_step_equal_one_process(case: str, whole: dict, two: dict) -> None:
     for found, expected in zip(two["gradients"][case], whole["gradients"][case], strict=True):
         assert found["sums"] == pytest.approx(expected["sums"], rel=1e-5, abs=1e-6)
-        assert apart(found["gradients"], expected["gradients"]) < 1e-5
+        assert relative_distance(found["gradients"], expected["gradients"]) < 1e-5
 
 
 def test_ranks_took_different_numbers_of_passes(ranks: list[dict]) -> None:
@@ -98,9 +98,9 @@ def test_ranks_took_different_numbers_of_passes(ranks: list[dict]) -> None:
     assert max(first) > 1
 
 
-def test_one_rank_trains_like_a_process_that_is_not_sharded(ranks: list[dict], whole: dict) -> None:
+def test_a_single_sharded_rank_trains_like_an_unsharded_process(ranks: list[dict], whole: dict) -> None:
     for found, expected in zip(ranks[2]["gradients"]["tied"], whole["gradients"]["tied"], strict=True):
-        assert apart(found["gradients"], expected["gradients"]) < 1e-6
+        assert relative_distance(found["gradients"], expected["gradients"]) < 1e-6
 
 
 @pytest.mark.parametrize("case", ["tied", "untied"])
@@ -110,10 +110,10 @@ def test_runs_end_at_the_same_weights(case: str, whole: dict, two: dict) -> None
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
     assert found["events"] == expected["events"]
     assert ("lm_head.weight" in found["after"]) == (case == "untied")
-    assert apart(found["after"], expected["after"], expected["before"]) < 0.01
+    assert relative_distance(found["after"], expected["after"], expected["before"]) < 0.01
 
 
-def test_two_go_on_from_a_checkpoint_of_one_and_one_from_that_of_two(
+def test_two_ranks_resume_from_a_checkpoint_of_one_and_one_from_that_of_two(
     folder: Path, way: str, one: Trained, whole: dict, two: dict
 ) -> None:
     shutil.copytree(folder / way / "two", folder / f"from-{way}", dirs_exist_ok=True)
@@ -124,11 +124,11 @@ def test_two_go_on_from_a_checkpoint_of_one_and_one_from_that_of_two(
             and len(resumed["losses"]) == len(sharded_training.STEPS) - sharded_training.CUT
         )
         assert resumed["losses"] == pytest.approx(undisturbed["losses"][sharded_training.CUT :], rel=1e-5)
-        assert apart(resumed["after"], undisturbed["after"], undisturbed["before"]) < 0.01
+        assert relative_distance(resumed["after"], undisturbed["after"], undisturbed["before"]) < 0.01
 
 
-def test_a_checkpoint_holds_the_same_whoever_saved_it(folder: Path, way: str, whole: dict, two: dict) -> None:
-    """Every tensor whole, of one name and type: bit for bit what the ranks held, so that going on is exact."""
+def test_checkpoints_of_one_and_two_ranks_have_the_same_tensors(folder: Path, way: str, whole: dict, two: dict) -> None:
+    """Every tensor is full and has the same name, shape and type."""
     states = []
     for store in ("one", f"{way}/two"):
         storage = Storage(str(folder / store))
@@ -140,21 +140,21 @@ def test_a_checkpoint_holds_the_same_whoever_saved_it(folder: Path, way: str, wh
         assert (tensor.shape, tensor.dtype) == (states[1][name].shape, states[1][name].dtype)
 
 
-def test_a_teacher_masked_on_its_shares_is_the_one_masked_as_a_whole(whole: dict, two: dict) -> None:
+def test_a_teacher_masked_by_shards_equals_one_masked_as_a_whole(whole: dict, two: dict) -> None:
     first, second = whole["remasked"]
     assert any(not torch.equal(first[name], second[name]) for name in first)
     for found, expected in zip(two["remasked"], whole["remasked"], strict=True):
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_mean_for_a_sum_is_caught_before_training_and_by_the_gradients(whole: dict, two: dict) -> None:
+def test_a_mean_instead_of_a_sum_is_detected_before_training(whole: dict, two: dict) -> None:
     mean, more, right = two["refused"]
     assert "of 1 to 2 expected 3, found [1.5, 1.5]" in mean and "found [6.0, 6.0]" in more and right == ""
     for found, expected in zip(two["unproven"], whole["gradients"]["tied"], strict=True):
-        assert apart(found["gradients"], expected["gradients"]) == pytest.approx(0.5, abs=0.01)
+        assert relative_distance(found["gradients"], expected["gradients"]) == pytest.approx(0.5, abs=0.01)
 
 
-def test_blocks_that_are_computed_twice_have_the_same_gradients(one: Trained, whole: dict, two: dict) -> None:
+def test_activation_checkpointing_keeps_gradients(one: Trained, whole: dict, two: dict) -> None:
     job = one.job("tied")
     sharded_training.checkpoint_activations(job.student)
     for once, again in (
@@ -166,25 +166,21 @@ def test_blocks_that_are_computed_twice_have_the_same_gradients(one: Trained, wh
             assert all(torch.equal(a["gradients"][name], b["gradients"][name]) for name in a["gradients"])
 
 
-def test_nothing_is_kept_of_passes_that_were_cut_short(ranks: list[dict]) -> None:
-    """A block's second forward pass ends as soon as the backward pass has what it needs."""
-
-
-def test_mixed_precision_is_near_and_keeps_float32(two: dict) -> None:
+def test_mixed_precision_is_close_and_keeps_float32_gradients(two: dict) -> None:
     for found, expected in zip(two["bfloat16"], two["gradients"]["tied"], strict=True):
         assert {tensor.dtype for tensor in found["gradients"].values()} == {torch.float32}
-        assert 1e-4 < apart(found["gradients"], expected["gradients"]) < 0.05
+        assert 1e-4 < relative_distance(found["gradients"], expected["gradients"]) < 0.05
         assert found["sums"]["loss"] == pytest.approx(expected["sums"]["loss"], rel=0.02)
 
 
-def test_a_rank_holds_what_the_estimate_counts(folder: Path, way: str, two: dict) -> None:
+def test_a_ranks_memory_equals_the_estimate(folder: Path, way: str, two: dict) -> None:
     numbers = {
         str(n): torch.zeros(sharded_training.SIDE, sharded_training.SIDE) for n in range(sharded_training.MATRICES)
     }
     (folder / "matrices").mkdir(exist_ok=True)
     save_file(numbers, folder / "matrices" / "model.safetensors")
     runtime = Runtime.model_validate(dict(sharding=way, train_processes=2))
-    made = estimate_memory(folder / "matrices", None, Train(), (0, 0), 2, False, runtime=runtime)
+    made = estimate_memory(folder / "matrices", None, Train(), PassSize(0, 0), 2, False, runtime=runtime)
     assert two["kept"] == pytest.approx(made.weights + made.gradients, rel=0.02)
 
 
@@ -196,8 +192,8 @@ def test_guards_work_on_sharded_weights(ranks: list[dict]) -> None:
     assert all(torch.equal(fallen["after"][name], fallen["before"][name]) for name in fallen["before"])
 
 
-def test_without_memory_for_a_pass_all_begin_again(ranks: list[dict]) -> None:
+def test_all_ranks_restart_if_one_runs_out_of_memory(ranks: list[dict]) -> None:
     for rank in ranks[:2]:
-        message, told = rank["memory"]
-        assert "all processes begin again from the last checkpoint" in message
-        assert told[-1]["event"] == "again" and told[-1]["tokens"] < sharded_training.BUDGET
+        message, events = rank["memory"]
+        assert "all processes restart from the last checkpoint" in message
+        assert events[-1].event == "again" and events[-1].tokens < sharded_training.BUDGET
