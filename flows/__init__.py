@@ -1,1 +1,1 @@
-"""Prefect flows: the pipeline on one page."""
+"""Prefect flows: the pipeline, nightly runs, evaluation, studies, and what is started beside them."""

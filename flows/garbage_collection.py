@@ -64,7 +64,7 @@ def collect_garbage(config: Config, delete: bool = False) -> dict:
     registries, unreachable = _find_registries(config, storage)
     if delete and unreachable:
         raise InputError(
-            "nothing is removed, because an MLflow server that knows this store cannot be asked: "
+            "nothing is removed, because an MLflow server that knows this store cannot be reached: "
             f"{'; '.join(unreachable)}"
         )
     reachable = find_reachable(registries, storage)
@@ -107,10 +107,10 @@ def find_reachable(registries: list[Registry], storage: Storage) -> Reachable:
 
 
 def _find_registries(config: Config, storage: Storage) -> tuple[list[Registry], list[str]]:
-    """Return the registries of every MLflow that knows this store, and a message for each that cannot be asked.
+    """Return the registries of every MLflow that knows this store, and a message for each that cannot be reached.
 
     An MLflow is known to the store if a run of the store was tracked in it, or to this machine by an earlier run.
-    Raises InputError if the MLflow of the configuration cannot be asked.
+    Raises InputError if the MLflow of the configuration cannot be reached.
     """
     configured = locations.tracking_uri(config, storage)
     check_exists(configured)
@@ -130,7 +130,7 @@ def _find_registries(config: Config, storage: Storage) -> tuple[list[Registry], 
 
 
 def _query_error(uri: str) -> str | None:
-    """Return why an MLflow cannot be asked for its models, None if it can."""
+    """Return why an MLflow cannot be queried for its models, None if it can."""
     try:
         check_exists(uri)
         Registry(uri).protected_artifacts()

@@ -15,7 +15,7 @@ from masters.models.model_loading import load_model
 from tests.models import tiny_models
 
 STUDENT, TEACHER = ParameterCounts(8e9), ParameterCounts(38e9)
-OF = QuestionCounts(train=1.0, evaluation=0.0, prompt=1000, image=0)
+QUESTIONS = QuestionCounts(train=1.0, evaluation=0.0, prompt=1000, image=0)
 DEMO = Path(__file__).parents[2] / "demo" / "models"
 
 
@@ -32,23 +32,23 @@ def make_config(**values: object) -> Config:
 
 
 def test_estimates_match_the_table_in_the_documentation() -> None:
-    found = estimates.estimate_flops(make_config(), STUDENT, [TEACHER], OF)
+    flops = estimates.estimate_flops(make_config(), STUDENT, [TEACHER], QUESTIONS)
     expected = dict(generate=1.16e14, score=4.04e14, reference=2.42e13, train=7.26e13 + 1.15e14, evaluate=0.0)
-    assert found == pytest.approx(expected, rel=5e-3)
-    assert estimates.estimate_hours(found, 989e12)["score"] * 1.5e6 == pytest.approx(426, rel=5e-3)
+    assert flops == pytest.approx(expected, rel=5e-3)
+    assert estimates.estimate_hours(flops, 989e12)["score"] * 1.5e6 == pytest.approx(426, rel=5e-3)
 
 
 def test_full_coverage_uses_every_mask_ratio() -> None:
-    found = estimates.estimate_flops(make_config(generate__coverage="full"), STUDENT, [TEACHER], OF)
-    assert sum(found.values()) * 1.5e6 / (0.4 * 989e12) / 3600 == pytest.approx(2916, rel=5e-3)
+    flops = estimates.estimate_flops(make_config(generate__coverage="full"), STUDENT, [TEACHER], QUESTIONS)
+    assert sum(flops.values()) * 1.5e6 / (0.4 * 989e12) / 3600 == pytest.approx(2916, rel=5e-3)
 
 
 def test_refresh_by_stage_costs_more_only_with_full_coverage() -> None:
-    generation = STUDENT.forward_flops(OF, 4 * 64)
+    generation = STUDENT.forward_flops(QUESTIONS, 4 * 64)
     for coverage, more in (("partition", 0), ("full", 4)):  # mask stages after the first
         once, refreshed = (
             estimates.estimate_flops(
-                make_config(generate__coverage=coverage, generate__refresh=when), STUDENT, [TEACHER], OF
+                make_config(generate__coverage=coverage, generate__refresh=when), STUDENT, [TEACHER], QUESTIONS
             )
             for when in ("round", "stage")
         )
@@ -71,21 +71,21 @@ def test_refresh_by_stage_costs_more_only_with_full_coverage() -> None:
     ],
 )
 def test_stages_that_a_configuration_does_not_need_cost_nothing(values: dict, stages_without_cost: set[str]) -> None:
-    found = estimates.estimate_flops(make_config(**values), STUDENT, [TEACHER], OF)
-    assert {stage for stage, count in found.items() if not count} == stages_without_cost | {"evaluate"}
+    flops = estimates.estimate_flops(make_config(**values), STUDENT, [TEACHER], QUESTIONS)
+    assert {stage for stage, count in flops.items() if not count} == stages_without_cost | {"evaluate"}
 
 
 def test_a_held_reference_costs_every_step_and_a_stored_one_once() -> None:
     once = 2 * 8e9 * (1000 + 8 * 64)
     for kl, epochs, expected in (("exact", 3, 3 * once), ("squared", 3, once), ("exact", 1, once)):
-        found = estimates.estimate_flops(make_config(train__kl=kl, train__epochs=epochs), STUDENT, [TEACHER], OF)
-        assert found["reference"] == pytest.approx(expected)
+        flops = estimates.estimate_flops(make_config(train__kl=kl, train__epochs=epochs), STUDENT, [TEACHER], QUESTIONS)
+        assert flops["reference"] == pytest.approx(expected)
 
 
 def test_fine_tuning_on_labels_costs_no_teacher_pass() -> None:
     values = dict(train__objective="sft", train__targets="labels")
-    found = estimates.estimate_flops(make_config(**values), STUDENT, [TEACHER], OF)
-    assert found["train"] == 3 * 2 * 8e9 * (1000 + 64)
+    flops = estimates.estimate_flops(make_config(**values), STUDENT, [TEACHER], QUESTIONS)
+    assert flops["train"] == 3 * 2 * 8e9 * (1000 + 64)
 
 
 def test_rows_are_counted_by_split_and_limit_as_in_the_data_stage() -> None:
@@ -94,11 +94,11 @@ def test_rows_are_counted_by_split_and_limit_as_in_the_data_stage() -> None:
             splits = ["train"] * 30 + ["test"] * 8 + [None] * 20 + ["else", 3]
             return iter(RawRow(str(n), split=split) for n, split in enumerate(splits))
 
-    found = estimates.count_questions(make_config(data__eval_limit=9), Rows(), [(10, 4), (20, 6)])
-    assert found == QuestionCounts(train=pytest.approx(30 + 0.9 * 22), evaluation=9, prompt=15, image=5)
+    counts = estimates.count_questions(make_config(data__eval_limit=9), Rows(), [(10, 4), (20, 6)])
+    assert counts == QuestionCounts(train=pytest.approx(30 + 0.9 * 22), evaluation=9, prompt=15, image=5)
     tuned = make_config(data__validation_share=0.25, evaluate__split="validation")
-    found = estimates.count_questions(tuned, Rows(), [(10, 4), (20, 6)])
-    assert found.train == pytest.approx(0.75 * 49.8) and found.evaluation == pytest.approx(0.25 * 49.8)
+    counts = estimates.count_questions(tuned, Rows(), [(10, 4), (20, 6)])
+    assert counts.train == pytest.approx(0.75 * 49.8) and counts.evaluation == pytest.approx(0.25 * 49.8)
 
 
 def test_forward_flops_match_those_that_pytorch_counts() -> None:
@@ -115,9 +115,9 @@ def test_forward_flops_match_those_that_pytorch_counts() -> None:
 
 
 def test_counted_parameters_add_up_to_the_model() -> None:
-    model, found = load_model(DEMO / "student", "float32"), estimates.count_parameters(DEMO / "student")
-    assert found.text + found.vision + found.head == sum(p.numel() for p in model.parameters())
-    assert found.head == model.lm_head.weight.numel() and found.vision > 0
+    model, counts = load_model(DEMO / "student", "float32"), estimates.count_parameters(DEMO / "student")
+    assert counts.text + counts.vision + counts.head == sum(p.numel() for p in model.parameters())
+    assert counts.head == model.lm_head.weight.numel() and counts.vision > 0
 
 
 def test_measured_speed_is_plausible() -> None:

@@ -55,19 +55,19 @@ def test_lmms_eval_and_our_evaluation_agree_on_every_row(
     stages = {stage["name"]: stage for stage in first["stages"]}
     assert [stage["outcome"] for stage in first["stages"]] == ["built"] * 3
 
-    ours = {row["question_id"]: (row["text"], row["correct"]) for row in rows(first, "evaluate", "predictions")}
-    asked_of_both = parquet.read_table(tmp_path / "tasks/data/test.parquet").to_pylist()
+    own_answers = {row["question_id"]: (row["text"], row["correct"]) for row in rows(first, "evaluate", "predictions")}
+    documents = parquet.read_table(tmp_path / "tasks/data/test.parquet").to_pylist()
     samples = rows(first, "benchmarks", "samples")
-    theirs = {
-        asked_of_both[row["doc_id"]]["id"]: (row["response"], json.loads(row["scores"])["exact_match"] == 1)
+    lmms_answers = {
+        documents[row["doc_id"]]["id"]: (row["response"], json.loads(row["scores"])["exact_match"] == 1)
         for row in samples
     }
-    assert theirs == ours and len(ours) == DOCUMENTS
-    assert [(row["prompt"], row["target"]) for row in samples] == [(q["question"], q["answer"]) for q in asked_of_both]
+    assert lmms_answers == own_answers and len(own_answers) == DOCUMENTS
+    assert [(row["prompt"], row["target"]) for row in samples] == [(q["question"], q["answer"]) for q in documents]
 
     [score] = rows(first, "benchmarks", "scores")
     assert first["benchmarks"] == {STUDENT: [score]}
-    right = sum(correct for _, correct in ours.values())
+    right = sum(correct for _, correct in own_answers.values())
     assert 0 < right < DOCUMENTS  # or nothing could be told apart
     assert (score["value"], score["n"]) == (pytest.approx(first["scores"][STUDENT]["accuracy"]), DOCUMENTS)
     assert (score["version"], score["metric"], score["filter"]) == ("1.0", "exact_match", "none")
@@ -81,9 +81,9 @@ def test_lmms_eval_and_our_evaluation_agree_on_every_row(
 
     monkeypatch.setenv("MASTERS_BENCHMARK_TASKS", str(tmp_path / "tasks"))
     found = Context(settings(tmp_path), preflight(settings(tmp_path)))
-    made_of = make_identity(found, student(), select_benchmarks([benchmark.TASK]), None, "benchmarks")
-    assert found.storage.uri(made_of.folder) == stages["benchmarks"]["uri"]  # another process finds it again
-    assert artifacts.find(found.storage, made_of)
+    identity = make_identity(found, student(), select_benchmarks([benchmark.TASK]), None, "benchmarks")
+    assert found.storage.uri(identity.folder) == stages["benchmarks"]["uri"]  # another process finds it again
+    assert artifacts.find(found.storage, identity)
 
 
 @pytest.mark.slow

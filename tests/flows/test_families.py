@@ -74,8 +74,8 @@ def test_a_family_goes_through_the_pipeline(name: str, tied: bool, tmp_path: Pat
     assert max(max(r["response_token_ids"]) for r in responses) < rows_of_embedding(student)
     assert rows_of_embedding(teacher) == rows_of_embedding(student) + PADDING
     after = Path(summary["student"]["after"]["uri"])
-    asked = [(r["image"], r["question"]) for r in rows(summary, "data", "questions") if r["split"] == "test"]
-    assert len({Image.open(io.BytesIO(image)).size for image, _ in asked}) > 1
-    trained = from_transformers(after, [{}], asked)
-    assert from_vllm(after, [{}], asked) == trained
-    assert trained != from_transformers(student, [{}], asked)  # training moved it
+    test_questions = [(r["image"], r["question"]) for r in rows(summary, "data", "questions") if r["split"] == "test"]
+    assert len({Image.open(io.BytesIO(image)).size for image, _ in test_questions}) > 1
+    trained = from_transformers(after, [{}], test_questions)
+    assert from_vllm(after, [{}], test_questions) == trained
+    assert trained != from_transformers(student, [{}], test_questions)  # training moved it

@@ -118,7 +118,7 @@ def test_transformers_loads_the_student_and_gives_the_same_answers(first: dict) 
     folder = first["student"]["after"]["uri"]
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
-    said = {
+    answers = {
         r["question_id"]: r["text"] for r in rows(first, "evaluate", "predictions") if r["model"] == "student-after"
     }
     agree = 0
@@ -129,7 +129,7 @@ def test_transformers_loads_the_student_and_gives_the_same_answers(first: dict) 
             inputs = processor(text=[text], images=[Image.open(io.BytesIO(row["image"]))], return_tensors="pt")
             out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
             answer = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            agree += answer.strip() == said[row["question_id"]].strip()
+            agree += answer.strip() == answers[row["question_id"]].strip()
     assert agree >= 15  # of 16: two engines may differ on a near tie
 
 

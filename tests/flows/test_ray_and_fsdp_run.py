@@ -45,7 +45,7 @@ def start(place: Path, name: str, runtime: dict, prefect: dict[str, str]) -> sub
 def lines(place: Path, pattern: str, event: str) -> list[dict]:
     """Return the events of a kind that processes of the run on two engines and ranks reported."""
     whole = [line for file in place.glob(f"two/.work/{pattern}") for line in file.read_text().splitlines(True)]
-    return [told for line in whole if line.endswith("\n") and (told := json.loads(line))["event"] == event]
+    return [output for line in whole if line.endswith("\n") and (output := json.loads(line))["event"] == event]
 
 
 def once(condition: Callable[[], object], run: subprocess.Popen, place: Path) -> None:
@@ -94,17 +94,17 @@ def two(place: Path, one: dict, prefect: dict[str, str], sockets: dict) -> dict:
     run = start(place, "two", TWO, prefect)
     once(lambda: teachers_engine(place), run, place)  # killed at once, while it has shards to answer
     os.kill(teachers_engine(place)[0], signal.SIGKILL)
-    ours = session_processes(driver(place))
-    sockets.update(listened=addresses(ours), reached=reachable(ours))
+    processes = session_processes(driver(place))
+    sockets.update(listened=addresses(processes), reached=reachable(processes))
     once(lambda: len(lines(place, "train-*/rank-0.progress", "step")) > 8, run, place)
     os.kill(second_rank(run), signal.SIGKILL)
     return ended(run, place / "two.log")
 
 
 def ended(run: subprocess.Popen, log: Path) -> dict:
-    told = run.communicate(timeout=LIMIT)[0]
+    output = run.communicate(timeout=LIMIT)[0]
     assert run.returncode == 0, log.read_text()[-3000:]
-    return json.loads(told.splitlines()[-1])
+    return json.loads(output.splitlines()[-1])
 
 
 def stage(summary: dict, name: str) -> dict:

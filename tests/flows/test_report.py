@@ -221,7 +221,7 @@ def test_a_failed_report_does_not_fail_the_run(finished, monkeypatch, capsys) ->
 
 
 @task
-def told(updates: int, seconds: float) -> float:
+def update_progress(updates: int, seconds: float) -> float:
     began = time.monotonic()
     with Progress(CONSOLE, "Big_run", "generate", "questions") as progress:
         for done in range(updates):
@@ -238,7 +238,7 @@ def test_progress_updates_are_throttled(monkeypatch) -> None:
 
     @flow
     def many() -> str:
-        told(10_000, 3)
+        update_progress(10_000, 3)
         return flow_run_id()
 
     shown = artifacts_of(many())["big-run-generate"]
@@ -250,14 +250,14 @@ def test_an_unreachable_server_neither_fails_nor_delays_a_stage() -> None:
     """Nothing listens at the address of the updates, and Prefect's client retries with growing pauses."""
 
     @task
-    def told_to_nobody() -> float:
+    def update_unreachable() -> float:
         with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
             SyncClientContext.__var__.set(None)  # else the task's own client is taken, which reaches the server
-            return told.fn(10, 1)
+            return update_progress.fn(10, 1)
 
     @flow
     def away() -> tuple[str, float]:
-        return flow_run_id(), told_to_nobody()
+        return flow_run_id(), update_unreachable()
 
     flow_run, seconds = away()
     assert seconds < 60 + LAST_UPDATE_SECONDS

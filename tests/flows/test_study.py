@@ -89,8 +89,10 @@ def test_the_rate_is_chosen_on_validation_and_the_arms_compared_on_the_test_spli
     rates = {row["learning_rate"]: row["accuracy"] for row in arms["distillation"]["validation"]}
     assert rates[rate] == max(rates.values()) and arms["distillation"]["at_edge"]
     assert arms["fine-tuning"]["validation"] == [] and not arms["fine-tuning"]["at_edge"]
-    asked = {(run["phase"], run["questions"]) for run in results(place).values()}
-    assert len(asked) == 2 and {run["count"] for run in results(place).values() if run["phase"] == "final"} == {12}
+    question_sets = {(run["phase"], run["questions"]) for run in results(place).values()}
+    assert len(question_sets) == 2 and {run["count"] for run in results(place).values() if run["phase"] == "final"} == {
+        12
+    }
     [comparison] = first["comparisons"]
     gap = arms["distillation"]["accuracy"] - arms["fine-tuning"]["accuracy"]
     assert comparison["difference"] == pytest.approx(gap) and comparison["questions"] == 12

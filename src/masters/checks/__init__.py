@@ -1,1 +1,1 @@
-"""What is refused, and what can be known, before hours are spent."""
+"""Checks before a run: what must be refused, and what can be estimated."""

@@ -73,7 +73,7 @@ def find_model(model: Model, store: str | None = None) -> LocalModel:
     needs_custom_code = not is_supported and has_custom_code(folder)
     if needs_custom_code and not allowlist.may_run_code(model.model, str(folder)):
         raise InputError(
-            f"model {model.model} ({model_type}) wants to run code of its own, which is off; whoever runs this machine "
+            f"model {model.model} ({model_type}) wants to run code of its own, which is off; the owner of this machine "
             f"can name it in {Setting.CODE} after reading that code"
         )
     output = check_weights(folder, digest, is_supported)

@@ -66,7 +66,7 @@ def gc(
     delete: Annotated[bool, typer.Option("--delete", help="Remove them; without it they are only listed")] = False,
     as_json: Json = False,
 ) -> None:
-    """List or remove artifacts in the store that no champion, candidate or running run needs."""
+    """List or remove artifacts in the store that no champion, candidate or unfinished run needs."""
     silence_libraries()
     from masters.flows.garbage_collection import collect_garbage
 

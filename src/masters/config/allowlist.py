@@ -114,7 +114,7 @@ def check_ray(address: str) -> None:
 
 
 def may_run_code(*names: str) -> bool:
-    """Return whether the code that a model contains is trusted under one of these names. By default none is."""
+    """Return whether a model's own code is trusted under one of these names. By default none is."""
     return any(_matches(name, entry) for name in names for entry in Setting.CODE.entries)
 
 
