@@ -1,3 +1,5 @@
+"""Fingerprints and digests depend on content alone, and stay the same between versions."""
+
 import string
 
 import pytest
@@ -15,25 +17,25 @@ literals = st.recursive(
 
 
 def test_golden_fingerprints() -> None:
-    """A change here moves every artifact that users have; bump a stage's VERSION instead."""
+    """A change here would invalidate every existing artifact; increment a stage's VERSION instead."""
     assert fingerprint({"a": [1, 2.5, None, True, "ü"]}) == "ad40eecbd710c7d1"
-    made_of = Identity("generate-2", 1, {"top_k": 50}, {"teacher": "abc"}, slug="Easy VQA!")
-    assert made_of.folder == "generate/easy-vqa-8efa3bad93c43b51"
+    identity = Identity("generate-2", 1, {"top_k": 50}, {"teacher": "abc"}, slug="Easy VQA!")
+    assert identity.folder == "generate/easy-vqa-8efa3bad93c43b51"
 
 
 @given(literals)
-def test_order_of_keys_and_repetition_change_nothing(value: object) -> None:
+def test_the_order_of_keys_does_not_matter(value: object) -> None:
     assert canonical_json({"x": value, "y": 1}) == canonical_json({"y": 1, "x": value})
     assert fingerprint(value) == fingerprint(value)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), object(), {1: 2}, {"a": {1, 2}}, b"bytes"])
-def test_what_is_no_literal_is_refused(value: object) -> None:
+def test_values_that_are_not_literals_are_refused(value: object) -> None:
     with pytest.raises(TypeError):
         canonical_json(value)
 
 
-def test_a_round_does_not_change_identity_but_everything_else_does() -> None:
+def test_everything_but_the_round_changes_an_identity() -> None:
     base = dict(stage="train", version=1, config={"a": 1}, inputs={"i": "x"})
     same = Identity(**base | {"stage": "train-2"})
     assert same.fingerprint == Identity(**base).fingerprint
@@ -41,7 +43,7 @@ def test_a_round_does_not_change_identity_but_everything_else_does() -> None:
         assert Identity(**base | change).fingerprint != same.fingerprint
 
 
-def test_folder_digest_notices_content_and_names_not_place(tmp_path) -> None:
+def test_folder_digests_cover_content_and_names(tmp_path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "w.safetensors").write_bytes(b"1")
@@ -51,5 +53,5 @@ def test_folder_digest_notices_content_and_names_not_place(tmp_path) -> None:
 
 
 @given(st.text(string.hexdigits.lower(), min_size=13, max_size=64))
-def test_unit_interval(hexadecimal: str) -> None:
+def test_digests_are_mapped_to_the_unit_interval(hexadecimal: str) -> None:
     assert 0 <= to_unit_interval(hexadecimal) < 1

@@ -1,4 +1,4 @@
-"""Secrets are masked wherever people are told something: errors, logs, the webhook, a run's parameters."""
+"""Secrets are redacted in errors, logs, webhook messages and parameters of runs."""
 
 import io
 import logging
@@ -21,12 +21,12 @@ VARIABLES = ("AWS_SECRET_ACCESS_KEY", "MASTERS_JUDGE_API_KEY", "HF_TOKEN", "MLFL
 
 
 @pytest.mark.parametrize("name", VARIABLES)
-def test_values_of_secret_variables(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_values_of_secret_variables_are_redacted(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, SECRET)
     assert redact(f"denied: {SECRET}!") == "denied: ***!"
 
 
-def test_values_of_other_variables_are_not_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_of_other_variables_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "AWS_ACCESS_KEY_ID": "masters-demo", "TOKENIZERS_PARALLELISM": "false-value",
         "MASTERS_HOME": "/var/lib/masters", "SOME_TOKEN": "true", "SHORT_SECRET": "abc",
@@ -48,7 +48,7 @@ def test_values_of_other_variables_are_not_masked(monkeypatch: pytest.MonkeyPatc
         ("hf_" + "a" * 34, "***"),
     ],
 )
-def test_a_secret_is_masked_in_each_of_its_forms(text: str, expected: str) -> None:
+def test_secrets_are_redacted_by_their_form(text: str, expected: str) -> None:
     assert redact(text) == expected and contains_secret(text)
 
 
@@ -60,41 +60,41 @@ def test_a_secret_is_masked_in_each_of_its_forms(text: str, expected: str) -> No
         "a@b.example",
     ],
 )  # fmt: skip
-def test_text_without_secrets_is_not_masked(text: str) -> None:
+def test_text_without_secrets_is_kept(text: str) -> None:
     assert redact(text) == text and not contains_secret(text)
 
 
 @given(st.text(alphabet=st.characters(categories=["L", "N"]), min_size=6), st.text(), st.text())
-def test_no_secret_is_left_wherever_it_stands(secret: str, before: str, after: str) -> None:
+def test_secrets_are_redacted_anywhere_in_a_text(secret: str, before: str, after: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MASTERS_JUDGE_API_KEY", f"{secret}-x")
         assert f"{secret}-x" not in redact(f"{before}{secret}-x{after}")
 
 
-def test_errors_hold_none_and_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_have_no_secrets_and_keep_their_type(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     error = InputError(f"store s3://me:{SECRET}@x: {SECRET}")
     assert str(error) == "store s3://***@x: ***" and error.exit_code == 2
-    again = pickle.loads(pickle.dumps(StoreError("it failed")))  # as between processes of libraries
+    again = pickle.loads(pickle.dumps(StoreError("it failed")))  # as libraries do between processes
     assert isinstance(again, MastersError) and str(again) == "it failed"
 
 
 @pytest.fixture
 def logged(monkeypatch: pytest.MonkeyPatch):
-    """What a handler writes, with records masked as in a run."""
+    """A logger and the output of its handler, with redaction as in a run."""
     before, sink = logging.getLogRecordFactory(), io.StringIO()
     handler = logging.StreamHandler(sink)
     logger = logging.getLogger("some.library")
     logger.addHandler(handler)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     redact_logs()
-    redact_logs()  # once is enough, twice harms nothing
+    redact_logs()  # a second call has no effect
     yield logger, sink
     logger.removeHandler(handler)
     logging.setLogRecordFactory(before)
 
 
-def test_logs_of_every_library_with_their_arguments_and_tracebacks(logged) -> None:
+def test_logs_with_arguments_and_tracebacks_are_redacted(logged) -> None:
     logger, sink = logged
     logger.warning("signing with %s for %d rows", SECRET, 3)
     try:
@@ -106,19 +106,21 @@ def test_logs_of_every_library_with_their_arguments_and_tracebacks(logged) -> No
     assert "OSError: https://***@host refused ***" in sink.getvalue()
 
 
-def test_the_webhook_receives_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A night's error may be any library's."""
+def test_the_webhook_gets_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error of a night may come from any library."""
     hook = Webhook()
     monkeypatch.setenv(webhook.URL_VARIABLE, hook.url)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     assert webhook.send_report("easyvqa", "failed", f"OperationalError: postgresql://me:pw@db: {SECRET}")
     hook.server.shutdown()
     reason = "OperationalError: postgresql://***@db: ***"
-    assert [(said["text"], said["reason"]) for said in hook.said] == [(f"masters easyvqa: failed: {reason}", reason)]
+    assert [(report["text"], report["reason"]) for report in hook.reports] == [
+        (f"masters easyvqa: failed: {reason}", reason)
+    ]
 
 
-def test_a_childs_traceback_holds_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its log is kept, and its last line becomes the run's error."""
+def test_the_traceback_of_a_child_process_has_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log is kept, and its last line becomes the error of the run."""
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     (tmp_path / "job.json").write_text("{}")
     code = (
