@@ -339,7 +339,7 @@ def test_gc_needs_every_mlflow_that_tracked_into_the_store(
     assert not spared & {item["uri"] for item in collect_garbage(config)["items"]}
     other.rename(tmp_path / "away")
     assert any("other.db" in note for note in collect_garbage(config)["notes"])
-    with pytest.raises(InputError, match=r"cannot be asked: .*other\.db.*remove .*/tracking/"):
+    with pytest.raises(InputError, match=r"cannot be reached: .*other\.db.*remove .*/tracking/"):
         collect_garbage(config, delete=True)
     (tmp_path / "away").rename(other)
     collect_garbage(config, delete=True)
