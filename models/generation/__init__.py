@@ -1,1 +1,1 @@
-"""Models answer questions."""
+"""Generation of responses and predictions with vLLM."""

@@ -1,1 +1,1 @@
-"""A language model judges responses."""
+"""Verdicts of a language model on responses."""
