@@ -13,7 +13,7 @@ from tests.fork_server.call import call_in_process
 from tests.models.family_questions import load_masked
 
 Masks = list[dict[str, float]]  # thresholds by tensor; empty: the model as it is
-GREEDY = Generate(temperature=0.0, repetition_penalty=1.2, max_tokens=24, dtype="float32")  # 1.2: fewer loops
+GREEDY = Generate(temperature=0.0, repetition_penalty=1.2, max_tokens=24, dtype="float32").sampling  # 1.2: fewer loops
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from demo import families, shapes
-from masters.models.masking import group_thresholds, safetensors_tensors
+from masters.models.masking import group_thresholds, iterate_tensors
 from tests.parity.answers import from_transformers, from_vllm
 
 RATIOS = [0.2, 0.4, 0.0]
@@ -28,7 +28,7 @@ def questions() -> list[tuple[bytes, str]]:
 
 
 def thresholds(folder: Path) -> list[dict[str, float]]:
-    rows = group_thresholds(lambda: safetensors_tensors(folder), RATIOS, "matrix")
+    rows = group_thresholds(lambda: iterate_tensors(folder), RATIOS, "matrix")
     return [{r["tensor"]: r["threshold"] for r in rows if r["mask_ratio"] == ratio and ratio > 0} for ratio in RATIOS]
 
 

@@ -8,11 +8,11 @@ import torch
 from demo import families
 from masters.config import Generate, Runtime
 from masters.models.generation.engine import Engine, Reply, Request
-from masters.models.model_loading import export, load_model
+from masters.models.model_loading import export_student, load_model
 from tests.fork_server.call import call_in_process
 from tests.parity.test_masked_engine import PADDING, questions
 
-SAMPLED = Generate(temperature=1.0, top_p=0.9, top_k=50, repetition_penalty=1.05, max_tokens=24, dtype="float32")
+SAMPLED = Generate(max_tokens=24, dtype="float32").sampling
 CASES = [(name, tied) for name in families.NAMES for tied in (False, True)]
 DEFAULT = ("qwen3_vl", True)
 
@@ -23,7 +23,7 @@ def trained(folder: Path, out: Path) -> Path:
     moved = {
         name: p.detach() + 0.05 * torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()
     }
-    export(moved, folder, out)
+    export_student(moved, folder, out)
     return out
 
 
@@ -31,13 +31,13 @@ def answers(folders: list[Path], again: bool) -> list[list[list[Reply]]]:
     """Three samples of each question by each folder's weights, all by one engine; `again`: which rests in between."""
     asked = [Request(image, question, 3, 100 * number) for number, (image, question) in enumerate(questions())]
     first, *others = folders
-    with Engine(first, SAMPLED.dtype, Runtime(max_model_len=256), sleeps=again) as engine:
+    with Engine(first, SAMPLED.dtype, Runtime(max_model_len=256), enable_sleep=again) as engine:
         found = [engine.generate(asked, SAMPLED)]
         for folder in others:
             if again:
                 engine.sleep()
                 engine.wake()
-            engine.load(folder)
+            engine.load_weights(folder)
             found.append(engine.generate(asked, SAMPLED))
     return found
 
