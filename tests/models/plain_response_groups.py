@@ -11,7 +11,7 @@ from masters.store.artifacts import Artifact
 def response_groups(
     refs: list[QuestionRef], responses: Artifact, verdicts: Artifact | None, ratios: list[float], coverage: str
 ) -> tuple[list[Group], int]:
-    """Groups of every question at the stages that train on it, and the number of empty responses, which are left out."""
+    """Groups of every question at the mask stages that train on it, and the number of empty responses, left out."""
     scores = _scores(verdicts) if verdicts else {}
     prompts, answered, empty = {}, {}, 0
     columns = ["question_id", "source", "mask_ratio", "sample", "prompt_token_ids", "response_token_ids"]
