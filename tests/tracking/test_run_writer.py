@@ -263,7 +263,7 @@ def test_lost_metrics_are_counted(storage: Storage, unreachable: pytest.MonkeyPa
     unreachable.setattr(metric_buffer, "MAX_PENDING", 10)
     for step in range(25):
         writer.log_metrics({"loss": 1.0}, step)
-    writer.flush()
+    writer._metrics.flush()
     assert writer.lost_metrics == 15  # of 25, 10 are kept
     assert writer.finish("FINISHED") == "25 metrics could not be written to MLflow"
     assert writer.lost_metrics == 25 and MlflowClient(writer.uri).get_run(writer.run_id).info.status == "FINISHED"
