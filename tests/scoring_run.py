@@ -24,7 +24,7 @@ class NoTracking:
     """A tracker that tracks nothing."""
 
     run_id = key = "0"
-    registry = SimpleNamespace(made_from=lambda fingerprint: [])
+    registry = SimpleNamespace(versions_made_from=lambda fingerprint: [])
 
     @contextmanager
     def stage(self, *_) -> Iterator:

@@ -174,5 +174,5 @@ def test_worker_writes_metrics_only_to_the_run_of_its_stage(tmp_path: Path, monk
         assert run.info.status == "RUNNING" and writer.run_id == tracker.run_id and writer.lost_metrics == 0
     (metric,) = client.get_metric_history(run.info.run_id, "loss")
     assert (metric.value, metric.step) == (0.5, 7)
-    with pytest.raises(InputError, match="holds no run"):
+    with pytest.raises(InputError, match="has no run f+"):
         PoolStageWriter(config, storage, make_request(tracked="f" * 32))
