@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneratio
 
 from demo import build
 from demo import train as packed
-from masters.data.sources.digits import DIGITS, HEIGHT, POOLS, SLOT, WIDTH, Handwriting, handwriting, questions
+from masters.data.sources.digits import DIGITS, HEIGHT, POOLS, SLOT, WIDTH, Handwriting, load_handwriting, questions
 
 SIZE = (HEIGHT, WIDTH)
 HELD_OUT = 200  # digits, the last of the pool, never trained on: the progress is measured on them
@@ -191,7 +191,7 @@ def main() -> None:
     chosen = dict(steps=given.more, learning_rate=given.learning_rate, distortion=given.distortion)
     recipe = replace(RECIPES[given.which], **{name: value for name, value in chosen.items() if value is not None})
     folder = given.out / f"digits-{given.which}"
-    written, pool, seed = handwriting(), POOLS["teacher"], given.seed + (100 if given.more else 0)
+    written, pool, seed = load_handwriting(), POOLS["teacher"], given.seed + (100 if given.more else 0)
     held = Scenes(written, pool[-HELD_OUT:], 0.0, seed + 1)
     text, history = tokenizer(), []
     if given.more:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from masters.data.sources.digits import Digits
+from masters.data.sources.digits import DigitsSource
 
 BATCH = 64
 TOKENS = 16  # at most, of an answer
@@ -34,7 +34,7 @@ class Test:
 
 
 def digits() -> Test:
-    rows = [row for row in Digits().rows() if row.split == "test"]
+    rows = [row for row in DigitsSource().rows() if row.split == "test"]
     return Test(
         [str(row.question) for row in rows], [str(row.answer) for row in rows],
         [BytesIO(row.image) for row in rows if isinstance(row.image, bytes)], [row.image for row in rows],
