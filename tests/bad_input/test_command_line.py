@@ -35,7 +35,7 @@ class Case:
 
 CASES = {
     "NaN": Case("train.beta: Input should be a finite number", "train.beta=nan", command="distill"),
-    "stages without end": Case("in more than 1000 stages", "teachers.0.mask_step=1e-9", command="distill"),
+    "stages without end": Case("into more than 1000 stages", "teachers.0.mask_step=1e-9", command="distill"),
     "NaN weights": Case(f"tensor {GATE} holds NaN", "student.model=nan", command="distill"),
     "a parquet that is none": Case("expected a Parquet file, found something else", "data.source=bad.parquet"),
     "a store that is not allowed": Case(

@@ -43,7 +43,7 @@ VALUES: dict[str, tuple[str, str]] = {
     "cluster without a port": ("runtime.ray_address=head", "runtime.ray_address: String should match pattern"),
     "cluster that is a client's URL": ("runtime.ray_address='ray://head:1'", "runtime.ray_address: String"),
     "broken pattern": ("mask.exclude=['(']", "is not a regular expression"),
-    "pattern of another verifier": ("answers.final_pattern='x'", 'is only used with verifier = "final", found verifier = "exact"'),
+    "pattern of another verifier": ("answers.final_pattern='x'", 'is only used with verifier = "final", found'),
     "broken final pattern": ("answers.final_pattern='('", "is not a regular expression"),
     "no final pattern": ("answers.final_pattern=''", "answers.final_pattern: String should have at least 1 character"),
     "pattern that looks ahead": ("mask.exclude=['(?=layers)']", "is not a regular expression (invalid perl operator"),
