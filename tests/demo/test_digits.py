@@ -15,7 +15,7 @@ def packer() -> digits.Packer:
 
 
 def test_patches_and_grid_are_those_of_the_processor(packer):
-    scenes = digits.Scenes(digits.handwriting(), range(50), distortion=1.0, seed=0)
+    scenes = digits.Scenes(digits.load_handwriting(), range(50), distortion=1.0, seed=0)
     pictures, _ = scenes.draw(3)
     wanted = build.processor(packer.text).image_processor(pictures, return_tensors="pt")
     torch.testing.assert_close(train.patches(pictures), wanted["pixel_values"])
@@ -41,7 +41,7 @@ def test_a_changed_answer_follows_from_the_digits_that_it_states():
 
 
 def test_scenes_state_their_digits_and_repeat_with_the_seed():
-    written = digits.handwriting()
+    written = digits.load_handwriting()
     first, second = (digits.Scenes(written, range(50), 1.0, seed=3).draw(4) for _ in range(2))
     assert torch.equal(first[1], second[1])
     assert [a.tobytes() for a in first[0]] == [b.tobytes() for b in second[0]]

@@ -213,7 +213,7 @@ def test_a_failed_report_does_not_fail_the_run(finished, monkeypatch, capsys) ->
 
     run, _ = finished
     with monkeypatch.context() as patch:
-        patch.setattr(reporting, "plots", broken)
+        patch.setattr(reporting, "plot_training", broken)
         state = small(run, return_state=True)
     assert state.is_completed()
     assert "warning: the run's report is incomplete: OSError: no space left" in capsys.readouterr().err
@@ -233,8 +233,8 @@ def update_progress(updates: int, seconds: float) -> float:
 def test_progress_updates_are_throttled(monkeypatch) -> None:
     from masters.tasks import progress
 
-    sent, send = [], progress._sent
-    monkeypatch.setattr(progress, "_sent", lambda *state: sent.append(state) or send(*state))
+    sent, send = [], progress._send
+    monkeypatch.setattr(progress, "_send", lambda *state: sent.append(state) or send(*state))
 
     @flow
     def many() -> str:

@@ -44,12 +44,12 @@ def test_the_store_is_ready_with_all_buckets(
 ) -> None:
     monkeypatch.setattr(Starting, "made", set(made))
     service = object_store.make_service(tmp_path, port, {})
-    assert service.answers() == (made == object_store.BUCKETS)
+    assert service.is_ready() == (made == object_store.BUCKETS)
 
 
 def test_a_missing_server_is_not_ready(tmp_path: Path) -> None:
     service = object_store.make_service(tmp_path, object_store.listener_ports()["s3.port"], {})
-    assert not service.answers()
+    assert not service.is_ready()
 
 
 def test_the_idle_store_uses_little_cpu(tmp_path: Path) -> None:
