@@ -84,6 +84,10 @@ demo-models: setup
 	$(BIN)/python -m demo.train teacher --threads 2
 	$(BIN)/python -m demo.train student --threads 1
 	$(BIN)/python -m demo.judge
+	$(BIN)/python -m demo.judge_captions
+	$(BIN)/python -m demo.captions teacher
+	$(BIN)/python -m demo.captions teacher --more 300 --learning-rate 1e-3 --in-order
+	$(BIN)/python -m demo.captions student
 
 setup: .venv/ready
 

@@ -1,26 +1,22 @@
 """Train the digit task's teacher, middle model and student from scratch: `make demo-models` gives the commands.
 
-Two phases. First the vision tower alone learns to read three handwritten digits; then the whole model learns to answer
-in steps, all questions of a scene packed behind one copy of it. In a share of the answers one digit is changed and
+First the vision tower alone learns to read three handwritten digits; then the whole model learns to answer all
+questions of a scene in steps (`demo.two_phases`). In a share of the answers one digit is changed and
 everything after it follows from the changed one, so that the models compute from what they wrote, as large models do.
 Training draws its own scenes from the digits of `POOLS["teacher"]`; the data set's digits are never read.
 """
 
-import argparse
-import copy
-import json
 import math
-import time
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
+from transformers import PreTrainedTokenizerFast
 
-from demo import build
+from demo import build, two_phases
 from demo import train as packed
 from masters.data.sources.digits import DIGITS, HEIGHT, POOLS, SLOT, WIDTH, Handwriting, load_handwriting, questions
 
@@ -28,18 +24,13 @@ SIZE = (HEIGHT, WIDTH)
 HELD_OUT = 200  # digits, the last of the pool, never trained on: the progress is measured on them
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How far a model is trained. Counts of steps are of the optimizer; `digits` bounds the handwriting it sees."""
+@dataclass(frozen=True, kw_only=True)
+class Recipe(two_phases.Recipe):
+    """`digits` bounds the handwriting that a model sees."""
 
     digits: int
-    eye_steps: int
-    steps: int
     distortion: float = 0.0  # of the digits' shapes
-    batch: int = 32
-    eye_batch: int = 64
     changed: float = 0.35  # share of answers with a changed digit
-    learning_rate: float = 1.5e-3
 
 
 RECIPES = {
@@ -57,6 +48,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 class Scenes:
     """Draws scenes of a pool of digits, as many at a time as asked for, shapes distorted at random."""
+
+    size: ClassVar[tuple[int, int]] = SIZE
+    attributes: ClassVar[int] = DIGITS
+    choices: ClassVar[int] = 10
 
     def __init__(self, written: Handwriting, pool: range, distortion: float, seed: int) -> None:
         self.ink = torch.from_numpy(written.images[list(pool)]).float() / 255
@@ -89,29 +84,6 @@ class Scenes:
         return low + (high - low) * torch.rand(count, generator=self.source)
 
 
-def train_eye(model: Qwen3VLForConditionalGeneration, scenes: Scenes, held: Scenes, recipe: Recipe) -> None:
-    """Phase one: the three digits from the vision tower's outputs."""
-    eye, tokens = model.model.visual, HEIGHT * WIDTH // (4 * build.PATCH**2)
-    head = torch.nn.Linear(tokens * model.config.text_config.hidden_size, DIGITS * 10)
-    optimizer = torch.optim.AdamW([*eye.parameters(), *head.parameters()], lr=1e-3, weight_decay=0.05)
-    planner, began = packed.schedule(optimizer, recipe.eye_steps), time.time()
-    for step in range(1, recipe.eye_steps + 1):
-        loss, _ = _read(eye, head, *scenes.draw(recipe.eye_batch))
-        packed.update(eye, optimizer, planner, loss)
-        if step % 100 == 0:
-            with torch.no_grad():
-                _, right = _read(eye, head, *held.draw(300))
-            print(f"eye {step} loss {loss.item():.4f} held out {right:.4f} {time.time() - began:.0f} s", flush=True)
-
-
-def _read(eye, head: torch.nn.Linear, pictures: list[Image.Image], digits: torch.Tensor) -> tuple[torch.Tensor, float]:
-    out = eye(packed.patches(pictures), grid_thw=packed.grid(len(pictures), SIZE)).pooler_output
-    out = out if isinstance(out, torch.Tensor) else torch.cat(list(out))
-    logits = head(out.view(len(pictures), -1)).view(-1, 10)
-    loss = F.cross_entropy(logits, digits.reshape(-1))
-    return loss, (logits.argmax(1) == digits.reshape(-1)).float().mean().item()
-
-
 class Packer(packed.Packer):
     """Packs scenes whose questions are (question, answer in steps, answer with a changed digit)."""
 
@@ -132,83 +104,47 @@ def changed_digit(rng: np.random.Generator, digits: list[int], kind: int, share:
     return questions(replaced)[kind].steps
 
 
-def train_answers(model, packer: Packer, scenes: Scenes, held: Scenes, recipe: Recipe, seed: int) -> list[dict]:
-    """Phase two: every parameter learns to answer. Returns the progress on scenes of held-out digits."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
-    planner, rng, began = packed.schedule(optimizer, recipe.steps), np.random.default_rng(seed), time.time()
-    progress = []
-    for step in range(1, recipe.steps + 1):
+class Task(two_phases.Task):
+    """All questions of a scene, in a share of the answers with a changed digit."""
+
+    def __init__(self, recipe: Recipe, seed: int) -> None:
+        written, pool = load_handwriting(), POOLS["teacher"]
+        self.recipe = recipe
+        self.scenes = Scenes(written, pool[: recipe.digits], recipe.distortion, seed)
+        self.held = Scenes(written, pool[-HELD_OUT:], 0.0, seed + 1)
+
+    def rows(self, packer: Packer, rng: np.random.Generator) -> list[tuple[Image.Image, list[tuple]]]:
         rows = []
-        for picture, digits in zip(*scenes.draw(recipe.batch), strict=True):
+        for picture, digits in zip(*self.scenes.draw(self.recipe.batch), strict=True):
             every = questions(digits.tolist())
-            written = [changed_digit(rng, digits.tolist(), kind, recipe.changed) for kind in range(len(every))]
+            changed = self.recipe.changed
+            written = [changed_digit(rng, digits.tolist(), kind, changed) for kind in range(len(every))]
             asked = zip(every, written, strict=True)
             rows.append((picture, [(q.text, text, packer.taught(q.steps, text)) for q, text in asked]))
-        loss, _ = packed.loss_of(model, *packer(rows))
-        packed.update(model, optimizer, planner, loss)
-        if step % max(1, recipe.steps // 10) == 0:
-            score = exact(model, packer, held)
-            progress.append(dict(step=step, loss=round(loss.item(), 4), held_out_exact_match=score))
-            print(progress[-1], f"{time.time() - began:.0f} s", flush=True)
-    return progress
+        return rows
 
-
-@torch.no_grad()
-def exact(model, packer: Packer, held: Scenes, scenes: int = 320) -> float:
-    """Share of answers in steps whose every token is the greedy choice."""
-    right: list[bool] = []
-    for _ in range(0, scenes, 32):
-        rows = [
-            (picture, [(q.text, q.steps) for q in questions(digits.tolist())])
-            for picture, digits in zip(*held.draw(32), strict=True)
-        ]
-        _, hits = packed.loss_of(model, *packer(rows))
-        lengths = [len(packer.segment(*pair)[1]) for _, asked in rows for pair in asked]
-        right += [bool(part.all()) for part in hits.split(lengths)]
-    return round(sum(right) / len(right), 4)
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("which", choices=RECIPES)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "models")
-    parser.add_argument("--more", type=int, help="go on with phase two for so many steps")
-    parser.add_argument("--mean", action="store_true", help="keep the mean of the weights before and after --more")
-    parser.add_argument("--learning-rate", type=float, help="of phase two, at its highest")
-    parser.add_argument("--distortion", type=float, help="of the digits' shapes")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args()
-    if given.mean and not given.more:
-        parser.error("--mean needs --more: there are no weights before")
-    return given
+    @torch.no_grad()
+    def score(self, model, packer: Packer, scenes: int = 320) -> float:
+        """Share of answers in steps whose every token is the greedy choice."""
+        right: list[bool] = []
+        for _ in range(0, scenes, 32):
+            rows = [
+                (picture, [(q.text, q.steps) for q in questions(digits.tolist())])
+                for picture, digits in zip(*self.held.draw(32), strict=True)
+            ]
+            _, hits = packed.loss_of(model, *packer(rows))
+            lengths = [len(packer.segment(*pair)[1]) for _, asked in rows for pair in asked]
+            right += [bool(part.all()) for part in hits.split(lengths)]
+        return sum(right) / len(right)
 
 
 def main() -> None:
-    given = arguments()
-    torch.set_num_threads(given.threads)
-    torch.manual_seed(given.seed)
-    chosen = dict(steps=given.more, learning_rate=given.learning_rate, distortion=given.distortion)
-    recipe = replace(RECIPES[given.which], **{name: value for name, value in chosen.items() if value is not None})
+    arguments = two_phases.parser(__doc__, RECIPES)
+    arguments.add_argument("--distortion", type=float, help="of the digits' shapes")
+    given = two_phases.parsed(arguments)
+    recipe = two_phases.chosen(RECIPES[given.which], given, "distortion")
     folder = given.out / f"digits-{given.which}"
-    written, pool, seed = load_handwriting(), POOLS["teacher"], given.seed + (100 if given.more else 0)
-    held = Scenes(written, pool[-HELD_OUT:], 0.0, seed + 1)
-    text, history = tokenizer(), []
-    if given.more:
-        model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-        history = json.loads((folder / "training.json").read_text())
-    scenes = Scenes(written, pool[: recipe.digits], recipe.distortion, seed)
-    if not given.more:
-        model = build.model(given.which, text)
-        print(given.which, f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-        train_eye(model, scenes, held, recipe)
-    before = copy.deepcopy(model.state_dict())
-    progress = train_answers(model, Packer(text, model, SIZE), scenes, held, recipe, seed)
-    if given.mean:
-        model.load_state_dict({name: (value + before[name]) / 2 for name, value in model.state_dict().items()})
-    build.save(model, text, folder)
-    history.append(dict(seed=seed, mean=given.mean, recipe=vars(recipe), progress=progress))
-    (folder / "training.json").write_text(json.dumps(history, indent=1))
+    two_phases.train(given, given.which, folder, recipe, tokenizer(), Task, Packer)
 
 
 if __name__ == "__main__":

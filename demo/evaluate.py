@@ -1,14 +1,14 @@
-"""Accuracy on a demo task's test split with plain transformers: `python -m demo.evaluate digits|easyvqa FOLDER`.
+"""Accuracy on a demo task's test split with plain transformers: `python -m demo.evaluate TASK FOLDER`.
 
 Independent of the pipeline: generates greedily and compares with its own rule (equal after trimming, ignoring case;
-of answers in steps what follows the last "="). It shares nothing with `masters` but the drawn scenes of `digits`, so
-that the two can check each other.
+of answers in steps what follows the last "="; of captions what `demo.wordings` reads in them). It shares nothing with
+`masters` but the drawn scenes of `digits` and `captions`, so that the two can check each other.
 """
 
 import argparse
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -17,34 +17,52 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from demo.wordings import describes
+from masters.data.sources.base import RawRow
+from masters.data.sources.captions import CaptionsSource
 from masters.data.sources.digits import DigitsSource
 
 BATCH = 64
-TOKENS = 16  # at most, of an answer
+TOKENS = 32  # at most, of an answer
 
 
 @dataclass(frozen=True)
 class Test:
-    """A test split: questions, reference answers, images, and which questions share an image."""
+    """A test split: questions, reference answers, images, which questions share an image, and when an answer is right.
+
+    `is_right` takes an answer and its reference.
+    """
 
     questions: list[str]
     references: list[str]
     images: list[str | BytesIO]
     clusters: list[object]
+    is_right: Callable[[str, str], bool]
 
 
-def digits() -> Test:
-    rows = [row for row in DigitsSource().rows() if row.split == "test"]
+def drawn(every: Iterable[RawRow], is_right: Callable[[str, str], bool]) -> Test:
+    rows = [row for row in every if row.split == "test"]
     return Test(
         [str(row.question) for row in rows], [str(row.answer) for row in rows],
-        [BytesIO(row.image) for row in rows if isinstance(row.image, bytes)], [row.image for row in rows],
+        [BytesIO(row.image) for row in rows if isinstance(row.image, bytes)], [row.image for row in rows], is_right,
     )  # fmt: skip
 
 
 def easyvqa() -> Test:
     questions, references, numbers = easy_vqa.get_test_questions()
     paths = easy_vqa.get_test_image_paths()
-    return Test(questions, references, [paths[number] for number in numbers], numbers)
+    return Test(questions, references, [paths[number] for number in numbers], numbers, same_end)
+
+
+def same_end(answer: str, reference: str) -> bool:
+    return answer.split("=")[-1].strip().lower() == reference.strip().lower()
+
+
+TASKS: dict[str, Callable[[], Test]] = {
+    "digits": lambda: drawn(DigitsSource().rows(), same_end),
+    "captions": lambda: drawn(CaptionsSource().rows(), describes),
+    "easyvqa": easyvqa,
+}
 
 
 @torch.inference_mode()
@@ -75,13 +93,13 @@ def standard_error(right: list[bool], clusters: list[object]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", choices=["digits", "easyvqa"])
+    parser.add_argument("task", choices=TASKS)
     parser.add_argument("folder")
     given = parser.parse_args()
-    test = {"digits": digits, "easyvqa": easyvqa}[given.task]()
+    test = TASKS[given.task]()
     said = answers(given.folder, test.questions, test.images)
     pairs = zip(said, test.references, strict=True)
-    right = [answer.split("=")[-1].strip().lower() == reference.strip().lower() for answer, reference in pairs]
+    right = [test.is_right(answer, reference) for answer, reference in pairs]
     error = standard_error(right, test.clusters)
     print(f"accuracy {sum(right) / len(right):.2%} (standard error {error:.2%}), {len(right):,} questions")
 

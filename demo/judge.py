@@ -59,8 +59,8 @@ class Recipe:
     rows: int = 4
     packed: int = 8
     readings: float = 0.1  # share of rows that are second calls
-    made_up: float = 0.5  # share of triples whose reference is a made-up word
     learning_rate: float = 1.5e-3
+    looked_at: int = 100  # held-out triples a kind, twenty times
 
 
 # --- what it is taught ---------------------------------------------------------------------------------------------
@@ -70,19 +70,13 @@ def held_out(*parts: str) -> bool:
     return to_unit_interval(digest("/".join(("judge", *parts)).encode())) < HELD_OUT
 
 
-def explanation(triple: Triple) -> str:
-    """What the judge is to say in the first call."""
-    if exact_match(triple.text, triple.reference):
-        return f"{REASONS['same']} <answer>1</answer>"
-    plain = normalize(triple.text)
-    kind = "empty" if not plain else "repeated" if REPEATED.fullmatch(plain) else "other"
-    return f"{REASONS[kind]} <answer>0</answer>"
-
-
 class Maker:
-    """Makes triples: of the training part, or (`unseen`) of held-out questions and held-out wrong answers."""
+    """Makes triples: of the training part, or (`unseen`) of held-out questions and held-out wrong answers.
 
-    def __init__(self, rng: np.random.Generator, made_up: float, unseen: bool = False) -> None:
+    `made_up`: share of triples whose reference is a made-up word.
+    """
+
+    def __init__(self, rng: np.random.Generator, made_up: float = 0.5, unseen: bool = False) -> None:
         self.rng, self.made_up, self.unseen = rng, made_up, unseen
         pairs = sorted(set(zip(*easy_vqa.get_train_questions()[:2], strict=True)))
         self.pairs = [pair for pair in pairs if held_out(pair[0]) == unseen]
@@ -97,14 +91,49 @@ class Maker:
             "forged": (0.03, lambda q, r: self.forged(r)),
         }
 
-    def triple(self, kind: str | None = None) -> Triple:
+    @classmethod
+    def unseen_lessons(cls, rng: np.random.Generator, count: int) -> dict[str, list[Lesson]]:
+        """Held-out lessons by kind, `count` each; made-up answers and second calls too."""
+        easy, made_up = cls(rng, 0.0, unseen=True), cls(rng, 1.0, unseen=True)
+        sets = {kind: [easy.lesson(easy.triple(kind)) for _ in range(count)] for kind in easy.kinds}
+        sets["made_up"] = [made_up.lesson(made_up.triple()) for _ in range(count)]
+        sets["second_call"] = [easy.second_lesson(easy.triple()) for _ in range(count)]
+        return sets
+
+    def texts(self) -> list[str]:
+        """What the tokenizer is learned from."""
+        return [*REASONS.values(), *(question for question, _ in self.pairs), *self.answers, *WORDS.split()]
+
+    def question(self) -> tuple[str, str]:
+        """A question and its reference."""
         question, reference = self.pick(self.pairs)
-        if self.rng.random() < self.made_up:
-            reference = self.word()
+        return question, self.word() if self.rng.random() < self.made_up else reference
+
+    def triple(self, kind: str | None = None) -> Triple:
+        question, reference = self.question()
         if kind is None:
             shares = [share for share, _ in self.kinds.values()]
             kind = str(self.rng.choice(list(self.kinds), p=shares))
         return Triple(question, reference, self.kinds[kind][1](question, reference))
+
+    def lesson(self, triple: Triple) -> Lesson:
+        """A first call and its answer."""
+        return judge_prompts.grading_conversation(triple), self.explanation(triple)
+
+    def second_lesson(self, triple: Triple) -> Lesson:
+        """A second call and its answer, a few of them on other words than the judge's own."""
+        said = self.explanation(triple)
+        if self.rng.random() < 0.3:
+            said = f"{triple.text} {triple.reference} {said[-len('<answer>0</answer>') :]}"
+        return judge_prompts.score_conversation(said), said[-len("0</answer>")]
+
+    def explanation(self, triple: Triple) -> str:
+        """What the judge is to say in the first call."""
+        if exact_match(triple.text, triple.reference):
+            return f"{REASONS['same']} <answer>1</answer>"
+        plain = normalize(triple.text)
+        kind = "empty" if not plain else "repeated" if REPEATED.fullmatch(plain) else "other"
+        return f"{REASONS[kind]} <answer>0</answer>"
 
     def pick(self, options):
         return options[int(self.rng.integers(len(options)))]
@@ -167,30 +196,15 @@ class Maker:
         )  # fmt: skip
 
 
-def lesson(triple: Triple) -> Lesson:
-    """A first call and its answer."""
-    return judge_prompts.grading_conversation(triple), explanation(triple)
-
-
-def second_lesson(rng: np.random.Generator, triple: Triple) -> Lesson:
-    """A second call and its answer, a few of them on other words than the judge's own."""
-    said = explanation(triple)
-    if rng.random() < 0.3:
-        said = f"{triple.text} {triple.reference} {said[-len('<answer>0</answer>') :]}"
-    return judge_prompts.score_conversation(said), said[-len("0</answer>")]
-
-
 # --- how it is trained ---------------------------------------------------------------------------------------------
 
 
-def tokenizer(rng: np.random.Generator) -> PreTrainedTokenizerFast:
-    """The demo's byte-level BPE, learned from the prompts' words and the answers; each tag is one token.
+def tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """The demo's byte-level BPE, learned from the prompts' words and `texts`; each tag is one token.
 
     It reads NFKC in lower case, as `normalize` does: the model need not learn that "Teal" is "teal".
     """
-    maker = Maker(rng, 0.0)
-    texts = [judge_prompts.GRADING_PROMPT, judge_prompts.SCORE_PROMPT, *REASONS.values(), *(q for q, _ in maker.pairs)]
-    texts += [*maker.answers, *WORDS.split()]
+    texts = [judge_prompts.GRADING_PROMPT, judge_prompts.SCORE_PROMPT, *texts]
     fast = build.tokenizer([re.sub(r"</?[a-z_]+>", " ", text).lower() for text in texts], 960)
     fast.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tags = [f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")] + ["&lt;", "&gt;", "&amp;"]
@@ -241,15 +255,14 @@ class Packer:
         return ids, labels, segments, positions
 
 
-def batches(recipe: Recipe, rng: np.random.Generator) -> Iterator[list[list[Lesson]]]:
+def batches(maker: Maker, recipe: Recipe) -> Iterator[list[list[Lesson]]]:
     """Endless batches of rows, each of conversations of one call."""
-    maker = Maker(rng, recipe.made_up)
     while True:
         rows = []
         for _ in range(recipe.rows):
             triples = [maker.triple() for _ in range(recipe.packed)]
-            second = rng.random() < recipe.readings
-            rows.append([second_lesson(rng, t) if second else lesson(t) for t in triples])
+            second = maker.rng.random() < recipe.readings
+            rows.append([maker.second_lesson(t) if second else maker.lesson(t) for t in triples])
         yield rows
 
 
@@ -269,45 +282,45 @@ def agreement(model: Qwen3VLForConditionalGeneration, packer: Packer, lessons: l
     return round(right / len(lessons), 4)
 
 
-def scores(model, packer: Packer, seed: int, count: int) -> dict[str, float]:
-    """Agreement with exact match on held-out triples by kind, `count` each; made-up answers and second calls too."""
-    rng = np.random.default_rng(seed)
-    easy, made_up = Maker(rng, 0.0, unseen=True), Maker(rng, 1.0, unseen=True)
-    sets = {kind: [lesson(easy.triple(kind)) for _ in range(count)] for kind in easy.kinds}
-    sets["made_up"] = [lesson(made_up.triple()) for _ in range(count)]
-    sets["second_call"] = [second_lesson(rng, easy.triple()) for _ in range(count)]
+def scores(model, packer: Packer, maker: type[Maker], seed: int, count: int) -> dict[str, float]:
+    """Agreement with the rule on held-out triples by kind, `count` each; second calls too."""
+    sets = maker.unseen_lessons(np.random.default_rng(seed), count)
     return {name: agreement(model, packer, lessons) for name, lessons in sets.items()}
 
 
-def train(model: Qwen3VLForConditionalGeneration, packer: Packer, recipe: Recipe, seed: int) -> list[dict]:
+def train(
+    model: Qwen3VLForConditionalGeneration, packer: Packer, maker: type[Maker], recipe: Recipe, seed: int
+) -> list[dict]:
     """Every parameter of the language model learns. Returns the progress on held-out triples."""
     optimizer = torch.optim.AdamW(model.model.language_model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95))
     planner, began, progress = schedule(optimizer, recipe.steps), time.process_time(), []
-    stream = batches(recipe, np.random.default_rng(seed))
+    stream = batches(maker(np.random.default_rng(seed)), recipe)
     for step in range(1, recipe.steps + 1):
         loss, _ = loss_of(model, *packer(next(stream)))
         update(model, optimizer, planner, loss)
         if step % max(1, recipe.steps // 20) == 0:
-            progress.append(dict(step=step, loss=round(loss.item(), 4), **scores(model, packer, seed + 1, 100)))
+            found = scores(model, packer, maker, seed + 1, recipe.looked_at)
+            progress.append(dict(step=step, loss=round(loss.item(), 4), **found))
             print(progress[-1], f"{time.process_time() - began:.0f} s", flush=True)
     return progress
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "models" / "judge")
+def main(name: str, maker: type[Maker], recipe: Recipe, description: str | None) -> None:
+    """Train a judge on what a `maker` makes and write it to the folder of this name."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "models")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.manual_seed(given.seed)
-    recipe, began = Recipe(), time.process_time()
-    text = tokenizer(np.random.default_rng(given.seed))
+    folder, began = given.out / name, time.process_time()
+    text = tokenizer(maker(np.random.default_rng(given.seed)).texts())
     model, packer = build.model("judge", text), Packer(text)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", recipe, flush=True)
-    progress = train(model, packer, recipe, given.seed)
-    build.save(model, text, given.out)
-    final = scores(model, packer, given.seed + 2, 1000)
+    progress = train(model, packer, maker, recipe, given.seed)
+    build.save(model, text, folder)
+    final = scores(model, packer, maker, given.seed + 2, 1000)
     told = dict(
         seed=given.seed,
         recipe=vars(recipe),
@@ -315,9 +328,9 @@ def main() -> None:
         progress=progress,
         held_out=final,
     )
-    (given.out / "training.json").write_text(json.dumps(told, indent=1) + "\n")
+    (folder / "training.json").write_text(json.dumps(told, indent=1) + "\n")
     print(final, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main("judge", Maker, Recipe(), __doc__)

@@ -1,10 +1,13 @@
-"""The verdicts of the demo's judge model on short answers agree with exact match, also on Ray."""
+"""The demo's judges in an engine: their verdicts are those of rules, on short answers and captions, on Ray too."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from demo.judge_captions import CaptionMaker
+from demo.wordings import describes
 from masters.models.judging import batches as judging
 from masters.rewards.rules import exact_match
 from masters.store.artifacts import Artifact
@@ -64,6 +67,23 @@ def test_the_demo_judge_agrees_with_exact_match(judged: Judged, store: Path) -> 
     again, _, line = run_scoring(make_run(store, str(JUDGE)), questions, texts | {"q0": [*texts["q0"], ANSWERS[0]]})
     assert again.fingerprint != artifact.fingerprint
     assert (line["asked"], line["judges"]) == (0, 0)  # all known: nothing is started
+
+
+@pytest.mark.slow
+def test_the_judge_of_captions_agrees_with_the_rule_on_new_scenes(tmp_path: Path) -> None:
+    """The rule reads captions of test scenes: right, wrong, broken and forged ones."""
+    maker = CaptionMaker(np.random.default_rng(7), "test")
+    questions: Questions = {}
+    texts: Texts = {}
+    for n in range(200):
+        triple = maker.triple()
+        questions[f"q{n}"], texts[f"q{n}"] = (triple.question, triple.reference), [triple.text]
+    _, rows, _ = run_scoring(make_run(tmp_path, str(JUDGE.with_name("captions-judge"))), questions, texts)
+    right = {key: describes(text, str(questions[key][1])) for key, [text] in texts.items()}
+    wrong = [(questions[r["question_id"]][1], texts[r["question_id"]], r) for r in rows
+             if r["score"] != right[r["question_id"]]]  # fmt: skip
+    assert len(rows) == 200 and 40 < sum(right.values()) < 90
+    assert len(wrong) <= 6, wrong
 
 
 @pytest.mark.slow

@@ -183,9 +183,7 @@ def test_a_read_only_working_folder_is_refused_for_tracking(
     context: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir("/proc")
-    with pytest.raises(
-        InputError, match="/proc/mlflow.db cannot be written.*or start in another folder"
-    ):
+    with pytest.raises(InputError, match="/proc/mlflow.db cannot be written.*or start in another folder"):
         check_default_database(context(f"s3://{BUCKET}/one").storage)
 
 

@@ -17,7 +17,7 @@ from masters.config.training import Answers, Rewards, Train
 
 MAX_MASK_STAGES = 1000
 MIN_TEMPERATURE = 0.01  # vLLM silently raises a smaller temperature to this
-BUILT_IN_SOURCES = ("digits", "easyvqa")  # data.source: data sets that come with installed packages
+BUILT_IN_SOURCES = ("digits", "captions", "easyvqa")  # data.source: data sets that come with installed packages
 LOCAL_RAY = "local"  # runtime.ray_address: a Ray cluster started on this machine for the run
 RAY_ADDRESS = r"(local|(\[[0-9A-Fa-f:]{2,39}\]|[A-Za-z0-9][A-Za-z0-9._-]{0,253}):[1-9][0-9]{0,4})"
 # In Python, and so in Prefect's server, $ also matches before a newline at the end: schemas exclude that.
@@ -36,8 +36,8 @@ class Data(Section):
     """The data set: images, questions and answers."""
 
     source: Text = Field(
-        description="digits, easyvqa, a JSONL or Parquet file, a folder with Parquet files, a saved datasets folder, "
-        "or a Hugging Face id"
+        description="digits, captions, easyvqa, a JSONL or Parquet file, a folder with Parquet files, a saved datasets "
+        "folder, or a Hugging Face id"
     )
     revision: str | None = Field(default=None, description="Revision of a Hugging Face data set")
     train_limit: Count | None = Field(

@@ -155,11 +155,11 @@ def test_a_mean_instead_of_a_sum_is_detected_before_training(whole: dict, two: d
 
 
 def test_activation_checkpointing_keeps_gradients(one: Trained, whole: dict, two: dict) -> None:
-    job = one.job("tied")
-    sharded_training.checkpoint_activations(job.student)
+    context = one.context("tied")
+    sharded_training.checkpoint_activations(context.student)
     for once, again in (
         (two["gradients"]["tied"], two["again"]),
-        (whole["gradients"]["tied"], one.gradients("tied", job)),
+        (whole["gradients"]["tied"], one.gradients("tied", context)),
     ):
         for a, b in zip(once, again, strict=True):
             assert a["gradients"].keys() == b["gradients"].keys()

@@ -37,6 +37,10 @@ def _open_built_in(name: str) -> Source:
         from masters.data.sources.digits import DigitsSource
 
         return DigitsSource()
+    if name == "captions":
+        from masters.data.sources.captions import CaptionsSource
+
+        return CaptionsSource()
     from masters.data.sources.easyvqa import EasyVqaSource
 
     return EasyVqaSource()

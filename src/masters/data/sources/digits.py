@@ -5,10 +5,7 @@ Every scene is 128 x 32 pixels. Its questions have short answers ("11") that can
 trained on. Digits of `POOLS["teacher"]` are in no scene of the data set: the demo's models are trained on them.
 """
 
-import io
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from masters.common.errors import InputError
-from masters.common.hashing import canonical_json, digest
 from masters.data.sources.base import RawRow
+from masters.data.sources.drawn import DrawnSource, encode_png
 
 HEIGHT, WIDTH = 32, 128  # pixels of a scene
 DIGITS = 3  # in a scene, from left to right
@@ -57,24 +54,16 @@ class Handwriting:
         return Image.fromarray(canvas).convert("RGB"), [int(self.labels[number]) for number in chosen]
 
 
-class DigitsSource:
+class DigitsSource(DrawnSource):
     """12,000 training and 3,000 test questions about 7,500 scenes; the questions of a scene follow each other."""
 
-    def digest(self) -> str:
-        content = [[row.id, digest(_image_bytes(row)), row.question, row.answer] for row in self._rows]
-        return digest(canonical_json(content).encode())
-
-    def rows(self) -> Iterator[RawRow]:
-        yield from self._rows
-
-    @cached_property
-    def _rows(self) -> list[RawRow]:
+    def draw(self) -> list[RawRow]:
         handwriting, rows = load_handwriting(), []
         for split, count in SCENES.items():
             rng = np.random.default_rng([len(split), count])
             for number in range(count):
                 scene, digits = handwriting.scene(rng, POOLS[split])
-                image, candidates = _encode_png(scene), questions(digits)
+                image, candidates = encode_png(scene), questions(digits)
                 for chosen in sorted(rng.permutation(len(candidates))[:QUESTIONS_PER_SCENE]):
                     question = candidates[chosen]
                     row_id = f"{split}-{number}-{question.category}"
@@ -106,14 +95,3 @@ def questions(digits: list[int]) -> list[Question]:
         Question("ends", "what is the first digit plus the last?", str(a + c), f"{a} + {c} = {a + c}"),
         Question("order", "is the first digit larger than the last?", larger, f"{a} > {c} = {larger}"),
     ]
-
-
-def _image_bytes(row: RawRow) -> bytes:
-    assert isinstance(row.image, bytes)
-    return row.image
-
-
-def _encode_png(image: Image.Image) -> bytes:
-    sink = io.BytesIO()
-    image.save(sink, "PNG")
-    return sink.getvalue()
