@@ -214,7 +214,7 @@ def run(stack: Stack, page: Page) -> str:
     choose(page, "Accuracy (Optional)", "rules")
     for name, value in {"Max Model Len": "512", "Max Tokens": "8", "Responses": "2"}.items():
         named(page, f"{name} (Optional)").locator("input").fill(value)
-    page.get_by_text("What a TOML file holds").scroll_into_view_if_needed()
+    page.get_by_text("The configuration, with the same keys").scroll_into_view_if_needed()
     seen(page, "form")
     page.get_by_role("button", name="Submit").click()
     page.wait_for_url(re.compile(r"tab=Runs"))
