@@ -116,7 +116,7 @@ class Task(two_phases.Task):
 
 @torch.no_grad()
 def greedy(model: Qwen3VLForConditionalGeneration, packer: packed.Packer, pictures: list[Image.Image]) -> list[str]:
-    """What the model answers greedily about each picture."""
+    """Return the model's greedy answer about each picture."""
     prompt = packer.prefix + packer.segment(QUESTION, "")[0]
     ids = torch.tensor([prompt]).expand(len(pictures), -1)
     out = model.generate(

@@ -67,7 +67,7 @@ class Scenes:
         return [Image.fromarray(picture).convert("RGB") for picture in white], self.labels[chosen].view(count, DIGITS)
 
     def _places(self, count: int) -> torch.Tensor:
-        """Where each pixel of a slot lies in its digit, [count, HEIGHT, SLOT, 2] in [-1, 1]."""
+        """Return the position of each pixel of a slot in its digit, [count, HEIGHT, SLOT, 2] in [-1, 1]."""
         size, strength = self._uniform(count, 22, 31), self.distortion * self._uniform(count, 0, 1)
         stretch, shear = 1 + strength * self._uniform(count, -0.15, 0.15), strength * self._uniform(count, -0.3, 0.3)
         angle = self._uniform(count, -15, 15) * math.pi / 180

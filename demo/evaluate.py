@@ -84,7 +84,7 @@ def answers(folder: str, questions: list[str], images: list[str | BytesIO]) -> I
 
 
 def standard_error(right: list[bool], clusters: list[object]) -> float:
-    """Of the share of right answers, clustered by image."""
+    """Return the standard error of the share of right answers, clustered by image."""
     share, sums = sum(right) / len(right), Counter()
     for hit, cluster in zip(right, clusters, strict=True):
         sums[cluster] += hit - share

@@ -53,7 +53,7 @@ REPEATED = re.compile(r"(.{2,}?)(?:[\s,.;]*\1)+")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How far the judge is trained: optimizer steps of `rows` rows, each of `packed` conversations."""
+    """Settings of the judge's training: optimizer steps of `rows` rows, each of `packed` conversations."""
 
     steps: int = 4000
     rows: int = 4
@@ -101,7 +101,7 @@ class Maker:
         return sets
 
     def texts(self) -> list[str]:
-        """What the tokenizer is learned from."""
+        """Return the texts that the tokenizer is trained on."""
         return [*REASONS.values(), *(question for question, _ in self.pairs), *self.answers, *WORDS.split()]
 
     def question(self) -> tuple[str, str]:
@@ -128,7 +128,7 @@ class Maker:
         return judge_prompts.score_conversation(said), said[-len("0</answer>")]
 
     def explanation(self, triple: Triple) -> str:
-        """What the judge is to say in the first call."""
+        """Return the judge's expected answer to the first call."""
         if exact_match(triple.text, triple.reference):
             return f"{REASONS['same']} <answer>1</answer>"
         plain = normalize(triple.text)

@@ -57,7 +57,7 @@ class CaptionMaker(Maker):
         return self.pick(captions_of(scene_of(reference)))
 
     def wrong(self, reference: str) -> str:
-        """Of a scene with other layout, colors and shapes: each is another one in a share of cases."""
+        """Describe a scene in which layout, colors and shapes are each changed in a share of cases."""
         scene, share = scene_of(reference), self.pick([0.2, 0.5, 0.8])
         layout, *values = (
             self.pick(options) if self.rng.random() < share else value
@@ -69,7 +69,7 @@ class CaptionMaker(Maker):
         return self.pick(captions_of(Scene(layout, Thing(*values[:2]), Thing(*values[2:]))))
 
     def exchanged(self, scene: Scene) -> str:
-        """Of a scene whose things have each other's place, color or shape."""
+        """Describe a scene whose two things have exchanged place, color or shape."""
         a, b = scene.first, scene.second
         recolored = Thing(b.color, a.shape), Thing(a.color, b.shape)
         first, second = self.pick([(b, a), recolored, recolored[::-1]])
@@ -84,7 +84,7 @@ class CaptionMaker(Maker):
 
 
 def compared(told: Scene, reference: Scene) -> str:
-    """What the judge says of a text that tells a scene."""
+    """Return the judge's explanation of a text that describes a scene."""
     things = [
         f"{beside(one.color, other.color)} {beside(one.shape, other.shape)}"
         for one, other in ((told.first, reference.first), (told.second, reference.second))

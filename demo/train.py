@@ -29,7 +29,7 @@ SQUARE = (shapes.SIDE, shapes.SIDE)  # pixels: height and width of easy-VQA's im
 
 @dataclass(frozen=True)
 class Recipe:
-    """How far a model is trained. Counts are optimizer steps; `images` bounds the labeled images it sees."""
+    """Settings of a model's training. Counts are optimizer steps; `images` bounds the labeled images it sees."""
 
     eye_steps: int
     steps: int

@@ -1,4 +1,4 @@
-"""How a drawn task's teacher and student are trained from scratch; `demo.digits` and `demo.captions` say on what.
+"""Train the teacher and the student of a drawn task from scratch; `demo.digits` and `demo.captions` provide the data.
 
 Two phases. First the vision tower alone learns to read the pictures' attributes; then the whole model learns to
 answer, several questions of a picture packed behind one copy of it. Both draw their pictures as they go.
@@ -26,7 +26,7 @@ from demo import train as packed
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How far a model is trained. Counts of steps are of the optimizer."""
+    """Settings of a model's training. Step counts are optimizer steps."""
 
     eye_steps: int
     steps: int
@@ -51,7 +51,7 @@ class Scenes(Protocol):
 
 
 class Task(ABC):
-    """What a model is trained on in one run, from a recipe and a seed."""
+    """Training data and held-out score of one training, made from a recipe and a seed."""
 
     scenes: Scenes
     held: Scenes  # never trained on: the progress is measured on them

@@ -1,4 +1,4 @@
-"""How scenes of the caption task are described, and a rule that knows whether a text describes a scene.
+"""Wordings of captions, and the rule that decides whether a text describes a scene.
 
 The rule is the truth that the demo's judge is measured by. It reads the words of color, shape and place, in their
 order; other words ("a", "of", "there is") say nothing.
@@ -46,6 +46,6 @@ def read(text: str) -> Scene | None:
 
 
 def describes(text: str, label: str) -> bool:
-    """Whether a text describes the scene of a label, in whatever words."""
+    """Return whether a text describes the scene of a label, in whatever words."""
     scene = read(text)
     return scene is not None and scene == read(label)

@@ -39,7 +39,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass(frozen=True)
 class Settings:
-    """What to run."""
+    """Settings of the run."""
 
     questions: str  # JSONL file with the columns image (path relative to the file), question, answer
     teacher: str  # model folders

@@ -45,7 +45,7 @@ class Item:
 
 @dataclass
 class Reachable:
-    """What is still needed."""
+    """Artifacts and files that are still needed."""
 
     folders: set[str]  # of artifacts
     shards: set[str]  # shard files, and folders of judgements

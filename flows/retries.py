@@ -1,4 +1,4 @@
-"""What every flow does around its own work: clean up after earlier attempts, wait for servers, simplify errors."""
+"""Clean up after earlier attempts, wait for servers and simplify errors: what every flow needs around its own work."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -30,7 +30,7 @@ LOW_BITS = 16  # magnitude bits of a float32 below the high ones
 
 
 class FloatBits(NamedTuple):
-    """How the magnitude of a float type lies in an integer of the same width."""
+    """Bit layout of a float type's magnitude in an integer of the same width."""
 
     integer: torch.dtype
     magnitude: int  # all bits but the sign

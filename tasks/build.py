@@ -43,7 +43,7 @@ TASK_OPTIONS: dict[str, Any] = dict(
 
 @dataclass(frozen=True)
 class StageResult:
-    """What the build function of a stage returns.
+    """Return value of a stage's build function.
 
     `files`: SHA-256 by file name below the artifact's folder. `facts`: counts and scores for the artifact's record.
     `execution`: how the build ran (engines, workers, processes), for the summary of the run alone.

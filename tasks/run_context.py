@@ -76,7 +76,7 @@ class Round:
 
 
 class Context:
-    """What identities are computed from: the configuration, the opened resources, and what earlier runs left.
+    """Inputs of the identities: the configuration, the opened resources, and what earlier runs left.
 
     `shard_cache`: shards of earlier runs to reuse. `known_data`: a data artifact whose training questions are left out.
     """

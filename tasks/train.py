@@ -101,7 +101,7 @@ def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
 
 
 def _facts(run: Run, current: Round, job: TrainJob, monitor: TrainingMonitor) -> dict:
-    """What the artifact's record says about the training."""
+    """Return the training's facts for the artifact's record."""
     facts = dict(
         rows=monitor.groups,
         steps=monitor.steps,
@@ -118,7 +118,7 @@ def _facts(run: Run, current: Round, job: TrainJob, monitor: TrainingMonitor) ->
 
 
 def _execution(monitor: TrainingMonitor, usage: processes.ProcessUsage) -> dict:
-    """How the training ran, for the summary of the run."""
+    """Return how the training ran, for the summary of the run."""
     return dict(
         **monitor.models,
         steps=monitor.steps,

@@ -15,7 +15,7 @@ SOUND = ROOT / ".venv/sound"
 
 
 def share_notes(home: Path) -> None:
-    """Which models were found sound is the same in every home: to look takes a process 8 s of CPU, imports mostly."""
+    """Share the notes on sound models between homes: checking takes a process 8 s of CPU, mostly imports."""
     notes = home / ".cache/masters/sound"
     SOUND.mkdir(exist_ok=True)
     with suppress(OSError):  # a test put something in the way
@@ -24,7 +24,7 @@ def share_notes(home: Path) -> None:
 
 
 def environment(home: Path, **variables: str) -> dict[str, str]:
-    """Of a user with this home, who has set nothing but `variables`."""
+    """Return the environment of a user with this home who has set nothing but `variables`."""
     share_notes(home)
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "AWS_", "MASTERS_"))}
     return kept | {"HOME": str(home), "MASTERS_PYTHON": PYTHON} | variables
@@ -35,20 +35,20 @@ def options(values: dict[str, object]) -> list[str]:
 
 
 def masters(*arguments: str, home: Path, here: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
-    """To its end, in the folder `here`."""
+    """Run `masters` to its end in the folder `here`."""
     command = [PYTHON, "-m", "masters.cli", *arguments]
     given = environment(home, **variables)
     return subprocess.run(command, cwd=here, env=given, capture_output=True, text=True, timeout=1200)
 
 
 def read_json(done: subprocess.CompletedProcess) -> dict:
-    """What a command that ended well printed with --json."""
+    """Return the JSON that a successful command printed with --json."""
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def rows(summary: dict, stage: str, table: str) -> list[dict]:
-    """Of an artifact in a folder, as its record lists them."""
+    """Return the rows of a stage's table, from the files that the artifact's record lists."""
     folder = Path(next(s["uri"] for s in summary["stages"] if s["name"] == stage))
     listed = [file["name"] for file in json.loads((folder / "record.json").read_text())["files"]]
     return [r for n in listed if n.startswith(f"{table}/") for r in parquet.read_table(folder / n).to_pylist()]

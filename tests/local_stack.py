@@ -63,7 +63,7 @@ class Stack:
         assert [service["name"] for service in started if StartedService(**service).is_alive()] == []
 
     def client_environment(self) -> dict[str, str]:
-        """What `source MASTERS_HOME/env` gives a shell."""
+        """Return the variables that `source MASTERS_HOME/env` gives a shell."""
         lines = (self.folder / "home/env").read_text().splitlines()
         return dict(line.removeprefix("export ").split("=", 1) for line in lines)
 
@@ -91,7 +91,7 @@ class Stack:
         assert self.run(identifier)["state_type"] == "COMPLETED", self.history(identifier)
 
     def cancel(self, identifier: str) -> None:
-        """What the UI's button does."""
+        """Cancel a run as the UI's button does."""
         state = {"type": "CANCELLING", "name": "Cancelling"}
         post(f"{self.api}/flow_runs/{identifier}/set_state", {"state": state})
 

@@ -26,7 +26,7 @@ class S3:
     pid: int
 
     def environment(self, user: str = "owner") -> dict[str, str]:
-        """What a process needs to reach it as `user`: "owner" may do everything, "reader" may not write."""
+        """Return the variables to reach the server as `user`: "owner" may do everything, "reader" may not write."""
         return {
             "AWS_ENDPOINT_URL": self.url,
             "AWS_ACCESS_KEY_ID": user,
@@ -73,7 +73,7 @@ def _start(folder: Path, ports: dict[str, int]) -> subprocess.Popen:
 
 
 def die_with_parent() -> None:
-    """What `preexec_fn` takes: the kernel ends the process with the thread that starts it."""
+    """Have the kernel end this process with the thread that started it; a `preexec_fn`."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 

@@ -1,4 +1,4 @@
-"""What is written and read is data: safetensors, Parquet and JSON. No file of ours can run code when it is opened."""
+"""Files are data alone: safetensors, Parquet and JSON. No file of ours can run code when it is opened."""
 
 import ast
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ CALLS = {
 
 
 def faults(source: str) -> Iterator[str]:
-    """What of a module opens files that may run code, runs text as code, or trusts a model's own code."""
+    """Find calls in a module that open files that may run code, run text as code, or trust a model's own code."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (f"import {name.name}" for name in node.names if name.name.split(".")[0] in MODULES)
@@ -73,7 +73,7 @@ def test_no_module_has_unsafe_code() -> None:
 
 
 def test_weights_are_read_as_safetensors_alone() -> None:
-    """By transformers, where a folder holds others too, and by vLLM."""
+    """Transformers, where a folder holds other formats too, and vLLM read safetensors alone."""
     assert "use_safetensors=True" in (ROOT / "models/model_loading.py").read_text()
     assert 'load_format="safetensors"' in (ROOT / "models/generation/engine.py").read_text()
     assert {"*.bin", "*.pt", "*.pth", "*.pkl"} <= set(model_loading.UNSAFE_FILES)

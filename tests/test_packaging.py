@@ -1,4 +1,4 @@
-"""What is shipped: the source archive and the wheel hold every module, and the wheel is complete without links."""
+"""The source archive and the wheel hold every module, and the wheel is complete without links."""
 
 import subprocess
 import sys

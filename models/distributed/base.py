@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Sharding(Protocol):
-    """How a model's weights, gradients and optimizer states are held over ranks.
+    """A way to hold a model's weights, gradients and optimizer states over ranks.
 
     `lockstep`: whether a forward or backward pass needs all ranks, which then run equally many passes.
     """

@@ -11,7 +11,7 @@ VLM = Any  # a transformers model; a type checker would take the parts and the c
 
 
 class Family(Protocol):
-    """How prompts with one image are positioned and which image tensors the model takes.
+    """The positions of prompts with one image, and the image tensors that the model takes.
 
     `image_keys`: names of the processor's image tensors, which are concatenated along dimension 0.
     """

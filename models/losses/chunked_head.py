@@ -105,7 +105,9 @@ class Divergence(Protocol):
 
 
 class JensenShannon:
-    """With x = log p - log q: log(q / m) = ln 2 - softplus(x), and log(p / m) = ln 2 - softplus(-x).
+    """Jensen-Shannon divergence.
+
+    With x = log p - log q: log(q / m) = ln 2 - softplus(x), and log(p / m) = ln 2 - softplus(-x).
 
     Where only one model has an entry, softplus is 0. Each term is small where the models agree, so that float32 sums
     over a large vocabulary stay exact: ln 2 is never subtracted from a sum near it.

@@ -29,7 +29,7 @@ class RoundPart:
 
 
 class TrainJob(BaseModel):
-    """What the trainer processes need to know; `tasks.train` writes it, `models.training.worker` reads it."""
+    """Everything that the trainer processes need; `tasks.train` writes it, `models.training.worker` reads it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -38,7 +38,7 @@ References = dict[int, torch.Tensor]  # stored log pi_ref of the response tokens
 
 @dataclass(frozen=True)
 class PassResult:
-    """What one training pass leaves: its groups, token counts, sums to log and columns of the table `rewards`."""
+    """Result of one training pass: its groups, token counts, sums to log and columns of the table `rewards`."""
 
     groups: list[int]
     token_counts: TokenCounts

@@ -153,7 +153,7 @@ TINY = gpu.ModelShape(64, 2, 96, 4, 2, 16, vocabulary=step.VOCABULARY, vision_wi
 
 
 def test_flops_are_those_that_torch_counts() -> None:
-    """With full squares of pairs, as plain attention computes them; the next test counts causal pairs."""
+    """Count full squares of pairs, as plain attention computes them; the next test counts causal pairs."""
     model, question = gpu.make_model(TINY, "cpu", torch.float32), step.make_question(SHAPE)
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -1,4 +1,4 @@
-"""How captions are worded and read, and what the demo's models and its judge learn from them."""
+"""Captions are worded and read by one rule, which the demo's models and its judge are trained by."""
 
 import re
 

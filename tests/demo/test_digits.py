@@ -1,4 +1,4 @@
-"""How the digit task's models are trained: `demo.digits`."""
+"""The training of the digit task's models: `demo.digits`."""
 
 import numpy as np
 import pytest

@@ -105,7 +105,7 @@ def test_custom_tasks_are_identified_by_content(builtin: Path, tmp_path: Path, m
 @pytest.mark.slow
 @needs_lmms_eval
 def test_lmms_eval_finds_included_files_and_members(tmp_path: Path) -> None:
-    """Of tasks, of a group with a nested one, of a tag and of lmms-eval's own group."""
+    """Cover tasks, a group with a nested one, a tag and lmms-eval's own group."""
     custom = tmp_path.resolve() / "custom"
     write_task(custom / "base", "base", "task: base\ntag: shapes\n")
     write_task(custom / "heir", "heir", "include: ../base/base.yaml\ntask: heir\n")

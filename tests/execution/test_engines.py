@@ -81,7 +81,7 @@ def test_a_failure_on_a_cluster_is_one_line(name: str, tmp_path: Path, ray_clust
 
 
 class Cancelled(BaseException):
-    """As Prefect's."""
+    """Stand-in for Prefect's exception of a cancelled run."""
 
 
 @needs_ray

@@ -64,7 +64,7 @@ def test_a_store_that_failed_is_worth_another_try() -> None:
 
 
 def test_a_work_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
-    """As on a disk that is full: no traceback, and another try may succeed."""
+    """Behave as on a full disk: no traceback, and another try may succeed."""
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="work folder .* cannot be written"):
         processes.run([Child("killed", "child_killed", {}, tmp_path / "file")], 1, lambda *_: None)

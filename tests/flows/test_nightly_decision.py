@@ -1,4 +1,4 @@
-"""How a night applies the gate's decision to versions in a real MLflow, and reports regressions once."""
+"""A night applies the gate's decision to versions in a real MLflow, and reports regressions once."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -27,7 +27,7 @@ def test_prefect_reports_crashes_through_the_overridden_method() -> None:
 
 
 def test_the_filter_replaces_the_worker_of_type_process() -> None:
-    """In another process, because the replacement would last."""
+    """Run in another process, because the replacement would last."""
     code = (
         "from prefect.utilities.dispatch import lookup_type\n"
         "from prefect.workers.base import BaseWorker\n"

@@ -80,7 +80,7 @@ def night(stack: Stack, store: Storage, given: list[dict]) -> dict:
 
 
 def champion(stack: Stack) -> int:
-    """Who has the alias, says MLflow."""
+    """Return the version that has the alias in MLflow."""
     asked = dict(name=NAME, alias="champion")
     found = httpx.get(f"{stack.urls['mlflow_url']}/api/2.0/mlflow/registered-models/alias", params=asked)
     return int(found.json()["model_version"]["version"])

@@ -1,4 +1,4 @@
-"""What a run of the pool `masters` can be given besides its parameters."""
+"""The job variables of the pool `masters`, which a run can be given besides its parameters."""
 
 import uuid
 

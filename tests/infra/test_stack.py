@@ -105,7 +105,7 @@ def test_a_crashed_run_is_resumed(stack: Stack, killed: str) -> None:
 
 
 def test_down_leaves_no_process_and_up_resumes_the_run(stack: Stack, killed: str, store: Storage) -> None:
-    """With make, as a user does it. A queued run is not lost either."""
+    """Use make, as a user does. A queued run is not lost either."""
     later = config(stack) | dict(store=dict(root="s3://lake/later"))
     waiting = stack.start("distill", config=later, until="mask")  # the pool takes one run at a time
     until(lambda: any("/checkpoints/step-" in name for name in store.names("train")), "a checkpoint")

@@ -220,6 +220,22 @@ def fine_tuning(batch: Batch) -> tuple[float, Array]:
     return (share_T * terms(batch.student_TV)).sum(), share_T[:, None] * numerical_gradient(terms, batch.student_TV)
 
 
+def question_rewards(
+    d_G: Array, responses: list[tuple[int, ...]], scores: list[float], rewards: Rewards
+) -> tuple[Array, Array]:
+    """R_distill and R of the responses to one question, [G] each (Eq. 6-7)."""
+    score_G = np.zeros(len(responses)) if rewards.accuracy == "off" else np.array(scores)
+    valid_G = ~np.isnan(score_G)
+    same_G = share_divergence(d_G, responses, valid_G)
+    floors = (rewards.distillation_floor, rewards.distillation_relative_floor)
+    distill_G = {
+        "minmax": distillation_reward(same_G, valid_G, floors),
+        "raw": np.where(valid_G, -same_G, 0.0),
+        "off": np.zeros(len(responses)),
+    }[rewards.distillation]
+    return distill_G, score_G * (1 + distill_G) if rewards.combine == "gated" else score_G + distill_G
+
+
 def objective(
     batch: Batch,
     train: Train = METHOD,
@@ -234,7 +250,6 @@ def objective(
     """
     measure = {"jsd": jsd, "kl": kl_ablation, "skew": skewed}[train.divergence]
     logp_T, divergence_T = log_pi(batch.student_TV, batch.token_T), measure(batch.student_TV, batch.teacher_TV)
-    floors = (rewards.distillation_floor, rewards.distillation_relative_floor)
     d, distill, reward, adv, share_T, advantage_T = [], [], [], [], np.zeros(len(logp_T)), np.zeros(len(logp_T))
     trust_T = np.zeros(len(logp_T))
     for q, (responses, scores, tokens) in enumerate(
@@ -243,18 +258,8 @@ def objective(
         verdicts = [x for j, x in enumerate(scores) if taught(q, j) and not math.isnan(x)]
         for t in tokens:
             trust_T[t] = np.mean([x >= 0.5 for x in verdicts]) if verdicts else 1.0
-        d_G, score_G = np.array([divergence_T[t].mean() for t in tokens]), np.array(scores)
-        if rewards.accuracy == "off":
-            score_G = np.zeros(len(responses))
-        valid_G = ~np.isnan(score_G)
-        same_G = share_divergence(d_G, responses, valid_G)
-        distill_G = {
-            "minmax": distillation_reward(same_G, valid_G, floors),
-            "raw": np.where(valid_G, -same_G, 0.0),
-            "off": np.zeros(len(responses)),
-        }[rewards.distillation]
-        # Eq. 6-7: R = R_acc + R_distill
-        reward_G = score_G * (1 + distill_G) if rewards.combine == "gated" else score_G + distill_G
+        d_G = np.array([divergence_T[t].mean() for t in tokens])
+        distill_G, reward_G = question_rewards(d_G, responses, scores, rewards)
         advantage_G = advantage(reward_G, train.baseline_shift)
         for t, a in zip(tokens, advantage_G, strict=True):
             weight = 1.0 if weight_R is None else weight_R[len(adv)]

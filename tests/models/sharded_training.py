@@ -54,7 +54,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Trained:
-    """What is asked of a world: `rank` of `world` processes, which hold weights in a way."""
+    """Trainings by one world: `rank` of `world` processes, which shard weights in one way."""
 
     def __init__(self, folder: Path, way: str, rank: int, world: int) -> None:
         self.folder, self.rank, self.world = folder, rank, world
@@ -107,7 +107,7 @@ class Trained:
         return {k: v.clone() for k, v in gather_to_rank0(context.sharding, held, held).items()}
 
     def gradients(self, case: str, context: trainer.TrainContext | None = None) -> list[dict]:
-        """Of each step the sums, this rank's passes, and the gradients that the optimizer would get."""
+        """Return for each step the sums, this rank's passes, and the gradients that the optimizer would get."""
         context = context or self.context(case)
         known = references(replace(make_context(CASES[case][0]), student=self.student(case), train=context.train))
         found, held, stage = [], context.sharding.local_parameters(context.student), None
@@ -150,7 +150,7 @@ class Trained:
         return found
 
     def spoilt(self) -> str:
-        """What a run says of a question that has an infinite loss."""
+        """Return the error of a run with a question that has an infinite loss."""
         context = self.context("tied", "spoilt", beta=0.0)
         question = context.question
 
@@ -164,7 +164,7 @@ class Trained:
         return said(lambda: trainer.fit(context))
 
     def without_memory(self) -> tuple[str, list[TrainEvent]]:
-        """What a run says, and reports, whose first pass finds no memory."""
+        """Return error and events of a run whose first pass finds no memory."""
         context = self.context("tied", "memory", beta=0.0)
 
         def fail(*_: object) -> None:
@@ -198,7 +198,7 @@ def teacher_folder(folder: Path) -> Path:
 
 
 def prepare(folder: Path) -> None:
-    """What all worlds read: a random teacher's weights as a checkpoint."""
+    """Write the checkpoint that all worlds read: a random teacher's weights."""
     tiny_models.model(FAMILY, seed=1).save_pretrained(teacher_folder(folder))
 
 

@@ -251,7 +251,7 @@ def network(dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("granularity", "passes"), [("matrix", (1, 1)), ("block", (2, 3)), ("global", (2, 3))])
 def test_number_of_reads_of_the_checkpoint(granularity: str, passes: tuple[int, int]) -> None:
-    """Of 16-bit and 32-bit floats; with a threshold a matrix everything is done while a tensor is held."""
+    """Count reads for 16-bit and 32-bit floats; with one threshold per matrix each tensor is read once."""
     opened = []
 
     def tensors(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:

@@ -54,7 +54,7 @@ def test_a_damaged_record_is_an_error(storage: Storage) -> None:
 
 
 def test_a_fingerprint_is_computed_once_per_commit(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With many inputs it is slow; computed once per file, a commit would take quadratic time."""
+    """A fingerprint of many inputs is slow; computed once per file, a commit would take quadratic time."""
     calls: list[object] = []
     monkeypatch.setattr(artifacts, "fingerprint", lambda value: str(calls.append(value)))
     identity = Identity("mask", 1, {}, {str(n): "x" for n in range(50)})

@@ -1,4 +1,4 @@
-"""What commands print for people: plans, summaries and scores as tables."""
+"""Print plans, summaries and scores as tables."""
 
 import json
 from typing import TYPE_CHECKING

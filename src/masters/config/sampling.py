@@ -1,4 +1,4 @@
-"""How an engine samples one response. Imports no torch."""
+"""Sampling settings of an engine. Imports no torch."""
 
 from dataclasses import asdict, dataclass
 from typing import Any

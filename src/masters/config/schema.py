@@ -25,7 +25,7 @@ NO_NEWLINE = r"(?!\n)"
 
 
 class Store(Section):
-    """Where everything that is built is kept."""
+    """The store, which keeps everything that is built."""
 
     root: Annotated[Text, AfterValidator(store_root.validate_store_root)] = Field(
         description="Folder or s3://bucket/prefix for all artifacts"
@@ -84,7 +84,7 @@ class Teacher(Model):
 
 
 class Mask(Section):
-    """Which of a teacher's weights are masked: those with the smallest magnitude."""
+    """Choice of the teacher's weights to mask: those with the smallest magnitude."""
 
     granularity: Literal["matrix", "block", "global"] = Field(
         default="matrix",
@@ -99,7 +99,7 @@ class Mask(Section):
 
 
 class Generate(Section):
-    """How teachers and student answer the training questions before training."""
+    """Sampling of the responses of teachers and student before training."""
 
     responses: int = Field(
         default=8, ge=1, le=64, description="Responses per question, those of teacher and student together"
@@ -155,7 +155,7 @@ class Generate(Section):
 
 
 class Evaluate(Section):
-    """What the models are evaluated on."""
+    """Evaluation of teachers and student."""
 
     split: Literal["test", "validation"] = Field(
         default="test",
@@ -184,7 +184,7 @@ class Pools(Section):
 
 
 class Runtime(Section):
-    """How a run uses the machine. Never part of an artifact's identity."""
+    """Use of the machine by a run. Never part of an artifact's identity."""
 
     generate_workers: int = Field(
         default=1,
@@ -256,7 +256,7 @@ class Runtime(Section):
 
 
 class Nightly(Section):
-    """How a night's student is trained and when it becomes champion. Never part of an artifact's identity."""
+    """Training and promotion of a night's student. Never part of an artifact's identity."""
 
     start: Literal["student", "champion"] = Field(
         default="student",

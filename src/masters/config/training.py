@@ -10,7 +10,7 @@ from masters.config.judge_url import is_url
 
 
 class Answers(Section):
-    """When an answer counts as right by rules (`rewards.accuracy = "rules"`, `evaluate.accuracy = "rules"`)."""
+    """The rule by which an answer counts as right (`rewards.accuracy = "rules"`, `evaluate.accuracy = "rules"`)."""
 
     verifier: Literal["exact", "final", "number", "choice"] = Field(
         default="exact",
@@ -35,7 +35,7 @@ class Answers(Section):
 
 
 class Rewards(Section):
-    """What a response is rewarded for."""
+    """Rewards of a response."""
 
     accuracy: Literal["llm", "rules", "off"] = Field(
         default="llm",
@@ -81,7 +81,7 @@ class Rewards(Section):
 
 
 class Train(Section):
-    """How the student learns from the responses."""
+    """Training of the student on the responses."""
 
     objective: Literal["masters", "kd", "sft"] = Field(
         default="masters",

@@ -18,7 +18,7 @@ NOTHING_TO_TRAIN = (
 
 @dataclass(frozen=True)
 class GateInputs:
-    """What the decision depends on.
+    """Everything that the decision depends on.
 
     `last_champion`: the version that had the alias champion last. `comparison`: candidate against champion; None if
     there is no champion or the candidate is the champion. `is_new`: whether this night built the candidate, or no

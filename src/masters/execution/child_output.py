@@ -1,4 +1,4 @@
-"""What a child process writes: where it goes, its lines of progress, and signs of life."""
+"""Output of a child process: its log file, its lines of progress, and its signs of life."""
 
 import json
 import os
@@ -41,7 +41,7 @@ class Heartbeat:
 
 
 def redirect_output(file: Path) -> None:
-    """In the child: append stdout and stderr to another file from now on."""
+    """Append this child's stdout and stderr to another file from now on."""
     sys.stdout.flush()
     sys.stderr.flush()
     with open(file, "ab") as log:

@@ -24,7 +24,7 @@ OnEvent = Callable[[EngineEvent], None]
 
 
 class EngineSetup(BaseModel):
-    """What an engine needs to start. Each worker module has its own subclass."""
+    """Everything that an engine needs to start. Each worker module has its own subclass."""
 
     # the driver passes on the fields of any subclass
     model_config = ConfigDict(extra="allow", frozen=True)

@@ -37,7 +37,7 @@ class Student(BaseModel):
 
 
 class StageRequest(BaseModel):
-    """Which stage of which run to build, and from which inputs."""
+    """Request to build one stage of a run from given inputs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -128,12 +128,12 @@ def without_pools(config: Config) -> Config:
 
 
 def write_note(storage: Storage, key: str) -> None:
-    """In the run: leave the note by which a worker sees that it reaches the run's store."""
+    """Leave the note, from the run, by which a worker sees that it reaches the run's store."""
     storage.write(_note(key), key.encode())
 
 
 def check_note(storage: Storage, key: str) -> None:
-    """In the worker: raise InputError if this process reaches another store than the requesting run."""
+    """Raise InputError if this worker process reaches another store than the requesting run."""
     if not storage.exists(_note(key)):
         raise InputError(
             f"store.root {storage.uri('')} is not the same place on {socket.gethostname()} as where the run was "
@@ -142,14 +142,14 @@ def check_note(storage: Storage, key: str) -> None:
 
 
 def write_result(storage: Storage, key: str, artifact: Artifact, summary_entry: dict, worker: str) -> None:
-    """In the worker: leave the artifact's folder and the stage's entry for the summary, with worker and host."""
+    """Leave, from the worker, the artifact's folder and the stage's entry for the summary, with worker and host."""
     place = dict(worker=worker, host=socket.gethostname())
     result = dict(folder=artifact.folder, done=summary_entry | place)
     storage.write(_result(key), json.dumps(result).encode())
 
 
 def read_result(storage: Storage, key: str) -> tuple[str, dict]:
-    """In the run: return the artifact's folder and the worker's entry for the summary."""
+    """Return, to the run, the artifact's folder and the worker's entry for the summary."""
     result = json.loads(storage.read(_result(key)))
     return result["folder"], result["done"]
 

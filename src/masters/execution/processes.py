@@ -158,7 +158,9 @@ class PersistentProcess:
 
 @dataclass(frozen=True)
 class ProcessUsage:
-    """What a run of children took: seconds from each start to its first line (imports, an engine's start), and MiB.
+    """Time and memory that a run of children took.
+
+    Seconds count from each start to its first line (imports, an engine's start).
 
     `peak_mib` adds the largest children that may have run together, an upper bound of what all held at a time. Pages
     that children share count once for each of them; processes that children start themselves do not count.
@@ -204,18 +206,18 @@ def run(
 
 
 def report(job_file: Path, **fields: object) -> None:
-    """In the child: write one line of progress."""
+    """Write one line of progress, from the child."""
     with open(job_file.with_suffix(".progress"), "a", encoding="utf-8") as file:
         file.write(json.dumps(fields) + "\n")
 
 
 def report_event(job_file: Path, event: BaseModel) -> None:
-    """In the child: write an event as one line of progress."""
+    """Write an event as one line of progress, from the child."""
     report(job_file, **event.model_dump(mode="json"))
 
 
 def iterate_jobs(first: Path) -> Iterator[Path]:
-    """In the child: yield its job file and, in a persistent process, those that follow, each with its own log.
+    """Yield the child's job file and, in a persistent process, those that follow, each with its own log.
 
     Asking for the next job reports that the one before is done.
     """
@@ -231,7 +233,7 @@ def iterate_jobs(first: Path) -> Iterator[Path]:
 
 
 def is_persistent() -> bool:
-    """In the child: return whether further jobs may follow."""
+    """Return whether this child is persistent: further jobs may follow."""
     return PERSISTENT in os.environ
 
 
@@ -255,7 +257,7 @@ def child_main(main: Callable[[Path], None]) -> NoReturn:
 
 
 def die_with_parent(parent: int) -> None:
-    """In the child, first of all: have the kernel kill this process when the process that started it is gone."""
+    """Have the kernel kill this child when the process that started it is gone."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit("the parent is gone")

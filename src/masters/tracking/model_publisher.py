@@ -19,7 +19,7 @@ STUDENT = "student-after"
 
 @dataclass
 class TrackedArtifacts:
-    """What a run knows of the artifacts that its stages built or reused, each by the artifact's folder."""
+    """Artifacts that a run's stages built or reused, each by the artifact's folder."""
 
     run_ids: dict[str, str] = field(default_factory=dict)  # the stage's run
     upstream: dict[str, dict[str, str]] = field(default_factory=dict)  # fingerprints of everything upstream

@@ -1,4 +1,4 @@
-"""What the driver does with an engine on Ray that dies; on a real Ray: tests/flows/test_ray_and_fsdp_run.py."""
+"""The driver replaces an engine on Ray that dies; on a real Ray: tests/flows/test_ray_and_fsdp_run.py."""
 
 import pytest
 from ray import exceptions

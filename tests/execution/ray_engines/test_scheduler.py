@@ -1,4 +1,4 @@
-"""Which engine does what: each piece is done once whatever ends when, and no more engines start than help."""
+"""Each piece is done once, in whatever order engines end, and no more engines start than help."""
 
 from collections import Counter
 

@@ -186,7 +186,7 @@ def test_a_fault_in_packing_or_accumulation_is_detected(fault: str, monkeypatch:
 
 
 def test_the_batch_objective_equals_the_reference(context: trainer.TrainContext) -> None:
-    """From the models' logits, taken one response at a time, to the loss and to every response's advantage."""
+    """Compare loss and advantages with those computed from logits that are taken one response at a time."""
     everything = list(range(len(context.groups)))
     questions = [context.question(context.groups[g]) for g in everything]
     with torch.no_grad():

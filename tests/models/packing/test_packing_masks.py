@@ -1,4 +1,4 @@
-"""In any packed batch, every response token is predicted from only its own prompt and response."""
+"""Every response token of any packed batch is predicted from only its own prompt and response."""
 
 import pytest
 import torch

@@ -96,7 +96,7 @@ def test_response_groups_are_a_sequence(tmp_path: Path) -> None:
 
 
 def test_different_prompts_of_teacher_and_student_are_refused(tmp_path: Path) -> None:
-    """With two chat templates the student would learn answers to another prompt."""
+    """Two chat templates would teach the student answers to another prompt."""
     keys = [dict(question_id=q, source="student", mask_ratio=None, sample=n) for q in QUESTIONS for n in (0, 1)]
     rows = [one | MODEL | dict(prompt_token_ids=[1, 2, 3], response_token_ids=[4]) for one in keys]
     rows[-1]["prompt_token_ids"] = [1, 3, 2]

@@ -26,7 +26,7 @@ PINNED = ("masters", "vllm", "torch", "transformers")  # tables depend on their 
 
 @dataclass(frozen=True)
 class NodeRequirements:
-    """What every node of a cluster must share with the driver: package versions, and the store with `marker` in it."""
+    """Package versions, and the store with `marker` in it, that every node of a cluster must share with the driver."""
 
     versions: dict[str, str]
     marker: str
