@@ -28,6 +28,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--ratio", type=float, required=True, help="the share of weights to set to zero, 0 to 1")
     given = parser.parse_args()
+    if not 0 <= given.ratio <= 1:
+        parser.error(f"--ratio: expected a share from 0 to 1, found {given.ratio:g}")
+    if not (given.folder / "config.json").is_file():
+        parser.error(f"expected a model folder with config.json, found none at {given.folder}")
     prune(given.folder, given.out, given.ratio)
 
 
