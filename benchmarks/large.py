@@ -93,7 +93,7 @@ def run_stages(questions: int) -> dict[str, dict]:
 def plan_training(current, table: Artifact, responses: Artifact, verdicts: Artifact, run) -> dict[str, float]:
     """Do what the trainer does with tables before its first step. Returns seconds and peak memory."""
     from masters.models.training import groups as training_groups
-    from masters.models.training import microbatches
+    from masters.models.training import load_balancing
 
     machine.reset_peak_memory()
     start, train, runtime = time.monotonic(), run.config.train, run.config.runtime
@@ -101,8 +101,8 @@ def plan_training(current, table: Artifact, responses: Artifact, verdicts: Artif
     coverage = run.config.generate.coverage
     groups, _ = training_groups.response_groups(refs, responses, verdicts, ratios, coverage)
     steps = training_groups.plan_steps(groups, len(ratios), train.epochs, train.questions_per_step, train.seed)
-    microbatches.plan(
-        steps, [microbatches.size_of(group) for group in groups], runtime.token_budget, runtime.train_processes
+    load_balancing.plan(
+        steps, [load_balancing.size_of(group) for group in groups], runtime.token_budget, runtime.train_processes
     )
     return dict(seconds=time.monotonic() - start, peak_mib=machine.peak_memory_mib())
 

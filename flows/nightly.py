@@ -13,8 +13,8 @@ from masters.common.errors import ArtifactError, InputError
 from masters.config import Config
 from masters.config.allowlist import check_config
 from masters.config.stages import Stage
-from masters.evaluation.gate_decision import GateDecision, GateInputs, decide, decide_without_training
-from masters.evaluation.promotion_gate import Comparison, compare
+from masters.evaluation.candidate_comparison import Comparison, compare
+from masters.evaluation.promotion_decision import GateDecision, GateInputs, decide, decide_without_training
 from masters.flows import webhook
 from masters.flows.distill import DistillationResult, close_crashed_run, run_pipeline, track_run
 from masters.flows.retries import flow_attempt, retry_unreachable

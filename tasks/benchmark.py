@@ -15,7 +15,7 @@ from masters.execution.processes import Child, WorkerModule
 from masters.models.generation.job import BenchmarkDone, BenchmarkJob
 from masters.store import tables
 from masters.store.artifacts import Artifact, External, Identity, Upstream
-from masters.tasks.build import TASK_OPTIONS, StageResult, build_or_reuse, write_file
+from masters.tasks.build_or_reuse import TASK_OPTIONS, StageResult, build_or_reuse, write_file
 from masters.tasks.run_context import Context, Run
 
 VERSION = 1

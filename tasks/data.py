@@ -10,7 +10,7 @@ from masters.common.errors import InputError
 from masters.data.question_table import source_origin, write_tables
 from masters.data.selection import SOURCE_CHANGED, QuestionKey
 from masters.store.artifacts import Artifact, External, Identity
-from masters.tasks.build import TASK_OPTIONS, StageResult, build_or_reuse
+from masters.tasks.build_or_reuse import TASK_OPTIONS, StageResult, build_or_reuse
 from masters.tasks.run_context import Context, Run
 
 VERSION = 6  # 5: image_digest; 6: accepted_answers

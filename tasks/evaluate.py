@@ -21,7 +21,7 @@ from masters.rewards.verdict import Triple
 from masters.store import tables
 from masters.store.artifacts import Artifact, External, Identity
 from masters.tasks import judges
-from masters.tasks.build import TASK_OPTIONS, StageResult, build_or_reuse
+from masters.tasks.build_or_reuse import TASK_OPTIONS, StageResult, build_or_reuse
 from masters.tasks.generation_stage import delete_shards, generate_shards, too_long_facts, warn_too_long
 from masters.tasks.progress import warn
 from masters.tasks.run_context import Context, Round, Run

@@ -13,7 +13,7 @@ from masters.execution.processes import Child
 from masters.models.generation.shards import UNPLANNED, GeneratingModel, ShardRequest, collect_shards
 from masters.models.judging import batches
 from masters.store.artifacts import Artifact, Identity
-from masters.tasks.build import TASK_OPTIONS, StageResult, build_or_reuse
+from masters.tasks.build_or_reuse import TASK_OPTIONS, StageResult, build_or_reuse
 from masters.tasks.generation_stage import delete_shards, generate_shards, too_long_facts, warn_too_long
 from masters.tasks.judges import scoring_judge
 from masters.tasks.mask import read_thresholds

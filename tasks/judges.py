@@ -17,7 +17,7 @@ from masters.rewards.verifiers import get_verifier
 from masters.store import tables
 from masters.store.artifacts import Identity
 from masters.store.storage import Storage
-from masters.tasks.build import write_file
+from masters.tasks.build_or_reuse import write_file
 from masters.tasks.run_context import Context, Round, Run
 
 Verdicts = dict[Triple, Verdict]

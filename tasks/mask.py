@@ -4,7 +4,7 @@ from prefect import task
 
 from masters.store import tables
 from masters.store.artifacts import Artifact, Identity
-from masters.tasks.build import TASK_OPTIONS, StageResult, build_or_reuse, write_file
+from masters.tasks.build_or_reuse import TASK_OPTIONS, StageResult, build_or_reuse, write_file
 from masters.tasks.run_context import Context, Round, Run
 
 VERSION = 1

@@ -6,7 +6,7 @@ import jinja2
 from prefect import task
 
 from masters.store.artifacts import Artifact, Identity
-from masters.tasks.build import TASK_OPTIONS, StageResult, build_or_reuse, write_file
+from masters.tasks.build_or_reuse import TASK_OPTIONS, StageResult, build_or_reuse, write_file
 from masters.tasks.judges import accuracy_metric, evaluation_judge
 from masters.tasks.run_context import Context, Run
 

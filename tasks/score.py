@@ -21,7 +21,7 @@ from masters.rewards.verdict import Triple
 from masters.store import artifacts, tables
 from masters.store.artifacts import Artifact, External, Identity, Upstream
 from masters.store.storage import Storage
-from masters.tasks.build import TASK_OPTIONS, StageResult, build_or_reuse, write_file
+from masters.tasks.build_or_reuse import TASK_OPTIONS, StageResult, build_or_reuse, write_file
 from masters.tasks.judges import (
     Verdicts,
     check_any_verdict,

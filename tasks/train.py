@@ -16,7 +16,7 @@ from masters.models.training import history
 from masters.models.training.job import RoundPart, TrainJob
 from masters.store import artifacts
 from masters.store.artifacts import Artifact, Identity
-from masters.tasks.build import TASK_OPTIONS, StageResult, build_or_reuse, write_file
+from masters.tasks.build_or_reuse import TASK_OPTIONS, StageResult, build_or_reuse, write_file
 from masters.tasks.mask import read_thresholds
 from masters.tasks.progress import warn
 from masters.tasks.refresh import mask_stage_refs

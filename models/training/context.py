@@ -12,7 +12,7 @@ from masters.models.packing.prefix_tree import Question, TokenCounts
 from masters.models.training.groups import Group, Step
 from masters.models.training.history import HistoryWriter
 from masters.models.training.job import RoundPart, TrainEvent
-from masters.models.training.microbatches import size_of
+from masters.models.training.load_balancing import size_of
 from masters.store.storage import Storage
 
 

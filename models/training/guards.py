@@ -19,7 +19,8 @@ from masters.models.losses import formulas
 from masters.models.packing.packed_batch import PackedBatch, response_states
 from masters.models.training.context import TrainContext
 from masters.models.training.job import ProbeMeasured, RolledBack
-from masters.models.training.oom_retry import DummyPass, retry_smaller, run_passes
+from masters.models.training.microbatches import DummyPass, run_passes
+from masters.models.training.oom_retry import retry_smaller
 from masters.store.storage import Storage
 
 MAX_KEPT = 3  # best weights: one for each kept checkpoint, and one for a checkpoint that is not written yet

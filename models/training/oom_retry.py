@@ -1,21 +1,17 @@
-"""Forward passes within the token budget, and a smaller budget after running out of memory."""
+"""Smaller forward passes after running out of memory."""
 
 import gc
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
 from masters.common.errors import MastersError
-from masters.models.distributed.collectives import lockstep
-from masters.models.packing.packed_batch import PackedBatch, pack
 from masters.models.packing.prefix_tree import Question
 from masters.models.training.context import TrainContext
 from masters.models.training.job import RestartRequested, TokenBudgetLowered
-from masters.models.training.microbatches import batches
 
 T = TypeVar("T")
 
@@ -30,36 +26,6 @@ class PassTooLarge(MastersError):
     def __init__(self, questions: list[Question]) -> None:
         self.questions, self.tokens = questions, sum(question.tokens for question in questions)
         super().__init__(f"memory does not hold a pass of {self.tokens} tokens")
-
-
-@dataclass(frozen=True)
-class DummyPass:
-    """Forward and backward pass without effect that keeps an idle rank in the collective operations of the others."""
-
-    question: Callable[[], Question]
-    run: Callable[[PackedBatch], object]
-
-
-def run_passes(
-    context: TrainContext,
-    questions: Iterable[tuple[T, Question]],
-    run: Callable[[list[T], PackedBatch], None],
-    dummy: DummyPass,
-) -> None:
-    """Call `run` on batches of packed questions within the token budget, with the label of each question.
-
-    Raises PassTooLarge if memory does not hold a batch.
-    """
-    labeled_batches = batches(questions, lambda labeled: labeled[1].tokens, context.token_budget)
-    for batch in lockstep(context.sharding, context.world, labeled_batches):
-        labels = [label for label, _ in batch or []]
-        packable = [question for _, question in batch] if batch else [dummy.question()]
-        with pass_memory_errors(packable):
-            packed = pack(packable, context.student, context.family, context.token_budget)
-            if batch:
-                run(labels, packed)
-            else:
-                dummy.run(packed)
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from masters.models.packing.packed_batch import PackedBatch, response_states
 from masters.models.packing.prefix_tree import Question
 from masters.models.training.context import TrainContext
 from masters.models.training.job import ReferenceProgress
-from masters.models.training.oom_retry import DummyPass, retry_smaller, run_passes
+from masters.models.training.microbatches import DummyPass, run_passes
+from masters.models.training.oom_retry import retry_smaller
 
 FILE_PREFIX = "reference-"  # of the file beside the checkpoints; its SHA-256 follows
 

@@ -26,9 +26,10 @@ from masters.models.training.groups import Step
 from masters.models.training.guards import ValidationGuard, largest_gradient, non_finite_questions
 from masters.models.training.history import drop_after
 from masters.models.training.job import CheckpointRefused, PassesPacked, StepFinished, TeacherMasked, TrainingResumed
+from masters.models.training.load_balancing import split_across_ranks
 from masters.models.training.lr_schedule import learning_rate
-from masters.models.training.microbatches import split_across_ranks
-from masters.models.training.oom_retry import DummyPass, retry_smaller, run_passes, step_memory_errors
+from masters.models.training.microbatches import DummyPass, run_passes
+from masters.models.training.oom_retry import retry_smaller, step_memory_errors
 from masters.models.training.reference_policy import reference_log_probs
 from masters.models.training.run_warnings import RunWarnings
 

@@ -24,7 +24,7 @@ from masters.models.families import family_of
 from masters.models.families.base import VLM
 from masters.models.packing import flex_attention
 from masters.models.packing.prefix_tree import Question
-from masters.models.training import memory_estimate, microbatches, trainer
+from masters.models.training import load_balancing, memory_estimate, trainer
 from masters.models.training.context import TrainContext
 from masters.models.training.groups import Group, label_groups, plan_steps, response_groups
 from masters.models.training.job import (
@@ -76,7 +76,7 @@ def prepare(job: TrainJob, job_file: Path, rank: int, world: int) -> TrainContex
     prompts = QuestionPrompts(job.student, data, job_file.parent)
     groups, empty_responses = _load_groups(job, storage, data, prompts)
     steps = plan_steps(groups, len(job.ratios), train.epochs, train.questions_per_step, train.seed)
-    planned = microbatches.plan(steps, [microbatches.size_of(group) for group in groups], job.token_budget, world)
+    planned = load_balancing.plan(steps, [load_balancing.size_of(group) for group in groups], job.token_budget, world)
     pass_facts = {} if planned is None else dict(passes=planned.passes, largest_pass=planned.largest_tokens)
     report(TrainingPlanned(groups=len(groups), steps=len(steps), empty_responses=empty_responses, planned=pass_facts))
     device = devices.select_device(rank, world)
@@ -126,7 +126,7 @@ def _load_groups(
 
 def _check_memory(
     job: TrainJob,
-    planned: microbatches.Plan | None,
+    planned: load_balancing.Plan | None,
     groups: Sequence[Group],
     steps: int,
     device: str,

@@ -15,7 +15,7 @@ from masters.common.errors import InputError, StoreError, WorkerError, WorkerLos
 from masters.common.machine import process_birth
 from masters.execution import processes
 from masters.execution.processes import Child, WorkerModule
-from masters.tasks.build import is_retryable
+from masters.tasks.build_or_reuse import is_retryable
 from tests.local_stack import until
 
 MODULES = {

@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from masters.common.errors import InputError, TrackingError
-from masters.evaluation.promotion_gate import Comparison
+from masters.evaluation.candidate_comparison import Comparison
 from masters.flows import nightly as nights
 from masters.flows.nightly import apply_gate, nightly, report_regression
 from masters.store import locks

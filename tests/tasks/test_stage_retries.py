@@ -11,7 +11,7 @@ from masters.common.errors import StoreError
 from masters.config.stages import Stage
 from masters.store.artifacts import Artifact, Identity
 from masters.tasks import evaluate
-from masters.tasks.build import RebuildDecision, StageResult, build_or_reuse, decide_rebuild, write_file
+from masters.tasks.build_or_reuse import RebuildDecision, StageResult, build_or_reuse, decide_rebuild, write_file
 from masters.tasks.data import data
 from masters.tasks.mask import mask
 from masters.tracking.registry import CHAMPION

@@ -2,8 +2,8 @@
 
 A piece, such as a shard or a batch to judge, is what an engine does at once and commits to the store itself. Its
 result does not depend on the engine that did it. Without `runtime.ray_address` each model has its child process. With
-it, several engines may serve a model. Ray itself lives in a child process, `masters.execution.ray_engines.driver`: the
-flow stays light, and a missed heartbeat, a lost driver and a cancellation end it as they end any child.
+it, several engines may serve a model. Ray itself lives in a child process, `masters.execution.ray_engines.actor_pool`:
+the flow stays light, and a missed heartbeat, a lost driver and a cancellation end it as they end any child.
 """
 
 from collections.abc import Callable, Sequence

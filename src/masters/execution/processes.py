@@ -54,7 +54,7 @@ class WorkerModule(StrEnum):
     JUDGING = "masters.models.judging.worker"
     LAUNCHER = "masters.execution.processes"
     PARITY = "masters.checks.parity_worker"
-    RAY_DRIVER = "masters.execution.ray_engines.driver"
+    RAY_DRIVER = "masters.execution.ray_engines.actor_pool"
     RAY_GUARD = "masters.execution.ray_engines.guard"
     TRAINING = "masters.models.training.worker"
 

@@ -1,7 +1,7 @@
 """Data sets and tags that describe the lineage of a stage's output in its MLflow run.
 
-`masters.tasks.build` has them written for every stage from the stage's upstream. The artifact's record holds the same
-references, which `masters.store.lineage` walks.
+`masters.tasks.build_or_reuse` has them written for every stage from the stage's upstream. The artifact's record holds
+the same references, which `masters.store.lineage` walks.
 """
 
 import re

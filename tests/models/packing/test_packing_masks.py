@@ -9,7 +9,7 @@ from demo import families
 from masters.models.families import family_of
 from masters.models.packing.packed_batch import attention_mask, block_mask, pack
 from masters.models.packing.prefix_tree import Question
-from masters.models.training import microbatches
+from masters.models.training import load_balancing
 from tests.models import tiny_models
 
 MODELS = {name: tiny_models.model(name, seed=0) for name in families.NAMES}
@@ -80,7 +80,7 @@ def test_batches_keep_the_order_and_the_budget(budget: int) -> None:
     model = MODELS[families.NAMES[0]]
     questions = [tiny_models.question(model, n, 3 + n, tiny_models.random_responses(n, [n + 1, 2])) for n in range(9)]
     sizes = {q.question_id: len(q.ids_P) + q.response_tokens for q in questions}
-    found = list(microbatches.batches([q.question_id for q in questions], sizes.__getitem__, budget))
+    found = list(load_balancing.batches([q.question_id for q in questions], sizes.__getitem__, budget))
     assert [name for batch in found for name in batch] == [q.question_id for q in questions]
     totals = [sum(sizes[name] for name in batch) for batch in found]
     assert all(total <= budget or len(batch) == 1 for total, batch in zip(totals, found, strict=True))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from masters.data.question_shards import QuestionRef
 from masters.models.packing.prefix_tree import TokenCounts
-from masters.models.training import microbatches, trainer
+from masters.models.training import load_balancing, trainer
 from masters.models.training.groups import Group, Step
 from tests.models.tiny_contexts import make_context, references
 
@@ -24,15 +24,15 @@ def group(prompt: int, responses: list[list[int]]) -> Group:
 def test_a_plan_counts_the_passes_of_all_ranks(sizes: list[int], budget: int, ranks: int) -> None:
     members = tuple(range(len(sizes)))
     steps = [Step(0, 0, members), Step(0, 1, members[::-1])]
-    planned = microbatches.plan(steps, sizes, budget, ranks)
+    planned = load_balancing.plan(steps, sizes, budget, ranks)
     planned_batches = [
         batch
         for step in steps
-        for rank_groups in microbatches.split_across_ranks(step.groups, sizes, ranks)
-        for batch in microbatches.batches(rank_groups, sizes.__getitem__, budget)
+        for rank_groups in load_balancing.split_across_ranks(step.groups, sizes, ranks)
+        for batch in load_balancing.batches(rank_groups, sizes.__getitem__, budget)
     ]
     assert planned is not None
-    assert planned == microbatches.plan(steps, sizes, budget, ranks)
+    assert planned == load_balancing.plan(steps, sizes, budget, ranks)
     assert planned.passes == len(planned_batches) and planned.tokens == 2 * sum(sizes)
     totals = [sum(sizes[g] for g in batch) for batch in planned_batches]
     assert planned.largest_tokens == max(totals) == sum(sizes[g] for g in planned.largest)
@@ -42,24 +42,24 @@ def test_a_plan_counts_the_passes_of_all_ranks(sizes: list[int], budget: int, ra
 @given(lengths, st.integers(1, 5))
 def test_ranks_share_a_step_evenly_and_keep_its_order(sizes: list[int], ranks: int) -> None:
     groups = tuple(range(len(sizes)))[::-1]
-    rank_groups = microbatches.split_across_ranks(groups, sizes, ranks)
+    rank_groups = load_balancing.split_across_ranks(groups, sizes, ranks)
     assert sorted(g for part in rank_groups for g in part) == sorted(groups)
     assert all(part == [g for g in groups if g in part] for part in rank_groups)
     loads = [sum(sizes[g] for g in part) for part in rank_groups]
     assert max(loads) - min(loads) <= max(sizes)  # the fullest rank would have fewer without its last question
-    assert microbatches.split_across_ranks(groups, [*sizes[:-1], None], ranks) == [
+    assert load_balancing.split_across_ranks(groups, [*sizes[:-1], None], ranks) == [
         list(groups[r::ranks]) for r in range(ranks)
     ]
-    assert microbatches.split_across_ranks(groups, sizes, 1) == [list(groups)]
+    assert load_balancing.split_across_ranks(groups, sizes, 1) == [list(groups)]
 
 
 def test_repeated_responses_count_once_and_unknown_prompts_have_no_size() -> None:
     known = group(5, [[1, 2], [1, 2], [3]])
-    assert microbatches.size_of(known) == 5 + 2 + 1
+    assert load_balancing.size_of(known) == 5 + 2 + 1
     unknown = replace(known, prompt=None)  # training on labels
-    assert microbatches.size_of(unknown) is None
-    assert microbatches.plan([Step(0, 0, (0, 1))], [8, None], 10, 1) is None
-    assert microbatches.plan([], [8], 10, 1) is None
+    assert load_balancing.size_of(unknown) is None
+    assert load_balancing.plan([Step(0, 0, (0, 1))], [8, None], 10, 1) is None
+    assert load_balancing.plan([], [8], 10, 1) is None
 
 
 def test_the_passes_that_are_run_are_those_planned() -> None:
@@ -69,7 +69,7 @@ def test_the_passes_that_are_run_are_those_planned() -> None:
     # a copy, because other tests share the context
     context = replace(context, groups=groups, token_budget=60, token_counts=TokenCounts())
     step = Step(0, 0, tuple(range(8)))
-    planned = microbatches.plan([step], context.group_tokens, 60, 1)
+    planned = load_balancing.plan([step], context.group_tokens, 60, 1)
     trainer.run_step(context, step, references(context))
     context.student.zero_grad()
     assert planned is not None and planned.passes > 2

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from masters.config import Nightly
-from masters.evaluation.promotion_gate import Comparison, objections, regressions
+from masters.evaluation.candidate_comparison import Comparison
 
 NO_CHAMPION = (
     "no version has the alias champion, which version {last} had: set it with `masters rollback {name} --to VERSION`"
@@ -80,3 +80,27 @@ def decide(inputs: GateInputs, limits: Nightly) -> GateDecision:
 def decide_without_training(champion: int | None) -> GateDecision:
     """Return the decision of a night in which nothing was trained."""
     return GateDecision("no change", champion, [NOTHING_TO_TRAIN], [])
+
+
+def regressions(comparison: Comparison, limits: Nightly) -> list[str]:
+    """Reasons for which the candidate is worse: overall, or in a category by more than `max_category_drop`."""
+    reasons = []
+    if comparison.lost > comparison.gained:
+        reasons.append(f"worse than the champion: {comparison.candidate:.2%} against {comparison.champion:.2%}")
+    for name, category in comparison.categories.items():
+        # in questions, not in shares: a drop of exactly the limit is allowed despite rounding
+        if category.n * (category.champion - category.candidate) > limits.max_category_drop * category.n + 1e-9:
+            drop = f"from {category.champion:.2%} to {category.candidate:.2%}"
+            reasons.append(f"category {name or '(none)'} falls {drop}")
+    return reasons
+
+
+def objections(comparison: Comparison, limits: Nightly) -> list[str]:
+    """Reasons for which the candidate does not become champion; empty if it does."""
+    reasons = regressions(comparison, limits)
+    if comparison.lost <= comparison.gained and comparison.p_value >= limits.p_value:
+        reasons.append(
+            f"not proven better: {comparison.gained} questions gained, {comparison.lost} lost, "
+            f"p = {comparison.p_value:.3f}, expected below {limits.p_value}"
+        )
+    return reasons

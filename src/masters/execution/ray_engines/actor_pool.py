@@ -1,6 +1,6 @@
 """The driver of engines on Ray: starts actors, gives them pieces until none is left, and replaces those that die.
 
-`python -m masters.execution.ray_engines.driver JOB.json`, with a `masters.execution.engines.RayJob`. Engines write
+`python -m masters.execution.ray_engines.actor_pool JOB.json`, with a `masters.execution.engines.RayJob`. Engines write
 results into the store themselves; only pieces and events pass through the driver.
 """
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from masters.config import Nightly
-from masters.evaluation.promotion_gate import compare, objections, regressions
+from masters.evaluation.candidate_comparison import compare
+from masters.evaluation.promotion_decision import objections, regressions
 
 LIMITS = Nightly()
 

@@ -3,7 +3,7 @@
 import pytest
 from ray import exceptions
 
-from masters.execution.ray_engines.driver import ActorPool
+from masters.execution.ray_engines.actor_pool import ActorPool
 
 
 @pytest.mark.parametrize("error", [exceptions.RayActorError(), exceptions.OutOfMemoryError("the node is full")])

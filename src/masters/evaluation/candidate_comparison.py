@@ -1,4 +1,4 @@
-"""The promotion gate's test: candidate against champion on the same evaluation questions.
+"""Candidate against champion on the same evaluation questions, for the promotion gate.
 
 Questions about one image are right or wrong together, so the image is the unit of the paired test.
 """
@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 
-from masters.config import Nightly
 from masters.evaluation.statistics import sign_flip_p_value
 
 
@@ -76,30 +75,6 @@ def compare(
             for name, questions in sorted(by_category.items())
         },
     )
-
-
-def regressions(comparison: Comparison, limits: Nightly) -> list[str]:
-    """Reasons for which the candidate is worse: overall, or in a category by more than `max_category_drop`."""
-    reasons = []
-    if comparison.lost > comparison.gained:
-        reasons.append(f"worse than the champion: {comparison.candidate:.2%} against {comparison.champion:.2%}")
-    for name, category in comparison.categories.items():
-        # in questions, not in shares: a drop of exactly the limit is allowed despite rounding
-        if category.n * (category.champion - category.candidate) > limits.max_category_drop * category.n + 1e-9:
-            drop = f"from {category.champion:.2%} to {category.candidate:.2%}"
-            reasons.append(f"category {name or '(none)'} falls {drop}")
-    return reasons
-
-
-def objections(comparison: Comparison, limits: Nightly) -> list[str]:
-    """Reasons for which the candidate does not become champion; empty if it does."""
-    reasons = regressions(comparison, limits)
-    if comparison.lost <= comparison.gained and comparison.p_value >= limits.p_value:
-        reasons.append(
-            f"not proven better: {comparison.gained} questions gained, {comparison.lost} lost, "
-            f"p = {comparison.p_value:.3f}, expected below {limits.p_value}"
-        )
-    return reasons
 
 
 def _accuracy(correct: Mapping[str, bool], questions: Collection[str]) -> float:

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from masters.config import Nightly
-from masters.evaluation.gate_decision import GateDecision, GateInputs, decide, decide_without_training
-from masters.evaluation.promotion_gate import Comparison
+from masters.evaluation.candidate_comparison import Comparison
+from masters.evaluation.promotion_decision import GateDecision, GateInputs, decide, decide_without_training
 
 BETTER = Comparison(100, 100, 0.9, 0.5, 40, 0, 1e-9, {})
 WORSE = Comparison(100, 100, 0.5, 0.9, 0, 40, 1.0, {})
