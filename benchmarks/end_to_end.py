@@ -89,7 +89,12 @@ def write_questions(folder: Path, count: int) -> tuple[Path, Path]:
 def run_masters(questions: Path, store: Path, sizes: Sizes) -> Seconds:
     cpu_before = children_cpu_seconds()
     summary, whole = pipeline.run(
-        "stage", "train", data__source=questions, store__root=store, teachers__0__r_max=sizes.r_max
+        "stage",
+        "train",
+        preset="paper",
+        data__source=questions,
+        store__root=store,
+        teachers__0__r_max=sizes.r_max,
     )
     stages = pipeline.read_stages(summary)
     generation = sum(stages[name]["seconds"] for name in GENERATION)

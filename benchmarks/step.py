@@ -19,6 +19,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from benchmarks.head import trl_loss as trl_divergence
 from benchmarks.measure import Row, compare, make_timer
 from masters.config import Rewards, Train
+from masters.config.presets import section_values
 from masters.models.families import family_of
 from masters.models.families.base import VLM
 from masters.models.losses import chunked_head, formulas
@@ -30,7 +31,11 @@ from masters.models.training import objective
 RESPONSES, REPEATS = 8, 3
 VOCABULARY, IMAGE_TOKEN = 4096, 4
 FAMILY = family_of("qwen3_vl")
-REWARDS = Rewards()
+# every term, with its reference
+TRAIN, REWARDS = (
+    Train(**section_values("paper", "train")),
+    Rewards(**section_values("paper", "rewards")),
+)
 
 
 @dataclass(frozen=True)
@@ -164,4 +169,4 @@ def separate_states(model: VLM, question: Question) -> Projection:
 def masters_loss(terms: formulas.Terms, batch: PackedBatch) -> torch.Tensor:
     """Return the method's loss, with half of the responses correct."""
     score_R = torch.arange(batch.responses) % 2
-    return objective.masters_loss(batch.expand(terms), score_R.float(), batch, Train(), REWARDS).loss
+    return objective.masters_loss(batch.expand(terms), score_R.float(), batch, TRAIN, REWARDS).loss

@@ -27,9 +27,10 @@ from benchmarks import (
 from benchmarks import __main__ as command
 from benchmarks.measure import Row, compare, make_memory_meter, make_timer
 from masters.common.errors import MastersError
-from masters.config import Rewards, Train
+from masters.config import Train
 from masters.models.losses import chunked_head
 from tests import allocates_64_mib
+from tests.models.paper import paper_rewards, paper_train
 
 SHAPE = step.Shape((8, 6), words=5, response=6)
 SMALL = head.Sizes(tokens=16, vocabulary=3000, student=8, teacher=12)
@@ -66,7 +67,7 @@ def test_implementations_of_the_head_compute_the_same(monkeypatch: pytest.Monkey
 
 def test_both_implementations_of_the_step_compute_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without R_distill: min-max stretches the little that random models' D differ by, and its rounding with it."""
-    monkeypatch.setattr(step, "REWARDS", Rewards(distillation="off"))
+    monkeypatch.setattr(step, "REWARDS", paper_rewards(distillation="off"))
     models, question, gradients = step.make_models(), step.make_question(SHAPE), []
     for loss in (step.packed_loss, step.separate_loss):
         step.run_step(models, question, loss)
@@ -173,7 +174,7 @@ def test_pairs_are_those_that_the_attention_mask_allows() -> None:
     assert (separate.tokens, separate.pairs) == (8 * 23, 8 * sum(range(1, 24)))
 
 
-@pytest.mark.parametrize("train", [Train(), Train(compute_dtype="bfloat16")], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("train", [paper_train(), paper_train(compute_dtype="bfloat16")], ids=["float32", "bfloat16"])
 def test_gpu_rows_of_a_step_at_a_size_for_a_cpu(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "peak_flops", lambda device: 1e9)
     monkeypatch.setattr(gpu, "REPEATS", 2)

@@ -34,8 +34,9 @@ def test_every_configuration_of_the_repository_loads(path: Path) -> None:
         ("train.control=shuffled_verdicts train.objective=kd", 'or "sft" with targets = "responses"'),
         ("train.control=shuffled_verdicts train.objective=sft train.targets=labels", 'or "sft" with targets'),
         ("train.control=shuffled_verdicts rewards.accuracy=off", "shuffles the verdicts of rewards.accuracy"),
-        ("train.balance=teacher_accuracy rewards.accuracy=off", "needs verdicts on responses of the teacher"),
-        ("train.balance=teacher_accuracy generate.student_share=1", "needs verdicts on responses of the teacher"),
+        ("rewards.accuracy=off rewards.combine=gated", "set both to .sum"),
+        ("rewards.accuracy=off preset=recommended", "set both to .sum"),
+        ("generate.student_share=1 train.balance=teacher_accuracy", "leaves without responses: set train.balance"),
         ("generate.refresh=stage train.targets=labels train.objective=kd", "does not use responses"),
         ("generate.refresh=stage generate.student_share=0.0", "raise generate.student_share, or set"),
         ("evaluate.split=validation", "needs data.validation_share above 0"),
@@ -58,7 +59,7 @@ def test_an_error_names_its_key(override: str, message: str) -> None:
 
 def test_an_objective_without_any_reward_is_refused() -> None:
     with pytest.raises(InputError, match="nothing to reward"):
-        load(DEMO, ["rewards.accuracy=off", "rewards.distillation=off"])
+        load(DEMO, ["preset=paper", "rewards.accuracy=off", "rewards.distillation=off"])
 
 
 def test_overrides_are_toml_literals_or_strings() -> None:
@@ -76,14 +77,22 @@ def test_a_preset_sets_only_keys_that_file_and_overrides_leave_open(name: str) -
     assert override_values(load(DEMO, ["train.divergence=kl"]), {"preset": name, "train.beta": 0.7}) == config
 
 
-def test_all_presets_set_the_same_keys() -> None:
+def test_all_presets_set_the_same_keys_and_the_recommended_one_is_the_default() -> None:
     assert len({frozenset(switches) for switches in presets.PRESETS.values()}) == 1
+    assert load(DEMO) == load(DEMO, ["preset=recommended"]) != load(DEMO, ["preset=paper"])
+
+
+@pytest.mark.parametrize("override", ["rewards.accuracy=off", "generate.student_share=1", "generate.student_share=1.0"])
+def test_without_verdicts_on_the_teacher_the_terms_are_summed_by_default(override: str) -> None:
+    config = load(DEMO, [override])
+    assert config.train.balance == "sum"
+    assert config.rewards.combine == ("sum" if "accuracy" in override else "gated")
 
 
 def test_gated_rewards_need_an_accuracy_reward_only_if_rewards_are_used() -> None:
     off = ["preset=recommended", "rewards.accuracy=off"]
     assert load(DEMO, [*off, "train.objective=kd"]).rewards.combine == "gated"
-    with pytest.raises(InputError, match="also of preset .recommended.*set rewards.combine"):
+    with pytest.raises(InputError, match="set both to"):
         load(DEMO, off)
 
 

@@ -11,7 +11,6 @@ from transformers import AutoProcessor
 
 from demo import shapes
 from examples import straightforward as plain
-from masters.config import Rewards, Train
 from masters.data.question_shards import QuestionRef
 from masters.models import model_loading
 from masters.models.families import family_of
@@ -23,12 +22,13 @@ from masters.models.prompts import model_inputs
 from masters.models.training import objective, trainer
 from masters.models.training.groups import Group, Step
 from masters.store.storage import Storage
+from tests.models.paper import paper_rewards, paper_train
 from tests.shape_data import QUESTIONS
 
 ROOT = Path(__file__).parents[2]
 TEACHER, STUDENT = (ROOT / "demo/models" / name for name in ("teacher", "student"))
 RATIO, STEPS, PER_STEP = 0.2, 4, 3
-TRAIN = Train(learning_rate=1e-4, questions_per_step=PER_STEP)
+TRAIN = paper_train(learning_rate=1e-4, questions_per_step=PER_STEP)
 # responses to a question: right and wrong, short and long, identical ones, and two that differ in punctuation only
 RESPONSE_TEXTS = (
     ("red", "red", "blue circle", "circle", "red."),
@@ -95,7 +95,7 @@ def trainer_steps(
             terms = chunked_head.token_terms(response_states(context.student, packed), taught, packed.token_U, "jsd")
         score_R = torch.tensor([score for g in members for score in groups_under_test[g].scores])
         divergence_R = objective.divergences(packed.expand(terms), packed)
-        distill_R, advantage_R = objective.advantages(divergence_R, score_R, packed, Rewards())
+        distill_R, advantage_R = objective.advantages(divergence_R, score_R, packed, paper_rewards())
         sums = trainer.run_step(context, Step(0, 0, tuple(members)), {})
         yield plain.Outcome(torch.tensor(sums["loss"] / PER_STEP), score_R + distill_R, advantage_R)
         optimizer.step()
@@ -129,7 +129,7 @@ def make_context(groups_under_test: list[plain.Group], store: Path) -> trainer.T
         remask=lambda stage: None,
         family=family_of("qwen3_vl"),
         train=TRAIN,
-        rewards=Rewards(accuracy="rules"),
+        rewards=paper_rewards(accuracy="rules"),
         ratios=[RATIO],
         groups=groups,
         steps=[],

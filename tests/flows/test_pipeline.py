@@ -32,6 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(place: Path) -> list[str]:
     values = {
+        "preset": "paper",  # with every term of the loss
         "data.source": place / "data" / "questions.jsonl",
         "data.max_rejected_share": 0.2,
         "store.root": place / "store",

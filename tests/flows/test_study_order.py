@@ -131,7 +131,7 @@ def test_results_of_other_settings_are_refused_before_the_first_run(runs: FakeRu
     runs.take_names()
     (tmp_path / "tuning-a-0.0001-0.json").unlink()  # it would be the first to run
     with pytest.raises(InputError, match=r"tuning-b-0.0001-0.json is the result of other settings"):
-        run_study(tmp_path, arms={"a": {}, "b": {"train.objective": "kd", "train.divergence": "kl"}})
+        run_study(tmp_path, arms={"a": {}, "b": {"train.objective": "kd", "train.divergence": "jsd"}})
     assert runs.take_names() == []
 
 

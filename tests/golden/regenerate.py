@@ -18,13 +18,14 @@ from masters.models.training.history import HistoryWriter
 from masters.models.training.job import StepFinished, TrainEvent
 from masters.store.storage import Storage
 from tests.models import tiny_models
+from tests.models.paper import paper_train
 from tests.models.tiny_contexts import make_context
 
 FILE = Path(__file__).with_name("loss_curve.json")
 FAMILY = "qwen3_vl"
 STEPS, RATIOS = 20, [0.4, 0.2, 0.1, 0.0]
 COLUMNS = ("loss", "divergence", "reward_distillation", "kl_to_reference")
-SETTINGS = Train(learning_rate=1e-3)
+SETTINGS = paper_train(learning_rate=1e-3)
 
 
 def loss_curve(settings: Train = SETTINGS) -> list[dict[str, float]]:

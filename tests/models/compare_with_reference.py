@@ -11,27 +11,28 @@ from masters.models.packing.packed_batch import PackedBatch
 from masters.models.training import objective
 from tests.models import float64_reference
 from tests.models.float64_reference import Batch
+from tests.models.paper import paper_rewards, paper_train
 
 VARIANTS = {
-    "method": (Train(), Rewards()),
-    "kl": (Train(divergence="kl", beta=0.5), Rewards()),
-    "skew": (Train(divergence="skew"), Rewards()),
-    "raw": (Train(), Rewards(distillation="raw")),
-    "no distillation reward": (Train(beta=0.0), Rewards(distillation="off")),
-    "no accuracy reward": (Train(beta=2.0), Rewards(accuracy="off")),
-    "gated rewards": (Train(), Rewards(combine="gated")),
-    "a noise floor in nats": (Train(), Rewards(distillation_floor=0.1)),
-    "a relative noise floor": (Train(), Rewards(distillation_relative_floor=0.5)),
-    "the usual estimator of the KL term": (Train(kl="k3", beta=1.0), Rewards()),
-    "a squared KL term": (Train(kl="squared", beta=1.0), Rewards()),
-    "a clipped KL term": (Train(kl="clipped", beta=1.0), Rewards()),
-    "clipped negatives": (Train(negatives="clipped"), Rewards()),
-    "negatives from the first difference": (Train(negatives="first_difference"), Rewards()),
-    "clipped negatives without a KL term": (Train(negatives="clipped", beta=0.0), Rewards()),
-    "no negatives": (Train(negatives="none", beta=0.0), Rewards(combine="gated")),
-    "a shifted baseline and a weight": (Train(baseline_shift=-0.3, reward_weight=0.1), Rewards()),
-    "balanced by the teacher's accuracy": (Train(balance="teacher_accuracy", reward_weight=0.5), Rewards()),
-    "no reward": (Train(), Rewards(accuracy="off", distillation="off")),
+    "method": (paper_train(), paper_rewards()),
+    "kl": (paper_train(divergence="kl", beta=0.5), paper_rewards()),
+    "skew": (paper_train(divergence="skew"), paper_rewards()),
+    "raw": (paper_train(), paper_rewards(distillation="raw")),
+    "no distillation reward": (paper_train(beta=0.0), paper_rewards(distillation="off")),
+    "no accuracy reward": (paper_train(beta=2.0), paper_rewards(accuracy="off")),
+    "gated rewards": (paper_train(), paper_rewards(combine="gated")),
+    "a noise floor in nats": (paper_train(), paper_rewards(distillation_floor=0.1)),
+    "a relative noise floor": (paper_train(), paper_rewards(distillation_relative_floor=0.5)),
+    "the usual estimator of the KL term": (paper_train(kl="k3", beta=1.0), paper_rewards()),
+    "a squared KL term": (paper_train(kl="squared", beta=1.0), paper_rewards()),
+    "a clipped KL term": (paper_train(kl="clipped", beta=1.0), paper_rewards()),
+    "clipped negatives": (paper_train(negatives="clipped"), paper_rewards()),
+    "negatives from the first difference": (paper_train(negatives="first_difference"), paper_rewards()),
+    "clipped negatives without a KL term": (paper_train(negatives="clipped", beta=0.0), paper_rewards()),
+    "no negatives": (paper_train(negatives="none", beta=0.0), paper_rewards(combine="gated")),
+    "a shifted baseline and a weight": (paper_train(baseline_shift=-0.3, reward_weight=0.1), paper_rewards()),
+    "balanced by the teacher's accuracy": (paper_train(balance="teacher_accuracy", reward_weight=0.5), paper_rewards()),
+    "no reward": (paper_train(), paper_rewards(accuracy="off", distillation="off")),
 }
 Shape = list[list[tuple[int, float]]]  # per question, per response: its length and its verdict
 

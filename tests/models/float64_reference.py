@@ -12,9 +12,10 @@ from fractions import Fraction
 import numpy as np
 
 from masters.config import Rewards, Train
+from tests.models.paper import paper_rewards, paper_train
 
 Array = np.ndarray
-METHOD, BOTH = Train(), Rewards()
+METHOD, BOTH = paper_train(), paper_rewards()
 
 
 def threshold(weight: Array, ratio: float) -> float:

@@ -34,6 +34,7 @@ from masters.models.training.history import HistoryWriter
 from masters.models.training.job import StepFinished, TrainEvent
 from masters.store.storage import Storage
 from tests.models import tiny_models
+from tests.models.paper import paper_train
 from tests.models.tiny_contexts import make_context, references
 
 FAMILY = "qwen3_vl"
@@ -231,7 +232,7 @@ def kept(world: Trained) -> int:
     way holds."""
     before, sharding = alive(), world.sharded()
     layers = [torch.nn.Linear(SIDE, SIDE, bias=False) for _ in range(MATRICES)]
-    model = sharding.shard_model(torch.nn.Sequential(*layers), Train())
+    model = sharding.shard_model(torch.nn.Sequential(*layers), paper_train())
     states = torch.randn(2, SIDE)
     sharding.run_with_full_weights(
         model, lambda itself: reduce(lambda x, layer: layer(x), itself, states)

@@ -6,7 +6,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from masters.config import Rewards, Train
 from masters.data.question_shards import QuestionRef
 from masters.models.families import family_of
 from masters.models.losses import formulas
@@ -14,6 +13,7 @@ from masters.models.packing.packed_batch import PackedBatch, pack, response_logi
 from masters.models.training import trainer
 from masters.models.training.groups import Group
 from tests.models import tiny_models
+from tests.models.paper import paper_rewards, paper_train
 
 NAN = float("nan")
 LENGTHS = [[3, 1, 5], [2, 2], [4], [1, 2, 3, 1], [2, 2, 2], [6, 1], [1, 1, 1, 1, 1], [3, 4]]
@@ -38,8 +38,8 @@ def make_context(name: str) -> trainer.TrainContext:
     return trainer.TrainContext(
         student=student,
         family=family_of(student.config.model_type),
-        train=Train(),
-        rewards=Rewards(),
+        train=paper_train(),
+        rewards=paper_rewards(),
         groups=groups,
         steps=[],
         ratios=[0.2],

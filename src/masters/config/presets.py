@@ -1,42 +1,33 @@
 """Named sets of the method's switches, e.g. `preset = "paper"`. Keys in the configuration file override a preset."""
 
-from masters.common.errors import InputError
+from typing import Any
 
-PRESETS: dict[str, dict[str, object]] = {
-    # The paper's equations as written. The paper leaves the form of the KL term open: here, the whole vocabulary.
-    "paper": {
-        "train.objective": "masters",
-        "train.targets": "responses",
-        "train.divergence": "jsd",
-        "train.beta": 0.1,
-        "train.kl": "exact",
-        "train.negatives": "full",
-        "train.baseline_shift": 0.0,
-        "train.reward_weight": 1.0,
-        "train.balance": "sum",
-        "rewards.distillation": "minmax",
-        "rewards.combine": "sum",
-        "rewards.distillation_floor": 1e-5,
-        "rewards.distillation_relative_floor": 0.0,
-    },
-    # Distillation where the teacher is right, elsewhere only the advantage of right responses. The divergence is one
-    # whose gradient does not vanish where the student is confidently wrong.
-    "recommended": {
-        "train.objective": "masters",
-        "train.targets": "responses",
-        "train.divergence": "kl",
-        "train.beta": 0.0,
-        "train.kl": "exact",
-        "train.negatives": "none",
-        "train.baseline_shift": 0.0,
-        "train.reward_weight": 1.0,
-        "train.balance": "teacher_accuracy",
-        "rewards.distillation": "minmax",
-        "rewards.combine": "gated",
-        "rewards.distillation_floor": 1e-5,
-        "rewards.distillation_relative_floor": 0.0,
-    },
+from masters.common.errors import InputError
+from masters.config.training import Rewards, Train
+
+# The paper's equations as written. The paper leaves the form of the KL term open: here, the whole vocabulary.
+PAPER: dict[str, object] = {
+    "train.objective": "masters",
+    "train.targets": "responses",
+    "train.divergence": "jsd",
+    "train.beta": 0.1,
+    "train.kl": "exact",
+    "train.negatives": "full",
+    "train.baseline_shift": 0.0,
+    "train.reward_weight": 1.0,
+    "train.balance": "sum",
+    "rewards.distillation": "minmax",
+    "rewards.combine": "sum",
+    "rewards.distillation_floor": 1e-5,
+    "rewards.distillation_relative_floor": 0.0,
 }
+# Distillation where the teacher is right, elsewhere only the advantage of right responses. The divergence is one whose
+# gradient does not vanish where the student is confidently wrong. The best of the studies, and so the default.
+_SECTIONS = {"train": Train, "rewards": Rewards}
+RECOMMENDED: dict[str, object] = {
+    key: _SECTIONS[section].model_fields[name].default for key in PAPER for section, name in [key.split(".")]
+}
+PRESETS = {"paper": PAPER, "recommended": RECOMMENDED}
 
 
 def get_preset(name: object) -> dict[str, object]:
@@ -44,3 +35,9 @@ def get_preset(name: object) -> dict[str, object]:
     if not isinstance(name, str) or name not in PRESETS:
         raise InputError(f"preset: expected one of {', '.join(PRESETS)}, found {name!r:.100}")
     return PRESETS[name]
+
+
+def section_values(name: str, section: str) -> dict[str, Any]:
+    """Return a preset's values of one section by key, e.g. for `Train(**section_values("paper", "train"))`."""
+    prefix = f"{section}."
+    return {key.removeprefix(prefix): value for key, value in get_preset(name).items() if key.startswith(prefix)}

@@ -292,6 +292,22 @@ class Config(Section):
     nightly: Nightly = Nightly()
     runtime: Runtime = Runtime()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_sums(cls, values: object) -> object:
+        """Sum rewards and losses by default where there are no verdicts to gate or weight them with."""
+        if not isinstance(values, dict):
+            return values
+        rewards, train, generate = (values.get(name, {}) for name in ("rewards", "train", "generate"))
+        if not all(isinstance(section, dict) for section in (rewards, train, generate)):
+            return values
+        has_verdicts = rewards.get("accuracy") != "off"
+        if not has_verdicts:
+            rewards = {"combine": "sum", **rewards}
+        if not has_verdicts or generate.get("student_share") == 1:
+            train = {"balance": "sum", **train}
+        return {**values, "rewards": rewards, "train": train}
+
     @property
     def needs_verdicts(self) -> bool:
         """Whether responses are scored, for their rewards or to select the right ones for fine-tuning."""
@@ -333,16 +349,15 @@ class Config(Section):
             )
         if train.objective != "masters":
             return self
-        if rewards.combine == "gated" and rewards.accuracy == "off":
+        if rewards.accuracy == "off" and not (rewards.combine == train.balance == "sum"):
             raise ValueError(
-                'rewards.combine = "gated" (also of preset "recommended") multiplies by the accuracy reward, which is '
-                '"off": set rewards.combine = "sum"'
+                'rewards.accuracy = "off" gives no verdicts, which rewards.combine = "gated" and train.balance = '
+                '"teacher_accuracy" need: set both to "sum"'
             )
-        if train.balance == "teacher_accuracy" and (rewards.accuracy == "off" or self.generate.student_share == 1):
+        if train.balance == "teacher_accuracy" and self.generate.student_share == 1:
             raise ValueError(
-                'train.balance = "teacher_accuracy" (also of preset "recommended") needs verdicts on responses of the '
-                f'teacher: found rewards.accuracy = "{rewards.accuracy}", generate.student_share = '
-                f'{self.generate.student_share}; set train.balance = "sum"'
+                'train.balance = "teacher_accuracy" weights by the share of right responses of the '
+                'teacher, which generate.student_share = 1 leaves without responses: set train.balance = "sum"'
             )
         if rewards.accuracy == rewards.distillation == "off":
             raise ValueError('both rewards are "off": objective "masters" has nothing to reward; use "kd"')

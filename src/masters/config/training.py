@@ -59,9 +59,10 @@ class Rewards(Section):
         "to [0, 1] among the responses to a question; raw: not scaled; off: no distillation reward",
     )
     combine: Literal["sum", "gated"] = Field(
-        default="sum",
+        default="gated",
         description="How the two rewards are combined. sum: R_acc + R_distill, as in the paper; gated: "
-        "R_acc (1 + R_distill), so that a wrong response never has a higher reward than a right one",
+        "R_acc (1 + R_distill), so that a wrong response never has a higher reward than a right one. Without an "
+        "accuracy reward the default is sum",
     )
     distillation_floor: NotNegative = Field(
         default=1e-5,
@@ -94,7 +95,7 @@ class Train(Section):
         "(only with kd and sft)",
     )
     divergence: Literal["jsd", "kl", "skew"] = Field(
-        default="jsd",
+        default="kl",
         description="Divergence between teacher and student. jsd: Jensen-Shannon; kl: Kullback-Leibler; skew: "
         "Kullback-Leibler to a mixture of one tenth teacher and nine tenths student",
     )
@@ -113,7 +114,7 @@ class Train(Section):
         default=None, description="Clip the gradient of a step to this global norm. Default: no clipping"
     )
     beta: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = Field(
-        default=0.1, description="Weight of the KL term, which keeps the student near its initial weights"
+        default=0.0, description="Weight of the KL term, which keeps the student near its initial weights"
     )
     kl: Literal["exact", "k3", "clipped", "squared"] = Field(
         default="exact",
@@ -123,7 +124,7 @@ class Train(Section):
         "tokens; clipped: k3 with a bounded gradient; squared: d^2 / 2",
     )
     negatives: Literal["full", "clipped", "first_difference", "none"] = Field(
-        default="full",
+        default="none",
         description="How negative advantages are used. full: unchanged; clipped: multiplied by min(1, pi / pi_ref) of "
         "the token, so that tokens that have become unlikely are not pushed further down; first_difference: only from "
         "the token on where the response differs from every right response to its question (unchanged if no response "
@@ -138,9 +139,10 @@ class Train(Section):
         default=1.0, description="Weight of the reward term L_GRPO relative to the distillation term D"
     )
     balance: Literal["sum", "teacher_accuracy"] = Field(
-        default="sum",
+        default="teacher_accuracy",
         description="How the two terms of a question's loss are combined. sum: L_GRPO + D; teacher_accuracy: "
-        "(1 - p) L_GRPO + p D, where p is the share of the teacher's responses to the question that are right",
+        "(1 - p) L_GRPO + p D, where p is the share of the teacher's responses to the question that are right. Without "
+        "an accuracy reward, or responses of the teacher, the default is sum",
     )
     control: Literal["none", "shuffled_verdicts", "random_advantages"] = Field(
         default="none",

@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from demo import families
-from masters.config import Rewards, Train
+from masters.config import Train
 from masters.models.distributed import mixed_precision
 from masters.models.training import trainer
 from masters.models.training.groups import Step
 from tests.models import tiny_models
+from tests.models.paper import paper_rewards, paper_train
 from tests.models.tiny_contexts import gradient, make_context, references
 
 EVERYTHING = Step(0, 0, tuple(range(8)))
-MIXED = Train(compute_dtype="bfloat16")
+MIXED = paper_train(compute_dtype="bfloat16")
 
 
 def run_step(name: str, train: Train) -> tuple[trainer.TrainContext, dict[str, float]]:
@@ -25,13 +26,13 @@ def run_step(name: str, train: Train) -> tuple[trainer.TrainContext, dict[str, f
     student = mixed_precision.apply_autocast(tiny_models.model(name, 0), train)
     teacher = tiny_models.model(name, 1, 0.2).to(getattr(torch, mixed_precision.frozen_dtype(train)))
     plain = make_context(name)
-    context = replace(plain, student=student, teacher=teacher, train=train, rewards=Rewards(distillation="off"))
+    context = replace(plain, student=student, teacher=teacher, train=train, rewards=paper_rewards(distillation="off"))
     return context, trainer.run_step(context, EVERYTHING, references(plain))
 
 
 @pytest.mark.parametrize("name", families.NAMES)
 def test_a_step_equals_float32_up_to_bfloat16_precision(name: str) -> None:
-    (plain, sums), (mixed, mixed_sums) = run_step(name, Train()), run_step(name, MIXED)
+    (plain, sums), (mixed, mixed_sums) = run_step(name, paper_train()), run_step(name, MIXED)
     expected, found = gradient(plain.student), gradient(mixed.student)
     assert found.dtype == torch.float32
     assert 1e-5 < (found - expected).norm() / expected.norm() < 0.03  # different, by a few times 2^-8
@@ -53,5 +54,5 @@ def test_a_small_update_is_not_lost_to_rounding() -> None:
 
 def test_float32_models_are_not_wrapped() -> None:
     model = tiny_models.model(families.NAMES[0], 0)
-    assert mixed_precision.apply_autocast(model, Train()) is model and "forward" not in vars(model.model)
-    assert mixed_precision.frozen_dtype(Train(dtype="bfloat16")) == "bfloat16"
+    assert mixed_precision.apply_autocast(model, paper_train()) is model and "forward" not in vars(model.model)
+    assert mixed_precision.frozen_dtype(paper_train(dtype="bfloat16")) == "bfloat16"

@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from masters.config import Runtime, Train
+from masters.config import Runtime
 from masters.execution.processes import LOOPBACK
 from masters.models.training import checkpoint as resume
 from masters.models.training.memory_estimate import PassSize, estimate_memory
 from masters.store.storage import Storage
 from tests.models import sharded_training
+from tests.models.paper import paper_train
 from tests.models.sharded_training import CASES, Tensors, Trained
 
 pytestmark = pytest.mark.slow
@@ -180,7 +181,7 @@ def test_a_ranks_memory_equals_the_estimate(folder: Path, way: str, two: dict) -
     (folder / "matrices").mkdir(exist_ok=True)
     save_file(numbers, folder / "matrices" / "model.safetensors")
     runtime = Runtime.model_validate(dict(sharding=way, train_processes=2))
-    made = estimate_memory(folder / "matrices", None, Train(), PassSize(0, 0), 2, False, runtime=runtime)
+    made = estimate_memory(folder / "matrices", None, paper_train(), PassSize(0, 0), 2, False, runtime=runtime)
     assert two["kept"] == pytest.approx(made.weights + made.gradients, rel=0.02)
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from masters.config import Rewards, Train
 from masters.models.families import family_of
 from masters.models.losses import formulas
 from masters.models.model_loading import load_model
@@ -13,6 +12,7 @@ from masters.models.packing.packed_batch import pack, response_logits
 from masters.models.packing.prefix_tree import Question
 from masters.models.training import objective
 from tests.models import family_questions
+from tests.models.paper import paper_rewards, paper_train
 
 FOLDER = Path(__file__).parents[3] / "demo" / "models" / "student"
 
@@ -30,7 +30,7 @@ def questions() -> list[Question]:
 
 def test_loss_of_a_batch_is_the_sum_over_its_questions(model: torch.nn.Module, questions: list[Question]) -> None:
     """One batch of two equals two batches of one: a question does not depend on what it is packed with."""
-    train, rewards, family = Train(), Rewards(accuracy="rules"), family_of("qwen3_vl")
+    train, rewards, family = paper_train(), paper_rewards(accuracy="rules"), family_of("qwen3_vl")
     scores = {"q0": [1.0, 0.0, 1.0], "q1": [0.0, 1.0]}
 
     def loss(packed_questions: list[Question]) -> torch.Tensor:
@@ -52,7 +52,7 @@ def test_responses_without_verdict_keep_their_divergence_and_have_no_advantage(q
     packed = pack(questions, model, family_of("qwen3_vl"))
     divergence = torch.tensor([0.1, 0.2, 0.3, 0.1, 0.4])
     score = torch.tensor([1.0, float("nan"), 0.0, float("nan"), float("nan")])
-    distill, advantage = objective.advantages(divergence, score, packed, Rewards(accuracy="rules"))
+    distill, advantage = objective.advantages(divergence, score, packed, paper_rewards(accuracy="rules"))
     assert advantage[1] == advantage[3] == advantage[4] == 0
     assert advantage[0] > 0 > advantage[2]
     torch.testing.assert_close(distill, torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0]))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from demo import families
-from masters.config import Rewards, Train
+from masters.config import Train
 from masters.models.losses import chunked_head, formulas
 from masters.models.masking import group_thresholds, iterate_tensors
 from masters.models.model_loading import load_model
@@ -27,6 +27,7 @@ from tests.models import family_questions, float64_reference, tiny_models
 from tests.models.compare_with_reference import close
 from tests.models.float64_reference import Batch
 from tests.models.mutation import Edit, mutate
+from tests.models.paper import paper_rewards, paper_train
 from tests.models.tiny_contexts import LENGTHS, gradient, make_context, packed, references
 
 SIDES = [(64, 64), (120, 60), (56, 180)]
@@ -44,7 +45,7 @@ def context(request: pytest.FixtureRequest) -> trainer.TrainContext:
 
 def stored(context: trainer.TrainContext) -> trainer.TrainContext:
     """The same context with a KL term from stored log pi_ref."""
-    return replace(context, train=Train(kl="squared"), reference=None)
+    return replace(context, train=paper_train(kl="squared"), reference=None)
 
 
 def alone(model: torch.nn.Module, question: Question, response: list[int]) -> torch.Tensor:
@@ -99,7 +100,7 @@ def test_packed_gradients_equal_those_of_separate_sequences(name: str, tied: boo
     made = family_questions.questions(folder, [SIDES[n % len(SIDES)] for n in range(len(LENGTHS))], LENGTHS, (10, 260))
     context = replace(
         make_context(name), student=student, teacher=teacher, reference=masked_model(folder, 0.4),
-        rewards=Rewards(distillation="off"),
+        rewards=paper_rewards(distillation="off"),
         question=lambda group: made[group.ref.row],
     )  # fmt: skip
     everything = list(range(len(context.groups)))
@@ -332,7 +333,7 @@ def test_identical_responses_get_equal_rewards_in_any_packing(context: trainer.T
 def test_without_beta_the_reference_changes_nothing(context: trainer.TrainContext) -> None:
     step, found = Step(0, 0, tuple(range(8))), []
     for reference in (context.reference, None):
-        sums = trainer.run_step(replace(context, train=Train(beta=0.0), reference=reference), step, {})
+        sums = trainer.run_step(replace(context, train=paper_train(beta=0.0), reference=reference), step, {})
         kl = sums.pop("kl_to_reference", None), sums.pop("largest_token_kl", None)
         found.append((gradient(context.student), kl, sums))
         context.student.zero_grad()

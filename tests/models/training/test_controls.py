@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from masters.config import Rewards, Train
+from masters.config import Train
 from masters.data.question_shards import QuestionRef
 from masters.models.families import FAMILIES
 from masters.models.training import controls, trainer
 from masters.models.training.groups import Group
+from tests.models.paper import paper_rewards, paper_train
 from tests.models.tiny_contexts import make_context, packed, references
 
 SCORES = np.array([1.0, 1.0, 0.0, np.nan, 0.25, 0.0])
@@ -22,7 +23,7 @@ def group(name: str) -> Group:
 
 
 def draw_verdicts(control: Any, seed: int = 0, questions: int = 300) -> np.ndarray:
-    train = Train(control=control, seed=seed)
+    train = paper_train(control=control, seed=seed)
     return np.stack([controls.verdicts(group(f"q{number}"), train) for number in range(questions)])
 
 
@@ -53,7 +54,7 @@ def test_a_control_depends_on_seed_and_question_only(control: str) -> None:
 @pytest.mark.parametrize("control", ["shuffled_verdicts", "random_advantages"])
 def test_a_batch_is_trained_with_the_values_of_the_control(control: Any) -> None:
     context, everything = make_context(next(iter(FAMILIES))), list(range(8))
-    controlled = replace(context, train=Train(control=control), rewards=Rewards())
+    controlled = replace(context, train=paper_train(control=control), rewards=paper_rewards())
     outcome = trainer.batch_outcome(controlled, packed(context, everything), everything, references(context))
     found = torch.tensor(outcome.responses["reward_accuracy"], dtype=torch.float64)
     expected = np.concatenate([controls.verdicts(one, controlled.train) for one in context.groups])

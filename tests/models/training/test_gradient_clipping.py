@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from masters.config import Train
 from masters.models.packing.prefix_tree import TokenCounts
 from masters.models.training import trainer
 from masters.models.training.gradient_clipping import clip_gradient
@@ -16,6 +15,7 @@ from masters.models.training.history import HistoryWriter
 from masters.models.training.lr_schedule import learning_rate
 from masters.store import tables
 from masters.store.storage import Storage
+from tests.models.paper import paper_train
 from tests.models.tiny_contexts import gradient, make_context, references
 
 FAMILY = "qwen3_vl"
@@ -39,7 +39,7 @@ def test_a_gradient_is_clipped_as_pytorch_does(limit: float) -> None:
 
 def test_history_has_the_learning_rate_and_the_gradient_norm_of_each_step(tmp_path: Path) -> None:
     base, storage = make_context(FAMILY), Storage(str(tmp_path))
-    train = Train(learning_rate=1e-3, schedule="cosine", warmup_steps=2, max_gradient_norm=0.05)
+    train = paper_train(learning_rate=1e-3, schedule="cosine", warmup_steps=2, max_gradient_norm=0.05)
     context = replace(
         base,
         student=copy.deepcopy(base.student),

@@ -61,7 +61,7 @@ def test_weights_gradients_and_optimizer_are_counted_exactly(dtype: str) -> None
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6)
     optimizer.step()
     states = sum(s[key].nbytes for s in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
-    estimated = memory_estimate.estimate_memory(STUDENT, TEACHER, Train(dtype=dtype), NO_PASS, 1, False)
+    estimated = memory_estimate.estimate_memory(STUDENT, TEACHER, Train(dtype=dtype, beta=0.1), NO_PASS, 1, False)
     taught = sum(p.nbytes for p in teacher.parameters())
     assert (estimated.weights, estimated.gradients, estimated.optimizer, estimated.teacher) == (
         weights,
@@ -71,12 +71,12 @@ def test_weights_gradients_and_optimizer_are_counted_exactly(dtype: str) -> None
     )
     assert estimated.reference == weights  # pi_ref, for the exact KL term
     assert estimated.total == weights * 3 + states + taught
-    alone = Train(dtype=dtype, kl="squared")
+    alone = Train(dtype=dtype, kl="squared", beta=0.1)
     shared = memory_estimate.estimate_memory(STUDENT, None, alone, NO_PASS, 2, True)
     assert shared.total == weights * 5 + shared.saving and shared.saving == 5 * weights and shared.teacher == 0
 
 
-@pytest.mark.parametrize("values", [dict(beta=0.0), dict(kl="k3"), dict(objective="kd")])
+@pytest.mark.parametrize("values", [dict(beta=0.0), dict(kl="k3", beta=0.1), dict(objective="kd", beta=0.1)])
 def test_pi_ref_is_counted_only_where_it_is_held(values: dict) -> None:
     estimated = memory_estimate.estimate_memory(STUDENT, TEACHER, Train.model_validate(values), NO_PASS, 1, False)
     assert estimated.reference == 0 and "reference" not in str(estimated)
@@ -87,7 +87,7 @@ def test_ranks_share_pi_ref(way: str) -> None:
     runtime = Runtime.model_validate(dict(sharding=way, train_processes=2))
     held, stored = (
         memory_estimate.estimate_memory(
-            STUDENT, TEACHER, Train.model_validate(dict(kl=kl)), NO_PASS, 2, False, runtime=runtime
+            STUDENT, TEACHER, Train.model_validate(dict(kl=kl, beta=0.1)), NO_PASS, 2, False, runtime=runtime
         )
         for kl in ("exact", "squared")
     )

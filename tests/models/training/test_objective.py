@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from masters.config import Rewards, Train
+from masters.config import Train
 from masters.models.losses import formulas
 from masters.models.training import objective
 from tests.models import float64_reference
@@ -27,6 +27,7 @@ from tests.models.compare_with_reference import (
     tensors,
 )
 from tests.models.float64_reference import Batch
+from tests.models.paper import paper_rewards, paper_train
 
 NAN = math.nan
 response = st.tuples(st.integers(1, 4), st.sampled_from([0.0, 1.0, 0.25, NAN]))
@@ -46,7 +47,7 @@ def batches(draw_from: st.DrawFn) -> Batch:
 
 def is_well_separated(batch: Batch) -> bool:
     """Whether divergences of a question are equal or well apart: min-max scaling enlarges a small difference."""
-    result = float64_reference.objective(batch, rewards=Rewards(distillation="raw"))
+    result = float64_reference.objective(batch, rewards=paper_rewards(distillation="raw"))
     groups = np.split(result.distill_R, np.cumsum([len(one) for one in batch.questions])[:-1])
     spreads = [np.ptp(d[~np.isnan(s)]) for d, s in zip(groups, batch.scores, strict=True) if not np.isnan(s).all()]
     return all(spread < 1e-12 or spread > 1e-2 for spread in spreads)
@@ -74,7 +75,7 @@ def test_distillation_and_supervision_alone_equal_the_reference() -> None:
     for kind, terms in kinds.items():
         student, teacher, pi_ref, _ = tensors(batch)
         if kind == "kd":
-            train = Train(objective="kd")
+            train = paper_train(objective="kd")
             outcome = objective.distillation(dense_terms(student, teacher, pi_ref, packed(batch), train), packed(batch))
         else:
             logp_T = formulas.chosen_log_probs(student, packed(batch).token_T)
@@ -111,8 +112,8 @@ def test_a_shift_of_all_rewards_changes_nothing(shift: float) -> None:
     batch, gradients, values = awkward(), [], []
     for moved in (0.0, shift):
         student, teacher, pi_ref, score_R = tensors(batch)
-        terms = dense_terms(student, teacher, pi_ref, packed(batch), Train())
-        outcome = objective.masters_loss(terms, score_R + moved, packed(batch), Train(), Rewards())
+        terms = dense_terms(student, teacher, pi_ref, packed(batch), paper_train())
+        outcome = objective.masters_loss(terms, score_R + moved, packed(batch), paper_train(), paper_rewards())
         outcome.loss.backward()
         gradients.append(student.grad)
         values.append(outcome.loss.detach())
@@ -174,15 +175,20 @@ def test_fine_tuning_without_a_right_response_has_no_gradient() -> None:
 @pytest.mark.parametrize("divergence", get_args(Train.model_fields["divergence"].annotation))
 @pytest.mark.parametrize("kind", get_args(Train.model_fields["objective"].annotation))
 def test_no_configuration_leaves_a_question_without_a_gradient(kind: str, divergence: str) -> None:
-    """This holds even with equal rewards and beta = 0, because D is always in the loss: no question is skipped."""
+    """This holds even with equal rewards, because D is always in the loss: no question is skipped."""
     train = Train.model_validate(
-        dict(objective=kind, divergence=divergence, beta=0.0, targets="labels" if kind == "sft" else "responses")
+        dict(
+            objective=kind,
+            divergence=divergence,
+            balance="sum",
+            targets="labels" if kind == "sft" else "responses",
+        )
     )
     batch = draw([[(3, 1.0), (2, 1.0)], [(2, 0.0), (1, 0.0)]], set(), seed=4)
     (student, teacher, pi_ref, score_R), pack = tensors(batch), packed(batch)
     terms = dense_terms(student, teacher, pi_ref, pack, train)
     if kind == "masters":
-        outcome = objective.masters_loss(terms, score_R, pack, train, Rewards(distillation="off"))
+        outcome = objective.masters_loss(terms, score_R, pack, train, paper_rewards(distillation="off"))
         assert outcome.sums["questions_with_advantage"] == 0
     elif kind == "kd":
         outcome = objective.distillation(terms, pack)
@@ -197,8 +203,10 @@ def test_with_equal_verdicts_the_divergence_decides(scores: list[float], shared:
     shape: Shape = [[(2, score) for score in scores]]
     batch = draw(shape, {(0, j) for j in range(1, 8)} if shared else set(), seed=3)
     student, teacher, pi_ref, score_R = tensors(batch)
-    divergence_R = objective.divergences(dense_terms(student, teacher, pi_ref, packed(batch), Train()), packed(batch))
-    _, advantage_R = objective.advantages(divergence_R, score_R, packed(batch), Rewards())
+    divergence_R = objective.divergences(
+        dense_terms(student, teacher, pi_ref, packed(batch), paper_train()), packed(batch)
+    )
+    _, advantage_R = objective.advantages(divergence_R, score_R, packed(batch), paper_rewards())
     assert bool(advantage_R.any()) is not shared
     if not shared:
         assert advantage_R.argmax() == divergence_R.argmin()
@@ -209,12 +217,12 @@ def test_rewards_do_not_depend_on_other_questions_of_the_batch() -> None:
     batch = awkward()
     student, teacher, pi_ref, score_R = tensors(batch)
     pack = packed(batch)
-    divergence_R = objective.divergences(dense_terms(student, teacher, pi_ref, pack, Train()), pack).detach()
-    together = objective.advantages(divergence_R, score_R, pack, Rewards())
+    divergence_R = objective.divergences(dense_terms(student, teacher, pi_ref, pack, paper_train()), pack).detach()
+    together = objective.advantages(divergence_R, score_R, pack, paper_rewards())
     for question, responses in enumerate(batch.questions):
         of = pack.question_R == question
         single = Batch([responses], [batch.scores[question]], *(np.empty(0),) * 3)
-        alone = objective.advantages(divergence_R[of], score_R[of], packed(single), Rewards())
+        alone = objective.advantages(divergence_R[of], score_R[of], packed(single), paper_rewards())
         assert all(torch.equal(whole[of], separate) for whole, separate in zip(together, alone, strict=True))
 
 
