@@ -35,7 +35,7 @@ from masters.data.question_shards import QuestionRef
 from masters.data.sources.easyvqa import EasyVqaSource
 from masters.infra import object_store, service
 from masters.models.generation import shards
-from masters.models.generation.shards import UNPLANNED, GeneratingModel, ShardRequest
+from masters.models.generation.shards import GeneratingModel, ShardRequest
 from masters.store import artifacts, tables
 from masters.store.artifacts import Artifact, Identity
 from masters.store.storage import Storage
@@ -156,16 +156,8 @@ def time_store_on_s3(count: int) -> dict[str, float]:
 def time_store(root: str, count: int) -> dict[str, float]:
     """Return seconds to write shards of 1 KiB, to list the missing ones, and to commit an artifact of all of them."""
     storage, seconds = Storage(root), {}
-    template = ShardRequest(
-        model=GeneratingModel("m", Path("m"), "d", {}),
-        shard=UNPLANNED,
-        kind="predictions",
-        source="evaluation",
-        mask_ratio=None,
-        stage=0,
-        samples=1,
-        sampling=Sampling.greedy(max_tokens=8, dtype="float32"),
-    )
+    sampling = Sampling.greedy(max_tokens=8, dtype="float32")
+    template = ShardRequest(GeneratingModel("m", Path("m"), "d"), "predictions", "evaluation", sampling)
     requests = [replace(template, shard=question_shards.Shard("", (_ref(number),))) for number in range(count)]
 
     def write() -> None:

@@ -14,7 +14,7 @@ from masters.common.errors import WorkerError
 from masters.config import Config, Sampling
 from masters.data import question_shards
 from masters.evaluation.statistics import clustered_standard_error
-from masters.models.generation.shards import UNPLANNED, GeneratingModel, ShardRequest, collect_shards
+from masters.models.generation.shards import GeneratingModel, ShardRequest, collect_shards
 from masters.models.judging.batches import Judge, read_questions
 from masters.rewards import verifiers
 from masters.rewards.verdict import Triple
@@ -47,16 +47,8 @@ def prediction_requests(context: Context, data: Artifact, models: list[LocalMode
     refs = question_shards.read_refs(data, context.config.evaluate.split)
     requests: list[ShardRequest] = []
     for model in {model.name: model for model in models}.values():  # a chain may name a teacher twice
-        template = ShardRequest(
-            model=GeneratingModel(model.name, model.folder, model.digest, {}),
-            shard=UNPLANNED,
-            kind="predictions",
-            source="evaluation",
-            mask_ratio=None,
-            stage=0,
-            samples=1,
-            sampling=greedy_sampling(context.config),
-        )
+        generating_model = GeneratingModel(model.name, model.folder, model.digest)
+        template = ShardRequest(generating_model, "predictions", "evaluation", greedy_sampling(context.config))
         requests += context.shard_cache.plan_requests(template, refs)
     return requests
 

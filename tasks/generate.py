@@ -10,7 +10,7 @@ from masters.data import question_shards
 from masters.data.question_shards import QuestionRef
 from masters.execution.engines import KeptEngine
 from masters.execution.processes import Child
-from masters.models.generation.shards import UNPLANNED, GeneratingModel, ShardRequest, collect_shards
+from masters.models.generation.shards import GeneratingModel, ShardRequest, collect_shards
 from masters.models.judging import batches
 from masters.store.artifacts import Artifact, Identity
 from masters.tasks.build_or_reuse import TASK_OPTIONS, StageResult, build_or_reuse
@@ -56,14 +56,13 @@ def _teacher_requests(
     requests: list[ShardRequest] = []
     for stage in stages:
         template = ShardRequest(
-            model=model,
-            shard=UNPLANNED,
-            kind="responses",
-            source="teacher",
+            model,
+            "responses",
+            "teacher",
+            config.sampling,
+            samples=config.teacher_responses,
             mask_ratio=current.ratios[stage],
             stage=stage,
-            samples=config.teacher_responses,
-            sampling=config.sampling,
         )
         stage_refs = mask_stage_refs(context.config, current, refs, stage)
         requests += context.shard_cache.plan_requests(template, stage_refs)
@@ -79,16 +78,8 @@ def _student_requests(context: Context, current: Round, refs: list[QuestionRef])
     config, student = context.config.generate, current.generating_student
     if not config.student_responses:
         return []
-    template = ShardRequest(
-        model=GeneratingModel(student.name, student.folder, student.digest, {}),
-        shard=UNPLANNED,
-        kind="responses",
-        source="student",
-        mask_ratio=None,
-        stage=0,
-        samples=config.student_responses,
-        sampling=config.sampling,
-    )
+    model = GeneratingModel(student.name, student.folder, student.digest)
+    template = ShardRequest(model, "responses", "student", config.sampling, samples=config.student_responses)
     requests = context.shard_cache.plan_requests(template, refs)
     if current.mask_stage is None:
         return requests

@@ -11,7 +11,7 @@ which lists the questions of each shard.
 
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -47,7 +47,7 @@ class GeneratingModel:
     name: str
     folder: Path
     digest: str
-    thresholds: dict[float, dict[str, float]]
+    thresholds: dict[float, dict[str, float]] = field(default_factory=dict)
     thresholds_fingerprint: str | None = None
 
 
@@ -61,13 +61,13 @@ class ShardRequest:
     """
 
     model: GeneratingModel
-    shard: Shard
     kind: Literal["responses", "predictions"]
     source: str  # "teacher", "student", "evaluation"
-    mask_ratio: float | None
-    stage: int
-    samples: int
     sampling: Sampling
+    samples: int = 1
+    mask_ratio: float | None = None
+    stage: int = 0
+    shard: Shard = UNPLANNED
     stored_name: str | None = None
     part_of: str | None = None
     batch: tuple[QuestionRef, ...] = ()

@@ -15,21 +15,13 @@ from masters.config.sampling import Sampling
 from masters.data import question_shards
 from masters.data.question_shards import QuestionRef
 from masters.models.generation import shards
-from masters.models.generation.shards import UNPLANNED, GeneratingModel, ShardCache, ShardRequest
+from masters.models.generation.shards import GeneratingModel, ShardCache, ShardRequest
 from masters.store import artifacts, tables
 from masters.store.artifacts import Artifact, Identity
 from masters.store.storage import Storage
 
-TEMPLATE = ShardRequest(
-    model=GeneratingModel("m", Path("m"), "d", {}),
-    shard=UNPLANNED,
-    kind="predictions",
-    source="evaluation",
-    mask_ratio=None,
-    stage=0,
-    samples=1,
-    sampling=Sampling.greedy(8, "float32"),
-)
+MODEL, GREEDY = GeneratingModel("m", Path("m"), "d"), Sampling.greedy(8, "float32")
+TEMPLATE = ShardRequest(MODEL, "predictions", "evaluation", GREEDY)
 
 
 class NightlyRuns:
