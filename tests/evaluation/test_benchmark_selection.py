@@ -110,7 +110,7 @@ def test_lmms_eval_finds_included_files_and_members(tmp_path: Path) -> None:
     write_task(custom / "base", "base", "task: base\ntag: shapes\n")
     write_task(custom / "heir", "heir", "include: ../base/base.yaml\ntask: heir\n")
     write_task(custom / "group", "group", "group: both\ntask:\n- base\n- task: heir\n")
-    index = benchmark_index.read_index(["base", "heir", "both", "shapes", "mmmu_pro", "none"], [custom])
+    index = benchmark_index.read_index(("base", "heir", "both", "shapes", "mmmu_pro", "none"), (custom,))
     base, heir, group = (str(custom / name) for name in ("base", "heir", "group"))
     mmmu_pro = str(Path(index.builtin_folder) / "mmmu_pro")
     assert index.folders == {
@@ -128,4 +128,23 @@ def test_lmms_eval_finds_included_files_and_members(tmp_path: Path) -> None:
 def test_tasks_that_lmms_eval_cannot_read_are_refused(tmp_path: Path) -> None:
     write_task(tmp_path / "broken", "broken", "task: [\n")
     with pytest.raises(InputError, match="cannot index its tasks and those in the folders of MASTERS_BENCHMARK_TASKS"):
-        benchmark_index.read_index(["broken"], [tmp_path])
+        benchmark_index.read_index(("broken",), (tmp_path,))
+
+
+def test_a_command_reads_the_index_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line selects the benchmarks before the flow does, in one process."""
+    tasks = tmp_path / "lmms_eval/tasks"
+    tasks.mkdir(parents=True)
+    (tmp_path / "lmms_eval/__init__.py").touch()
+    reads = tmp_path / "reads"
+    (tasks / "__init__.py").write_text(
+        f"open({str(reads)!r}, 'a').write('x')\n"
+        "class TaskManager:\n"
+        "    def __init__(self, include_path):\n"
+        "        self.task_index = {}\n"
+    )
+    monkeypatch.setattr(benchmark_index, "PACKAGES", tmp_path)
+    for _ in range(2):
+        index = benchmark_index.read_index(("mmstar",), ())
+        assert (index.names, index.folders, index.builtin_folder) == ([], {}, str(tasks))
+    assert reads.read_text() == "x"

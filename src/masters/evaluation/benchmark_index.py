@@ -7,11 +7,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from masters.common.errors import InputError
+from masters.common.log_errors import find_error
 from masters.config.allowlist import Setting
 
 PACKAGES = Path(sys.prefix) / "benchmarks"  # where `make setup-benchmarks` installs lmms-eval
@@ -45,20 +46,23 @@ def lmms_eval_environment() -> dict[str, str]:
     }
 
 
-def read_index(names: Sequence[str], task_folders: Sequence[Path]) -> BenchmarkIndex:
-    """Read lmms-eval's index with the tasks in `task_folders`. Raises InputError if lmms-eval cannot read them."""
+@cache
+def read_index(names: tuple[str, ...], task_folders: tuple[Path, ...]) -> BenchmarkIndex:
+    """Read lmms-eval's index with the tasks in `task_folders`, once in a process: it takes more than 10 s.
+
+    Raises InputError if lmms-eval cannot read them.
+    """
     process = subprocess.run(
         [sys.executable, "-m", "masters.evaluation.benchmark_index"],
-        input=json.dumps([list(names), list(map(str, task_folders))]),
+        input=json.dumps([names, list(map(str, task_folders))]),
         env=os.environ | lmms_eval_environment(),
         capture_output=True,
         text=True,
     )
     if process.returncode:
-        last_line = process.stderr.strip().rpartition("\n")[2]
         raise InputError(
             f"benchmarks: lmms-eval cannot index its tasks and those in the folders of {Setting.BENCHMARK_TASKS}: "
-            f"{last_line:.300}"
+            f"{find_error(process.stderr):.300}"
         )
     return BenchmarkIndex(**json.loads(process.stdout))
 

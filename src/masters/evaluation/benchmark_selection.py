@@ -79,8 +79,8 @@ def _installed_version() -> str | None:
     return next((found.version for found in MetadataPathFinder.find_distributions(context)), None)
 
 
-def _custom_task_folders() -> list[Path]:
-    folders = [Path(entry).expanduser().resolve() for entry in Setting.BENCHMARK_TASKS.entries]
+def _custom_task_folders() -> tuple[Path, ...]:
+    folders = tuple(Path(entry).expanduser().resolve() for entry in Setting.BENCHMARK_TASKS.entries)
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"{Setting.BENCHMARK_TASKS}: expected folders, found {folder}")
