@@ -19,13 +19,8 @@ from masters.tracking.run_writer import RunWriter
 ROOT = Path(__file__).parents[1]
 
 
-def make_run(
-    folder: Path | str, source: Path | str, teachers: list[dict] | None = None, key: str = "", **sections: dict
-) -> Run:
-    """Make a run of two mask stages on a store of its own. `sections` override sections of the configuration.
-
-    `key`: of the run, the same for a retry.
-    """
+def make_config(folder: Path | str, source: Path | str, teachers: list[dict] | None = None, **sections: dict) -> Config:
+    """Make a configuration of two mask stages on a store of its own. `sections` override its sections."""
     values: dict = dict(
         name="trained",
         store=dict(root=str(folder)),
@@ -36,9 +31,14 @@ def make_run(
         rewards=dict(accuracy="rules"),
         train=dict(learning_rate=1e-3, questions_per_step=4),
     )
-    config = Config.model_validate(
-        values | {name: values.get(name, {}) | section for name, section in sections.items()}
-    )
+    return Config.model_validate(values | {name: values.get(name, {}) | section for name, section in sections.items()})
+
+
+def make_run(
+    folder: Path | str, source: Path | str, teachers: list[dict] | None = None, key: str = "", **sections: dict
+) -> Run:
+    """Make a run with the configuration of `make_config`. `key`: of the run, the same for a retry."""
+    config = make_config(folder, source, teachers, **sections)
     resources = preflight(config)
     return Run(Context(config, resources), RunWriter(config, resources.storage, key))
 

@@ -55,12 +55,12 @@ def engine_options(folder: Path, dtype: str, runtime: Runtime, trust_remote_code
 
     Call it before anything imports vLLM, as it sets environment variables that vLLM then reads.
     """
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(runtime.engine_memory_gib)))
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(runtime.kv_cache_gib)
     devices.claim_gpus(runtime.tensor_parallel_size)
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    length = min(runtime.max_model_len, config.get_text_config().max_position_embeddings)
+    length = runtime.context_length(config.get_text_config().max_position_embeddings)
     options = dict(
         model=str(folder),
         dtype=dtype,

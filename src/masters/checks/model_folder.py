@@ -120,7 +120,7 @@ def check_context_length(model: LocalModel, config: Config) -> None:
         return
     prompt, answer, limit = model.processor_output.prompt, config.generate.max_tokens, config.runtime.max_model_len
     positions = model.processor_output.positions
-    if prompt + answer > min(limit, positions):
+    if prompt + answer > config.runtime.context_length(positions):
         raise InputError(
             f"model {model.name}: a short question with a small image takes {prompt} tokens and generate.max_tokens "
             f"{answer}, together more than runtime.max_model_len ({limit}) or the model's max_position_embeddings "

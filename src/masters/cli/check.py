@@ -35,11 +35,14 @@ def check(
     config = load(config_path, overrides)
     check_config(config)
 
+    from masters.checks.engine_limits import check_engine_limits
     from masters.checks.estimates import describe_estimates, describe_memory
     from masters.checks.preflight import list_warnings, preflight
+    from masters.checks.prompt_lengths import check_prompt_lengths
 
     resources = preflight(config)
-    for warning in list_warnings(config):
+    check_engine_limits(config, [resources.student, *resources.teachers])
+    for warning in [*list_warnings(config), *check_prompt_lengths(config, resources)]:
         typer.echo(f"warning: {warning}", err=True)
     typer.echo(f"source     {config.data.source}")
     typer.echo(f"student    {resources.student.folder} ({resources.student.digest[:16]})")

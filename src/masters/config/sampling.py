@@ -3,6 +3,10 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+# bounds of vLLM's SamplingParams, in which the configuration accepts values
+MIN_TEMPERATURE = 0.01  # vLLM silently raises a smaller temperature, other than 0, to this
+MAX_TEMPERATURE = 2.0
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -12,11 +12,10 @@ from pydantic import AfterValidator, Field, model_validator
 from masters.common import safe_regex
 from masters.config import store_root
 from masters.config.fields import MAX_INT, NAME_PATTERN, TEACHER, Count, Dtype, PoolName, Section, Seed, Share, Text
-from masters.config.sampling import Sampling
+from masters.config.sampling import MAX_TEMPERATURE, MIN_TEMPERATURE, Sampling
 from masters.config.training import Answers, Rewards, Train
 
 MAX_MASK_STAGES = 1000
-MIN_TEMPERATURE = 0.01  # vLLM silently raises a smaller temperature to this
 BUILT_IN_SOURCES = ("digits", "captions", "easyvqa")  # data.source: data sets that come with installed packages
 LOCAL_RAY = "local"  # runtime.ray_address: a Ray cluster started on this machine for the run
 RAY_ADDRESS = r"(local|(\[[0-9A-Fa-f:]{2,39}\]|[A-Za-z0-9][A-Za-z0-9._-]{0,253}):[1-9][0-9]{0,4})"
@@ -105,8 +104,8 @@ class Generate(Section):
         default=8, ge=1, le=64, description="Responses per question, those of teacher and student together"
     )
     student_share: Share = Field(default=0.5, description="Share of the responses that the student gives")
-    temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = Field(
-        default=1.0, description="Sampling temperature. 0: greedy decoding"
+    temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE, allow_inf_nan=False)] = Field(
+        default=1.0, description="Sampling temperature. 0: greedy decoding, one response of each model to a question"
     )
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
         default=0.9, description="Sample from the most likely tokens with this cumulative probability"
@@ -254,6 +253,15 @@ class Runtime(Section):
         """HOST:PORT of an existing Ray cluster, if the configuration names one."""
         return None if self.ray_address == LOCAL_RAY else self.ray_address
 
+    @property
+    def kv_cache_gib(self) -> int:
+        """Size of an engine's KV cache on a CPU in GiB: vLLM takes whole numbers."""
+        return max(1, round(self.engine_memory_gib))
+
+    def context_length(self, positions: int) -> int:
+        """Return the most tokens, prompt and response together, that an engine takes of a model with `positions`."""
+        return min(self.max_model_len, positions)
+
 
 class Nightly(Section):
     """Training and promotion of a night's student. Never part of an artifact's identity."""
@@ -361,6 +369,17 @@ class Config(Section):
             )
         if rewards.accuracy == rewards.distillation == "off":
             raise ValueError('both rewards are "off": objective "masters" has nothing to reward; use "kd"')
+        return self
+
+    @model_validator(mode="after")
+    def _check_greedy_sampling(self) -> "Config":
+        teacher, student = self.generate.teacher_responses, self.generate.student_responses
+        if self.train.targets == "responses" and self.generate.temperature == 0 and max(teacher, student) > 1:
+            raise ValueError(
+                "generate.temperature = 0 decodes greedily, so that all responses of a model to a question would be "
+                f"equal: expected at most 1 response of the teacher and 1 of the student, found {teacher} and "
+                f"{student}; raise generate.temperature, or lower generate.responses"
+            )
         return self
 
     @model_validator(mode="after")

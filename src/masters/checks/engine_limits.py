@@ -1,0 +1,58 @@
+"""Refuses what an engine would refuse when it starts: too many devices for a model, or too small a cache."""
+
+import math
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from masters.checks.model_folder import LocalModel
+from masters.common.errors import InputError
+from masters.config import Config, Runtime
+from masters.models.training.memory_estimate import GIB
+
+
+def check_engine_limits(config: Config, models: list[LocalModel]) -> None:
+    """Raise InputError if an engine could not start on one of the models of supported families."""
+    runtime = config.runtime
+    is_here = not runtime.ray_address and not runtime.pools.generate
+    gpus = torch.cuda.device_count() if is_here else 0
+    if gpus and runtime.tensor_parallel_size > gpus:
+        raise InputError(
+            f"runtime.tensor_parallel_size is {runtime.tensor_parallel_size}, expected at most the {gpus} GPUs of this "
+            "machine: lower it"
+        )
+    for model in models:
+        text_config = AutoConfig.from_pretrained(model.folder, trust_remote_code=False).get_text_config()
+        check_attention_heads(model.name, text_config, runtime.tensor_parallel_size)
+        if is_here and not gpus:
+            check_cache_size(model.name, text_config, runtime, config.generate.dtype)
+
+
+def check_attention_heads(name: str, text_config: Any, devices: int) -> None:
+    """Raise InputError unless the model's attention heads can be divided among the devices of an engine."""
+    heads, key_heads = text_config.num_attention_heads, text_config.num_key_value_heads
+    if heads % devices or (key_heads % devices and devices % key_heads):
+        largest = math.gcd(heads, key_heads)
+        raise InputError(
+            f"runtime.tensor_parallel_size is {devices}, which does not divide the {heads} attention heads and "
+            f"{key_heads} key-value heads of model {name}: choose a common divisor, such as {largest}"
+        )
+
+
+def check_cache_size(name: str, text_config: Any, runtime: Runtime, dtype: str) -> None:
+    """Raise InputError if the KV cache on a CPU does not hold a single sequence of the maximum length."""
+    length, size = runtime.context_length(text_config.max_position_embeddings), runtime.kv_cache_gib
+    needed = length * cache_bytes_per_token(text_config, dtype) / runtime.tensor_parallel_size / GIB
+    if needed > size:
+        raise InputError(
+            f"model {name}: {length} tokens (runtime.max_model_len) take {needed:.2f} GiB of KV cache, "
+            f"runtime.engine_memory_gib gives {size}: raise it to {math.ceil(needed)}, or lower runtime.max_model_len"
+        )
+
+
+def cache_bytes_per_token(text_config: Any, dtype: str) -> int:
+    """Return the bytes of keys and values of one token in all layers. The supported families attend to all tokens."""
+    head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    values = 2 * text_config.num_hidden_layers * text_config.num_key_value_heads * head_size
+    return values * getattr(torch, dtype).itemsize

@@ -1,0 +1,93 @@
+"""Counts, before work starts, the prompts that leave no room for a response in an engine's context."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from transformers import AutoProcessor
+
+from masters.checks.preflight import Resources
+from masters.common.errors import InputError
+from masters.config import Config
+from masters.data.selection import assign_validation
+from masters.data.sources import RawRow, Source
+from masters.data.validation import RejectedRow, validate_rows
+from masters.models.generation.engine import REMEDY
+from masters.models.prompts import PromptLengthCounter, chat_prompt, open_image
+
+MEASURED_PROMPTS = 512  # of a split; more only while none of them fits
+
+
+@dataclass(frozen=True)
+class PromptLengths:
+    """Measured prompts of a split: how many were measured, how many are too long, and the tokens of the longest."""
+
+    measured: int = 0
+    too_long: int = 0
+    longest: int = 0
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether no more prompts need to be measured."""
+        return self.measured >= MEASURED_PROMPTS and self.too_long < self.measured
+
+    def add(self, tokens: int, limit: int) -> "PromptLengths":
+        return PromptLengths(self.measured + 1, self.too_long + (tokens > limit), max(self.longest, tokens))
+
+
+def check_prompt_lengths(config: Config, resources: Resources) -> list[str]:
+    """Return a warning for each split in which some prompts are too long for an engine.
+
+    Raises InputError if all prompts of a split are: generation or evaluation would end with an error.
+    """
+    context = min(
+        config.runtime.context_length(model.processor_output.positions)
+        for model in (resources.student, *resources.teachers)
+        if model.processor_output
+    )
+    splits = [config.evaluate.split, *(["train"] if config.train.targets == "responses" else [])]
+    warnings = []
+    for split, lengths in measure_splits(config, resources, splits, context - config.generate.max_tokens).items():
+        if not lengths.too_long:
+            continue
+        found = (
+            f"{lengths.too_long:,} of {lengths.measured:,} prompts of split {split!r} are too long: with "
+            f"generate.max_tokens = {config.generate.max_tokens} for the response, an engine takes prompts of "
+            f"{context - config.generate.max_tokens:,} tokens, the longest has {lengths.longest:,}"
+        )
+        if lengths.too_long == lengths.measured:
+            raise InputError(f"source {config.data.source}: {found}; {REMEDY}")
+        warnings.append(f"{found}; they get no response; {REMEDY}")
+    return warnings
+
+
+def measure_splits(config: Config, resources: Resources, splits: list[str], limit: int) -> dict[str, PromptLengths]:
+    """Measure the first valid questions of each split, by split. A prompt of more than `limit` tokens is too long."""
+    processor = AutoProcessor.from_pretrained(resources.student.folder, trust_remote_code=False)
+    count_tokens, lengths = PromptLengthCounter(processor), dict.fromkeys(splits, PromptLengths())
+    for row in validate_rows(_UnmeasuredRows(resources.source, lengths), resources.special_tokens):
+        if isinstance(row, RejectedRow):
+            continue
+        split = assign_validation(row, config.data.validation_share)["split"]
+        if split in lengths and not lengths[split].is_enough:
+            tokens = count_tokens(chat_prompt(processor, row["question"]), open_image(row["image"]).size)
+            lengths[split] = lengths[split].add(tokens, limit)
+    return lengths
+
+
+class _UnmeasuredRows:
+    """The rows of a source that may belong to a split of which more prompts are to be measured."""
+
+    def __init__(self, source: Source, lengths: dict[str, PromptLengths]) -> None:
+        self._source, self._lengths = source, lengths
+
+    def digest(self) -> str:
+        return self._source.digest()
+
+    def rows(self) -> Iterator[RawRow]:
+        for row in self._source.rows():
+            missing = {split for split, lengths in self._lengths.items() if not lengths.is_enough}
+            if not missing:
+                return
+            is_measured = missing <= {"train", "validation"} if row.split == "test" else missing == {"test"}
+            if row.split not in ("train", "test") or not is_measured:
+                yield row
