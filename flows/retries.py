@@ -12,7 +12,8 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Crashed
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
-from masters.common.errors import MastersError, Unreachable
+from masters.common import disk_space
+from masters.common.errors import MastersError, StoreError, Unreachable
 from masters.common.redaction import redact_logs
 from masters.tasks.progress import log
 
@@ -31,6 +32,8 @@ def flow_attempt() -> Iterator[None]:
     except (MastersError, PrefectException):
         raise
     except Exception as error:
+        if disk_space.is_full(error):
+            raise StoreError(" ".join(str(error).split())) from error
         raise MastersError(f"unexpected {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 

@@ -4,36 +4,73 @@ Prefect's own ephemeral server outlives a killed parent; this one does not. A se
 profile names is used instead.
 """
 
+import errno
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import urlopen
 
-from masters.common.errors import MastersError
+from masters.common import disk_space
+from masters.common.errors import MastersError, StoreError
+from masters.common.files import check_writable
+from masters.common.log_errors import find_error
+from masters.common.machine import home_folder
 from masters.infra.ports import free_ports
 
 START_SECONDS = 120
+PREFECT_HOME = "PREFECT_HOME"  # environment variable
+
+
+@dataclass(frozen=True)
+class PrefectApi:
+    """A Prefect API and, if this process started it, its server with the server's log."""
+
+    url: str
+    server: subprocess.Popen | None = None
+    log: Path | None = None
+
+    def wait_until_ready(self) -> None:
+        """Wait until the server answers. Raises MastersError if it ends, or does not answer in `START_SECONDS`."""
+        wait_until_ready(self.url, self._check_running)
+
+    def _check_running(self) -> None:
+        if self.server and self.log and self.server.poll() is not None:
+            reason = find_error(self.log.read_text(errors="replace"))
+            raise MastersError(f"the Prefect server with its database in {_prefect_home()} ended: {reason}")
+
+    def check_disk(self) -> None:
+        """Raise StoreError if the server's database found no space: requests then fail in many ways."""
+        if self.log and disk_space.TEXTS.search(self.log.read_text(errors="replace")):
+            raise StoreError(f"Prefect's database in {_prefect_home()}: {os.strerror(errno.ENOSPC)}")
 
 
 @contextmanager
-def prefect_api() -> Iterator[str]:
-    """Yield the URL of a Prefect API and set PREFECT_API_URL to it; to be entered before Prefect is imported."""
+def prefect_api() -> Iterator[PrefectApi]:
+    """Yield a Prefect API and set PREFECT_API_URL to it; to be entered before Prefect is imported."""
     configured = os.environ.get("PREFECT_API_URL") or _profile_url()
     if configured:
-        yield configured
+        yield PrefectApi(configured)
         return
+    check_writable(_prefect_home(), "Prefect's history", f"set {PREFECT_HOME} or HOME to another folder")
     log = Path(tempfile.mkdtemp(prefix="masters-prefect-")) / "server.log"
     [port] = free_ports(1)
     url = f"http://127.0.0.1:{port}/api"
     os.environ["PREFECT_API_URL"] = url
     server = _start(port, log)
+    api = PrefectApi(url, server, log)
     try:
-        yield url
+        yield api
+    except MastersError:
+        raise
+    except Exception:
+        api.check_disk()
+        raise
     finally:
         _send_logs()
         server.terminate()
@@ -47,10 +84,14 @@ def prefect_api() -> Iterator[str]:
         log.parent.rmdir()
 
 
-def wait_until_ready(url: str) -> None:
-    """Wait until the server answers. Raises MastersError if it does not within `START_SECONDS`."""
+def wait_until_ready(url: str, check_running: Callable[[], None] = lambda: None) -> None:
+    """Wait until the server answers. Raises MastersError if it does not within `START_SECONDS`.
+
+    `check_running` raises an error if there is nothing to wait for.
+    """
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
+        check_running()
         try:
             with urlopen(f"{url}/health", timeout=2):
                 return
@@ -63,14 +104,18 @@ def _profile_url() -> str | None:
     """Return the API URL of the user's Prefect profile, read without importing Prefect."""
     import tomllib
 
-    home = Path(os.environ.get("PREFECT_HOME", Path.home() / ".prefect"))
-    path = Path(os.environ.get("PREFECT_PROFILES_PATH", home / "profiles.toml"))
+    path = Path(os.environ.get("PREFECT_PROFILES_PATH") or _prefect_home() / "profiles.toml")
     try:
         profiles = tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError):
         return None
     active = os.environ.get("PREFECT_PROFILE", profiles.get("active", ""))
     return profiles.get("profiles", {}).get(active, {}).get("PREFECT_API_URL")
+
+
+def _prefect_home() -> Path:
+    """Return the folder of Prefect's database, PREFECT_HOME, else ~/.prefect."""
+    return Path(os.environ.get(PREFECT_HOME) or home_folder(PREFECT_HOME) / ".prefect").expanduser()
 
 
 def _start(port: int, log: Path) -> subprocess.Popen:

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from masters.common.errors import InputError, MastersError
+from masters.common.log_errors import find_error
 from masters.infra.service import Service
 
 DATABASES = ("prefect", "mlflow")
@@ -62,5 +63,5 @@ def _owner(folder: Path) -> int | None:
 def _run(command: list, owner: int | None) -> str:
     done = subprocess.run([str(part) for part in command], user=owner, cwd="/", capture_output=True, text=True)
     if done.returncode:
-        raise MastersError(f"{Path(command[0]).name} failed: {done.stderr.strip().splitlines()[-1]}")
+        raise MastersError(f"{Path(command[0]).name} failed: {find_error(done.stderr)}")
     return done.stdout

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from masters.common.errors import MastersError
+from masters.common.log_errors import find_error
 from masters.common.machine import process_birth
 
 MARK = "MASTERS_SERVICE"
@@ -77,10 +78,8 @@ def wait_until_ready(service: Service, started: StartedService, folder: Path, se
         is_late = time.monotonic() > deadline
         if is_late or not started.is_alive():
             log = log_file(folder, service.name)
-            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             failure = f"did not answer within {seconds:.0f} s" if is_late else "ended while it started"
-            last_line = lines[-1][:300] if lines else "it wrote nothing"
-            raise MastersError(f"{service.name} {failure}: {last_line} (log: {log})")
+            raise MastersError(f"{service.name} {failure}: {find_error(log.read_text(errors='replace'))} (log: {log})")
         time.sleep(POLL_INTERVAL)
 
 

@@ -7,7 +7,9 @@ from enum import StrEnum
 from pathlib import Path
 
 from masters.common.errors import InputError
+from masters.common.machine import home_folder
 
+HOME = "MASTERS_HOME"  # environment variable: the folder of the stack
 PORTS = (1, 65535)
 RANGES = {
     "MASTERS_RUNS_AT_ONCE": (1, 1000),
@@ -51,7 +53,7 @@ class Settings:
 
 def home() -> Path:
     """Return the folder of the stack's databases, files and logs: MASTERS_HOME, else ~/.local/share/masters."""
-    return Path(os.environ.get("MASTERS_HOME") or Path.home() / ".local/share/masters").absolute()
+    return Path(os.environ.get(HOME) or home_folder(HOME) / ".local/share/masters").absolute()
 
 
 def _read_number(name: str, default: int) -> int:

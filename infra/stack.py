@@ -6,6 +6,7 @@
 import json
 import os
 import secrets
+import shlex
 import shutil
 import socket
 import subprocess
@@ -16,11 +17,11 @@ from pathlib import Path
 from filelock import FileLock
 
 from masters.common.errors import InputError, MastersError
-from masters.common.files import write_atomically
+from masters.common.files import check_writable, write_atomically
 from masters.infra import object_store, postgres
 from masters.infra.api import is_responding, post, worker_is_online
 from masters.infra.service import Service, StartedService, log_file, start_service, stop_service, wait_until_ready
-from masters.infra.settings import POOL, Services, Settings, home
+from masters.infra.settings import HOME, POOL, Services, Settings, home
 
 START_SECONDS = 120
 OPEN_STATES = ["RUNNING", "PENDING"]
@@ -127,7 +128,7 @@ def _start_services(stack: Stack, services: Services, settings: Settings) -> Non
     addresses = {"PREFECT_API_URL": api, "MLFLOW_TRACKING_URI": stack.state["mlflow_url"], **s3}
     _deploy(folder, environment | addresses)
     stack.start(_worker(environment | addresses, api))
-    exports = "".join(f"export {name}={value}\n" for name, value in addresses.items())
+    exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in addresses.items())
     write_atomically(folder / "env", exports, mode=0o600)  # it has the keys of the S3 store
     stack.state["ready"] = True
     stack.write_state()
@@ -265,5 +266,5 @@ def _read_state(folder: Path) -> Stack | None:
 
 def _exclusive(folder: Path) -> FileLock:
     """Return the lock that lets one `up` or `down` run at a time."""
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder, "the stack's databases, files and logs", f"set {HOME} or HOME to another folder")
     return FileLock(folder / "lock")

@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 
 from masters.common.errors import InputError
+from masters.common.files import describe_place
 from masters.models.distributed import Replicate, Sharding, to_local
 from masters.models.families.base import VLM
 from masters.models.masking import apply_mask, copy_masked, iterate_tensors
@@ -30,14 +31,16 @@ def resolve_model_folder(model: str, revision: str | None) -> Path:
 
 def _download(model: str, revision: str | None) -> Path:
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise InputError(f"model folder not found: {model}")
+        raise InputError(f"model folder not found: {describe_place(model)}")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(model, revision=revision, ignore_patterns=UNSAFE_FILES))
-    except Exception as error:  # the hub client raises many kinds; to the user each means the same
+    except Exception as error:  # the hub client raises many kinds; to the user most mean the same
+        if isinstance(error, OSError) and error.filename:
+            raise InputError(f"model {model} cannot be stored: {error}; HF_HOME names another folder") from error
         raise InputError(
-            f"model {model} is neither a folder nor reachable on the hub ({type(error).__name__})"
+            f"model {model} is neither a folder in {Path.cwd()} nor reachable on the hub ({type(error).__name__})"
         ) from error
 
 

@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task, exponential_backoff
 
-from masters.common import machine
+from masters.common import disk_space, machine
 from masters.common.errors import ArtifactError, StoreError, TrackingError, WorkerLost
 from masters.common.hashing import digest
 from masters.store import artifacts
@@ -27,8 +27,9 @@ RETRY_DELAY = 10  # seconds before the first retry, twice that before the second
 
 
 def is_retryable(_task: Task, _run: TaskRun, state: State) -> bool:
-    """Whether another try may succeed: the store or a process failed, not the input or the code."""
-    return isinstance(state.result(raise_on_failure=False), StoreError | TrackingError | WorkerLost)
+    """Whether another try may succeed: the store or a process failed, not the input or the code, nor is a disk full."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, StoreError | TrackingError | WorkerLost) and not disk_space.is_full(error)
 
 
 # Options of every stage's Prefect task. Results are not pickled: a retry reuses what the store holds.

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from masters.common.errors import InputError, MastersError, StoreError
+from masters.common.log_errors import MARK
 from masters.common.redaction import contains_secret, redact, redact_logs
 from masters.flows import webhook
 from tests.flows.test_nightly import Webhook
@@ -130,4 +131,4 @@ def test_the_traceback_of_a_child_process_has_no_secret(tmp_path: Path, monkeypa
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "RuntimeError: signed with ***" and SECRET not in done.stderr
+    assert done.stderr.splitlines()[-1] == f"{MARK}RuntimeError: signed with ***" and SECRET not in done.stderr

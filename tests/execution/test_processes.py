@@ -23,6 +23,33 @@ MODULES = {
     "fails": "import sys; sys.exit('out of luck')",
     "refuses": "import sys; print('bad input', file=sys.stderr); sys.exit(2)",
     "silent": "import time; time.sleep(600)",
+    "fails_in_a_loop": """
+from tqdm import tqdm
+from masters.execution import processes
+
+def main(job_file):
+    for number in tqdm(range(3), "Loading safetensors checkpoint shards"):
+        raise ValueError("shard 1\\nis damaged")
+
+processes.child_main(main)
+""",
+    "aborts_in_a_loop": """
+import os, sys
+print("ValueError: shard 1 is damaged", file=sys.stderr)
+print("Loading safetensors checkpoint shards:   0% Completed | 0/1 [00:00<?, ?it/s]", file=sys.stderr, flush=True)
+os.abort()
+""",
+    "meets_a_full_disk": """
+import sys
+from masters.execution import processes
+
+def main(job_file):
+    sys.stderr = open("/dev/full", "w")  # the log lies on the disk that is full
+    with open("/dev/full", "w") as file:
+        file.write("weights")
+
+processes.child_main(main)
+""",
     "busy": "import time; time.sleep(1)",
     "parent": """
 import multiprocessing, time
@@ -58,13 +85,31 @@ def test_only_a_lost_process_is_worth_another_try(module: str, error: type, is_r
     assert is_retryable(None, None, Failed(data=raised.value)) is is_retried  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("module", "error", "reason"),
+    [
+        ("fails_in_a_loop", WorkerError, "exit code 1: ValueError: shard 1 is damaged \\(log"),
+        ("aborts_in_a_loop", WorkerLost, "signal SIGABRT: ValueError: shard 1 is damaged \\(log"),
+    ],
+)
+def test_the_reason_of_an_end_is_no_progress_bar(module: str, error: type, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=reason):
+        processes.run([Child(module, f"child_{module}", {}, tmp_path)], 1, lambda *_: None)
+
+
+def test_a_full_disk_is_told_at_once(tmp_path: Path) -> None:
+    """It is no reason for another try, even if the child could not write its log either."""
+    with pytest.raises(StoreError, match="full stopped: No space left on device") as raised:
+        processes.run([Child("full", "child_meets_a_full_disk", {}, tmp_path)], 1, lambda *_: None)
+    assert not is_retryable(None, None, Failed(data=raised.value))  # type: ignore[arg-type]
+
+
 def test_a_store_that_failed_is_worth_another_try() -> None:
     assert is_retryable(None, None, Failed(data=StoreError("gone"))) is True  # type: ignore[arg-type]
     assert is_retryable(None, None, Failed(data=ValueError("a bug"))) is False  # type: ignore[arg-type]
 
 
 def test_a_work_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
-    """Behave as on a full disk: no traceback, and another try may succeed."""
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="work folder .* cannot be written"):
         processes.run([Child("killed", "child_killed", {}, tmp_path / "file")], 1, lambda *_: None)

@@ -15,7 +15,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling, Crashed, Running
 
 from masters.infra.deployments import POOL, deploy, prepare_server
-from masters.infra.local_prefect import prefect_api, wait_until_ready
+from masters.infra.local_prefect import prefect_api
 from masters.infra.settings import Settings
 
 pytestmark = pytest.mark.slow
@@ -31,9 +31,9 @@ def _server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PREFECT_API_URL", raising=False)
         patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
-        with prefect_api() as url, temporary_settings({PREFECT_API_URL: url}):
-            wait_until_ready(url)
-            assert os.environ["PREFECT_API_URL"] == url
+        with prefect_api() as api, temporary_settings({PREFECT_API_URL: api.url}):
+            api.wait_until_ready()
+            assert os.environ["PREFECT_API_URL"] == api.url
             asyncio.run(prepare_server(SETTINGS))
             assert deploy() == 0
             yield

@@ -5,6 +5,7 @@ digest, so that the next run neither reads the weights nor imports the model's c
 """
 
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def check_weights(folder: Path, digest: str, is_supported: bool) -> ProcessorOut
         check_shapes(folder)
         output = run_processor(folder)
     check_finite(folder)
-    write_atomically(note, json.dumps(asdict(output) if output else {}))
+    with suppress(OSError):  # without a writable cache folder, the next run checks again
+        write_atomically(note, json.dumps(asdict(output) if output else {}))
     return output
 
 

@@ -6,6 +6,7 @@ Heavy libraries are imported inside the commands, after the arguments are parsed
 import atexit
 import gc
 import json
+import shlex
 import sys
 import traceback
 from datetime import datetime
@@ -18,7 +19,8 @@ import typer
 from masters.cli import check, registry
 from masters.cli.options import ConfigPath, Json, Overrides, Rebuild, silence_libraries
 from masters.cli.output import show_plan, show_summary
-from masters.common.errors import MastersError, RunsFailed
+from masters.common import disk_space
+from masters.common.errors import InputError, MastersError, RunsFailed
 from masters.common.machine import cache_folder
 from masters.common.redaction import redact
 from masters.config import Config
@@ -133,7 +135,7 @@ def up(
         f"Prefect  {stack.urls['prefect_url']}",
         f"MLflow   {stack.urls['mlflow_url']}",
         "started" if is_new else "already running",
-        f"to use the stack from this shell: source {stack.folder / 'env'}",
+        f"to use the stack from this shell: source {shlex.quote(str(stack.folder / 'env'))}",
     ]
     typer.echo("\n".join(lines), err=as_json)
     if as_json:
@@ -158,9 +160,12 @@ def main() -> None:
         typer.echo(f"masters: {error} (masters --help lists commands and options)", err=True)
         sys.exit(2)
     except MastersError as error:
-        typer.echo(f"masters: {error}", err=True)
+        typer.echo(f"masters: {disk_space.describe(error)}", err=True)
         sys.exit(error.exit_code)
-    except Exception as error:  # a bug in masters
+    except Exception as error:  # a bug in masters, unless the disk is full
+        if disk_space.is_full(error):
+            typer.echo(f"masters: {_describe(error)}; {disk_space.REMEDY}", err=True)
+            sys.exit(1)
         typer.echo(f"masters: unexpected {type(error).__name__}: {_save_traceback(error)}", err=True)
         sys.exit(1)
     if code == INTERRUPTED:
@@ -170,14 +175,19 @@ def main() -> None:
 
 def _save_traceback(error: Exception) -> str:
     """Write the traceback to a file. Returns the error's message with the path of the file."""
-    message = " ".join(redact(str(error)).split())[:300]  # redacted first: a secret must not be cut in two
+    message = _describe(error)
     try:
         file = cache_folder() / "errors" / f"{datetime.now():%Y-%m-%d-%H%M%S}.log"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(redact("".join(traceback.format_exception(error))))
-    except OSError:
+    except (OSError, InputError):
         return message
     return f"{message} (traceback: {file}; please report it)"
+
+
+def _describe(error: Exception) -> str:
+    """Return an error's text on one line, without secrets."""
+    return " ".join(redact(str(error)).split())[:300]  # redacted first: a secret must not be cut in two
 
 
 def _run_and_show(name: str, config: Config, as_json: bool, **arguments: object) -> None:
@@ -191,14 +201,14 @@ def _run_and_show(name: str, config: Config, as_json: bool, **arguments: object)
 
 def _run_flow(name: str, config: Config, **arguments: object) -> dict:
     """Run the flow of this name and return its result."""
-    from masters.infra.local_prefect import prefect_api, wait_until_ready
+    from masters.infra.local_prefect import prefect_api
 
     check_config(config)  # fail at once; the other checks need seconds of imports
-    with prefect_api() as url:
+    with prefect_api() as api:
         from masters.checks.preflight import preflight
 
         preflight(config)  # while the server starts; the flow checks again, because it can be started elsewhere
         silence_libraries()
         flow = getattr(import_module(f"masters.flows.{name}"), name)
-        wait_until_ready(url)
+        api.wait_until_ready()
         return flow(config, **arguments)

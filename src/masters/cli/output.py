@@ -1,6 +1,10 @@
 """Print plans, summaries and scores as tables."""
 
 import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -40,8 +44,17 @@ def show_summary(summary: dict) -> None:
     if "student" in summary:
         console.print(f"student: {summary['student']['after']['uri']}", soft_wrap=True)
     uri = summary["mlflow"]["tracking_uri"]
-    console.print(f"look at the run: mlflow ui --host 127.0.0.1 --backend-store-uri {uri}", soft_wrap=True)
-    console.print("and at its flow run: prefect server start --host 127.0.0.1", soft_wrap=True)
+    is_server = uri.startswith(("http://", "https://"))
+    mlflow = _command_line("mlflow", "ui", "--host", "127.0.0.1", "--backend-store-uri", uri)
+    console.print(f"look at the run: {uri if is_server else mlflow}", soft_wrap=True)
+    prefect = _command_line("prefect", "server", "start", "--host", "127.0.0.1")
+    console.print(f"and at its flow run: {prefect}", soft_wrap=True)
+
+
+def _command_line(program: str, *arguments: str) -> str:
+    """Return a command that a shell takes as it is, also where the environment of this program is not active."""
+    path = program if shutil.which(program) else str(Path(sys.executable).with_name(program))
+    return shlex.join([path, *arguments])
 
 
 def _print_scores(console: "Console", summary: dict) -> None:

@@ -1,8 +1,13 @@
-"""Atomic writes of local files."""
+"""Local files: atomic writes, and how messages name a path."""
 
 import os
+import tempfile
 import uuid
 from pathlib import Path
+
+from masters.common.errors import InputError
+
+ROOM = 2**20  # bytes
 
 
 def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
@@ -15,3 +20,20 @@ def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def describe_place(path: str | Path) -> str:
+    """Return a path for a message; a relative one with the folder in which it was looked for."""
+    is_complete = Path(path).is_absolute() or str(path).startswith("~")
+    return str(path) if is_complete else f"{path} in the folder {Path.cwd()}"
+
+
+def check_writable(folder: Path, purpose: str, remedy: str) -> None:
+    """Raise InputError if a folder, which is created if it is missing, cannot be written or has no `ROOM` left."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(bytes(ROOM))
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{folder}, the folder for {purpose}, cannot be written ({reason}): {remedy}") from error

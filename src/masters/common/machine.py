@@ -12,17 +12,33 @@ from resource import RUSAGE_SELF, getrusage
 
 import psutil
 
+from masters.common.errors import InputError
+
 CGROUP = Path("/sys/fs/cgroup")
 CGROUP_FILES = (  # version 2, then 1: the limit, the usage, and the entry of memory.stat that can be reclaimed
     ("memory.max", "memory.current", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
 )
+CACHE = "MASTERS_CACHE"  # environment variable: the cache folder
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
 def cache_folder() -> Path:
-    """Return the user's folder for locks, and for local copies of stores that lie elsewhere."""
-    return Path.home() / ".cache" / "masters"
+    """Return the user's folder for notes and locks, and for local copies of stores that lie elsewhere.
+
+    MASTERS_CACHE, else ~/.cache/masters. Raises InputError if there is no home folder either.
+    """
+    return Path(os.environ.get(CACHE) or home_folder(CACHE) / ".cache/masters").absolute()
+
+
+def home_folder(setting: str) -> Path:
+    """Return the user's home folder. Raises InputError if it is unknown; `setting` would make it unnecessary."""
+    try:
+        return Path.home()
+    except RuntimeError:  # HOME is not set, and the system does not know this user
+        raise InputError(
+            f"this user has no home folder: set HOME or {setting} to a folder that can be written"
+        ) from None
 
 
 def this_process() -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from masters.common.errors import InputError
+from masters.common.files import describe_place
 from masters.config import Config, presets
 
 MAX_FILE_BYTES = 1 << 20
@@ -40,7 +41,7 @@ def read_toml(path: str | Path, file_kind: str = "configuration") -> dict:
             raise InputError(f"{file_kind} {path} is longer than {MAX_FILE_BYTES} bytes: is it the right file?")
         return tomllib.loads(data.decode())
     except FileNotFoundError:
-        raise InputError(f"{file_kind} not found: {path}") from None
+        raise InputError(f"{file_kind} not found: {describe_place(path)}") from None
     # ValueError: the file is not UTF-8 or not TOML, or it contains a number of thousands of digits
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file_kind} {path} cannot be read: {error}") from None

@@ -1,9 +1,9 @@
 """Run engines and trainers in child processes: their memory comes back, a crash is an exit code, none is left behind.
 
 A child process runs a module with `JOB.json` as its argument. It writes one JSON object a line to `JOB.progress` and
-everything else to `JOB.log`. It ends with exit code 0, or with an error in the last lines of its log. The last line
-of progress is its peak memory. A persistent process does not end after its job: it reads the name of the next
-`JOB.json` from its standard input.
+everything else to `JOB.log`. It ends with exit code 0, or with an error in its log (`child_exit`). The last line of
+progress is its peak memory. A persistent process does not end after its job: it reads the name of the next `JOB.json`
+from its standard input.
 """
 
 import ctypes
@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -28,8 +27,9 @@ from typing import NoReturn
 from pydantic import BaseModel
 
 from masters.common import machine
-from masters.common.errors import InputError, MastersError, StoreError, WorkerError, WorkerLost
-from masters.common.redaction import redact, redact_logs
+from masters.common.errors import StoreError, WorkerLost
+from masters.common.redaction import redact_logs
+from masters.execution.child_exit import DISK_FULL, check_exit, report_error
 from masters.execution.child_output import Heartbeat, ProgressReader, redirect_output
 
 PR_SET_PDEATHSIG = 1
@@ -184,9 +184,9 @@ def run(
     """Run children, at most `max_running` at a time, and `companions` beside them; pass on their lines of progress.
 
     If a child fails, the others are ended. Raises WorkerError with the child and the reason, or InputError where the
-    child exits with its code; WorkerLost if a signal ended the child or if it wrote nothing for `heartbeat_timeout`
-    seconds. No child is left behind by any other exception either, such as a cancellation. A child that is kept alive
-    is done when its job is.
+    child exits with its code; StoreError if the child found a disk or the store full; WorkerLost if a signal ended the
+    child or if it wrote nothing for `heartbeat_timeout` seconds. No child is left behind by any other exception either,
+    such as a cancellation. A child that is kept alive is done when its job is.
     """
     supervisor = _Supervisor(max_running, on_progress, heartbeat_timeout)
     queue = sorted(children, key=_start_order)
@@ -240,19 +240,16 @@ def is_persistent() -> bool:
 def child_main(main: Callable[[Path], None]) -> NoReturn:
     """Run `main` on the job file that is the first argument, then exit.
 
-    An expected error becomes one line on stderr and its exit code, any other one a traceback and exit code 1.
+    An expected error becomes one line on stderr and its exit code, any other one a traceback and exit code 1. If a disk
+    or the store is full, the exit code says so.
     """
     redact_logs()
     code = 0
     try:
         main(Path(sys.argv[1]))
         report(Path(sys.argv[1]), event=PEAK, mib=machine.peak_memory_mib())
-    except MastersError as error:
-        print(error, file=sys.stderr)
-        code = error.exit_code
-    except Exception:
-        print(redact(traceback.format_exc()), file=sys.stderr, end="")
-        code = 1
+    except Exception as error:
+        code = report_error(error)
     _exit_at_once(code)
 
 
@@ -269,8 +266,9 @@ def _exit_at_once(code: int) -> NoReturn:
         process.terminate()
         process.join(GRACE_SECONDS)
         process.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 
@@ -295,17 +293,6 @@ def _start(child: Child, slot: int | None) -> subprocess.Popen:
             env=os.environ | LOOPBACK | added | child.environment,
             start_new_session=True,  # a terminal's Ctrl-C is the parent's to handle
         )
-
-
-def _check_exit(child: Child, code: int) -> None:
-    """Raise the error of a child that failed, with the last line of its log."""
-    if code == 0:
-        return
-    lines = [line for line in child.log.read_text(errors="replace").splitlines() if line.strip()]
-    reason = lines[-1][:500] if lines else "it wrote nothing"
-    end = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    error = InputError if code == InputError.exit_code else WorkerLost if code < 0 else WorkerError
-    raise error(f"{child.name} ended with {end}: {reason} (log: {child.log})")
 
 
 def _terminate(processes: list[subprocess.Popen]) -> None:
@@ -370,10 +357,10 @@ class _Supervisor:
             job_is_done = self._read_progress(running)
             if job_is_done and running.child.keep_alive and running not in ended:
                 del self.running[running.child.name]
-        # a child that lost its peer fails too: the one that wrote first is the cause
-        for running in sorted(ended, key=lambda running: running.child.log.stat().st_mtime_ns):
+        # a child that lost its peer fails too: the one that found a disk full, or that wrote first, is the cause
+        for running in sorted(ended, key=lambda r: (r.process.returncode != DISK_FULL, r.child.log.stat().st_mtime_ns)):
             del self.running[running.child.name]
-            _check_exit(running.child, running.process.returncode)
+            check_exit(running.child.name, running.child.log, running.process.returncode)
         for running in self.running.values():
             if running.heartbeat.silent_seconds() > self._heartbeat_timeout:
                 raise WorkerLost(

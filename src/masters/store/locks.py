@@ -18,8 +18,9 @@ from filelock import FileLock, Timeout
 
 from masters.common import machine
 from masters.common.errors import StoreError
+from masters.common.files import check_writable
 from masters.common.hashing import fingerprint
-from masters.common.machine import cache_folder
+from masters.common.machine import CACHE, cache_folder
 from masters.store.storage import Storage
 
 POLL_INTERVAL = 0.5  # seconds between two attempts to lock a file
@@ -51,8 +52,10 @@ def folder_lock(folder: Path, on_wait: WaitCallback) -> AbstractContextManager[N
 
 
 def machine_lock(name: str, on_wait: Callable[[], None]) -> AbstractContextManager[None]:
-    """Lock `name` against other processes of this user on this machine."""
-    return _file_lock(cache_folder() / "locks" / fingerprint(name), on_wait)
+    """Lock `name` against other processes of this user on this machine. Raises InputError if no lock can be written."""
+    folder = cache_folder() / "locks"
+    check_writable(folder, "locks of this machine", f"set {CACHE} or HOME to another folder")
+    return _file_lock(folder / fingerprint(name), on_wait)
 
 
 @contextmanager

@@ -15,9 +15,11 @@ from typing import Concatenate, ParamSpec, TypeVar
 import fsspec
 from botocore.exceptions import HTTPClientError
 
+from masters.common import disk_space
 from masters.common.errors import InputError, MastersError, StoreError, Unreachable, one_line
+from masters.common.files import check_writable
 from masters.common.hashing import digest
-from masters.common.machine import cache_folder
+from masters.common.machine import CACHE, cache_folder
 from masters.config import allowlist
 from masters.config.allowlist import Setting
 
@@ -239,7 +241,8 @@ class Storage:
         except Exception as error:  # client libraries raise many types
             reason = one_line((error.__cause__ or error) if isinstance(error, StoreError) else error, MAX_REASON)
             hint = "; the endpoint and keys come from the AWS_* environment variables" if self.s3 else ""
-            kind = Unreachable if _is_unreachable(error) else InputError
+            is_unreachable = _is_unreachable(error) and not disk_space.is_full(error)
+            kind = Unreachable if is_unreachable else InputError
             raise kind(f"store {self.uri('')} cannot be written and read back: {reason}{hint}") from error
         if overwritten or not is_equal:
             raise InputError(
@@ -357,6 +360,9 @@ def open_storage(root: str) -> Storage:
     except (ValueError, ImportError, OSError) as error:
         raise InputError(f"store.root {root!r} cannot be opened: {error}") from error
     storage.check()
+    if not storage.local:
+        folder, remedy = work_folder(storage), f"set {CACHE} or HOME to another folder"
+        check_writable(folder, "local files of runs", remedy)
     return storage
 
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from masters.common.errors import InputError
-from masters.common.files import write_atomically
+from masters.common.files import describe_place, write_atomically
 from masters.common.hashing import fingerprint
 from masters.common.machine import cache_folder
 from masters.common.redaction import redact
@@ -118,8 +118,8 @@ def reachable_uris(uris: list[str]) -> list[str]:
 def check_exists(uri: str) -> None:
     """Raise InputError if there is no MLflow at this address; connecting to a missing SQLite file would create it."""
     check_server(uri)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+    if uri.startswith("sqlite:///") and not (path := Path(uri.removeprefix("sqlite:///"))).is_file():
         raise InputError(
-            f"there is no MLflow database at {uri}: name the right one (--mlflow-uri, or for a command that reads a "
-            "configuration MLFLOW_TRACKING_URI or runtime.mlflow_uri)"
+            f"there is no MLflow database at {describe_place(path)}: name the right one (--mlflow-uri, or for a "
+            "command that reads a configuration MLFLOW_TRACKING_URI or runtime.mlflow_uri)"
         )

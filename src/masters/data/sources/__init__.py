@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from masters.common.errors import InputError
+from masters.common.files import describe_place
 from masters.config import Data
 from masters.config.schema import BUILT_IN_SOURCES
 from masters.data.sources.base import RawRow, Source
@@ -26,7 +27,7 @@ def open_source(data: Data) -> Source:
     if is_local:
         return _open_path(Path(name).expanduser())
     if looks_like_path(name):
-        raise InputError(f"source not found: expected a file or folder at {name}, found none; correct data.source")
+        raise InputError(f"source not found: {describe_place(name)}: correct data.source")
     from masters.data.sources.hugging_face import HubSource
 
     return HubSource(name, data.revision)

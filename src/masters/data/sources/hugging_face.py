@@ -65,7 +65,7 @@ class HubSource:
             loaded: Any = load_dataset(name, revision=self.commit, streaming=True, download_config=config)
         except Exception as error:  # the network, the hub and the library raise anything
             raise InputError(
-                f"{self.where}: no such file or folder exists, and the hub returned no data set of that name; "
+                f"{self.where}: {Path.cwd()} has no such file or folder, and the hub no data set of that name; "
                 f"check the name, the revision and the network ({type(error).__name__}: {one_line(error)})"
             ) from None
         self.parts = _read_parts(loaded, self.where)

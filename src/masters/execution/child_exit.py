@@ -1,0 +1,46 @@
+"""How a child process ends with an error: it writes the reason into its log, and its parent raises the error for it."""
+
+import errno
+import os
+import signal
+import sys
+import traceback
+from contextlib import suppress
+from pathlib import Path
+
+from masters.common import disk_space
+from masters.common.errors import InputError, MastersError, StoreError, WorkerError, WorkerLost
+from masters.common.log_errors import MARK, MAX_CHARACTERS, find_error
+from masters.common.redaction import redact
+
+DISK_FULL = errno.ENOSPC  # exit code of a child that found no space: its log may be empty for the same reason
+
+
+def report_error(error: Exception) -> int:
+    """Write, from the child, the reason of its end as the last line of its log. Returns the exit code.
+
+    An unexpected error also leaves its traceback.
+    """
+    is_expected = isinstance(error, MastersError)
+    text = str(error) if is_expected else f"{type(error).__name__}: {error}"
+    reason = " ".join(redact(text).split())[:MAX_CHARACTERS]  # redacted first: a secret must not be cut in two
+    with suppress(OSError):
+        if not is_expected:
+            print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")
+        print(f"{MARK}{reason}", file=sys.stderr, flush=True)
+    if disk_space.is_full(error):
+        return DISK_FULL
+    return error.exit_code if isinstance(error, MastersError) else 1
+
+
+def check_exit(name: str, log: Path, code: int) -> None:
+    """Raise the error of a child that failed, with the last error in its log."""
+    if code == 0:
+        return
+    reason = find_error(log.read_text(errors="replace"))
+    if code == DISK_FULL:
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise StoreError(f"{name} stopped: {full.strerror}: {reason} (log: {log})") from full
+    end = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    error = InputError if code == InputError.exit_code else WorkerLost if code < 0 else WorkerError
+    raise error(f"{name} ended with {end}: {reason} (log: {log})")
