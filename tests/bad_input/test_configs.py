@@ -34,6 +34,15 @@ VALUES: dict[str, tuple[str, str]] = {
     "more tokens than an integer": ("runtime.token_budget=" + "9" * 30, "runtime.token_budget: Input should be less"),
     "top k beyond the engine's integers": ("generate.top_k=99999999999", "generate.top_k: Input should be less"),
     "temperature that engines would change": ("generate.temperature=1e-5", "temperature must be 0 or at least"),
+    "temperature that engines refuse": ("generate.temperature=2.01", "generate.temperature: Input should be less than"),
+    "negative temperature": ("generate.temperature=-1", "generate.temperature: Input should be greater than or equal"),
+    "temperature that is no number": ("generate.temperature=nan", "generate.temperature: Input should be"),
+    "equal responses": ("generate.temperature=0", "at most 1 response of the teacher and 1 of the student, found 4"),
+    "no token to sample from": ("generate.top_p=0", "generate.top_p: Input should be greater than 0"),
+    "more than all tokens": ("generate.top_p=1.1", "generate.top_p: Input should be less than or equal to 1"),
+    "negative top k": ("generate.top_k=-1", "generate.top_k: Input should be greater than or equal to 0"),
+    "no token": ("generate.max_tokens=0", "generate.max_tokens: Input should be greater than or equal to 1"),
+    "no response": ("generate.responses=0", "generate.responses: Input should be greater than or equal to 1"),
     "penalty that makes infinities": ("generate.repetition_penalty=1e-300", "generate.repetition_penalty: Input"),
     "answers longer than the model takes": ("generate.max_tokens=512", "leaves no room for a prompt in runtime.max_mo"),
     "all memory there is": ("runtime.engine_memory_gib=1e300", "runtime.engine_memory_gib: Input should be less"),
@@ -58,6 +67,12 @@ VALUES: dict[str, tuple[str, str]] = {
     "store of no known kind": ("store.root='x" + "y" * 500 + "://x'", "found the protocol 'xyyy"),
     "chained store": ("store.root='simplecache::s3://bucket/x'", "store.root: expected a folder or s3://bucket/prefix"),
     "store of data": ("store.root='data:x'", "store.root: expected a folder or s3://bucket/prefix"),
+    "store without a bucket": ("store.root='s3:///x'", "store.root: the URL names no bucket; expected s3://bucket/pre"),
+    "store with an empty part": ("store.root='s3://bucket/a//b'", "found the part '' in it: write the prefix without"),
+    "store above another": ("store.root='s3://bucket/a/../b'", "found the part '..' in it: write the prefix without"),
+    "store in its own place": ("store.root='s3a://bucket/./b'", "found the part '.' in it: write the prefix without"),
+    "store with a space at an end": ("store.root='s3://bucket/a /b'", "found the part 'a ': remove spaces around it"),
+    "store with a line": ('store.root="s3://bucket/a\\nb"', "found the part 'a\\nb': remove"),
     "infinite limit": ("data.train_limit=inf", "data.train_limit: Input should be"),
     "text for a number": ("train.epochs='2'", "train.epochs: Input should be a valid integer (found '2')"),
     "truth for a number": ("train.epochs=true", "train.epochs: Input should be a valid integer"),
@@ -131,6 +146,12 @@ def test_catastrophic_pattern_is_matched_quickly() -> None:
     assert is_masked("model.language_model.layers.0.mlp.gate_proj.weight", 2, tuple(exclude))
     assert is_masked("x" * 10_000 + ".weight", 2, tuple(exclude))
     assert not is_masked("x" * 10_000 + "y.weight", 2, tuple(exclude))
+
+
+@pytest.mark.parametrize("root", ["s3://bucket/a team's/störe", "s3a://bucket/a/b", "s3://bucket"])
+@pytest.mark.parametrize("end", ["", "/", "//"])
+def test_an_s3_store_loses_slashes_at_its_end(root: str, end: str) -> None:
+    assert load(DEMO, [f"store.root={root}{end}"]).store.root == root
 
 
 @pytest.mark.parametrize("root", ["runs/x", "/tmp/x", "file:///tmp/x", "s3://bucket/x", "C:x", "a:b"])

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.dummy import Pool
 from pathlib import Path
 from threading import Barrier, Thread
@@ -17,6 +18,7 @@ import pytest
 import s3fs
 from fsspec.implementations.local import LocalFileSystem
 
+from masters.common.disk_space import is_full
 from masters.common.errors import InputError, StoreError
 from masters.infra.ports import free_ports
 from masters.store.storage import Storage
@@ -323,6 +325,17 @@ class TestRefusals:
         monkeypatch.setenv("HOME", str(tmp_path))
         assert "credentials" in self.refused(remote)
 
+    def test_no_room_is_left(self, remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A full server is no server that cannot be reached: waiting does not help."""
+        with serve_full_store() as url:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+            with pytest.raises(InputError, match="XMinioStorageFull") as refused:
+                Storage(remote).check()
+            assert type(refused.value) is InputError and is_full(refused.value)
+            with pytest.raises(StoreError, match="XMinioStorageFull") as failed:
+                Storage(remote).write("x", b"x")
+            assert is_full(failed.value)
+
     def test_conditions_are_ignored(self, remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
         honest = s3fs.S3FileSystem._pipe_file
 
@@ -404,6 +417,38 @@ def test_other_errors_are_not_taken_for_a_refused_condition(tmp_path: Path, monk
     monkeypatch.setattr(os, "link", full)
     with pytest.raises(StoreError, match="No space left on device"):
         Storage(str(tmp_path)).create("x", b"")
+
+
+@contextmanager
+def serve_full_store() -> Iterator[str]:
+    """Serve the URL of a server that refuses what MinIO refuses when its disk is full."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            body = b"<Error><Code>XMinioStorageFull</Code><Message>Storage backend is full</Message></Error>"
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(507)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("part", ["a b", "a'b", 'a"b', "störe", "a#b", "a?b", "a%20b", "a+b", "a&b=c", "[a]", "*"])
+def test_a_prefix_may_hold_any_printable_character(part: str, s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in s3.environment().items():
+        monkeypatch.setenv(name, value)
+    storage = Storage(f"s3://{BUCKET}/odd/{part}/prefix")
+    storage.check()
+    storage.write("x/y", part.encode())
+    assert storage.names("x") == ["x/y"] and storage.read("x/y") == part.encode()
 
 
 def test_a_root_is_a_folder_or_an_s3_prefix() -> None:
