@@ -108,7 +108,7 @@ COLUMNS = {
     "reward_agreement": "Share of (right, wrong) pairs in which the right response has the larger reward",
     "teacher_ratio": "Mask ratio of the teacher that the student was compared with",
     "reward": "R, the combined reward (`rewards.combine`)",
-    "advantage": "Advantage within the question's group; null without a reward",
+    "advantage": "Advantage within the question's group; 0 without a reward and for a masked response",
     "correct": "Whether the answer is right (`evaluate.accuracy`)",
     "benchmark": "Benchmark, as requested",
     "task": "Task of lmms-eval that belongs to the benchmark",

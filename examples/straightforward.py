@@ -33,7 +33,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-Response = tuple[list[int], str]  # token ids, text
+Response = tuple[list[int], str, bool]  # token ids, text, whether it was cut at the length limit
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -67,11 +67,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Group:
-    """A question, the token ids of its responses, and their verdicts R_acc."""
+    """A question, the token ids of its responses, their verdicts R_acc, and which of them were cut off."""
 
     question: Question
     responses: list[list[int]]
     scores: list[float]
+    is_truncated: list[bool]
 
 
 def main(settings: Settings) -> dict:
@@ -148,9 +149,9 @@ def generate(teachers: list[str], stages: list[list[Question]], settings: Settin
 
 def make_group(question: Question, responses: list[Response]) -> Group:
     """Give every response a verdict: 1 if its text is the answer. Empty responses are left out."""
-    responses = [(tokens, text) for tokens, text in responses if tokens]
-    scores = [float(normalize(text) == normalize(question.answer)) for _, text in responses]
-    return Group(question, [tokens for tokens, _ in responses], scores)
+    responses = [response for response in responses if response[0]]
+    scores = [float(normalize(text) == normalize(question.answer)) for _, text, _ in responses]
+    return Group(question, [tokens for tokens, _, _ in responses], scores, [is_cut for _, _, is_cut in responses])
 
 
 def normalize(text: str) -> str:
@@ -184,7 +185,10 @@ def run_engine(folder: str, questions: list[Question], settings: Settings) -> li
         {"prompt": chat_prompt(processor, q.question), "multi_modal_data": {"image": open_image(q)}} for q in questions
     ]
     outputs = llm.generate(prompts, SamplingParams(n=settings.samples, **settings.sampling), use_tqdm=False)
-    return [[(list(sample.token_ids), sample.text) for sample in output.outputs] for output in outputs]
+    return [
+        [(list(sample.token_ids), sample.text, sample.finish_reason == "length") for sample in output.outputs]
+        for output in outputs
+    ]
 
 
 def chat_prompt(processor, question: str) -> str:
@@ -310,6 +314,7 @@ def step_outcome(
     """Compute the loss L_GRPO + D of a step (Eq. 4-11).
 
     It is a mean over the step's questions, of means over a question's responses, of means over a response's tokens.
+    A truncated response counts in the rewards of its group, but its terms are 0 (DAPO, arXiv 2503.14476).
     """
     batch = collate(processor, groups)
     student_NRV = response_logits(student, batch)
@@ -324,7 +329,9 @@ def step_outcome(
     kl_NR = kl_to_reference(student_NRV, reference_NRV)
     ratio_NR = (logp_NR - logp_NR.detach()).exp()  # pi / pi_old: equal to 1, with the gradient of log pi
     grpo_N = -token_means(ratio_NR * advantage_N.to(DEVICE)[:, None] - beta * kl_NR, batch)
-    loss = torch.stack([loss_G.mean() for loss_G in (grpo_N + divergence_N).split(sizes)]).mean()
+    is_trained_N = ~torch.tensor([is_cut for group in groups for is_cut in group.is_truncated], device=DEVICE)
+    loss_N = (grpo_N + divergence_N) * is_trained_N
+    loss = torch.stack([loss_G.mean() for loss_G in loss_N.split(sizes)]).mean()
     return Outcome(loss, reward_N, advantage_N)
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 from masters.common.hashing import canonical_json, digest
 
 Status = Literal["ok", "parse_failed", "refused", "judge_failed"]
+RIGHT = 0.5  # score from which a response counts as right
 FINAL_STATUSES = ("ok", "parse_failed")  # asking the judge again would not change these
 
 

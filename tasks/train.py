@@ -53,6 +53,8 @@ def make_identity(context: Context, current: Round, inputs: Inputs) -> Identity:
         ratios=current.ratios,
         coverage=context.config.generate.coverage,
     )
+    if train.targets == "responses" and context.config.generate.truncated != "keep":
+        config["truncated"] = context.config.generate.truncated  # absent: as before there was a choice
     if current.mask_stage:
         config["mask_stage"] = current.mask_stage.number
     if train.objective == "masters":
@@ -200,6 +202,7 @@ def make_job(run: Run, current: Round, inputs: Inputs, part: RoundPart, checkpoi
         ratios=current.ratios,
         thresholds=read_thresholds(inputs["masks"]),
         coverage=config.generate.coverage,
+        truncated=config.generate.truncated,
         train=config.train,
         rewards=config.rewards,
         checkpoints=checkpoints,

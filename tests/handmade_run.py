@@ -54,7 +54,9 @@ def write_table(run: Run, kind: str, rows: list[dict], schema, part: str = "") -
     return artifacts.commit(run.storage, identity, {f"{kind}/0.parquet": digest(content)}, {"rows": len(rows)})
 
 
-def write_training_inputs(run: Run, current: Round, questions: Artifact) -> dict[str, Artifact]:
+def write_training_inputs(
+    run: Run, current: Round, questions: Artifact, finish_reason: str = "stop"
+) -> dict[str, Artifact]:
     """Write responses and verdicts: the teacher is correct at each mask ratio, the student answers something else."""
     processor = AutoProcessor.from_pretrained(current.student.folder)
     reader, responses, verdicts = question_shards.QuestionReader(questions), [], []
@@ -68,7 +70,7 @@ def write_training_inputs(run: Run, current: Round, questions: Artifact) -> dict
             key = dict(question_id=ref.question_id, source=source, mask_ratio=ratio, sample=0)
             tokens = [*processor.tokenizer(answer)["input_ids"], processor.tokenizer.eos_token_id]
             token_ids = dict(prompt_token_ids=prompt, response_token_ids=tokens)
-            responses.append(key | token_ids | dict(model="m", seed=0, text=answer, finish_reason="stop"))
+            responses.append(key | token_ids | dict(model="m", seed=0, text=answer, finish_reason=finish_reason))
             verdicts.append(key | dict(score=float(source == "teacher"), status="ok", judge="t", explanation=""))
     return {
         "responses": write_table(run, "responses", responses, tables.RESPONSES),

@@ -9,7 +9,7 @@ import torch
 
 from masters.models.losses.formulas import Terms
 from masters.models.packing.packed_batch import PackedBatch
-from masters.models.training.first_difference import RIGHT
+from masters.rewards.verdict import RIGHT
 
 RARE = 1e-3  # pi below which a token counts as rare
 

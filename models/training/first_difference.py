@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from masters.models.packing.packed_batch import PackedBatch
-
-RIGHT = 0.5  # R_acc from which a response counts as right
+from masters.rewards.verdict import RIGHT
 
 
 def spared_tokens(packed: PackedBatch, score_R: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Training groups (a question with its responses and their verdicts) and the order of optimizer steps. No torch.
 
 The groups of a table of responses are held as columns, sorted by question; a `Group` is made when it is read. So memory
-holds runs of any size: 36 bytes a response, 4 a token.
+holds runs of any size: 37 bytes a response, 4 a token.
 
 Shapes: R non-empty responses of the questions that are trained on, T their tokens, Q questions, G groups.
 """
@@ -16,8 +16,10 @@ import pyarrow as pa
 import pyarrow.compute
 
 from masters.common.errors import MastersError
+from masters.config.fields import Truncated
 from masters.config.mask_schedule import mask_stage_of
 from masters.data.question_shards import QuestionRef
+from masters.store import tables
 from masters.store.artifacts import Artifact
 
 Key = tuple[str, float | None, int]  # source, mask ratio (None for the student), sample
@@ -39,6 +41,7 @@ class Group:
     prompt: np.ndarray | None  # token ids that the engine saw, int32; None for labels
     responses: Sequence[Sequence[int]]  # token ids
     scores: np.ndarray  # float64, NaN for a response without a verdict
+    is_trained: np.ndarray  # bool, whether the response adds to the loss; False for a masked one
     keys: list[Key]  # where each response comes from
 
 
@@ -56,7 +59,7 @@ def label_groups(
 ) -> list[Group]:
     """Make groups whose only response is the label. `answers`: the label's tokens, end token included, by question."""
     return [
-        Group(ref, stage, None, [answers[ref.question_id]], np.array([np.nan]), [("label", None, 0)])
+        Group(ref, stage, None, [answers[ref.question_id]], np.array([np.nan]), np.array([True]), [("label", None, 0)])
         for ref in refs
         for stage in _stages_of(ref, len(ratios), coverage)
     ]
@@ -88,13 +91,15 @@ def response_groups(
     ratios: list[float],
     coverage: str,
     only_stage: int | None = None,
+    truncated: Truncated = "mask",
 ) -> tuple["ResponseGroups", int]:
     """Groups of the questions that have responses, and the number of empty responses, which are left out.
 
-    Groups are in the order of `refs`, then of mask stages; `only_stage` leaves out the others. Raises MastersError if
-    the responses to a question follow different prompts.
+    Groups are in the order of `refs`, then of mask stages; `only_stage` leaves out the others. `truncated`: whether a
+    response that was cut at the length limit is not trained on ("mask"), left out ("drop") or like all others ("keep").
+    Raises MastersError if the responses to a question follow different prompts.
     """
-    columns, empty = _read_columns(refs, responses, verdicts, ratios)
+    columns, empty = _read_columns(refs, responses, verdicts, ratios, truncated)
     return ResponseGroups(refs, columns, ratios, coverage, only_stage), empty
 
 
@@ -107,6 +112,7 @@ class ResponseColumns:
     stage_R: np.ndarray  # NO_STAGE for the student's
     sample_R: np.ndarray
     score_R: np.ndarray  # NaN where there is no verdict
+    is_trained_R: np.ndarray  # bool
     first_token_R: np.ndarray  # index into T
     length_R: np.ndarray
     token_T: np.ndarray
@@ -150,8 +156,15 @@ class ResponseGroups(Sequence[Group]):
         responses = [
             columns.token_T[first:end].tolist() for first, end in zip(columns.first_token_R[rows], ends, strict=True)
         ]
-        keys = [self._key(row) for row in rows]
-        return Group(self._refs[question], stage, columns.prompt_Q[question], responses, columns.score_R[rows], keys)
+        return Group(
+            ref=self._refs[question],
+            stage=stage,
+            prompt=columns.prompt_Q[question],
+            responses=responses,
+            scores=columns.score_R[rows],
+            is_trained=columns.is_trained_R[rows],
+            keys=[self._key(row) for row in rows],
+        )
 
     def _rows(self, question: int, stage: int) -> np.ndarray:
         """Rows of the question's responses at this mask stage, the student's included."""
@@ -171,20 +184,28 @@ def _stages_of(ref: QuestionRef, stages: int, coverage: str) -> Sequence[int]:
 
 
 def _read_columns(
-    refs: Sequence[QuestionRef], responses: Artifact, verdicts: Artifact | None, ratios: list[float]
+    refs: Sequence[QuestionRef],
+    responses: Artifact,
+    verdicts: Artifact | None,
+    ratios: list[float],
+    truncated: Truncated,
 ) -> tuple[ResponseColumns, int]:
     """Read both tables. Returns the columns, and the number of empty responses."""
     question_numbers = {ref.question_id: number for number, ref in enumerate(refs)}
     empty = 0
     prompt_Q: list[np.ndarray | None] = [None] * len(refs)
-    keys, lengths, tokens = [KEY_SCHEMA.empty_table()], [np.empty(0, np.int32)], [np.empty(0, np.int32)]
-    for batch in responses.batches("responses", [*RESPONSE_COLUMNS, "prompt_token_ids", "response_token_ids"]):
+    keys = [KEY_SCHEMA.append(pa.field("is_trained", pa.bool_())).empty_table()]
+    lengths, tokens = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
+    token_columns = ["prompt_token_ids", "response_token_ids", "finish_reason"]
+    for batch in responses.batches("responses", RESPONSE_COLUMNS + token_columns):
         has_tokens = pc.greater(pc.fill_null(pc.list_value_length(batch["response_token_ids"]), 0), 0)
         empty += pc.sum(pc.invert(has_tokens)).as_py() or 0
-        batch_keys, rows = _integer_keys(batch.filter(has_tokens), question_numbers, ratios)
+        is_kept = pc.and_not(has_tokens, _is_truncated(batch)) if truncated == "drop" else has_tokens
+        batch_keys, rows = _integer_keys(batch.filter(is_kept), question_numbers, ratios)
         _add_prompts(prompt_Q, batch_keys["question"].to_numpy(), rows)
         batch_lengths, batch_tokens = _flatten(rows["response_token_ids"])
-        keys.append(batch_keys)
+        is_trained = pc.or_(pc.invert(_is_truncated(rows)), truncated == "keep")
+        keys.append(batch_keys.append_column("is_trained", is_trained))
         lengths.append(batch_lengths)
         tokens.append(batch_tokens)
     length_R, token_T = np.concatenate(lengths), np.concatenate(tokens)
@@ -195,6 +216,11 @@ def _read_columns(
     table = table.sort_by([(name, "ascending") for name in KEY_SCHEMA.names])
     columns = {f"{name}_R": table[name].to_numpy() for name in table.column_names}
     return ResponseColumns(**columns, token_T=token_T, prompt_Q=prompt_Q), empty
+
+
+def _is_truncated(rows: pa.Table) -> pa.ChunkedArray:
+    """Whether each response was cut at the length limit."""
+    return pc.fill_null(pc.equal(rows["finish_reason"], tables.TRUNCATED), False)
 
 
 def _integer_keys(batch: pa.Table, question_numbers: dict[str, int], ratios: list[float]) -> tuple[pa.Table, pa.Table]:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from masters.config import Rewards, Train
+from masters.config.fields import Truncated
 from masters.data.question_shards import QuestionRef
 from masters.execution.events import Event
 
@@ -44,6 +45,7 @@ class TrainJob(BaseModel):
     ratios: list[float]  # mask ratio of each mask stage
     thresholds: dict[float, dict[str, float]]  # magnitude threshold of each tensor, by mask ratio
     coverage: Literal["partition", "full"]
+    truncated: Truncated
     train: Train
     rewards: Rewards
     checkpoints: str  # store prefix

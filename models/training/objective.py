@@ -3,6 +3,10 @@
 Shapes: T response tokens of the batch, R responses of the batch, Q questions of the batch, G responses to one question.
 Denominators (ours, the paper leaves them open): terms of a response are means over its tokens, those of a question
 means over its responses, those of a step means over its questions on all ranks.
+
+`is_trained_R`: whether a response adds to the loss; None: all do. Ours, after DAPO's overlong filtering (arXiv
+2503.14476, 3.4): a masked response counts in its group's rewards, mean and deviation and in the denominators, and all
+its terms are 0.
 """
 
 from dataclasses import dataclass, field
@@ -14,10 +18,11 @@ from masters.config import Rewards, Train
 from masters.models.losses import formulas
 from masters.models.losses.formulas import Terms
 from masters.models.packing.packed_batch import PackedBatch
-from masters.models.training.first_difference import RIGHT, spared_tokens
+from masters.models.training.first_difference import spared_tokens
 from masters.rewards.advantages import group_advantages
 from masters.rewards.combination import combined_rewards
 from masters.rewards.distillation import distillation_rewards, raw_distillation_rewards
+from masters.rewards.verdict import RIGHT
 
 
 @dataclass(frozen=True)
@@ -40,28 +45,39 @@ def divergences(terms: Terms, packed: PackedBatch) -> torch.Tensor:
     return formulas.response_means(terms.divergence_T, packed.response_T, packed.responses)
 
 
-def supervised(logp_T: torch.Tensor, packed: PackedBatch, score_R: torch.Tensor | None = None) -> Outcome:
+def mask_responses(value_R: torch.Tensor, is_trained_R: torch.Tensor | None) -> torch.Tensor:
+    """The values, [R], with 0 for masked responses."""
+    return value_R if is_trained_R is None else value_R * is_trained_R.to(value_R)
+
+
+def supervised(
+    logp_T: torch.Tensor,
+    packed: PackedBatch,
+    score_R: torch.Tensor | None = None,
+    is_trained_R: torch.Tensor | None = None,
+) -> Outcome:
     """Supervised fine-tuning, a baseline: - mean_j mean_t log pi(token), summed over questions.
 
-    With verdicts R_acc in `score_R` the mean over j is over the question's right responses only (rejection sampling).
-    It is 0 for a question without any, which still counts in the step's mean over questions. NaN (no verdict) is not
-    right.
+    With verdicts R_acc in `score_R` the mean over j is over the question's right responses only (rejection sampling),
+    masked ones left out. It is 0 for a question without any, which still counts in the step's mean over questions. NaN
+    (no verdict) is not right.
     """
     loss_R = formulas.response_means(-logp_T, packed.response_T, packed.responses)
     if score_R is None:
         loss = question_means(loss_R, packed).sum()
         return Outcome(loss, {"loss": loss.item()})
-    right_R = (score_R >= RIGHT).to(loss_R)
+    right_R = mask_responses((score_R >= RIGHT).to(loss_R), is_trained_R)
     right_Q = loss_R.new_zeros(len(packed.responses_by_question)).index_add(0, packed.question_R, right_R)
     loss = (right_R * loss_R / right_Q.clamp(min=1)[packed.question_R]).sum()
     return Outcome(loss, {"loss": loss.item(), "reward_accuracy": _question_sum(score_R.nan_to_num(0.0), packed)})
 
 
-def distillation(terms: Terms, packed: PackedBatch) -> Outcome:
+def distillation(terms: Terms, packed: PackedBatch, is_trained_R: torch.Tensor | None = None) -> Outcome:
     """Distillation without rewards: mean_j D_j (Eq. 4-5), summed over questions."""
     divergence_R = divergences(terms, packed)
-    loss = question_means(divergence_R, packed).sum()
-    return Outcome(loss, {"loss": loss.item(), "divergence": loss.item()}, {"divergence": divergence_R.tolist()})
+    loss = question_means(mask_responses(divergence_R, is_trained_R), packed).sum()
+    sums = {"loss": loss.item(), "divergence": _question_sum(divergence_R.detach(), packed)}
+    return Outcome(loss, sums, {"divergence": divergence_R.tolist()})
 
 
 def masters_loss(
@@ -71,6 +87,7 @@ def masters_loss(
     train: Train,
     rewards: Rewards,
     by_teacher_R: torch.Tensor | None = None,
+    is_trained_R: torch.Tensor | None = None,
 ) -> Outcome:
     """Distillation and offline GRPO: w L_GRPO + D (Eq. 4-11; ours: the weight w), summed over questions.
 
@@ -80,6 +97,7 @@ def masters_loss(
     """
     divergence_R, kl_T = divergences(terms, packed), kl_term(terms, train)
     distill_R, advantage_R = advantages(divergence_R.detach().cpu(), score_R, packed, rewards, train.baseline_shift)
+    advantage_R = mask_responses(advantage_R, is_trained_R)
     advantage_T = bounded_advantages(terms, advantage_R, score_R, packed, train.negatives)
     grpo_R = formulas.grpo_loss(
         terms.logp_T,
@@ -91,7 +109,7 @@ def masters_loss(
     )
     grpo_weight_R, distill_weight_R = loss_weights(score_R, packed, train, by_teacher_R)
     loss_R = grpo_weight_R * train.reward_weight * grpo_R + distill_weight_R * divergence_R
-    loss = question_means(loss_R, packed).sum()
+    loss = question_means(mask_responses(loss_R, is_trained_R), packed).sum()
     sums = {
         "loss": loss.item(),
         "divergence": _question_sum(divergence_R.detach(), packed),

@@ -213,17 +213,18 @@ def batch_outcome(
 ) -> objective.Outcome:
     """Compute the objective on packed groups. `references` is empty if no log pi_ref is stored."""
     target_R = _concatenate(controls.verdicts(context.groups[g], context.train) for g in groups)
+    is_trained_R = torch.from_numpy(np.concatenate([context.groups[g].is_trained for g in groups]))
     if context.teacher is None:
         logp_U = context.sharding.run_with_full_weights(
             context.student,
             lambda student: chunked_head.chosen_log_probs(response_states(student, packed), packed.token_U),
         )
         score_R = target_R if context.train.targets == "responses" else None
-        return objective.supervised(logp_U[packed.distinct_T], packed, score_R)
+        return objective.supervised(logp_U[packed.distinct_T], packed, score_R, is_trained_R)
     terms = packed.expand(_terms(context, context.teacher, packed))
     token_sums = diagnostics.token_sums(terms, packed, context.end_tokens)
     if context.train.objective == "kd":
-        outcome = objective.distillation(terms, packed)
+        outcome = objective.distillation(terms, packed, is_trained_R)
         return replace(outcome, sums=outcome.sums | token_sums)
     if references:
         stored_T = torch.cat([references[g] for g in groups]).to(terms.logp_T.device)
@@ -231,7 +232,7 @@ def batch_outcome(
     sources = [source for g in groups for source, *_ in context.groups[g].keys]
     by_teacher_R = torch.tensor([source == "teacher" for source in sources])
     rewards = controls.rewards(context.rewards, context.train)
-    outcome = objective.masters_loss(terms, target_R, packed, context.train, rewards, by_teacher_R)
+    outcome = objective.masters_loss(terms, target_R, packed, context.train, rewards, by_teacher_R, is_trained_R)
     # the diagnostics compare with the real verdicts, also where a control trains on others
     score_R = _concatenate(context.groups[g].scores for g in groups)
     reward_sums = _reward_sums(outcome, terms, score_R, sources, packed)

@@ -121,7 +121,7 @@ def _load_groups(
         return label_groups(job.refs, answers, job.ratios, job.coverage), 0
     verdicts = artifacts.load(storage, job.tables["verdicts"]) if "verdicts" in job.tables else None
     responses = artifacts.load(storage, job.tables["responses"])
-    return response_groups(job.refs, responses, verdicts, job.ratios, job.coverage, job.mask_stage)
+    return response_groups(job.refs, responses, verdicts, job.ratios, job.coverage, job.mask_stage, job.truncated)
 
 
 def _check_memory(

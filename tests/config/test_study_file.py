@@ -44,6 +44,12 @@ def test_an_arm_combines_the_base_configuration_shared_and_own_settings(tmp_path
     assert (study.rates("plain"), study.rates("other")) == ([1e-4, 2e-4], [1e-3])
 
 
+@pytest.mark.parametrize("name", ["digits", "digits-pruned", "digits-middle", "easyvqa"])
+def test_studies_with_committed_results_train_on_truncated_responses_as_those_did(name: str) -> None:
+    config, study = load_study(ROOT / f"configs/studies/{name}.toml")
+    assert {arm_config(config, study, arm).generate.truncated for arm in study.arms} == {"keep"}
+
+
 def test_an_arms_preset_overrides_shared_keys_but_not_its_own(tmp_path: Path) -> None:
     shared = STUDY.replace("[base]", '[base]\ntrain.negatives = "none"\ntrain.beta = 0.0')
     config, study = load_study(

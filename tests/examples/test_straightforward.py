@@ -29,7 +29,8 @@ ROOT = Path(__file__).parents[2]
 TEACHER, STUDENT = (ROOT / "demo/models" / name for name in ("teacher", "student"))
 RATIO, STEPS, PER_STEP = 0.2, 4, 3
 TRAIN = paper_train(learning_rate=1e-4, questions_per_step=PER_STEP)
-# responses to a question: right and wrong, short and long, identical ones, and two that differ in punctuation only
+# responses to a question: right and wrong, short and long, identical ones, and two that differ in punctuation only;
+# the last one is cut off, without an end token
 RESPONSE_TEXTS = (
     ("red", "red", "blue circle", "circle", "red."),
     ("yes", "no", "no"),
@@ -47,11 +48,12 @@ def groups_under_test(tmp_path_factory: pytest.TempPathFactory) -> list[plain.Gr
         image, shape, color = shapes.draw(rng)
         image.save(folder / f"{number}.png")
         question = plain.Question(folder / f"{number}.png", QUESTIONS[number % 3], "red")
+        texts = RESPONSE_TEXTS[number % len(RESPONSE_TEXTS)]
+        tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         responses = [
-            ([*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id], text)
-            for text in RESPONSE_TEXTS[number % len(RESPONSE_TEXTS)]
+            ([*ids, tokenizer.eos_token_id], text, False) for ids, text in zip(tokens[:-1], texts, strict=False)
         ]
-        groups.append(plain.make_group(question, [*responses, ([], "")]))
+        groups.append(plain.make_group(question, [*responses, (tokens[-1], texts[-1], True), ([], "", False)]))
     return groups
 
 
@@ -118,6 +120,7 @@ def make_context(groups_under_test: list[plain.Group], store: Path) -> trainer.T
             None,
             g.responses,
             np.array(g.scores),
+            ~np.array(g.is_truncated),
             [("teacher", RATIO, n) for n in range(len(g.scores))],
         )
         for n, g in enumerate(groups_under_test)

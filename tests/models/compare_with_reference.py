@@ -119,13 +119,19 @@ def close(found: object, expected: object, what: str, atol: float = 2e-5) -> Non
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=atol, err_msg=what)
 
 
-def check_objective(batch: Batch, train: Train, rewards: Rewards) -> None:
-    """`objective.masters`: the loss, what it logs, and its gradient, which is the student's alone."""
-    expected = float64_reference.objective(batch, train, rewards)
+def check_objective(
+    batch: Batch, train: Train, rewards: Rewards, is_trained_R: np.ndarray | None = None
+) -> objective.Outcome:
+    """`objective.masters_loss`: the loss, what it logs, and its gradient, which is the student's alone.
+
+    `is_trained_R`: False for masked responses, whose weight in the loss is 0; None: none is masked.
+    """
+    expected = float64_reference.objective(batch, train, rewards, is_trained_R)
     student, teacher, pi_ref, score_R = tensors(batch)
     pack = packed(batch)
     terms = dense_terms(student, teacher, pi_ref, pack, train)
-    outcome = objective.masters_loss(terms, score_R, pack, train, rewards, taught(pack))
+    is_trained = None if is_trained_R is None else torch.from_numpy(is_trained_R)
+    outcome = objective.masters_loss(terms, score_R, pack, train, rewards, taught(pack), is_trained)
     outcome.loss.backward()
     assert teacher.grad is None, "a gradient reaches the teacher"
     assert pi_ref.grad is None, "a gradient reaches pi_ref"
@@ -140,6 +146,7 @@ def check_objective(batch: Batch, train: Train, rewards: Rewards) -> None:
         logged["kl_to_reference"] = expected.question_sum(expected.kl_R, batch)
     for name, value in logged.items():
         close(outcome.sums[name], value, name, atol=1e-4)
+    return outcome
 
 
 def check_responses(batch: Batch, train: Train, rewards: Rewards) -> None:
@@ -172,12 +179,14 @@ def check_responses(batch: Batch, train: Train, rewards: Rewards) -> None:
     close(student.grad, expected.gradient_TV, "weighted gradient")
 
 
-def check_fine_tuning(batch: Batch) -> None:
-    """`objective.supervised` on the responses that are right: the loss and its gradient."""
+def check_fine_tuning(batch: Batch, is_trained_R: np.ndarray | None = None) -> None:
+    """`objective.supervised` on the responses that are right and not masked: the loss and its gradient."""
     (student, _, _, score_R), pack = tensors(batch), packed(batch)
-    loss = objective.supervised(formulas.chosen_log_probs(student, pack.token_T), pack, score_R).loss
+    is_trained = None if is_trained_R is None else torch.from_numpy(is_trained_R)
+    logp_T = formulas.chosen_log_probs(student, pack.token_T)
+    loss = objective.supervised(logp_T, pack, score_R, is_trained).loss
     loss.backward()
-    expected, gradient_TV = float64_reference.fine_tuning(batch)
+    expected, gradient_TV = float64_reference.fine_tuning(batch, is_trained_R)
     close(loss, expected, "fine-tuning loss")
     close(student.grad, gradient_TV, "fine-tuning gradient")
 

@@ -203,15 +203,16 @@ def token_spans(batch: Batch) -> list[list[slice]]:
     return by_question
 
 
-def fine_tuning(batch: Batch) -> tuple[float, Array]:
-    """Fine-tuning on right responses (R_acc >= 0.5): the loss and its gradient, [T, V].
+def fine_tuning(batch: Batch, is_trained_R: Array | None = None) -> tuple[float, Array]:
+    """Fine-tuning on right responses (R_acc >= 0.5) that are not masked: the loss and its gradient, [T, V].
 
     The loss is -log pi, mean over a right response's tokens and over a question's right responses, summed over
     questions. A question without a right response does not count.
     """
     share_T = np.zeros(len(batch.token_T))
+    is_trained = iter([True] * len(share_T) if is_trained_R is None else is_trained_R)
     for tokens, scores in zip(token_spans(batch), batch.scores, strict=True):
-        right = [t for t, score in zip(tokens, scores, strict=True) if score >= 0.5]
+        right = [t for t, score in zip(tokens, scores, strict=True) if next(is_trained) and score >= 0.5]
         for t in right:
             share_T[t] = 1 / (t.stop - t.start) / len(right)
 
@@ -247,7 +248,7 @@ def objective(
     """Eq. 4-11: w L_GRPO + D, mean over a response's tokens and a question's responses, summed over questions.
 
     Rewards and advantages are constants in the gradient. `weight_R`: weights of responses (default: all
-    equal). `taught`: whether response j to a question is a teacher's.
+    equal; 0 for a masked response). `taught`: whether response j to a question is a teacher's.
     """
     measure = {"jsd": jsd, "kl": kl_ablation, "skew": skewed}[train.divergence]
     logp_T, divergence_T = log_pi(batch.student_TV, batch.token_T), measure(batch.student_TV, batch.teacher_TV)

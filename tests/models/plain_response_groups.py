@@ -9,21 +9,29 @@ from masters.store.artifacts import Artifact
 
 
 def response_groups(
-    refs: list[QuestionRef], responses: Artifact, verdicts: Artifact | None, ratios: list[float], coverage: str
+    refs: list[QuestionRef],
+    responses: Artifact,
+    verdicts: Artifact | None,
+    ratios: list[float],
+    coverage: str,
+    truncated: str,
 ) -> tuple[list[Group], int]:
     """Groups of every question at the mask stages that train on it, and the number of empty responses, left out."""
     scores = _scores(verdicts) if verdicts else {}
     prompts, answered, empty = {}, {}, 0
-    columns = ["question_id", "source", "mask_ratio", "sample", "prompt_token_ids", "response_token_ids"]
-    for row in responses.rows("responses", columns):
+    for row in responses.rows("responses"):
         if not row["response_token_ids"]:
             empty += 1
+            continue
+        is_cut = row["finish_reason"] == "length"
+        if is_cut and truncated == "drop":
             continue
         prompts.setdefault(row["question_id"], np.asarray(row["prompt_token_ids"], dtype=np.int32))
         key = (row["source"], row["mask_ratio"], row["sample"])
         score = scores.get((row["question_id"], *key))
         order = (row["source"] != "teacher", row["sample"])
-        response = (order, row["response_token_ids"], np.nan if score is None else score, key)
+        is_trained = not is_cut or truncated == "keep"
+        response = (order, row["response_token_ids"], np.nan if score is None else score, is_trained, key)
         answered.setdefault((row["question_id"], row["mask_ratio"]), []).append(response)
     groups = []
     for ref in refs:
@@ -34,9 +42,9 @@ def response_groups(
                 key=lambda r: r[0],
             )
             if found:
-                values = np.array([r[2] for r in found])
-                keys = [r[3] for r in found]
-                groups.append(Group(ref, stage, prompts[ref.question_id], [r[1] for r in found], values, keys))
+                _, tokens, values, is_trained, keys = map(list, zip(*found, strict=True))
+                prompt = prompts[ref.question_id]
+                groups.append(Group(ref, stage, prompt, tokens, np.array(values), np.array(is_trained), keys))
     return groups, empty
 
 

@@ -34,7 +34,8 @@ def make_context(name: str) -> trainer.TrainContext:
             responses[1] = responses[0]
         keys = [("teacher", 0.2, sample) for sample in range(len(responses))]
         ref = QuestionRef("", f"q{number}", 0, number)
-        groups.append(Group(ref, 0, None, responses, np.array(scores, dtype=float), keys))
+        is_trained = np.ones(len(responses), bool)
+        groups.append(Group(ref, 0, None, responses, np.array(scores, dtype=float), is_trained, keys))
     return trainer.TrainContext(
         student=student,
         family=family_of(student.config.model_type),

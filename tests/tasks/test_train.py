@@ -98,7 +98,7 @@ def test_steps_and_responses_are_recorded_once(recorded: Tables) -> None:
     for row in rows:
         assert row["mask_ratio"] == (row["teacher_ratio"] if row["source"] == "teacher" else None)
         assert row["reward_accuracy"] == float(row["source"] == "teacher")
-        assert row["reward"] == pytest.approx(row["reward_accuracy"] + row["reward_distillation"])
+        assert row["reward"] == pytest.approx(row["reward_accuracy"] * (1 + row["reward_distillation"]))
     for step in steps:
         of_step = [row for row in rows if row["step"] == step["step"]]
         assert len(of_step) == 2 * step["questions"]
@@ -209,6 +209,40 @@ def test_the_compute_dtype_is_part_of_the_identity_unless_it_is_the_default(sour
 
     assert config() == config(compute_dtype="float32") and "compute_dtype" not in config()
     assert config(compute_dtype="bfloat16") == config() | dict(compute_dtype="bfloat16")
+
+
+def test_what_is_done_with_truncated_responses_is_part_of_the_identity_unless_they_are_kept(
+    source: Path, tmp_path: Path
+) -> None:
+    def config(truncated: str, **train: object) -> dict:
+        run = make_run(tmp_path, source, generate=dict(truncated=truncated), train=train)
+        return make_identity(run, first_round(run), {}).config
+
+    kept, labels = config("keep"), dict(objective="kd", targets="labels")
+    assert "truncated" not in kept | kept["train"]
+    assert [config(value) for value in ("mask", "drop")] == [kept | dict(truncated=value) for value in ("mask", "drop")]
+    assert config("mask", **labels) == config("keep", **labels)  # labels are never cut off
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("truncated", "questions", "learns"), [("mask", 9, False), ("drop", 0, False), ("keep", 9, True)]
+)
+def test_a_student_learns_from_truncated_responses_only_if_they_are_kept(
+    truncated: str, questions: int, learns: bool, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, write_questions(tmp_path, 12, bad=False), generate=dict(truncated=truncated))
+    current, table = first_round(run), data.fn(run)
+    inputs = write_training_inputs(run, current, table, finish_reason="length")
+    artifact = train.fn(run, current, {"data": table, "masks": mask.fn(run, current)} | inputs)
+    weights, before = (
+        load_file(Path(folder) / "model.safetensors")
+        for folder in (f"{artifact.uri}/model", ROOT / "demo/models/student")
+    )
+    assert any(not torch.equal(weights[name], before[name]) for name in before) == learns
+    assert artifact.facts["rows"] == questions and len(list(artifact.rows("rewards"))) == 2 * questions
+    if truncated == "mask":
+        assert {row["loss"] for row in artifact.rows("history")} == {0.0}
 
 
 def test_too_little_memory_is_refused_before_a_model_is_loaded(source, tmp_path, monkeypatch) -> None:

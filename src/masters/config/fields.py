@@ -15,6 +15,7 @@ Count = Annotated[int, Field(ge=1, le=MAX_INT)]
 Text = Annotated[str, Field(min_length=1)]
 PoolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{0,64}$")]
 Dtype = Literal["bfloat16", "float16", "float32"]
+Truncated = Literal["mask", "drop", "keep"]  # generate.truncated
 
 
 class Section(BaseModel):

@@ -11,7 +11,19 @@ from pydantic import AfterValidator, Field, model_validator
 
 from masters.common import safe_regex
 from masters.config import store_root
-from masters.config.fields import MAX_INT, NAME_PATTERN, TEACHER, Count, Dtype, PoolName, Section, Seed, Share, Text
+from masters.config.fields import (
+    MAX_INT,
+    NAME_PATTERN,
+    TEACHER,
+    Count,
+    Dtype,
+    PoolName,
+    Section,
+    Seed,
+    Share,
+    Text,
+    Truncated,
+)
 from masters.config.sampling import MAX_TEMPERATURE, MIN_TEMPERATURE, Sampling
 from masters.config.training import Answers, Rewards, Train
 
@@ -125,6 +137,11 @@ class Generate(Section):
         default="round",
         description="When the student answers. round: all questions before a teacher's round; stage: the questions of "
         "each mask stage when that stage begins, with the weights trained so far",
+    )
+    truncated: Truncated = Field(
+        default="mask",
+        description="What training does with responses that max_tokens cut off. mask: they are scored and count in the "
+        "rewards of their group, but add nothing to the loss; drop: they also leave the group; keep: nothing special",
     )
     dtype: Dtype = Field(default="bfloat16", description="Data type that the engines compute in")
     seed: Seed = Field(default=0, description="Random seed of the sampled responses")

@@ -10,6 +10,7 @@ from masters.store.storage import Storage
 
 text = pa.string()
 
+TRUNCATED = "length"  # finish_reason: the response was cut at the length limit
 PROMPT_TOO_LONG = "prompt_too_long"  # finish_reason: prompt and longest answer exceed the engine's context length
 
 # `answer` is the first of `accepted_answers`; it is shown and trained on

@@ -186,9 +186,13 @@ def test_a_fault_in_packing_or_accumulation_is_detected(fault: str, monkeypatch:
         check_accumulation(context, monkeypatch, (1, 8))
 
 
-def test_the_batch_objective_equals_the_reference(context: trainer.TrainContext) -> None:
+@pytest.mark.parametrize("masked", [False, True], ids=["all trained", "some masked"])
+def test_the_batch_objective_equals_the_reference(context: trainer.TrainContext, masked: bool) -> None:
     """Compare loss and advantages with those computed from logits that are taken one response at a time."""
     everything = list(range(len(context.groups)))
+    if masked:
+        kept = [replace(group, is_trained=np.arange(len(group.scores)) % 3 > 0) for group in context.groups]
+        context = replace(context, groups=kept)
     questions = [context.question(context.groups[g]) for g in everything]
     with torch.no_grad():
         logits = [
@@ -201,7 +205,8 @@ def test_the_batch_objective_equals_the_reference(context: trainer.TrainContext)
         [group.scores.tolist() for group in context.groups],
         *logits,
     )
-    expected = float64_reference.objective(batch)
+    is_trained_R = np.concatenate([group.is_trained for group in context.groups])
+    expected = float64_reference.objective(batch, weight_R=is_trained_R)
     close(outcome.loss, expected.loss, "loss", atol=1e-4)
     divergence_sum = expected.question_sum(expected.divergence_R, batch)
     close(outcome.sums["divergence"], divergence_sum, "divergence", atol=1e-4)

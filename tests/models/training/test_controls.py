@@ -19,7 +19,8 @@ SCORES = np.array([1.0, 1.0, 0.0, np.nan, 0.25, 0.0])
 
 
 def group(name: str) -> Group:
-    return Group(QuestionRef("", name, 0, 0), 0, None, [[1]] * len(SCORES), SCORES, [("teacher", 0.2, 0)] * len(SCORES))
+    is_trained, keys = np.ones(len(SCORES), bool), [("teacher", 0.2, 0)] * len(SCORES)
+    return Group(QuestionRef("", name, 0, 0), 0, None, [[1]] * len(SCORES), SCORES, is_trained, keys)
 
 
 def draw_verdicts(control: Any, seed: int = 0, questions: int = 300) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,11 +22,12 @@ from tests.models import plain_response_groups
 RATIOS = [0.2, 0.1, 0.0]
 QUESTIONS = [f"q{number}" for number in range(6)]
 REFS = sorted(QuestionRef(digest(name.encode()), name, 0, number) for number, name in enumerate(QUESTIONS))
-MODEL = dict(model="m", seed=0, text="", finish_reason="stop")
+MODEL = dict(model="m", seed=0, text="")
 JUDGED = dict(status="ok", judge="j", explanation="")
 SOURCES = st.sampled_from([("teacher", ratio) for ratio in (*RATIOS, 0.7)] + [("student", None)])
 KEYS = st.tuples(st.sampled_from(QUESTIONS), SOURCES, st.integers(0, 3))
-TOKENS = st.lists(st.integers(0, 2**31 - 1), max_size=4)
+ENDS = st.sampled_from(["stop", "length"])
+RESPONSES = st.tuples(st.lists(st.integers(0, 2**31 - 1), max_size=4), ENDS)
 SCORES = st.none() | st.floats(0, 1)
 
 
@@ -43,19 +45,21 @@ def check_equal(one: Group, other: Group) -> None:
     assert (one.ref, one.stage, one.responses, one.keys) == (other.ref, other.stage, other.responses, other.keys)
     assert one.prompt is not None and other.prompt is not None and one.prompt.tolist() == other.prompt.tolist()
     np.testing.assert_array_equal(one.scores, other.scores)
+    assert one.is_trained.dtype == bool and one.is_trained.tolist() == other.is_trained.tolist()
     assert [type(part) for part in one.keys[0]] == [type(part) for part in other.keys[0]]
 
 
 @given(
-    responses=st.dictionaries(KEYS, TOKENS),
+    responses=st.dictionaries(KEYS, RESPONSES),
     scores=st.dictionaries(KEYS, SCORES),
     trained=st.integers(0, len(REFS)),
     coverage=st.sampled_from(["partition", "full"]),
     files=st.integers(1, 3),
     judged=st.booleans(),
+    truncated=st.sampled_from(["mask", "drop", "keep"]),
 )
 def test_groups_equal_those_that_are_read_row_by_row(
-    responses: dict, scores: dict, trained: int, coverage: str, files: int, judged: bool
+    responses: dict, scores: dict, trained: int, coverage: str, files: int, judged: bool, truncated: Any
 ) -> None:
     def columns(key: tuple) -> dict:
         question_id, (source, mask_ratio), sample = key
@@ -65,16 +69,16 @@ def test_groups_equal_those_that_are_read_row_by_row(
         return list(range(1, 2 + QUESTIONS.index(name)))
 
     rows = [
-        columns(key) | MODEL | dict(prompt_token_ids=prompt(key[0]), response_token_ids=tokens)
-        for key, tokens in responses.items()
+        columns(key) | MODEL | dict(prompt_token_ids=prompt(key[0]), response_token_ids=tokens, finish_reason=end)
+        for key, (tokens, end) in responses.items()
     ]
     verdicts = [columns(key) | JUDGED | dict(score=score) for key, score in scores.items()]
     with TemporaryDirectory() as folder:
         storage = Storage(folder)
         tables = table(storage, "responses", rows, files), table(storage, "verdicts", verdicts, files)
         arguments = (REFS[:trained], tables[0], tables[1] if judged else None, RATIOS, coverage)
-        expected, without = plain_response_groups.response_groups(*arguments)
-        found, empty = response_groups(*arguments)
+        expected, without = plain_response_groups.response_groups(*arguments, truncated)
+        found, empty = response_groups(*arguments, truncated=truncated)
     assert (len(found), empty) == (len(expected), without)
     for one, other in zip(found, expected, strict=True):
         check_equal(one, other)
@@ -83,7 +87,8 @@ def test_groups_equal_those_that_are_read_row_by_row(
 def groups_of(folder: Path) -> ResponseGroups:
     storage = Storage(str(folder))
     keys = [dict(question_id=q, source="student", mask_ratio=None, sample=0) for q in QUESTIONS]
-    rows = [one | MODEL | dict(prompt_token_ids=[1], response_token_ids=[n]) for n, one in enumerate(keys)]
+    stopped = MODEL | dict(finish_reason="stop")
+    rows = [one | stopped | dict(prompt_token_ids=[1], response_token_ids=[n]) for n, one in enumerate(keys)]
     return response_groups(REFS, table(storage, "responses", rows, 1), None, RATIOS, "partition")[0]
 
 
@@ -98,7 +103,8 @@ def test_response_groups_are_a_sequence(tmp_path: Path) -> None:
 def test_different_prompts_of_teacher_and_student_are_refused(tmp_path: Path) -> None:
     """Two chat templates would teach the student answers to another prompt."""
     keys = [dict(question_id=q, source="student", mask_ratio=None, sample=n) for q in QUESTIONS for n in (0, 1)]
-    rows = [one | MODEL | dict(prompt_token_ids=[1, 2, 3], response_token_ids=[4]) for one in keys]
+    stopped = MODEL | dict(finish_reason="stop")
+    rows = [one | stopped | dict(prompt_token_ids=[1, 2, 3], response_token_ids=[4]) for one in keys]
     rows[-1]["prompt_token_ids"] = [1, 3, 2]
     tables = table(Storage(str(tmp_path)), "responses", rows, files=2)  # each has every question once
     with pytest.raises(MastersError, match="question q5: its responses lie behind different prompts"):

@@ -35,9 +35,8 @@ def write_steps(
     for step in range(start + 1, steps + 1):
         for rank, writer in enumerate(writers):
             writer.begin_step(step, 0, 0, 0.2)
-            group = Group(
-                QuestionRef("", f"q{step}-{rank}", 0, 0), 0, None, [[1]], np.array([1.0]), [("teacher", 0.2, 0)]
-            )
+            ref, keys = QuestionRef("", f"q{step}-{rank}", 0, 0), [("teacher", 0.2, 0)]
+            group = Group(ref, 0, None, [[1]], np.array([1.0]), np.array([True]), keys)
             writer.add_responses([group], {"divergence": [step / 10], "reward": [float("nan")]})
         writers[0].end_step(RANKS, {"loss": float(step)})
         saves = step % interval == 0 or step == steps

@@ -16,8 +16,9 @@ lengths = st.lists(st.integers(1, 60), min_size=1, max_size=12)
 
 
 def group(prompt: int, responses: list[list[int]]) -> Group:
-    keys = [("teacher", 0.2, n) for n in range(len(responses))]
-    return Group(QuestionRef("", "q", 0, 0), 0, np.zeros(prompt, np.int32), responses, np.zeros(len(responses)), keys)
+    keys, scores = [("teacher", 0.2, n) for n in range(len(responses))], np.zeros(len(responses))
+    is_trained = np.ones(len(responses), bool)
+    return Group(QuestionRef("", "q", 0, 0), 0, np.zeros(prompt, np.int32), responses, scores, is_trained, keys)
 
 
 @given(lengths, st.integers(1, 100), st.integers(1, 4))

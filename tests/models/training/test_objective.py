@@ -62,6 +62,46 @@ def test_equals_the_reference(variant: str, batch: Batch) -> None:
     check_responses(batch, *VARIANTS[variant])
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@settings(max_examples=15)
+@given(batch=batches(), seed=st.integers(0, 2**32 - 1))
+def test_with_masked_responses_equals_the_reference(variant: str, batch: Batch, seed: int) -> None:
+    """A masked response counts in the rewards of its group, as without the mask, but has no weight in the loss."""
+    assume(is_well_separated(batch))
+    is_trained_R = np.random.default_rng(seed).random(sum(map(len, batch.questions))) < 0.5
+    outcome = check_objective(batch, *VARIANTS[variant], is_trained_R)
+    unmasked = check_objective(batch, *VARIANTS[variant])
+    for name in ("divergence", "reward_accuracy", "reward_distillation", "reward"):
+        np.testing.assert_array_equal(outcome.responses[name], unmasked.responses[name])
+    advantage_R = np.array(unmasked.responses["advantage"])
+    np.testing.assert_array_equal(outcome.responses["advantage"], np.where(is_trained_R, advantage_R, 0))
+    groups = np.split(advantage_R * is_trained_R, np.cumsum([len(one) for one in batch.questions])[:-1])
+    assert outcome.sums["questions_with_advantage"] == sum(group.any() for group in groups)
+
+
+@pytest.mark.parametrize("kind", ["masters", "kd", "sft"])
+def test_a_masked_response_has_no_gradient(kind: str) -> None:
+    batch, pack = awkward(), packed(awkward())
+    (student, teacher, pi_ref, score_R), train = tensors(batch), paper_train()
+    is_trained_R = torch.arange(pack.responses) % 3 > 0
+    terms = dense_terms(student, teacher, pi_ref, pack, train)
+    if kind == "masters":
+        outcome = objective.masters_loss(terms, score_R, pack, train, paper_rewards(), None, is_trained_R)
+    elif kind == "kd":
+        outcome = objective.distillation(terms, pack, is_trained_R)
+        divergence_R = np.where(is_trained_R, outcome.responses["divergence"], 0)
+        means = [divergence_R[members].mean() for members in pack.responses_by_question]
+        assert outcome.loss.item() == pytest.approx(sum(means), rel=1e-5)
+        assert outcome.sums["divergence"] > outcome.loss.item()  # measured on all responses
+    else:
+        outcome = objective.supervised(terms.logp_T, pack, score_R, is_trained_R)
+    outcome.loss.backward()
+    assert student.grad is not None
+    has_gradient_T = student.grad.abs().sum(-1) > 0
+    expected_R = is_trained_R & (score_R >= 0.5) if kind == "sft" else is_trained_R
+    assert has_gradient_T.tolist() == expected_R[pack.response_T].tolist()
+
+
 def test_distillation_and_supervision_alone_equal_the_reference() -> None:
     batch = awkward()
     shares = np.zeros(len(batch.token_T))
@@ -154,6 +194,7 @@ def test_degenerate_groups_have_no_advantage_and_no_nan(case: str, variant: str)
 @given(batch=batches())
 def test_fine_tuning_on_right_responses_equals_the_reference(batch: Batch) -> None:
     check_fine_tuning(batch)
+    check_fine_tuning(batch, np.arange(sum(map(len, batch.questions))) % 2 > 0)
 
 
 def test_fine_tuning_on_responses_logs_their_accuracy() -> None:
