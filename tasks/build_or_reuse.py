@@ -20,6 +20,7 @@ from masters.store.locks import exclusive_build
 from masters.store.storage import Storage
 from masters.tasks.progress import CONSOLE, log, warn
 from masters.tasks.run_context import Run
+from masters.tasks.training_signal import report_signal
 from masters.tasks.work_pools import run_on_pool
 
 RETRIES = 2
@@ -46,8 +47,9 @@ TASK_OPTIONS: dict[str, Any] = dict(
 class StageResult:
     """Return value of a stage's build function.
 
-    `files`: SHA-256 by file name below the artifact's folder. `facts`: counts and scores for the artifact's record.
-    `execution`: how the build ran (engines, workers, processes), for the summary of the run alone.
+    `files`: SHA-256 by file name below the artifact's folder. `facts`: counts and scores for the artifact's record,
+    with the shares of `training_signal` under `signal`. `execution`: how the build ran (engines, workers, processes),
+    for the summary of the run alone.
     """
 
     files: dict[str, str]
@@ -118,6 +120,7 @@ def build_or_reuse(
             stage = _build_locally(run, identity, upstream, build, delete_stored)
         entry = _summary_entry(identity, stage, time.monotonic() - started)
         entry["mlflow_run_id"] = record_artifact(stage.artifact, entry)
+        report_signal(run.tracker, identity.stage, entry.get("signal", {}))
     run.stages.append(entry)
     run.artifacts[identity.stage] = stage.artifact
     line = f"{identity.stage:<12} {stage.outcome:<7} {entry['rows']:>8} rows {entry['seconds']:>8.1f} s"
@@ -145,7 +148,8 @@ def _summary_entry(identity: Identity, stage: StageOutcome, seconds: float) -> d
         seconds=round(seconds, 2),
         peak_mib=round(machine.peak_memory_mib()),
     )
-    return entry | stage.execution
+    signal = {"signal": facts["signal"]} if facts.get("signal") else {}
+    return entry | stage.execution | signal
 
 
 def _build_locally(

@@ -19,6 +19,7 @@ from masters.tasks.judges import scoring_judge
 from masters.tasks.mask import read_thresholds
 from masters.tasks.refresh import mask_stage_refs
 from masters.tasks.run_context import Context, Round, Run
+from masters.tasks.training_signal import response_shares
 
 VERSION = 1
 
@@ -115,7 +116,9 @@ def generate(
         execution = generate_shards(run, identity, data, requests, later_requests, judge, engine)
         files = collect_shards(run.storage, identity, requests)
         rows = sum(request.rows for request in requests)
-        return StageResult(files, dict(rows=rows) | too_long_facts(run.storage, requests), execution)
+        facts = dict(rows=rows) | too_long_facts(run.storage, requests)
+        signal = response_shares(run.storage, [request.file for request in requests])
+        return StageResult(files, facts | dict(signal=signal), execution)
 
     upstream = dict(data=data, masks=masks, teacher=current.teacher.origin, student=current.generating_student.origin)
     delete_stored = partial(delete_shards, run.storage, requests)

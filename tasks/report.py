@@ -19,6 +19,7 @@ from masters.store.artifacts import Artifact
 from masters.tasks.judges import accuracy_metric
 from masters.tasks.progress import artifact_key, warn
 from masters.tasks.run_context import Run
+from masters.tasks.training_signal import LIMITS, Shares, crossed_limits
 
 CAPTIONS = {
     "training": "Loss, divergence, accuracy on the probe questions and mask ratio over training",
@@ -136,6 +137,25 @@ def _create_tables(run: Run) -> None:
     ]
     key = artifact_key(run.config.name, "stages")
     create_table_artifact(rows, key=key, description="Artifacts that were built or reused")
+    if rows := [row for entry in run.stages for row in _signal_rows(entry)]:
+        description = "Shares of responses, questions and groups from which the student learns little"
+        create_table_artifact(rows, key=artifact_key(run.config.name, "signal"), description=description)
+
+
+def _signal_rows(entry: dict) -> list[dict]:
+    """Rows of the table of the training signal, from a stage's entry of the summary."""
+    shares: Shares = entry.get("signal", {})
+    warnings = crossed_limits(shares)
+    return [
+        {
+            "stage": entry["name"],
+            "share": name.replace("_", " "),
+            "value": f"{share:.1%}",
+            "limit": f"{LIMITS[name].share:.0%}",
+            "warning": warnings.get(name, ""),
+        }
+        for name, share in shares.items()
+    ]
 
 
 def _link(run: Run, run_id: str) -> str:

@@ -33,6 +33,7 @@ from masters.tasks.judges import (
 )
 from masters.tasks.progress import warn
 from masters.tasks.run_context import Context, Round, Run
+from masters.tasks.training_signal import QuestionVerdicts, Shares
 
 VERSION = 1
 KEY = ("question_id", "source", "mask_ratio", "sample")
@@ -99,11 +100,11 @@ def score(run: Run, current: Round, data: Artifact, responses: Artifact) -> Arti
     def build() -> StageResult:
         verdicts, execution = get_verdicts()
         check_any_verdict(identity.config["judge"], verdicts)
-        files, statuses = _write_verdicts(run.storage, identity, responses, questions, verdicts)
+        files, statuses, signal = _write_verdicts(run.storage, identity, responses, questions, verdicts)
         if judge:
             files |= write_judgements(run.storage, identity, verdicts)
         rows = statuses.total()
-        facts = dict(rows=rows, rejected=rows - statuses["ok"], statuses=dict(statuses))
+        facts = dict(rows=rows, rejected=rows - statuses["ok"], statuses=dict(statuses), signal=signal)
         return StageResult(files, facts, execution)
 
     upstream = _upstream(run, current, data, responses, passes[:-1])
@@ -149,9 +150,9 @@ def _read_triples(responses: Artifact, questions: QuestionTriples) -> Iterator[T
 
 def _write_verdicts(
     storage: Storage, identity: Identity, responses: Artifact, questions: QuestionTriples, verdicts: Verdicts
-) -> tuple[dict[str, str], Counter]:
-    """Write the table `verdicts`. Returns SHA-256 by file name, and the number of rows by status."""
-    files, statuses = {}, Counter()
+) -> tuple[dict[str, str], Counter, Shares]:
+    """Write the table `verdicts`. Returns SHA-256 by file name, the number of rows by status, and the signal."""
+    files, statuses, by_question = {}, Counter(), QuestionVerdicts()
     for shard in responses.files("responses"):
         rows = []
         for row in tables.read(storage, shard, [*KEY, "text"]).to_pylist():
@@ -159,8 +160,9 @@ def _write_verdicts(
             scored = dict(score=verdict.score, status=verdict.status, explanation=verdict.explanation)
             rows.append(row | scored | dict(judge=identity.config["judge"]))
             statuses[verdict.status] += 1
+            by_question.add(row["question_id"], verdict.score)
         files |= write_file(storage, identity, f"verdicts/{_stem(shard)}.parquet", tables.encode(rows, tables.VERDICTS))
-    return files, statuses
+    return files, statuses, by_question.shares
 
 
 def _stem(name: str) -> str:

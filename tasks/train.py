@@ -22,6 +22,7 @@ from masters.tasks.progress import warn
 from masters.tasks.refresh import mask_stage_refs
 from masters.tasks.run_context import Context, Round, Run
 from masters.tasks.training_monitor import TrainingMonitor
+from masters.tasks.training_signal import advantage_shares
 
 # 3: identical responses are read once, questions about one image share its tokens; 4: history and rewards; 5: inputs
 # by content, so that a student made from other responses under the same identity keeps its files; 6: the learning
@@ -92,7 +93,9 @@ def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
         files = {f"model/{file.name}": file_digest(file) for file in sorted((work / "model").iterdir())}
         files |= _write_tables(run, identity, checkpoints, part, monitor.steps_taken)
         files |= _state_files(run, identity, part, monitor)
-        return StageResult(files, _facts(run, current, job, monitor), _execution(monitor, usage))
+        signal = advantage_shares(history.steps(run.storage, checkpoints))
+        facts = _facts(run, current, job, monitor) | dict(signal=signal)
+        return StageResult(files, facts, _execution(monitor, usage))
 
     models = dict(teacher=current.teacher.origin, student=current.student.origin)
     artifact = build_or_reuse(run, identity, upstream_artifacts(current, inputs) | models, build)

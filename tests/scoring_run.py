@@ -20,8 +20,8 @@ Questions = dict[str, tuple[str, str | list[str]]]  # by question_id: question, 
 Texts = dict[str, list[str]]  # by question_id: responses
 
 
-class NoTracking:
-    """A tracker that tracks nothing."""
+class MemoryTracker:
+    """A tracker that keeps the metrics and warnings of all stages."""
 
     run_id = key = "0"
     registry = SimpleNamespace(versions_made_from=lambda fingerprint: [])
@@ -29,6 +29,16 @@ class NoTracking:
     @contextmanager
     def stage(self, *_) -> Iterator:
         yield lambda artifact, entry: None
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+        self.warnings: dict[str, str] = {}
+
+    def log_metrics(self, values: dict[str, float], step: int) -> None:
+        self.metrics |= values
+
+    def log_warning(self, name: str, text: str) -> None:
+        self.warnings[name] = text
 
 
 def make_run(
@@ -53,7 +63,7 @@ def make_run(
     config = Config.model_validate(values)
     models = [LocalModel(name, Path(name), digest(name.encode())) for name in ("s", "t")]
     resources = Resources(Storage(str(store)), None, models[0], models[1:], (), find_judge(config))  # pyright: ignore
-    return Run(Context(config, resources), NoTracking(), frozenset([Stage.SCORE] if rebuild else []))  # pyright: ignore
+    return Run(Context(config, resources), MemoryTracker(), frozenset([Stage.SCORE] if rebuild else []))  # pyright: ignore
 
 
 def first_round(run: Run) -> Round:

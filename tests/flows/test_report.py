@@ -84,12 +84,13 @@ def pictures(page: object) -> list[Image.Image]:
 
 def test_a_run_publishes_its_artifacts(finished) -> None:
     run, shown = finished
-    assert shown.keys() == {"trained-train", "trained-stages", "trained-plots", "trained-gallery"}
+    assert shown.keys() == {f"trained-{page}" for page in ("train", "stages", "signal", "plots", "gallery")}
     assert shown["trained-train"].data == 100
     steps = run.stages[-1]["steps"]
     assert f"{steps} of {steps} steps, loss " in str(shown["trained-train"].description)
     assert [line in str(shown["trained-stages"].data) for line in ("data", "mask", "train")] == [True] * 3
     assert "**Warning**" not in str(shown["trained-plots"].data)
+    assert "no advantage" in str(shown["trained-signal"].data) and "90%" in str(shown["trained-signal"].data)
 
 
 def test_training_warnings_are_shown_above_the_plots(finished, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -243,6 +243,7 @@ def test_a_student_learns_from_truncated_responses_only_if_they_are_kept(
     assert artifact.facts["rows"] == questions and len(list(artifact.rows("rewards"))) == 2 * questions
     if truncated == "mask":
         assert {row["loss"] for row in artifact.rows("history")} == {0.0}
+        assert artifact.facts["signal"] == run.stages[-1]["signal"] == {"no_advantage": 1.0}
 
 
 def test_too_little_memory_is_refused_before_a_model_is_loaded(source, tmp_path, monkeypatch) -> None:

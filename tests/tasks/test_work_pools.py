@@ -25,7 +25,7 @@ from masters.tasks import work_pools
 from masters.tasks.run_context import Context, Run
 from masters.tracking.pool_stage import PoolStageWriter
 from masters.tracking.run_writer import RunWriter
-from tests.scoring_run import NoTracking
+from tests.scoring_run import MemoryTracker
 from tests.tracked_run import NAME, commit_artifact, make_config
 
 DEMO = Path(__file__).parents[2] / "configs/easyvqa.toml"
@@ -77,7 +77,7 @@ def test_stages_run_on_the_pool_of_their_hardware(
 ) -> None:
     config = load(DEMO, [*NAMED, f"rewards.accuracy={accuracy}"])
     resources = Resources(Storage(str(tmp_path)), None, None, [], (), judge)  # pyright: ignore
-    run = Run(Context(config, resources), NoTracking())  # pyright: ignore
+    run = Run(Context(config, resources), MemoryTracker())  # pyright: ignore
     found = {
         kind: run.pool_for(kind) for kind in ("data", "mask", "generate", "score", "train", "evaluate", "register")
     }

@@ -79,6 +79,10 @@ def _print_stages(console: "Console", summary: dict) -> None:
         counts = (str(stage["rows"]), str(stage["rejected"]), f"{stage['seconds']:.1f}")
         table.add_row(stage["name"], stage["outcome"], *counts)
     console.print(table)
+    for stage in summary["stages"]:
+        if signal := stage.get("signal"):
+            shares = ", ".join(f"{name.replace('_', ' ')} {share:.1%}" for name, share in signal.items())
+            console.print(f"training signal, {stage['name']}: {shares}", soft_wrap=True)
 
 
 def _print_evaluation(console: "Console", summary: dict) -> None:
