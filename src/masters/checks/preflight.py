@@ -106,11 +106,19 @@ def find_judge(config: Config) -> LocalModel | JudgeServer | None:
         raise InputError(f"rewards.judge: {error}") from error
 
 
-def list_warnings(config: Config) -> list[str]:
-    """Return warnings about settings that are allowed but are known to do harm."""
-    return [
+def list_warnings(config: Config, student: LocalModel) -> list[str]:
+    """Return warnings about settings and models that are allowed but are known to do harm."""
+    warnings = [
         f"teacher {teacher.model}: r_max = {teacher.r_max} is above 0.2; "
         "in the paper, three of four teachers did worse at 0.3 than without masks"
         for teacher in config.teachers
         if teacher.r_max > 0.2
     ]
+    # teachers have the student's prompts, as `check_pair` requires
+    if student.processor_output and (mark := student.processor_output.opened_thought):
+        warnings.append(
+            f"the chat template of {student.name} opens a thought: prompts end inside {mark}. Responses begin with the "
+            f"thought, and generate.max_tokens ({config.generate.max_tokens}) may cut them off before the answer; use "
+            "the variant of the models that does not think, or a chat template that opens no thought"
+        )
+    return warnings

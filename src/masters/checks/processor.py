@@ -5,6 +5,7 @@ configuration, and teacher and student are compared with each other.
 """
 
 import io
+import re
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -24,17 +25,21 @@ LARGE_SIZE = (2048, 1536)  # pixels
 PIXEL_SAMPLES = 32  # per image
 PIXEL_TOLERANCE = 0.05  # in units of the processed pixels, which lie in about 0..1 or -1..1
 MAX_ERROR_CHARACTERS = 300
+# A mark around a model's thoughts, such as <think>, </thinking>, [THINK] or <|begin_of_thought|>
+THOUGHT_MARK = re.compile(r"[<\[◁][^\s<>\[\]◁▷]*(think|thought|reason|analysis)[^\s<>\[\]◁▷]*\s*[>\]▷]", re.I)
+CLOSING = re.compile(r"/|end", re.I)
 
 
 @dataclass(frozen=True)
 class ProcessorOutput:
-    """Result of processing the question with both images, and the model's number of positions."""
+    """Result of processing the question with both images, the model's number of positions, and its opened thought."""
 
     prompt: int  # tokens with the small image
     large: int  # tokens with the large image
     made: str  # digest of both results: tokens, other integers, and the shapes of the processed images
     pixels: list[float]  # samples of both processed images
     positions: int
+    opened_thought: str  # see `find_opened_thought`
 
     def describe_difference(self, other: "ProcessorOutput") -> str:
         """Return how the prompts of two models differ; empty if they are equal."""
@@ -73,7 +78,15 @@ def run_processor(folder: Path) -> ProcessorOutput:
         made=digest(repr((integers, [tuple(image.shape) for image in images])).encode()),
         pixels=[value for image in images for value in _sample_pixels(image)],
         positions=config.get_text_config().max_position_embeddings,
+        opened_thought=find_opened_thought(processor),
     )
+
+
+def find_opened_thought(processor: Any) -> str:
+    """Return the mark, such as "<think>", of a thought that the prompt opens and does not close; empty if none."""
+    _, _, behind_question = chat_prompt(processor, QUESTION).rpartition(QUESTION)
+    marks = [mark.group() for mark in THOUGHT_MARK.finditer(behind_question)]
+    return "" if not marks or CLOSING.search(marks[-1]) else marks[-1]
 
 
 def _sample_pixels(image: torch.Tensor) -> list[float]:

@@ -20,7 +20,7 @@ from masters.common.machine import cache_folder
 from masters.models.masking import is_masked
 from masters.models.model_loading import parameter_names, tensor_shapes
 
-VERSION = 3  # of the checks; part of the cache key
+VERSION = 5  # of the checks; part of the cache key
 LAYER_KEYS = ("num_hidden_layers", "num_layers", "depth", "n_layer")  # keys for the number of blocks in configurations
 INDEX = "model.safetensors.index.json"
 MASKABLE_DTYPES = {"BF16", "F16", "F32"}  # as named in safetensors files

@@ -42,7 +42,8 @@ def check(
 
     resources = preflight(config)
     check_engine_limits(config, [resources.student, *resources.teachers])
-    for warning in [*list_warnings(config), *check_prompt_lengths(config, resources)]:
+    warnings = [*list_warnings(config, resources.student), *check_prompt_lengths(config, resources)]
+    for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
     typer.echo(f"source     {config.data.source}")
     typer.echo(f"student    {resources.student.folder} ({resources.student.digest[:16]})")
