@@ -17,5 +17,10 @@ FAMILIES: dict[str, Family] = {
 def family_of(model_type: str) -> Family:
     """The family of a model's `config.model_type`. Raises InputError if it is not supported."""
     if model_type not in FAMILIES:
-        raise InputError(f"model type {model_type!r} is not supported; expected one of {', '.join(sorted(FAMILIES))}")
+        raise InputError(unsupported_family(model_type))
     return FAMILIES[model_type]
+
+
+def unsupported_family(model_type: str) -> str:
+    """What to say about a model type that is none of `FAMILIES`."""
+    return f"model type {model_type!r} is not supported; expected one of {', '.join(sorted(FAMILIES))}"

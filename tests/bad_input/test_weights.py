@@ -76,21 +76,12 @@ def change_json(name: str, *keys: str, **changes: object) -> Callable[[Path], ob
     return apply
 
 
-def remove_files(*names: str) -> Callable[[Path], object]:
-    return lambda folder: [(folder / name).unlink() for name in names]
-
-
 def truncate(name: str, keep: Callable[[int], int]) -> Callable[[Path], object]:
     def apply(folder: Path) -> None:
         data = (folder / name).read_bytes()
         (folder / name).write_bytes(data[: keep(len(data))])
 
     return apply
-
-
-def write_index(*files: str) -> Callable[[Path], object]:
-    content = json.dumps(dict(metadata={}, weight_map={f"tensor{n}": file for n, file in enumerate(files)}))
-    return lambda folder: (folder / soundness.INDEX).write_text(content)
 
 
 def write_text(name: str, content: str) -> Callable[[Path], object]:
@@ -122,25 +113,18 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "empty weights": (truncate(WEIGHTS, lambda size: 0), [WEIGHTS, "cannot be read"]),
     "text named safetensors": (write_text(WEIGHTS, "not weights"), [WEIGHTS, "cannot be read"]),
     "a pickle named safetensors": (lambda folder: torch.save({}, folder / WEIGHTS), [WEIGHTS, "cannot be read"]),
-    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), ["expected safetensors weights"]),
     "wider than its weights": (change_text_config(hidden_size=128), ["asks for", "shape"]),
     "more layers than its weights": (change_text_config(num_hidden_layers=5), ["lack", "layers.3"]),
     "layers without end": (change_text_config(num_hidden_layers=10**9), ["describes no model", "1000000000 layers"]),
     "negative size": (change_text_config(hidden_size=-64), ["describes no model"]),
     "size as text": (change_text_config(hidden_size="many"), ["describes no model"]),
-    "no config": (lambda folder: (folder / CONFIG).unlink(), ["expected config.json"]),
     "config is no json": (write_text(CONFIG, "{"), ["names no model_type"]),
     "config is a list": (write_text(CONFIG, "[1]"), ["names no model_type"]),
     "config without end": (write_text(CONFIG, "[" * 100_000), ["names no model_type"]),
-    "index that leaves": (write_index(WEIGHTS, "../x.safetensors"), ["'../x.safetensors'", "not a weights file"]),
-    "index of a file that is not there": (write_index("model-00001-of-00002.safetensors"), ["not a weights file"]),
-    "index that is none": (write_text(soundness.INDEX, "[]"), ["is no index of weights"]),
-    "no processor": (remove_files(PROCESSOR), ["its processor cannot be loaded", "processor_config.json"]),
     "processor cut": (truncate(PROCESSOR, lambda size: size // 2), ["its processor cannot be loaded"]),
     "processor is a list": (write_text(PROCESSOR, "[]"), ["its processor cannot be loaded"]),
     "patches of another size": (change_json(PROCESSOR, "image_processor", patch_size=16), ["4 tokens", "describes 16"]),
     "merges of another size": (change_json(PROCESSOR, "image_processor", merge_size=1), ["64 tokens", "describes 16"]),
-    "no chat template": (remove_files(TEMPLATE), ["its chat template cannot be used"]),
     "broken chat template": (write_text(TEMPLATE, "{% for m in messages %}"), ["its chat template cannot be used"]),
     "template that reaches out": (
         write_text(TEMPLATE, "{{ messages.__class__.__mro__[1].__subclasses__() }}"),

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from masters.checks.model_files import check_adapter_tensors, check_files
 from masters.checks.processor import ProcessorOutput
 from masters.checks.weights import check_weights
 from masters.common.errors import InputError
@@ -11,10 +12,11 @@ from masters.common.hashing import model_digest
 from masters.common.machine import cache_folder
 from masters.config import Config, Model, allowlist
 from masters.config.allowlist import Setting, check_model
-from masters.models.families import FAMILIES, family_of
+from masters.models.families import FAMILIES, unsupported_family
 from masters.models.model_loading import check_readable, resolve_model_folder
 from masters.store.artifacts import Artifact, External
 
+ORIGINAL_INTERNVL = "internvl_chat"  # model type of the repositories with code of their own
 STUDENT_BEFORE, STUDENT_AFTER = "student-before", "student-after"  # the student's names in the predictions table
 STUDENT_NAMES = (STUDENT_BEFORE, STUDENT_AFTER)
 
@@ -62,22 +64,45 @@ def disambiguate_names(models: list[LocalModel]) -> list[LocalModel]:
     ]
 
 
-def find_model(model: Model, store: str | None = None) -> LocalModel:
-    """Return a model that is allowed and passes all checks. Students in the store `store` are allowed too."""
+def find_model(model: Model, store: str | None = None, must_be_supported: bool = False) -> LocalModel:
+    """Return a model that is allowed and passes all checks. Students in the store `store` are allowed too.
+
+    `must_be_supported`: its family must be, as a student's and a teacher's; judges may be any model.
+    """
     check_model(model.model, store)
     folder = resolve_model_folder(model.model, model.revision)
+    check_files(model.model, folder)
     check_readable(folder)
+    check_adapter_tensors(folder)
     name = model.model if not Path(model.model).is_dir() else folder.name
-    digest, model_type = model_digest(folder), read_model_type(folder)
+    model_type = read_model_type(folder)
     is_supported = model_type in FAMILIES
     needs_custom_code = not is_supported and has_custom_code(folder)
-    if needs_custom_code and not allowlist.may_run_code(model.model, str(folder)):
+    is_refused = needs_custom_code and not allowlist.may_run_code(model.model, str(folder))
+    if model_type == ORIGINAL_INTERNVL and (must_be_supported or is_refused):
+        raise InputError(
+            f"model {model.model} is InternVL's original repository, which runs code of its own; expected the same "
+            f"model in transformers' format, whose name ends in -hf: {_internvl_twin(model.model)}"
+        )
+    if must_be_supported and not is_supported:
+        raise InputError(f"model {model.model}: {unsupported_family(model_type)}")
+    if is_refused:
         raise InputError(
             f"model {model.model} ({model_type}) wants to run code of its own, which is off; the owner of this machine "
             f"can name it in {Setting.CODE} after reading that code"
         )
+    digest = model_digest(folder)
     output = check_weights(folder, digest, is_supported)
     return LocalModel(name, folder, digest, has_custom_code=needs_custom_code, processor_output=output)
+
+
+def _internvl_twin(model: str) -> str:
+    """Return the name of the published model in transformers' format for InternVL's original one, if it is known."""
+    name = Path(model).name
+    for generation, ending in (("InternVL3-", "-hf"), ("InternVL3_5-", "-HF")):
+        if name.startswith(generation):
+            return f"OpenGVLab/{name}{ending}"
+    return "such as OpenGVLab/InternVL3-1B-hf or OpenGVLab/InternVL3_5-1B-HF"
 
 
 def download_student(trained: Artifact) -> Path:
@@ -89,8 +114,6 @@ def download_student(trained: Artifact) -> Path:
 def check_pair(teacher: LocalModel, student: LocalModel) -> None:
     """Raise InputError unless both models have the same family, the same tokenizer and the same prompts."""
     teacher_type, student_type = read_model_type(teacher.folder), read_model_type(student.folder)
-    for model_type in (teacher_type, student_type):
-        family_of(model_type)
     if teacher_type != student_type:
         raise InputError(
             f"teacher {teacher.name} is {teacher_type}, student {student.name} is {student_type}: both must be of one "

@@ -49,8 +49,8 @@ def preflight(config: Config) -> Resources:
     check_packages(config)
     judge = find_judge(config)
     source = open_source(config.data)
-    student = find_model(config.student, config.store.root)
-    teachers = [find_model(teacher, config.store.root) for teacher in config.teachers]
+    student = find_model(config.student, config.store.root, must_be_supported=True)
+    teachers = [find_model(teacher, config.store.root, must_be_supported=True) for teacher in config.teachers]
     check_context_length(student, config)
     for teacher, teacher_config in zip(teachers, config.teachers, strict=True):
         check_pair(teacher, student)

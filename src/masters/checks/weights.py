@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from masters.checks.model_files import check_index, check_stray_weights, check_supported_files
 from masters.checks.processor import ProcessorOutput, run_processor
 from masters.common.errors import InputError, one_line
 from masters.common.files import write_atomically
@@ -20,9 +21,8 @@ from masters.common.machine import cache_folder
 from masters.models.masking import is_masked
 from masters.models.model_loading import parameter_names, tensor_shapes
 
-VERSION = 5  # of the checks; part of the cache key
+VERSION = 6  # of the checks; part of the cache key
 LAYER_KEYS = ("num_hidden_layers", "num_layers", "depth", "n_layer")  # keys for the number of blocks in configurations
-INDEX = "model.safetensors.index.json"
 MASKABLE_DTYPES = {"BF16", "F16", "F32"}  # as named in safetensors files
 
 
@@ -38,9 +38,11 @@ def check_weights(folder: Path, digest: str, is_supported: bool) -> ProcessorOut
     note = cache_folder() / "sound" / f"{digest}-{VERSION}-{transformers.__version__}-{scope}"
     if (noted := _read_note(note)) is not None:
         return ProcessorOutput(**noted) if is_supported else None
-    _check_index(folder)
+    check_index(folder)
     output = None
     if is_supported:
+        check_stray_weights(folder)
+        check_supported_files(folder)
         check_shapes(folder)
         output = run_processor(folder)
     check_finite(folder)
@@ -138,20 +140,6 @@ def _non_finite_value(tensor: torch.Tensor) -> str | None:
     if low.isnan():
         return "NaN"
     return "infinity" if low.isinf() or high.isinf() else None
-
-
-def _check_index(folder: Path) -> None:
-    """Raise InputError if the index names files outside the folder: they would not be part of the model's identity."""
-    if not (folder / INDEX).is_file():
-        return
-    try:
-        files = {str(name) for name in json.loads((folder / INDEX).read_text())["weight_map"].values()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"model {folder}: {INDEX} is no index of weights ({error})") from error
-    if unknown := sorted(files - {file.name for file in folder.glob("*.safetensors")}):
-        raise InputError(
-            f"model {folder}: {INDEX} names {unknown[0]!r:.200}, which is not a weights file of its folder"
-        )
 
 
 def _read_note(note: Path) -> dict[str, Any] | None:
