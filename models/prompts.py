@@ -46,6 +46,11 @@ def _tokenize_turns(processor, tokenizer, conversation: Conversation) -> list[in
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def vocabulary_size(tokenizer) -> int:
+    """Number of token ids up to the tokenizer's last entry. Rows of an embedding beyond it stand for no token."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
 def tokenize_label(tokenizer, answer: str) -> list[int]:
     """Token ids of a reference answer, followed by the end token."""
     return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]

@@ -58,6 +58,8 @@ def make_identity(context: Context, current: Round, inputs: Inputs) -> Identity:
         config["truncated"] = context.config.generate.truncated  # absent: as before there was a choice
     if current.mask_stage:
         config["mask_stage"] = current.mask_stage.number
+    if any(m.processor_output and m.processor_output.padding for m in (context.resources.student, current.teacher)):
+        config["vocabulary"] = "tokenizer"  # before, rows that pad the embedding counted as tokens
     if train.objective == "masters":
         config["rewards"] = rewards.model_dump(exclude={"judge", "judge_model"})  # part of the verdicts' identity
     made_from = {"teacher": current.teacher.digest, "student": current.student.digest}

@@ -15,7 +15,13 @@ from masters.common.errors import InputError
 from masters.config import Runtime, Sampling
 from masters.models import devices
 from masters.models.generation import vllm_compat
-from masters.models.prompts import PromptLengthCounter, chat_prompt, open_image, tokenize_conversation
+from masters.models.prompts import (
+    PromptLengthCounter,
+    chat_prompt,
+    open_image,
+    tokenize_conversation,
+    vocabulary_size,
+)
 from masters.rewards.judge_prompts import Conversation
 from masters.store.tables import PROMPT_TOO_LONG
 
@@ -77,7 +83,7 @@ def engine_options(folder: Path, dtype: str, runtime: Runtime, trust_remote_code
 
 def suppress_padding_tokens(llm: Any, tokenizer: Any) -> None:
     """Have an engine never sample an id that the tokenizer does not have."""
-    llm.collective_rpc("suppress_padding_tokens", args=(1 + max(tokenizer.get_vocab().values()),))
+    llm.collective_rpc("suppress_padding_tokens", args=(vocabulary_size(tokenizer),))
 
 
 class Engine:

@@ -23,10 +23,14 @@ GPU_CHUNK_BYTES = 1 << 30  # on a GPU, matrix products of few rows leave most of
 
 @dataclass(frozen=True)
 class Projection:
-    """Hidden states [T, H] and the weight [V, H] of the head that makes logits of them, each of its own type."""
+    """Hidden states [T, H] and the weight [V, H] of the head that makes logits of them, each of its own type.
+
+    vocabulary: number of token ids, where the head has more rows: they pad it, stand for no token and make no logit.
+    """
 
     hidden_TH: torch.Tensor
     weight_VH: torch.Tensor
+    vocabulary: int | None = None
 
     def chunks(self) -> Iterator[slice]:
         """Slices of tokens whose log-probabilities take `chunk_bytes`."""
@@ -34,17 +38,17 @@ class Projection:
         return (slice(start, start + size) for start in range(0, len(self.hidden_TH), size))
 
     def match_dtypes(self) -> "Projection":
-        """Convert both tensors to the type of their product.
+        """Leave out the rows beyond the vocabulary, and convert both tensors to the type of their product.
 
         Where the types differ, that is the hidden states' on a GPU, and float32 on a CPU, which has no faster one.
         """
         dtypes = {self.hidden_TH.dtype, self.weight_VH.dtype}
         dtype = self.hidden_TH.dtype if len(dtypes) == 1 or self.hidden_TH.is_cuda else torch.float32
-        return Projection(self.hidden_TH.to(dtype), self.weight_VH.to(dtype))
+        return Projection(self.hidden_TH.to(dtype), self.weight_VH[: self.vocabulary].to(dtype))
 
     def detach(self) -> "Projection":
         """The same without a gradient to either tensor."""
-        return Projection(self.hidden_TH.detach(), self.weight_VH.detach())
+        return Projection(self.hidden_TH.detach(), self.weight_VH.detach(), self.vocabulary)
 
     def logits(self) -> torch.Tensor:
         """Logits of all tokens, [T, V]."""
@@ -82,12 +86,12 @@ def token_terms(
     `formulas.skew_divergence` define them. With a `reference`, pi_ref, also `formulas.exact_kl` and log pi_ref.
     """
     frozen = teacher.detach(), DIVERGENCES[divergence], reference and reference.detach()
-    return Terms(*_TokenTerms.apply(student.hidden_TH, student.weight_VH, token_T, *frozen))
+    return Terms(*_TokenTerms.apply(student.hidden_TH, student.weight_VH, student.vocabulary, token_T, *frozen))
 
 
 def chosen_log_probs(student: Projection, token_T: torch.Tensor) -> torch.Tensor:
     """log pi of each token, [T], differentiable in the student's two tensors, as `formulas.chosen_log_probs`."""
-    return _TokenTerms.apply(student.hidden_TH, student.weight_VH, token_T, None, None, None)[0]
+    return _TokenTerms.apply(student.hidden_TH, student.weight_VH, student.vocabulary, token_T, None, None, None)[0]
 
 
 class Divergence(Protocol):
@@ -204,9 +208,9 @@ class _TokenTerms(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_TH, weight_VH, token_T, teacher, divergence, reference) -> tuple:
-        student, teacher = Projection(hidden_TH, weight_VH).match_dtypes(), teacher and teacher.match_dtypes()
-        reference = reference and reference.match_dtypes()
+    def forward(ctx: Any, hidden_TH, weight_VH, vocabulary, token_T, teacher, divergence, reference) -> tuple:
+        student = Projection(hidden_TH, weight_VH, vocabulary).match_dtypes()
+        teacher, reference = teacher and teacher.match_dtypes(), reference and reference.match_dtypes()
         zeros_5T = [hidden_TH.new_zeros(len(token_T), dtype=torch.float32) for _ in range(5)]
         logp_T, divergence_T, saved_T, kl_T, reference_logp_T = zeros_5T
         diagnostics_3T = hidden_TH.new_zeros(3, len(token_T), dtype=torch.float32)
@@ -222,7 +226,7 @@ class _TokenTerms(torch.autograd.Function):
                 diagnostics_3T[:, chunk] = _diagnostics(q_CV, logp_T[chunk])
                 divergence_T[chunk], saved_T[chunk] = divergence.value(q_CV, teacher.log_softmax(chunk))
         ctx.save_for_backward(hidden_TH, weight_VH, token_T, saved_T, kl_T)
-        ctx.teacher, ctx.divergence, ctx.reference = teacher, divergence, reference
+        ctx.vocabulary, ctx.teacher, ctx.divergence, ctx.reference = vocabulary, teacher, divergence, reference
         diagnostics = [value_T.clone() for value_T in diagnostics_3T]  # autograd takes no views as outputs
         ctx.mark_non_differentiable(reference_logp_T, *diagnostics)
         to_reference = (kl_T, reference_logp_T) if reference is not None else (None, None)
@@ -232,9 +236,10 @@ class _TokenTerms(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logp_T, grad_divergence_T, grad_kl_T, *_) -> tuple:
         hidden_TH, weight_VH, token_T, saved_T, kl_T = ctx.saved_tensors
-        student, teacher, reference = Projection(hidden_TH, weight_VH).match_dtypes(), ctx.teacher, ctx.reference
+        student = Projection(hidden_TH, weight_VH, ctx.vocabulary).match_dtypes()
+        teacher, reference = ctx.teacher, ctx.reference
         grad_hidden_TH = torch.empty_like(hidden_TH)
-        grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)  # stays 0 beyond the vocabulary
         for chunk in student.chunks():
             q_CV, grad_logp_C1 = student.log_softmax(chunk), grad_logp_T[chunk, None]
             grad_logits_CV = q_CV.exp().mul_(-grad_logp_C1).scatter_add_(1, token_T[chunk, None], grad_logp_C1)
@@ -250,8 +255,8 @@ class _TokenTerms(torch.autograd.Function):
                 del r_CV, gradient_CV
             grad_logits_CV = grad_logits_CV.to(student.weight_VH.dtype)
             grad_hidden_TH[chunk] = (grad_logits_CV @ student.weight_VH).to(hidden_TH.dtype)
-            _add_matmul(grad_weight_VH, grad_logits_CV.T, student.hidden_TH[chunk])
-        return grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype), None, None, None, None
+            _add_matmul(grad_weight_VH[: ctx.vocabulary], grad_logits_CV.T, student.hidden_TH[chunk])
+        return grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype), None, None, None, None, None
 
 
 def _gather_tokens(q_CV: torch.Tensor, token_C: torch.Tensor) -> torch.Tensor:

@@ -200,17 +200,20 @@ def block_mask(branch_3BL: torch.Tensor) -> BlockMask:
     return flex_attention.make_block_mask(mask_mod, rows, length, branch_3BL.device)
 
 
-def response_states(model: VLM, packed: PackedBatch) -> Projection:
-    """Returns the last hidden states [U, H] that predict the distinct response tokens, with the head's weight."""
+def response_states(model: VLM, packed: PackedBatch, vocabulary: int | None = None) -> Projection:
+    """Returns the last hidden states [U, H] that predict the distinct response tokens, with the head's weight.
+
+    `vocabulary`: number of the tokenizer's ids, `prompts.vocabulary_size`; further rows of the head make no logits.
+    """
     with _embed_sampled_image_tokens(model, packed.sampled_image_token_BL):
         hidden_BLH = model.model(**packed.inputs, use_cache=False).last_hidden_state
     hidden_UH = hidden_BLH[packed.predictor_U2[:, 0], packed.predictor_U2[:, 1]]
-    return Projection(hidden_UH, model.lm_head.weight)
+    return Projection(hidden_UH, model.lm_head.weight, vocabulary)
 
 
-def response_logits(model: VLM, packed: PackedBatch) -> torch.Tensor:
-    """Returns the logits [T, V] that predict each response token."""
-    return response_states(model, packed).logits()[packed.distinct_T]
+def response_logits(model: VLM, packed: PackedBatch, vocabulary: int | None = None) -> torch.Tensor:
+    """Returns the logits [T, V] that predict each response token. `vocabulary`: as of `response_states`."""
+    return response_states(model, packed, vocabulary).logits()[packed.distinct_T]
 
 
 def _skips_empty_blocks(model: VLM) -> bool:

@@ -37,6 +37,7 @@ class TrainContext:
     report: Callable[[TrainEvent], None]
     reference: torch.nn.Module | None = None  # pi_ref: the student at the round's start; None if `train` needs none
     end_tokens: frozenset[int] = frozenset()  # tokens that end a response
+    vocabulary: int | None = None  # number of the tokenizer's ids; further rows of a head stand for no token
     probe: list[Question] = field(default_factory=list)  # questions that only measure accuracy
     rank: int = 0
     world: int = 1

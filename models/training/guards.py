@@ -86,7 +86,7 @@ def count_correct(context: TrainContext) -> int:
 def _greedy_tokens(context: TrainContext, packed: PackedBatch) -> torch.Tensor:
     """The student's most likely token in place of each distinct response token, [U]."""
     return context.sharding.run_with_full_weights(
-        context.student, lambda student: response_states(student, packed).argmax()
+        context.student, lambda student: response_states(student, packed, context.vocabulary).argmax()
     )
 
 

@@ -83,7 +83,9 @@ def _compute(context: TrainContext, questions: list[list[int]], dummy_groups: li
     def log_probs(packed: PackedBatch) -> torch.Tensor:
         return context.sharding.run_with_full_weights(
             context.student,
-            lambda student: chunked_head.chosen_log_probs(response_states(student, packed), packed.token_U),
+            lambda student: chunked_head.chosen_log_probs(
+                response_states(student, packed, context.vocabulary), packed.token_U
+            ),
         )
 
     def compute_batch(batch: list[list[int]], packed: PackedBatch) -> None:

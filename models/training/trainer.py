@@ -217,7 +217,9 @@ def batch_outcome(
     if context.teacher is None:
         logp_U = context.sharding.run_with_full_weights(
             context.student,
-            lambda student: chunked_head.chosen_log_probs(response_states(student, packed), packed.token_U),
+            lambda student: chunked_head.chosen_log_probs(
+                response_states(student, packed, context.vocabulary), packed.token_U
+            ),
         )
         score_R = target_R if context.train.targets == "responses" else None
         return objective.supervised(logp_U[packed.distinct_T], packed, score_R, is_trained_R)
@@ -260,14 +262,18 @@ def _terms(context: TrainContext, teacher: torch.nn.Module, packed: PackedBatch)
 
     def frozen_states(model: torch.nn.Module) -> Projection:
         with torch.no_grad():
-            return context.sharding.run_with_full_weights(model, lambda gathered: response_states(gathered, packed))
+            return context.sharding.run_with_full_weights(
+                model, lambda gathered: response_states(gathered, packed, context.vocabulary)
+            )
 
     teacher_states = frozen_states(teacher)
     reference_states = None if context.reference is None else frozen_states(context.reference)
 
     def student_terms(student: torch.nn.Module) -> tuple[Any, ...]:  # `Sharding.within` needs a tuple of tensors
-        states, divergence = response_states(student, packed), context.train.divergence
-        terms = chunked_head.token_terms(states, teacher_states, packed.token_U, divergence, reference_states)
+        states = response_states(student, packed, context.vocabulary)
+        terms = chunked_head.token_terms(
+            states, teacher_states, packed.token_U, context.train.divergence, reference_states
+        )
         return tuple(vars(terms).values())
 
     return Terms(*context.sharding.run_with_full_weights(context.student, student_terms))

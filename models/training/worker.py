@@ -24,6 +24,7 @@ from masters.models.families import family_of
 from masters.models.families.base import VLM
 from masters.models.packing import flex_attention
 from masters.models.packing.prefix_tree import Question
+from masters.models.prompts import vocabulary_size
 from masters.models.training import load_balancing, memory_estimate, trainer
 from masters.models.training.context import TrainContext
 from masters.models.training.groups import Group, label_groups, plan_steps, response_groups
@@ -103,6 +104,7 @@ def prepare(job: TrainJob, job_file: Path, rank: int, world: int) -> TrainContex
         report=report,
         reference=reference,
         end_tokens=_end_tokens(student, prompts.processor.tokenizer),
+        vocabulary=vocabulary_size(prompts.processor.tokenizer),
         probe=[_label_question(prompts, ref) for ref in job.probe],
         rank=rank,
         world=world,

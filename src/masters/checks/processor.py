@@ -17,7 +17,7 @@ from PIL import Image
 from masters.common.errors import InputError
 from masters.common.hashing import digest
 from masters.models.families import family_of
-from masters.models.prompts import chat_prompt, model_inputs
+from masters.models.prompts import chat_prompt, model_inputs, vocabulary_size
 
 QUESTION = "what shape is it?"
 SMALL_SIDE = 64  # pixels
@@ -32,7 +32,7 @@ CLOSING = re.compile(r"/|end", re.I)
 
 @dataclass(frozen=True)
 class ProcessorOutput:
-    """Result of processing the question with both images, the model's number of positions, and its opened thought."""
+    """Result of processing the question with both images, and what it says of the model's template and embedding."""
 
     prompt: int  # tokens with the small image
     large: int  # tokens with the large image
@@ -40,6 +40,7 @@ class ProcessorOutput:
     pixels: list[float]  # samples of both processed images
     positions: int
     opened_thought: str  # see `find_opened_thought`
+    padding: int  # rows of the embedding beyond the tokenizer's last entry
 
     def describe_difference(self, other: "ProcessorOutput") -> str:
         """Return how the prompts of two models differ; empty if they are equal."""
@@ -65,8 +66,8 @@ def run_processor(folder: Path) -> ProcessorOutput:
     count = processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False).count(QUESTION)
     if count != 1:
         raise _fault(folder, f"its chat template writes the question {count} times, expected once")
-    if (largest := max(processor.tokenizer.get_vocab().values())) >= vocabulary:
-        raise _fault(folder, f"its tokenizer has a token {largest}, config.json a vocabulary of {vocabulary}")
+    if (tokens := vocabulary_size(processor.tokenizer)) > vocabulary:
+        raise _fault(folder, f"its tokenizer has a token {tokens - 1}, config.json a vocabulary of {vocabulary}")
     check_end_tokens(folder, vocabulary)
     large = _process(folder, processor, _gradient_image())
     tensors = [tensor for inputs in (small, large) for _, tensor in sorted(inputs.items())]
@@ -79,6 +80,7 @@ def run_processor(folder: Path) -> ProcessorOutput:
         pixels=[value for image in images for value in _sample_pixels(image)],
         positions=config.get_text_config().max_position_embeddings,
         opened_thought=find_opened_thought(processor),
+        padding=vocabulary - tokens,
     )
 
 
