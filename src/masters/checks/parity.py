@@ -5,11 +5,13 @@ import tempfile
 from itertools import islice
 from pathlib import Path
 
+from masters.checks.estimates import SAMPLED_QUESTIONS, measure_prompts
 from masters.checks.model_folder import LocalModel
-from masters.checks.parity_job import Difference, ParityJob, ParityQuestion
+from masters.checks.parity_job import MAX_TOKENS, Difference, ParityJob, ParityQuestion
 from masters.checks.preflight import Resources
 from masters.common.errors import InputError
 from masters.config import Config
+from masters.config.mask_schedule import mask_ratios
 from masters.data.validation import RejectedRow, validate_rows
 from masters.execution import processes
 from masters.execution.processes import WorkerModule
@@ -21,11 +23,12 @@ def compare_models(config: Config, resources: Resources) -> list[Difference]:
     """Return the differences measured for every model. Each model is loaded on this machine twice."""
     questions = tuple(
         ParityQuestion(question=row["question"], answer=row["answer"], image=base64.b64encode(row["image"]))
-        for row in sample_questions(config, resources, CHECKED_QUESTIONS)
+        for row in _select_questions(config, resources)
     )
-    ratios = [(resources.student, {0.0})]
+    ratios = [(resources.student, [0.0])]
     ratios += [
-        (model, {teacher.r_max, 0.0}) for teacher, model in zip(config.teachers, resources.teachers, strict=True)
+        (model, mask_ratios(teacher.r_max, teacher.mask_step))
+        for teacher, model in zip(config.teachers, resources.teachers, strict=True)
     ]
     jobs = [_make_job(config, model, model_ratios, questions) for model, model_ratios in ratios]
     differences: list[Difference] = []
@@ -48,19 +51,33 @@ def sample_questions(config: Config, resources: Resources, count: int) -> list[d
     return questions
 
 
+def _select_questions(config: Config, resources: Resources) -> list[dict]:
+    """Return the first questions that an engine takes, as a run skips longer ones. Raises InputError without any."""
+    outputs = [model.processor_output for model in (resources.student, *resources.teachers)]
+    limit = min(config.runtime.context_length(output.positions) for output in outputs if output) - MAX_TOKENS
+    rows = sample_questions(config, resources, SAMPLED_QUESTIONS)
+    prompts = measure_prompts(resources.student.folder, rows)
+    fitting = [row for row, (tokens, _) in zip(rows, prompts, strict=True) if tokens <= limit]
+    if not fitting:
+        raise InputError(
+            f"source {config.data.source}: each of the first {len(rows)} prompts takes more than the {limit} tokens "
+            "that leave room for an answer: raise runtime.max_model_len, shorten the questions or shrink the images"
+        )
+    return fitting[:CHECKED_QUESTIONS]
+
+
 def _make_job(
-    config: Config, model: LocalModel, ratios: set[float], questions: tuple[ParityQuestion, ...]
+    config: Config, model: LocalModel, ratios: list[float], questions: tuple[ParityQuestion, ...]
 ) -> ParityJob:
     from masters.models.masking import group_thresholds, iterate_tensors
 
-    ordered = sorted(ratios, reverse=True)
-    rows = group_thresholds(
-        lambda: iterate_tensors(model.folder), ordered, config.mask.granularity, tuple(config.mask.exclude)
-    )
-    thresholds = {
-        ratio: {row["tensor"]: row["threshold"] for row in rows if row["mask_ratio"] == ratio and ratio > 0}
-        for ratio in ordered
-    }
+    thresholds: dict[float, dict[str, float]] = {ratio: {} for ratio in ratios}
+    if masked := [ratio for ratio in ratios if ratio > 0]:
+        rows = group_thresholds(
+            lambda: iterate_tensors(model.folder), masked, config.mask.granularity, tuple(config.mask.exclude)
+        )
+        for row in rows:
+            thresholds[row["mask_ratio"]][row["tensor"]] = row["threshold"]
     return ParityJob(
         name=model.name,
         folder=model.folder,

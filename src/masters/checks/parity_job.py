@@ -7,6 +7,8 @@ from pydantic import Base64Bytes, BaseModel, ConfigDict
 from masters.config import Runtime
 from masters.config.fields import Dtype
 
+MAX_TOKENS = 8  # of the engine's greedy responses that are compared
+
 
 class ParityQuestion(BaseModel):
     model_config = ConfigDict(frozen=True)
