@@ -12,6 +12,17 @@ from masters.models.distributed import Replicate, Sharding, to_local
 from masters.models.families.base import VLM
 from masters.models.masking import apply_mask, copy_masked, iterate_tensors
 
+# of a student's generation_config.json: its special tokens, what transformers notes itself, and what changes no answer
+KEPT_GENERATION_SETTINGS = {
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "_from_model_config",
+    "transformers_version",
+    "output_attentions",
+    "output_hidden_states",
+    "use_cache",
+}
 ShardModel = Callable[[torch.nn.Module], torch.nn.Module]
 REPLICATE = Replicate()
 # never fetched from the hub: formats that run code when opened, or that are not read here
@@ -121,10 +132,11 @@ def iterate_masked_tensors(folder: Path, thresholds: dict[str, float]) -> Iterat
         yield name, apply_mask(tensor, thresholds[name]) if thresholds.get(name, 0.0) > 0 else tensor
 
 
-def export_student(trained: dict[str, torch.Tensor], source: Path, destination: Path) -> None:
+def export_student(trained: dict[str, torch.Tensor], source: Path, destination: Path) -> list[str]:
     """Write a Hugging Face folder with the trained parameters, in the type of the student in `source`.
 
-    The processor and tokenizer come from `source`. `trained`: full parameters by name; emptied to save memory.
+    The processor and tokenizer come from `source`. `trained`: full parameters by name; emptied to save memory. Returns
+    the settings of generation that were left out (`drop_generation_settings`).
     """
     from transformers import AutoProcessor
 
@@ -133,5 +145,22 @@ def export_student(trained: dict[str, torch.Tensor], source: Path, destination: 
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             parameter.copy_(trained.pop(name))
+    dropped = drop_generation_settings(student)
     student.save_pretrained(destination)
     AutoProcessor.from_pretrained(source, trust_remote_code=False).save_pretrained(destination)
+    return dropped
+
+
+def drop_generation_settings(model: VLM) -> list[str]:
+    """Leave a model's generation config without limits and sampling, which belong to no weights. Returns their names.
+
+    A user of the trained student would meet a length limit, suppressed tokens or a sampling that its training and
+    evaluation never used.
+    """
+    from transformers import GenerationConfig
+
+    settings = model.generation_config.to_diff_dict()
+    dropped = sorted(settings.keys() - KEPT_GENERATION_SETTINGS)
+    if dropped:
+        model.generation_config = GenerationConfig(**{k: v for k, v in settings.items() if k not in dropped})
+    return dropped

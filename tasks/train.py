@@ -109,7 +109,7 @@ def train(run: Run, current: Round, inputs: Inputs) -> Artifact:
 
 def _facts(run: Run, current: Round, job: TrainJob, monitor: TrainingMonitor) -> dict:
     """Return the training's facts for the artifact's record."""
-    facts = dict(
+    facts: dict = dict(
         rows=monitor.groups,
         steps=monitor.steps,
         empty_responses=monitor.empty_responses,
@@ -119,6 +119,8 @@ def _facts(run: Run, current: Round, job: TrainJob, monitor: TrainingMonitor) ->
     )
     if current.mask_stage:
         facts["steps_before"] = job.part.steps_before
+    if monitor.dropped_settings:
+        facts["dropped_generation_settings"] = monitor.dropped_settings
     if run.config.train.max_validation_drop is not None:
         facts |= dict(held_out=len(job.probe), rolled_back=monitor.rolled_back)
     return facts

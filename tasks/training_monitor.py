@@ -12,6 +12,7 @@ from masters.models.training.job import (
     RestartRequested,
     RolledBack,
     StepFinished,
+    StudentExported,
     TeacherMasked,
     TokenBudgetLowered,
     TrainingPlanned,
@@ -40,6 +41,7 @@ class TrainingMonitor:
         self.restart_budgets: list[int] = []  # token budgets that ranks request a restart of all ranks with
         self.rolled_back: dict | None = None
         self.refused_checkpoints: list[str] = []  # reasons
+        self.dropped_settings: list[str] = []  # of the student's generation_config.json
 
     @property
     def steps_taken(self) -> int:
@@ -80,6 +82,12 @@ class TrainingMonitor:
                 self.restart_budgets.append(event.tokens)
             case PassesPacked() as event:
                 self.packed = _packing_shares(event)
+            case StudentExported(dropped_settings=names) if names:
+                self.dropped_settings = names
+                warn(
+                    f"train: {', '.join(names)} of the student's generation_config.json are not in that of the trained "
+                    "student, which holds its special tokens alone: neither training nor evaluation used them"
+                )
 
     def _record_step(self, event: StepFinished) -> None:
         ratio = self._mask_ratios[event.stage]

@@ -172,9 +172,10 @@ class PassesPacked(Event):
 
 
 class StudentExported(Event):
-    """The trained student is in the output folder."""
+    """The trained student is in the output folder. `dropped_settings`: of its generation_config.json."""
 
     event: Literal["exported"] = "exported"
+    dropped_settings: list[str]
 
 
 class Heartbeat(Event):

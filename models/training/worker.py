@@ -58,8 +58,8 @@ def main(job_file: Path) -> None:
     parameters = context.sharding.local_parameters(context.student)
     tensors = gather_to_rank0(context.sharding, parameters, parameters)
     if rank == 0:
-        model_loading.export_student(tensors, job.student, job.out)
-        context.report(StudentExported())
+        dropped = model_loading.export_student(tensors, job.student, job.out)
+        context.report(StudentExported(dropped_settings=dropped))
     if dist.is_initialized():
         dist.destroy_process_group()
 

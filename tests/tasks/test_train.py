@@ -1,5 +1,6 @@
 """Training in child processes: interrupted runs and runs with two processes end like an uninterrupted one."""
 
+import json
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from masters.tasks.run_context import Run
 from masters.tasks.train import GUARD_FIELDS, MAX_PROBE, hold_out, make_identity, make_job, train
 from masters.tasks.training_monitor import TrainingMonitor
 from tests.handmade_run import ROOT, first_round, make_run, write_training_inputs
+from tests.models.padded_models import save_padded
 from tests.shape_data import write_questions
 
 STEPS = 10
@@ -104,6 +106,37 @@ def test_steps_and_responses_are_recorded_once(recorded: Tables) -> None:
         assert len(of_step) == 2 * step["questions"]
         mean = sum(row["divergence"] for row in of_step) / len(of_step)  # every question has two responses
         assert step["divergence"] == pytest.approx(mean, rel=1e-5)
+
+
+def test_padding_and_generation_settings_of_the_models_change_nothing(
+    plain: dict[str, torch.Tensor], recorded: Tables, source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of the embedding beyond the tokenizer take no part; settings of the first student are not passed on."""
+    student, teacher = (
+        save_padded(ROOT / "demo/models" / name, tmp_path / name, rows)
+        for name, rows in (("student", 8), ("teacher", 20))
+    )
+    settings = student / "generation_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | dict(max_new_tokens=1, top_k=1)))
+    teachers = [dict(model=str(teacher), r_max=0.2, mask_step=0.2)]
+    run = make_run(tmp_path / "store", source, teachers, student=dict(model=str(student)))
+    weights, _, tables = run_training(run)
+    assert repr(tables) == repr(recorded)
+    assert all(torch.equal(weights[name][: len(expected)], expected) for name, expected in plain.items())
+    artifact = run.artifacts["train"]
+    assert artifact.facts["dropped_generation_settings"] == ["max_new_tokens", "top_k"]
+    assert "max_new_tokens, top_k of the student's generation_config.json" in " ".join(capfd.readouterr().err.split())
+    exported = json.loads((Path(artifact.uri) / "model/generation_config.json").read_text())
+    assert not exported.keys() & {"max_new_tokens", "top_k"} and exported["eos_token_id"] == 2
+
+
+def test_only_padded_models_change_the_identity(source: Path, tmp_path: Path) -> None:
+    """Trained before padding was left out, their students are others; those of all other models are not."""
+    plain = make_run(tmp_path / "plain", source)
+    assert "vocabulary" not in make_identity(plain, first_round(plain), {}).config
+    teacher = save_padded(ROOT / "demo/models/teacher", tmp_path / "teacher", 20)
+    padded = make_run(tmp_path / "padded", source, [dict(model=str(teacher), r_max=0.2, mask_step=0.2)])
+    assert make_identity(padded, first_round(padded), {}).config["vocabulary"] == "tokenizer"
 
 
 def test_training_moves_every_kind_of_weight(plain: dict[str, torch.Tensor]) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from masters.config import Train
 from masters.models.packing.prefix_tree import TokenCounts
 from masters.models.training import history, trainer
 from masters.models.training.groups import Step
@@ -16,6 +15,7 @@ from masters.models.training.history import HistoryWriter
 from masters.store import artifacts
 from masters.store.storage import Storage
 from tests.models.padded_models import pad_model
+from tests.models.paper import paper_train
 from tests.models.tiny_contexts import make_context
 
 PADDING = {"student": 12, "teacher": 40, "reference": 12}  # rows; the student and its reference are one architecture
@@ -32,7 +32,7 @@ def training_of(folder: Path, padded: bool, settings: dict[str, Any]) -> trainer
     """Two steps of a run of tiny models."""
     base = make_context("qwen3_vl")
     models = dict(student=base.student, teacher=base.teacher, reference=base.reference)
-    train = Train.model_validate(dict(learning_rate=1e-3) | settings)
+    train = paper_train(**dict(learning_rate=1e-3) | settings)
     made = {name: pad_model(m, PADDING[name]) if padded else copy.deepcopy(m) for name, m in models.items()}
     if train.objective == "sft":
         made["teacher"] = None
