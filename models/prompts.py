@@ -77,5 +77,5 @@ class PromptLengthCounter:
         """`text`: a `chat_prompt`; `size`: the image's width and height in pixels."""
         width, height = size
         image_tokens = self._processor._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_tokens"][0]
-        text_tokens = len(self._processor.tokenizer(text)["input_ids"])
+        text_tokens = len(self._processor.tokenizer(text, verbose=False)["input_ids"])  # no warning of long texts
         return text_tokens + image_tokens + self._tokens_around_image

@@ -44,11 +44,12 @@ def test_some_long_prompts_are_counted_by_split(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_a_split_of_long_prompts_only_is_refused(tmp_path: Path, split: str) -> None:
+def test_a_split_of_long_prompts_only_is_refused(tmp_path: Path, split: str, capfd: pytest.CaptureFixture[str]) -> None:
     numbers = [number for number in range(12) if (number % 4 == 0) == (split == "test")]
     source = write_source(tmp_path / "data", dict.fromkeys(numbers, 500))
     with pytest.raises(InputError, match=f"{len(numbers)} of {len(numbers)} prompts of split '{split}' are too long"):
         check(tmp_path, source)
+    assert "sequence length" not in capfd.readouterr().err  # a warning of the tokenizer
 
 
 def test_training_prompts_may_be_long_if_no_engine_answers_them(tmp_path: Path) -> None:
