@@ -1,18 +1,26 @@
-"""`python -m masters.infra.prefect_server PORT PARENT`: Prefect's server on loopback, ended with the process PARENT."""
+"""`python -m masters.infra.prefect_server PORT [PARENT]`: Prefect's server on loopback.
+
+It ends with the process PARENT, if one is named.
+"""
 
 import sys
 
 import uvicorn
 
 from masters.execution.processes import die_with_parent
+from masters.flows.prefect_compat import accept_states_of_scheduled_runs
+from masters.infra.busy_database import RetryWhileBusy
 
 
 def main(port: int) -> None:
     from prefect.server.api.server import create_app
 
-    uvicorn.run(create_app(), host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=3)
+    accept_states_of_scheduled_runs()
+    app = RetryWhileBusy(create_app(final=True))
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=3)
 
 
 if __name__ == "__main__":
-    die_with_parent(int(sys.argv[2]))
+    if len(sys.argv) > 2:
+        die_with_parent(int(sys.argv[2]))
     main(int(sys.argv[1]))

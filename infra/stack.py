@@ -26,6 +26,7 @@ from masters.infra.settings import HOME, POOL, Services, Settings, home
 START_SECONDS = 120
 OPEN_STATES = ["RUNNING", "PENDING"]
 INTERRUPTED_STATES = [*OPEN_STATES, "CRASHED"]
+LEASE_STORAGE = "prefect.server.concurrency.lease_storage.filesystem"  # a restarted server still knows who runs
 PREFECT_VARIABLES = ("PREFECT_API_URL", "PREFECT_API_KEY", "PREFECT_PROFILE", "PREFECT_PROFILES_PATH", "PREFECT_HOME")
 
 
@@ -151,7 +152,7 @@ def _start_backends(stack: Stack, settings: Settings, environment: dict[str, str
 
 def _prefect(settings: Settings, environment: dict[str, str], database: str) -> Service:
     port = str(settings.prefect_port)
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
+    command = [sys.executable, "-m", "masters.infra.prefect_server", port]
     variables = {"PREFECT_UI_API_URL": f"http://127.0.0.1:{port}/api"}  # else the pages use the default port
     variables |= {"PREFECT_API_DATABASE_CONNECTION_URL": database} if database else {}
     health = f"http://127.0.0.1:{port}/api/health"
@@ -219,6 +220,7 @@ def _environment(folder: Path) -> dict[str, str]:
     return inherited | {
         "PREFECT_HOME": str(folder / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASE_STORAGE,
         "DO_NOT_TRACK": "1",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         "PREFECT_WORKER_QUERY_SECONDS": "2",

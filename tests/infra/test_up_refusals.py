@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from masters.common.errors import InputError
-from masters.infra import object_store, stack
+from masters.infra import object_store, prefect_server, stack
 from masters.infra.settings import Settings
 
 
@@ -77,10 +77,12 @@ def test_no_setting_makes_it_listen_elsewhere(tmp_path: Path, monkeypatch: pytes
     for name in ("PREFECT_SERVER_API_HOST", "MLFLOW_HOST", "MASTERS_HOST", "HOST"):
         monkeypatch.setenv(name, "0.0.0.0")
     environment = stack._environment(tmp_path)
-    services = [
-        stack._prefect(Settings(), environment, ""), stack._mlflow(Settings(), environment, "sqlite://", "files"),
-    ]  # fmt: skip
-    for service in services:
-        assert service.command[service.command.index("--host") + 1] == "127.0.0.1"
+    mlflow = stack._mlflow(Settings(), environment, "sqlite://", "files").command
+    assert mlflow[mlflow.index("--host") + 1] == "127.0.0.1"
+    served: list[str] = []
+    monkeypatch.setattr("prefect.server.api.server.create_app", lambda **_: None)
+    monkeypatch.setattr(prefect_server.uvicorn, "run", lambda *_, host, **__: served.append(host))
+    prefect_server.main(4200)
+    assert served == ["127.0.0.1"]
     store = object_store.server_command(tmp_path, object_store.listener_ports(), ())
     assert "-ip.bind=127.0.0.1" in store and "-ip=127.0.0.1" in store
