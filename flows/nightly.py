@@ -17,6 +17,7 @@ from masters.evaluation.candidate_comparison import Comparison, compare
 from masters.evaluation.promotion_decision import GateDecision, GateInputs, decide, decide_without_training
 from masters.flows import webhook
 from masters.flows.distill import DistillationResult, close_crashed_run, run_pipeline, track_run
+from masters.flows.missed_nights import cancel_missed_nights
 from masters.flows.retries import flow_attempt, retry_unreachable
 from masters.models.generation.shards import ShardCache
 from masters.store import artifacts
@@ -52,6 +53,7 @@ def nightly(config: Config) -> dict:
         config: The configuration, with the same keys and values as in a TOML file.
     """
     with flow_attempt():
+        cancel_missed_nights()
         try:
             summary = run_night(config)
         except Exception as error:

@@ -5,17 +5,23 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.orchestration import PrefectClient, SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import Deployment, FlowRun, State, StateType
 from prefect.client.schemas.schedules import CronSchedule
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Cancelling, Crashed, Running
+from prefect.states import Cancelling, Crashed, Pending, Running
 
+from masters.flows import missed_nights
 from masters.infra.deployments import POOL, deploy, prepare_server
 from masters.infra.local_prefect import prefect_api
+from masters.infra.ports import free_ports
 from masters.infra.settings import Settings
 
 pytestmark = pytest.mark.slow
@@ -139,3 +145,66 @@ def test_a_crashed_run_is_resumed_up_to_the_limit(_server: None) -> None:
     once, twice = asyncio.run(ended())
     assert (once.state_name, once.run_count) == ("AwaitingRetry", 1)
     assert (twice.state_name, twice.run_count) == ("Crashed", 2)
+
+
+def test_one_night_runs_at_a_time(_server: None) -> None:
+    """Another one waits for its end, and is not cancelled, as it may be a night of another configuration."""
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name("nightly/nightly")
+        assert deployment.global_concurrency_limit and deployment.global_concurrency_limit.limit == 1
+        first, second = (
+            client.create_flow_run_from_deployment(deployment.id, parameters=dict(config=CONFIG)) for _ in range(2)
+        )
+        client.set_flow_run_state(first.id, Pending())
+        client.set_flow_run_state(second.id, Pending())
+        assert client.read_flow_run(first.id).state_name == "Pending"
+        assert client.read_flow_run(second.id).state_name == "AwaitingConcurrencySlot"
+        client.set_flow_run_state(first.id, Crashed(), force=True)  # gives its place back
+        client.set_flow_run_state(second.id, Pending())
+        assert client.read_flow_run(second.id).state_name == "Pending"
+        client.set_flow_run_state(second.id, Crashed(), force=True)
+
+
+def scheduled_nights(client: SyncPrefectClient, name: str) -> list[FlowRun]:
+    """Return the nights that the schedule of this name has planned, the earliest first."""
+    planned = FlowRunFilter.model_validate(dict(state=dict(type=dict(any_=[StateType.SCHEDULED]))))
+    runs = client.read_flow_runs(flow_run_filter=planned, sort=FlowRunSort.EXPECTED_START_TIME_ASC)
+    return [run for run in runs if run.auto_scheduled and run.parameters["config"]["name"] == name]
+
+
+def is_due(run: FlowRun) -> bool:
+    return run.expected_start_time is not None and run.expected_start_time < datetime.now(UTC)
+
+
+def test_missed_nights_collapse_into_one(_server: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nights of two schedules, which are due every three seconds, and one that a person requested."""
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name("nightly/nightly")
+        for name in ("one", "two"):
+            given = dict(config=CONFIG | dict(name=name))
+            schedule = dict(schedule=dict(interval=3.0), active=True, parameters=given)
+            client._client.post(f"/deployments/{deployment.id}/schedules", json=[schedule]).raise_for_status()
+        until = time.monotonic() + 120
+        while min(sum(map(is_due, scheduled_nights(client, name))) for name in ("one", "two")) < 3:
+            assert time.monotonic() < until
+            time.sleep(0.5)
+        night, *others = scheduled_nights(client, "one")
+        requested = client.create_flow_run_from_deployment(deployment.id, parameters=night.parameters)
+        monkeypatch.setattr(missed_nights, "deployment", SimpleNamespace(id=deployment.id))
+        monkeypatch.setattr(missed_nights, "flow_run", SimpleNamespace(id=night.id))
+        client.set_flow_run_state(night.id, Running(), force=True)
+        due = [run.id for run in others if is_due(run)]
+        missed_nights.cancel_missed_nights()
+        later = [run.id for run in others if not is_due(run)]
+        assert len(due) >= 2 and len(later) > 5
+        another = scheduled_nights(client, "two")[0]
+        states = {id: client.read_flow_run(id).state for id in [*due, *later[:3], requested.id, another.id, night.id]}
+        assert all(states[id].type == StateType.CANCELLED and night.name in states[id].message for id in due)
+        assert {states[id].type for id in [*later[:3], requested.id, another.id]} == {StateType.SCHEDULED}
+        assert is_due(another) and states[night.id].type == StateType.RUNNING
+
+
+def test_a_night_goes_on_if_the_missed_ones_cannot_be_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(missed_nights, "deployment", SimpleNamespace(id="a deployment's"))
+    with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{free_ports(1)[0]}/api"}):
+        missed_nights.cancel_missed_nights()
