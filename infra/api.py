@@ -13,7 +13,7 @@ BUSY_STATUSES = (429, 500, 502, 503, 504)
 
 
 def is_responding(url: str) -> bool:
-    """Whether a GET request succeeds."""
+    """Return whether a GET request succeeds."""
     try:
         with urlopen(url, timeout=REQUEST_SECONDS):
             return True
@@ -40,7 +40,7 @@ def post(url: str, body: dict):
 
 
 def worker_is_online(api: str, pool: str, name: str) -> bool:
-    """Whether Prefect shows a worker of the pool as online."""
+    """Return whether Prefect shows a worker of the pool as online."""
     workers = post(f"{api}/work_pools/{pool}/workers/filter", {}) or []
     return any(worker["name"] == name and worker["status"] == "ONLINE" for worker in workers)
 

@@ -71,7 +71,7 @@ def client_environment(folder: Path, port: int) -> dict[str, str]:
 
 
 def have_buckets(buckets: tuple[str, ...], environment: dict[str, str]) -> bool:
-    """Whether the server in a client's `environment` has the buckets, which it creates after it begins to answer."""
+    """Return whether the server in a client's `environment` has the buckets, which it creates after its start."""
     client = botocore.session.Session().create_client(
         "s3",
         environment["AWS_DEFAULT_REGION"],

@@ -26,7 +26,7 @@ def free_ports(count: int, is_suitable: Callable[[int], bool] = lambda port: Tru
 
 
 def is_free(port: int) -> bool:
-    """Whether a port in `PORTS` can be bound on loopback."""
+    """Return whether a port in `PORTS` can be bound on loopback."""
     if port not in PORTS:
         return False
     with socket.socket() as probe, suppress(OSError):

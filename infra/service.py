@@ -47,7 +47,7 @@ class StartedService:
     stop_signal: int
 
     def is_alive(self) -> bool:
-        """Whether its process still runs."""
+        """Return whether its process still runs."""
         return process_birth(self.pid) == self.birth
 
     def as_dict(self) -> dict:

@@ -50,7 +50,7 @@ class Registry:
         self._client = mlflow_client(uri)
 
     def has(self, name: str) -> bool:
-        """Whether there is a registered model of this name."""
+        """Return whether there is a registered model of this name."""
         return self._model(name) is not None
 
     def _model(self, name: str) -> RegisteredModel | None:
@@ -121,7 +121,7 @@ class Registry:
         self._client.set_model_version_tag(name, str(version), VERDICT, verdict[:500])
 
     def has_verdict(self, name: str, version: int) -> bool:
-        """Whether the promotion gate has judged a version."""
+        """Return whether the promotion gate has judged a version."""
         return VERDICT in self.version(name, version).tags
 
     def reported_regression(self, name: str, version: int) -> str:
@@ -133,7 +133,7 @@ class Registry:
         self._client.set_model_version_tag(name, str(version), REGRESSION, regression)
 
     def was_rolled_back(self, name: str, version: int) -> bool:
-        """Whether a person took the alias champion from a version, and nobody has given it back."""
+        """Return whether a person took the alias champion from a version, and nobody has given it back."""
         return ROLLED_BACK in self.version(name, version).tags
 
     def rollback(self, name: str, to: int | None = None) -> tuple[int | None, int]:
