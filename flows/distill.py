@@ -65,10 +65,9 @@ def distill(config: Config, rebuild: list[Stage] | None = None, until: Stage = S
 def track_run(context: Context, rebuild: frozenset[Stage] = frozenset()) -> Iterator[tuple[Run, Summary]]:
     """Open a run in MLflow and a summary for the body, and complete both when the body ends."""
     work_pools.check_pools(context.config, context.storage)
-    key = str(flow_run.id or "")
-    tracker = retry_unreachable(lambda: RunWriter(context.config, context.storage, key))
+    tracker = open_tracker(context.config, context.storage, "distill")
     run = Run(context, tracker, rebuild)
-    summary = Summary(run, key)
+    summary = Summary(run, str(flow_run.id or ""))
     try:
         yield run, summary
     except BaseException as error:
@@ -81,6 +80,14 @@ def track_run(context: Context, rebuild: frozenset[Stage] = frozenset()) -> Iter
     report_run(run, summary.version)
     finish_tracking(tracker, "FINISHED")
     summary.write("completed")
+
+
+def open_tracker(config: Config, storage: Storage, flow: str) -> RunWriter:
+    """Open the MLflow run of this flow run, and warn of what was deleted in MLflow."""
+    tracker = retry_unreachable(lambda: RunWriter(config, storage, str(flow_run.id or ""), flow))
+    for note in tracker.notes:
+        warn(note)
+    return tracker
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from masters.config import Config, Model, allowlist
 from masters.config.allowlist import Setting
 from masters.evaluation.benchmark_selection import BenchmarkSelection, select_benchmarks
 from masters.execution.pool_request import without_pools
-from masters.flows.distill import close_crashed_run, finish_with_status
+from masters.flows.distill import close_crashed_run, finish_with_status, open_tracker
 from masters.flows.retries import flow_attempt, retry_unreachable
 from masters.store import artifacts
 from masters.store.artifacts import Artifact
@@ -27,7 +27,6 @@ from masters.tasks.run_context import Context, Run
 from masters.tracking.client import redact_uri
 from masters.tracking.lineage_report import find_target
 from masters.tracking.locations import tracking_uri
-from masters.tracking.run_writer import RunWriter
 
 
 @flow(name="evaluate", flow_run_name="{config.name}", on_crashed=[close_crashed_run], persist_result=False)
@@ -51,7 +50,7 @@ def evaluate(
         selection = parse_benchmarks(benchmarks, benchmark_limit)
         context = Context(without_pools(config), retry_unreachable(lambda: preflight(config)))
         found = find_models(models, tracking_uri(config, context.storage), context.storage)
-        tracker = retry_unreachable(lambda: RunWriter(config, context.storage, str(flow_run.id or ""), "evaluate"))
+        tracker = open_tracker(config, context.storage, "evaluate")
         with finish_with_status(tracker):
             run = Run(context, tracker)
             scores = evaluate_models(run, data(run), found).facts["scores"]

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prefect import flow
-from prefect.runtime import flow_run
 
 from masters.checks.model_folder import STUDENT_AFTER, STUDENT_BEFORE
 from masters.checks.preflight import preflight
@@ -17,7 +16,7 @@ from masters.config.loading import override_values
 from masters.config.stages import Stage
 from masters.config.study_file import Study, arm_config
 from masters.evaluation.study_results import Cell, Result, ResultStore, encode_correct, make_questions
-from masters.flows.distill import close_crashed_run, finish_with_status, run_pipeline
+from masters.flows.distill import close_crashed_run, finish_with_status, open_tracker, run_pipeline
 from masters.flows.plan import stage_identities
 from masters.flows.retries import flow_attempt, retry_unreachable
 from masters.flows.summary import Summary
@@ -47,7 +46,7 @@ def study(config: Config, design: Study) -> dict:
     with flow_attempt():
         allowlist.check_allowed(Setting.STORES, "results", allowlist.absolute_root(design.results))
         runner = StudyRunner(config, design)
-        tracker = retry_unreachable(lambda: RunWriter(config, runner.storage, str(flow_run.id or ""), "study"))
+        tracker = open_tracker(config, runner.storage, "study")
         with finish_with_status(tracker):
             report: dict = {**runner.run(tracker), "mlflow": dict(run_id=tracker.run_id)}
             if failed := [run["run"] for run in report["failed"]]:

@@ -31,7 +31,7 @@ def check(
         float | None, typer.Option("--price", min=0, help="Price of a device hour, for the cost estimate")
     ] = None,
 ) -> None:
-    """Check configuration, data, models, store and memory; estimate time and cost."""
+    """Check configuration, data, models, store, tracking and memory; estimate time and cost."""
     config = load(config_path, overrides)
     check_config(config)
 
@@ -39,10 +39,13 @@ def check(
     from masters.checks.estimates import describe_estimates, describe_memory
     from masters.checks.preflight import list_warnings, preflight
     from masters.checks.prompt_lengths import check_prompt_lengths
+    from masters.tracking.client import redact_uri
+    from masters.tracking.experiments import check_tracking
 
     resources = preflight(config)
     check_engine_limits(config, [resources.student, *resources.teachers])
-    warnings = [*list_warnings(config, resources.student), *check_prompt_lengths(config, resources)]
+    tracking_uri, notes = check_tracking(config, resources.storage)
+    warnings = [*list_warnings(config, resources.student), *check_prompt_lengths(config, resources), *notes]
     for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
     typer.echo(f"source     {config.data.source}")
@@ -50,6 +53,7 @@ def check(
     for teacher in resources.teachers:
         typer.echo(f"teacher    {teacher.folder} ({teacher.digest[:16]})")
     typer.echo(f"store      {resources.storage.uri('')}: read, write, conditional write")
+    typer.echo(f"tracking   {redact_uri(tracking_uri)}")
     typer.echo(f"memory     {describe_memory(config, resources)}")
     for line in describe_estimates(config, resources, price):
         typer.echo(line)

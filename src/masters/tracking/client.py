@@ -13,15 +13,23 @@ from mlflow.exceptions import MlflowException
 
 from masters.common.errors import InputError, TrackingError, Unreachable, one_line
 from masters.common.redaction import DATABASES
+from masters.tracking.database import create_tables
 
-# error codes of requests that MLflow understood and refused
-REFUSALS = {"RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}
+# error codes of refused requests that callers handle
+REFUSALS = {"RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"}
 PUBLIC_URL = "MASTERS_MLFLOW_PUBLIC_URL"  # environment variable: MLflow's address for browsers
 
 
 def client(uri: str) -> MlflowClient:
-    """Return a client for `uri`. Requests that MLflow refuses still raise MlflowException."""
-    return cast(MlflowClient, _Client(MlflowClient(uri)))
+    """Return a client for `uri`. What exists already or does not exist still raises MlflowException.
+
+    Raises InputError if the database at `uri` cannot be opened.
+    """
+    try:
+        create_tables(uri)
+        return cast(MlflowClient, _Client(MlflowClient(uri)))
+    except Exception as error:  # MLflow's, the database driver's or the disk's
+        raise InputError(f"MLflow at {redact_uri(uri)} cannot be opened: {one_line(error)}") from error
 
 
 class _Client:

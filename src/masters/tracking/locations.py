@@ -69,6 +69,21 @@ def tracking_uri(config: Config, storage: Storage) -> str:
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(storage)
 
 
+def check_tracking_uri(config: Config, storage: Storage) -> str:
+    """Return the address of a run's MLflow. Raises InputError if it does not answer or cannot be created."""
+    uri = tracking_uri(config, storage)
+    check_server(uri)
+    if uri == default_uri(storage):
+        check_default_database(storage)
+    return uri
+
+
+def is_new_database(uri: str) -> bool:
+    """Return whether a SQLite database does not exist yet, or has no tables yet."""
+    file = Path(uri.removeprefix("sqlite:///"))
+    return uri.startswith("sqlite:///") and not (file.is_file() and file.stat().st_size)
+
+
 def default_uri(storage: Storage) -> str:
     """Return the address of the SQLite file beside the artifacts; for S3 it lies in the working folder."""
     return f"sqlite:///{storage.path('mlflow.db') if storage.local else Path('mlflow.db').absolute()}"

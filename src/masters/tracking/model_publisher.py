@@ -8,6 +8,8 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
 from masters.store.artifacts import Artifact
 from masters.tracking.registry import CANDIDATE, Registry
@@ -40,7 +42,7 @@ class ModelPublisher:
     def publish(self, name: str, registered: Artifact, trained: Artifact, evaluated: Artifact) -> int:
         """Register the model once as a version of `name` with the alias `candidate`. Returns the version's number."""
         if not self.registry.has(name):
-            self.client.create_registered_model(name)
+            self._create_model(name)
         source = f"{registered.uri}/model"
         version = next((v for v in self.registry.versions(name) if v.tags.get("masters.uri") == source), None)
         if version and "masters.registered" in version.tags:
@@ -53,6 +55,13 @@ class ModelPublisher:
         # set last: a version without this tag was interrupted, and the next run finishes it
         self.client.set_model_version_tag(name, version.version, "masters.registered", "yes")
         return int(version.version)
+
+    def _create_model(self, name: str) -> None:
+        try:
+            self.client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):  # by another run, meanwhile
+                raise
 
     def _create_version(self, name: str, source: str, registered: Artifact, trained: Artifact) -> ModelVersion:
         built = self.registry.find_building_run(self.experiment, trained.fingerprint)

@@ -10,6 +10,7 @@ from mlflow.store.entities import PagedList
 
 from masters.common import machine
 from masters.store.storage import Storage
+from masters.tracking.client import client as mlflow_client
 
 RUNNING = "attributes.status = 'RUNNING'"
 PARENT = "masters.parent"  # tag of every run that is not a stage's: distillations, nights, evaluations
@@ -19,14 +20,14 @@ T = TypeVar("T")
 
 def find_open_runs(uri: str, storage: Storage) -> list[Run]:
     """Return the parent runs into this store that MLflow shows as running, whether or not their process is alive."""
-    client, query = MlflowClient(uri), f"{RUNNING} and tags.`{PARENT}` = 'yes'"
+    client, query = mlflow_client(uri), f"{RUNNING} and tags.`{PARENT}` = 'yes'"
     experiments = [e.experiment_id for e in _read_pages(lambda token: client.search_experiments(page_token=token))]
     found = _read_pages(lambda token: client.search_runs(experiments, query, max_results=1000, page_token=token))
     return [run for run in found if _may_be_store(run.data.tags.get("masters.store", ""), storage)]
 
 
 def _may_be_store(address: str, storage: Storage) -> bool:
-    """Whether a run's store may be this one: a missing local folder may be where another machine mounts it."""
+    """Return whether a run's store may be this one: a missing local folder may be where another machine mounts it."""
     return address == storage.uri("") or (storage.local and "://" not in address and not os.path.exists(address))
 
 
@@ -41,7 +42,7 @@ def _read_pages(search: Callable[[str | None], PagedList[T]]) -> Iterator[T]:
 
 def end_lost_runs(uri: str, storage: Storage) -> None:
     """End, as KILLED, the runs whose process on this machine is gone. Other machines' processes are unknown."""
-    client = MlflowClient(uri)
+    client = mlflow_client(uri)
     for run in find_open_runs(uri, storage):
         if machine.has_ended(run.data.tags.get("masters.process", "")):
             end_run(client, run)
@@ -49,7 +50,7 @@ def end_lost_runs(uri: str, storage: Storage) -> None:
 
 def end_runs_with_key(uri: str, storage: Storage, key: str) -> None:
     """End, as KILLED, the open runs with this key, wherever their process ran."""
-    client = MlflowClient(uri)
+    client = mlflow_client(uri)
     for run in find_open_runs(uri, storage):
         if run.data.tags.get("masters.key") == key:
             end_run(client, run)

@@ -12,7 +12,6 @@ from pathlib import Path
 from urllib.parse import quote
 
 from mlflow.entities import Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
 
 from masters.common import machine
 from masters.common.errors import TrackingError
@@ -23,9 +22,10 @@ from masters.evaluation import benchmark_results
 from masters.store.artifacts import Artifact, Identity, Upstream
 from masters.store.storage import Storage
 from masters.tracking import locations, run_lineage
-from masters.tracking.client import browser_url, check_server, redact_uri
+from masters.tracking.client import browser_url, redact_uri
 from masters.tracking.client import client as mlflow_client
-from masters.tracking.locations import check_default_database, default_files_folder, default_uri, tracking_uri
+from masters.tracking.experiments import describe_deleted, open_experiment
+from masters.tracking.locations import check_tracking_uri, default_files_folder, default_uri
 from masters.tracking.metric_buffer import BATCH_SIZE, MetricBuffer
 from masters.tracking.model_publisher import ModelPublisher, TrackedArtifacts
 from masters.tracking.open_runs import PARENT, end_lost_runs
@@ -46,13 +46,12 @@ class RunWriter:
 
     def __init__(self, config: Config, storage: Storage, key: str = "", flow: str = "distill") -> None:
         """Open the run. `key` stays the same when the run is retried, such as the flow run's id."""
-        uri = tracking_uri(config, storage)
-        check_server(uri)
-        if uri == default_uri(storage):
-            check_default_database(storage)
-        self._connect(uri)
+        self._connect(check_tracking_uri(config, storage))
+        self.notes = describe_deleted(self.uri, config.name)  # what someone deleted in MLflow and this run restores
         self._tags = run_lineage.run_tags(config) | {"masters.store": storage.uri("")}
-        self._experiment = self._find_experiment(config.name, storage)
+        # a new experiment in the default database keeps its files beside it
+        files = default_files_folder(storage) if self.uri == default_uri(storage) else None
+        self._experiment = open_experiment(self._client, config.name, files)
         self._tracked = TrackedArtifacts()
         end_lost_runs(self.uri, storage)
         locations.record_uri(storage, redact_uri(self.uri), default_uri(storage))
@@ -68,17 +67,6 @@ class RunWriter:
     def _connect(self, uri: str) -> None:
         self.uri, self.registry, self._client = uri, Registry(uri), mlflow_client(uri)
         self._metrics = MetricBuffer(self._client)
-
-    def _find_experiment(self, name: str, storage: Storage) -> str:
-        """Return the experiment's id. A new one in the default database keeps its files beside it."""
-        is_default = self.uri == default_uri(storage)
-        try:
-            return self._client.create_experiment(name, default_files_folder(storage) if is_default else None)
-        except MlflowException:
-            found = self._client.get_experiment_by_name(name)
-            if found is None:
-                raise
-            return found.experiment_id
 
     def _open_run(self, key: str, name: str, tags: dict[str, str]) -> str:
         """Find the run with this key and set it to RUNNING, or create it. Returns its id."""

@@ -1,0 +1,53 @@
+"""Creates the tables of MLflow's database: its migration fails if several processes begin it together."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+from filelock import FileLock
+from mlflow import MlflowClient
+from mlflow.store.db.utils import create_sqlalchemy_engine_with_retry
+
+ADVISORY_LOCK = 0x6D61_7374_6572_73  # any number that other programs are unlikely to lock
+
+
+@cache
+def create_tables(uri: str) -> None:
+    """Create the tables of a new database at `uri`, or wait until another process has created them.
+
+    Does nothing for a server, which creates its own tables.
+    """
+    scheme, _, path = uri.partition("://")
+    dialect = scheme.partition("+")[0]
+    if dialect == "sqlite":
+        with _lock_file(Path(path.removeprefix("/"))):
+            MlflowClient(uri)
+    elif dialect == "postgresql":
+        with _lock_postgres(uri):
+            MlflowClient(uri)
+
+
+@contextmanager
+def _lock_file(database: Path) -> Iterator[None]:
+    """Hold a lock file beside a SQLite database. Without the right to write there, no table is created either."""
+    lock = FileLock(database.with_name(f".{database.name}.lock"))
+    with suppress(OSError):
+        database.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _lock_postgres(uri: str) -> Iterator[None]:
+    """Hold an advisory lock in the database, which also excludes processes on other machines."""
+    engine = create_sqlalchemy_engine_with_retry(uri)
+    try:
+        with engine.connect() as connection:
+            connection.exec_driver_sql(f"select pg_advisory_lock({ADVISORY_LOCK})")
+            yield
+    finally:
+        engine.dispose()  # ends the connection and with it the lock

@@ -1,0 +1,120 @@
+"""Several first runs at once: one creates the tables of MLflow's database, the others wait. SQLite and Postgres."""
+
+import multiprocessing
+import os
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from masters.common.errors import InputError
+from masters.infra import postgres
+from masters.infra.service import start_service, stop_service, wait_until_ready
+from masters.store.storage import Storage
+from masters.tracking.client import client
+from masters.tracking.run_writer import RunWriter
+from tests.tracked_run import NAME, make_config, write_run
+
+FORK = multiprocessing.get_context("fork")  # importing MLflow again takes a process seconds
+
+
+@pytest.fixture
+def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "store").mkdir()
+    return Storage(str(tmp_path / "store"))
+
+
+def run_at_once(storage: Storage, count: int, run: Callable[[Storage, bytes], object]) -> list[int | None]:
+    """Start first runs in processes of their own, at the same moment. Returns their exit codes."""
+    barrier = FORK.Barrier(count)
+
+    def start(number: int) -> None:
+        barrier.wait()
+        run(storage, str(number).encode())
+
+    processes = [FORK.Process(target=start, args=(number,)) for number in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def open_run(storage: Storage, _: bytes) -> None:
+    RunWriter(make_config(storage.uri("")), storage).finish("FINISHED")
+
+
+def statuses(uri: str) -> list[str]:
+    """Return the statuses of all distillations."""
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(NAME)
+    assert experiment
+    runs = client.search_runs([experiment.experiment_id], "tags.`masters.parent` = 'yes'")
+    return [run.info.status for run in runs]
+
+
+def test_simultaneous_first_runs_share_a_file(storage: Storage) -> None:
+    assert run_at_once(storage, 3, open_run) == [0] * 3
+    assert statuses(f"sqlite:///{storage.path('mlflow.db')}") == ["FINISHED"] * 3
+
+
+@pytest.fixture
+def postgres_uri() -> Iterator[str]:
+    """A new Postgres server with an empty database."""
+    folder = Path(tempfile.mkdtemp(prefix="masters-postgres-"))  # a socket's path must be short
+    folder.chmod(0o711)  # as root, Postgres runs as another user
+    sockets = folder / "sockets"
+    sockets.mkdir()
+    service = postgres.make_service(folder / "data", sockets, dict(os.environ))
+    started = start_service(service, folder, "test")
+    try:
+        wait_until_ready(service, started, folder, 120)
+        postgres.create_databases(sockets)
+        yield f"postgresql+psycopg2://postgres@/mlflow?host={sockets}"
+    finally:
+        stop_service(started)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_simultaneous_first_runs_share_postgres(
+    postgres_uri: str, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each registers a student of its own under the same name."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", postgres_uri)
+    assert run_at_once(storage, 4, write_run) == [0] * 4
+    assert statuses(postgres_uri) == ["FINISHED"] * 4
+    versions = MlflowClient(postgres_uri).search_model_versions(f"name = '{NAME}'")
+    assert sorted(int(version.version) for version in versions) == [1, 2, 3, 4]
+
+
+def test_an_existing_database_is_read_without_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing can be written beside it, nobody creates tables either."""
+    file = tmp_path / "mlflow.db"
+    MlflowClient(f"sqlite:///{file}").create_experiment("before")
+    (tmp_path / ".mlflow.db.lock").mkdir()
+    assert client(f"sqlite:///{file}").get_experiment_by_name("before")
+
+
+def test_a_database_that_cannot_be_opened_is_refused_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "mlflow.db"
+    file.write_text("this is no database, though its name says so")
+    with pytest.raises(InputError, match=f"MLflow at sqlite:///{file} cannot be opened: ") as caught:
+        client(f"sqlite:///{file}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_database_of_another_version_is_refused_in_one_line(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    MlflowClient(uri)
+    shutil.copy(tmp_path / "mlflow.db", tmp_path / "old.db")
+    with sqlite3.connect(tmp_path / "old.db") as connection:
+        connection.execute("update alembic_version set version_num = '1'")
+    with pytest.raises(InputError, match="out-of-date database schema"):
+        client(f"sqlite:///{tmp_path / 'old.db'}")
