@@ -23,7 +23,6 @@ from masters.store import artifacts, lineage
 from masters.store.artifacts import RECORD
 from masters.store.storage import Storage, open_storage, work_folder
 from masters.tracking import locations, open_runs
-from masters.tracking.client import redact_uri
 from masters.tracking.locations import check_exists
 from masters.tracking.registry import Registry
 
@@ -109,24 +108,20 @@ def find_reachable(registries: list[Registry], storage: Storage) -> Reachable:
 def _find_registries(config: Config, storage: Storage) -> tuple[list[Registry], list[str]]:
     """Return the registries of every MLflow that knows this store, and a message for each that cannot be reached.
 
-    An MLflow is known to the store if a run of the store was tracked in it, or to this machine by an earlier run.
-    Raises InputError if the MLflow of the configuration cannot be reached.
+    An MLflow is known to the store if a run of the store was tracked in it. Raises InputError if the MLflow of the
+    configuration cannot be reached.
     """
     configured = locations.tracking_uri(config, storage)
     check_exists(configured)
-    # This machine may know an address with its password; the store records it without.
-    full_uris = {redact_uri(uri): uri for uri in [*locations.remembered_uris(), configured]}
-    recorded = locations.recorded_uris(storage, locations.default_uri(storage))
-    if last := _read_summary(storage).get("mlflow", {}).get("tracking_uri"):
-        recorded.setdefault(last, storage.uri("summary.json"))
     reachable, unreachable = [configured], []
-    for uri, file in recorded.items():
-        if error := _query_error(full_uris.get(uri, uri)):
+    for uri, file in locations.recorded_uris(storage).items():
+        if uri == locations.without_secrets(configured):
+            continue
+        if error := _query_error(uri):
             unreachable.append(f"MLflow at {uri}: {error}; if it no longer exists, remove {file}")
         else:
-            reachable.append(full_uris.get(uri, uri))
-    reachable += [uri for redacted, uri in full_uris.items() if redacted not in recorded and not _query_error(uri)]
-    return [Registry(uri) for uri in dict.fromkeys(reachable)], unreachable
+            reachable.append(uri)
+    return [Registry(uri) for uri in reachable], unreachable
 
 
 def _query_error(uri: str) -> str | None:

@@ -19,7 +19,7 @@ from masters.common.hashing import digest
 from masters.flows.nightly import run_night
 from masters.store.artifacts import External, Identity, load
 from masters.store.storage import Storage
-from masters.tracking import locations, metric_buffer, open_runs, run_lineage
+from masters.tracking import metric_buffer, open_runs, run_lineage
 from masters.tracking.locations import check_default_database
 from masters.tracking.run_writer import RunWriter
 from tests.tracked_run import NAME, make_config, write_run, write_stage
@@ -326,20 +326,6 @@ def test_a_store_has_one_address_whichever_path_leads_to_it(storage: Storage, tm
 
 def stage_runs(writer: RunWriter) -> list[Run]:
     return writer.registry.stage_runs(writer._experiment, writer.run_id)
-
-
-def test_this_machine_keeps_the_last_address_of_a_name(storage: Storage, home: Path) -> None:
-    writer, _ = write_run(storage)
-    assert locations.remembered_uris(NAME) == [writer.uri]
-    locations.remember_uri(NAME, "http://elsewhere")
-    locations.remember_uri("another", writer.uri)
-    assert locations.remembered_uris(NAME) == ["http://elsewhere"]
-    assert sorted(locations.remembered_uris()) == ["http://elsewhere", writer.uri]
-    assert (home / ".cache/masters/tracking" / NAME).stat().st_mode & 0o077 == 0
-
-
-def test_a_name_without_an_address_has_none(home: Path) -> None:
-    assert locations.remembered_uris(NAME) == locations.remembered_uris("../../etc/hostname") == []
 
 
 @pytest.mark.parametrize("name", ["a?b", "a%20b"])

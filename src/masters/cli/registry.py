@@ -14,7 +14,8 @@ app = typer.Typer()
 MlflowUri = Annotated[
     str | None,
     typer.Option(
-        "--mlflow-uri", help="Default: MLFLOW_TRACKING_URI, otherwise where runs on this machine were tracked"
+        "--mlflow-uri",
+        help="Default: MLFLOW_TRACKING_URI, otherwise that of the name's last store on this machine",
     ),
 ]
 

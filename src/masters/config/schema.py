@@ -261,7 +261,8 @@ class Runtime(Section):
     )
     mlflow_uri: str | None = Field(
         default=None,
-        description="MLflow tracking URI. Default: MLFLOW_TRACKING_URI, otherwise a SQLite file beside the artifacts",
+        description="MLflow tracking URI. Default: MLFLOW_TRACKING_URI, otherwise that of the store's first run, "
+        "otherwise a SQLite file beside the artifacts",
     )
     pools: Pools = Field(default=Pools(), description="Prefect work pools that run stages")
 

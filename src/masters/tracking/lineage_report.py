@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from masters.common.errors import InputError, MastersError
@@ -13,7 +14,7 @@ from masters.store import lineage
 from masters.store.lineage import LineageNode
 from masters.store.storage import Storage
 from masters.tracking.client import redact_uri
-from masters.tracking.locations import candidate_uris, reachable_uris
+from masters.tracking.locations import candidate_uris, check_exists
 from masters.tracking.registry import LineageTarget, Registry
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -40,15 +41,23 @@ def find_target(reference: str, mlflow_uri: str | None) -> tuple[Registry, Linea
     """Resolve `name`, `models:/name/3`, `name@champion` or a run id. Returns its MLflow's registry and the target."""
     name, selector = parse_reference(reference)
     if selector is None and RUN_ID.fullmatch(name):
-        for uri in reachable_uris(candidate_uris(None, mlflow_uri)):
-            registry = Registry(uri)
-            if target := registry.resolve_run(name):
-                return registry, target
-        raise InputError(
-            f"run {name} was not found in an MLflow known to this machine; name its MLflow with --mlflow-uri"
-        )
+        return _find_run(name, mlflow_uri)
     registry = find_registry(name, mlflow_uri)
     return registry, registry.resolve_model(name, selector)
+
+
+def _find_run(run_id: str, mlflow_uri: str | None) -> tuple[Registry, LineageTarget]:
+    """Find a run in the MLflows of all stores that this machine knows. One that does not answer is left out."""
+    uris = candidate_uris(None, mlflow_uri)
+    for uri in uris:
+        with suppress(InputError) if len(uris) > 1 else nullcontext():
+            check_exists(uri)
+            registry = Registry(uri)
+            if target := registry.resolve_run(run_id):
+                return registry, target
+    raise InputError(
+        f"run {run_id} was not found in an MLflow known to this machine; name its MLflow with --mlflow-uri"
+    )
 
 
 def find_registry(name: str, mlflow_uri: str | None = None) -> Registry:
@@ -56,7 +65,8 @@ def find_registry(name: str, mlflow_uri: str | None = None) -> Registry:
     uris = candidate_uris(name, mlflow_uri)
     if not uris:
         raise InputError(f"no run of {name} was made on this machine: name its MLflow with --mlflow-uri")
-    for uri in reachable_uris(uris):
+    for uri in uris:
+        check_exists(uri)  # a model of this name in a later one may be another
         registry = Registry(uri)
         if registry.has(name):
             return registry

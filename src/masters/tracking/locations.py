@@ -1,16 +1,20 @@
-"""Finds the MLflow of a run, and keeps the addresses that commands need later.
+"""Finds the MLflow of a store.
 
-A store keeps the address, without secrets, of every MLflow that tracked a run into it: garbage collection spares the
-models with an alias in any of them, also on machines that never made a run. This machine keeps the last address of
-each name, so that `masters lineage NAME` needs no option.
+A store has one tracking URI: that of the MLflow in which its first run was tracked. It is written down in the store,
+without secrets, and used wherever neither the configuration nor the environment names another. Where they do, that
+address is written down beside it, because garbage collection spares the models with an alias in any of them.
+
+Commands that take a name alone (`masters lineage NAME`, `masters rollback NAME`) need a store first. So this machine
+keeps one note of each name: the store of its last run.
 """
 
 import json
 import os
-from contextlib import suppress
+import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
-from masters.common.errors import InputError
+from masters.common.errors import InputError, StoreError
 from masters.common.files import describe_place, write_atomically
 from masters.common.hashing import fingerprint
 from masters.common.machine import cache_folder
@@ -20,36 +24,43 @@ from masters.config.allowlist import Setting
 from masters.store.storage import Storage
 from masters.tracking.client import check_server, redact_uri
 
-FOLDER = "tracking"
+FOLDER = "tracking"  # of a store
+NOTES = "stores"  # folder of this machine's notes
 DEFAULT_DATABASE = "beside the artifacts"  # stands for the default database of a local store, which moves with it
+SQLITE = "sqlite:///"
 
 
-def record_uri(storage: Storage, uri: str, default: str) -> None:
-    """Write an address to the store. `default` is the address of the store's default database."""
-    stored = DEFAULT_DATABASE if uri == default and storage.local else redact(uri)
+def record_uri(storage: Storage, uri: str) -> None:
+    """Write the address of a run's MLflow to the store, unless it is there."""
+    stored = DEFAULT_DATABASE if uri == default_uri(storage) and storage.local else without_secrets(uri)
     name = f"{FOLDER}/{fingerprint(stored)}.json"
     if not storage.exists(name):
-        storage.write(name, json.dumps(dict(uri=stored)).encode())
+        storage.create(name, json.dumps(dict(uri=stored, since=time.time())).encode())
 
 
-def recorded_uris(storage: Storage, default: str) -> dict[str, str]:
-    """Map each address in the store to the URI of the file that holds it."""
-    uris = {}
-    for name in storage.names(FOLDER):
-        stored = json.loads(storage.read(name))["uri"]
-        uris[default if stored == DEFAULT_DATABASE else stored] = storage.uri(name)
-    return uris
+def without_secrets(uri: str) -> str:
+    """Return a tracking URI as the store holds it."""
+    return redact(redact_uri(uri))
 
 
-def remember_uri(name: str, uri: str) -> None:
-    """Keep on this machine where runs of this name are tracked, for commands that take a name alone."""
-    with suppress(OSError):  # without a writable home, those commands need --mlflow-uri
-        write_atomically(cache_folder() / FOLDER / name, uri, mode=0o600)  # a database's address may hold its password
+def recorded_uris(storage: Storage) -> dict[str, str]:
+    """Map each address in the store, the first one first, to the URI of the file that holds it."""
+    found = {name: json.loads(storage.read(name)) for name in storage.names(FOLDER)}
+    return {
+        default_uri(storage) if found[name]["uri"] == DEFAULT_DATABASE else found[name]["uri"]: storage.uri(name)
+        for name in sorted(found, key=lambda name: found[name]["since"])
+    }
 
 
-def remembered_uris(name: str | None = None) -> list[str]:
-    """Return the address kept for a name, or those of all names, the latest first."""
-    folder = cache_folder() / FOLDER
+def remember_store(name: str, storage: Storage) -> None:
+    """Keep on this machine in which store the last run of this name was."""
+    with suppress(OSError):  # without a writable home, commands that take a name alone need --mlflow-uri
+        write_atomically(cache_folder() / NOTES / name, storage.uri(""))
+
+
+def remembered_stores(name: str | None = None) -> list[str]:
+    """Return the store kept for a name, or those of all names, the latest first."""
+    folder = cache_folder() / NOTES
     with suppress(OSError):
         files = sorted(folder.glob("[!.]*"), key=os.path.getmtime, reverse=True)
         return list(dict.fromkeys(file.read_text() for file in files if name in (None, file.name)))
@@ -57,7 +68,7 @@ def remembered_uris(name: str | None = None) -> list[str]:
 
 
 def tracking_uri(config: Config, storage: Storage) -> str:
-    """Return runtime.mlflow_uri, else MLFLOW_TRACKING_URI, else the address of the default database."""
+    """Return runtime.mlflow_uri, else MLFLOW_TRACKING_URI, else the store's address, else its default database's."""
     configured = config.runtime.mlflow_uri
     if configured and redact_uri(configured) != configured:
         raise InputError(
@@ -66,7 +77,18 @@ def tracking_uri(config: Config, storage: Storage) -> str:
         )
     if configured:
         allowlist.check_allowed(Setting.MLFLOW, "runtime.mlflow_uri", configured)
-    return configured or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(storage)
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or _store_uri(storage)
+
+
+def _store_uri(storage: Storage) -> str:
+    """Return the address of the store's first run. A SQLite file counts only if it is on this machine for certain."""
+    default = default_uri(storage)
+    uri = next(iter(recorded_uris(storage)), default)
+    if uri.startswith(SQLITE) and not (storage.local and Path(uri.removeprefix(SQLITE)).is_file()):
+        return default
+    if uri != default:  # whoever may choose a store must not thereby choose any address
+        allowlist.check_allowed(Setting.MLFLOW, f"the MLflow of the store {storage.uri('')}", uri)
+    return uri
 
 
 def check_tracking_uri(config: Config, storage: Storage) -> str:
@@ -80,8 +102,8 @@ def check_tracking_uri(config: Config, storage: Storage) -> str:
 
 def is_new_database(uri: str) -> bool:
     """Return whether a SQLite database does not exist yet, or has no tables yet."""
-    file = Path(uri.removeprefix("sqlite:///"))
-    return uri.startswith("sqlite:///") and not (file.is_file() and file.stat().st_size)
+    file = Path(uri.removeprefix(SQLITE))
+    return uri.startswith(SQLITE) and not (file.is_file() and file.stat().st_size)
 
 
 def default_uri(storage: Storage) -> str:
@@ -112,28 +134,21 @@ def default_files_folder(storage: Storage) -> str:
 
 
 def candidate_uris(name: str | None, mlflow_uri: str | None) -> list[str]:
-    """Return `mlflow_uri`, else MLFLOW_TRACKING_URI, else the addresses that this machine keeps, the latest first."""
+    """Return `mlflow_uri`, else MLFLOW_TRACKING_URI, else the addresses in the stores that this machine keeps."""
     named = mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return [named] if named else remembered_uris(name)
-
-
-def reachable_uris(uris: list[str]) -> list[str]:
-    """Return the addresses that answer. Raises InputError if the only one does not."""
-    reachable = []
-    for uri in uris:
-        try:
-            check_exists(uri)
-            reachable.append(uri)
-        except InputError:
-            if len(uris) == 1:
-                raise
-    return reachable
+    if named:
+        return [named]
+    uris: dict[str, str] = {}
+    for root in remembered_stores(name):
+        with suppress(StoreError) if name is None else nullcontext():  # a run id may be in another store
+            uris |= recorded_uris(Storage(root, retry=False))
+    return list(uris)
 
 
 def check_exists(uri: str) -> None:
     """Raise InputError if there is no MLflow at this address; connecting to a missing SQLite file would create it."""
     check_server(uri)
-    if uri.startswith("sqlite:///") and not (path := Path(uri.removeprefix("sqlite:///"))).is_file():
+    if uri.startswith(SQLITE) and not (path := Path(uri.removeprefix(SQLITE))).is_file():
         raise InputError(
             f"there is no MLflow database at {describe_place(path)}: name the right one (--mlflow-uri, or for a "
             "command that reads a configuration MLFLOW_TRACKING_URI or runtime.mlflow_uri)"

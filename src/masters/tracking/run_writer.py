@@ -22,7 +22,7 @@ from masters.evaluation import benchmark_results
 from masters.store.artifacts import Artifact, Identity, Upstream
 from masters.store.storage import Storage
 from masters.tracking import locations, run_lineage
-from masters.tracking.client import browser_url, redact_uri
+from masters.tracking.client import browser_url
 from masters.tracking.client import client as mlflow_client
 from masters.tracking.experiments import describe_deleted, open_experiment
 from masters.tracking.locations import check_tracking_uri, default_files_folder, default_uri
@@ -54,11 +54,11 @@ class RunWriter:
         self._experiment = open_experiment(self._client, config.name, files)
         self._tracked = TrackedArtifacts()
         end_lost_runs(self.uri, storage)
-        locations.record_uri(storage, redact_uri(self.uri), default_uri(storage))
+        locations.record_uri(storage, self.uri)
         tags = {"masters.stage": flow, PARENT: "yes", "masters.process": machine.this_process()}
         self.key = key or uuid.uuid4().hex
         self.run_id = self.current_run_id = self._open_run(self.key, config.name, tags)
-        locations.remember_uri(config.name, self.uri)
+        locations.remember_store(config.name, storage)
         values = flatten(config.model_dump()).items()
         self._client.log_batch(
             self.run_id, params=[Param(key, redact(str(value))[:MAX_PARAMETER_LENGTH]) for key, value in values]
