@@ -15,6 +15,7 @@ MAX_ASPECT = 200  # long to short side; Qwen's image processors refuse more
 # No PostScript, PDF or vector formats: decoding those runs programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000", "TGA", "ICO")
 GRAY_16_BIT = ("I;16", "I;16B", "I;16L", "I;16N")  # Pillow would clip these to white
+TRANSPARENT_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 CACHE_SIZE = 4096  # images whose fault is remembered
 
 Fault = tuple[str, object]  # (kind, detail)
@@ -31,17 +32,43 @@ def find_image_fault(data: bytes, digest: str) -> Fault | None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to what models see: the first frame, upright as its EXIF says, 8 bits a channel.
+    """Convert an image to what models see: its first frame, upright, on white where transparent, 8 bits a channel.
 
-    Of 16 bits the upper 8 are kept, as Pillow does for color. Raises ValueError if no range says which sample is white.
+    These are the pixels of vLLM's own loader, which serves the student later, with one exception: of 16-bit gray the
+    upper 8 bits are kept, as Pillow does for color, where that loader clips nearly all samples to white. Raises
+    ValueError if no range says which sample is white.
     """
     image.load()
     image = _apply_orientation(image)
     if image.mode in GRAY_16_BIT:
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        return _gray_16_to_rgb(image)
     if image.mode in ("I", "F"):
         raise ValueError(f"samples of mode {image.mode} have no stated range; save it with 8 or 16 bits a channel")
-    return image.convert("RGB")
+    return _on_white(image) if _has_transparency(image) else image.convert("RGB")
+
+
+def _gray_16_to_rgb(image: Image.Image) -> Image.Image:
+    """Keep the upper 8 bits of each sample; the transparent one, if the file names one, becomes white."""
+    samples = np.asarray(image)
+    gray = (samples >> 8).astype(np.uint8)
+    if isinstance(transparent := image.info.get("transparency"), int):
+        gray[samples == transparent] = 255
+    return Image.fromarray(gray).convert("RGB")
+
+
+def _has_transparency(image: Image.Image) -> bool:
+    """Whether pixels are transparent as in vLLM's loader: in RGB it ignores a color that the file calls transparent."""
+    return image.mode in TRANSPARENT_MODES or (image.mode != "RGB" and "transparency" in image.info)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Composite an image with transparency on white."""
+    if image.mode == "La":  # Pillow converts gray with premultiplied alpha to no other mode
+        image = image.convert("LA")
+    with_alpha = image.convert("RGBA")
+    canvas = Image.new("RGB", image.size, "white")
+    canvas.paste(with_alpha, mask=with_alpha.getchannel("A"))
+    return canvas
 
 
 def _apply_orientation(image: Image.Image) -> Image.Image:
@@ -53,7 +80,8 @@ def _apply_orientation(image: Image.Image) -> Image.Image:
     if orientation not in range(2, 9):  # 1: as it is stored
         return image
     bare = image.copy()
-    bare.info = {}  # exif_transpose would write the other tags again, and fail on odd ones
+    # exif_transpose would write the other tags again, and fail on odd ones
+    bare.info = {name: value for name, value in image.info.items() if name == "transparency"}
     bare.getexif()[ExifTags.Base.Orientation] = orientation
     return ImageOps.exif_transpose(bare)
 
