@@ -7,19 +7,25 @@ Two passes over the source: the first selects rows (`masters.data.selection`), t
 from prefect import task
 
 from masters.common.errors import InputError
+from masters.config.schema import BUILT_IN_SOURCES
 from masters.data.question_table import source_origin, write_tables
-from masters.data.selection import SOURCE_CHANGED, QuestionKey
+from masters.data.selection import SOURCE_CHANGED, QuestionKey, check_leaks, describe_leaks
 from masters.store.artifacts import Artifact, External, Identity
 from masters.tasks.build_or_reuse import TASK_OPTIONS, StageResult, build_or_reuse
+from masters.tasks.progress import warn
 from masters.tasks.run_context import Context, Run
 
 VERSION = 6  # 5: image_digest; 6: accepted_answers
+# version of the rules by which rows are read; the rows of built-in sources need none of them. 2: numbers as text,
+# image placeholders, URIs, names of splits
+ROW_RULES = 2
 
 
 def make_identity(context: Context) -> Identity:
     """Return the identity: content of the source, limits and refused tokens.
 
-    `data.max_rejected_share` takes no part, as it changes no row.
+    `data.max_rejected_share` and `data.max_leaked_share` take no part, as they change no row. Neither does
+    `data.fetch_images`: the source's digest covers the images that were fetched.
     """
     settings = context.config.data
     config = dict(
@@ -27,6 +33,8 @@ def make_identity(context: Context) -> Identity:
         eval_limit=settings.eval_limit,
         special_tokens=list(context.resources.special_tokens),
     )
+    if settings.source not in BUILT_IN_SOURCES:
+        config |= dict(row_rules=ROW_RULES)
     if settings.validation_share:
         config |= dict(validation_share=settings.validation_share)
     inputs = {"source": context.resources.source.digest()}
@@ -58,6 +66,11 @@ def data(run: Run) -> Artifact:
             f"source {settings.source}: {facts['rejected']} of {facts['read']} rows rejected, more than "
             f"data.max_rejected_share ({limit:.1%}); all of them: {artifact.uri}/rejected"
         )
+    # tables of earlier versions have neither fact
+    run.stages[-1] |= {name: facts[name] for name in ("leaked", "remarks") if facts.get(name)}
+    if leaked := facts.get("leaked"):
+        check_leaks(leaked, facts["eval"], run.config)
+        warn(f"data: {describe_leaks(leaked, facts['eval'])}")
     return artifact
 
 

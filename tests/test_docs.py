@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from masters.config import Config
+from masters.config import Answers, Config
 from masters.config.loading import flatten, load
+from masters.data.split_names import SPLIT_NAMES
+from masters.rewards.verifiers import open_verifier
 from masters.store import tables
 
 ROOT = Path(__file__).parents[1]
@@ -96,3 +98,21 @@ def test_the_site_builds(tmp_path):
     )  # fmt: skip
     assert "train.learning_rate" in (tmp_path / "search/search_index.json").read_text()
     assert "jensen_shannon" in (tmp_path / "python/index.html").read_text()
+
+
+def test_examples_of_compared_answers_hold():
+    page = (DOCS / "own-data.md").read_text()
+    row = r"^\| `([^|]+)` \| `([^|]+)` \|((?: (?:yes|no) \|){4})$"
+    examples = re.findall(row, page, flags=re.M)
+    assert len(examples) >= 10
+    for number, verifier in enumerate(("exact", "final", "number", "choice")):
+        with open_verifier(Answers(verifier=verifier)) as is_right:
+            for response, reference, verdicts in examples:
+                stated = verdicts.replace("|", " ").split()[number]
+                assert is_right(response, [reference]) == (stated == "yes"), (verifier, response, reference)
+
+
+def test_documented_names_of_splits_are_those_of_the_code():
+    page = (DOCS / "own-data.md").read_text()
+    for label, split in (("training", "train"), ("evaluation", "test")):
+        assert f"| {label} | {', '.join(SPLIT_NAMES[split])} |" in page

@@ -10,7 +10,8 @@ from masters.checks import estimates
 from masters.checks.estimates import ParameterCounts, QuestionCounts
 from masters.config import Config
 from masters.config.loading import override_values
-from masters.data.sources import RawRow
+from masters.config.presets import section_values
+from masters.data.selection import Role, Selection
 from masters.models.model_loading import load_model
 from tests.models import tiny_models
 
@@ -27,6 +28,8 @@ def make_config(**values: object) -> Config:
         data={"source": "x"},
         student={"model": "s"},
         teachers=[{"model": "t"}],
+        train=section_values("paper", "train"),
+        rewards=section_values("paper", "rewards"),
     )
     return override_values(base, {key.replace("__", "."): value for key, value in values.items()})
 
@@ -88,17 +91,12 @@ def test_fine_tuning_on_labels_costs_no_teacher_pass() -> None:
     assert flops["train"] == 3 * 2 * 8e9 * (1000 + 64)
 
 
-def test_rows_are_counted_by_split_and_limit_as_in_the_data_stage() -> None:
-    class Rows:
-        def rows(self):
-            splits = ["train"] * 30 + ["test"] * 8 + [None] * 20 + ["else", 3]
-            return iter(RawRow(str(n), split=split) for n, split in enumerate(splits))
-
-    counts = estimates.count_questions(make_config(data__eval_limit=9), Rows(), [(10, 4), (20, 6)])
-    assert counts == QuestionCounts(train=pytest.approx(30 + 0.9 * 22), evaluation=9, prompt=15, image=5)
+def test_selected_questions_are_counted_by_split() -> None:
+    selection = Selection(roles=bytearray([Role.TRAIN] * 6 + [Role.VALIDATION] * 2 + [Role.TEST] * 3 + [Role.UNUSED]))
+    counts = estimates.count_questions(make_config(), selection, [(10, 4), (20, 6)])
+    assert counts == QuestionCounts(train=6, evaluation=3, prompt=15, image=5)
     tuned = make_config(data__validation_share=0.25, evaluate__split="validation")
-    counts = estimates.count_questions(tuned, Rows(), [(10, 4), (20, 6)])
-    assert counts.train == pytest.approx(0.75 * 49.8) and counts.evaluation == pytest.approx(0.25 * 49.8)
+    assert estimates.count_questions(tuned, selection, [(10, 4)]).evaluation == 2
 
 
 def test_forward_flops_match_those_that_pytorch_counts() -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -67,8 +68,85 @@ def test_unreachable_hub_fails_quickly_with_one_line():
 def test_other_files_and_folders_are_refused(tmp_path):
     (tmp_path / "rows.json").write_text("[]")
     (tmp_path / "empty").mkdir()
-    assert "expected a .jsonl or .parquet file, found .json" in refusal_message(tmp_path / "rows.json")
+    assert "expected a .jsonl or .parquet file, found .json with one JSON array" in refusal_message(
+        tmp_path / "rows.json"
+    )
     assert "found neither" in refusal_message(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("s3://bucket/rows.parquet", "nothing is read from s3:// here: copy it to this machine and name the copy"),
+        ("gs://bucket/folder", "nothing is read from gs://"),
+        ("https://example.org/rows.parquet", "nothing is read from https://"),
+        ("HTTP://example.org/rows", "nothing is read from http://"),
+        ("file:///data/rows.jsonl", "nothing is read from file:// here: write its path"),
+        ("hf://datasets/org/name/train.parquet", 'write data.source = "org/name"'),
+        ("https://huggingface.co/datasets/org/name", 'write data.source = "org/name"'),
+        ("parts/*.parquet", "found a pattern, which is not expanded: name the folder"),
+        ("*.jsonl", "found a pattern"),
+        ("part-[0-9]?", "found a pattern"),
+    ],
+)
+def test_a_source_that_is_not_read_is_told_what_is(name, expected):
+    line = refusal_message(name)
+    assert expected in line and "a JSONL or Parquet file, a folder of Parquet files" in line
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_a_json_array_is_told_to_become_lines(tmp_path, indent, suffix, monkeypatch):
+    path = (tmp_path / "my rows").with_suffix(suffix)
+    write_jsonl(tmp_path)
+    path.write_text(" \n" + json.dumps(records(), indent=indent))
+    line = refusal_message(path)
+    assert f"found {suffix} with one JSON array; convert it to one object a line: " in line
+    command = line.partition("a line: ")[2]
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (converted,) = set(tmp_path.glob("my*lines.jsonl"))
+    assert [row.id for row in open_path(converted).rows()] == [row["id"] for row in records()]
+
+
+def test_array_with_an_object_a_line_is_recognized(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("[" + ",\n".join(json.dumps(row) for row in records()) + "\n]\n")
+    assert "with one JSON array" in refusal_message(tmp_path / "rows.jsonl")
+
+
+def test_other_files_are_told_what_to_do(tmp_path):
+    for name, content, expected in (
+        (
+            "rows.csv",
+            "id,image\n",
+            "found .csv; convert it to one of them, with the columns id, image, question, answer",
+        ),
+        ("rows.jsonl.gz", "", "found .gz; unpack it"),
+        ("lines.json", '{"id": 1}\n{"id": 2}\n', "found .json; it has one JSON object a line: rename it to .jsonl"),
+        ("object.json", '{\n "id": 1}', "found .json; convert it"),
+        ("none", "text", "found no suffix; convert it"),
+    ):
+        (tmp_path / name).write_text(content)
+        assert expected in refusal_message(tmp_path / name)
+    (tmp_path / "folder").mkdir()
+    write_jsonl(tmp_path / "folder")
+    assert "found neither; of JSONL name one file" in refusal_message(tmp_path / "folder")
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        (
+            ["id", "images", "messages"],
+            "image may be in images, question may be in messages, answer may be in messages",
+        ),
+        (["images", "prompt", "reward_model"], "question may be in prompt, answer may be in reward_model"),
+        (["question_id", "image", "question", "label"], "(id may be in question_id, answer may be in label)"),
+    ],
+)
+def test_other_formats_are_told_where_the_columns_may_be(tmp_path, columns, expected):
+    line = refusal_message(write_parquet(tmp_path / "rows.parquet", [dict.fromkeys(columns, "x")]))
+    assert expected in line and "; add or rename: " in line
 
 
 def test_a_revision_of_a_local_source_is_refused(tmp_path):
@@ -195,6 +273,21 @@ def test_parquet_images_are_bytes_paths_or_structs(tmp_path):
     assert rows[1].root == tmp_path
 
 
+def test_a_list_of_one_image_is_that_image(tmp_path):
+    lists = [{**r, "image": [{"bytes": png(1), "path": None}]} for r in records(1)]
+    assert [r.image for r in open_path(write_parquet(tmp_path / "lists.parquet", lists)).rows()] == [png(1)]
+    lines = [{**r, "image": [r["image"]]} for r in records(2)]
+    assert [r.image for r in open_path(write_jsonl(tmp_path, lines)).rows()] == ["images/0.png"] * 2
+
+
+def test_digest_covers_images_by_absolute_path_and_file_uri(tmp_path):
+    for reference in (f"{tmp_path}/images/0.png", f"file://{tmp_path}/images/0.png", "images/../images/0.png"):
+        path = write_jsonl(tmp_path, [{**records(1)[0], "image": reference}])
+        before = open_path(path).digest()
+        (tmp_path / "images" / "0.png").write_bytes(png(99))
+        assert open_path(path).digest() != before
+
+
 def test_parquet_refusals(tmp_path):
     (tmp_path / "text.parquet").write_text("not parquet")
     assert "expected a Parquet file" in refusal_message(tmp_path / "text.parquet")
@@ -237,6 +330,25 @@ def test_saved_data_set_yields_stored_bytes_and_splits_by_part(tmp_path):
     assert [r.split for r in many] == ["train"] * 4 + ["test"] * 2
 
 
+@pytest.mark.parametrize("name", ["validation", "valid", "Dev", "eval", "test"])
+def test_parts_of_a_saved_data_set_have_the_names_that_rows_have(tmp_path, name):
+    whole = make_dataset(tmp_path)
+    parts = datasets.DatasetDict({"Training": whole.select(range(4)), name: whole.select([4, 5])})
+    parts.save_to_disk(tmp_path / "many")
+    assert [r.split for r in open_path(tmp_path / "many").rows()] == ["train"] * 4 + ["test"] * 2
+
+
+def test_class_labels_are_read_by_name(tmp_path):
+    whole = make_dataset(tmp_path).cast_column("answer", datasets.ClassLabel(names=[f"class {i}" for i in range(6)]))
+    whole = whole.add_column("split", [0, 1] * 3).cast_column("split", datasets.ClassLabel(names=["Train", "dev"]))
+    whole.save_to_disk(tmp_path / "saved")
+    whole.to_parquet(tmp_path / "rows.parquet")
+    for path in (tmp_path / "saved", tmp_path / "rows.parquet"):
+        rows = list(open_path(path).rows())
+        assert [r.answer for r in rows] == [f"class {i}" for i in range(6)]
+        assert [r.split for r in rows] == ["Train", "dev"] * 3
+
+
 def test_digest_of_a_saved_data_set_covers_its_content(tmp_path):
     for name, count in (("a", 6), ("b", 5)):
         make_dataset(tmp_path, count).save_to_disk(tmp_path / name)
@@ -248,12 +360,12 @@ def test_digest_of_a_saved_data_set_covers_its_content(tmp_path):
 
 def test_saved_data_set_refusals(tmp_path):
     make_dataset(tmp_path).rename_column("answer", "label").save_to_disk(tmp_path / "narrow")
-    datasets.DatasetDict(dev=make_dataset(tmp_path)).save_to_disk(tmp_path / "dev")
+    datasets.DatasetDict(holdout=make_dataset(tmp_path)).save_to_disk(tmp_path / "holdout")
     make_dataset(tmp_path).select([]).save_to_disk(tmp_path / "empty")  # `datasets` cannot load what it saved
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "dataset_info.json").write_text("{")
     assert refusal_message(tmp_path / "narrow").endswith("add or rename: answer")
-    assert "found dev" in refusal_message(tmp_path / "dev")
+    assert "found holdout; rename" in refusal_message(tmp_path / "holdout")
     assert "expected a folder with rows" in refusal_message(tmp_path / "empty")
     assert "expected a folder with rows" in refusal_message(tmp_path / "broken")
 

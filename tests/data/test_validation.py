@@ -1,7 +1,12 @@
 """Every reason for which a row is rejected; no row ends a run."""
 
 import io
+from base64 import b64encode, urlsafe_b64encode
+from collections import Counter
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from PIL import Image
@@ -10,7 +15,7 @@ from masters.common.errors import InputError
 from masters.common.hashing import canonical_json, digest, to_unit_interval
 from masters.data import images
 from masters.data.sources.base import RawRow
-from masters.data.validation import RejectedRow, parse_row, validate_rows
+from masters.data.validation import PLACEHOLDER_REMOVED, RejectedRow, parse_row, validate_rows
 from tests.bad_input.image_files import png_header
 
 
@@ -34,6 +39,7 @@ def encoded(mode: str = "RGB", size: tuple[int, int] = (6, 5), kind: str = "PNG"
 
 
 GOOD = encoded()
+SPLIT_TABLE = "train (training) or test (testing, eval, evaluation, validation, valid, val, dev, development)"
 
 
 def row(**changes) -> RawRow:
@@ -62,9 +68,9 @@ def accept(**changes) -> dict:
 
 @pytest.mark.parametrize("name", ["question", "answer"])
 def test_text_with_a_special_token_is_refused(name: str) -> None:
-    rows = FakeSource(row(id="a", **{name: "what is <|image_pad|> here"}), row(id="b", **{name: "what is <b> here"}))
-    first, second = validate_rows(rows, ("<|im_end|>", "<|image_pad|>"))
-    assert first == RejectedRow("a", f"{name} has a special token", f"{name} has a special token (<|image_pad|>)")
+    rows = FakeSource(row(id="a", **{name: "what is <|im_end|> here"}), row(id="b", **{name: "what is <b> here"}))
+    first, second = validate_rows(rows, ("<|image_pad|>", "<|im_end|>"))
+    assert first == RejectedRow("a", f"{name} has a special token", f"{name} has a special token (<|im_end|>)")
     assert second[name] == "what is <b> here"
 
 
@@ -103,8 +109,41 @@ def test_special_tokens_are_refused_in_every_accepted_answer():
 
 def test_whole_number_ids_become_their_decimals():
     assert accept(id=17)["question_id"] == "17"
-    first, second = validate(row(id=17), row(id="17"))
-    assert first["question_id"] == "17" and second.reason == "duplicate id"
+    first, second, third = validate(row(id=17), row(id="17"), row(id=17.0))
+    assert first["question_id"] == "17" and second.reason == third.reason == "duplicate id"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (3, "3"), (0, "0"), (-12, "-12"), (2**70, str(2**70)), (True, "true"), (False, "false"), (2.0, "2"),
+        (0.5, "0.5"), (-0.0, "0"), (1e-7, "1e-07"), (1e308, "1e+308"), (0.1 + 0.2, "0.30000000000000004"),
+        (Decimal("1.50"), "1.5"), (Decimal("1E+3"), "1000"), (Decimal("2.00"), "2"),
+    ],
+)  # fmt: skip
+def test_numbers_and_truth_values_become_texts(value, text):
+    assert accept(answer=value, category=value)["answer"] == accept(category=value)["category"] == text
+    assert accept(answer=[value, "other"])["accepted_answers"] == [text, "other"]
+
+
+def test_equal_answers_of_different_types_are_one():
+    assert accept(answer=[2, "2", 2.0, True, "true"])["accepted_answers"] == ["2", "true"]
+
+
+def test_question_loses_its_image_placeholder_and_is_counted():
+    remarks = Counter()
+    marked, plain, bad = validate_rows(
+        FakeSource(row(id="a", question="<image>\nwhat?"), row(id="b"), row(id="c", question="<image>", answer=None)),
+        remarks=remarks,
+    )
+    assert marked["question"] == plain["question"] == "what?"
+    assert marked["question_digest"] == plain["question_digest"] and isinstance(bad, RejectedRow)
+    assert remarks == {PLACEHOLDER_REMOVED: 1}
+
+
+def test_a_removed_placeholder_makes_no_special_token():
+    (found,) = validate_rows(FakeSource(row(question="<|im_<image>end|>")), ("<|im_end|>",))
+    assert found.reason == "question has a special token (<|im_end|>)"
 
 
 def test_parse_row_returns_the_accepted_question(tmp_path):
@@ -112,6 +151,7 @@ def test_parse_row_returns_the_accepted_question(tmp_path):
     for raw in (
         row(category=""),
         row(answer=["this", "that"]),
+        row(answer=7, question="<image> what?", split="Validation"),
         row(id=3, split="test", category="c"),
         row(image="x.png", root=tmp_path),
     ):
@@ -151,8 +191,19 @@ def test_without_a_split_the_image_decides():
     assert 15 <= len(held_out) <= 45, "a tenth of 300"
 
 
-def test_a_given_split_is_kept():
-    assert {accept(split=s)["split"] for s in ("train", "test")} == {"train", "test"}
+@pytest.mark.parametrize(
+    ("split", "names"),
+    [
+        ("train", ["train", "Train", "TRAIN", "training", " train\n"]),
+        ("test", ["test", "TEST", "testing", "eval", "Evaluation", "validation", "valid", "VAL", "dev", "development"]),
+    ],
+)
+def test_a_split_has_several_names(split, names):
+    assert {accept(split=name)["split"] for name in names} == {split}
+
+
+def test_an_empty_split_is_decided_by_the_image():
+    assert accept(split="")["split"] == accept()["split"]
 
 
 # what is rejected
@@ -171,11 +222,8 @@ def test_a_given_split_is_kept():
         ({"answer": None}, "answer is missing"),
         ({"question": ""}, "question is empty"),
         ({"answer": " \n\t\u00a0"}, "answer is empty"),
-        ({"answer": 3}, "answer is not text (found int)"),
-        ({"answer": True}, "answer is not text (found bool)"),
         ({"answer": []}, "answer is an empty list"),
         ({"answer": ["a"] * 101}, "answer is too long a list (101 texts, limit 100)"),
-        ({"answer": ["a", 3]}, "answer is not text (found int)"),
         ({"answer": ["a", None]}, "answer is missing"),
         ({"answer": ["a", " "]}, "answer is empty"),
         ({"answer": [["a"]]}, "answer is not text (found list)"),
@@ -188,11 +236,19 @@ def test_a_given_split_is_kept():
         ({"question": "\x1b[31m"}, "question has control characters (U+001B at 0)"),
         ({"question": "x\x7f"}, "question has control characters (U+007F at 1)"),
         ({"answer": "\ud800"}, "answer is not valid Unicode"),
-        ({"category": 4}, "category is not text (found int)"),
-        ({"split": "dev"}, "unknown split (found 'dev', expected train or test)"),
-        ({"split": 0}, "unknown split (found 0, expected train or test)"),
-        ({"split": ["train"]}, "unknown split (found ['train'], expected train or test)"),
+        ({"answer": float("nan")}, "answer is missing"),
+        ({"answer": float("inf")}, "answer is not text (found float)"),
+        ({"answer": ["a", date(2026, 1, 1)]}, "answer is not text (found date)"),
+        ({"category": ["a"]}, "category is not text (found list)"),
+        ({"question": 3}, "question is not text (found int)"),
+        ({"split": "holdout"}, f"unknown split (found 'holdout', expected {SPLIT_TABLE})"),
+        ({"split": 0}, f"unknown split (found 0, expected {SPLIT_TABLE})"),
+        ({"split": ["train"]}, f"unknown split (found ['train'], expected {SPLIT_TABLE})"),
+        ({"question": "<image> and <image>?"}, "question has placeholders of several images (2, a row has one image)"),
+        ({"question": "<image>\n"}, "question is empty"),
         ({"image": ""}, "image is missing"),
+        ({"image": ["a.png", "b.png"]}, "image is a list (of 2; expected one image a row)"),
+        ({"image": []}, "image is a list (of 0; expected one image a row)"),
         ({"image": 7}, "image is neither bytes nor a path (found int)"),
         ({"image": "x.png"}, "image is a path (this source has no folder; expected bytes)"),
         ({"image": png_header(9000, 9000)}, "image has too many pixels (9000 x 9000, limit 64000000)"),
@@ -235,9 +291,53 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("path", ["images/x.png", "./images/x.png", "in.png", Path("images/x.png")])
-def test_paths_inside_the_folder_are_accepted(folder, path):
-    assert accept(image=path, root=folder)["image"] == GOOD
+@pytest.mark.parametrize(
+    "path",
+    [
+        "images/x.png", "./images/x.png", "in.png", Path("images/x.png"), "images/../images/x.png", "images//x.png",
+        "none/../images/x.png", "{folder}/images/x.png", "{folder}/../data/in.png", "file://{folder}/images/x.png",
+        "file://localhost{folder}/images/x.png", "FILE:{folder}/images/x.png", "file:images/x.png",
+        "file://{folder}/im%61ges/x.png", "{link}/images/x.png", f"data:image/png;base64,{b64encode(GOOD).decode()}",
+        f"data:;base64,{b64encode(GOOD).decode().rstrip('=')}", f"DATA:image/png;x=y;BASE64,{quote(b64encode(GOOD))}",
+        f"data:image/png;base64,{urlsafe_b64encode(GOOD).decode()}", f"data:image/png,{quote(GOOD)}",
+    ],
+)  # fmt: skip
+def test_images_inside_the_folder_and_in_the_row_are_accepted(folder, path):
+    link = folder.parent / "link"
+    link.symlink_to(folder)
+    reference = path.format(folder=folder, link=link) if isinstance(path, str) and "{" in path else path
+    found = accept(image=reference, root=folder)
+    assert (found["image"], found["image_digest"]) == (GOOD, digest(GOOD))
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        ("../secret.png", "image path leaves the data folder ('../secret.png')"),
+        ("images/../../secret.png", "image path leaves the data folder"),
+        ("{folder}/../secret.png", "image path leaves the data folder"),
+        ("{folder}-other/secret.png", "image path leaves the data folder"),
+        ("file:///etc/passwd", "image path leaves the data folder ('/etc/passwd')"),
+        ("file://{folder}/..%2Fsecret.png", "image path leaves the data folder"),
+        ("file://server/share/x.png", "image is a URI that is not read ('file://server/share/x.png'; expected a path"),
+        ("images\\x.png", "image file not found ('images\\\\x.png'; write / for \\)"),
+        ("http://example.org/a.png?key=secret", "image is a URL ('http://example.org/a.png'; set data.fetch_images"),
+        ("HTTPS://example.org/a.png", "image is a URL ('HTTPS://example.org/a.png'; set data.fetch_images = true, or"),
+        ("s3://bucket/a.png", "image is a URI that is not read ('s3://bucket/a.png'; expected a path"),
+        ("data:image/png;base64", "image is a broken data URI"),
+        ("data:image/png;base64,%%%", "image is a broken data URI"),
+        ("data:image/png;base64,", "image is empty"),
+        ("data:text/plain,hello", "image cannot be decoded (no known format)"),
+        (b64encode(GOOD).decode(), "image is base64 without a prefix (write data:image/png;base64, before it)"),
+        ("/9j/" + "A" * 300, "image is base64 without a prefix"),
+    ],
+)
+def test_other_references_are_rejected_as_what_they_are(folder, image, expected):
+    (folder.parent / "secret.png").write_bytes(GOOD)
+    other = folder.with_name("data-other")
+    other.mkdir()
+    (other / "secret.png").write_bytes(GOOD)
+    assert rejection(image=image.replace("{folder}", str(folder)), root=folder).startswith(expected)
 
 
 # isolation

@@ -145,6 +145,8 @@ def test_the_tables_and_the_facts(tmp_path):
         "eval": test,
         "reasons": reasons,
         "known": 0,
+        "leaked": 0,
+        "remarks": {},
     }
     for listed in artifact.record["files"]:
         assert digest(artifact.storage.read(f"{artifact.folder}/{listed['name']}")) == listed["digest"]
@@ -161,7 +163,8 @@ def test_rejected_table_exists_without_rejections(tmp_path):
 def test_identity_depends_on_content_and_limits(tmp_path):
     path = write_jsonl(tmp_path, records())
     base = fingerprint(path)
-    assert fingerprint(path, max_rejected_share=0.5) == base, "shapes no row"
+    for setting in (dict(max_rejected_share=0.5), dict(max_leaked_share=0.1), dict(fetch_images=True)):
+        assert fingerprint(path, **setting) == base, "shapes no row"
     assert fingerprint(write_jsonl(tmp_path / "elsewhere", records())) == base
     limited = {fingerprint(path, train_limit=5), fingerprint(path, eval_limit=5)}
     (tmp_path / "images" / "0.png").write_bytes(png(999))
@@ -278,6 +281,66 @@ def test_an_empty_split_is_refused(tmp_path, split, name):
         build(tmp_path / "store", path)
 
 
+def test_an_empty_split_is_refused_with_the_remedy(tmp_path):
+    path = write_jsonl(tmp_path, [{**r, "image": "images/0.png"} for r in records(10)])
+    with pytest.raises(InputError, match=r'a column "split".* a tenth of the images .*\(found 1 different ones\)'):
+        build(tmp_path / "store", path)
+
+
+# images in both splits
+
+
+def leaky_records() -> list[dict]:
+    """Return 24 rows; the images 0 to 4 are in both splits, the others in one."""
+    rows = records(24)
+    return [r | dict(split="test" if i % 2 and i < 10 or i > 17 else "train") for i, r in enumerate(rows)]
+
+
+def test_evaluation_questions_about_trained_images_are_counted(tmp_path):
+    facts = build(tmp_path / "store", write_jsonl(tmp_path, leaky_records())).facts
+    assert (facts["eval"], facts["leaked"]) == (11, 5)
+
+
+def test_equal_images_in_different_files_are_one_image(tmp_path):
+    rows = records(20)
+    path = write_jsonl(tmp_path, [r | dict(split="test" if i > 9 else "train") for i, r in enumerate(rows)])
+    for i in range(5):
+        (tmp_path / "images" / f"{i + 5}.png").write_bytes(png(i))
+    assert build(tmp_path / "store", path).facts["leaked"] == 10
+
+
+def test_leaks_above_the_limit_are_refused(tmp_path):
+    path = write_jsonl(tmp_path, leaky_records())
+    assert build(tmp_path / "store", path, max_leaked_share=0.46).facts["leaked"] == 5
+    message = (
+        r"5 of 11 evaluation questions \(45.5%\) show an image that training also shows.*max_leaked_share \(0.0%\)"
+    )
+    with pytest.raises(InputError, match=message):
+        build(tmp_path / "store", path, max_leaked_share=0.0)
+    assert build(tmp_path / "none", write_jsonl(tmp_path, records()), max_leaked_share=0.0).facts["leaked"] == 0
+
+
+def test_images_that_earlier_nights_trained_on_count_as_trained(tmp_path):
+    rows = [r | dict(split="train") for r in records(10)]
+    first = build_with_evaluation(tmp_path, "a", rows, None)
+    second = build_with_evaluation(tmp_path, "b", [*rows, rows[0] | dict(id="new", split="test")], first)
+    assert second.facts["train"] == 0 and second.facts["leaked"] == 1
+
+
+def build_with_evaluation(folder: Path, name: str, rows: list[dict], known: Artifact | None) -> Artifact:
+    """Build a night of these rows and two evaluation questions about another image."""
+    more = [r | dict(split="test", id=f"test {r['id']}") for r in records(12)[10:]]
+    return build_night(folder / "store", write_jsonl(folder / name, [*rows, *more]), known)
+
+
+def test_only_selected_questions_count_as_leaked(tmp_path):
+    path = write_jsonl(tmp_path, leaky_records())
+    limited = build(tmp_path / "store", path, train_limit=3, eval_limit=4)
+    train, test = (values_by_split(limited, "image_digest")[split] for split in ("train", "test"))
+    leaked = sum(r["split"] == "test" and r["image_digest"] in train for r in question_rows(limited))
+    assert limited.facts["leaked"] == leaked and len(train) <= 3 and len(test) <= 4
+
+
 def test_source_of_broken_lines_is_refused(tmp_path):
     (tmp_path / "rows.jsonl").write_text("{\n[]\n")
     with pytest.raises(InputError, match=r"2 of 2 rows \(100.0%\) rejected"):
@@ -324,17 +387,17 @@ def test_a_source_that_changes_between_the_passes_is_refused(tmp_path, second):
 
 def test_a_source_that_grows_before_the_first_pass_is_refused(tmp_path, monkeypatch):
     """Both passes read the new rows, but the identity was computed from the old ones."""
-    path, validate_rows = write_jsonl(tmp_path, records(60)), question_table.validate_rows
+    path, validate_rows = write_jsonl(tmp_path, records(60)), selection.validate_rows
     config, storage = make_config(path), Storage(str(tmp_path / "store"))
     resources = open_resources(config, storage)
     run: Any = SimpleNamespace(config=config, resources=resources, storage=storage, known_data=None)
     monkeypatch.setattr(stage, "build_or_reuse", lambda run, identity, upstream, build: build())
 
-    def add_row_and_validate(source, special_tokens):
+    def add_row_and_validate(*arguments):
         path.write_text(path.read_text() + json.dumps(records(61)[60] | dict(image="images/0.png")) + "\n")
-        return validate_rows(source, special_tokens)
+        return validate_rows(*arguments)
 
-    monkeypatch.setattr(question_table, "validate_rows", add_row_and_validate)
+    monkeypatch.setattr(selection, "validate_rows", add_row_and_validate)
     with pytest.raises(InputError, match="changed while it was read"):
         stage.data.fn(run)
 
@@ -409,7 +472,24 @@ def test_memory_does_not_grow_with_the_rows(monkeypatch, tmp_path):
     assert peaks[1] < peaks[0] + (1 << 20) and peaks[1] < 8 << 20
 
 
-# easy-VQA
+def test_removed_placeholders_and_numbers_reach_the_table(tmp_path):
+    rows = [r | dict(question=f"<image>\n{r['question']}", answer=i, id=i) for i, r in enumerate(records(60))]
+    artifact = build(tmp_path / "store", write_jsonl(tmp_path, rows))
+    assert artifact.facts["remarks"] == {"image placeholder removed from the question": 60}
+    found = {r["question_id"]: (r["question"], r["answer"]) for r in question_rows(artifact)}
+    assert found == {str(i): (f"what is {i}?", str(i)) for i in range(60)}
+
+
+# built-in sources
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [("digits", "fae3300fd01a5208"), ("captions", "93cbef0ab599b51b"), ("easyvqa", "16de9c257f4f9c80")],
+)
+def test_identity_of_built_in_sources_stays(source, expected):
+    """Committed results of studies name these artifacts: what is done to rows of other sources must not reach them."""
+    assert fingerprint(source, train_limit=100) == expected
 
 
 def test_easyvqa_with_limits(tmp_path):
@@ -423,6 +503,8 @@ def test_easyvqa_with_limits(tmp_path):
         "eval": 50,
         "reasons": {},
         "known": 0,
+        "leaked": 0,
+        "remarks": {},
     }
     assert all(r["question_id"].startswith(r["split"]) for r in rows)
     assert all(Image.open(io.BytesIO(r["image"])).size == (64, 64) for r in rows)

@@ -17,8 +17,7 @@ import torch
 
 from masters.config import Config
 from masters.config.fields import TEACHER
-from masters.data.sources import Source
-from masters.data.validation import TEST_SHARE
+from masters.data.selection import Selection
 from masters.models.model_loading import tensor_shapes
 from masters.models.training.memory_estimate import PATCHES, VISION
 
@@ -109,21 +108,12 @@ def _round_flops(
     return flops
 
 
-def count_questions(config: Config, source: Source, prompts: list[tuple[int, int]]) -> QuestionCounts:
-    """Count the source's rows without reading their content. `prompts`: tokens and image tokens of some prompts."""
-    splits = {"train": 0.0, "test": 0.0}
-    for row in source.rows():
-        if isinstance(row.split, str) and row.split in splits:
-            splits[row.split] += 1
-        else:
-            splits["train"] += 1 - TEST_SHARE
-            splits["test"] += TEST_SHARE
-    train = min(splits["train"], config.data.train_limit or math.inf)
-    validation = config.data.validation_share * train
-    test = min(splits["test"], config.data.eval_limit or math.inf)
-    evaluation = validation if config.evaluate.split == "validation" else test
+def count_questions(config: Config, selection: Selection, prompts: list[tuple[int, int]]) -> QuestionCounts:
+    """Return the numbers of selected questions. `prompts`: tokens and image tokens of some prompts."""
+    splits = selection.splits
+    evaluation = splits["validation"] if config.evaluate.split == "validation" else splits["test"]
     tokens, image = (sum(numbers) / len(prompts) for numbers in zip(*prompts, strict=True))
-    return QuestionCounts(train - validation, evaluation, tokens, image)
+    return QuestionCounts(splits["train"], evaluation, tokens, image)
 
 
 def measure_flops_per_second(device: str, dtype: str) -> float:
@@ -186,10 +176,12 @@ def describe_memory(config: Config, resources: "Resources") -> str:
     return f"training takes {needed:.2f} GiB and its activations, {free:.2f} GiB are free on {device}"
 
 
-def describe_estimates(config: Config, resources: "Resources", price: float | None) -> Iterator[str]:
+def describe_estimates(
+    config: Config, resources: "Resources", selection: Selection, price: float | None
+) -> Iterator[str]:
     """Yield lines on the work of a run, the time it takes on this machine at least, and its cost.
 
-    `price`: of a device hour.
+    `selection`: the questions that the run uses. `price`: of a device hour.
     """
     from masters.checks.parity import sample_questions
     from masters.models.distributed.mixed_precision import frozen_dtype
@@ -197,7 +189,7 @@ def describe_estimates(config: Config, resources: "Resources", price: float | No
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     student, teachers = resources.student.folder, [teacher.folder for teacher in resources.teachers]
     rows = sample_questions(config, resources, SAMPLED_QUESTIONS)
-    questions = count_questions(config, resources.source, measure_prompts(student, rows))
+    questions = count_questions(config, selection, measure_prompts(student, rows))
     flops = estimate_flops(
         config, count_parameters(student), [count_parameters(folder) for folder in teachers], questions
     )

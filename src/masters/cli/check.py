@@ -39,23 +39,32 @@ def check(
     from masters.checks.estimates import describe_estimates, describe_memory
     from masters.checks.preflight import list_warnings, preflight
     from masters.checks.prompt_lengths import check_prompt_lengths
+    from masters.checks.rows import describe_rows, list_row_warnings, select_valid_rows
     from masters.tracking.client import redact_uri
     from masters.tracking.experiments import check_tracking
 
     resources = preflight(config)
     check_engine_limits(config, [resources.student, *resources.teachers])
     tracking_uri, notes = check_tracking(config, resources.storage)
-    warnings = [*list_warnings(config, resources.student), *check_prompt_lengths(config, resources), *notes]
+    selection = select_valid_rows(config, resources)
+    warnings = [
+        *list_warnings(config, resources.student),
+        *list_row_warnings(selection),
+        *check_prompt_lengths(config, resources),
+        *notes,
+    ]
     for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
     typer.echo(f"source     {config.data.source}")
+    for line in describe_rows(selection):
+        typer.echo(line)
     typer.echo(f"student    {resources.student.folder} ({resources.student.digest[:16]})")
     for teacher in resources.teachers:
         typer.echo(f"teacher    {teacher.folder} ({teacher.digest[:16]})")
     typer.echo(f"store      {resources.storage.uri('')}: read, write, conditional write")
     typer.echo(f"tracking   {redact_uri(tracking_uri)}")
     typer.echo(f"memory     {describe_memory(config, resources)}")
-    for line in describe_estimates(config, resources, price):
+    for line in describe_estimates(config, resources, selection, price):
         typer.echo(line)
     if parity:
         _check_parity(config, resources)

@@ -62,6 +62,14 @@ class Data(Section):
     max_rejected_share: Share = Field(
         default=0.05, description="The run stops if more than this share of the rows is rejected"
     )
+    max_leaked_share: Share = Field(
+        default=1.0,
+        description="The run stops if more than this share of the evaluation questions shows an image that training "
+        "also shows. Below it there is a warning. 0: no image may be in both",
+    )
+    fetch_images: bool = Field(
+        default=False, description="Download images that rows name by an http(s) URL, once to this machine's cache"
+    )
 
 
 class Model(Section):

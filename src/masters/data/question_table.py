@@ -1,7 +1,7 @@
 """Second pass over a source: write the tables `questions` and `rejected`, in files by the digest of a question."""
 
 from collections import Counter
-from collections.abc import Callable, Set
+from collections.abc import Set
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,14 +10,13 @@ from masters.common.hashing import digest
 from masters.config import Config, Data
 from masters.data.selection import (
     QuestionKey,
+    WriteTable,
     assign_validation,
     check_selection,
-    check_validation,
     read_selected,
-    select_rows,
+    select_questions,
 )
 from masters.data.sources import Source
-from masters.data.validation import validate_rows
 from masters.store import tables
 from masters.store.artifacts import External
 from masters.store.storage import Storage
@@ -26,8 +25,6 @@ BUCKET_ROWS = 2048  # at most, on average
 BUCKETS = (1, 16, 256, 4096)  # named by the leading 0 to 3 hexadecimal digits of the question digest
 FILE_BYTES = 32 << 20  # of rows, before compression
 BUFFER_BYTES = 256 << 20  # in all buckets together
-
-WriteTable = Callable[[str, list[dict], pa.Schema], None]  # (file name below the artifact's folder, rows, schema)
 
 
 def source_origin(data: Data, digest: str) -> External:
@@ -59,17 +56,12 @@ def write_tables(
         storage.write(f"{folder}/{name}", content)
         files[name] = digest(content)
 
-    limits = {"train": config.data.train_limit, "test": config.data.eval_limit}
-    selection = select_rows(validate_rows(source, special_tokens), limits, write, known)
+    selection = select_questions(config, source, write, special_tokens, known)
     check_selection(selection, config, storage.uri(f"{folder}/rejected"))
-    writer, splits, share = QuestionWriter(selection.selected, write), Counter(), config.data.validation_share
+    writer, splits, share = QuestionWriter(selection.selected, write), selection.splits, config.data.validation_share
     for question in read_selected(source, selection.marks):
-        row = assign_validation(question, share)
-        splits[row["split"]] += 1
-        writer.add(row)
+        writer.add(assign_validation(question, share))
     writer.close()
-    if share:
-        check_validation(splits, selection, config)
     facts = dict(
         rows=selection.selected,
         rejected=selection.rejected,
@@ -77,7 +69,9 @@ def write_tables(
         known=selection.known,
         train=splits["train"],
         eval=splits["test"],
+        leaked=len(selection.leaked),
         reasons=dict(selection.kinds.most_common()),
+        remarks=dict(selection.remarks),
     )
     return files, facts | (dict(validation=splits["validation"]) if share else {})
 

@@ -1,7 +1,7 @@
 """First pass over a source: reject rows, and select questions within the limits.
 
-The first of two passes validates every row and keeps eight bytes for each: a mark on the rows to take. The second pass
-reads the marked rows again and writes them (`question_table`), so memory does not grow with the images.
+The first of two passes validates every row and keeps 17 bytes for each, among them a mark on the rows to take. The
+second pass reads the marked rows again and writes them (`question_table`), so memory does not grow with the images.
 """
 
 import heapq
@@ -9,51 +9,103 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
+from enum import IntEnum
 
+import numpy as np
 import pyarrow as pa
 
 from masters.common.errors import InputError
 from masters.common.hashing import digest, to_unit_interval
 from masters.config import Config
 from masters.data.sources import Source
-from masters.data.validation import RejectedRow, RowError, parse_row
+from masters.data.validation import RejectedRow, RowError, parse_row, validate_rows
 from masters.store import tables
 
 REJECTED_ROWS = 10_000  # a file
 SOURCE_CHANGED = "the data source changed while it was read; run again when nothing writes to it"
 
 QuestionKey = tuple[str, str]  # (question_id, question_digest)
+WriteTable = Callable[[str, list[dict], pa.Schema], None]  # (file name below the artifact's folder, rows, schema)
+
+
+class Role(IntEnum):
+    """What becomes of a row: nothing, part of a split, or left out since it was trained on before."""
+
+    UNUSED, TRAIN, TEST, VALIDATION, KNOWN = range(5)
 
 
 @dataclass
 class Selection:
     """The result of the first pass.
 
-    `marks`: for every row of the source its mark, 0 if it is not taken. `splits`: number of selected rows by split.
-    `known`: number of known training questions, which are left out. `kinds` and `examples`: number of rejected rows and
-    the first of them, by kind of rejection.
+    Of every row of the source, in order: `marks`, 0 if the row is not taken; `images`, 64 bits of its image's digest;
+    `roles`, a `Role`. `kinds` and `examples`: number of rejected rows and the first of them, by kind of rejection.
+    `remarks`: number of accepted rows by what was changed in them. `categories`: number of accepted rows by category.
     """
 
     marks: array = field(default_factory=lambda: array("Q"))
-    splits: Counter[str] = field(default_factory=Counter)
-    known: int = 0
+    images: array = field(default_factory=lambda: array("Q"))
+    roles: bytearray = field(default_factory=bytearray)
     kinds: Counter[str] = field(default_factory=Counter)
     examples: dict[str, RejectedRow] = field(default_factory=dict)
+    remarks: Counter[str] = field(default_factory=Counter)
+    categories: Counter[str | None] = field(default_factory=Counter)
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Number of selected rows by split: "train", "test", "validation"."""
+        return {role.name.lower(): self.roles.count(role) for role in (Role.TRAIN, Role.TEST, Role.VALIDATION)}
 
     @property
     def selected(self) -> int:
-        return self.splits.total()
+        return sum(self.splits.values())
+
+    @property
+    def known(self) -> int:
+        """Number of known training questions, which are left out."""
+        return self.roles.count(Role.KNOWN)
 
     @property
     def rejected(self) -> int:
         return self.kinds.total()
 
+    @property
+    def leaked(self) -> np.ndarray:
+        """Positions of the selected evaluation rows whose image is also in a training row, known ones included."""
+        roles, images = np.frombuffer(self.roles, np.uint8), np.frombuffer(self.images, np.uint64)
+        tests = np.flatnonzero(roles == Role.TEST)
+        trained = images[np.isin(roles, (Role.TRAIN, Role.VALIDATION, Role.KNOWN))]
+        return tests[np.isin(images[tests], trained)]
+
+    @property
+    def different_images(self) -> int:
+        """Number of different images in accepted rows, also in those beyond the limits."""
+        images = np.frombuffer(self.images, np.uint64)
+        return len(np.unique(images[images != 0]))
+
+
+def select_questions(
+    config: Config,
+    source: Source,
+    write: WriteTable,
+    special_tokens: tuple[str, ...] = (),
+    known: Set[QuestionKey] = frozenset(),
+) -> Selection:
+    """Run the first pass over a source: write the rejected rows, and select questions within the limits."""
+    remarks: Counter[str] = Counter()
+    limits = {"train": config.data.train_limit, "test": config.data.eval_limit}
+    rows = validate_rows(source, special_tokens, remarks)
+    selection = select_rows(rows, limits, write, known, config.data.validation_share)
+    selection.remarks = remarks
+    return selection
+
 
 def select_rows(
     rows: Iterator[dict | RejectedRow],
     limits: dict[str, int | None],
-    write: Callable[[str, list[dict], pa.Schema], None],
+    write: WriteTable,
     known: Set[QuestionKey] = frozenset(),
+    validation_share: float = 0.0,
 ) -> Selection:
     """Write the rejected rows, and mark the rows to take: in each split those of the smallest selection key.
 
@@ -62,10 +114,8 @@ def select_rows(
     selection, rejected, files = Selection(), [], 0
     best: dict[str, list[tuple[int, int]]] = {split: [] for split in limits}  # heaps of (-selection key, position)
     for position, row in enumerate(rows):
-        selection.marks.append(0)
+        _append(selection, row)
         if isinstance(row, RejectedRow):
-            selection.kinds[row.kind] += 1
-            selection.examples.setdefault(row.kind, row)
             rejected.append(dict(id=row.id, reason=row.reason))
             if len(rejected) == REJECTED_ROWS:
                 write(f"rejected/{files:04d}.parquet", rejected, tables.REJECTED)
@@ -73,18 +123,31 @@ def select_rows(
             continue
         split = row["split"]
         if split == "train" and (row["question_id"], row["question_digest"]) in known:
-            selection.known += 1
+            selection.roles[position] = Role.KNOWN
             continue
         selection.marks[position] = row_mark(row)
-        selection.splits[split] += 1
+        selection.roles[position] = Role[assign_validation(row, validation_share)["split"].upper()]
         if (limit := limits[split]) is not None:
             heapq.heappush(best[split], (-selection_key(row), position))
             if len(best[split]) > limit:
-                selection.marks[heapq.heappop(best[split])[1]] = 0
-                selection.splits[split] -= 1
+                worst = heapq.heappop(best[split])[1]
+                selection.marks[worst], selection.roles[worst] = 0, Role.UNUSED
     if rejected or not files:  # the table exists even if nothing was rejected
         write(f"rejected/{files:04d}.parquet", rejected, tables.REJECTED)
     return selection
+
+
+def _append(selection: Selection, row: dict | RejectedRow) -> None:
+    """Add a row to the counts, without a mark."""
+    selection.marks.append(0)
+    selection.roles.append(Role.UNUSED)
+    if isinstance(row, RejectedRow):
+        selection.images.append(0)
+        selection.kinds[row.kind] += 1
+        selection.examples.setdefault(row.kind, row)
+    else:
+        selection.images.append(int(row["image_digest"][:16], 16) | 1)  # never 0
+        selection.categories[row["category"]] += 1
 
 
 def selection_key(row: dict) -> int:
@@ -129,31 +192,55 @@ def _validation_hash(image_digest: str) -> float:
     return to_unit_interval(digest(f"validation {image_digest}".encode()))
 
 
-def check_validation(splits: Counter, selection: Selection, config: Config) -> None:
-    """Raise InputError if no training or no validation question is left."""
-    if splits["validation"] and (splits["train"] or selection.known):
-        return
-    raise InputError(
-        f"data.validation_share = {config.data.validation_share} leaves {splits['train']} training and "
-        f"{splits['validation']} validation questions: expected some of both; choose another share or add images"
-    )
+def check_selection(selection: Selection, config: Config, rejected_uri: str | None = None) -> None:
+    """Raise InputError if too many rows were rejected, a split is empty, or too many evaluation images are trained on.
 
-
-def check_selection(selection: Selection, config: Config, rejected_uri: str) -> None:
-    """Raise InputError if too many rows were rejected, or if a split is empty."""
-    rows, limit = len(selection.marks), config.data.max_rejected_share
-    reasons = "; ".join(
-        f"{count} x {selection.examples[kind].reason}, e.g. {selection.examples[kind].id}"
-        for kind, count in selection.kinds.most_common(3)
-    )
+    `rejected_uri`: where all rejected rows can be read.
+    """
+    rows, limit, reasons = len(selection.marks), config.data.max_rejected_share, describe_rejections(selection)
     if selection.rejected > limit * rows:
+        all_of_them = f"; all of them: {rejected_uri}" if rejected_uri else ""
         raise InputError(
             f"source {config.data.source}: {selection.rejected} of {rows} rows ({selection.rejected / rows:.1%}) "
-            f"rejected, more than data.max_rejected_share ({limit:.1%}): {reasons}; all of them: {rejected_uri}"
+            f"rejected, more than data.max_rejected_share ({limit:.1%}): {reasons}{all_of_them}"
         )
-    for split, name in (("train", "training"), ("test", "evaluation")):
-        if not selection.splits[split] and not (split == "train" and selection.known):
+    splits = selection.splits
+    trained = splits["train"] + splits["validation"] + selection.known
+    for count, split, name in ((trained, "train", "training"), (splits["test"], "test", "evaluation")):
+        if not count:
             hint = f"; rejected: {reasons}" if reasons else ""
             raise InputError(
-                f'source {config.data.source}: no row of {rows} is left for {name} (split "{split}"){hint}'
+                f'source {config.data.source}: no row of {rows} is left for {name} (split "{split}"){hint}; name rows '
+                f'of both splits in a column "split", or leave it out: then a tenth of the images is held out for '
+                f"evaluation, of which there must be enough (found {selection.different_images} different ones)"
             )
+    check_leaks(len(selection.leaked), splits["test"], config)
+    if config.data.validation_share and not (splits["validation"] and splits["train"] + selection.known):
+        raise InputError(
+            f"data.validation_share = {config.data.validation_share} leaves {splits['train']} training and "
+            f"{splits['validation']} validation questions: expected some of both; choose another share or add images"
+        )
+
+
+def describe_rejections(selection: Selection, kinds: int = 3) -> str:
+    """Return the most frequent reasons with their counts and an example of each, on one line."""
+    return "; ".join(
+        f"{count} x {selection.examples[kind].reason}, e.g. {selection.examples[kind].id}"
+        for kind, count in selection.kinds.most_common(kinds)
+    )
+
+
+def check_leaks(leaked: int, evaluation: int, config: Config) -> None:
+    """Raise InputError if too many evaluation questions show an image that training shows too."""
+    limit = config.data.max_leaked_share
+    if leaked > limit * evaluation:
+        found = describe_leaks(leaked, evaluation, f", more than data.max_leaked_share ({limit:.1%})")
+        raise InputError(f"source {config.data.source}: {found}")
+
+
+def describe_leaks(leaked: int, evaluation: int, limit: str = "") -> str:
+    """Return a sentence on the evaluation questions whose image is trained on, and its remedy."""
+    return (
+        f"{leaked:,} of {evaluation:,} evaluation questions ({leaked / evaluation:.1%}) show an image that training "
+        f'also shows{limit}: give all rows of an image the same split, or leave out the column "split"'
+    )

@@ -5,6 +5,7 @@ Nothing in a row can end a run: a broken image, a decompression bomb, a hostile 
 
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,13 +13,25 @@ from pathlib import Path
 
 from masters.common.errors import MastersError
 from masters.common.hashing import canonical_json, digest, to_unit_interval
+from masters.data.image_placeholders import remove_placeholders
 from masters.data.images import MAX_BYTES, find_image_fault
-from masters.data.sources.base import RawRow, Source, resolve_inside
+from masters.data.number_text import number_to_text
+from masters.data.sources.base import RawRow, Source
+from masters.data.sources.image_references import (
+    decode_data_uri,
+    file_path,
+    is_web_url,
+    resolve_inside,
+    shown,
+    uri_scheme,
+)
+from masters.data.split_names import describe_split_names, find_split
 
-SPLITS = ("train", "test")
+PLACEHOLDER_REMOVED = "image placeholder removed from the question"
 TEST_SHARE = 0.1  # of the images, if rows name no split
 MAX_CHARACTERS = {"id": 1_000, "question": 20_000, "answer": 10_000, "category": 1_000}
 MAX_ANSWERS = 100  # accepted answers of a question
+BASE64_STARTS, MIN_BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR"), 64  # PNG, JPEG, GIF, WebP; characters
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab, line feed, carriage return
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 SHOWN_CHARACTERS = 200  # of a value that a reason or the rejected table quotes
@@ -42,16 +55,21 @@ class RejectedRow:
     reason: str
 
 
-def validate_rows(source: Source, special_tokens: tuple[str, ...] = ()) -> Iterator[dict | RejectedRow]:
+def validate_rows(
+    source: Source, special_tokens: tuple[str, ...] = (), remarks: Counter[str] | None = None
+) -> Iterator[dict | RejectedRow]:
     """Yield for every row of the source, in order, a question (a row of `tables.QUESTIONS`) or a rejection.
 
     A text with one of `special_tokens` is rejected: in a prompt it could end a turn or stand for a second image. Memory
-    holds one row and the ids of all accepted rows.
+    holds one row and the ids of all accepted rows. `remarks`: counts what was changed in accepted rows.
     """
     seen_ids: set[str] = set()
     for number, row in enumerate(source.rows(), start=1):
         try:
-            yield _validate_row(row, seen_ids, special_tokens)
+            question = _validate_row(row, seen_ids, special_tokens)
+            if remarks is not None and question["question"] != row.question:
+                remarks[PLACEHOLDER_REMOVED] += 1
+            yield question
         except MastersError:
             raise
         except RowError as error:
@@ -70,26 +88,24 @@ def _validate_row(row: RawRow, seen_ids: set[str], special_tokens: tuple[str, ..
     question_id = parse_id(row.id)
     if question_id in seen_ids:
         raise RowError("duplicate id")
-    question, answers = parse_text("question", row.question), parse_answers(row.answer)
+    question, answers = parse_question(row.question), parse_answers(row.answer)
     for name, text in (("question", question), *(("answer", answer) for answer in answers)):
         if found := next((token for token in special_tokens if token in text), None):
             raise RowError(f"{name} has a special token", found)
-    category = parse_category(row.category)
-    if row.split is not None and row.split not in SPLITS:
-        raise RowError("unknown split", f"found {row.split!r:.50}, expected train or test")
+    category, split = parse_category(row.category), parse_split(row.split)
     image, image_digest = read_image(row)
     if fault := find_image_fault(image, image_digest):
         raise RowError(*fault)
     seen_ids.add(question_id)
-    return question_row(question_id, question, answers, image, image_digest, row.split, category)
+    return question_row(question_id, question, answers, image, image_digest, split, category)
 
 
 def parse_row(row: RawRow) -> dict:
     """Return the question of a row that was accepted before, without decoding its image again."""
     image, image_digest = read_image(row)
-    question, answers = parse_text("question", row.question), parse_answers(row.answer)
-    category = parse_category(row.category)
-    return question_row(parse_id(row.id), question, answers, image, image_digest, row.split, category)
+    question, answers = parse_question(row.question), parse_answers(row.answer)
+    category, split = parse_category(row.category), parse_split(row.split)
+    return question_row(parse_id(row.id), question, answers, image, image_digest, split, category)
 
 
 def question_row(
@@ -98,7 +114,7 @@ def question_row(
     answers: list[str],
     image: bytes,
     image_digest: str,
-    split: object,
+    split: str | None,
     category: str | None,
 ) -> dict:
     """Make a row of `questions`. If the row names no split, the image decides, so no image is in both splits."""
@@ -123,21 +139,39 @@ def parse_id(value: object) -> str:
     """Return an id as text; a whole number becomes its decimal digits. Raises RowError."""
     if value is None or value == "":
         raise RowError("id is missing")
-    return parse_text("id", str(value) if isinstance(value, int) and not isinstance(value, bool) else value)
+    is_whole = not isinstance(value, bool) and (isinstance(value, int) or (isinstance(value, float) and value % 1 == 0))
+    return parse_text("id", number_to_text(value) if is_whole else value)
+
+
+def parse_question(value: object) -> str:
+    """Return a question without image placeholders. Raises RowError, also if they stand for several images."""
+    question, images = remove_placeholders(parse_text("question", value))
+    if images > 1:
+        raise RowError("question has placeholders of several images", f"{images}, a row has one image")
+    return parse_text("question", question)
 
 
 def parse_answers(value: object) -> list[str]:
-    """Return the answers of a row, a text or a list of texts, without repetitions. The first is the one to learn.
+    """Return the answers of a row as texts, without repetitions: one, or all of a list. The first is the one to learn.
 
-    Raises RowError.
+    Numbers and truth values become texts (`number_to_text`). Raises RowError.
     """
     if not isinstance(value, list):
-        return [parse_text("answer", value)]
+        return [parse_text("answer", number_to_text(value))]
     if not value:
         raise RowError("answer is an empty list")
     if len(value) > MAX_ANSWERS:
         raise RowError("answer is too long a list", f"{len(value)} texts, limit {MAX_ANSWERS}")
-    return list(dict.fromkeys(parse_text("answer", answer) for answer in value))
+    return list(dict.fromkeys(parse_text("answer", number_to_text(answer)) for answer in value))
+
+
+def parse_split(value: object) -> str | None:
+    """Return "train" or "test", None if the row names no split. Raises RowError for an unknown name."""
+    if value is None or value == "":
+        return None
+    if (split := find_split(value)) is None:
+        raise RowError("unknown split", f"found {value!r:.50}, expected {describe_split_names()}")
+    return split
 
 
 def parse_text(name: str, value: object) -> str:
@@ -159,7 +193,8 @@ def parse_text(name: str, value: object) -> str:
 
 def parse_category(value: object) -> str | None:
     """Return the optional category. Raises RowError if it is not a valid text."""
-    return None if value is None or value == "" else parse_text("category", value)
+    text = number_to_text(value)
+    return None if text is None or text == "" else parse_text("category", text)
 
 
 def read_image(row: RawRow) -> tuple[bytes, str]:
@@ -171,16 +206,43 @@ def read_image(row: RawRow) -> tuple[bytes, str]:
         if len(image) > MAX_BYTES:
             raise RowError("image is too large", f"{len(image)} bytes, limit {MAX_BYTES}")
         return image, digest(image)
+    if isinstance(image, list):
+        raise RowError("image is a list", f"of {len(image)}; expected one image a row")
     if not isinstance(image, str | Path):
         raise RowError("image is neither bytes nor a path", f"found {type(image).__name__}")
+    if str(image).startswith(BASE64_STARTS) and len(str(image)) > MIN_BASE64:
+        raise RowError("image is base64 without a prefix", "write data:image/png;base64, before it")
+    path = file_path(image)
+    if path is None:
+        return _read_uri(str(image))
     if row.root is None:
         raise RowError("image is a path", "this source has no folder; expected bytes")
-    return _read_file(row.root, str(image))
+    return _read_file(row.root, str(path))
+
+
+def _read_uri(uri: str) -> tuple[bytes, str]:
+    """Return the content of a data URI and its SHA-256. Raises RowError for all other URIs: they are not read here."""
+    if is_web_url(uri):
+        remedy = "set data.fetch_images = true, or download it and name the file"
+        raise RowError("image is a URL", f"{shown(uri)}; {remedy}")
+    if uri_scheme(uri) != "data":
+        raise RowError(
+            "image is a URI that is not read", f"{shown(uri)}; expected a path, file:///, data: or http(s)://"
+        )
+    if len(uri) > MAX_BYTES * 3:  # percent encoding takes three characters a byte
+        raise RowError("image is too large", f"{len(uri)} characters, limit {MAX_BYTES * 3}")
+    try:
+        data = decode_data_uri(uri)
+    except ValueError as error:
+        raise RowError("image is a broken data URI", f"{shown(uri, 60)}: {error}") from None
+    if len(data) > MAX_BYTES:
+        raise RowError("image is too large", f"{len(data)} bytes, limit {MAX_BYTES}")
+    return data, digest(data)
 
 
 @lru_cache(maxsize=2)  # consecutive rows often name the same image
 def _read_file(root: Path, path: str) -> tuple[bytes, str]:
-    shown_path = f"{path!r:.{SHOWN_CHARACTERS}}"
+    shown_path = shown(path)
     try:
         target = resolve_inside(root, path)
         if target is None:
@@ -192,7 +254,8 @@ def _read_file(root: Path, path: str) -> tuple[bytes, str]:
             raise RowError("image is too large", f"{status.st_size} bytes, limit {MAX_BYTES}")
         data = target.read_bytes()
     except FileNotFoundError:
-        raise RowError("image file not found", shown_path) from None
+        hint = "; write / for \\" if "\\" in path else ""
+        raise RowError("image file not found", f"{shown_path}{hint}") from None
     except (OSError, ValueError, RuntimeError) as error:  # no permission, an impossible name, a loop of links
         raise RowError("image file cannot be read", f"{shown_path}: {str(error)[:SHOWN_CHARACTERS]}") from None
     return data, digest(data)

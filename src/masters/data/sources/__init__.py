@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from masters.common.errors import InputError
-from masters.common.files import describe_place
 from masters.config import Data
 from masters.config.schema import BUILT_IN_SOURCES
 from masters.data.sources.base import RawRow, Source
+from masters.data.sources.unread import PATTERN, SCHEME, describe_missing, unread_file
 
 __all__ = ["RawRow", "Source", "open_source"]
 
@@ -16,8 +16,18 @@ FILE_SUFFIXES = (".jsonl", ".parquet", ".json", ".csv", ".tsv", ".arrow", ".zip"
 def open_source(data: Data) -> Source:
     """Open what `data.source` names: a built-in source, an existing file or folder, or else a data set of the hub.
 
-    Raises InputError if the source does not exist, is empty or lacks columns.
+    With `data.fetch_images`, images that its rows name by URL are downloaded when they are read. Raises InputError if
+    the source does not exist, is empty or lacks columns.
     """
+    source = _open_named(data)
+    if not data.fetch_images or data.source in BUILT_IN_SOURCES:
+        return source
+    from masters.data.sources.fetched_images import FetchedImages
+
+    return FetchedImages(source)
+
+
+def _open_named(data: Data) -> Source:
     name = data.source
     is_local = name in BUILT_IN_SOURCES or _exists(name)
     if is_local and data.revision:
@@ -27,7 +37,7 @@ def open_source(data: Data) -> Source:
     if is_local:
         return _open_path(Path(name).expanduser())
     if looks_like_path(name):
-        raise InputError(f"source not found: {describe_place(name)}: correct data.source")
+        raise InputError(describe_missing(name))
     from masters.data.sources.hugging_face import HubSource
 
     return HubSource(name, data.revision)
@@ -56,7 +66,8 @@ def _exists(name: str) -> bool:
 
 def looks_like_path(name: str) -> bool:
     """Whether a name that does not exist was meant as a file or folder rather than a hub id."""
-    return name.lower().endswith(FILE_SUFFIXES) or name.startswith((".", "/", "~")) or name.count("/") > 1
+    is_path = name.lower().endswith(FILE_SUFFIXES) or name.startswith((".", "/", "~")) or name.count("/") > 1
+    return is_path or bool(SCHEME.match(name) or PATTERN.search(name))
 
 
 def _open_path(path: Path) -> Source:
@@ -69,13 +80,14 @@ def _open_path(path: Path) -> Source:
             return SavedSource(path)
         if find_parquet_files(path):
             return ParquetSource(path)
+        lines = sorted(path.glob("*.jsonl"))
+        hint = f"; of JSONL name one file, such as {lines[0]}, or join them" if lines else ""
         raise InputError(
-            f"source {path}: expected a folder with .parquet files or a data set saved with save_to_disk, found neither"
+            f"source {path}: expected a folder with .parquet files or a data set saved with save_to_disk, found "
+            f"neither{hint}"
         )
     if path.suffix.lower() == ".jsonl":
         return JsonlSource(path)
     if path.suffix.lower() == ".parquet":
         return ParquetSource(path)
-    raise InputError(
-        f"source {path}: expected a .jsonl or .parquet file, found {path.suffix or 'no suffix'}; convert or rename it"
-    )
+    raise unread_file(path)

@@ -7,17 +7,25 @@ from typing import Protocol
 
 from masters.common.errors import InputError
 from masters.common.hashing import canonical_json, digest, file_digest
+from masters.data.sources.image_references import file_path, resolve_inside
 
 REQUIRED = ("id", "image", "question", "answer")
 COLUMNS = (*REQUIRED, "split", "category")
+# where other formats have what a column holds; docs/own-data.md says how to convert them
+COUNTERPARTS = {
+    "id": ("question_id", "qid", "uid", "index", "idx"),
+    "image": ("images", "image_path", "image_url", "img", "picture", "file_name"),
+    "question": ("prompt", "query", "problem", "instruction", "conversations", "messages"),
+    "answer": ("answers", "label", "response", "solution", "ground_truth", "reward_model", "conversations", "messages"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
     """One row as the source stores it. A value may have any type; `masters.data.validation` accepts or rejects it.
 
-    `image` is bytes, or a path relative to `root` that must stay inside it. `fault` says why a row could not be read at
-    all (a broken line); then only `id`, which names the row's place, is set.
+    `image` is bytes, a path from `root` that must stay inside it, or a URI (`image_references`). `fault` says why a row
+    could not be read at all (a broken line); then only `id`, which names the row's place, is set.
     """
 
     id: object
@@ -50,14 +58,16 @@ def raw_row(columns: Mapping, root: Path | None, split: str | None = None) -> Ra
         image=unwrap_image(columns.get("image")),
         question=columns.get("question"),
         answer=columns.get("answer"),
-        split=split if row_split is None else row_split,
+        split=split if row_split is None or row_split == "" else row_split,
         category=columns.get("category"),
         root=root,
     )
 
 
 def unwrap_image(value: object) -> object:
-    """Return the bytes or the path of Hugging Face's {bytes, path}; any other value unchanged."""
+    """Return the bytes or the path of Hugging Face's {bytes, path}, also in a list of one; other values unchanged."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | bytes | dict):
+        value = value[0]
     if isinstance(value, dict):
         return value["path"] if value.get("bytes") is None and "path" in value else value.get("bytes")
     return value
@@ -68,9 +78,11 @@ def check_columns(columns: Iterable[str], where: str) -> None:
     found = sorted(columns)
     missing = [name for name in REQUIRED if name not in found]
     if missing:
+        similar = {name: next((other for other in COUNTERPARTS[name] if other in found), None) for name in missing}
+        hints = ", ".join(f"{name} may be in {other}" for name, other in similar.items() if other)
         raise InputError(
-            f"{where}: expected columns {', '.join(REQUIRED)}; found {', '.join(found) or 'none'}; "
-            f"add or rename: {', '.join(missing)}"
+            f"{where}: expected columns {', '.join(REQUIRED)}; found {', '.join(found) or 'none'}"
+            f"{f' ({hints})' if hints else ''}; add or rename: {', '.join(missing)}"
         )
 
 
@@ -84,22 +96,15 @@ def check_unique_columns(columns: Iterable[str], where: str) -> None:
         )
 
 
-def resolve_inside(root: Path, path: str | Path) -> Path | None:
-    """Return the file of a relative path below `root`, None if the path leaves it (absolute, "..", a link out)."""
-    if Path(path).is_absolute() or ".." in Path(path).parts:
-        return None
-    target = (root / path).resolve()
-    return target if target.is_relative_to(root.resolve()) else None
-
-
 def content_digest(files: list[list[str]], rows: Iterable[RawRow]) -> str:
     """Return a SHA-256 over [name, digest] of the data files and of every image file that rows name."""
     seen: set[str] = set()
     images = []
     for row in rows:
-        if isinstance(row.image, str | Path) and row.root is not None and str(row.image) not in seen:
-            seen.add(str(row.image))
-            images.append([digest(f"{row.image}".encode(errors="surrogatepass")), _image_digest(row.root, row.image)])
+        path = file_path(row.image) if isinstance(row.image, str | Path) else None
+        if path is not None and row.root is not None and str(path) not in seen:
+            seen.add(str(path))
+            images.append([digest(f"{path}".encode(errors="surrogatepass")), _image_digest(row.root, path)])
     return digest(canonical_json([files, sorted(images)]).encode())
 
 

@@ -21,6 +21,8 @@ from masters.data.sources.base import (
     content_digest,
     raw_row,
 )
+from masters.data.sources.class_labels import LabelNames, name_labels, read_label_names
+from masters.data.sources.unread import json_array
 
 BATCH_ROWS = 64  # rows in memory at a time; they hold images
 MAX_LINE_BYTES = 16 << 20  # of a JSONL line: images are files of their own
@@ -42,8 +44,18 @@ class JsonlSource:
                 objects += 1
             if objects == PEEKED_OBJECTS or columns.issuperset(REQUIRED):
                 break
+        if self._begins_as_array(objects):
+            raise json_array(path)
         if objects:
             check_columns(columns, f"source {path}")
+
+    def _begins_as_array(self, objects: int) -> bool:
+        """Whether the first line begins a JSON array. A whole array among objects is one broken line."""
+        _, line = next(self._lines())
+        if not line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            return False
+        _, fault = next(self._objects())
+        return not objects or str(fault).startswith("line is not valid JSON")
 
     def digest(self) -> str:
         return content_digest([[self.path.name, file_digest(self.path)]], self.rows())
@@ -111,8 +123,9 @@ class ParquetSource:
             try:
                 with pq.ParquetFile(file) as table:
                     columns = [name for name in COLUMNS if name in table.schema_arrow.names]
+                    labels = read_label_names(table.schema_arrow)
                     for batch in table.iter_batches(BATCH_ROWS, columns=columns):
-                        yield from _read_batch(batch, file.parent)
+                        yield from _read_batch(batch, file.parent, labels)
             except (pa.ArrowException, OSError) as error:
                 raise InputError(f"source {file} is damaged: {one_line(error)}") from None
 
@@ -135,14 +148,14 @@ def _read_line(file: BinaryIO) -> bytes:
     return line
 
 
-def _read_batch(batch: pa.RecordBatch, root: Path) -> Iterator[RawRow]:
+def _read_batch(batch: pa.RecordBatch, root: Path, labels: LabelNames) -> Iterator[RawRow]:
     """Yield the rows of a batch. A value that Python cannot hold (invalid UTF-8, an odd date) costs only its row."""
     try:
         rows = batch.to_pylist()
     except (ValueError, OverflowError):
         rows = (_read_row(batch, number) for number in range(len(batch)))
     for row in rows:
-        yield row if isinstance(row, RawRow) else raw_row(row, root)
+        yield row if isinstance(row, RawRow) else raw_row(name_labels(row, labels), root)
 
 
 def _read_row(batch: pa.RecordBatch, number: int) -> dict | RawRow:

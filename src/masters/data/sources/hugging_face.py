@@ -7,9 +7,11 @@ from typing import Any
 
 from masters.common.errors import InputError, one_line
 from masters.common.hashing import canonical_json, digest, folder_digest
-from masters.data.sources.base import COLUMNS, REQUIRED, RawRow, check_columns, content_digest, raw_row, resolve_inside
+from masters.data.sources.base import COLUMNS, REQUIRED, RawRow, check_columns, content_digest, raw_row
+from masters.data.sources.class_labels import name_labels, read_label_names
+from masters.data.sources.image_references import resolve_inside
+from masters.data.split_names import describe_split_names, find_split
 
-SPLITS = {"train": "train", "test": "test", "validation": "test"}
 SAVED_FILES = ("dataset_dict.json", "dataset_info.json")  # either one is in a folder from save_to_disk
 TIMEOUT = 10  # seconds for the hub to answer
 
@@ -44,7 +46,7 @@ class SavedSource:
     def rows(self) -> Iterator[RawRow]:
         try:
             for split, part in self.parts:
-                yield from (raw_row(row, self.folder, split) for row in part)
+                yield from _read_part(part, self.folder, split)
         except Exception as error:
             raise InputError(f"source {self.folder} is damaged: {one_line(error)}") from None
 
@@ -78,7 +80,7 @@ class HubSource:
     def rows(self) -> Iterator[RawRow]:
         try:
             for split, part in self.parts:
-                yield from (raw_row(row, None, split) for row in part)
+                yield from _read_part(part, None, split)
         except Exception as error:
             raise InputError(f"{self.where} could not be read to the end ({one_line(error)}); run again") from None
 
@@ -107,18 +109,23 @@ def _read_parts(loaded: Any, where: str) -> list[tuple[str | None, Any]]:
     Raises InputError.
     """
     named = dict(loaded) if isinstance(loaded, dict) else {None: loaded}
-    unknown = [str(name) for name in named if name is not None and name not in SPLITS]
+    unknown = [str(name) for name in named if name is not None and not find_split(str(name))]
     if unknown:
         raise InputError(
-            f"{where}: expected parts named {', '.join(SPLITS)}; found {', '.join(unknown)}; rename or drop them"
+            f"{where}: expected parts named {describe_split_names()}; found {', '.join(unknown)}; rename or drop them"
         )
     parts = []
     for name, part in named.items():
         columns = part.column_names or list(next(iter(part), {}))  # a stream may not know its columns
         check_columns(columns, where if name is None else f"{where}, part {name}")
         selected = part.select_columns([column for column in COLUMNS if column in columns])
-        parts.append((None if name is None else SPLITS[name], _without_decoding(selected)))
+        parts.append((None if name is None else find_split(str(name)), _without_decoding(selected)))
     return parts
+
+
+def _read_part(part: Any, root: Path | None, split: str | None) -> Iterator[RawRow]:
+    labels = read_label_names(part.features.arrow_schema) if part.features else {}
+    return (raw_row(name_labels(row, labels), root, split) for row in part)
 
 
 def _without_decoding(part: Any) -> Any:
