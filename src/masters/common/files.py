@@ -10,13 +10,13 @@ from masters.common.errors import InputError
 ROOM = 2**20  # bytes
 
 
-def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
-    """Write or replace a file so that a reader never sees half of it. Creates missing folders."""
+def write_atomically(path: Path, content: str | bytes, mode: int = 0o644) -> None:
+    """Write or replace a file, text as UTF-8, so that a reader never sees half of it. Creates missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ MASTERS_ALLOWED_DATA        folders, hub ids (`org/name`, `org/*`)          data
 MASTERS_ALLOWED_STORES      folders, s3://bucket/prefix                     store.root
 MASTERS_ALLOWED_MODELS      folders, hub ids                                student, teachers, judge, models to evaluate
 MASTERS_ALLOWED_JUDGES      host, host:port, or the beginning of a URL      rewards.judge where it is a URL
+MASTERS_ALLOWED_IMAGE_HOSTS host, host:port, or the beginning of a URL      images of data.fetch_images
 MASTERS_ALLOWED_MLFLOW      URLs, folders of SQLite files                   runtime.mlflow_uri
 MASTERS_ALLOWED_RAY         host, host:port                                 runtime.ray_address
 MASTERS_TRUST_REMOTE_CODE   folders, hub ids                                judges that may run code of their own
@@ -42,6 +43,7 @@ class Setting(StrEnum):
     STORES = "MASTERS_ALLOWED_STORES"
     MODELS = "MASTERS_ALLOWED_MODELS"
     JUDGES = "MASTERS_ALLOWED_JUDGES"
+    IMAGE_HOSTS = "MASTERS_ALLOWED_IMAGE_HOSTS"
     MLFLOW = "MASTERS_ALLOWED_MLFLOW"
     RAY = "MASTERS_ALLOWED_RAY"
     CODE = "MASTERS_TRUST_REMOTE_CODE"
@@ -101,16 +103,19 @@ def check_model(model: str, store: str | None = None) -> None:
 
 def check_judge(url: str) -> None:
     """Raise InputError if the host of a judge's URL is not allowed. `url` has no user, query or fragment."""
-    entries = Setting.JUDGES.entries
-    if entries and not any(_matches_host(url, entry) for entry in entries):
+    if not allows_host(Setting.JUDGES, url):
         raise _not_allowed(Setting.JUDGES, "rewards.judge", url)
 
 
 def check_ray(address: str) -> None:
     """Raise InputError if a Ray cluster is not allowed. `address`: HOST:PORT."""
-    entries = Setting.RAY.entries
-    if entries and not any(_matches_host(f"ray://{address}", entry) for entry in entries):
+    if not allows_host(Setting.RAY, f"ray://{address}"):
         raise _not_allowed(Setting.RAY, "runtime.ray_address", address)
+
+
+def allows_host(setting: Setting, url: str) -> bool:
+    """Return whether a list of hosts allows the host of a URL; a list without entries allows every host."""
+    return not setting.entries or any(_matches_host(url, entry) for entry in setting.entries)
 
 
 def may_run_code(*names: str) -> bool:

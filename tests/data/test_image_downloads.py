@@ -1,0 +1,310 @@
+"""Images by URL, from a real server: limits, refused addresses, the cache, and what the data's digest covers."""
+
+import json
+import shutil
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpcore
+import pytest
+
+from masters.common.machine import cache_folder
+from masters.config import Data
+from masters.data import image_downloads
+from masters.data.image_downloads import DownloadError, ImageDownloads, check_public, check_url
+from masters.data.sources import open_source
+from masters.data.validation import RejectedRow, validate_rows
+from tests.data.source_files import png, records
+
+HOSTS = "MASTERS_ALLOWED_IMAGE_HOSTS"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """A page for every way in which a download may go."""
+
+    def do_GET(self) -> None:
+        self.server.paths[self.path] += 1  # pyright: ignore[reportAttributeAccessIssue]
+        kind, _, rest = self.path.strip("/").partition("/")
+        with suppress(OSError):  # the client has left
+            getattr(self, f"_{kind.partition('?')[0]}", self._missing)(rest)
+
+    def _answer(self, status: int, content: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def _png(self, number: str) -> None:
+        self._answer(200, png(int(number) + self.server.shift))  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _missing(self, _: str) -> None:
+        self._answer(404)
+
+    def _to(self, target: str) -> None:
+        self._answer(302, Location=target if "://" in target else f"/{target}")
+
+    def _loop(self, _: str) -> None:
+        self._answer(301, Location="/loop")
+
+    def _flaky(self, _: str) -> None:
+        tries = self.server.paths[self.path]  # pyright: ignore[reportAttributeAccessIssue]
+        self._answer(503) if tries < 3 else self._answer(200, png(5))
+
+    def _down(self, _: str) -> None:
+        self._answer(500)
+
+    def _gzip(self, _: str) -> None:
+        self._answer(200, b"x", Content_Encoding="gzip")
+
+    def _large(self, _: str) -> None:
+        self._answer(200, bytes(5000))
+
+    def _endless(self, _: str) -> None:
+        self.send_response(200)
+        self.end_headers()
+        while True:
+            self.wfile.write(bytes(500))
+
+    def _drip(self, _: str) -> None:
+        for byte in b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 1000:
+            self.wfile.write(bytes([byte]))
+            time.sleep(0.05)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    """A server on loopback. `paths`: number of requests; `shift`: makes other pictures of all numbers."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.paths: Counter[str] = Counter()
+        self.shift = 0
+
+    def url(self, path: str, host: str = "127.0.0.1") -> str:
+        return f"http://{host}:{self.server_port}/{path}"
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(image_downloads, "PAUSE", 0.0)
+    monkeypatch.setenv(HOSTS, "127.0.0.1")
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def outcome(url: str, downloads: ImageDownloads | None = None) -> bytes | str:
+    """Return the image, or why there is none."""
+    downloads = downloads or ImageDownloads()
+    downloads.fetch([url])
+    try:
+        return downloads.read(url)
+    except DownloadError as error:
+        return str(error)
+
+
+def test_an_image_is_downloaded_once(server: Server) -> None:
+    downloads = ImageDownloads()
+    urls = [server.url(f"png/{number}") for number in (1, 2, 1)]
+    downloads.fetch(urls)
+    assert [downloads.read(url) for url in urls] == [png(1), png(2), png(1)]
+    assert outcome(urls[0]) == png(1) and set(server.paths.values()) == {1}, "kept for later runs too"
+
+
+def test_redirects_are_followed_up_to_a_limit(server: Server) -> None:
+    assert outcome(server.url("to/png/3")) == png(3)
+    assert outcome(server.url(f"to/{server.url('to/png/4')}")) == png(4)
+    assert outcome(server.url("loop")) == "more than 5 redirects"
+    assert "expected http:// or https://" in str(outcome(server.url("to/file:///etc/passwd")))
+
+
+def test_errors_that_may_pass_are_tried_again(server: Server) -> None:
+    assert outcome(server.url("flaky")) == png(5) and server.paths["/flaky"] == 3
+    assert outcome(server.url("down")) == "HTTP 500" and server.paths["/down"] == 3
+    assert outcome(server.url("nothing")) == "HTTP 404" and server.paths["/nothing"] == 1
+
+
+def test_an_error_is_remembered(server: Server) -> None:
+    downloads = ImageDownloads()
+    assert [outcome(server.url("nothing"), downloads) for _ in range(2)] == ["HTTP 404"] * 2
+    assert server.paths["/nothing"] == 1
+
+
+def test_size_is_limited(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_downloads, "MAX_BYTES", 1000)
+    assert outcome(server.url("large")) == outcome(server.url("endless")) == "more than 1000 bytes"
+    assert outcome(server.url("gzip")) == "a compressed answer, which was not asked for"
+
+
+def test_time_is_limited_however_slowly_bytes_come(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_downloads, "SECONDS", 0.5)
+    started = time.monotonic()
+    assert "ReadTimeout" in str(outcome(server.url("drip"))) and server.paths["/drip"] == 3
+    assert time.monotonic() - started < 10
+
+
+def test_numbers_of_urls_and_of_failures_are_limited(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_downloads, "MAX_URLS", 3)
+    monkeypatch.setattr(image_downloads, "MAX_FAILURES", 2)
+    downloads = ImageDownloads()
+    found = [outcome(server.url(f"nothing/{number}"), downloads) for number in range(4)]
+    assert found[:2] == ["HTTP 404"] * 2
+    assert found[2:] == ["not asked after 2 failures in a row of 127.0.0.1", "a source may name 3 URLs"]
+
+
+# addresses
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "2130706433", "0x7f000001", "127.1", "0", "[::1]"])
+def test_loopback_is_refused_unless_it_is_allowed(server: Server, monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    monkeypatch.delenv(HOSTS)
+    reason = str(outcome(server.url("png/1", host)))
+    assert "which is not public" in reason or "has no address" in reason or "not a URL" in reason
+    assert not server.paths
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",
+        "240.0.0.1", "255.255.255.255", "::1", "::", "fe80::1%eth0", "fc00::1", "fec0::1", "ff02::1",
+        "::ffff:127.0.0.1",
+        "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "2001:0:a00:1:0:0:80ff:fffe", "198.18.0.1",
+    ],
+)  # fmt: skip
+def test_addresses_that_are_not_public_are_refused(address: str) -> None:
+    with pytest.raises(DownloadError, match="which is not public"):
+        check_public("host", address)
+
+
+@pytest.mark.parametrize("address", ["93.184.216.34", "2606:2800:220:1::1", "::ffff:8.8.8.8", "64:ff9b::808:808"])
+def test_public_addresses_are_accepted(address: str) -> None:
+    check_public("host", address)
+
+
+@pytest.mark.parametrize("addresses", [["10.0.0.1"], ["93.184.216.34", "127.0.0.1"], ["::ffff:10.0.0.1"]])
+def test_a_name_with_a_private_address_is_refused(
+    server: Server, monkeypatch: pytest.MonkeyPatch, addresses: list[str]
+) -> None:
+    def resolve(host: str, port: int, **_: object) -> list:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
+
+    monkeypatch.delenv(HOSTS)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    assert "which is not public" in str(outcome("http://images.example.org/a.png"))
+
+
+def test_the_address_that_was_checked_is_connected_to(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that resolves to another address the second time gains nothing: it is resolved once."""
+    connected, asked = [], []
+
+    def resolve(host: str, port: int, **_: object) -> list:
+        asked.append(host)
+        address = "93.184.216.34" if len(asked) % 2 else "127.0.0.1"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
+
+    def connect(self: object, host: str, *_: object, **__: object) -> None:
+        connected.append(host)
+        raise httpcore.ConnectError("not in a test")
+
+    monkeypatch.delenv(HOSTS)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(httpcore.SyncBackend, "connect_tcp", connect)
+    monkeypatch.setattr(image_downloads, "TRIES", 1)
+    outcome("http://images.example.org/a.png")
+    assert connected == ["93.184.216.34"] and asked == ["images.example.org"]
+
+
+def test_a_redirect_to_an_address_that_is_not_public_is_refused(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(host: str, address: str) -> None:
+        if address != "127.0.0.1":  # stands for a public address
+            check_public(host, address)
+
+    monkeypatch.delenv(HOSTS)
+    monkeypatch.setattr(image_downloads, "check_public", check)
+    assert outcome(server.url("to/png/1")) == png(1)
+    assert "which is not public" in str(outcome(server.url(f"to/{server.url('png/2', '127.0.0.2')}")))
+    assert "/png/2" not in server.paths
+
+
+def test_only_allowed_hosts_are_asked(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(HOSTS, f"images.example.org,127.0.0.1:{server.server_port}")
+    assert outcome(server.url("png/1")) == png(1)
+    for url in ("http://localhost/a.png", "http://127.0.0.1:1/a.png", server.url("to/http://localhost:1/x")):
+        assert (
+            outcome(url)
+            == f"{'localhost' if 'localhost' in url else '127.0.0.1'} is not among the hosts that {HOSTS} allows"
+        )
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://a/b", "http://", "http://user:word@a/b", "http://[::1", "http:///a", "http://a:b/"]
+)
+def test_other_urls_are_refused(url: str) -> None:
+    with pytest.raises(DownloadError):
+        check_url(url)
+
+
+# the source
+
+
+def write_rows(folder: Path, urls: list[str]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [row | {"image": url, "split": "test"} for row, url in zip(records(len(urls)), urls, strict=True)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "rows.jsonl"
+
+
+def test_rows_hold_the_images_that_their_urls_name(server: Server, tmp_path: Path) -> None:
+    path = write_rows(
+        tmp_path, [server.url("png/1"), server.url("png/2"), server.url("png/1"), server.url("nothing?key=s")]
+    )
+    *accepted, rejected = validate_rows(open_source(Data(source=str(path), fetch_images=True)))
+    assert [row["image"] for row in accepted] == [png(1), png(2), png(1)]
+    url = server.url("nothing")
+    reason = f"image cannot be downloaded ('{url}': HTTP 404)"
+    assert rejected == RejectedRow("q3", "image cannot be downloaded", reason), "without the query, which may be a key"
+    assert set(server.paths.values()) == {1}
+
+
+def test_without_the_setting_nothing_is_fetched(server: Server, tmp_path: Path) -> None:
+    path = write_rows(tmp_path, [server.url("png/1")])
+    (row,) = validate_rows(open_source(Data(source=str(path))))
+    assert isinstance(row, RejectedRow) and "set data.fetch_images = true" in row.reason and not server.paths
+
+
+def test_digest_covers_the_images_that_were_fetched(server: Server, tmp_path: Path) -> None:
+    path = write_rows(tmp_path, [server.url("png/1"), server.url("png/2")])
+
+    def digest(fetch: bool = True) -> str:
+        return open_source(Data(source=str(path), fetch_images=fetch)).digest()
+
+    before = digest()
+    assert digest() == before != digest(fetch=False)
+    server.shift = 10
+    assert digest() == before, "kept: an image is fetched once"
+    shutil.rmtree(cache_folder() / "images")
+    changed = digest()
+    path.write_text(path.read_text().replace("png/2", "nothing"))
+    assert len({before, changed, digest()}) == 3
+
+
+def test_digest_of_a_source_without_urls_does_not_change(server: Server, tmp_path: Path) -> None:
+    path = write_rows(tmp_path, ["a.png", "data:image/png,x"])
+    assert len({open_source(Data(source=str(path), fetch_images=fetch)).digest() for fetch in (True, False)}) == 1
