@@ -3,7 +3,7 @@
 import os
 import random
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def disk(world: World, rng: random.Random, what: str, role: str) -> Seen:
 
 def small_disk(world: World, rng: random.Random) -> Seen | None:
     """Use a real file system that is too small and then enlarged. Returns None if it cannot be mounted."""
-    with _mounted(world.store(), rng.randint(12, 48)) as store:
+    with mounted(world.store(), rng.randint(12, 48)) as store:
         if store is None:
             return None
 
@@ -163,15 +163,16 @@ def _unchecked(points: list[str], fits: Callable[[str], bool]) -> list[int]:
 
 
 @contextmanager
-def _mounted(folder: Path, kib: int):
+def mounted(folder: Path, kib: int) -> Iterator[Path | None]:
+    """Mount a file system of this size in memory while the body runs. Yields None if none may be mounted here."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "masters-faults", str(folder)]
     try:
-        mounted = os.getuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
+        is_mounted = os.getuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
     except FileNotFoundError:
-        mounted = False
+        is_mounted = False
     try:
-        yield folder if mounted else None
+        yield folder if is_mounted else None
     finally:
-        if mounted:
+        if is_mounted:
             subprocess.run(["umount", "-l", str(folder)], check=True)

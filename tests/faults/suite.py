@@ -5,11 +5,15 @@ Not named test_*: `make test-all` leaves it out, tests/faults/test_selected_faul
 
 import os
 import random
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from masters.common import disk_space
 from tests import fake_judge
+from tests.command_line import masters
 from tests.faults import (
     command_faults,
     concurrent_runs,
@@ -177,6 +181,28 @@ def test_a_small_disk_is_full(world: World, rng: random.Random) -> None:
     if seen is None:
         pytest.skip("no file system may be mounted here")
     right(seen, "failed")
+
+
+@pytest.mark.parametrize("what", ["store", "home"])
+def test_a_small_disk_with_a_database_is_full(what: str, rng: random.Random, tmp_path: Path) -> None:
+    """The command says so in its last line, at once and without a library's traceback; with room it goes on.
+
+    The database of MLflow lies in the store, that of Prefect in the home folder.
+    """
+    kib = rng.randint(300, 1200) if what == "store" else rng.randint(800, 2300)
+    with process_faults.mounted(tmp_path / "disk", kib) as disk:
+        if disk is None:
+            pytest.skip("no file system may be mounted here")
+        places = {"store": tmp_path / "store", "home": tmp_path / "home", what: disk / what}
+        arguments = ("stage", "data", "configs/demo.toml", "--set", f"store.root={places['store']}")
+        done = masters(*arguments, home=places["home"])
+        assert done.returncode in (1, 2), done.stdout
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("masters: ") and last.endswith(disk_space.REMEDY)
+        assert "Traceback" not in done.stderr and "unexpected" not in done.stderr
+        subprocess.run(["mount", "-o", "remount,size=512m", str(disk)], check=True)
+        done = masters(*arguments, home=places["home"])
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
