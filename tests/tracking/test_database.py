@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import shutil
 import sqlite3
 import tempfile
@@ -62,6 +63,25 @@ def statuses(uri: str) -> list[str]:
 def test_simultaneous_first_runs_share_a_file(storage: Storage) -> None:
     assert run_at_once(storage, 3, open_run) == [0] * 3
     assert statuses(f"sqlite:///{storage.path('mlflow.db')}") == ["FINISHED"] * 3
+
+
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_an_interrupted_migration_leaves_no_half_made_file(is_empty: bool, storage: Storage) -> None:
+    """A process that may write few bytes to a file stops as on a full disk; the next run creates the tables."""
+    database = Path(storage.path("mlflow.db"))
+    if is_empty:
+        database.touch()
+
+    def stop_early(storage: Storage, _: bytes) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+        with pytest.raises(Exception, match="disk I/O error|is full"):
+            client(f"sqlite:///{database}")
+
+    assert run_at_once(storage, 1, stop_early) == [0]
+    assert [path.name for path in database.parent.iterdir() if path.suffix == ".db"] == ["mlflow.db"] * is_empty
+    assert not is_empty or not database.stat().st_size
+    assert run_at_once(storage, 1, open_run) == [0]
+    assert statuses(f"sqlite:///{database}") == ["FINISHED"]
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Creates the tables of MLflow's database: its migration fails if several processes begin it together."""
 
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -21,11 +23,27 @@ def create_tables(uri: str) -> None:
     scheme, _, path = uri.partition("://")
     dialect = scheme.partition("+")[0]
     if dialect == "sqlite":
-        with _lock_file(Path(path.removeprefix("/"))):
+        database = Path(path.partition("?")[0].removeprefix("/"))
+        with _lock_file(database):
+            _create_file(database)
             MlflowClient(uri)
     elif dialect == "postgresql":
         with _lock_postgres(uri):
             MlflowClient(uri)
+
+
+def _create_file(database: Path) -> None:
+    """Create a SQLite database with its tables, complete or not at all.
+
+    MLflow cannot continue a migration that a full disk or a kill has interrupted. Does nothing for a database that has
+    content.
+    """
+    if database.is_file() and database.stat().st_size:
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{database.name}-", dir=database.parent) as folder:
+        created = Path(folder) / database.name
+        MlflowClient(f"sqlite:///{created}")
+        os.replace(created, database)
 
 
 @contextmanager
