@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 from prefect import Flow, State, flow
 from prefect.client.schemas.objects import FlowRun
@@ -22,6 +23,7 @@ from masters.tasks import work_pools
 from masters.tasks.data import data
 from masters.tasks.evaluate import evaluate, initial_student, prefetch
 from masters.tasks.generate import generate
+from masters.tasks.judges import ask_judge_first, is_judged_by_server
 from masters.tasks.mask import mask
 from masters.tasks.progress import warn
 from masters.tasks.refresh import first_part, keep_student_engine, next_part
@@ -175,10 +177,17 @@ def build_train_inputs(
     inputs = {"data": questions, "masks": masks}
     if Stage.GENERATE in response_stages(run.config):
         prefetched = prefetch(run, current, questions) if current.starts_round and Stage.EVALUATE in stages else []
-        inputs["responses"] = generate(run, current, questions, masks, prefetched)
+        ask_judge = partial(ask_judge_if_needed, run, {*needed, *stages})
+        inputs["responses"] = generate(run, current, questions, masks, prefetched, ask_judge)
     if Stage.SCORE in response_stages(run.config) and Stage.SCORE in needed:
         inputs["verdicts"] = score(run, current, questions, inputs["responses"])
     return inputs if Stage.TRAIN in needed else None
+
+
+def ask_judge_if_needed(run: Run, stages: Collection[Stage]) -> None:
+    """Ask the judge's server first if this run will need it, so that one that gives no verdict costs no generation."""
+    if is_judged_by_server(run, stages):
+        ask_judge_first(run)
 
 
 def response_stages(config: Config) -> tuple[Stage, ...]:

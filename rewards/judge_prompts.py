@@ -1,19 +1,35 @@
-"""Prompts of the LLM judge and parsers of its replies: two calls per verdict.
+"""Prompts of the LLM judge: two calls per verdict.
 
 In the first call the judge explains and puts a score into an answer tag; in the second it reads that explanation and
-replies with the bare score. A score counts only if both replies can be parsed and agree.
+replies with the bare score. A score counts only if both replies can be parsed and agree (`judge_replies`).
 """
 
 import html
 import re
+from dataclasses import dataclass
 
 from masters.rewards.verdict import Triple
 
-VERSION = 1  # of prompts and parsers; part of a verdict's identity
-EXPLANATION_TOKENS = 256
-SCORE_TOKENS = 8
+VERSION = 1  # of the prompts; part of a verdict's identity
 
 Conversation = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class TokenLimits:
+    """Maximum number of tokens of a judge's replies to the first and to the second call, thoughts included."""
+
+    explanation: int = 256
+    score: int = 8
+
+    @classmethod
+    def for_each_reply(cls, tokens: int | None) -> "TokenLimits":
+        """Return limits with this room for either reply; None: the defaults, which leave no room for thoughts."""
+        return DEFAULT_LIMITS if tokens is None else cls(tokens, tokens)
+
+
+DEFAULT_LIMITS = TokenLimits()
+
 
 GRADING_PROMPT = (
     "You grade a text that answers a question about an image, which you cannot see. The ground truth is right. "
@@ -30,8 +46,6 @@ SCORE_PROMPT = (
 TAGS = re.compile(
     r"</?(?:question|ground_truth|generated_text|overall_summary|answer)>"
 )  # the tags that these prompts use
-_VERDICT = re.compile(r"<answer>\s*([01])\s*</answer>\s*\Z")
-_TAG = re.compile(r"<\s*/?\s*answer\b", re.IGNORECASE)
 _SUMMARY_TAG = re.compile(r"<(?=\s*/?\s*overall_summary\b)", re.IGNORECASE)
 
 
@@ -57,17 +71,6 @@ def score_conversation(explanation: str) -> Conversation:
     The quoted reply keeps its answer tag and cannot end the summary tag around it.
     """
     return _turns(SCORE_PROMPT, f"<overall_summary>{_SUMMARY_TAG.sub('&lt;', explanation)}</overall_summary>")
-
-
-def parse_verdict(explanation: str) -> int | None:
-    """The score in a first reply: its only answer tag, at its end; None if there is no such tag, or another one."""
-    match = _VERDICT.search(explanation)
-    return int(match[1]) if match and len(_TAG.findall(explanation)) == 2 else None
-
-
-def parse_score(text: str) -> int | None:
-    """The score in a second reply, which is 0 or 1 and nothing else; None for any other text."""
-    return int(text.strip()) if text.strip() in ("0", "1") else None
 
 
 def _turns(system: str, user: str) -> Conversation:

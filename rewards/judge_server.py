@@ -1,14 +1,16 @@
 """An LLM judge behind an OpenAI-compatible server: bounded concurrency, retries with back-off, time-outs.
 
-A server is not trusted: replies are limited in size and time, and redirects are not followed.
+A server that refuses the first request is sent it in other styles (`RequestStyle`); the one that it takes is kept. A
+server is not trusted: replies are limited in size and time, and redirects are not followed.
 """
 
 import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from threading import Lock
-from typing import Any, cast
+from typing import Any
 
 import httpx
 import openai
@@ -16,6 +18,7 @@ import openai
 from masters.config.judge_url import API_KEY_VARIABLE
 from masters.rewards.judge import JudgeReply
 from masters.rewards.judge_prompts import Conversation
+from masters.rewards.judge_request import STYLES, RequestStyle
 
 MAX_RETRIES = 8  # per request, 0.5 s to 8 s apart (a server may ask for more): about 40 s without an answer
 MAX_CONSECUTIVE_FAILURES = 32  # requests, each after its retries
@@ -23,19 +26,31 @@ MAX_NAME_LENGTH = 1000  # characters of a model's name
 MAX_ANSWER_BYTES = 1 << 20  # an answer is a few hundred tokens
 DEFAULT_MODEL = "default"  # where the server lists no model: servers of one model ignore the name
 REFUSAL_CODES = (400, 413, 422)  # HTTP codes by which a server refuses a prompt
+RETRIED_CODES = (408, 409, 429)  # HTTP codes that the openai client retries, like those from 500 on
+REFUSALS_OF_A_PARAMETER = (openai.BadRequestError, openai.UnprocessableEntityError)
 
 
 class ServerJudge:
-    """A `JudgeClient` over HTTP. After MAX_CONSECUTIVE_FAILURES it sends no more requests: the judge is down."""
+    """A `JudgeClient` over HTTP. After MAX_CONSECUTIVE_FAILURES it sends no more requests: the judge is down.
+
+    `style`: the parameters that the server is known to take; None: found by the first requests.
+    """
 
     def __init__(
-        self, url: str, model: str | None, requests: int = 16, timeout: float = 60.0, retries: int = MAX_RETRIES
+        self,
+        url: str,
+        model: str | None,
+        requests: int = 16,
+        timeout: float = 60.0,
+        retries: int = MAX_RETRIES,
+        style: RequestStyle | None = None,
     ) -> None:
         key = os.environ.get(API_KEY_VARIABLE, "").strip() or "none"
         http: Any = make_http_client(timeout)  # openai accepts it, but declares the client of a fork of httpx
         self._client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries, http_client=http)
         self._model, self._requests = model, requests
         self._lock, self._failures, self._reason = Lock(), 0, ""
+        self._style_lock, self.style = Lock(), style
 
     def __enter__(self) -> "ServerJudge":
         return self
@@ -44,8 +59,11 @@ class ServerJudge:
         self._client.close()
 
     def ask(self, conversations: list[Conversation], max_tokens: int) -> list[JudgeReply]:
+        alone = 1 if self.style is None else 0  # the first request finds the style for those sent side by side
+        first = [self._ask_unless_down(conversation, max_tokens) for conversation in conversations[:alone]]
         with ThreadPoolExecutor(self._requests) as pool:
-            return list(pool.map(lambda conversation: self._ask_unless_down(conversation, max_tokens), conversations))
+            rest = conversations[alone:]
+            return first + list(pool.map(lambda conversation: self._ask_unless_down(conversation, max_tokens), rest))
 
     def _ask_unless_down(self, conversation: Conversation, max_tokens: int) -> JudgeReply:
         if self._failures >= MAX_CONSECUTIVE_FAILURES:
@@ -59,19 +77,46 @@ class ServerJudge:
 
     def _send(self, conversation: Conversation, max_tokens: int) -> JudgeReply:
         try:
-            messages = cast(Any, conversation)
-            completion = self._client.chat.completions.create(
-                model=self._model_name(), messages=messages, temperature=0, max_tokens=max_tokens
-            )
-            choice = completion.choices[0]
-            return JudgeReply(_text(choice.message.content), "cut_off" if choice.finish_reason == "length" else "ok")
+            return self._request_in_accepted_style(conversation, max_tokens)
         except openai.APIStatusError as error:
             status = "refused" if error.status_code in REFUSAL_CODES else "judge_failed"
-            return JudgeReply(f"HTTP {error.status_code}: {_one_line(error.message)}", status)
+            may_pass = error.status_code in RETRIED_CODES or error.status_code >= 500
+            return JudgeReply(f"HTTP {error.status_code}: {_one_line(error.message)}", status, may_pass=may_pass)
         except openai.OpenAIError as error:
-            return JudgeReply(_one_line(f"{type(error).__name__}: {error}"), "judge_failed")
+            may_pass = isinstance(error, openai.APITimeoutError)
+            return JudgeReply(_one_line(f"{type(error).__name__}: {error}"), "judge_failed", may_pass=may_pass)
         except Exception as error:  # the server may send anything instead of a chat completion
             return JudgeReply(f"no chat completion ({_one_line(f'{type(error).__name__}: {error}')})", "judge_failed")
+
+    def _request_in_accepted_style(self, conversation: Conversation, max_tokens: int) -> JudgeReply:
+        """Send a request in the style that the server takes; until one is known, in each style until it is taken.
+
+        Raises what `_request` raises, for the first style if the server refuses all of them.
+        """
+        known = self.style
+        try:
+            reply = self._request(known or STYLES[0], conversation, max_tokens)
+            self.style = known or STYLES[0]
+            return reply
+        except REFUSALS_OF_A_PARAMETER as error:
+            if known:
+                raise
+            refusal = error
+        with self._style_lock:
+            for style in [self.style] if self.style else STYLES[1:]:
+                with suppress(*REFUSALS_OF_A_PARAMETER):
+                    reply = self._request(style, conversation, max_tokens)
+                    self.style = style
+                    return reply
+        raise refusal
+
+    def _request(self, style: RequestStyle, conversation: Conversation, max_tokens: int) -> JudgeReply:
+        parameters: Any = style.parameters(conversation, max_tokens)
+        completion = self._client.chat.completions.create(model=self._model_name(), **parameters)
+        choice = completion.choices[0]
+        tokens = getattr(completion.usage, "total_tokens", 0)
+        status = "cut_off" if choice.finish_reason == "length" else "ok"
+        return JudgeReply(_text(choice.message.content), status, tokens if isinstance(tokens, int) else 0)
 
     def _model_name(self) -> str:
         """The configured model, else the first that the server lists."""

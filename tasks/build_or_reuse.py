@@ -96,6 +96,7 @@ def build_or_reuse(
     build: BuildFunction,
     delete_stored: Callable[[], None] = lambda: None,
     prefetch_evaluation: bool = False,
+    check_before: Callable[[], None] = lambda: None,
 ) -> Artifact:
     """Return the artifact of this identity: the finished one, or one that is built, committed and tracked now.
 
@@ -104,12 +105,15 @@ def build_or_reuse(
 
     `upstream`: everything that the stage reads; it goes into the record and into MLflow. `delete_stored`: called
     before a requested rebuild to delete results outside the artifact, which the build would reuse otherwise.
-    `prefetch_evaluation`: passed on to the pool's worker.
+    `prefetch_evaluation`: passed on to the pool's worker. `check_before`: called in this process if the artifact is
+    missing, wherever it is built; an error that it raises stops the stage.
     """
     started = time.monotonic()
     machine.reset_peak_memory()
     finished = None if run.must_rebuild(identity) else artifacts.find(run.storage, identity, upstream)
     with run.tracker.stage(identity, upstream) as record_artifact:
+        if finished is None:
+            check_before()
         if finished is not None:
             stage = StageOutcome(finished, "reused")
         elif pool := run.pool_for(identity.kind):

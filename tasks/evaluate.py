@@ -14,7 +14,7 @@ from masters.common.errors import WorkerError
 from masters.config import Config, Sampling
 from masters.data import question_shards
 from masters.evaluation.statistics import clustered_standard_error
-from masters.models.generation.shards import GeneratingModel, ShardRequest, collect_shards
+from masters.models.generation.shards import GeneratingModel, ShardRequest, collect_shards, find_missing
 from masters.models.judging.batches import Judge, read_questions
 from masters.rewards import verifiers
 from masters.rewards.verdict import Triple
@@ -80,8 +80,10 @@ def evaluate(run: Run, data: Artifact, models: list[LocalModel], name: str = "ev
     identity = make_identity(run, requests, name)
 
     def build() -> StageResult:
+        if judge and find_missing(run.storage, requests):
+            judges.ask_judge_first(run)
         execution = generate_shards(run, identity, data, requests)
-        with _grade(run, identity, data, requests, judge) as grading:
+        with _grade(run, identity, data, requests, judges.evaluation_judge(run)) as grading:
             files = collect_shards(run.storage, identity, requests, partial(add_correctness, grading.is_correct))
         correct = _read_correctness(run, identity, files)
         columns = data.rows("questions", ["question_id", "image_digest"])

@@ -1,6 +1,6 @@
 """generate: the masked teachers and the student answer every training question ahead of time, through vLLM."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from prefect import task
@@ -100,11 +100,17 @@ def make_identity(context: Context, current: Round, requests: list[ShardRequest]
 
 @task(name="generate", task_run_name="generate{current.suffix}", **TASK_OPTIONS)
 def generate(
-    run: Run, current: Round, data: Artifact, masks: Artifact, evaluation_requests: Sequence[ShardRequest] = ()
+    run: Run,
+    current: Round,
+    data: Artifact,
+    masks: Artifact,
+    evaluation_requests: Sequence[ShardRequest] = (),
+    check_before: Callable[[], None] = lambda: None,
 ) -> Artifact:
     """Build the table `responses`.
 
     `evaluation_requests`: what the evaluation asks of the same models, answered by the same start of their engines.
+    `check_before`: called before responses are generated; an error that it raises stops the stage.
     """
     requests = shard_requests(run, current, data, masks)
     later_requests = [*later_teacher_requests(run, current, data, masks), *evaluation_requests]
@@ -122,9 +128,7 @@ def generate(
 
     upstream = dict(data=data, masks=masks, teacher=current.teacher.origin, student=current.generating_student.origin)
     delete_stored = partial(delete_shards, run.storage, requests)
-    generated = build_or_reuse(
-        run, identity, upstream, build, delete_stored, prefetch_evaluation=bool(evaluation_requests)
-    )
+    generated = build_or_reuse(run, identity, upstream, build, delete_stored, bool(evaluation_requests), check_before)
     warn_too_long(run, identity, generated, "their responses are empty and are not learnt from")
     return generated
 

@@ -4,20 +4,24 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from masters.checks.judge import ask_test_question, list_probe_warnings, require_verdict
 from masters.checks.model_folder import JudgeServer, LocalModel
 from masters.common.errors import WorkerError
 from masters.config import Config
 from masters.config.judge_url import is_url
+from masters.config.stages import Stage
 from masters.data.question_shards import split_by_digest
 from masters.models.judging import batches
 from masters.models.judging.batches import Judge
 from masters.models.judging.job import EngineEndpoint, ServerEndpoint
+from masters.rewards.judge_prompts import TokenLimits
 from masters.rewards.verdict import FINAL_STATUSES, Triple, Verdict
 from masters.rewards.verifiers import get_verifier
 from masters.store import tables
 from masters.store.artifacts import Identity
 from masters.store.storage import Storage
 from masters.tasks.build_or_reuse import write_file
+from masters.tasks.progress import warn
 from masters.tasks.run_context import Context, Round, Run
 
 Verdicts = dict[Triple, Verdict]
@@ -39,12 +43,42 @@ def evaluation_judge(context: Context) -> Judge | None:
 
 
 def _make_judge(context: Context, model: LocalModel | JudgeServer) -> Judge:
+    limits = TokenLimits.for_each_reply(context.config.rewards.judge_tokens)
     if isinstance(model, JudgeServer):
-        endpoint = ServerEndpoint(url=model.url, model=model.model)
-        return Judge(model.model or model.url, dict(url=model.url, model=model.model), endpoint)
+        endpoint = ServerEndpoint(url=model.url, model=model.model, style=context.judge_style)
+        return Judge(model.model or model.url, dict(url=model.url, model=model.model), endpoint, limits)
     dtype = context.config.generate.dtype
     endpoint = EngineEndpoint(folder=model.folder, dtype=dtype, trust_remote_code=model.has_custom_code)
-    return Judge(model.name, dict(digest=model.digest, dtype=dtype), endpoint)
+    return Judge(model.name, dict(digest=model.digest, dtype=dtype), endpoint, limits)
+
+
+def is_judged_by_server(run: Run, stages: Collection[Stage]) -> bool:
+    """Return whether this process, in one of these stages, sends texts to a judge's server."""
+    config = run.config
+    scores = Stage.SCORE in stages and config.needs_verdicts and config.rewards.accuracy == "llm"
+    evaluates = Stage.EVALUATE in stages and config.evaluate.accuracy == "llm"
+    judging = [stage for stage, judges in ((Stage.SCORE, scores), (Stage.EVALUATE, evaluates)) if judges]
+    is_server = isinstance(run.resources.judge, JudgeServer)
+    return is_server and any(not run.pool_for(stage) for stage in judging)
+
+
+def ask_judge_first(run: Run) -> None:
+    """Ask the judge's server a test question before work whose texts it will judge, once in a run.
+
+    Keeps the parameters that the server takes. Raises InputError if it gives no verdict; a server that only seems busy
+    is warned of, as it may answer when it is needed.
+    """
+    server = run.resources.judge
+    if not isinstance(server, JudgeServer) or run.judge_style is not None:
+        return
+    result = ask_test_question(server, run.config)
+    if result.verdict.status == "judge_failed" and result.may_pass:
+        warn(f"judge {server.url} did not answer a test question ({result.reason}): it is asked again when needed")
+        return
+    require_verdict(server, result)
+    for warning in list_probe_warnings(server, result):
+        warn(warning)
+    run.judge_style = result.style
 
 
 def accuracy_metric(config: Config) -> str:

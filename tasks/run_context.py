@@ -14,6 +14,7 @@ from masters.config.stages import Stage
 from masters.execution.pool_request import StageRequest, Student, external_digests
 from masters.execution.processes import PersistentProcess
 from masters.models.generation.shards import ShardCache
+from masters.rewards.judge_request import RequestStyle
 from masters.store.artifacts import Artifact, Identity, Upstream
 from masters.store.storage import work_folder
 from masters.tasks.progress import CONSOLE, Progress
@@ -90,6 +91,7 @@ class Context:
     ) -> None:
         self.config, self.resources, self.storage = config, resources, resources.storage
         self.shard_cache, self.known_data = shard_cache or ShardCache(resources.storage), known_data
+        self.judge_style: RequestStyle | None = None  # the parameters that the judge's server takes, once it was asked
 
     def load_student(self, trained: Artifact) -> LocalModel:
         """Describe the student of a train artifact, under its name in the predictions table."""

@@ -61,7 +61,8 @@ def make_identity(context: Context, current: Round, inputs: Inputs) -> Identity:
     if any(m.processor_output and m.processor_output.padding for m in (context.resources.student, current.teacher)):
         config["vocabulary"] = "tokenizer"  # before, rows that pad the embedding counted as tokens
     if train.objective == "masters":
-        config["rewards"] = rewards.model_dump(exclude={"judge", "judge_model"})  # part of the verdicts' identity
+        of_verdicts = {"judge", "judge_model", "judge_tokens"}  # part of the verdicts' identity
+        config["rewards"] = rewards.model_dump(exclude=of_verdicts)
     made_from = {"teacher": current.teacher.digest, "student": current.student.digest}
     made_from |= {name: artifact.content_digest for name, artifact in upstream_artifacts(current, inputs).items()}
     return Identity(f"train{current.suffix}", VERSION, config, made_from, slug=context.config.name)

@@ -15,6 +15,7 @@ from masters.rewards.rules import exact_match
 Reply = Callable[
     [str], "tuple[int, object]"
 ]  # from the user's turn to the HTTP status and the text, body or seconds to wait
+Respond = Callable[[dict], "tuple[int, dict]"]  # from a request to the HTTP status and the body
 
 
 @dataclass
@@ -23,6 +24,7 @@ class FakeJudge:
 
     url: str = ""
     reply: Reply = field(default=lambda user: (200, judge_by_exact_match(user)))
+    respond: Respond | None = None  # instead of `reply`
     models: tuple[str, ...] = ("exact-match",)
     requests: list[dict] = field(default_factory=list)
     keys: set[str] = field(default_factory=set)
@@ -80,12 +82,14 @@ def _handler(judge: FakeJudge) -> type[BaseHTTPRequestHandler]:
                 judge.keys.add(self.headers.get("Authorization", ""))
                 judge.concurrent += 1
                 judge.max_concurrent = max(judge.max_concurrent, judge.concurrent)
-            status, reply = judge.reply(call["messages"][-1]["content"])
+            status, reply = judge.respond(call) if judge.respond else judge.reply(call["messages"][-1]["content"])
             if isinstance(reply, float):
                 time.sleep(reply)
                 reply = ""
             with judge.lock:
                 judge.concurrent -= 1
+            if isinstance(reply, dict):
+                reply = json.dumps(reply).encode()
             body = reply if isinstance(reply, bytes) else json.dumps(_completion(str(reply), call)).encode()
             self._send(status, body)
 

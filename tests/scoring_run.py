@@ -47,6 +47,7 @@ def make_run(
     rebuild: bool = False,
     accuracy: str = "llm",
     answers: dict | None = None,
+    judge_tokens: int | None = None,
     **runtime: object,
 ) -> Run:
     values = dict(
@@ -55,7 +56,7 @@ def make_run(
         data=dict(source="none"),
         student=dict(model="s"),
         teachers=[dict(model="t")],
-        rewards=dict(accuracy=accuracy, judge=judge),
+        rewards=dict(accuracy=accuracy, judge=judge, judge_tokens=judge_tokens),
         answers=answers or {},
         generate=dict(dtype="float32"),
         runtime=dict(judge_requests=4, judge_timeout=10.0, max_model_len=512) | runtime,

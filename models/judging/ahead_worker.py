@@ -16,10 +16,9 @@ from masters.common.hashing import fingerprint
 from masters.execution import processes
 from masters.execution.events import JudgedEarly, WaitingForShards
 from masters.models.judging import batches
-from masters.models.judging.job import EarlyJudgingJob
-from masters.models.judging.worker import make_judge_client
-from masters.rewards.judge import JudgeClient, judge_triples
-from masters.rewards.verdict import FINAL_STATUSES, Triple
+from masters.models.judging.job import EarlyJudgingJob, JudgeBatch
+from masters.models.judging.worker import Worker
+from masters.rewards.verdict import Triple
 from masters.store import artifacts, tables
 from masters.store.storage import Storage
 
@@ -28,11 +27,12 @@ LISTING_INTERVAL = 2.0  # seconds between two listings of the store
 
 def main(job_file: Path) -> None:
     job = EarlyJudgingJob.model_validate_json(job_file.read_text())
-    storage = Storage(job.store)
     try:
-        client = make_judge_client(job.endpoint, job.runtime)
-        for triples in _wait_for_batches(storage, job, job_file):
-            if not _store_verdicts(storage, client, triples, job.folder):
+        worker = Worker(job.setup)
+        for triples in _wait_for_batches(Storage(job.setup.store), job, job_file):
+            name = fingerprint([triple.digest for triple in triples])
+            judged = worker.do(JudgeBatch(out=f"{job.folder}/{name}.parquet", triples=tuple(triples)))
+            if len(judged.without_verdict) == len(triples):
                 print("the judge gave no verdict: the stage score will ask again", file=sys.stderr)
                 return
             processes.report_event(job_file, JudgedEarly(judged=len(triples)))
@@ -56,16 +56,6 @@ def _wait_for_batches(storage: Storage, job: EarlyJudgingJob, job_file: Path) ->
         waiting -= ready
         if waiting:
             time.sleep(LISTING_INTERVAL)
-
-
-def _store_verdicts(storage: Storage, client: JudgeClient, triples: list[Triple], folder: str) -> bool:
-    """Judge a batch and store its final verdicts. Returns whether there was any."""
-    judged = zip(triples, judge_triples(client, triples), strict=True)
-    rows = [batches.judgement_row(triple, verdict) for triple, verdict in judged if verdict.status in FINAL_STATUSES]
-    if rows:
-        name = fingerprint([triple.digest for triple in triples])
-        storage.create(f"{folder}/{name}.parquet", tables.encode(rows, tables.JUDGEMENTS))
-    return bool(rows)
 
 
 if __name__ == "__main__":

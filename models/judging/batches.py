@@ -6,7 +6,7 @@ stored: a judge that could not be reached is asked again.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from masters.common.hashing import fingerprint
@@ -23,7 +23,8 @@ from masters.models.judging.job import (
     JudgeSetup,
     ServerEndpoint,
 )
-from masters.rewards import judge_prompts
+from masters.rewards import judge_prompts, judge_replies
+from masters.rewards.judge_prompts import DEFAULT_LIMITS, TokenLimits
 from masters.rewards.verdict import Triple, Verdict
 from masters.store import tables
 from masters.store.artifacts import Artifact
@@ -40,13 +41,15 @@ class Judge:
 
     name: str
     model: dict  # literals: digest of a folder and data type, or a server's URL and model
-    endpoint: JudgeEndpoint  # never part of the identity
+    endpoint: JudgeEndpoint  # never part of the identity, except for its kind
+    limits: TokenLimits = DEFAULT_LIMITS
 
     @property
     def identity(self) -> dict:
-        tokens = dict(explanation=judge_prompts.EXPLANATION_TOKENS, score=judge_prompts.SCORE_TOKENS)
-        sampling = dict(temperature=0, max_tokens=tokens)
-        return dict(version=VERSION, prompts=judge_prompts.VERSION, sampling=sampling, model=self.model)
+        sampling = dict(temperature=0, max_tokens=asdict(self.limits))
+        identity = dict(version=VERSION, prompts=judge_prompts.VERSION, sampling=sampling, model=self.model)
+        # engines keep the identity that they had before this version: it reads the same in all that was read then
+        return identity | (dict(replies=judge_replies.VERSION) if isinstance(self.endpoint, ServerEndpoint) else {})
 
     @property
     def folder(self) -> str:
@@ -90,13 +93,11 @@ def start_early_judging(
     if not isinstance(judge.endpoint, ServerEndpoint):
         return None
     job = EarlyJudgingJob(
-        store=data.storage.uri(""),
+        setup=_make_setup(data.storage, judge, runtime, is_proven=False),
         data=data.folder,
         responses="shards/responses",
         shards=tuple(shards),
         folder=judge.folder,
-        endpoint=judge.endpoint,
-        runtime=runtime,
     )
     return Child("judge-ahead", WorkerModule.EARLY_JUDGING, job, folder)
 
@@ -125,7 +126,9 @@ def run_judging(
         on_progress(done, len(asked))
 
     on_progress(0, len(asked))
-    statistics = _judge_batches(storage, judge, [batch for batch in planned if batch], runtime, folder, count)
+    is_proven = any(verdict.status == "ok" for verdict in earlier.values())
+    batches = [batch for batch in planned if batch]
+    statistics = _judge_batches(storage, judge, batches, runtime, folder, count, is_proven)
     verdicts = without_verdict | (stored_verdicts(storage, judge, ordered) if asked else earlier)
     counts = dict(triples=len(triples), asked=len(asked), answered=len(asked) - len(without_verdict))
     return verdicts, counts | statistics
@@ -146,14 +149,20 @@ def judgement_row(triple: Triple, verdict: Verdict) -> dict:
 
 
 def _judge_batches(
-    storage: Storage, judge: Judge, batches: list[list[Triple]], runtime: Runtime, folder: Path, on_event: OnEvent
+    storage: Storage,
+    judge: Judge,
+    batches: list[list[Triple]],
+    runtime: Runtime,
+    folder: Path,
+    on_event: OnEvent,
+    is_proven: bool,
 ) -> dict:
     """Run one process for a server, engines for a model folder. Returns statistics."""
     pieces = tuple(
         JudgeBatch(out=f"{judge.folder}/{fingerprint([t.digest for t in batch])}.parquet", triples=tuple(batch))
         for batch in batches
     )
-    setup = JudgeSetup(store=storage.uri(""), runtime=runtime, endpoint=judge.endpoint)
+    setup = _make_setup(storage, judge, runtime, is_proven)
     if isinstance(judge.endpoint, ServerEndpoint):
         job = EngineJob(setup=setup, pieces=pieces)
         children = [Child("judge", WorkerModule.JUDGING, job, folder)] if pieces else []
@@ -174,3 +183,9 @@ def _judge_batches(
     )
     statistics = engines.run([work], runtime, folder, on_event)
     return dict(judges=statistics["workers"]) | statistics
+
+
+def _make_setup(storage: Storage, judge: Judge, runtime: Runtime, is_proven: bool) -> JudgeSetup:
+    return JudgeSetup(
+        store=storage.uri(""), runtime=runtime, endpoint=judge.endpoint, limits=judge.limits, is_proven=is_proven
+    )

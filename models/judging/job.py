@@ -5,19 +5,24 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from masters.config import Runtime
 from masters.execution.engines import EngineJob, EnginePiece, EngineSetup
+from masters.rewards.judge_prompts import TokenLimits
+from masters.rewards.judge_request import RequestStyle
 from masters.rewards.verdict import Triple
 
 
 class ServerEndpoint(BaseModel):
-    """A judge behind the URL of an OpenAI-compatible server; `model` None takes the first that the server lists."""
+    """A judge behind the URL of an OpenAI-compatible server; `model` None takes the first that the server lists.
+
+    `style`: the parameters that the server takes; None if it was not asked yet.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["server"] = "server"
     url: str
     model: str | None
+    style: RequestStyle | None = None
 
 
 class EngineEndpoint(BaseModel):
@@ -35,9 +40,13 @@ JudgeEndpoint = Annotated[ServerEndpoint | EngineEndpoint, Field(discriminator="
 
 
 class JudgeSetup(EngineSetup):
+    """`is_proven`: the judge has given verdicts before, so that it is asked about all texts at once."""
+
     model_config = ConfigDict(extra="forbid")
 
     endpoint: JudgeEndpoint
+    limits: TokenLimits
+    is_proven: bool
 
 
 class JudgeBatch(EnginePiece):
@@ -58,10 +67,8 @@ class EarlyJudgingJob(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    store: str
+    setup: JudgeSetup
     data: str
     responses: str
     shards: tuple[str, ...]
     folder: str
-    endpoint: JudgeEndpoint
-    runtime: Runtime

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import fake_judge
 from tests.bad_input.test_weights import GATE, set_element
 from tests.fork_server import PYTHON
+from tests.judge_modes import PARAMETERS
 from tests.shape_data import write_questions
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +49,10 @@ CASES = {
     "a judge that is not allowed": Case(
         "MASTERS_ALLOWED_JUDGES allows 127.0.0.1:1", "rewards.accuracy=llm", "rewards.judge=http://127.0.0.1:2/v1",
         MASTERS_ALLOWED_JUDGES="127.0.0.1:1",
+    ),
+    "a judge that is not there": Case(
+        "http://127.0.0.1:9/v1 does not answer (APIConnectionError", "rewards.accuracy=llm",
+        "rewards.judge=http://127.0.0.1:9/v1",
     ),
     "a password in a source": Case("contains a password or a key", "data.source=https://me:hunter22@host/x.jsonl"),
 }  # fmt: skip
@@ -102,7 +108,13 @@ def test_nothing_was_written(done: dict[str, subprocess.CompletedProcess], top: 
     assert not list((top / "store").rglob("*record.json")) and not (top / "store/mlflow.db").exists()
 
 
-def test_valid_configuration_is_ready(top: Path) -> None:
-    values = [f"store.root={top / 'store'}", f"data.source={write_source(top)}"]
-    ran = masters("check", str(DEMO), *(part for value in values for part in ("--set", value)))
+def test_valid_configuration_is_ready_and_its_judge_is_asked(top: Path) -> None:
+    with fake_judge.serve(respond=PARAMETERS["only max_completion_tokens"].respond) as judge:
+        values = [f"store.root={top / 'store'}", f"data.source={write_source(top)}", "rewards.accuracy=llm"]
+        options = [part for value in [*values, f"rewards.judge={judge.url}"] for part in ("--set", value)]
+        ran = masters("check", str(DEMO), *options)
     assert ran.returncode == 0 and ran.stdout.endswith("ready\n"), ran.stderr
+    assert f"judge      {judge.url}: verdict 1 on a right answer in " in ran.stdout
+    assert "(2 calls with max_completion_tokens, temperature 0, a system turn)" in ran.stdout
+    # 6 training questions with 8 responses each; the server counts 100 tokens a call
+    assert "judging    at most 48 texts (equal ones are judged once) of 200 tokens each" in ran.stdout

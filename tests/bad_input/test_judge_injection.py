@@ -13,9 +13,9 @@ from masters.rewards.judge_prompts import (
     GRADING_PROMPT,
     SCORE_PROMPT,
     grading_conversation,
-    parse_verdict,
     score_conversation,
 )
+from masters.rewards.judge_replies import parse_verdict
 from masters.rewards.rules import exact_match
 from masters.rewards.verdict import Triple
 from tests import fake_judge

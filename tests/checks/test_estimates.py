@@ -13,6 +13,9 @@ from masters.config.loading import override_values
 from masters.config.presets import section_values
 from masters.data.selection import Role, Selection
 from masters.models.model_loading import load_model
+from masters.rewards.judge_probe import ProbeResult
+from masters.rewards.judge_request import RequestStyle
+from masters.rewards.verdict import Verdict
 from tests.models import tiny_models
 
 STUDENT, TEACHER = ParameterCounts(8e9), ParameterCounts(38e9)
@@ -76,6 +79,33 @@ def test_refresh_by_stage_costs_more_only_with_full_coverage() -> None:
 def test_stages_that_a_configuration_does_not_need_cost_nothing(values: dict, stages_without_cost: set[str]) -> None:
     flops = estimates.estimate_flops(make_config(**values), STUDENT, [TEACHER], QUESTIONS)
     assert {stage for stage, count in flops.items() if not count} == stages_without_cost | {"evaluate"}
+
+
+@pytest.mark.parametrize(
+    ("values", "texts"),
+    [
+        (dict(), 100 * 8),
+        (dict(generate__coverage="full"), 100 * (5 * 4 + 4)),
+        (dict(generate__coverage="full", generate__refresh="stage"), 100 * 5 * 8),
+        (dict(evaluate__accuracy="llm"), 100 * 8 + 3 * 10),
+        (dict(evaluate__accuracy="llm", rewards__accuracy="rules"), 3 * 10),
+        (dict(train__objective="kd"), 0),
+        (dict(rewards__accuracy="rules"), 0),
+    ],
+)
+def test_texts_that_a_judge_gets_are_counted(values: dict, texts: int) -> None:
+    config = make_config(rewards__judge="http://127.0.0.1:1/v1", **values)
+    assert estimates.count_judged_texts(config, QuestionCounts(train=100, evaluation=10, prompt=1, image=0)) == texts
+
+
+def test_a_judge_server_costs_tokens_and_time() -> None:
+    verdict, style = Verdict(1.0, "ok"), RequestStyle()
+    config = make_config(rewards__judge="http://127.0.0.1:1/v1", runtime__judge_requests=4)
+    questions = QuestionCounts(train=90_000, evaluation=0, prompt=1, image=0)
+    for tokens, counted in ((500, "500 tokens each, as counted by the server: 3.6e+08 tokens"),
+                            (0, "665 tokens each, as of the demo's judge: 4.8e+08 tokens")):  # fmt: skip
+        line = estimates.describe_judging(config, questions, ProbeResult(verdict, 0.5, tokens, style, "", False))
+        assert line.startswith("at most 720,000 texts") and counted in line and "25 hours at 4 requests" in line
 
 
 def test_a_held_reference_costs_every_step_and_a_stored_one_once() -> None:

@@ -42,6 +42,11 @@ def test_every_configuration_of_the_repository_loads(path: Path) -> None:
         ("evaluate.split=validation", "needs data.validation_share above 0"),
         ("data.validation_share=1.0", "data.validation_share"),
         ("evaluate.accuracy=llm", "a teacher would judge its own answers"),
+        ("rewards.judge_tokens=15", "rewards.judge_tokens"),
+        (
+            "rewards.accuracy=llm rewards.judge_tokens=4096",
+            "leaves no room for a judge.s prompt",
+        ),
         ("train.objective=sft rewards.accuracy=off", 'expected rewards.accuracy "llm" or "rules"'),
         ("trian.epochs=1", "trian: unknown key"),
         ("teachers.0.step=0.05", "teachers.0.step: unknown key, renamed to mask_step"),

@@ -6,10 +6,12 @@ from masters.common.errors import InputError
 from masters.config.judge_url import api_base_url
 from masters.rewards import judge_server
 from masters.rewards.judge import judge_triples
-from masters.rewards.judge_prompts import grading_conversation
+from masters.rewards.judge_prompts import TokenLimits, grading_conversation
+from masters.rewards.judge_request import STYLES
 from masters.rewards.judge_server import ServerJudge
 from masters.rewards.verdict import Triple
 from tests.fake_judge import judge_by_exact_match, serve
+from tests.judge_modes import DECORATED, PARAMETERS, THINKING, UNREADABLE
 
 TRIPLES = [Triple("what color?", "teal", text) for text in ("Teal.", "red", "")]
 
@@ -58,7 +60,55 @@ def test_a_persistent_error_is_a_failure() -> None:
 def test_client_errors_are_not_retried(code: int, status: str) -> None:
     with serve(reply=lambda _: (code, b"{}")) as fake:
         assert ask(ServerJudge(fake.url, "m"))[0][0] == status
-    assert len(fake.requests) == 1
+    assert len(fake.requests) == (len(STYLES) if code == 400 else 1)  # 400 may refuse a parameter
+
+
+def test_a_text_that_is_refused_is_not_sent_again_once_the_style_is_known() -> None:
+    with serve(reply=lambda user: (400, b"{}") if "red" in user else (200, judge_by_exact_match(user))) as fake:
+        with ServerJudge(fake.url, "m") as server:
+            statuses = [verdict.status for verdict in judge_triples(server, TRIPLES)]
+    assert (statuses, len(fake.requests)) == (["ok", "refused", "ok"], 5)
+
+
+def test_a_first_text_that_is_refused_for_itself_leaves_the_style_open() -> None:
+    with serve(reply=lambda user: (400, b"{}") if "Teal." in user else (200, judge_by_exact_match(user))) as fake:
+        with ServerJudge(fake.url, "m") as server:
+            statuses = [verdict.status for verdict in judge_triples(server, TRIPLES)]
+    assert (statuses, server.style) == (["refused", "ok", "ok"], STYLES[0])
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_parameters_that_a_server_takes_are_found_once(name: str) -> None:
+    """Before requests go out side by side, so that each style is refused once at most."""
+    with serve(respond=PARAMETERS[name].respond) as fake, ServerJudge(fake.url, "m") as server:
+        assert [verdict.score for verdict in judge_triples(server, TRIPLES)] == [1, 0, 0]
+        refused = len(fake.requests) - 2 * len(TRIPLES)
+        assert 0 <= refused < len(STYLES)
+    assert all("question>" in call["messages"][-1]["content"] for call in fake.requests[: refused + len(TRIPLES)])
+    with serve(respond=PARAMETERS[name].respond) as fake, ServerJudge(fake.url, "m", style=server.style) as again:
+        judge_triples(again, TRIPLES)
+    assert len(fake.requests) == 2 * len(TRIPLES)  # what is known is not tried again
+
+
+@pytest.mark.parametrize("name", DECORATED)
+def test_decorated_replies_are_read(name: str) -> None:
+    with serve(respond=DECORATED[name].respond) as fake, ServerJudge(fake.url, "m") as server:
+        assert [verdict.score for verdict in judge_triples(server, TRIPLES)] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("name", THINKING)
+def test_a_judge_that_thinks_needs_room(name: str) -> None:
+    limits = TokenLimits.for_each_reply(1024)
+    with serve(respond=THINKING[name].respond) as fake, ServerJudge(fake.url, "m") as server:
+        assert [verdict.score for verdict in judge_triples(server, TRIPLES, limits)] == [1, 0, 0]
+        assert {verdict.status for verdict in judge_triples(server, TRIPLES)} == {"parse_failed"}
+    assert {call["max_tokens"] for call in fake.requests} == {1024, 256}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_replies_in_doubt_are_no_verdict(name: str) -> None:
+    with serve(respond=UNREADABLE[name].respond) as fake, ServerJudge(fake.url, "m") as server:
+        assert {verdict.status for verdict in judge_triples(server, TRIPLES[:1])} <= {"parse_failed", "refused"}
 
 
 def test_a_judge_that_times_out_gives_judge_failed() -> None:

@@ -16,6 +16,7 @@ from masters.tasks.judges import scoring_judge
 from masters.tasks.run_context import Run
 from tests.fake_judge import FakeJudge, judge_by_exact_match, serve, tag_content
 from tests.handmade_run import read_stderr
+from tests.judge_modes import THINKING, UNREADABLE
 from tests.scoring_run import first_round, make_run, run_scoring, write_responses
 
 QUESTIONS = {"q1": ("what color?", "teal"), "q2": ("what color?", "red"), "q3": ("is there a circle?", "yes")}
@@ -183,6 +184,65 @@ def test_stage_fails_without_any_verdict(tmp_path: Path, fake_judge: FakeJudge, 
     with pytest.raises(WorkerError, match=rf"judge {fake_judge.url} gave no verdict on any of 8 texts.*{says}"):
         score_texts(make_run(tmp_path, fake_judge.url))
     assert make_run(tmp_path).storage.children("score") == []
+
+
+MANY = {"q1": [f"teal {n}" for n in range(60)]}
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("refuses all", "refused 20.*this account may not use this model"),
+        ("long thoughts", r"parse_failed 20.*cut off at 256 and 8 tokens.*raise rewards\.judge_tokens"),
+        ("long thoughts beside the content", "parse_failed 20.*cut off"),
+        ("doubt", "parse_failed 20.*The score is not 0"),
+    ],
+)
+def test_stage_stops_after_20_texts_without_a_verdict(
+    tmp_path: Path, fake_judge: FakeJudge, name: str, says: str
+) -> None:
+    fake_judge.respond = {**THINKING, **UNREADABLE}[name].respond
+    with pytest.raises(WorkerError, match=f"no verdict on any of the first 20 texts.*{says}"):
+        score_texts(make_run(tmp_path, fake_judge.url), MANY)
+    assert len({tag_content(user, "generated_text") for user in fake_judge.first_calls()}) == 20
+    assert make_run(tmp_path).storage.names("shards/judgements") == []  # a repaired judge is asked about them again
+    fake_judge.respond = None
+    _, rows, _ = score_texts(make_run(tmp_path, fake_judge.url), MANY)
+    assert {row["status"] for row in rows} == {"ok"}
+
+
+def test_few_texts_without_a_verdict_are_judged_again_too(tmp_path: Path, fake_judge: FakeJudge) -> None:
+    fake_judge.respond = UNREADABLE["no tag"].respond
+    with pytest.raises(WorkerError, match="gave no verdict on any of 8 texts"):
+        score_texts(make_run(tmp_path, fake_judge.url))
+    fake_judge.respond = None
+    _, rows, _ = score_texts(make_run(tmp_path, fake_judge.url))
+    assert {row["status"] for row in rows} == {"ok"}
+
+
+def test_a_judge_that_is_unavailable_at_first_is_asked_about_all_texts(tmp_path: Path, fake_judge: FakeJudge) -> None:
+    failures = [(401, b"{}")] * 25
+    fake_judge.reply = lambda user: failures.pop() if failures else (200, judge_by_exact_match(user))
+    artifact, _, _ = score_texts(make_run(tmp_path, fake_judge.url), MANY)
+    assert artifact.facts["statuses"] == {"judge_failed": 25, "ok": 35}
+
+
+def test_a_judge_that_thinks_judges_with_room(tmp_path: Path, fake_judge: FakeJudge) -> None:
+    fake_judge.respond = THINKING["long thoughts"].respond
+    run = make_run(tmp_path, fake_judge.url, judge_tokens=1024)
+    _, rows, _ = score_texts(run)
+    assert {row["status"] for row in rows} == {"ok"}
+    assert {call["max_tokens"] for call in fake_judge.requests} == {1024}
+    judge = scoring_judge(run, first_round(run))
+    assert judge and judge.identity["sampling"]["max_tokens"] == {"explanation": 1024, "score": 1024}
+
+
+def test_identity_of_an_engine_judge_is_that_of_committed_studies(tmp_path: Path) -> None:
+    run = make_run(tmp_path, judge="teacher")
+    judge = scoring_judge(run, first_round(run))
+    sampling = dict(temperature=0, max_tokens=dict(explanation=256, score=8))
+    model = dict(digest=run.resources.teachers[0].digest, dtype="float32")
+    assert judge and judge.identity == dict(version=1, prompts=1, sampling=sampling, model=model)
 
 
 def test_teacher_judges_if_no_other_judge_is_named(tmp_path: Path) -> None:

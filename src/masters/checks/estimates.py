@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from masters.config import Config
+from masters.config import Config, Teacher
 from masters.config.fields import TEACHER
 from masters.data.selection import Selection
 from masters.models.model_loading import tensor_shapes
 from masters.models.training.memory_estimate import PATCHES, VISION
+from masters.rewards.judge_probe import ProbeResult
 
 if TYPE_CHECKING:
     from masters.checks.preflight import Resources
@@ -69,14 +70,39 @@ def estimate_flops(
     """Return the FLOPs of each stage, if all responses have `generate.max_tokens` tokens and no two are equal."""
     flops: dict[str, float] = dict.fromkeys(("generate", "score", "reference", "train", "evaluate"), 0.0)
     for teacher, teacher_config in zip(teachers, config.teachers, strict=True):
-        mask_stages = round(teacher_config.r_max / teacher_config.mask_step) + 1
-        passes = mask_stages if config.generate.coverage == "full" else 1
+        passes = _count_passes(config, teacher_config)
         for stage, per_question in _round_flops(config, student, teacher, questions, passes).items():
             flops[stage] += questions.train * per_question
     models = [*teachers, student, student]  # the student is evaluated before and after training
     per_question = sum(model.forward_flops(questions, config.generate.max_tokens) for model in models)
     flops["evaluate"] = questions.evaluation * per_question
     return flops
+
+
+def _count_passes(config: Config, teacher: Teacher) -> int:
+    """Return the number of a teacher's mask stages in which a question is used."""
+    return round(teacher.r_max / teacher.mask_step) + 1 if config.generate.coverage == "full" else 1
+
+
+def _count_student_passes(config: Config, passes: int) -> int:
+    return passes if config.generate.refresh == "stage" else 1
+
+
+def _count_responses(config: Config, passes: int) -> int:
+    """Return the number of responses to a question in a teacher's round."""
+    generate = config.generate
+    return passes * generate.teacher_responses + _count_student_passes(config, passes) * generate.student_responses
+
+
+def count_judged_texts(config: Config, questions: QuestionCounts) -> float:
+    """Return how many texts an LLM judges, if no two are equal."""
+    texts = 0.0
+    if config.needs_verdicts and config.rewards.accuracy == "llm":
+        passes = [_count_passes(config, teacher) for teacher in config.teachers]
+        texts += questions.train * sum(_count_responses(config, count) for count in passes)
+    if config.evaluate.accuracy == "llm":
+        texts += questions.evaluation * (len(config.teachers) + 2)  # the student before and after training
+    return texts
 
 
 def _round_flops(
@@ -92,8 +118,7 @@ def _round_flops(
         flops["train"] += trainings * teacher.forward_flops(questions, trained_tokens)
     if uses_labels:
         return flops
-    student_passes = passes if generate.refresh == "stage" else 1
-    responses = passes * generate.teacher_responses + student_passes * generate.student_responses
+    student_passes, responses = _count_student_passes(config, passes), _count_responses(config, passes)
     flops["generate"] = 0.0
     if generate.teacher_responses:
         flops["generate"] += passes * teacher.forward_flops(questions, generate.teacher_responses * length)
@@ -176,12 +201,28 @@ def describe_memory(config: Config, resources: "Resources") -> str:
     return f"training takes {needed:.2f} GiB and its activations, {free:.2f} GiB are free on {device}"
 
 
+def describe_judging(config: Config, questions: QuestionCounts, probe: ProbeResult) -> str:
+    """Return a line on what a judge's server is asked in a run. `probe`: its answer to one question."""
+    texts, tokens = count_judged_texts(config, questions), probe.tokens or JUDGE_TOKENS
+    hours = texts * probe.seconds / config.runtime.judge_requests / 3600
+    counted = "as counted by the server" if probe.tokens else "as of the demo's judge"
+    return (
+        f"at most {texts:,.0f} texts (equal ones are judged once) of {tokens:,} tokens each, {counted}: "
+        f"{texts * tokens:.2g} tokens, {hours:.2g} hours at {config.runtime.judge_requests} requests at a time"
+    )
+
+
 def describe_estimates(
-    config: Config, resources: "Resources", selection: Selection, price: float | None
+    config: Config,
+    resources: "Resources",
+    selection: Selection,
+    price: float | None,
+    probe: ProbeResult | None = None,
 ) -> Iterator[str]:
     """Yield lines on the work of a run, the time it takes on this machine at least, and its cost.
 
-    `selection`: the questions that the run uses. `price`: of a device hour.
+    `selection`: the questions that the run uses. `price`: of a device hour. `probe`: the answer of the judge's server
+    to one question, None if there is no server.
     """
     from masters.checks.parity import sample_questions
     from masters.models.distributed.mixed_precision import frozen_dtype
@@ -209,3 +250,5 @@ def describe_estimates(
     )
     cost = f"{total * price:.2f} at {price:g} an hour" if price is not None else "add --price to see the cost"
     yield f"cost       {total:.2g} device hours: {cost}"
+    if probe:
+        yield f"judging    {describe_judging(config, questions, probe)}"

@@ -11,7 +11,9 @@ from masters.config.allowlist import check_config
 from masters.config.loading import load
 
 if TYPE_CHECKING:
+    from masters.checks.model_folder import JudgeServer
     from masters.checks.preflight import Resources
+    from masters.rewards.judge_probe import ProbeResult
 
 app = typer.Typer()
 
@@ -37,6 +39,7 @@ def check(
 
     from masters.checks.engine_limits import check_engine_limits
     from masters.checks.estimates import describe_estimates, describe_memory
+    from masters.checks.model_folder import JudgeServer
     from masters.checks.preflight import list_warnings, preflight
     from masters.checks.prompt_lengths import check_prompt_lengths
     from masters.checks.rows import describe_rows, list_row_warnings, select_valid_rows
@@ -63,12 +66,25 @@ def check(
         typer.echo(f"teacher    {teacher.folder} ({teacher.digest[:16]})")
     typer.echo(f"store      {resources.storage.uri('')}: read, write, conditional write")
     typer.echo(f"tracking   {redact_uri(tracking_uri)}")
+    probe = _ask_judge(config, resources.judge) if isinstance(resources.judge, JudgeServer) else None
     typer.echo(f"memory     {describe_memory(config, resources)}")
-    for line in describe_estimates(config, resources, selection, price):
+    for line in describe_estimates(config, resources, selection, price, probe):
         typer.echo(line)
     if parity:
         _check_parity(config, resources)
     typer.echo("ready")
+
+
+def _ask_judge(config: Config, server: "JudgeServer") -> "ProbeResult":
+    """Ask the judge's server one question and print its verdict. Raises InputError if it gives none."""
+    from masters.checks import judge
+
+    result = judge.ask_test_question(server, config, judge.CHECK_RETRIES)
+    judge.require_verdict(server, result)
+    for warning in judge.list_probe_warnings(server, result):
+        typer.echo(f"warning: {warning}", err=True)
+    typer.echo(f"judge      {judge.describe_probe(server, result)}")
+    return result
 
 
 def _check_parity(config: Config, resources: "Resources") -> None:

@@ -24,6 +24,7 @@ from masters.config.fields import (
     Text,
     Truncated,
 )
+from masters.config.judge_url import is_url
 from masters.config.sampling import MAX_TEMPERATURE, MIN_TEMPERATURE, Sampling
 from masters.config.training import Answers, Rewards, Train
 
@@ -425,6 +426,12 @@ class Config(Section):
                 'generate.refresh = "stage" lets the student answer at the beginning of each mask stage, but '
                 "generate.student_share = 0 gives it no responses: raise generate.student_share, or set "
                 'generate.refresh = "round"'
+            )
+        judge_tokens = self.rewards.judge_tokens or 0
+        if self.needs_judge and not is_url(self.rewards.judge) and judge_tokens >= self.runtime.max_model_len:
+            raise ValueError(
+                f"rewards.judge_tokens ({judge_tokens}) leaves no room for a judge's prompt in runtime.max_model_len "
+                f"({self.runtime.max_model_len})"
             )
         if generate.max_tokens >= self.runtime.max_model_len:
             raise ValueError(

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from masters.common import safe_regex
-from masters.config.fields import TEACHER, Count, NotNegative, Section, Seed, Text
+from masters.config.fields import MAX_INT, TEACHER, Count, NotNegative, Section, Seed, Text
 from masters.config.judge_url import is_url
 
 
@@ -52,6 +52,13 @@ class Rewards(Section):
         default=None,
         min_length=1,
         description="The model's name at the judge's URL. Default: the first model that the server lists",
+    )
+    judge_tokens: int | None = Field(
+        default=None,
+        ge=16,
+        le=MAX_INT,
+        description="Maximum number of tokens of each reply of the judge, thoughts included. A judge that thinks needs "
+        "thousands. Default: 256 for its explanation and 8 for the score that it repeats",
     )
     distillation: Literal["minmax", "raw", "off"] = Field(
         default="minmax",
