@@ -142,9 +142,24 @@ def measure(job: ParityJob, monkeypatch: pytest.MonkeyPatch) -> list[parity_work
     return parity_worker.measure_differences(job)
 
 
+@pytest.fixture(scope="module")
+def unsure_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model: masks move all of its probabilities, while a trained one stays sure of its answers."""
+    return families.save("qwen3_vl", tmp_path_factory.mktemp("random") / "teacher", ["what color is it?"], "teacher")
+
+
+def test_a_mask_that_is_left_over_is_detected(unsure_teacher: Path, monkeypatch) -> None:
+    monkeypatch.setattr(PlainEngine, "remask", lambda engine, thresholds: setattr(engine, "model", whole))
+    whole = load_masked(unsure_teacher, {}, "float32")
+    *_, masked, unmasked = measure(job_of(unsure_teacher, (0.2, 0.0), 1), monkeypatch)
+    assert not masked.is_rounding and unmasked.is_rounding
+
+
 @pytest.mark.parametrize("ratios", list(permutations(RATIOS)), ids=str)
-def test_every_ratio_is_compared_whatever_was_masked_before(ratios: tuple[float, ...], monkeypatch) -> None:
-    at_ratios = measure(job_of(FOLDER, ratios, 1), monkeypatch)[2:]
+def test_every_ratio_is_compared_whatever_was_masked_before(
+    ratios: tuple[float, ...], unsure_teacher: Path, monkeypatch
+) -> None:
+    at_ratios = measure(job_of(unsure_teacher, ratios, 1), monkeypatch)[2:]
     assert [difference.name.split(":")[0] for difference in at_ratios] == [
         f"teacher, mask ratio {ratio}" for ratio in ratios
     ]
