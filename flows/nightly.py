@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from prefect import Flow, State, flow
 from prefect.client.schemas.objects import FlowRun
 
-from masters.checks.model_folder import LocalModel
+from masters.checks.model_folder import STUDENT_BEFORE
 from masters.checks.preflight import preflight, preflight_from_student
 from masters.common.errors import ArtifactError, InputError
 from masters.config import Config
@@ -106,11 +106,16 @@ def run_night(config: Config) -> dict:
 def make_context(config: Config, storage: Storage, champion: Champion | None) -> Context:
     """Prepare a night: its student is the champion if the configuration says so, and the last shards are reused."""
     shard_cache = ShardCache(storage, read_generated(storage, config.name))
-    if champion and config.nightly.start == "champion":
+    if champion and starts_from_champion(config, champion):
         name = f"models:/{config.name}/{champion.version}"
         resources = preflight_from_student(config, champion.trained, name)
         return Context(config, resources, shard_cache, champion.questions)
     return Context(config, preflight(config), shard_cache)
+
+
+def starts_from_champion(config: Config, champion: Champion | None) -> bool:
+    """Whether the student before training is the champion."""
+    return champion is not None and config.nightly.start == "champion"
 
 
 def apply_gate(run: Run, result: DistillationResult, champion: Champion | None) -> GateDecision:
@@ -126,6 +131,7 @@ def apply_gate(run: Run, result: DistillationResult, champion: Champion | None) 
         champion=champion.version if champion else None,
         last_champion=None if champion else registry.last_champion(name),
         comparison=comparison,
+        with_untrained=None if starts_from_champion(run.config, champion) else compare_with_untrained(result),
         was_rolled_back=registry.was_rolled_back(name, candidate),
         is_new=was_built or not registry.has_verdict(name, candidate),
     )
@@ -140,12 +146,19 @@ def compare_with_champion(run: Run, result: DistillationResult, champion: Champi
     """Evaluate the champion on tonight's evaluation questions and compare the candidate with it."""
     # Both models have the same name in their predictions, so the champion's answers as a candidate are reused.
     evaluated = evaluate(run, result.questions, [run.load_student(champion.trained)], "evaluate-champion")
+    return _compare_candidate(result, _read_correct(evaluated, result.student.name))
+
+
+def compare_with_untrained(result: DistillationResult) -> Comparison:
+    """Compare the candidate with the student before training, on tonight's evaluation questions."""
+    return _compare_candidate(result, _read_correct(result.evaluated, STUDENT_BEFORE))
+
+
+def _compare_candidate(result: DistillationResult, other_correct: dict[str, bool]) -> Comparison:
     rows = list(result.questions.rows("questions", ["question_id", "category", "image_digest"]))
     categories = {row["question_id"]: row["category"] for row in rows}
     images = {row["question_id"]: row["image_digest"] for row in rows}
-    candidate_correct = _read_correct(result.evaluated, result.student)
-    champion_correct = _read_correct(evaluated, result.student)
-    return compare(candidate_correct, champion_correct, categories, images)
+    return compare(_read_correct(result.evaluated, result.student.name), other_correct, categories, images)
 
 
 def find_champion(config: Config, storage: Storage) -> Champion | None:
@@ -197,7 +210,7 @@ def _generated_file(name: str) -> str:
     return f"nights/{name}.json"
 
 
-def _read_correct(evaluated: Artifact, model: LocalModel) -> dict[str, bool]:
+def _read_correct(evaluated: Artifact, model: str) -> dict[str, bool]:
     """Return whether the model was right, by question."""
     rows = evaluated.rows("predictions", ["question_id", "model", "correct"])
-    return {row["question_id"]: row["correct"] for row in rows if row["model"] == model.name}
+    return {row["question_id"]: row["correct"] for row in rows if row["model"] == model}

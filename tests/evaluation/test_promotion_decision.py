@@ -2,13 +2,17 @@
 
 from dataclasses import replace
 
+import pytest
+
 from masters.config import Nightly
 from masters.evaluation.candidate_comparison import Comparison
 from masters.evaluation.promotion_decision import GateDecision, GateInputs, decide, decide_without_training
 
 BETTER = Comparison(100, 100, 0.9, 0.5, 40, 0, 1e-9, {})
 WORSE = Comparison(100, 100, 0.5, 0.9, 0, 40, 1.0, {})
-INPUTS = GateInputs("m", 2, 1, None, BETTER, was_rolled_back=False, is_new=True)
+EQUAL = Comparison(100, 100, 0.0, 0.0, 0, 0, 1.0, {})
+UNPROVEN = Comparison(100, 100, 0.51, 0.5, 2, 1, 0.5, {})
+INPUTS = GateInputs("m", 2, 1, None, BETTER, BETTER, was_rolled_back=False, is_new=True)
 FIRST = replace(INPUTS, champion=None, comparison=None)
 
 
@@ -43,6 +47,30 @@ def test_the_first_candidate_becomes_champion() -> None:
     decision = decide(FIRST, Nightly())
     assert (decision.outcome, decision.champion, decision.reasons) == ("promoted", 2, ["the first champion"])
     assert "comparison" not in decision.as_dict()
+
+
+@pytest.mark.parametrize("untrained", [EQUAL, WORSE, UNPROVEN])
+@pytest.mark.parametrize("inputs", [INPUTS, FIRST], ids=["with a champion", "the first"])
+def test_a_candidate_that_is_not_better_than_before_training_is_never_promoted(
+    inputs: GateInputs, untrained: Comparison
+) -> None:
+    decision = decide(replace(inputs, with_untrained=untrained), Nightly())
+    assert (decision.outcome, decision.champion, decision.regressions) == ("kept", inputs.champion, [])
+    assert decision.reasons[-1].startswith("not proven better than before training")
+    again = decide(replace(inputs, with_untrained=untrained, is_new=False), Nightly())
+    assert (again.outcome, again.champion) == ("no change", inputs.champion)
+
+
+def test_an_equal_candidate_is_not_promoted_at_any_p_value() -> None:
+    decision = decide(replace(FIRST, with_untrained=EQUAL), Nightly(p_value=1.0))
+    assert (decision.outcome, decision.champion) == ("kept", None)
+    assert "(0.00%, now 0.00%): 0 questions gained, 0 lost" in decision.reasons[0]
+    assert decide(replace(FIRST, with_untrained=UNPROVEN), Nightly(p_value=1.0)).outcome == "promoted"
+
+
+def test_a_candidate_that_was_trained_from_the_champion_is_compared_with_it_once() -> None:
+    assert decide_for(with_untrained=None).outcome == "promoted"
+    assert len(decide_for(comparison=UNPROVEN, with_untrained=None).reasons) == 1
 
 
 def test_a_model_that_lost_its_champion_gets_no_new_one() -> None:

@@ -43,10 +43,16 @@ def webhook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Webhook]:
 
 
 def decide_on(
-    registry: Registry, version: int, comparison: Comparison, built: bool, monkeypatch: pytest.MonkeyPatch
+    registry: Registry,
+    version: int,
+    comparison: Comparison,
+    built: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    with_untrained: Comparison = BETTER,
 ) -> dict:
-    """Apply the gate to a candidate whose comparison with the champion is given. Returns the summary's entry."""
+    """Apply the gate to a candidate whose comparisons are given. Returns the summary's entry."""
     monkeypatch.setattr(nights, "compare_with_champion", lambda *_: comparison)
+    monkeypatch.setattr(nights, "compare_with_untrained", lambda _: with_untrained)
     number = registry.champion(NAME)
     champion = SimpleNamespace(version=number) if number else None
     stages = [dict(outcome="built" if built else "reused")]
@@ -68,6 +74,15 @@ def test_a_rolled_back_version_is_only_promoted_by_a_person(
     registry.rollback(NAME, 1)
     registry.rollback(NAME, 2)
     assert not registry.was_rolled_back(NAME, 2) and registry.was_rolled_back(NAME, 1)
+
+
+def test_a_student_that_learned_nothing_is_not_the_first_champion(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    night = decide_on(registry, 1, BETTER, True, monkeypatch, with_untrained=WORSE)
+    assert (night["outcome"], night["champion"], registry.champion(NAME)) == ("kept", None, None)
+    assert decide_on(registry, 1, BETTER, False, monkeypatch, with_untrained=WORSE)["outcome"] == "no change"
+    assert decide_on(registry, 2, BETTER, True, monkeypatch)["reasons"] == ["the first champion"]
 
 
 def test_a_model_without_champion_gets_no_second_first(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from masters.store.artifacts import Artifact, load
 from masters.store.storage import Storage
 from tests.local_stack import Stack, serve
 from tests.shape_data import write_questions, write_rows
+from tests.weak_student import write_weak_student
 
 pytestmark = pytest.mark.slow
 PREFIX, NAME, NEW = "s3://lake/nights", "nights", 16
@@ -32,6 +33,7 @@ SECONDS = 60_000  # milliseconds that a page may take on a busy machine
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
     with serve() as running:
+        write_weak_student(running.folder / "student")
         yield running
 
 
@@ -61,11 +63,11 @@ def config(stack: Stack) -> dict:
     return dict(
         name=NAME, store=dict(root=PREFIX),
         data=dict(source=str(stack.folder / "data/questions.jsonl"), max_rejected_share=0.2),
-        student=dict(model="demo/models/student"),
+        student=dict(model=str(stack.folder / "student")),
         teachers=[dict(model="demo/models/teacher", r_max=0.2, mask_step=0.2)],
         generate=dict(responses=2, max_tokens=8, dtype="float32"), rewards=dict(accuracy="rules"),
-        train=dict(learning_rate=1e-4, questions_per_step=4), runtime=dict(max_model_len=512),
-        nightly=dict(start="champion"),
+        train=dict(learning_rate=2e-4, questions_per_step=4), runtime=dict(max_model_len=512),
+        nightly=dict(start="champion", p_value=0.2),  # few questions
     )  # fmt: skip
 
 

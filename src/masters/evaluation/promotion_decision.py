@@ -21,8 +21,9 @@ class GateInputs:
     """Everything that the decision depends on.
 
     `last_champion`: the version that had the alias champion last. `comparison`: candidate against champion; None if
-    there is no champion or the candidate is the champion. `is_new`: whether this night built the candidate, or no
-    earlier night has decided on it.
+    there is no champion or the candidate is the champion. `with_untrained`: candidate against the student before
+    training; None if that is the champion. `is_new`: whether this night built the candidate, or no earlier night has
+    decided on it.
     """
 
     name: str
@@ -30,6 +31,7 @@ class GateInputs:
     champion: int | None
     last_champion: int | None
     comparison: Comparison | None
+    with_untrained: Comparison | None
     was_rolled_back: bool
     is_new: bool
 
@@ -58,17 +60,23 @@ class GateDecision:
 
 
 def decide(inputs: GateInputs, limits: Nightly) -> GateDecision:
-    """Promote the first candidate of a model, later ones only if nothing speaks against it."""
+    """Promote a candidate if nothing speaks against it: it must be better than the champion and than before training.
+
+    The first candidate of a model has no champion to be compared with.
+    """
     name, candidate, champion = inputs.name, inputs.candidate, inputs.champion
     not_promoted = "kept" if inputs.is_new else "no change"
     if champion is None and inputs.last_champion is not None:
         reason = NO_CHAMPION.format(name=name, last=inputs.last_champion)
         return GateDecision("kept", None, [reason], [], candidate)
+    untrained = [] if inputs.with_untrained is None else untrained_objections(inputs.with_untrained, limits)
+    if champion is None and untrained:
+        return GateDecision(not_promoted, None, untrained, [], candidate)
     if champion is None:
         return GateDecision("promoted", candidate, ["the first champion"], [], candidate)
     if inputs.comparison is None:
         return GateDecision(not_promoted, champion, ["the candidate is the champion itself"], [], candidate)
-    reasons = objections(inputs.comparison, limits)
+    reasons = objections(inputs.comparison, limits) + untrained
     if inputs.was_rolled_back:
         reasons.append(ROLLED_BACK.format(name=name, version=candidate))
     worse = regressions(inputs.comparison, limits)
@@ -99,8 +107,22 @@ def objections(comparison: Comparison, limits: Nightly) -> list[str]:
     """Reasons for which the candidate does not become champion; empty if it does."""
     reasons = regressions(comparison, limits)
     if comparison.lost <= comparison.gained and comparison.p_value >= limits.p_value:
-        reasons.append(
-            f"not proven better: {comparison.gained} questions gained, {comparison.lost} lost, "
-            f"p = {comparison.p_value:.3f}, expected below {limits.p_value}"
-        )
+        reasons.append(f"not proven better: {_describe_test(comparison, limits)}")
     return reasons
+
+
+def untrained_objections(comparison: Comparison, limits: Nightly) -> list[str]:
+    """Reasons for which the candidate is not better than the student before training; empty if it is."""
+    if comparison.gained > comparison.lost and comparison.p_value < limits.p_value:
+        return []
+    before, after = comparison.champion, comparison.candidate
+    return [
+        f"not proven better than before training ({before:.2%}, now {after:.2%}): {_describe_test(comparison, limits)}"
+    ]
+
+
+def _describe_test(comparison: Comparison, limits: Nightly) -> str:
+    return (
+        f"{comparison.gained} questions gained, {comparison.lost} lost, p = {comparison.p_value:.3f}, expected below "
+        f"{limits.p_value}"
+    )
