@@ -23,6 +23,7 @@ from masters.store.artifacts import External, Identity
 from masters.store.storage import Storage
 from masters.tasks import work_pools
 from masters.tasks.run_context import Context, Run
+from masters.tracking import locations
 from masters.tracking.pool_stage import PoolStageWriter
 from masters.tracking.run_writer import RunWriter
 from tests.scoring_run import MemoryTracker
@@ -102,6 +103,7 @@ def test_store_that_workers_cannot_reach_is_refused() -> None:
 
 def test_default_mlflow_database_of_a_remote_store_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(locations, "recorded_uris", lambda storage: {})  # no server: nothing is tracked there yet
     with pytest.raises(InputError, match="an MLflow server that workers reach"):
         work_pools.check_pools(load(DEMO, NAMED), Storage("s3://bucket/prefix"))
 

@@ -13,6 +13,7 @@ from masters.config.loading import load
 if TYPE_CHECKING:
     from masters.checks.model_folder import JudgeServer
     from masters.checks.preflight import Resources
+    from masters.data.selection import Selection
     from masters.rewards.judge_probe import ProbeResult
 
 app = typer.Typer()
@@ -42,22 +43,34 @@ def check(
     from masters.checks.model_folder import JudgeServer
     from masters.checks.preflight import list_warnings, preflight
     from masters.checks.prompt_lengths import check_prompt_lengths
-    from masters.checks.rows import describe_rows, list_row_warnings, select_valid_rows
+    from masters.checks.rows import list_row_warnings, select_valid_rows
     from masters.tracking.client import redact_uri
     from masters.tracking.experiments import check_tracking
 
     resources = preflight(config)
     check_engine_limits(config, [resources.student, *resources.teachers])
-    tracking_uri, notes = check_tracking(config, resources.storage)
     selection = select_valid_rows(config, resources)
-    warnings = [
-        *list_warnings(config, resources.student),
-        *list_row_warnings(selection),
-        *check_prompt_lengths(config, resources),
-        *notes,
-    ]
+    warnings = [*list_warnings(config, resources.student), *list_row_warnings(selection)]
+    warnings += check_prompt_lengths(config, resources)
     for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
+    _print_inputs(config, resources, selection)
+    probe = _ask_judge(config, resources.judge) if isinstance(resources.judge, JudgeServer) else None
+    tracking_uri, notes = check_tracking(config, resources.storage)  # last, as it creates the database's file
+    for note in notes:
+        typer.echo(f"warning: {note}", err=True)
+    typer.echo(f"tracking   {redact_uri(tracking_uri)}")
+    typer.echo(f"memory     {describe_memory(config, resources)}")
+    for line in describe_estimates(config, resources, selection, price, probe):
+        typer.echo(line)
+    if parity:
+        _check_parity(config, resources)
+    typer.echo("ready")
+
+
+def _print_inputs(config: Config, resources: "Resources", selection: "Selection") -> None:
+    from masters.checks.rows import describe_rows
+
     typer.echo(f"source     {config.data.source}")
     for line in describe_rows(selection):
         typer.echo(line)
@@ -65,14 +78,6 @@ def check(
     for teacher in resources.teachers:
         typer.echo(f"teacher    {teacher.folder} ({teacher.digest[:16]})")
     typer.echo(f"store      {resources.storage.uri('')}: read, write, conditional write")
-    typer.echo(f"tracking   {redact_uri(tracking_uri)}")
-    probe = _ask_judge(config, resources.judge) if isinstance(resources.judge, JudgeServer) else None
-    typer.echo(f"memory     {describe_memory(config, resources)}")
-    for line in describe_estimates(config, resources, selection, price, probe):
-        typer.echo(line)
-    if parity:
-        _check_parity(config, resources)
-    typer.echo("ready")
 
 
 def _ask_judge(config: Config, server: "JudgeServer") -> "ProbeResult":

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from demo import families
-from masters.config import Train
 from masters.models.packing.packed_batch import response_logits
 from masters.models.packing.prefix_tree import TokenCounts
 from masters.models.training import step_sums, trainer
 from masters.models.training.groups import Step
 from tests.models import float64_reference
 from tests.models.float64_reference import Batch, log_pi, softmax
+from tests.models.paper import paper_train
 from tests.models.tiny_contexts import make_context, packed
 
 EVERYTHING = Step(0, 0, tuple(range(8)))
@@ -30,7 +30,7 @@ def sharpened(context: trainer.TrainContext, **train: object) -> trainer.TrainCo
     student = copy.deepcopy(context.student)
     with torch.no_grad():
         student.lm_head.weight *= 40  # pyright: ignore
-    made = replace(context, student=student, train=Train.model_validate(train), token_counts=TokenCounts())
+    made = replace(context, student=student, train=paper_train(**train), token_counts=TokenCounts())
     groups = []
     for g, group in enumerate(context.groups):
         with torch.no_grad():

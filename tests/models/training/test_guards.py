@@ -96,7 +96,7 @@ def test_a_non_finite_loss_stops_before_the_update_and_names_the_question(tmp_pa
 
 
 def test_the_reference_pass_stops_at_non_finite_values(tmp_path: Path) -> None:
-    context, _ = run_of(tmp_path, kl="squared")
+    context, _ = run_of(tmp_path, kl="squared", beta=0.1)
     context.question, context.token_budget = replace_pixel(context.question, 6, math.nan), 1
     with pytest.raises(MastersError, match="reference log-probabilities of question q6"):
         trainer.fit(context)

@@ -10,7 +10,6 @@ from typing import Any, cast
 import pytest
 
 from masters.common.hashing import digest
-from masters.config import Train
 from masters.models.packing.prefix_tree import TokenCounts
 from masters.models.training import history, run_warnings, trainer
 from masters.models.training.groups import Step
@@ -20,6 +19,7 @@ from masters.models.training.run_warnings import LIMITS, RunWarnings
 from masters.store import artifacts
 from masters.store.artifacts import Identity
 from masters.store.storage import Storage
+from tests.models.paper import paper_train
 from tests.models.tiny_contexts import make_context
 
 STEPS = 100
@@ -47,7 +47,7 @@ def train_and_collect(folder: Path, **train: Any) -> list[Any]:
         base,
         student=copy.deepcopy(base.student),
         reference=base.student,
-        train=Train.model_validate(train),
+        train=paper_train(**train),
         steps=[Step(0, 0, tuple(range(8)))] * STEPS,
         storage=Storage(str(folder)),
         checkpoints="c",
