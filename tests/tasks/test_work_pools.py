@@ -26,6 +26,7 @@ from masters.tasks.run_context import Context, Run
 from masters.tracking import locations
 from masters.tracking.pool_stage import PoolStageWriter
 from masters.tracking.run_writer import RunWriter
+from tests.s3_server import BUCKET, S3
 from tests.scoring_run import MemoryTracker
 from tests.tracked_run import NAME, commit_artifact, make_config
 
@@ -101,11 +102,13 @@ def test_store_that_workers_cannot_reach_is_refused() -> None:
         work_pools.check_pools(config, Storage("memory://shelf"))
 
 
-def test_default_mlflow_database_of_a_remote_store_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_mlflow_database_of_a_remote_store_is_refused(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in s3.environment().items():
+        monkeypatch.setenv(name, value)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(locations, "recorded_uris", lambda storage: {})  # no server: nothing is tracked there yet
     with pytest.raises(InputError, match="an MLflow server that workers reach"):
-        work_pools.check_pools(load(DEMO, NAMED), Storage("s3://bucket/prefix"))
+        work_pools.check_pools(load(DEMO, NAMED), Storage(f"s3://{BUCKET}/pools"))
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ def statuses(uri: str) -> list[str]:
 def test_simultaneous_first_runs_share_a_file(storage: Storage) -> None:
     assert run_at_once(storage, 3, open_run) == [0] * 3
     assert statuses(f"sqlite:///{storage.path('mlflow.db')}") == ["FINISHED"] * 3
+    assert [name for name in os.listdir(storage.uri("")) if name.startswith(".mlflow")] == []
 
 
 @pytest.mark.parametrize("is_empty", [False, True])

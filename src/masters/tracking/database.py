@@ -48,14 +48,20 @@ def _create_file(database: Path) -> None:
 
 @contextmanager
 def _lock_file(database: Path) -> Iterator[None]:
-    """Hold a lock file beside a SQLite database. Without the right to write there, no table is created either."""
-    lock = FileLock(database.with_name(f".{database.name}.lock"))
+    """Hold a lock file beside a SQLite database. Without the right to write there, no table is created either.
+
+    The file is removed at the end. Whoever waits for it then holds a lock of its own, but finds all tables.
+    """
+    file = database.with_name(f".{database.name}.lock")
+    lock = FileLock(file)
     with suppress(OSError):
         database.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     try:
         yield
     finally:
+        if lock.is_locked:
+            file.unlink(missing_ok=True)
         lock.release()
 
 

@@ -10,6 +10,7 @@ keeps one note of each name: the store of its last run.
 
 import json
 import os
+import tempfile
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -120,7 +121,10 @@ def check_default_database(storage: Storage) -> None:
             f"{' '.join(sorted(invalid))}: choose another store.root or working folder, or set runtime.mlflow_uri"
         )
     try:
-        Path(database).touch()
+        if Path(database).exists():
+            open(database, "ab").close()
+        else:  # a check must not leave an empty database
+            tempfile.TemporaryFile(dir=Path(database).parent).close()
     except OSError as error:
         raise InputError(
             f"the tracking database {database} cannot be written: {error}; set runtime.mlflow_uri or "
