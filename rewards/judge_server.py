@@ -59,7 +59,8 @@ class ServerJudge:
         self._client.close()
 
     def ask(self, conversations: list[Conversation], max_tokens: int) -> list[JudgeReply]:
-        alone = 1 if self.style is None else 0  # the first request finds the style for those sent side by side
+        # the first request finds style and model for those that are sent side by side
+        alone = 1 if self.style is None or self._model is None else 0
         first = [self._ask_unless_down(conversation, max_tokens) for conversation in conversations[:alone]]
         with ThreadPoolExecutor(self._requests) as pool:
             rest = conversations[alone:]

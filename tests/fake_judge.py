@@ -27,6 +27,7 @@ class FakeJudge:
     respond: Respond | None = None  # instead of `reply`
     models: tuple[str, ...] = ("exact-match",)
     requests: list[dict] = field(default_factory=list)
+    listings: int = 0  # requests for the list of models
     keys: set[str] = field(default_factory=set)
     concurrent: int = 0
     max_concurrent: int = 0
@@ -70,6 +71,8 @@ def serve(**settings: object) -> Iterator[FakeJudge]:
 def _handler(judge: FakeJudge) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            with judge.lock:
+                judge.listings += 1
             if not judge.models:
                 return self._send(404, b"{}")
             listed = dict(object="list", data=[dict(id=name, object="model") for name in judge.models])

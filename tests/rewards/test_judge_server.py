@@ -42,6 +42,12 @@ def test_requests_name_the_configured_or_listed_model(
     assert {call["model"] for call in fake.requests} == {expected}
 
 
+def test_the_models_are_listed_once() -> None:
+    with serve() as fake, ServerJudge(fake.url, None, style=STYLES[0]) as server:
+        judge_triples(server, TRIPLES * 8)
+    assert fake.listings == 1
+
+
 def test_server_errors_are_retried() -> None:
     replies = [(500, b"{}"), (503, b"busy"), (429, b"{}")]
     with serve(reply=lambda user: replies.pop(0) if replies else (200, judge_by_exact_match(user))) as fake:
