@@ -137,7 +137,7 @@ def test_only_a_lost_result_is_computed_again_and_is_equal(first: dict, place: P
 @pytest.mark.slow
 def test_results_of_other_settings_are_refused(first: dict, place: Path, prefect: dict[str, str]) -> None:
     text = (place / "study.toml").read_text()
-    (place / "other.toml").write_text(text.replace('"kd"', '"kd"\ntrain.divergence = "kl"'))
+    (place / "other.toml").write_text(text.replace('"kd"', '"kd"\ntrain.divergence = "jsd"'))
     done = masters("study", str(place / "other.toml"), home=place / "home", **prefect)
     assert done.returncode == 2 and "is the result of other settings" in done.stderr
 

@@ -23,7 +23,6 @@ from masters.store.artifacts import External, Identity
 from masters.store.storage import Storage
 from masters.tasks import work_pools
 from masters.tasks.run_context import Context, Run
-from masters.tracking import locations
 from masters.tracking.pool_stage import PoolStageWriter
 from masters.tracking.run_writer import RunWriter
 from tests.s3_server import BUCKET, S3
@@ -106,7 +105,6 @@ def test_default_mlflow_database_of_a_remote_store_is_refused(s3: S3, monkeypatc
     for name, value in s3.environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(locations, "recorded_uris", lambda storage: {})  # no server: nothing is tracked there yet
     with pytest.raises(InputError, match="an MLflow server that workers reach"):
         work_pools.check_pools(load(DEMO, NAMED), Storage(f"s3://{BUCKET}/pools"))
 

@@ -56,7 +56,7 @@ def check(
         typer.echo(f"warning: {warning}", err=True)
     _print_inputs(config, resources, selection)
     probe = _ask_judge(config, resources.judge) if isinstance(resources.judge, JudgeServer) else None
-    tracking_uri, notes = check_tracking(config, resources.storage)  # last, as it creates the database's file
+    tracking_uri, notes = check_tracking(config, resources.storage)
     for note in notes:
         typer.echo(f"warning: {note}", err=True)
     typer.echo(f"tracking   {redact_uri(tracking_uri)}")
