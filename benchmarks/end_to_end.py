@@ -92,6 +92,7 @@ def run_masters(questions: Path, store: Path, sizes: Sizes) -> Seconds:
         "stage",
         "train",
         preset="paper",
+        generate__truncated="mask",  # as the script does
         data__source=questions,
         store__root=store,
         teachers__0__r_max=sizes.r_max,

@@ -84,15 +84,31 @@ class StudyRunner:
         tracker.log_metrics(accuracies, 0)
         return report
 
+    def report_finished(self) -> dict:
+        """Write the report on the finished runs, and run none. Returns it with the names of those that are missing."""
+        missing = self._load_results(list(tuning_cells(self._design)))
+        missing += self._load_results(list(final_cells(self.runs)))
+        report, _ = write_report(self.runs, self._results)
+        return report | dict(missing=[cell.name for cell, _ in missing])
+
     def _run_cells(self, cells: list[Cell], tracker: RunWriter) -> None:
         """Load or compute the result of every cell. Raises MastersError if arms took different numbers of steps."""
-        digests = [fingerprint([self._settings_digests[c.arm], c.learning_rate, c.seed, c.split]) for c in cells]
-        # All results are loaded first, so that a file with other settings is refused before hours are spent.
-        stored = [self._results.find(cell, settings) for cell, settings in zip(cells, digests, strict=True)]
-        for cell, settings, result in zip(cells, digests, stored, strict=True):
-            if result := result or self._try_cell(cell, settings, tracker):
+        for cell, settings in self._load_results(cells):
+            if result := self._try_cell(cell, settings, tracker):
                 self.runs.results[cell] = result
                 self.runs.check_steps()
+
+    def _load_results(self, cells: list[Cell]) -> list[tuple[Cell, str]]:
+        """Load all results, so that a file with other settings is refused before hours are spent.
+
+        Returns the cells without a result, each with the digest of its settings.
+        """
+        digests = [fingerprint([self._settings_digests[c.arm], c.learning_rate, c.seed, c.split]) for c in cells]
+        stored = [self._results.find(cell, settings) for cell, settings in zip(cells, digests, strict=True)]
+        self.runs.results |= {cell: result for cell, result in zip(cells, stored, strict=True) if result}
+        self.runs.check_steps()
+        missing = zip(cells, digests, stored, strict=True)
+        return [(cell, settings) for cell, settings, result in missing if result is None]
 
     def _try_cell(self, cell: Cell, settings: str, tracker: RunWriter) -> Result | None:
         """Return the result of a run. If the run fails, record its error and return None."""

@@ -28,7 +28,7 @@ RETRY_DELAY = 10  # seconds before the first retry, twice that before the second
 
 
 def is_retryable(_task: Task, _run: TaskRun, state: State) -> bool:
-    """Whether another try may succeed: the store or a process failed, not the input or the code, nor is a disk full."""
+    """Return whether a retry may succeed: the store or a process failed, not input or code, and no disk is full."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, StoreError | TrackingError | WorkerLost) and not disk_space.is_full(error)
 
@@ -112,16 +112,11 @@ def build_or_reuse(
     machine.reset_peak_memory()
     finished = None if run.must_rebuild(identity) else artifacts.find(run.storage, identity, upstream)
     with run.tracker.stage(identity, upstream) as record_artifact:
-        if finished is None:
-            check_before()
         if finished is not None:
             stage = StageOutcome(finished, "reused")
-        elif pool := run.pool_for(identity.kind):
-            request = run.stage_request(identity, upstream, prefetch_evaluation)
-            folder, outcome, execution = run_on_pool(run.config, run.storage, pool, request)
-            stage = StageOutcome(artifacts.load(run.storage, folder), outcome, execution)
         else:
-            stage = _build_locally(run, identity, upstream, build, delete_stored)
+            check_before()
+            stage = _build(run, identity, upstream, build, delete_stored, prefetch_evaluation)
         entry = _summary_entry(identity, stage, time.monotonic() - started)
         entry["mlflow_run_id"] = record_artifact(stage.artifact, entry)
         report_signal(run.tracker, identity.stage, entry.get("signal", {}))
@@ -131,6 +126,22 @@ def build_or_reuse(
     CONSOLE.print(line, highlight=False)
     log("info", f"{' '.join(line.split())}: {stage.artifact.uri}")
     return stage.artifact
+
+
+def _build(
+    run: Run,
+    identity: Identity,
+    upstream: Upstream,
+    build: BuildFunction,
+    delete_stored: Callable[[], None],
+    prefetch_evaluation: bool,
+) -> StageOutcome:
+    """Build the artifact on the stage's pool, or in this process."""
+    if pool := run.pool_for(identity.kind):
+        request = run.stage_request(identity, upstream, prefetch_evaluation)
+        folder, outcome, execution = run_on_pool(run.config, run.storage, pool, request)
+        return StageOutcome(artifacts.load(run.storage, folder), outcome, execution)
+    return _build_locally(run, identity, upstream, build, delete_stored)
 
 
 def write_file(storage: Storage, identity: Identity, name: str, content: bytes) -> dict[str, str]:

@@ -11,7 +11,7 @@ TAG = re.compile(r"<answer>\W*(\d)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Mode:
-    """What a server refuses, and how it writes a right reply: a function of it, of the score and of the token limit.
+    """Requests that a server refuses, and functions that write its replies from the right one, score and token limit.
 
     A reply is the content, or a message; a message's `cut` says that it was cut off.
     """

@@ -15,12 +15,12 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(model_type: str) -> Family:
-    """The family of a model's `config.model_type`. Raises InputError if it is not supported."""
+    """Return the family of a model's `config.model_type`. Raises InputError if it is not supported."""
     if model_type not in FAMILIES:
         raise InputError(unsupported_family(model_type))
     return FAMILIES[model_type]
 
 
 def unsupported_family(model_type: str) -> str:
-    """What to say about a model type that is none of `FAMILIES`."""
+    """Return the error message for a model type that is none of `FAMILIES`."""
     return f"model type {model_type!r} is not supported; expected one of {', '.join(sorted(FAMILIES))}"

@@ -1,4 +1,4 @@
-"""What an engine refuses when it starts is refused before: the memory of its cache, and the number of its devices."""
+"""Limits of an engine, checked before it starts: the memory of its cache, and the number of its devices."""
 
 from types import SimpleNamespace
 

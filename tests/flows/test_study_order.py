@@ -80,7 +80,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> FakeRuns:
     return FakeRuns(monkeypatch)
 
 
-def run_study(folder: Path, **changes: object) -> dict:
+def make_runner(folder: Path, **changes: object) -> StudyRunner:
     values = dict(
         name="s",
         results=str(folder),
@@ -89,8 +89,12 @@ def run_study(folder: Path, **changes: object) -> dict:
         arms={"a": {}, "b": {"train.objective": "kd"}},
         comparisons=[dict(better="a", than="b")],
     )
+    return StudyRunner(DEMO, Study.model_validate(values | changes))
+
+
+def run_study(folder: Path, **changes: object) -> dict:
     tracker: Any = SimpleNamespace(log_files=lambda folder: None, log_metrics=lambda values, step: None)
-    return StudyRunner(DEMO, Study.model_validate(values | changes)).run(tracker)
+    return make_runner(folder, **changes).run(tracker)
 
 
 ALL_RUNS = [
@@ -124,6 +128,18 @@ def test_additional_seeds_and_arms_reuse_earlier_results(runs: FakeRuns, tmp_pat
     runs.take_names()
     run_study(tmp_path, seeds=[5, 6, 7])
     assert runs.take_names() == [name for name in ALL_RUNS if "-b-" in name] + ["final-a-0.0002-7", "final-b-0.0001-7"]
+
+
+def test_a_report_on_the_finished_runs_runs_none(runs: FakeRuns, tmp_path: Path) -> None:
+    finished = run_study(tmp_path, arms={"a": {}}, comparisons=[])
+    runs.take_names()
+    report = make_runner(tmp_path).report_finished()
+    assert runs.take_names() == []
+    assert report["arms"][0] == finished["arms"][0] and report["arms"][1]["seeds"] == 0
+    assert "found 0" in report["comparisons"][0]["error"]
+    assert report["missing"] == [name for name in ALL_RUNS if "tuning-b-" in name]  # no rate is chosen for others
+    run_study(tmp_path)
+    assert make_runner(tmp_path).report_finished()["missing"] == []
 
 
 def test_results_of_other_settings_are_refused_before_the_first_run(runs: FakeRuns, tmp_path: Path) -> None:

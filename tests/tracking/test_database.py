@@ -23,14 +23,6 @@ from tests.tracked_run import NAME, make_config, write_run
 FORK = multiprocessing.get_context("fork")  # importing MLflow again takes a process seconds
 
 
-@pytest.fixture
-def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    (tmp_path / "store").mkdir()
-    return Storage(str(tmp_path / "store"))
-
-
 def run_at_once(storage: Storage, count: int, run: Callable[[Storage, bytes], object]) -> list[int | None]:
     """Start first runs in processes of their own, at the same moment. Returns their exit codes."""
     barrier = FORK.Barrier(count)
@@ -116,7 +108,7 @@ def test_simultaneous_first_runs_share_postgres(
 
 
 def test_an_existing_database_is_read_without_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing can be written beside it, nobody creates tables either."""
+    """Its tables exist, so its folder need not be writable."""
     file = tmp_path / "mlflow.db"
     MlflowClient(f"sqlite:///{file}").create_experiment("before")
     (tmp_path / ".mlflow.db.lock").mkdir()

@@ -28,9 +28,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def storage(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+def storage(finished: Path, home: Path, tmp_path: Path) -> Storage:
     return Storage(str(shutil.copytree(finished, tmp_path / "store")))
 
 

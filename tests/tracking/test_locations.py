@@ -17,17 +17,7 @@ from tests.tracked_run import NAME, make_config, write_run
 SERVER = "http://127.0.0.1:9"
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def storage(tmp_path: Path) -> Storage:
-    (tmp_path / "store").mkdir()
-    return Storage(str(tmp_path / "store"))
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def uri(storage: Storage, **runtime) -> str:

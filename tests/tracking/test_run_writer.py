@@ -24,19 +24,7 @@ from masters.tracking.locations import check_default_database
 from masters.tracking.run_writer import RunWriter
 from tests.tracked_run import NAME, make_config, write_run, write_stage
 
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty home, where tracking keeps addresses."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def storage(tmp_path: Path) -> Storage:
-    (tmp_path / "store").mkdir()
-    return Storage(str(tmp_path / "store"))
+pytestmark = pytest.mark.usefixtures("home")
 
 
 @pytest.fixture(scope="module")

@@ -109,9 +109,17 @@ def study(
         Path, typer.Argument(metavar="STUDY", help="The TOML file of a study, e.g. configs/studies/digits.toml")
     ],
     as_json: Json = False,
+    report_only: Annotated[bool, typer.Option("--report", help="Report the finished runs, and run none")] = False,
 ) -> None:
     """Compare ways to train over learning rates and seeds. Run again, it continues from the existing results."""
     config, design = load_study(file)
+    if report_only:
+        from masters.flows.study import StudyRunner
+
+        report = StudyRunner(config, design).report_finished()
+        typer.echo(json.dumps(report) if as_json else report["markdown"])
+        typer.echo(f"{len(report['missing'])} runs of the study are not finished", err=True)
+        return
     try:
         report = _run_flow("study", config, design=design)
     except RunsFailed as error:

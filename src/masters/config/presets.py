@@ -3,10 +3,12 @@
 from typing import Any
 
 from masters.common.errors import InputError
+from masters.config.schema import Generate
 from masters.config.training import Rewards, Train
 
 # The paper's equations as written. The paper leaves the form of the KL term open: here, the whole vocabulary.
 PAPER: dict[str, object] = {
+    "generate.truncated": "keep",
     "train.objective": "masters",
     "train.targets": "responses",
     "train.divergence": "jsd",
@@ -23,7 +25,7 @@ PAPER: dict[str, object] = {
 }
 # Distillation where the teacher is right, elsewhere only the advantage of right responses. The divergence is one whose
 # gradient does not vanish where the student is confidently wrong. The best of the studies, and so the default.
-_SECTIONS = {"train": Train, "rewards": Rewards}
+_SECTIONS = {"generate": Generate, "rewards": Rewards, "train": Train}
 RECOMMENDED: dict[str, object] = {
     key: _SECTIONS[section].model_fields[name].default for key in PAPER for section, name in [key.split(".")]
 }

@@ -29,7 +29,7 @@ WriteTable = Callable[[str, list[dict], pa.Schema], None]  # (file name below th
 
 
 class Role(IntEnum):
-    """What becomes of a row: nothing, part of a split, or left out since it was trained on before."""
+    """The use of a row: none, a split that it belongs to, or known, which is left out as it was trained on before."""
 
     UNUSED, TRAIN, TEST, VALIDATION, KNOWN = range(5)
 

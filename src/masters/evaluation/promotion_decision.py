@@ -70,9 +70,9 @@ def decide(inputs: GateInputs, limits: Nightly) -> GateDecision:
         reason = NO_CHAMPION.format(name=name, last=inputs.last_champion)
         return GateDecision("kept", None, [reason], [], candidate)
     untrained = [] if inputs.with_untrained is None else untrained_objections(inputs.with_untrained, limits)
-    if champion is None and untrained:
-        return GateDecision(not_promoted, None, untrained, [], candidate)
     if champion is None:
+        if untrained:
+            return GateDecision(not_promoted, None, untrained, [], candidate)
         return GateDecision("promoted", candidate, ["the first champion"], [], candidate)
     if inputs.comparison is None:
         return GateDecision(not_promoted, champion, ["the candidate is the champion itself"], [], candidate)
@@ -91,7 +91,7 @@ def decide_without_training(champion: int | None) -> GateDecision:
 
 
 def regressions(comparison: Comparison, limits: Nightly) -> list[str]:
-    """Reasons for which the candidate is worse: overall, or in a category by more than `max_category_drop`."""
+    """Return why the candidate is worse: overall, or in a category by more than `max_category_drop`."""
     reasons = []
     if comparison.lost > comparison.gained:
         reasons.append(f"worse than the champion: {comparison.candidate:.2%} against {comparison.champion:.2%}")
@@ -104,7 +104,7 @@ def regressions(comparison: Comparison, limits: Nightly) -> list[str]:
 
 
 def objections(comparison: Comparison, limits: Nightly) -> list[str]:
-    """Reasons for which the candidate does not become champion; empty if it does."""
+    """Return the reasons why the candidate does not become champion; empty if it does."""
     reasons = regressions(comparison, limits)
     if comparison.lost <= comparison.gained and comparison.p_value >= limits.p_value:
         reasons.append(f"not proven better: {_describe_test(comparison, limits)}")
@@ -112,7 +112,7 @@ def objections(comparison: Comparison, limits: Nightly) -> list[str]:
 
 
 def untrained_objections(comparison: Comparison, limits: Nightly) -> list[str]:
-    """Reasons for which the candidate is not better than the student before training; empty if it is."""
+    """Return why the candidate is not proven better than the student before training; empty if it is."""
     if comparison.gained > comparison.lost and comparison.p_value < limits.p_value:
         return []
     before, after = comparison.champion, comparison.candidate

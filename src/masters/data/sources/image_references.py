@@ -1,4 +1,4 @@
-"""What a row's `image` may be where it is text: a path inside the data's folder, or a URI (file:, data:, http:)."""
+"""References to images as text in a row: a path inside the data's folder, or a URI (file:, data:, http:)."""
 
 import base64
 import re

@@ -1,4 +1,4 @@
-"""What to do where `data.source` names something that is not read: a URL, a pattern, or a file of another format."""
+"""Errors for a `data.source` that is not read (a URL, a pattern, a file of another format), with what to do."""
 
 import json
 import re
