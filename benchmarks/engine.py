@@ -122,7 +122,7 @@ def read_responses(children: list[Child]) -> Responses:
 
 
 def main(job_file: Path) -> None:
-    """The engine's process."""
+    """Run the engine's process."""
     from masters.models.generation.engine import Engine, Request
 
     job = Job.model_validate_json(job_file.read_text())

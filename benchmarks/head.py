@@ -87,14 +87,14 @@ def dense_loss(student: Projection, teacher: Projection, token_T: torch.Tensor) 
 
 
 def trl_loss(student: Projection, teacher: Projection, token_T: torch.Tensor) -> torch.Tensor:
-    """The divergence alone, as TRL's GKD trainer computes it."""
+    """Return the divergence alone, as TRL's GKD trainer computes it."""
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
 
     return GKDTrainer.generalized_jsd_loss(student.logits()[None], teacher.logits()[None])
 
 
 def liger_loss(student: Projection, teacher: Projection, token_T: torch.Tensor) -> torch.Tensor:
-    """The mean of divergence and cross-entropy, chunk by chunk."""
+    """Return the mean of divergence and cross-entropy, chunk by chunk."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(compiled=torch.cuda.is_available())

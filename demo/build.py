@@ -34,7 +34,7 @@ SIZES = {
 
 
 def tokenizer(texts: list[str], entries: int = 512) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `entries` learned from `texts`; it can write any text."""
+    """Return a byte-level BPE of at most `entries` learned from `texts`; it can write any text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -53,7 +53,7 @@ def tokenizer(texts: list[str], entries: int = 512) -> PreTrainedTokenizerFast:
 
 
 def processor(text: PreTrainedTokenizerFast) -> Qwen3VLProcessor:
-    """The family's processor: every image is scaled to an area of 64 x 64 pixels, 16 image tokens."""
+    """Return the family's processor: every image is scaled to an area of 64 x 64 pixels, 16 image tokens."""
     patches = dict(patch_size=PATCH, merge_size=2, temporal_patch_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     area = {"shortest_edge": 64 * 64, "longest_edge": 64 * 64}
     return Qwen3VLProcessor(
@@ -65,7 +65,7 @@ def processor(text: PreTrainedTokenizerFast) -> Qwen3VLProcessor:
 
 
 def model(size: str, text: PreTrainedTokenizerFast) -> Qwen3VLForConditionalGeneration:
-    """A random model of SIZES[size]; seed torch before."""
+    """Return a random model of SIZES[size]; seed torch before."""
     s = SIZES[size]
     ids = {name: text.convert_tokens_to_ids(name) for name in SPECIALS}
     config = Qwen3VLConfig(

@@ -46,7 +46,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def shuffled_pool() -> list[Scene]:
-    """The scenes that models are trained on, in a fixed order that mixes layouts, colors and shapes."""
+    """Return the scenes that models are trained on, in a fixed order that mixes layouts, colors and shapes."""
     pool = pools()["teacher"]
     return [pool[at] for at in np.random.default_rng(0).permutation(len(pool))]
 
@@ -105,7 +105,7 @@ class Task(two_phases.Task):
         ]
 
     def score(self, model: Qwen3VLForConditionalGeneration, packer: packed.Packer) -> float:
-        """Share of 320 greedy answers that describe the scene."""
+        """Return the share of 320 greedy answers that describe the scene."""
         right = []
         for _ in range(5):
             taken = self.held.take(64)

@@ -97,7 +97,7 @@ class Packer(packed.Packer):
 
 
 def changed_digit(rng: np.random.Generator, digits: list[int], kind: int, share: float) -> str:
-    """The answer in steps to question `kind`, in a share of cases with one digit of the scene replaced."""
+    """Return the answer in steps to question `kind`, in a share of cases with one digit of the scene replaced."""
     replaced = list(digits)
     if rng.random() < share:
         replaced[rng.integers(DIGITS)] = int(rng.integers(10))
@@ -125,7 +125,7 @@ class Task(two_phases.Task):
 
     @torch.no_grad()
     def score(self, model, packer: Packer, scenes: int = 320) -> float:
-        """Share of answers in steps whose every token is the greedy choice."""
+        """Return the share of answers in steps whose every token is the greedy choice."""
         right: list[bool] = []
         for _ in range(0, scenes, 32):
             rows = [

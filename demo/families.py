@@ -102,7 +102,7 @@ def save(
 
 
 def _tokenizer(row: Row, texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most 400 entries learned from `texts`; it can write any text."""
+    """Return a byte-level BPE of at most 400 entries learned from `texts`; it can write any text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

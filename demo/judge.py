@@ -105,7 +105,7 @@ class Maker:
         return [*REASONS.values(), *(question for question, _ in self.pairs), *self.answers, *WORDS.split()]
 
     def question(self) -> tuple[str, str]:
-        """A question and its reference."""
+        """Return a question and its reference."""
         question, reference = self.pick(self.pairs)
         return question, self.word() if self.rng.random() < self.made_up else reference
 
@@ -117,11 +117,11 @@ class Maker:
         return Triple(question, reference, self.kinds[kind][1](question, reference))
 
     def lesson(self, triple: Triple) -> Lesson:
-        """A first call and its answer."""
+        """Return a first call and its answer."""
         return judge_prompts.grading_conversation(triple), self.explanation(triple)
 
     def second_lesson(self, triple: Triple) -> Lesson:
-        """A second call and its answer, a few of them on other words than the judge's own."""
+        """Return a second call and its answer, a few of them on other words than the judge's own."""
         said = self.explanation(triple)
         if self.rng.random() < 0.3:
             said = f"{triple.text} {triple.reference} {said[-len('<answer>0</answer>') :]}"
@@ -139,7 +139,7 @@ class Maker:
         return options[int(self.rng.integers(len(options)))]
 
     def word(self) -> str:
-        """A word of the list, digits or letters."""
+        """Return a word of the list, digits or letters."""
         if self.rng.random() < 0.6:
             return self.pick(self.words)
         if self.rng.random() < 0.2:
@@ -153,7 +153,7 @@ class Maker:
         return self.pick(others or self.answers)
 
     def styled(self, text: str) -> str:
-        """The text as a model may write it: case, punctuation, quotes, white space around."""
+        """Return the text as a model may write it: case, punctuation, quotes, white space around."""
         case = self.pick([str, str, str, str.capitalize, str.capitalize, str.upper])
         left, right = self.pick(
             [("", "")] * 12 + [('"', '"'), ("'", "'"), ("(", ")"), ("[", "]"), (" ", ""), ("\n", "")]
@@ -200,7 +200,7 @@ class Maker:
 
 
 def tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """The demo's byte-level BPE, learned from the prompts' words and `texts`; each tag is one token.
+    """Return the demo's byte-level BPE, learned from the prompts' words and `texts`; each tag is one token.
 
     It reads NFKC in lower case, as `normalize` does: the model need not learn that "Teal" is "teal".
     """

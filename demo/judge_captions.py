@@ -98,7 +98,7 @@ def beside(told: str, reference: str) -> str:
 
 
 def scene_of(label: str) -> Scene:
-    """The scene of a label, which can always be read."""
+    """Return the scene of a label, which can always be read."""
     scene = read(label)
     assert scene is not None, label
     return scene

@@ -47,7 +47,7 @@ def draw(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
 
 
 def answer_for(question: str, shape: str, color: str) -> str | None:
-    """The answer to an easy-VQA question about one shape, or None where the question does not fit it."""
+    """Return the answer to an easy-VQA question about one shape, or None where the question does not fit it."""
     words = re.findall(r"[a-z]+", question)
     named = [w for w in words if w in COLORS or w in SHAPES]
     if words[0] == "what":

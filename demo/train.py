@@ -47,7 +47,7 @@ RECIPES = {
 
 
 def labeled() -> list[tuple[str, list[tuple[str, str]]]]:
-    """The training split as (image path, [(question, answer), ...]) per image."""
+    """Return the training split as (image path, [(question, answer), ...]) per image."""
     paths = easy_vqa.get_train_image_paths()
     grouped: dict[int, list[tuple[str, str]]] = {}
     for question, answer, image in zip(*easy_vqa.get_train_questions(), strict=True):

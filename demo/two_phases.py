@@ -62,7 +62,7 @@ class Task(ABC):
 
     @abstractmethod
     def score(self, model: Qwen3VLForConditionalGeneration, packer: packed.Packer) -> float:
-        """Share of right answers on held-out scenes."""
+        """Return the share of right answers on held-out scenes."""
 
 
 def train_eye(model: Qwen3VLForConditionalGeneration, scenes: Scenes, held: Scenes, recipe: Recipe) -> None:
@@ -129,7 +129,7 @@ def parsed(arguments: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def chosen(recipe: R, given: argparse.Namespace, *more: str) -> R:
-    """The recipe with what the arguments say: steps, learning rate and the fields named in `more`."""
+    """Return the recipe with what the arguments say: steps, learning rate and the fields named in `more`."""
     values = dict(steps=given.more) | {name: getattr(given, name) for name in ("learning_rate", *more)}
     return replace(recipe, **{name: value for name, value in values.items() if value is not None})
 

@@ -29,7 +29,7 @@ def captions_of(scene: Scene) -> list[str]:
 
 
 def telling(text: str) -> tuple[str, ...]:
-    """The words of color, shape and place in a text."""
+    """Return the words of color, shape and place in a text."""
     return tuple(TELLING.findall(text.lower()))
 
 
@@ -41,7 +41,7 @@ def _scenes() -> dict[tuple[str, ...], Scene]:
 
 
 def read(text: str) -> Scene | None:
-    """The scene that a text describes; None if there is none or the text says more or less than one."""
+    """Return the scene that a text describes; None if there is none or the text says more or less than one."""
     return _scenes().get(telling(text))
 
 

@@ -192,7 +192,7 @@ def run_engine(folder: str, questions: list[Question], settings: Settings) -> li
 
 
 def chat_prompt(processor, question: str) -> str:
-    """The prompt text: one user turn with the image and the question."""
+    """Return the prompt text: one user turn with the image and the question."""
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
     return processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
 
@@ -336,7 +336,7 @@ def step_outcome(
 
 
 def token_means(value_NR: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Mean over the tokens of each response, [N]."""
+    """Return the mean over the tokens of each response, [N]."""
     return (value_NR * batch.mask_NR).sum(1) / batch.mask_NR.sum(1)
 
 
@@ -350,7 +350,7 @@ def rewards(divergence_G: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def advantages(reward_G: torch.Tensor) -> torch.Tensor:
-    """A = (R - mean) / standard deviation over a question's responses (Eq. 8); 0 if all rewards are equal."""
+    """Return A = (R - mean) / standard deviation over a question's responses (Eq. 8); 0 if all rewards are equal."""
     deviation = reward_G.std(correction=0)
     return (reward_G - reward_G.mean()) / deviation if deviation > 1e-4 else torch.zeros_like(reward_G)
 

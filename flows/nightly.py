@@ -114,7 +114,7 @@ def make_context(config: Config, storage: Storage, champion: Champion | None) ->
 
 
 def starts_from_champion(config: Config, champion: Champion | None) -> bool:
-    """Whether the student before training is the champion."""
+    """Return whether the student before training is the champion."""
     return champion is not None and config.nightly.start == "champion"
 
 

@@ -91,7 +91,7 @@ class MagnitudeHistogram:
                 counts += torch.bincount(bits[high == bucket] & 0xFFFF, minlength=1 << LOW_BITS).numpy()
 
     def thresholds(self) -> list[float]:
-        """One threshold per ratio. Raises ValueError if nothing was counted."""
+        """Return one threshold per ratio. Raises ValueError if nothing was counted."""
         if not self._high_counts.any():
             raise ValueError("no weights to take a threshold of")
         located = zip(self.ratios, self._locate_ranks(), strict=True)
@@ -152,7 +152,7 @@ def _sorted_thresholds(weight: torch.Tensor, ratios: list[float]) -> list[float]
 
 
 def apply_mask(weight: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Returns a copy of `weight` (any shape) with zeros where |w| < lambda_r, the threshold (Eq. 1-2)."""
+    """Return a copy of `weight` (any shape) with zeros where |w| < lambda_r, the threshold (Eq. 1-2)."""
     masked = torch.empty_like(weight, memory_format=torch.contiguous_format)
     copy_masked(masked, weight, threshold)
     return masked
@@ -174,7 +174,7 @@ def _is_kept(weight: torch.Tensor, threshold: float) -> torch.Tensor:
 
 
 def is_masked(name: str, dimensions: int, exclude: tuple[str, ...] = ()) -> bool:
-    """Whether a checkpoint's tensor is the weight of a linear or convolution module other than embeddings and lm_head.
+    """Return whether a tensor is the weight of a linear or convolution module other than embeddings and lm_head.
 
     Ours: the paper does not say which tensors are masked.
     """
@@ -198,7 +198,7 @@ def mask_group(name: str, granularity: str) -> str:
 def group_thresholds(
     read_tensors: Callable[[], NamedTensors], ratios: list[float], granularity: str, exclude: tuple[str, ...] = ()
 ) -> list[dict]:
-    """Rows of the thresholds table: the group's threshold and the realized zeros of each masked tensor and ratio.
+    """Return the rows of the table thresholds: the group's threshold and the zeros of each masked tensor and ratio.
 
     `read_tensors` yields (name, tensor), one in memory at a time; it is called once where each matrix is a group, else
     once per pass. A zero is an element that is 0 once masked, whether or not it was 0 before. Raises ValueError, with
@@ -216,7 +216,7 @@ def group_thresholds(
 
 
 def _matrix_rows(name: str, tensor: torch.Tensor, ratios: list[float]) -> list[dict]:
-    """Rows of a tensor that is its own group."""
+    """Return rows of a tensor that is its own group."""
     with _name_in_errors(name):
         histogram = MagnitudeHistogram(tensor.dtype, ratios)
         counts = histogram.count(tensor)
@@ -231,7 +231,7 @@ def _matrix_rows(name: str, tensor: torch.Tensor, ratios: list[float]) -> list[d
 
 
 def _shared_rows(read_masked: Callable[[], GroupedTensors], ratios: list[float]) -> list[dict]:
-    """Rows of groups of several tensors. Reads the tensors to count, to refine if needed, and to count zeros."""
+    """Return rows of groups of several tensors. Reads the tensors to count, to refine if needed, and to count zeros."""
     histograms: dict[str, MagnitudeHistogram] = {}
     for name, group, tensor in read_masked():
         with _name_in_errors(name):

@@ -30,7 +30,7 @@ UNSAFE_FILES = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.gguf
 
 
 def resolve_model_folder(model: str, revision: str | None) -> Path:
-    """The local folder of a model; a hub id is downloaded. Raises InputError if there is none."""
+    """Return the local folder of a model; a hub id is downloaded. Raises InputError if there is none."""
     return Path(model).resolve() if Path(model).is_dir() else _download(model, revision)
 
 
@@ -87,7 +87,7 @@ def load_model(folder: Path, dtype: str, device: str = "cpu", shard_model: Shard
 
 
 def attention_implementation(device: str) -> dict[str, str]:
-    """The attention implementation of the model ("") and of its text model on a device."""
+    """Return the attention implementation of the model ("") and of its text model on a device."""
     from masters.models.packing import flex_attention
 
     return {"": "sdpa", "text_config": flex_attention.NAME if device.startswith("cuda") else "sdpa"}

@@ -21,7 +21,7 @@ def open_image(image: bytes) -> Image.Image:
 
 
 def chat_prompt(processor, question: str) -> str:
-    """The prompt's text, which holds one image token."""
+    """Return the prompt's text, which holds one image token."""
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
     return processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
 
@@ -47,7 +47,7 @@ def _tokenize_turns(processor, tokenizer, conversation: Conversation) -> list[in
 
 
 def vocabulary_size(tokenizer) -> int:
-    """Number of token ids up to the tokenizer's last entry. Rows of an embedding beyond it stand for no token."""
+    """Return the number of token ids up to the tokenizer's last; embedding rows beyond it stand for no token."""
     return 1 + max(tokenizer.get_vocab().values())
 
 
@@ -57,7 +57,7 @@ def tokenize_label(tokenizer, answer: str) -> list[int]:
 
 
 def model_inputs(processor, question: str, image: bytes) -> dict[str, torch.Tensor]:
-    """Returns the processor's output: token tensors [1, P] and the family's image tensors."""
+    """Return the processor's output: token tensors [1, P] and the family's image tensors."""
     return dict(processor(text=[chat_prompt(processor, question)], images=[open_image(image)], return_tensors="pt"))
 
 

@@ -17,7 +17,7 @@ JOINED = re.compile(r"(?:^\s*(?=[A-Z]\W*$)|[,/&]\s*|\b(?:or|and)\s+)([A-Z])(?![\
 
 
 def is_same_choice(text: str, reference: str) -> bool:
-    """Whether a text names exactly one letter, and that letter is the reference answer's.
+    """Return whether a text names exactly one letter, and that letter is the reference answer's.
 
     The reference is a letter or a letter with its text, as in "B", "(b)", "B. a cat". With any other reference the
     result is False. A text that names two different letters is wrong.
@@ -27,7 +27,8 @@ def is_same_choice(text: str, reference: str) -> bool:
 
 
 def named_letters(text: str) -> set[str]:
-    """The letters, as capitals, that a text names: after "answer", else after "option" or "choice", else anywhere.
+    """Return the letters, as capitals, that a text names: after "answer", else after "option" or "choice", else
+    anywhere.
 
     Within an option's text ("B. vitamin C") only letters in brackets count, and letters joined to the first ("B, C",
     "B or C").

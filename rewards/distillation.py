@@ -45,7 +45,7 @@ def raw_distillation_rewards(
 
 
 def _prepare(divergence_G, valid_G, sequence_id_G) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns a copy of the divergences, equal for identical responses, and which responses count, [G] each."""
+    """Return a copy of the divergences, equal for identical responses, and which responses count, [G] each."""
     d = torch.as_tensor(divergence_G).detach()
     d = d.clone() if d.is_floating_point() else d.float()
     valid = d.isfinite() if valid_G is None else d.isfinite() & torch.as_tensor(valid_G, dtype=torch.bool)

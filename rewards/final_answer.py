@@ -18,7 +18,7 @@ MARKER = re.compile(
 
 
 def is_same_final_answer(text: str, reference: str, pattern: str | None = None) -> bool:
-    """Whether the final parts of a text and of a reference answer are equal after `normalize`.
+    """Return whether the final parts of a text and of a reference answer are equal after `normalize`.
 
     `pattern`: finds the final part of both instead of the markers; see `safe_regex.last_match`. A text without a match,
     or without a marker, counts as a whole.
@@ -30,7 +30,7 @@ def is_same_final_answer(text: str, reference: str, pattern: str | None = None) 
 
 
 def final_part(text: str) -> str:
-    r"""The normalized final part of an answer; the whole answer if it has no marker or nothing follows the last one.
+    r"""Return the normalized final part of an answer; all of it without a marker or with nothing after the last one.
 
     Markers, in any case: `\boxed{}`, whose content is the final part, else the last of "####", "=" (not of an
     inequality), ":" (not within a time or a ratio) and "answer is", which the final part follows.
@@ -42,7 +42,7 @@ def final_part(text: str) -> str:
 
 
 def _last_box(text: str) -> str:
-    """The content of the last box, up to its closing brace or the end of the text."""
+    """Return the content of the last box, up to its closing brace or the end of the text."""
     content, depth = text.rpartition(BOXED)[2], 1
     for index, character in enumerate(content):
         depth += (character == "{") - (character == "}")

@@ -32,12 +32,12 @@ class JudgeClient(Protocol):
     """An engine or a server that continues conversations greedily."""
 
     def ask(self, conversations: list[Conversation], max_tokens: int) -> list[JudgeReply]:
-        """Returns one reply per conversation, in order. A conversation never makes it raise."""
+        """Return one reply per conversation, in order. A conversation never makes it raise."""
         ...
 
 
 def judge_triples(client: JudgeClient, triples: list[Triple], limits: TokenLimits = DEFAULT_LIMITS) -> list[Verdict]:
-    """Returns one verdict per triple, in order. The second call is made only where the first reply holds a score."""
+    """Return one verdict per triple, in order. The second call is made only where the first reply holds a score."""
     replies = client.ask([grading_conversation(triple) for triple in triples], limits.explanation)
     explanations = [_without_thoughts(reply, triple) for reply, triple in zip(replies, triples, strict=True)]
     scores = [parse_verdict(reply.text) if reply.status == "ok" else None for reply in explanations]
@@ -65,7 +65,7 @@ def _verdict_without_score(explanation: JudgeReply) -> Verdict:
 
 
 def _verdict_if_agreed(explanation: JudgeReply, score: int, reading: JudgeReply) -> Verdict:
-    """The verdict of two replies, which counts only if both give the same score."""
+    """Return the verdict of two replies, which counts only if both give the same score."""
     if reading.status in ("refused", "judge_failed"):
         return Verdict(None, reading.status, reading.text)
     text = skip_thoughts(reading.text, explanation.text)

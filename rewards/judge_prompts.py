@@ -55,7 +55,7 @@ def escape_tags(text: str) -> str:
 
 
 def grading_conversation(triple: Triple) -> Conversation:
-    """The conversation of the first call."""
+    """Return the conversation of the first call."""
     truths = "".join(f"<ground_truth>{escape_tags(answer)}</ground_truth>\n" for answer in triple.accepted)
     return _turns(
         GRADING_PROMPT + SEVERAL_TRUTHS if triple.others else GRADING_PROMPT,
@@ -66,7 +66,7 @@ def grading_conversation(triple: Triple) -> Conversation:
 
 
 def score_conversation(explanation: str) -> Conversation:
-    """The conversation of the second call, which quotes the first reply.
+    """Return the conversation of the second call, which quotes the first reply.
 
     The quoted reply keeps its answer tag and cannot end the summary tag around it.
     """

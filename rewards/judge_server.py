@@ -120,7 +120,7 @@ class ServerJudge:
         return JudgeReply(_text(choice.message.content), status, tokens if isinstance(tokens, int) else 0)
 
     def _model_name(self) -> str:
-        """The configured model, else the first that the server lists."""
+        """Return the configured model, else the first that the server lists."""
         if self._model is None:
             try:
                 listed = self._client.with_options(max_retries=0).models.list().data[0].id
@@ -133,7 +133,7 @@ class ServerJudge:
 
 
 def _text(content: object) -> str:
-    """A reply's text, encodable as UTF-8. Raises TypeError if it is not a text."""
+    """Return a reply's text, encodable as UTF-8. Raises TypeError if it is not a text."""
     if content is not None and not isinstance(content, str):
         raise TypeError(f"its content is no text but {type(content).__name__}")
     return (content or "").encode(errors="replace").decode()

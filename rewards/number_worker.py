@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def equal(text: str, reference: str) -> bool:
-    """Whether the final numbers of two texts are equal, to six decimal places where one is a decimal fraction."""
+    """Return whether the final numbers of two texts are equal, to six places where one is a decimal fraction."""
     try:
         return verify(_parse(reference), _parse(text), timeout_seconds=TIMEOUT_SECONDS)
     except Exception:  # SymPy raises many kinds, on unforeseen texts

@@ -14,5 +14,5 @@ def normalize(text: str) -> str:
 
 
 def exact_match(text: str, reference: str) -> bool:
-    """Whether both are equal after `normalize`. A text that is empty after it matches nothing."""
+    """Return whether both are equal after `normalize`. A text that is empty after it matches nothing."""
     return bool(normalize(text)) and normalize(text) == normalize(reference)

@@ -47,7 +47,7 @@ def get_verifier(answers: Answers) -> Verifier:
 
 
 def verifier_identity(answers: Answers) -> dict:
-    """The settings that decide whether an answer is right, for an artifact's identity."""
+    """Return the settings that decide whether an answer is right, for an artifact's identity."""
     pattern = answers.model_dump(include={"final_pattern"}, exclude_none=True)
     return dict(verifier=get_verifier(answers).label, **pattern)
 

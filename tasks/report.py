@@ -143,7 +143,7 @@ def _create_tables(run: Run) -> None:
 
 
 def _signal_rows(entry: dict) -> list[dict]:
-    """Rows of the table of the training signal, from a stage's entry of the summary."""
+    """Return rows of the table of the training signal, from a stage's entry of the summary."""
     shares: Shares = entry.get("signal", {})
     warnings = crossed_limits(shares)
     return [

@@ -69,7 +69,7 @@ def make_identity(context: Context, current: Round, inputs: Inputs) -> Identity:
 
 
 def upstream_artifacts(current: Round, inputs: Inputs) -> Inputs:
-    """The artifacts that a training reads: its inputs, and the training of the previous mask stage if there is one."""
+    """Return the artifacts that a training reads: its inputs, and that of the previous mask stage, if any."""
     previous = current.mask_stage.previous if current.mask_stage else None
     return inputs | {"earlier": previous} if previous else inputs
 
@@ -149,7 +149,7 @@ def steps_taken(facts: dict) -> int:
 
 
 def make_round_part(context: Context, current: Round, data: Artifact, state: str) -> RoundPart:
-    """The part of its round that a training covers. `state`: store prefix for what the next part starts from."""
+    """Return the part of its round that a training covers. `state`: store prefix for what the next part starts from."""
     if current.mask_stage is None:
         return RoundPart()
     train, previous = context.config.train, current.mask_stage.previous
@@ -166,12 +166,12 @@ def make_round_part(context: Context, current: Round, data: Artifact, state: str
 
 
 def _trainings_up_to(training: Artifact | None) -> list[Artifact]:
-    """The trainings of a round's mask stages up to this one, in order."""
+    """Return the trainings of a round's mask stages up to this one, in order."""
     return [*_trainings_up_to(training.upstream("earlier")), training] if training else []
 
 
 def split_probe(context: Context, data: Artifact) -> tuple[list[QuestionRef], list[QuestionRef]]:
-    """The questions to train on, of all mask stages, and the probe questions."""
+    """Return the questions to train on, of all mask stages, and the probe questions."""
     refs = question_shards.read_refs(data, "train")
     if context.config.train.max_validation_drop is not None:
         return hold_out(refs)
@@ -195,7 +195,7 @@ def hold_out(refs: list[QuestionRef]) -> tuple[list[QuestionRef], list[QuestionR
 
 
 def make_job(run: Run, current: Round, inputs: Inputs, part: RoundPart, checkpoints: str, out: Path) -> TrainJob:
-    """The job of the trainer processes."""
+    """Return the job of the trainer processes."""
     config, mask_stage = run.config, current.mask_stage.number if current.mask_stage else None
     refs, probe = split_probe(run, inputs["data"])
     return TrainJob(
@@ -239,7 +239,7 @@ def _run_trainers(run: Run, job: TrainJob, work: Path, monitor: TrainingMonitor)
 
 
 def _rank_processes(job: TrainJob, work: Path, world: int) -> list[processes.Child]:
-    """One child process for each rank. They find each other through a new file in the work folder, over loopback."""
+    """Return a child process for each rank. They meet through a new file in the work folder, over loopback."""
     rendezvous = work / "rendezvous"
     rendezvous.unlink(missing_ok=True)
     environment = {"WORLD_SIZE": str(world), "MASTERS_RENDEZVOUS": str(rendezvous)}

@@ -116,7 +116,7 @@ class QuestionVerdicts:
 
 
 def advantage_shares(steps: Iterable[Mapping]) -> Shares:
-    """Share of groups without an advantage, from rows of the table `history`. Empty for objectives without rewards."""
+    """Return the share of groups without an advantage, from rows of `history`; empty for objectives without rewards."""
     groups = without = 0.0
     for step in steps:
         if (with_advantage := step["questions_with_advantage"]) is not None:
@@ -126,7 +126,7 @@ def advantage_shares(steps: Iterable[Mapping]) -> Shares:
 
 
 def crossed_limits(shares: Shares) -> dict[str, str]:
-    """The messages about shares that are larger than their limits, by name."""
+    """Return the messages about shares that are larger than their limits, by name."""
     return {name: LIMITS[name].message(share) for name, share in shares.items() if share > LIMITS[name].share}
 
 

@@ -29,7 +29,7 @@ class Sharding(Protocol):
         ...
 
     def local_parameters(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-        """This rank's part of the parameters, by name. Values written to them count from the next pass on."""
+        """Return this rank's part of the parameters, by name. Values written to them count from the next pass on."""
         ...
 
     def run_with_full_weights(self, model: torch.nn.Module, function: Callable[[torch.nn.Module], T]) -> T:
@@ -52,7 +52,7 @@ class Sharding(Protocol):
         ...
 
     def shard(self, full: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """This rank's part of a full tensor that is sharded as `parameter` is. No communication.
+        """Return this rank's part of a full tensor that is sharded as `parameter` is. No communication.
 
         The part may share the full tensor's memory and lie on its device.
         """
@@ -60,7 +60,7 @@ class Sharding(Protocol):
 
 
 def transformer_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The blocks of the text model and of the vision tower."""
+    """Return the blocks of the text model and of the vision tower."""
     return [module for name, module in model.named_modules() if BLOCK_NAME.fullmatch(f"{name}.")]
 
 
@@ -88,6 +88,6 @@ def check_gradient_sum(sharding: Sharding, strategy: str, device: str) -> None:
 
 
 def to_local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a DTensor, or a plain tensor itself, as a plain tensor of the same memory."""
+    """Return this rank's part of a DTensor, or a plain tensor itself, as a plain tensor of the same memory."""
     convert = getattr(tensor, "to_local", None)  # DTensor is not imported here because that takes seconds
     return convert() if convert else tensor

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def all_gather(world: int, value: T) -> list[T]:
-    """The values of all `world` ranks, in order of rank, on every rank."""
+    """Return the values of all `world` ranks, in order of rank, on every rank."""
     if world == 1:
         return [value]
     values = [value] * world

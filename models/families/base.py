@@ -24,7 +24,7 @@ class Family(Protocol):
         ...
 
     def count_image_tokens(self, config: Any, prompt: dict[str, torch.Tensor]) -> int:
-        """Number of tokens that the model with this `config` makes of the prompt's image."""
+        """Return the number of tokens that the model with this `config` makes of the prompt's image."""
         ...
 
     def token_inputs(self, model: VLM, ids_BL: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -47,7 +47,7 @@ class Projection:
         return Projection(self.hidden_TH.to(dtype), self.weight_VH[: self.vocabulary].to(dtype))
 
     def detach(self) -> "Projection":
-        """The same without a gradient to either tensor."""
+        """Return the same without a gradient to either tensor."""
         return Projection(self.hidden_TH.detach(), self.weight_VH.detach(), self.vocabulary)
 
     def logits(self) -> torch.Tensor:
@@ -57,7 +57,7 @@ class Projection:
 
     @torch.no_grad()
     def argmax(self) -> torch.Tensor:
-        """The token with the largest logit, [T], without a full tensor of logits. No gradient."""
+        """Return the token with the largest logit, [T], without a full tensor of logits. No gradient."""
         matched = self.match_dtypes()
         weight_HV = matched.weight_VH.T
         return torch.cat([_matmul(matched.hidden_TH[chunk], weight_HV).argmax(-1) for chunk in matched.chunks()])
@@ -69,7 +69,7 @@ class Projection:
 
 
 def chunk_bytes(device: str) -> int:
-    """Bytes of a float32 buffer [C, V] on a kind of device."""
+    """Return the bytes of a float32 buffer [C, V] on a kind of device."""
     return GPU_CHUNK_BYTES if device.startswith("cuda") else CHUNK_BYTES
 
 
@@ -99,12 +99,12 @@ class Divergence(Protocol):
 
     @staticmethod
     def value(q_CV: torch.Tensor, p_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns D_t, [C], and the values that its gradient needs again, [C]."""
+        """Return D_t, [C], and the values that its gradient needs again, [C]."""
         ...
 
     @staticmethod
     def gradient(q_CV: torch.Tensor, p_CV: torch.Tensor, saved_C: torch.Tensor) -> torch.Tensor:
-        """Returns dD/dlogits of the student, [C, V]. `saved_C`: the second result of `value`."""
+        """Return dD/dlogits of the student, [C, V]. `saved_C`: the second result of `value`."""
         ...
 
 
@@ -119,7 +119,7 @@ class JensenShannon:
 
     @staticmethod
     def value(q_CV: torch.Tensor, p_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns D_t and KL(Q || M)."""
+        """Return D_t and KL(Q || M)."""
         n, q, p = min(q_CV.shape[1], p_CV.shape[1]), q_CV.exp(), p_CV.exp()
         x = p_CV[:, :n].sub_(q_CV[:, :n])
         student_C = LN2 * q[:, n:].sum(-1) - _dot(q[:, :n], F.softplus(x).sub_(LN2))
@@ -165,7 +165,7 @@ class Skewed:
 
     @staticmethod
     def value(q_CV: torch.Tensor, p_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns D_t and sum_v w q."""
+        """Return D_t and sum_v w q."""
         q, p = KullbackLeibler.shared(q_CV, p_CV)
         log_w = p - _log_mixture(q, p)
         return _dot(p.exp(), log_w), _dot(q.exp(), log_w.exp())
@@ -188,7 +188,7 @@ class KLToReference:
 
     @staticmethod
     def value(q_CV: torch.Tensor, r_CV: torch.Tensor) -> torch.Tensor:
-        """Returns the divergence, [C]. Overwrites `r_CV`."""
+        """Return the divergence, [C]. Overwrites `r_CV`."""
         return _dot(q_CV.exp(), torch.sub(q_CV, r_CV, out=r_CV))
 
     @staticmethod

@@ -39,7 +39,7 @@ class Terms:
     greedy_T: torch.Tensor | None = None
 
     def select(self, index_N: torch.Tensor) -> "Terms":
-        """The terms of the tokens at these indices, [N] each."""
+        """Return the terms of the tokens at these indices, [N] each."""
         selected: list[Any] = [None if value_T is None else value_T[index_N] for value_T in vars(self).values()]
         return Terms(*selected)
 
@@ -142,7 +142,7 @@ def kl_to_reference(logp_T: torch.Tensor, reference_logp_T: torch.Tensor, estima
 
 
 def response_means(value_T: torch.Tensor, response_T: torch.Tensor, responses: int) -> torch.Tensor:
-    """Mean over the tokens of each response, [R]. `response_T`: the response (0..R-1) that each token belongs to.
+    """Return the mean over each response's tokens, [R]. `response_T`: the response (0..R-1) that a token belongs to.
 
     Ours, as the paper leaves averaging open: D_j = mean_t D_t (Eq. 4-5), and mean_t in Eq. 8-11.
     """
@@ -172,7 +172,7 @@ def grpo_loss(
 def token_advantages(
     terms: Terms, advantage_T: torch.Tensor, negatives: str, spared_T: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The advantage of each token, [T], from that of its response; no gradient. `negatives` selects the rule for A < 0.
+    """Return each token's advantage, [T], from that of its response; no gradient. `negatives`: the rule for A < 0.
 
     Ours, as the paper bounds nothing: on stored responses -A log pi lowers a wrong token's probability without bound.
     "full": A; "clipped": A min(1, pi / pi_ref) (truncated importance sampling, TOPR, arXiv 2503.14286);

@@ -96,7 +96,7 @@ def pack(questions: list[Question], model: VLM, family: Family, row_length: int 
 def _build_rows(
     questions: list[Question], model: VLM, family: Family, row_length: int
 ) -> tuple[list[Row], dict[int, Predictors]]:
-    """Returns the rows and, by question number, the predictors of the distinct responses."""
+    """Return the rows and, by question number, the predictors of the distinct responses."""
     trees = build_trees(questions, family, model.config.image_token_id)
     rows: list[Row] = []
     predictors: dict[int, Predictors] = {}
@@ -111,7 +111,7 @@ def _build_rows(
 def _model_inputs(
     rows: list[Row], length: int, model: VLM, family: Family
 ) -> tuple[dict[str, Any], torch.Tensor | None]:
-    """Returns the model's inputs for rows padded to `length`, and `PackedBatch.sampled_image_token_BL`."""
+    """Return the model's inputs for rows padded to `length`, and `PackedBatch.sampled_image_token_BL`."""
     device = next(model.parameters()).device
     parts = zip(*(row.padded(length) for row in rows), strict=True)
     ids_BL, branch_3BL, positions_ABL = (torch.stack(part, -2) for part in parts)
@@ -135,7 +135,7 @@ def _model_inputs(
 def _response_fields(
     questions: list[Question], predictors: dict[int, Predictors], device: torch.device
 ) -> dict[str, Any]:
-    """The fields of a `PackedBatch` that describe response tokens."""
+    """Return the fields of a `PackedBatch` that describe response tokens."""
     predictor_U2: list[tuple[int, int]] = []
     token_U: list[int] = []
     distinct_T: list[int] = []
@@ -165,7 +165,7 @@ def _response_fields(
 
 
 def is_visible(branch_3BL: torch.Tensor, row: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Whether the token at `query` sees the one at `key`: itself, or an earlier one of its branch about its image.
+    """Return whether the token at `query` sees the one at `key`: itself, or an earlier one of its branch and image.
 
     `branch_3BL`: the image (0: padding), question (0: the trunk) and response (0: the prompt) of each token, numbered
     from 1. Padding sees itself only: no row of the softmax is empty, and blocks of padding are off the diagonal.
@@ -201,7 +201,7 @@ def block_mask(branch_3BL: torch.Tensor) -> BlockMask:
 
 
 def response_states(model: VLM, packed: PackedBatch, vocabulary: int | None = None) -> Projection:
-    """Returns the last hidden states [U, H] that predict the distinct response tokens, with the head's weight.
+    """Return the last hidden states [U, H] that predict the distinct response tokens, with the head's weight.
 
     `vocabulary`: number of the tokenizer's ids, `prompts.vocabulary_size`; further rows of the head make no logits.
     """
@@ -212,7 +212,7 @@ def response_states(model: VLM, packed: PackedBatch, vocabulary: int | None = No
 
 
 def response_logits(model: VLM, packed: PackedBatch, vocabulary: int | None = None) -> torch.Tensor:
-    """Returns the logits [T, V] that predict each response token. `vocabulary`: as of `response_states`."""
+    """Return the logits [T, V] that predict each response token. `vocabulary`: as of `response_states`."""
     return response_states(model, packed, vocabulary).logits()[packed.distinct_T]
 
 

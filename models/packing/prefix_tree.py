@@ -93,7 +93,7 @@ class Row:
         return self.length - len(ids_N)
 
     def padded(self, length: int) -> tuple[torch.Tensor, ...]:
-        """Returns token ids [L], branches [3, L] and positions [A, L], padded with zeros."""
+        """Return token ids [L], branches [3, L] and positions [A, L], padded with zeros."""
         joined = (torch.cat(parts, -1) for parts in zip(*self.segments, strict=True))
         return tuple(F.pad(part, (0, length - self.length)) for part in joined)
 
@@ -113,7 +113,7 @@ def build_trees(questions: list[Question], family: Family, image_token: int) -> 
 
 
 def shared_prefix_length(tree: PrefixTree, question: Question, family: Family, image_token: int) -> int:
-    """Number of leading tokens that a question shares with a tree's trunk; 0 if they do not hold the whole image."""
+    """Return how many leading tokens a question shares with a tree's trunk; 0 if they do not hold the whole image."""
     other = tree.questions[tree.first]
     if not all(torch.equal(other.prompt[key], question.prompt[key]) for key in family.image_keys):
         return 0

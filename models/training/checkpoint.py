@@ -67,7 +67,7 @@ def save(
 
 
 def newest(storage: Storage, prefix: str) -> tuple[Checkpoint | None, list[str]]:
-    """The newest valid checkpoint, and the reason for each newer one that is refused, which is removed."""
+    """Return the newest valid checkpoint, and the reason for each newer one that is refused, which is removed."""
     refused = []
     for name in reversed(_names(storage, prefix)):
         try:
@@ -137,5 +137,5 @@ def restore(
 
 
 def _names(storage: Storage, prefix: str) -> list[str]:
-    """Names of checkpoint files, in order of steps. Files with other names are ignored."""
+    """Return the names of checkpoint files, in order of steps. Files with other names are ignored."""
     return [name for name in storage.names(prefix) if NAME.search(name)]

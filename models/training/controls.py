@@ -13,7 +13,7 @@ from masters.models.training.groups import Group
 
 
 def verdicts(group: Group, train: Train) -> np.ndarray:
-    """The verdicts R_acc that the group is trained with, float64 [G].
+    """Return the verdicts R_acc that the group is trained with, float64 [G].
 
     Without a control these are its own; with "shuffled_verdicts" its own, permuted across its responses; with
     "random_advantages" standard normal numbers. Permutation and numbers depend on `train.seed` and the question's id
@@ -29,7 +29,7 @@ def verdicts(group: Group, train: Train) -> np.ndarray:
 
 
 def rewards(configured: Rewards, train: Train) -> Rewards:
-    """The reward settings to train with: under "random_advantages" only the random numbers, in place of verdicts."""
+    """Return the rewards to train with: under "random_advantages" only the random numbers, in place of verdicts."""
     if train.control != "random_advantages":
         return configured
     return configured.model_copy(update=dict(accuracy="rules", distillation="off", combine="sum"))

@@ -48,7 +48,7 @@ def log_pi_sums(terms: Terms, packed: PackedBatch, score_R: torch.Tensor, source
 
 
 def negative_sums(terms: Terms, advantage_T: torch.Tensor, packed: PackedBatch) -> dict[str, float]:
-    """The number of tokens with a negative advantage and pi < `RARE`, and their part of the squared reward gradient.
+    """Return the number of tokens with A < 0 and pi < `RARE`, and their part of the squared reward gradient.
 
     The squared gradient of w A log pi with respect to a token's logits is |w_t A_t|^2 ||onehot - pi||^2, where the
     weight in the loss is w_t = 1 / (tokens of its response * responses of its question).

@@ -13,7 +13,7 @@ from masters.rewards.verdict import RIGHT
 
 
 def spared_tokens(packed: PackedBatch, score_R: torch.Tensor) -> torch.Tensor:
-    """Whether a token belongs to the longest prefix that its response shares with a right response, bool [T].
+    """Return whether a token belongs to the longest prefix that its response shares with a right response, bool [T].
 
     In a right response these are all tokens; for a question without a right response there are none. `score_R`: R_acc,
     NaN where there is none.

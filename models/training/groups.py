@@ -167,7 +167,7 @@ class ResponseGroups(Sequence[Group]):
         )
 
     def _rows(self, question: int, stage: int) -> np.ndarray:
-        """Rows of the question's responses at this mask stage, the student's included."""
+        """Return the rows of the question's responses at this mask stage, the student's included."""
         rows = np.arange(self._first_row_Q[question], self._first_row_Q[question + 1])
         stages = self._columns.stage_R[rows]
         return rows[(stages == stage) | (stages == NO_STAGE)]
@@ -179,7 +179,7 @@ class ResponseGroups(Sequence[Group]):
 
 
 def _stages_of(ref: QuestionRef, stages: int, coverage: str) -> Sequence[int]:
-    """The mask stages that train on a question."""
+    """Return the mask stages that train on a question."""
     return range(stages) if coverage == "full" else [mask_stage_of(ref.digest, stages)]
 
 
@@ -219,7 +219,7 @@ def _read_columns(
 
 
 def _is_truncated(rows: pa.Table) -> pa.ChunkedArray:
-    """Whether each response was cut at the length limit."""
+    """Return whether each response was cut at the length limit."""
     return pc.fill_null(pc.equal(rows["finish_reason"], tables.TRUNCATED), False)
 
 
@@ -283,6 +283,6 @@ def _flatten(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _split(lengths: np.ndarray, values: np.ndarray) -> Iterator[np.ndarray]:
-    """The lists that `_flatten` took apart, as views."""
+    """Return the lists that `_flatten` took apart, as views."""
     ends = np.cumsum(lengths, dtype=np.int64)
     return (values[end - length : end] for length, end in zip(lengths, ends, strict=True))

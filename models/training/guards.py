@@ -27,14 +27,14 @@ MAX_KEPT = 3  # best weights: one for each kept checkpoint, and one for a checkp
 
 
 def gradient_size(parameters: Iterable[torch.nn.Parameter]) -> float:
-    """The largest magnitude in the gradients that this rank holds; NaN if a gradient has a NaN."""
+    """Return the largest magnitude in the gradients that this rank holds; NaN if a gradient has a NaN."""
     gradients = [to_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     nonempty = [gradient for gradient in gradients if gradient.numel()]
     return torch.nn.utils.get_total_norm(nonempty, norm_type=math.inf).item()  # a sum of squares overflows sooner
 
 
 def largest_gradient(context: TrainContext) -> float:
-    """The largest magnitude in the student's gradients, the same on all ranks; NaN if a gradient has a NaN."""
+    """Return the largest magnitude in the student's gradients, the same on all ranks; NaN if a gradient has a NaN."""
     size = gradient_size(context.sharding.local_parameters(context.student).values())
     sizes = all_gather(context.world, size) if context.sharding.lockstep else [size]
     return math.nan if any(map(math.isnan, sizes)) else max(sizes)
@@ -65,7 +65,7 @@ def _clear_gradients(context: TrainContext) -> None:
 
 @torch.no_grad()
 def count_correct(context: TrainContext) -> int:
-    """Number of probe questions for which every label token, end token included, is the student's greedy choice."""
+    """Return for how many probe questions every label token, end token included, is the greedy choice."""
 
     def count_all() -> int:
         counts: list[int] = []
@@ -84,7 +84,7 @@ def count_correct(context: TrainContext) -> int:
 
 
 def _greedy_tokens(context: TrainContext, packed: PackedBatch) -> torch.Tensor:
-    """The student's most likely token in place of each distinct response token, [U]."""
+    """Return the student's most likely token in place of each distinct response token, [U]."""
     return context.sharding.run_with_full_weights(
         context.student, lambda student: response_states(student, packed, context.vocabulary).argmax()
     )

@@ -89,7 +89,7 @@ def files(storage: Storage, prefix: str, table: str) -> Iterator[bytes]:
 
 
 def steps(storage: Storage, prefix: str) -> Iterator[dict]:
-    """Rows of `history` that are already written, in order of steps."""
+    """Return the rows of `history` that are already written, in order of steps."""
     for name in _parts(storage, prefix, "history"):
         yield from tables.read(storage, name).to_pylist()
 
@@ -137,7 +137,7 @@ def _listed(wrong: list[int], times: Counter) -> str:
 
 
 def parts(storage: Storage, prefix: str) -> list[str]:
-    """Names of all parts of all tables, sorted."""
+    """Return the names of all parts of all tables, sorted."""
     return sorted(name for table in SCHEMAS for name in _parts(storage, prefix, table))
 
 

@@ -56,7 +56,7 @@ class MemoryEstimate:
         return sum(getattr(self, field.name) for field in fields(self))
 
     def on(self, device: str) -> "MemoryEstimate":
-        """The part that lies on a device: checkpoints and models that are being read lie in the CPU's memory."""
+        """Return the part that lies on a device: checkpoints and models that are being read lie in the CPU's memory."""
         return self if device == "cpu" else replace(self, saving=0, loading=0)
 
     def __str__(self) -> str:
@@ -109,7 +109,7 @@ def estimate_memory(
 
 
 def _replicated(models: _ModelBytes, activations: int, ranks: int, saves: bool) -> MemoryEstimate:
-    """Every rank holds all weights, gradients and both optimizer states."""
+    """Estimate where every rank holds all weights, gradients and both optimizer states."""
     weights = models.weights
     saving = CHECKPOINT_COPIES * 3 * weights - weights - activations if saves else 0  # gradients are free by then
     return MemoryEstimate(
@@ -125,7 +125,7 @@ def _replicated(models: _ModelBytes, activations: int, ranks: int, saves: bool) 
 
 
 def _sharded(models: _ModelBytes, activations: int, ranks: int, saves: bool) -> MemoryEstimate:
-    """Every rank holds an equal share of all models, and gathers the blocks that it computes with."""
+    """Estimate where every rank holds an equal share of all models and gathers the blocks that it computes with."""
     share, teacher, reference = models.weights // ranks, models.teacher // ranks, models.reference // ranks
     step = 4 * share + teacher + reference + activations + models.gathered
     # rank 0 alone writes whole tensors: this is one rank's part of what the ranks need together
@@ -146,7 +146,7 @@ def _sharded(models: _ModelBytes, activations: int, ranks: int, saves: bool) -> 
 
 
 def _activation_bytes(shapes: Shapes, width: int, largest_pass: PassSize, device: str, recomputes: bool) -> int:
-    """Bytes that the student's forward pass keeps for its backward pass, with its pass over the vocabulary.
+    """Return the bytes that the student's forward pass keeps for its backward pass, with its pass over the vocabulary.
 
     `recomputes`: with activation checkpointing only each block's input is kept, and one block's activations at a time.
     """
@@ -166,7 +166,7 @@ def _activation_bytes(shapes: Shapes, width: int, largest_pass: PassSize, device
 
 
 def _head_bytes(shapes: Shapes, tokens: int, device: str) -> int:
-    """Bytes of the chunked pass over the vocabulary: its buffers, and the head's weights in float32."""
+    """Return the bytes of the chunked pass over the vocabulary: its buffers, and the head's weights in float32."""
     embedding = max((shape for name, shape in shapes.items() if "embed_tokens" in name), default=[0, 0])
     return HEAD_BUFFERS * min(chunk_bytes(device), 4 * tokens * embedding[0]) + 4 * math.prod(embedding)
 
@@ -183,7 +183,7 @@ def _count_gathered(shapes: Shapes) -> int:
 
 
 def free_memory(device: str, ranks: int) -> tuple[int, int]:
-    """Bytes that are free on a device now, and how many of the ranks share them."""
+    """Return the bytes that are free on a device now, and how many of the ranks share them."""
     if device == "cpu":
         return machine.available_memory(), ranks
     return torch.cuda.mem_get_info(device)[0], math.ceil(ranks / torch.cuda.device_count())

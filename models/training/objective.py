@@ -36,7 +36,7 @@ class Outcome:
 
 
 def question_means(value_R: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
-    """Mean over each question's responses, [Q]: mean_j in Eq. 8-11; ours for D."""
+    """Return the mean over each question's responses, [Q]: mean_j in Eq. 8-11; ours for D."""
     return formulas.response_means(value_R, packed.question_R, len(packed.responses_by_question))
 
 
@@ -46,7 +46,7 @@ def divergences(terms: Terms, packed: PackedBatch) -> torch.Tensor:
 
 
 def mask_responses(value_R: torch.Tensor, is_trained_R: torch.Tensor | None) -> torch.Tensor:
-    """The values, [R], with 0 for masked responses."""
+    """Return the values, [R], with 0 for masked responses."""
     return value_R if is_trained_R is None else value_R * is_trained_R.to(value_R)
 
 
@@ -130,7 +130,7 @@ def masters_loss(
 def loss_weights(
     score_R: torch.Tensor, packed: PackedBatch, train: Train, by_teacher_R: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weights of L_GRPO and of D in the loss of each response, [R] each, according to `train.balance`.
+    """Return the weights of L_GRPO and of D in the loss of each response, [R] each, according to `train.balance`.
 
     Ours: with "teacher_accuracy" D has the teacher's accuracy on the question as its weight, and L_GRPO the rest,
     because the distribution of a teacher that is often wrong is no target. Accuracy is the share of right responses
@@ -153,7 +153,7 @@ def loss_weights(
 def bounded_advantages(
     terms: Terms, advantage_R: torch.Tensor, score_R: torch.Tensor, packed: PackedBatch, negatives: str
 ) -> torch.Tensor:
-    """The advantage of each token, [T], without gradient: A of its response; below 0 as `negatives` bounds it."""
+    """Return each token's advantage, [T], without gradient: A of its response; below 0 as `negatives` bounds it."""
     advantage_T = advantage_R.to(packed.response_T.device)[packed.response_T]
     spared_T = spared_tokens(packed, score_R) if negatives == "first_difference" else None
     return formulas.token_advantages(terms, advantage_T, negatives, spared_T)

@@ -39,11 +39,11 @@ class QuestionPrompts:
         self.cache_room = self.CACHE_BYTES
 
     def row(self, ref: QuestionRef) -> dict:
-        """The question's row of the table."""
+        """Return the question's row of the table."""
         return self.table[self.first_rows[ref.file] + ref.row]
 
     def prompt(self, ref: QuestionRef) -> dict[str, torch.Tensor]:
-        """The processor's output: token tensors [1, P] and the family's image tensors."""
+        """Return the processor's output: token tensors [1, P] and the family's image tensors."""
         if ref in self.cache:
             return self.cache[ref]
         row = self.row(ref)
@@ -55,11 +55,11 @@ class QuestionPrompts:
         return prompt
 
     def label(self, answer: str) -> list[int]:
-        """The answer's tokens, end token included."""
+        """Return the answer's tokens, end token included."""
         return tokenize_label(self.processor.tokenizer, answer)
 
     def question(self, group: Group) -> Question:
-        """The group, ready to pack. Raises MastersError if the engine saw other prompt tokens."""
+        """Return the group, ready to pack. Raises MastersError if the engine saw other prompt tokens."""
         prompt = self.prompt(group.ref)
         if group.prompt is not None and prompt["input_ids"][0].tolist() != group.prompt.tolist():
             raise MastersError(

@@ -48,7 +48,7 @@ def reference_log_probs(context: TrainContext) -> dict[int, torch.Tensor]:
 
 
 def _groups_by_question(context: TrainContext) -> list[list[int]]:
-    """The groups of each question, in the order of the questions table."""
+    """Return the groups of each question, in the order of the questions table."""
     by_question: dict[QuestionRef, list[int]] = {}
     for g in sorted(range(len(context.groups)), key=lambda g: (context.groups[g].ref.file, context.groups[g].ref.row)):
         by_question.setdefault(context.groups[g].ref, []).append(g)
@@ -56,7 +56,7 @@ def _groups_by_question(context: TrainContext) -> list[list[int]]:
 
 
 def _encode(logp_by_group: dict[int, torch.Tensor]) -> bytes:
-    """A safetensors file of groups 0 to G - 1: one tensor for all, as the format holds little more than a million."""
+    """Return a safetensors file of groups 0 to G - 1: one tensor for all, as the format holds about a million."""
     values = [logp_by_group[group] for group in range(len(logp_by_group))]
     lengths_G = torch.tensor([len(logp_T) for logp_T in values])
     return save_safetensors(dict(logp_T=torch.cat(values), tokens_G=lengths_G))
@@ -68,7 +68,7 @@ def _decode(data: bytes) -> dict[int, torch.Tensor]:
 
 
 def _read_stored(context: TrainContext) -> bytes | None:
-    """The stored file, if it has the SHA-256 in its name: a flipped bit would change the objective."""
+    """Return the stored file, if it has the SHA-256 in its name: a flipped bit would change the objective."""
     for name in context.storage.names(context.checkpoints):
         is_reference = name.startswith(f"{context.checkpoints}/{FILE_PREFIX}")
         if is_reference and digest(data := context.storage.read(name)) in name:
@@ -111,6 +111,6 @@ def _compute(context: TrainContext, questions: list[list[int]], dummy_groups: li
 
 
 def _join_groups(context: TrainContext, groups: list[int]) -> Question:
-    """A question with the responses of all its groups."""
+    """Return a question with the responses of all its groups."""
     first = context.question(context.groups[groups[0]])
     return replace(first, responses=[response for g in groups for response in context.groups[g].responses])

@@ -99,6 +99,6 @@ class RunWarnings:
 
 
 def _mean(rows: Sequence[Row] | deque[Row], column: str) -> float:
-    """Mean over the rows that have the column; NaN if none has."""
+    """Return the mean over the rows that have the column; NaN if none has."""
     known = [value for row in rows if (value := row.get(column)) is not None]
     return sum(known) / len(known) if known else math.nan

@@ -116,7 +116,7 @@ def prepare(job: TrainJob, job_file: Path, rank: int, world: int) -> TrainContex
 def _load_groups(
     job: TrainJob, storage: Storage, data: Artifact, prompts: QuestionPrompts
 ) -> tuple[Sequence[Group], int]:
-    """The groups to train on, and the number of empty responses that were left out."""
+    """Return the groups to train on, and the number of empty responses that were left out."""
     if job.train.targets == "labels":
         rows = data.rows("questions", ["question_id", "answer"])
         answers = {row["question_id"]: prompts.label(row["answer"]) for row in rows}
@@ -181,21 +181,21 @@ def _remask(teacher: VLM, job: TrainJob, stage: int, sharding: Sharding) -> None
 
 
 def _end_tokens(student: VLM, tokenizer: Any) -> frozenset[int]:
-    """The tokens at which an engine ends a response: the tokenizer's, and those of the model's generation settings."""
+    """Return the tokens at which an engine ends a response: the tokenizer's and those of the generation settings."""
     configured = student.generation_config.eos_token_id
     listed = configured if isinstance(configured, list) else [configured]
     return frozenset(token for token in (*listed, tokenizer.eos_token_id) if token is not None)
 
 
 def _weights_share(student: torch.nn.Module, sharding: Sharding) -> float:
-    """Share of the student's weights that this rank holds."""
+    """Return the share of the student's weights that this rank holds."""
     parameters = sharding.local_parameters(student).values()
     local, total = (sum(p.numel() for p in tensors) for tensors in (map(to_local, parameters), parameters))
     return round(local / total, 4)
 
 
 def _label_question(prompts: QuestionPrompts, ref: QuestionRef) -> Question:
-    """A question whose only response is its label."""
+    """Return a question whose only response is its label."""
     return Question(ref.question_id, prompts.prompt(ref), [prompts.label(prompts.row(ref)["answer"])])
 
 

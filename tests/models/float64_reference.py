@@ -113,7 +113,7 @@ def kl_to_reference(logp: Array, reference: Array, estimator: str = "k3") -> Arr
 
 
 def is_before_first_difference(batch: "Batch") -> Array:
-    """Whether a right response (R_acc >= 0.5) to the question begins with the response up to each token, [T]."""
+    """Return whether a right response (R_acc >= 0.5) to the question begins with the response up to each token, [T]."""
     is_before = []
     for responses, scores in zip(batch.questions, batch.scores, strict=True):
         right = [other for other, score in zip(responses, scores, strict=True) if score >= 0.5]

@@ -16,7 +16,7 @@ groups = st.lists(reward, min_size=1, max_size=16).map(np.array)
 
 
 def is_near_noise_floor(reward_G: np.ndarray) -> bool:
-    """Whether rounding decides on which side of the noise floor the deviation lies."""
+    """Return whether rounding decides on which side of the noise floor the deviation lies."""
     valid = reward_G[~np.isnan(reward_G)]
     return len(valid) > 0 and abs(valid.std() - 1e-4) < 1e-9
 

@@ -13,7 +13,7 @@ TEXTS = re.compile(
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was raised from, says that no space is left for a file."""
+    """Return whether an error, or one that it was raised from, says that no space is left for a file."""
     while error is not None:
         if (isinstance(error, OSError) and error.errno in NUMBERS) or TEXTS.search(str(error)):
             return True

@@ -48,7 +48,7 @@ def this_process() -> str:
 
 
 def has_ended(process: str) -> bool | None:
-    """Whether the process that `this_process` named has ended.
+    """Return whether the process that `this_process` named has ended.
 
     Returns None if it ran on another machine or in another container, where this process cannot see it.
     """

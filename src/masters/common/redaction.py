@@ -36,7 +36,7 @@ SECRET_PATTERNS = (
 
 
 def contains_secret(text: str) -> bool:
-    """Whether a text holds something with the form of a secret."""
+    """Return whether a text holds something with the form of a secret."""
     return any(pattern.search(text) for pattern, _ in SECRET_PATTERNS)
 
 

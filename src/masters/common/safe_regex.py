@@ -30,7 +30,7 @@ def check_pattern(pattern: str) -> str:
 
 
 def matches(pattern: str, text: str) -> bool:
-    """Whether the pattern matches anywhere in the text."""
+    """Return whether the pattern matches anywhere in the text."""
     return _compile(pattern).search(text) is not None
 
 

@@ -57,7 +57,7 @@ def _gray_16_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _has_transparency(image: Image.Image) -> bool:
-    """Whether pixels are transparent as in vLLM's loader: in RGB it ignores a color that the file calls transparent."""
+    """Return whether pixels are transparent for vLLM's loader, which ignores a transparent color in RGB images."""
     return image.mode in TRANSPARENT_MODES or (image.mode != "RGB" and "transparency" in image.info)
 
 

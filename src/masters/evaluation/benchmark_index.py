@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def _find_folders(name: str, index: dict[str, dict]) -> list[str]:
-    """The folders of all YAML files that lmms-eval reads for a task, group or tag."""
+    """Return the folders of all YAML files that lmms-eval reads for a task, group or tag."""
     from lmms_eval import utils  # pyright: ignore[reportMissingImports]
 
     folders: set[str] = set()
@@ -114,7 +114,7 @@ def _find_folders(name: str, index: dict[str, dict]) -> list[str]:
 
 
 def _member_names(member: object) -> list[str]:
-    """The names in a group's list of members; a member is a name or a configuration with a task or a group."""
+    """Return the names in a group's list of members; a member is a name or a configuration with a task or a group."""
     if isinstance(member, dict):
         return _member_names(member.get("task", member.get("group")))
     if isinstance(member, list):

@@ -71,7 +71,7 @@ def sample_rows(benchmark: str, results: dict) -> Iterator[dict]:
 
 
 def metrics_and_tags(model: str, scores: list[dict], lmms_eval_version: str) -> tuple[dict[str, float], dict[str, str]]:
-    """A model's scores as MLflow metrics `MODEL/TASK/METRIC`, and the versions as tags."""
+    """Return a model's scores as MLflow metrics `MODEL/TASK/METRIC`, and the versions as tags."""
     metrics, tags = {}, {"benchmark.lmms-eval": lmms_eval_version}
     for row in scores:
         suffix = "" if row["filter"] == "none" else f"/{row['filter']}"
@@ -84,12 +84,12 @@ def metrics_and_tags(model: str, scores: list[dict], lmms_eval_version: str) -> 
 
 
 def _prompt(sample: dict) -> str:
-    """The text of a request: the first string among its arguments."""
+    """Return the text of a request: the first string among its arguments."""
     return next((part for part in sample["arguments"] if isinstance(part, str)), "")
 
 
 def _version(results: dict, task: str) -> str:
-    """A task's version; "unversioned" if its file states none."""
+    """Return a task's version; "unversioned" if its file states none."""
     version = results.get("versions", {}).get(task)
     if version is None or version == "Yaml":
         metadata = results.get("configs", {}).get(task, {}).get("metadata") or {}
@@ -99,7 +99,7 @@ def _version(results: dict, task: str) -> str:
 
 
 def _text(value: object) -> str:
-    """A response, which may be nested in lists of one, as text; any other value as JSON."""
+    """Return a response, which may be nested in lists of one, as text; any other value as JSON."""
     while isinstance(value, list) and len(value) == 1:
         value = value[0]
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -118,7 +118,7 @@ def _check_judged(tasks: Iterable[str], index: BenchmarkIndex) -> None:
 
 
 def _asks_judge(folders: Iterable[str], builtin: Path) -> bool:
-    """Whether code beside a task, or code of lmms-eval's tasks that it imports, mentions a judge's API."""
+    """Return whether code beside a task, or code of lmms-eval's tasks that it imports, mentions a judge's API."""
     pending, seen = [file for folder in folders for file in Path(folder).glob("*.py")], set()
     while pending:
         if (file := pending.pop()) in seen:

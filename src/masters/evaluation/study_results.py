@@ -106,7 +106,7 @@ class ResultStore:
         self.folder = folder
 
     def find(self, cell: Cell, settings: str) -> Result | None:
-        """The result of a cell, None if it has none. Raises InputError if it is damaged or from other settings."""
+        """Return a cell's result, None if it has none. Raises InputError if it is damaged or from other settings."""
         file = self.folder / f"{cell.name}.json"
         if not file.exists():
             return None
@@ -134,7 +134,7 @@ class ResultStore:
 
 
 def _is_complete(result: Result, questions: Questions) -> bool:
-    """Whether there is one readable answer and image per question, and the answers give the stated accuracy."""
+    """Return whether there is one readable answer and image per question, and the answers give the stated accuracy."""
     try:
         correct, images = int(result.correct_Q.sum()), len(questions.image_Q)
     except (ValueError, zlib.error):  # invalid Base64 or zlib, or too few bits

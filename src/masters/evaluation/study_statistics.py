@@ -78,7 +78,7 @@ def difference(
 
 
 def interval(mean: float, error: float, degrees_of_freedom: int, level: float = 0.95) -> Interval:
-    """The t interval of a mean with this standard error."""
+    """Return the t interval of a mean with this standard error."""
     margin = float(stats.t.ppf((1 + level) / 2, degrees_of_freedom)) * error
     return mean - margin, mean + margin
 

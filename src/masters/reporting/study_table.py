@@ -40,7 +40,7 @@ class StudyRuns:
         return max(means, key=lambda rate: (means[rate], -rate), default=None)
 
     def is_at_edge(self, arm: str) -> bool:
-        """Whether the chosen rate is the smallest or largest tried, so that one beyond it may be better."""
+        """Return whether the chosen rate is the smallest or largest tried, so that one beyond it may be better."""
         rates = self.study.rates(arm)
         return len(rates) > 1 and self.chosen_rate(arm) in (rates[0], rates[-1])
 

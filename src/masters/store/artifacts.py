@@ -175,7 +175,7 @@ def find(storage: Storage, identity: Identity, upstream: Upstream = MappingProxy
 
 
 def _is_unchanged(reference: dict | None, artifact: Artifact) -> bool:
-    """Whether an input still has the content that a record refers to. The identity covers inputs in other folders."""
+    """Return whether an input has the content that a record refers to. The identity covers other folders' inputs."""
     return (
         not reference or reference.get("folder") != artifact.folder or reference["digest"] == artifact.record["digest"]
     )

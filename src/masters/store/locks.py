@@ -163,7 +163,7 @@ def hold_lease(storage: Storage, folder: str, on_wait: Callable[[], None]) -> It
 
 
 def _is_free(content: bytes) -> bool:
-    """Whether a lease was released, or its holder is a process of this machine that has ended."""
+    """Return whether a lease was released, or its holder is a process of this machine that has ended."""
     try:
         found = json.loads(content)
     except ValueError:  # the object is being written, or was removed

@@ -80,7 +80,7 @@ class Storage:
 
     @_wrap_errors
     def exists(self, name: str) -> bool:
-        """Whether there is an object of this name; a folder is not an object."""
+        """Return whether there is an object of this name; a folder is not an object."""
         try:
             return self.fs.info(self.path(name))["type"] == "file"
         except (FileNotFoundError, NotADirectoryError):
@@ -337,7 +337,7 @@ def _rename_folder(temporary: Path, folder: Path) -> None:
 
 
 def _is_unreachable(error: BaseException | None) -> bool:
-    """Whether an error means that the server was down or overloaded, rather than that it refused the request."""
+    """Return whether an error means that the server was down or overloaded, rather than that it refused the request."""
     while error is not None:
         if isinstance(error, ConnectionError | TimeoutError | HTTPClientError):
             return True

@@ -46,7 +46,7 @@ def batches(draw_from: st.DrawFn) -> Batch:
 
 
 def is_well_separated(batch: Batch) -> bool:
-    """Whether divergences of a question are equal or well apart: min-max scaling enlarges a small difference."""
+    """Return whether divergences of a question are equal or well apart: min-max scaling enlarges a small difference."""
     result = float64_reference.objective(batch, rewards=paper_rewards(distillation="raw"))
     groups = np.split(result.distill_R, np.cumsum([len(one) for one in batch.questions])[:-1])
     spreads = [np.ptp(d[~np.isnan(s)]) for d, s in zip(groups, batch.scores, strict=True) if not np.isnan(s).all()]

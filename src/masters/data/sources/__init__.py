@@ -65,7 +65,7 @@ def _exists(name: str) -> bool:
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether a name that does not exist was meant as a file or folder rather than a hub id."""
+    """Return whether a name that does not exist was meant as a file or folder rather than a hub id."""
     is_path = name.lower().endswith(FILE_SUFFIXES) or name.startswith((".", "/", "~")) or name.count("/") > 1
     return is_path or bool(SCHEME.match(name) or PATTERN.search(name))
 

@@ -61,7 +61,7 @@ class Scene:
 
 @cache
 def pools() -> dict[str, list[Scene]]:
-    """All 1,104 scenes by pool, each in exactly one."""
+    """Return all 1,104 scenes by pool, each in exactly one."""
     found: dict[str, list[Scene]] = {name: [] for name in POOLS}
     things = [Thing(*pair) for pair in product(COLORS, SHAPES)]
     for layout, (first, second) in product(RELATIONS, permutations(things, 2)):

@@ -50,7 +50,7 @@ class JsonlSource:
             check_columns(columns, f"source {path}")
 
     def _begins_as_array(self, objects: int) -> bool:
-        """Whether the first line begins a JSON array. A whole array among objects is one broken line."""
+        """Return whether the first line begins a JSON array. A whole array among objects is one broken line."""
         _, line = next(self._lines())
         if not line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             return False
