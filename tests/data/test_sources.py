@@ -16,6 +16,7 @@ from PIL import Image
 from masters.common.errors import InputError
 from masters.config import Data
 from masters.data.sources import RawRow, digits, open_source
+from masters.data.sources.class_labels import read_label_names
 from masters.data.sources.easyvqa import question_category
 from tests.data import source_files
 from tests.data.source_files import png
@@ -347,6 +348,53 @@ def test_class_labels_are_read_by_name(tmp_path):
         rows = list(open_path(path).rows())
         assert [r.answer for r in rows] == [f"class {i}" for i in range(6)]
         assert [r.split for r in rows] == ["Train", "dev"] * 3
+
+
+def label_rows(**columns) -> list[dict]:
+    return [{"id": "a", "image": {"bytes": png(0), "path": None}, "question": "?"} | columns]
+
+
+def open_as_saved_and_as_parquet(folder: Path, rows: list[dict], **features) -> list[RawRow]:
+    """Return the first row of each kind of source, made of rows with images as structures, which have no type."""
+    text = datasets.Value("string")
+    image = {"bytes": datasets.Value("binary"), "path": text}
+    whole = datasets.Dataset.from_list(
+        rows, features=datasets.Features(dict(id=text, image=image, question=text) | features)
+    )
+    whole.save_to_disk(folder / "saved")
+    whole.to_parquet(folder / "rows.parquet")
+    return [next(open_path(path).rows()) for path in (folder / "saved", folder / "rows.parquet")]
+
+
+def test_class_labels_are_read_beside_a_column_without_a_type(tmp_path):
+    label = datasets.ClassLabel(names=["cat", "dog"])
+    for row in open_as_saved_and_as_parquet(tmp_path, label_rows(answer=1), answer=label):
+        assert row.answer == "dog"
+
+
+def test_lists_of_class_labels_are_read_by_name(tmp_path):
+    label = datasets.ClassLabel(names=["cat", "dog"])
+    for number, feature in enumerate((datasets.Sequence(label), datasets.LargeList(label), [label])):
+        for row in open_as_saved_and_as_parquet(tmp_path / str(number), label_rows(answer=[1, 0]), answer=feature):
+            assert row.answer == ["dog", "cat"]
+
+
+def test_a_class_label_of_minus_one_is_a_missing_value(tmp_path):
+    label = datasets.ClassLabel(names=["cat", "dog"])
+    for row in open_as_saved_and_as_parquet(tmp_path, label_rows(answer=-1, category=1), answer=label, category=label):
+        assert (row.answer, row.category) == (None, "dog")
+
+
+@pytest.mark.parametrize("feature", [None, "text", [], [None], {}, {"_type": "ClassLabel"}, {"_type": "List"}, 7])
+def test_odd_metadata_of_a_column_costs_only_its_own_names(feature):
+    features = {"category": feature, "answer": {"_type": "ClassLabel", "names": ["cat"]}}
+    schema = pa.schema([], metadata={"huggingface": json.dumps({"info": {"features": features}})})
+    assert read_label_names(schema) == {"answer": ["cat"]}
+
+
+@pytest.mark.parametrize("metadata", [None, b"{", b"[]", b'{"info": {"features": []}}', b"\xff", b"[" * 100_000])
+def test_metadata_of_another_kind_names_no_labels(metadata):
+    assert read_label_names(pa.schema([], metadata=metadata and {"huggingface": metadata})) == {}
 
 
 def test_digest_of_a_saved_data_set_covers_its_content(tmp_path):

@@ -116,9 +116,24 @@ def test_whole_number_ids_become_their_decimals():
 @pytest.mark.parametrize(
     ("value", "text"),
     [
+        (Decimal("17"), "17"), (Decimal("17.00"), "17"), (Decimal("1.50"), "1.5"),
+        (Decimal("1234567890123456789012345678901234567"), "1234567890123456789012345678901234567"),
+    ],
+)  # fmt: skip
+def test_ids_of_a_decimal_column_become_texts(value, text):
+    assert accept(id=value)["question_id"] == text
+    assert validate(row(id=value, answer=None))[0].id == text, "the rejected table calls the row by it"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
         (3, "3"), (0, "0"), (-12, "-12"), (2**70, str(2**70)), (True, "true"), (False, "false"), (2.0, "2"),
         (0.5, "0.5"), (-0.0, "0"), (1e-7, "1e-07"), (1e308, "1e+308"), (0.1 + 0.2, "0.30000000000000004"),
-        (Decimal("1.50"), "1.5"), (Decimal("1E+3"), "1000"), (Decimal("2.00"), "2"),
+        (Decimal("1.50"), "1.5"), (Decimal("1E+3"), "1000"), (Decimal("2.00"), "2"), (Decimal("-0.0"), "0"),
+        (Decimal("1234567890123456789012345678901234567.8"), "1234567890123456789012345678901234567.8"),
+        (Decimal("0.1234567890123456789012345678901234567890"), "0.123456789012345678901234567890123456789"),
+        (Decimal("1E+400"), "1" + "0" * 400),
     ],
 )  # fmt: skip
 def test_numbers_and_truth_values_become_texts(value, text):
@@ -217,6 +232,8 @@ def test_an_empty_split_is_decided_by_the_image():
         ({"id": "  "}, "id is empty"),
         ({"id": True}, "id is not text (found bool)"),
         ({"id": 1.5}, "id is not text (found float)"),
+        ({"id": Decimal("NaN")}, "id is missing"),
+        ({"id": Decimal("Infinity")}, "id is not text (found Decimal)"),
         ({"id": "x" * 1001}, "id is too long (1001 characters, limit 1000)"),
         ({"question": None}, "question is missing"),
         ({"answer": None}, "answer is missing"),

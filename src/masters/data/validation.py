@@ -8,6 +8,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 
@@ -136,11 +137,11 @@ def question_row(
 
 
 def parse_id(value: object) -> str:
-    """Return an id as text; a whole number becomes its decimal digits. Raises RowError."""
+    """Return an id as text; whole numbers and decimals become their digits. Raises RowError."""
     if value is None or value == "":
         raise RowError("id is missing")
-    is_whole = not isinstance(value, bool) and (isinstance(value, int) or (isinstance(value, float) and value % 1 == 0))
-    return parse_text("id", number_to_text(value) if is_whole else value)
+    is_exact = isinstance(value, int | Decimal) or (isinstance(value, float) and value % 1 == 0)
+    return parse_text("id", number_to_text(value) if is_exact and not isinstance(value, bool) else value)
 
 
 def parse_question(value: object) -> str:
@@ -263,6 +264,7 @@ def _read_file(root: Path, path: str) -> tuple[bytes, str]:
 
 def _display_id(row: RawRow, number: int) -> str:
     """Return what the rejected table calls a row: its id, or its number if the id is not usable."""
-    if isinstance(row.id, str | int) and not isinstance(row.id, bool) and row.id != "":
-        return str(row.id)[:SHOWN_CHARACTERS].encode(errors="backslashreplace").decode()
+    text = None if isinstance(row.id, bool) else number_to_text(row.id)
+    if isinstance(text, str) and text:
+        return text[:SHOWN_CHARACTERS].encode(errors="backslashreplace").decode()
     return f"row {number}"
