@@ -8,8 +8,8 @@ def number_to_text(value: object) -> object:
     """Return the text of a number or truth value, None for NaN (an empty cell); any other value unchanged.
 
     `true` and `false` as in JSON. A number without a fraction has no decimal point: 2.0 is "2", as tables store whole
-    numbers as floats where a column has empty cells. Decimals keep all their digits, other floats have the fewest digits
-    that give the same number. Infinite numbers are returned unchanged.
+    numbers as floats where a column has empty cells. Decimals keep all their digits; floats have the fewest digits that
+    give the same number. Infinite numbers are returned unchanged.
     """
     if isinstance(value, bool):
         return "true" if value else "false"

@@ -30,7 +30,8 @@ class FetchedImages:
             if is_web_url(named.image)
         }
         own = self._source.digest()
-        return digest(canonical_json([own, images]).encode()) if images else own
+        # half a surrogate pair may be in a URL
+        return digest(canonical_json([own, images]).encode(errors="surrogatepass")) if images else own
 
     def rows(self) -> Iterator[RawRow]:
         return (row for _, row in self._pairs())
