@@ -17,11 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from masters.common.machine import cache_folder
-from masters.config import Data
+from masters.config import Config, Data, Model, Store, Teacher
 from masters.data import image_downloads
 from masters.data.image_downloads import DownloadError, ImageDownloads, check_public, check_url
+from masters.data.question_table import source_origin, write_tables
 from masters.data.sources import open_source
 from masters.data.validation import RejectedRow, validate_rows
+from masters.store import artifacts, lineage
+from masters.store.artifacts import Identity
+from masters.store.storage import Storage
+from masters.tracking.lineage_report import report_inputs
 from tests.data.source_files import png, records
 
 HOSTS = "MASTERS_ALLOWED_IMAGE_HOSTS"
@@ -353,9 +358,9 @@ def test_a_port_out_of_range_is_no_other_port(server: Server) -> None:
 # the source
 
 
-def write_rows(folder: Path, urls: list[str]) -> Path:
+def write_rows(folder: Path, urls: list[str], split: str = "test") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [row | {"image": url, "split": "test"} for row, url in zip(records(len(urls)), urls, strict=True)]
+    rows = [row | {"image": url, "split": split} for row, url in zip(records(len(urls)), urls, strict=True)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "rows.jsonl"
 
@@ -402,6 +407,31 @@ def test_digest_covers_the_images_that_were_fetched(server: Server, tmp_path: Pa
     changed = digest()
     path.write_text(path.read_text().replace("png/2", "nothing"))
     assert len({before, changed, digest()}) == 3
+
+
+def test_lineage_compares_the_images_that_were_fetched(server: Server, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows", [server.url(f"png/{number}") for number in range(40)], split="")
+    config = Config(
+        name="x",
+        store=Store(root=str(tmp_path / "store")),
+        data=Data(source=str(path), fetch_images=True),
+        student=Model(model="s"),
+        teachers=[Teacher(model="t")],
+    )
+    storage, source = Storage(config.store.root), open_source(config.data)
+    identity = Identity("data", 1, {}, {"source": source.digest()}, "x")
+    written = write_tables(config, source, storage, identity.folder)
+    upstream = dict(source=source_origin(config.data, source.digest()))
+    folder = artifacts.commit(storage, identity, *written, upstream).folder
+
+    def state() -> str:
+        (node,) = lineage.walk(storage, {folder: artifacts.load(storage, folder).record["digest"]})
+        return report_inputs(node, {})[0]["state"]
+
+    assert state() == "same"
+    server.shift = 10
+    shutil.rmtree(cache_folder() / "images")
+    assert state() == "changed since"
 
 
 def test_digest_of_a_source_without_urls_does_not_change(server: Server, tmp_path: Path) -> None:

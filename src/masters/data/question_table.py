@@ -73,7 +73,11 @@ def write_tables(
         reasons=dict(selection.kinds.most_common()),
         remarks=dict(selection.remarks),
     )
-    return files, facts | (dict(validation=splits["validation"]) if share else {})
+    if share:
+        facts |= dict(validation=splits["validation"])
+    if config.data.fetch_images:
+        facts |= dict(fetch_images=True)  # `masters lineage` computes the source's digest again
+    return files, facts
 
 
 class QuestionWriter:

@@ -95,13 +95,13 @@ def _report_stage(node: LineageNode, nodes: list[LineageNode], run_ids: dict[str
         uri=node.uri,
         digest=record.get("digest"),
         mlflow_run_id=run_ids[fingerprint],
-        inputs=_report_inputs(node, {other.folder: other.uri for other in nodes}),
+        inputs=report_inputs(node, {other.folder: other.uri for other in nodes}),
         files=len(record.get("files", [])),
         verified=not node.faults,
     )
 
 
-def _report_inputs(node: LineageNode, uris: dict[str, str]) -> list[dict]:
+def report_inputs(node: LineageNode, uris: dict[str, str]) -> list[dict]:
     """Describe a stage's inputs, artifacts first. `uris` maps the folders of artifacts to their addresses."""
     artifacts = [
         dict(role=role, name=source["stage"], fingerprint=source["fingerprint"], uri=uris[source["folder"]])
@@ -109,19 +109,24 @@ def _report_inputs(node: LineageNode, uris: dict[str, str]) -> list[dict]:
         for role, source in node.upstream.items()
         if source["kind"] == "artifact"
     ]
+    fetch_images = bool((node.record or {}).get("facts", {}).get("fetch_images"))
     external = [
         dict(role=role, name=source["kind"], fingerprint=None, uri=source["uri"])
-        | dict(digest=source["digest"], state=input_state(source))
+        | dict(digest=source["digest"], state=input_state(source, fetch_images))
         for role, source in lineage.external_inputs(node)
     ]
     return artifacts + external
 
 
-def input_state(reference: dict) -> str:
-    """Compare an input from outside the store: "same", "changed since", "not here" or "not checked"."""
+def input_state(reference: dict, fetch_images: bool) -> str:
+    """Compare an input from outside the store: "same", "changed since", "not here" or "not checked".
+
+    `fetch_images`: the digest of a source covers the images that its rows name by URL. They are downloaded if they are
+    not in this machine's cache.
+    """
     digests: dict[str, Callable[[str], str]] = {
         "model": lambda folder: model_digest(Path(folder)),
-        "source": lambda source: open_source(Data(source=source)).digest(),
+        "source": lambda source: open_source(Data(source=source, fetch_images=fetch_images)).digest(),
     }
     kind, uri = reference["kind"], reference["uri"]
     if reference["digest"] is None or kind not in digests:
