@@ -21,6 +21,8 @@ from masters.data.sources.easyvqa import question_category
 from tests.data import source_files
 from tests.data.source_files import png
 
+C_LOCALE = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
 
 def records(count: int = 6) -> list[dict]:
     return source_files.records(count, split="train")
@@ -78,41 +80,61 @@ def test_other_files_and_folders_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("s3://bucket/rows.parquet", "nothing is read from s3:// here: copy it to this machine and name the copy"),
-        ("gs://bucket/folder", "nothing is read from gs://"),
-        ("https://example.org/rows.parquet", "nothing is read from https://"),
-        ("HTTP://example.org/rows", "nothing is read from http://"),
-        ("file:///data/rows.jsonl", "nothing is read from file:// here: write its path"),
+        (
+            "s3://bucket/rows.parquet",
+            "found a URI (s3:), which is not supported; copy it to this machine and name",
+        ),
+        ("gs://bucket/folder", "found a URI (gs:)"),
+        ("https://example.org/rows.parquet", "found a URI (https:)"),
+        ("HTTP://example.org/rows", "found a URI (http:)"),
+        ("file:///data/rows.jsonl", "found a URI (file:), which is not supported; write its path"),
+        ("file:rows.jsonl", "found a URI (file:)"),
         ("hf://datasets/org/name/train.parquet", 'write data.source = "org/name"'),
         ("https://huggingface.co/datasets/org/name", 'write data.source = "org/name"'),
-        ("parts/*.parquet", "found a pattern, which is not expanded: name the folder"),
+        ("parts/*.parquet", "found a pattern, which is not expanded; name the folder"),
         ("*.jsonl", "found a pattern"),
         ("part-[0-9]?", "found a pattern"),
     ],
 )
-def test_a_source_that_is_not_read_is_told_what_is(name, expected):
+def test_the_message_on_an_unsupported_source_names_the_supported_ones(name, expected):
     line = refusal_message(name)
     assert expected in line and "a JSONL or Parquet file, a folder of Parquet files" in line
 
 
 @pytest.mark.parametrize("indent", [None, 1])
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-def test_a_json_array_is_told_to_become_lines(tmp_path, indent, suffix, monkeypatch):
-    path = (tmp_path / "my rows").with_suffix(suffix)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_the_command_for_a_json_array_works_from_any_folder(tmp_path, indent, suffix, encoding, monkeypatch):
     write_jsonl(tmp_path)
-    path.write_text(" \n" + json.dumps(records(), indent=indent))
+    monkeypatch.chdir(tmp_path)
+    path = Path("my rows", "it's").with_suffix(suffix)
+    path.parent.mkdir()
+    rows = [row | {"image": "../images/0.png", "question": "größer?"} for row in records()]
+    path.write_text("\n" + json.dumps(rows, indent=indent, ensure_ascii=False), encoding=encoding)
     line = refusal_message(path)
     assert f"found {suffix} with one JSON array; convert it to one object a line: " in line
     command = line.partition("a line: ")[2]
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(["bash", "-c", command], cwd="/", capture_output=True, text=True, env=os.environ | C_LOCALE)
     assert done.returncode == 0, done.stderr
-    (converted,) = set(tmp_path.glob("my*lines.jsonl"))
-    assert [row.id for row in open_path(converted).rows()] == [row["id"] for row in records()]
+    converted = list(open_path(tmp_path / "my rows" / "it's-lines.jsonl").rows())
+    assert [(row.id, row.question) for row in converted] == [(row["id"], row["question"]) for row in rows]
 
 
 def test_array_with_an_object_a_line_is_recognized(tmp_path):
     (tmp_path / "rows.jsonl").write_text("[" + ",\n".join(json.dumps(row) for row in records()) + "\n]\n")
     assert "with one JSON array" in refusal_message(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows"])
+def test_a_file_that_cannot_be_read_is_an_input_error(tmp_path, name):
+    (tmp_path / name).symlink_to("/proc/self/mem")  # reading its first bytes is an error, for root too
+    assert "found one that cannot be read (Input/output error)" in refusal_message(tmp_path / name)
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "rows.json")
+    assert "expected a .jsonl or .parquet file, found .json" in refusal_message(tmp_path / "rows.json")
 
 
 def test_other_files_are_told_what_to_do(tmp_path):

@@ -27,12 +27,12 @@ from urllib.parse import urlsplit
 from masters.common.errors import InputError
 from masters.common.machine import cache_folder
 from masters.common.redaction import contains_secret
+from masters.common.uri_scheme import URI_SCHEME
 from masters.config import Config
 from masters.config.fields import TEACHER
 from masters.config.judge_url import api_base_url, is_url
 from masters.config.schema import BUILT_IN_SOURCES
 
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 LOCAL_URL = re.compile(r"(sqlite:///|(file|local):(//(?=/))?)", re.IGNORECASE)
 
 
@@ -89,14 +89,14 @@ def check_config(config: Config) -> None:
 
 def absolute_root(root: str) -> str:
     """Return a store's root, as an absolute path if it is a local folder, whether or not the folder exists yet."""
-    is_url_or_absolute = URL.match(root) or LOCAL_URL.match(root) or "::" in root
+    is_url_or_absolute = URI_SCHEME.match(root) or LOCAL_URL.match(root) or "::" in root
     return root if is_url_or_absolute else str(Path(root).expanduser().absolute())
 
 
 def check_model(model: str, store: str | None = None) -> None:
     """Raise InputError if a model is not allowed. Students that earlier runs built in the store `store` are allowed."""
     student_folders = [cache_folder() / "models"]
-    if store and not URL.match(store):
+    if store and not URI_SCHEME.match(store):
         student_folders.append(Path(store).absolute())
     check_allowed(Setting.MODELS, "model", model, *student_folders)
 
@@ -136,8 +136,8 @@ def _matches(value: str, entry: str) -> bool:
         is_folder = LOCAL_URL.match(entry) or Path(entry).expanduser().is_absolute()
         folder = _resolve_path(entry) if is_folder else None
         return folder is not None and path.is_relative_to(folder)
-    if URL.match(value):
-        return bool(URL.match(entry)) and _is_below(value, entry)
+    if URI_SCHEME.match(value):
+        return bool(URI_SCHEME.match(entry)) and _is_below(value, entry)
     return value == entry or (entry.endswith("/*") and value.count("/") == 1 and value.startswith(entry[:-1]))
 
 
@@ -145,7 +145,7 @@ def _resolve_path(value: str) -> Path | None:
     """Return the file or folder that a value names, links resolved; None for other URLs and for hub ids."""
     is_local_url = bool(LOCAL_URL.match(value))
     path_text = LOCAL_URL.sub("", value, count=1) if is_local_url else value
-    if not is_local_url and (URL.match(value) or "::" in value):
+    if not is_local_url and (URI_SCHEME.match(value) or "::" in value):
         return None
     try:
         path = Path(path_text).expanduser()
@@ -170,7 +170,7 @@ def _split_url(url: str) -> tuple[str, str, str]:
 
 
 def _matches_host(url: str, entry: str) -> bool:
-    if URL.match(entry):
+    if URI_SCHEME.match(entry):
         return _is_below(url.lower(), entry.lower())
     allowed, actual = urlsplit(f"//{entry.lower()}"), urlsplit(url.lower())
     return allowed.hostname == actual.hostname and allowed.port in (None, actual.port)

@@ -6,7 +6,7 @@ from masters.common.errors import InputError
 from masters.config import Data
 from masters.config.schema import BUILT_IN_SOURCES
 from masters.data.sources.base import RawRow, Source
-from masters.data.sources.unread import PATTERN, SCHEME, describe_missing, unread_file
+from masters.data.sources.unsupported_sources import describe_missing, looks_like_uri_or_pattern, unsupported_file
 
 __all__ = ["RawRow", "Source", "open_source"]
 
@@ -67,7 +67,7 @@ def _exists(name: str) -> bool:
 def looks_like_path(name: str) -> bool:
     """Return whether a name that does not exist was meant as a file or folder rather than a hub id."""
     is_path = name.lower().endswith(FILE_SUFFIXES) or name.startswith((".", "/", "~")) or name.count("/") > 1
-    return is_path or bool(SCHEME.match(name) or PATTERN.search(name))
+    return is_path or looks_like_uri_or_pattern(name)
 
 
 def _open_path(path: Path) -> Source:
@@ -90,4 +90,4 @@ def _open_path(path: Path) -> Source:
         return JsonlSource(path)
     if path.suffix.lower() == ".parquet":
         return ParquetSource(path)
-    raise unread_file(path)
+    raise unsupported_file(path)

@@ -1,6 +1,7 @@
 """Sources in JSONL and Parquet files, with images as files beside them or as bytes inside."""
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -22,7 +23,7 @@ from masters.data.sources.base import (
     raw_row,
 )
 from masters.data.sources.class_labels import LabelNames, name_labels, read_label_names
-from masters.data.sources.unread import json_array
+from masters.data.sources.unsupported_sources import json_array
 
 BATCH_ROWS = 64  # rows in memory at a time; they hold images
 MAX_LINE_BYTES = 16 << 20  # of a JSONL line: images are files of their own
@@ -30,7 +31,7 @@ PEEKED_OBJECTS = 100  # JSONL objects read before a column counts as missing
 
 
 class JsonlSource:
-    """A JSONL file with one object a line; `image` is a path relative to the file. Broken lines give faulty rows."""
+    """A JSONL file with one object per line; image paths are relative to the file. Broken lines give faulty rows."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.root = path, path.parent
@@ -52,7 +53,7 @@ class JsonlSource:
     def _begins_as_array(self, objects: int) -> bool:
         """Return whether the first line begins a JSON array. A whole array among objects is one broken line."""
         _, line = next(self._lines())
-        if not line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        if not line.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
             return False
         _, fault = next(self._objects())
         return not objects or str(fault).startswith("line is not valid JSON")
@@ -87,7 +88,7 @@ class JsonlSource:
         try:
             with self.path.open("rb") as file:
                 for number, line in enumerate(iter(lambda: _read_line(file), b""), start=1):
-                    if line.strip():
+                    if line.removeprefix(BOM_UTF8).strip():
                         yield number, line
         except OSError as error:
             raise InputError(f"source {self.path} cannot be read: {error.strerror}") from None

@@ -5,7 +5,9 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes
 
-SCHEME = re.compile(r"(?:(data|file):|([a-z][a-z0-9+.-]*)://)", re.IGNORECASE)
+from masters.common.uri_scheme import URI_SCHEME
+
+SCHEME_WITHOUT_SLASHES = re.compile(r"(data|file):", re.IGNORECASE)
 FILE_URI = re.compile(r"file:(?://(?P<host>[^/]*)(?=/))?(?P<path>.*)", re.IGNORECASE | re.DOTALL)
 DATA_URI = re.compile(r"data:(?P<type>[^,]*),(?P<content>.*)", re.IGNORECASE | re.DOTALL)
 LOCAL_HOSTS = ("", "localhost", "127.0.0.1")
@@ -14,8 +16,10 @@ WEB_SCHEMES = ("http", "https")
 
 def uri_scheme(reference: str | Path) -> str | None:
     """Return the scheme of a URI in lower case, None for a path."""
-    match = SCHEME.match(reference) if isinstance(reference, str) else None
-    return (match[1] or match[2]).lower() if match else None
+    if not isinstance(reference, str):
+        return None
+    match = SCHEME_WITHOUT_SLASHES.match(reference) or URI_SCHEME.match(reference)
+    return match[1].lower() if match else None
 
 
 def is_web_url(reference: object) -> bool:
