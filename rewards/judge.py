@@ -19,13 +19,14 @@ class JudgeReply:
     """The judge's reply to one conversation; without a reply, `text` is the reason.
 
     `tokens`: of prompt and reply, as far as they are known. `may_pass`: a failure that may be over later (a time-out,
-    HTTP 429 or 5xx).
+    HTTP 429 or 5xx). `status_code`: of HTTP, if the server refused the request.
     """
 
     text: str
     status: Literal["ok", "cut_off", "refused", "judge_failed"] = "ok"
     tokens: int = 0
     may_pass: bool = False
+    status_code: int | None = None
 
 
 class JudgeClient(Protocol):

@@ -21,6 +21,7 @@ class ProbeResult:
     """A judge's verdict on QUESTION. `seconds` and `tokens` are those of both calls, 0 tokens if it counts none.
 
     `style`: the parameters that the server takes; None if it took none. `reason`: why there is no verdict.
+    `status_code`: of HTTP, if the server refused a request.
     """
 
     verdict: Verdict
@@ -29,6 +30,7 @@ class ProbeResult:
     style: RequestStyle | None
     reason: str
     may_pass: bool
+    status_code: int | None = None
 
 
 def probe_judge(server: "ServerJudge", limits: TokenLimits) -> ProbeResult:
@@ -42,4 +44,5 @@ def probe_judge(server: "ServerJudge", limits: TokenLimits) -> ProbeResult:
         style=server.style,
         reason="" if verdict.status == "ok" else client.explain_no_verdict(),
         may_pass=any(reply.may_pass for reply in client.replies),
+        status_code=next((reply.status_code for reply in client.replies if reply.status_code), None),
     )

@@ -82,7 +82,8 @@ class ServerJudge:
         except openai.APIStatusError as error:
             status = "refused" if error.status_code in REFUSAL_CODES else "judge_failed"
             may_pass = error.status_code in RETRIED_CODES or error.status_code >= 500
-            return JudgeReply(f"HTTP {error.status_code}: {_one_line(error.message)}", status, may_pass=may_pass)
+            reason = f"HTTP {error.status_code}: {_one_line(error.message)}"
+            return JudgeReply(reason, status, may_pass=may_pass, status_code=error.status_code)
         except openai.OpenAIError as error:
             may_pass = isinstance(error, openai.APITimeoutError)
             return JudgeReply(_one_line(f"{type(error).__name__}: {error}"), "judge_failed", may_pass=may_pass)

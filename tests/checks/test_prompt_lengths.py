@@ -7,9 +7,12 @@ import pytest
 
 from masters.checks import prompt_lengths
 from masters.checks.preflight import preflight
-from masters.checks.prompt_lengths import check_prompt_lengths
+from masters.checks.prompt_lengths import PromptLengths, UnmeasuredRows, check_prompt_lengths
 from masters.common.errors import InputError
+from masters.config import Data
+from masters.data.sources import open_source
 from masters.models.prompts import model_inputs
+from tests.data.source_files import records, write_jsonl
 from tests.handmade_run import make_config
 from tests.shape_data import write_questions, write_rows
 
@@ -71,6 +74,24 @@ def test_the_limit_is_exact(tmp_path: Path) -> None:
     tokens = model_inputs(processor, row["question"], image)["input_ids"].shape[1]
     for limit, count in ((tokens, 0), (tokens - 1, 1)):
         assert prompt_lengths.measure_splits(config, resources, ["train"], limit)["train"].too_long == count
+
+
+@pytest.mark.parametrize("test_name", ["test", "Validation", "dev"])
+@pytest.mark.parametrize("train_name", ["train", "Training"])
+def test_rows_of_a_measured_split_are_skipped_under_any_of_its_names(
+    tmp_path: Path, test_name: str, train_name: str
+) -> None:
+    """Their images are not decoded. Rows without a split may belong to either."""
+    names = (test_name, train_name, None)
+    rows = [row | dict(split=name) for row, name in zip(records(3), names, strict=True)]
+    source = open_source(Data(source=str(write_jsonl(tmp_path, rows))))
+    done = PromptLengths(measured=prompt_lengths.MEASURED_PROMPTS)
+    for lengths, skipped in (
+        ({"test": done, "train": PromptLengths()}, test_name),
+        ({"test": PromptLengths(), "train": done}, train_name),
+    ):
+        found = [row.split for row in UnmeasuredRows(source, lengths).rows()]
+        assert found == [name for name in names if name != skipped]
 
 
 def test_a_split_is_measured_until_one_prompt_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

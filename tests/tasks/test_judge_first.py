@@ -71,11 +71,17 @@ def test_a_busy_judge_is_only_warned_of(tmp_path: Path, judge: FakeJudge, status
     assert run.judge_style is not None
 
 
-@pytest.mark.parametrize(("status", "says"), [(401, "MASTERS_JUDGE_API_KEY"), (404, "correct rewards.judge")])
-def test_a_judge_that_does_not_let_anyone_in_is_refused(
-    tmp_path: Path, judge: FakeJudge, status: int, says: str
+@pytest.mark.parametrize(
+    ("status", "body", "says"),
+    [
+        (401, b"{}", "set its key in MASTERS_JUDGE_API_KEY"), (403, b"{}", "set its key in MASTERS_JUDGE_API_KEY"),
+        (404, b"{}", "correct rewards.judge"), (404, b'{"error": {"message": "HTTP 401"}}', "correct rewards.judge"),
+    ],
+)  # fmt: skip
+def test_a_judge_that_refuses_the_client_is_an_error_with_the_remedy(
+    tmp_path: Path, judge: FakeJudge, status: int, body: bytes, says: str
 ) -> None:
-    judge.reply = lambda _: (status, b"{}")
+    judge.reply = lambda _: (status, body)
     with pytest.raises(Unreachable, match=f"does not answer .HTTP {status}.*{says}"):
         ask_judge_first(scoring_run.make_run(tmp_path, judge.url))
 

@@ -43,7 +43,7 @@ def check_attention_heads(name: str, text_config: Any, devices: int) -> None:
 def check_cache_size(name: str, text_config: Any, runtime: Runtime, dtype: str) -> None:
     """Raise InputError if the KV cache on a CPU does not hold a single sequence of the maximum length."""
     length, size = runtime.context_length(text_config.max_position_embeddings), runtime.kv_cache_gib
-    needed = length * cache_bytes_per_token(text_config, dtype) / runtime.tensor_parallel_size / GIB
+    needed = length * cache_bytes_per_token(text_config, dtype, runtime.tensor_parallel_size) / GIB
     if needed > size:
         raise InputError(
             f"model {name}: {length} tokens (runtime.max_model_len) take {needed:.2f} GiB of KV cache, "
@@ -51,8 +51,13 @@ def check_cache_size(name: str, text_config: Any, runtime: Runtime, dtype: str) 
         )
 
 
-def cache_bytes_per_token(text_config: Any, dtype: str) -> int:
-    """Return the bytes of keys and values of one token in all layers. The supported families attend to all tokens."""
+def cache_bytes_per_token(text_config: Any, dtype: str, devices: int) -> int:
+    """Return the bytes of keys and values of one token in all layers, on one of an engine's devices.
+
+    Each device holds its share of the key-value heads, at least one: with more devices than heads, the heads are
+    replicated. The supported families attend to all tokens.
+    """
     head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    values = 2 * text_config.num_hidden_layers * text_config.num_key_value_heads * head_size
+    key_heads = max(1, text_config.num_key_value_heads // devices)
+    values = 2 * text_config.num_hidden_layers * key_heads * head_size
     return values * getattr(torch, dtype).itemsize

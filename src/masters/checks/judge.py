@@ -7,6 +7,7 @@ from masters.config.judge_url import API_KEY_VARIABLE
 from masters.rewards.judge_probe import ProbeResult, probe_judge
 from masters.rewards.judge_prompts import TokenLimits
 
+KEY_REFUSED = (401, 403)  # HTTP status codes
 CHECK_RETRIES = 2  # of `masters check`, whose user waits: about 2 s without an answer
 
 
@@ -24,7 +25,7 @@ def require_verdict(server: JudgeServer, result: ProbeResult) -> None:
     if result.verdict.status == "ok":
         return
     if result.verdict.status == "judge_failed":
-        is_key_wrong = "HTTP 401" in result.reason or "HTTP 403" in result.reason
+        is_key_wrong = result.status_code in KEY_REFUSED
         hint = f"set its key in {API_KEY_VARIABLE}" if is_key_wrong else "start its server, or correct rewards.judge"
         raise Unreachable(f"rewards.judge: {server.url} does not answer ({result.reason}): {hint}")
     raise InputError(f"rewards.judge: {server.url} gave no verdict on a test question: {result.reason}")

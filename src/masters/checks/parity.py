@@ -8,7 +8,7 @@ from pathlib import Path
 from masters.checks.estimates import SAMPLED_QUESTIONS, measure_prompts
 from masters.checks.model_folder import LocalModel
 from masters.checks.parity_job import MAX_TOKENS, Difference, ParityJob, ParityQuestion
-from masters.checks.preflight import Resources
+from masters.checks.preflight import Resources, shortest_context_length
 from masters.common.errors import InputError
 from masters.config import Config
 from masters.config.mask_schedule import mask_ratios
@@ -53,8 +53,7 @@ def sample_questions(config: Config, resources: Resources, count: int) -> list[d
 
 def _select_questions(config: Config, resources: Resources) -> list[dict]:
     """Return the first questions that an engine takes, as a run skips longer ones. Raises InputError without any."""
-    outputs = [model.processor_output for model in (resources.student, *resources.teachers)]
-    limit = min(config.runtime.context_length(output.positions) for output in outputs if output) - MAX_TOKENS
+    limit = shortest_context_length(config, resources) - MAX_TOKENS
     rows = sample_questions(config, resources, SAMPLED_QUESTIONS)
     prompts = measure_prompts(resources.student.folder, rows)
     fitting = [row for row, (tokens, _) in zip(rows, prompts, strict=True) if tokens <= limit]

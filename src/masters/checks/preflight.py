@@ -62,6 +62,12 @@ def preflight(config: Config) -> Resources:
     return Resources(storage, source, student, teachers, read_special_tokens(student.folder), judge)
 
 
+def shortest_context_length(config: Config, resources: Resources) -> int:
+    """Return the most tokens, prompt and response together, that the engines of student and teachers all take."""
+    outputs = [model.processor_output for model in (resources.student, *resources.teachers)]
+    return min(config.runtime.context_length(output.positions) for output in outputs if output)
+
+
 def preflight_from_student(config: Config, trained: Artifact, name: str) -> Resources:
     """Run preflight with a trained student in place of the configuration's. Its lineage includes `trained`."""
     student = Model(model=str(download_student(trained)))

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 from transformers import AutoProcessor
 
-from masters.checks.preflight import Resources
+from masters.checks.preflight import Resources, shortest_context_length
 from masters.common.errors import InputError
 from masters.config import Config
 from masters.data.selection import assign_validation
 from masters.data.sources import RawRow, Source
+from masters.data.split_names import find_split
 from masters.data.validation import RejectedRow, validate_rows
 from masters.models.generation.engine import REMEDY
 from masters.models.prompts import PromptLengthCounter, chat_prompt, open_image
@@ -39,20 +40,16 @@ def check_prompt_lengths(config: Config, resources: Resources) -> list[str]:
 
     Raises InputError if all prompts of a split are: generation or evaluation would end with an error.
     """
-    context = min(
-        config.runtime.context_length(model.processor_output.positions)
-        for model in (resources.student, *resources.teachers)
-        if model.processor_output
-    )
+    limit = shortest_context_length(config, resources) - config.generate.max_tokens
     splits = [config.evaluate.split, *(["train"] if config.train.targets == "responses" else [])]
     warnings = []
-    for split, lengths in measure_splits(config, resources, splits, context - config.generate.max_tokens).items():
+    for split, lengths in measure_splits(config, resources, splits, limit).items():
         if not lengths.too_long:
             continue
         found = (
             f"{lengths.too_long:,} of {lengths.measured:,} prompts of split {split!r} are too long: with "
             f"generate.max_tokens = {config.generate.max_tokens} for the response, an engine takes prompts of "
-            f"{context - config.generate.max_tokens:,} tokens, the longest has {lengths.longest:,}"
+            f"{limit:,} tokens, the longest has {lengths.longest:,}"
         )
         if lengths.too_long == lengths.measured:
             raise InputError(f"source {config.data.source}: {found}; {REMEDY}")
@@ -64,7 +61,7 @@ def measure_splits(config: Config, resources: Resources, splits: list[str], limi
     """Measure the first valid questions of each split, by split. A prompt of more than `limit` tokens is too long."""
     processor = AutoProcessor.from_pretrained(resources.student.folder, trust_remote_code=False)
     count_tokens, lengths = PromptLengthCounter(processor), dict.fromkeys(splits, PromptLengths())
-    for row in validate_rows(_UnmeasuredRows(resources.source, lengths), resources.special_tokens):
+    for row in validate_rows(UnmeasuredRows(resources.source, lengths), resources.special_tokens):
         if isinstance(row, RejectedRow):
             continue
         split = assign_validation(row, config.data.validation_share)["split"]
@@ -74,7 +71,7 @@ def measure_splits(config: Config, resources: Resources, splits: list[str], limi
     return lengths
 
 
-class _UnmeasuredRows:
+class UnmeasuredRows:
     """The rows of a source that may belong to a split of which more prompts are to be measured."""
 
     def __init__(self, source: Source, lengths: dict[str, PromptLengths]) -> None:
@@ -88,6 +85,7 @@ class _UnmeasuredRows:
             missing = {split for split, lengths in self._lengths.items() if not lengths.is_enough}
             if not missing:
                 return
-            is_measured = missing <= {"train", "validation"} if row.split == "test" else missing == {"test"}
-            if row.split not in ("train", "test") or not is_measured:
+            split = find_split(row.split)  # None: the image decides
+            is_measured = missing <= {"train", "validation"} if split == "test" else missing == {"test"}
+            if split is None or not is_measured:
                 yield row
