@@ -20,7 +20,7 @@ from masters.common import disk_space
 from masters.common.errors import MastersError, StoreError
 from masters.common.files import check_writable
 from masters.common.log_errors import find_error
-from masters.common.machine import home_folder
+from masters.common.machine import user_folder
 from masters.infra.ports import free_ports
 
 START_SECONDS = 120
@@ -115,7 +115,7 @@ def _profile_url() -> str | None:
 
 def _prefect_home() -> Path:
     """Return the folder of Prefect's database, PREFECT_HOME, else ~/.prefect."""
-    return Path(os.environ.get(PREFECT_HOME) or home_folder(PREFECT_HOME) / ".prefect").expanduser()
+    return user_folder(PREFECT_HOME, ".prefect")
 
 
 def _start(port: int, log: Path) -> subprocess.Popen:

@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from masters.common.errors import InputError
-from masters.common.machine import home_folder
+from masters.common.machine import user_folder
 
 HOME = "MASTERS_HOME"  # environment variable: the folder of the stack
 PORTS = (1, 65535)
@@ -53,7 +53,7 @@ class Settings:
 
 def home() -> Path:
     """Return the folder of the stack's databases, files and logs: MASTERS_HOME, else ~/.local/share/masters."""
-    return Path(os.environ.get(HOME) or home_folder(HOME) / ".local/share/masters").absolute()
+    return user_folder(HOME, ".local/share/masters")
 
 
 def _read_number(name: str, default: int) -> int:

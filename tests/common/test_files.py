@@ -31,12 +31,20 @@ def test_the_cache_folder_has_a_setting(tmp_path: Path, monkeypatch: pytest.Monk
     assert cache_folder() == tmp_path / ".cache/masters"
     monkeypatch.setenv("MASTERS_CACHE", str(tmp_path / "cache"))
     assert cache_folder() == tmp_path / "cache"
+    monkeypatch.setenv("MASTERS_CACHE", "~/other cache")  # as a service's environment file has it: no shell expands it
+    assert cache_folder() == tmp_path / "other cache"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MASTERS_CACHE", "relative")
+    assert cache_folder() == tmp_path / "relative"
 
 
 def test_a_user_without_a_home_folder_is_told_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_home() -> Path:
-        raise RuntimeError("Could not determine home directory.")  # Path.home() for a user id without an entry
+    def find_no_user(_: int) -> None:
+        raise KeyError("a user id without an entry")
 
-    monkeypatch.setattr(Path, "home", no_home)
-    with pytest.raises(InputError, match="no home folder: set HOME or MASTERS_CACHE to a folder"):
-        cache_folder()
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", find_no_user)
+    for cache in ("", "~/cache", "~nobody-here/cache"):
+        monkeypatch.setenv("MASTERS_CACHE", cache)
+        with pytest.raises(InputError, match="no home folder: set HOME or MASTERS_CACHE to a folder"):
+            cache_folder()

@@ -24,17 +24,17 @@ TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
 def cache_folder() -> Path:
-    """Return the user's folder for notes and locks, and for local copies of stores that lie elsewhere.
+    """Return the user's folder for notes and locks, and for local copies of stores that lie elsewhere."""
+    return user_folder(CACHE, ".cache/masters")
 
-    MASTERS_CACHE, else ~/.cache/masters. Raises InputError if there is no home folder either.
+
+def user_folder(setting: str, default: str) -> Path:
+    """Return the folder that the environment variable `setting` names, else `default` in the home folder; absolute.
+
+    "~" is the home folder. Raises InputError if that is needed and unknown.
     """
-    return Path(os.environ.get(CACHE) or home_folder(CACHE) / ".cache/masters").absolute()
-
-
-def home_folder(setting: str) -> Path:
-    """Return the user's home folder. Raises InputError if it is unknown; `setting` would make it unnecessary."""
     try:
-        return Path.home()
+        return Path(os.environ.get(setting) or f"~/{default}").expanduser().absolute()
     except RuntimeError:  # HOME is not set, and the system does not know this user
         raise InputError(
             f"this user has no home folder: set HOME or {setting} to a folder that can be written"
