@@ -1,4 +1,4 @@
-"""A full disk is recognized in what the C library, SQLite, Rust and S3 servers report."""
+"""Full disks and size limits are recognized in what the C library, SQLite, Rust and S3 servers report."""
 
 import errno
 import resource
@@ -16,11 +16,12 @@ from masters.common.errors import StoreError
 from masters.store.storage import Storage
 
 MIB = 2**20
+LARGE = {"x": torch.zeros(MIB)}  # 4 MiB
 
 
 @contextmanager
 def limit_file_size(size: int) -> Iterator[None]:
-    """Let this process write no file of more bytes, as if the disk were full."""
+    """Let this process write no file of more bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -44,10 +45,15 @@ def test_a_full_database_is_recognized(tmp_path: Path) -> None:
     assert disk_space.is_full(raised.value)
 
 
-def test_weights_that_find_no_room_are_recognized(tmp_path: Path) -> None:
-    with limit_file_size(MIB), pytest.raises(Exception) as raised:  # noqa: B017
-        save_file({"x": torch.zeros(MIB)}, tmp_path / "x.safetensors")
-    assert disk_space.is_full(raised.value)
+def test_a_limit_of_file_sizes_is_no_full_disk(tmp_path: Path) -> None:
+    """It is of no use to try again either, but making room is no remedy. Rust reports it without a number."""
+    with limit_file_size(MIB):
+        for write in (lambda path: path.write_bytes(bytes(2 * MIB)), lambda path: save_file(LARGE, path)):
+            with pytest.raises(Exception) as raised:  # noqa: B017
+                write(tmp_path / "x.safetensors")
+            assert disk_space.is_full(raised.value)
+            described = disk_space.describe(raised.value)
+            assert described.endswith(disk_space.SIZE_REMEDY) and disk_space.REMEDY not in described
 
 
 @pytest.mark.parametrize(
@@ -57,13 +63,14 @@ def test_weights_that_find_no_room_are_recognized(tmp_path: Path) -> None:
         "An error occurred (QuotaExceeded) when calling the PutObject operation: Unknown",
         "(sqlite3.OperationalError) database or disk is full",
         "I/O error: No space left on device (os error 28)",
+        "I/O error: something in another language (os error 28)",
     ],
 )
 def test_the_cause_of_an_error_is_recognized_by_its_text(text: str) -> None:
     try:
         raise StoreError("it failed") from RuntimeError(text)
     except StoreError as error:
-        assert disk_space.is_full(error)
+        assert disk_space.describe(error) == f"it failed; {disk_space.REMEDY}"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +80,7 @@ def test_other_errors_are_not_taken_for_a_full_disk(error: Exception | None) -> 
     assert not disk_space.is_full(error)
 
 
-def test_a_store_on_a_full_disk_keeps_what_it_has_and_takes_more_when_there_is_room(tmp_path: Path) -> None:
+def test_a_store_that_cannot_grow_keeps_what_it_has_and_takes_more_when_it_can(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     storage.write("a", b"first")
     with limit_file_size(MIB):

@@ -11,6 +11,7 @@ import pytest
 from prefect.states import Failed
 
 import masters
+from masters.common import disk_space
 from masters.common.errors import InputError, StoreError, WorkerError, WorkerLost
 from masters.common.machine import process_birth
 from masters.execution import processes
@@ -50,6 +51,17 @@ def main(job_file):
 
 processes.child_main(main)
 """,
+    "exceeds_a_size": """
+import resource
+from pathlib import Path
+from masters.execution import processes
+
+def main(job_file):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    Path(job_file).with_name("weights").write_bytes(bytes(200_000))
+
+processes.child_main(main)
+""",
     "busy": "import time; time.sleep(1)",
     "parent": """
 import multiprocessing, time
@@ -83,6 +95,13 @@ def test_only_a_lost_process_is_worth_another_try(module: str, error: type, is_r
         processes.run([Child(module, f"child_{module}", {}, tmp_path)], 1, lambda *_: None)
     assert type(raised.value) is error
     assert is_retryable(None, None, Failed(data=raised.value)) is is_retried  # type: ignore[arg-type]
+
+
+def test_a_file_above_the_size_limit_is_told_as_such(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="large stopped: File too large") as raised:
+        processes.run([Child("large", "child_exceeds_a_size", {}, tmp_path)], 1, lambda *_: None)
+    assert disk_space.describe(raised.value).endswith(disk_space.SIZE_REMEDY)
+    assert not is_retryable(None, None, Failed(data=raised.value))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

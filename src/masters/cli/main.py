@@ -171,8 +171,8 @@ def main() -> None:
         typer.echo(f"masters: {disk_space.describe(error)}", err=True)
         sys.exit(error.exit_code)
     except Exception as error:  # a bug in masters, unless the disk is full
-        if disk_space.is_full(error):
-            typer.echo(f"masters: {_describe(error)}; {disk_space.REMEDY}", err=True)
+        if number := disk_space.find_errno(error):
+            typer.echo(f"masters: {_describe(error)}; {disk_space.REMEDIES[number]}", err=True)
             sys.exit(1)
         typer.echo(f"masters: unexpected {type(error).__name__}: {_save_traceback(error)}", err=True)
         sys.exit(1)

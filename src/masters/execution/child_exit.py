@@ -1,6 +1,5 @@
 """How a child process ends with an error: it writes the reason into its log, and its parent raises the error for it."""
 
-import errno
 import os
 import signal
 import sys
@@ -13,7 +12,8 @@ from masters.common.errors import InputError, MastersError, StoreError, WorkerEr
 from masters.common.log_errors import MARK, MAX_CHARACTERS, find_error
 from masters.common.redaction import redact
 
-DISK_FULL = errno.ENOSPC  # exit code of a child that found no space: its log may be empty for the same reason
+# exit codes of a child whose file could not grow: its log may be empty for the same reason
+DISK_CODES = tuple(disk_space.REMEDIES)
 
 
 def report_error(error: Exception) -> int:
@@ -28,8 +28,8 @@ def report_error(error: Exception) -> int:
         if not is_expected:
             print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")
         print(f"{MARK}{reason}", file=sys.stderr, flush=True)
-    if disk_space.is_full(error):
-        return DISK_FULL
+    if number := disk_space.find_errno(error):
+        return number
     return error.exit_code if isinstance(error, MastersError) else 1
 
 
@@ -38,9 +38,9 @@ def check_exit(name: str, log: Path, code: int) -> None:
     if code == 0:
         return
     reason = find_error(log.read_text(errors="replace"))
-    if code == DISK_FULL:
-        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        raise StoreError(f"{name} stopped: {full.strerror}: {reason} (log: {log})") from full
+    if code in DISK_CODES:
+        cause = OSError(code, os.strerror(code))
+        raise StoreError(f"{name} stopped: {cause.strerror}: {reason} (log: {log})") from cause
     end = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     error = InputError if code == InputError.exit_code else WorkerLost if code < 0 else WorkerError
     raise error(f"{name} ended with {end}: {reason} (log: {log})")

@@ -29,7 +29,7 @@ from pydantic import BaseModel
 from masters.common import machine
 from masters.common.errors import StoreError, WorkerLost
 from masters.common.redaction import redact_logs
-from masters.execution.child_exit import DISK_FULL, check_exit, report_error
+from masters.execution.child_exit import DISK_CODES, check_exit, report_error
 from masters.execution.child_output import Heartbeat, ProgressReader, redirect_output
 
 PR_SET_PDEATHSIG = 1
@@ -358,7 +358,9 @@ class _Supervisor:
             if job_is_done and running.child.keep_alive and running not in ended:
                 del self.running[running.child.name]
         # a child that lost its peer fails too: the one that found a disk full, or that wrote first, is the cause
-        for running in sorted(ended, key=lambda r: (r.process.returncode != DISK_FULL, r.child.log.stat().st_mtime_ns)):
+        for running in sorted(
+            ended, key=lambda r: (r.process.returncode not in DISK_CODES, r.child.log.stat().st_mtime_ns)
+        ):
             del self.running[running.child.name]
             check_exit(running.child.name, running.child.log, running.process.returncode)
         for running in self.running.values():
