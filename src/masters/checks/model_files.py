@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from masters.common.errors import InputError
+from masters.common.errors import InputError, one_line
 from masters.common.hashing import IDENTITY_SUFFIXES
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -25,7 +25,10 @@ def check_files(model: str, folder: Path) -> None:
         if not (folder / name).is_file():
             raise InputError(f"model {model}: expected {name} in its folder, found none: {REMEDY}")
     if not any(folder.glob("*.safetensors")):
-        raise InputError(f"model {model}: expected safetensors weights in its folder, found none")
+        raise InputError(
+            f"model {model}: expected safetensors weights in its folder, found none: save it again in that format, or "
+            "download the model again"
+        )
 
 
 def check_pointers(model: str, folder: Path) -> None:
@@ -138,4 +141,4 @@ def _read_index(folder: Path) -> set[str]:
     try:
         return {str(name) for name in json.loads((folder / INDEX).read_text())["weight_map"].values()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"model {folder}: {INDEX} is no index of weights ({error})") from error
+        raise InputError(f"model {folder}: {INDEX} is no index of weights ({one_line(error)}): {REMEDY}") from error

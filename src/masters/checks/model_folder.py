@@ -4,10 +4,10 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from masters.checks.model_files import check_adapter_tensors, check_files
+from masters.checks.model_files import REMEDY, check_adapter_tensors, check_files
 from masters.checks.processor import ProcessorOutput
 from masters.checks.weights import check_weights
-from masters.common.errors import InputError
+from masters.common.errors import InputError, one_line
 from masters.common.hashing import model_digest
 from masters.common.machine import cache_folder
 from masters.config import Config, Model, allowlist
@@ -155,7 +155,9 @@ def read_model_type(folder: Path) -> str:
     try:
         return str(json.loads((folder / "config.json").read_text())["model_type"])
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise InputError(f"{folder / 'config.json'} names no model_type: {error}") from error
+        raise InputError(
+            f"model {folder}: its config.json names no model_type ({one_line(error)}): {REMEDY}"
+        ) from error
 
 
 def has_custom_code(folder: Path) -> bool:
@@ -177,4 +179,4 @@ def load_tokenizer(folder: Path):
     try:
         return Tokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many types of errors
-        raise InputError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+        raise InputError(f"model {folder}: its tokenizer cannot be loaded ({one_line(error)}): {REMEDY}") from error

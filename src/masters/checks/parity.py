@@ -47,7 +47,9 @@ def sample_questions(config: Config, resources: Resources, count: int) -> list[d
     rows = validate_rows(resources.source, resources.special_tokens)
     questions = list(islice((row for row in rows if not isinstance(row, RejectedRow)), count))
     if not questions:
-        raise InputError(f"source {config.data.source} contains no valid row")
+        raise InputError(
+            f"source {config.data.source}: expected valid rows, found none; `masters check` prints the reasons"
+        )
     return questions
 
 

@@ -15,7 +15,7 @@ from masters.checks.model_folder import (
     read_special_tokens,
 )
 from masters.checks.weights import check_maskable
-from masters.common.errors import InputError
+from masters.common.errors import InputError, one_line
 from masters.config import Config, Model
 from masters.config.allowlist import check_config
 from masters.config.fields import TEACHER
@@ -85,7 +85,7 @@ def check_ray_cluster(cluster: str | None) -> None:
             pass
     except (OSError, OverflowError) as error:
         raise InputError(
-            f"runtime.ray_address: no Ray cluster answers at {cluster} ({error}); "
+            f"runtime.ray_address: no Ray cluster answers at {cluster} ({one_line(error)}); "
             "start its head with `ray start --head`, or remove the setting"
         ) from error
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from masters.checks.model_files import check_index, check_stray_weights, check_supported_files
+from masters.checks.model_files import REMEDY, check_index, check_stray_weights, check_supported_files
 from masters.checks.processor import ProcessorOutput, run_processor
 from masters.common.errors import InputError, one_line
 from masters.common.files import write_atomically
@@ -76,12 +76,14 @@ def check_shapes(folder: Path) -> None:
         name, found = by_parameter.get(parameter, (parameter, shape))
         if found != shape:
             raise InputError(
-                f"model {folder}: config.json asks for {name} of shape {list(shape)}, its weights hold {list(found)}"
+                f"model {folder}: config.json asks for {name} of shape {list(shape)}, its weights hold {list(found)}: "
+                f"{REMEDY}"
             )
     missing = sorted(expected.keys() - by_parameter.keys() - set(getattr(model, "all_tied_weights_keys", {})))
     if missing:
         raise InputError(
-            f"model {folder}: its weights lack {len(missing)} tensors that config.json asks for (first: {missing[0]})"
+            f"model {folder}: its weights lack {len(missing)} tensors that config.json asks for (first: {missing[0]}): "
+            f"{REMEDY}"
         )
 
 
@@ -121,7 +123,7 @@ def _build_empty_model(folder: Path, tensors: int) -> torch.nn.Module:
         with torch.device("meta"):
             return AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     except Exception as error:  # transformers raises many types of errors
-        raise InputError(f"model {folder}: its config.json describes no model ({one_line(error)})") from error
+        raise InputError(f"model {folder}: its config.json describes no model ({one_line(error)}): {REMEDY}") from error
 
 
 def _largest_layer_count(config: Any) -> int:

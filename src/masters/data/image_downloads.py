@@ -22,7 +22,7 @@ import httpx
 from masters.common.errors import InputError, one_line
 from masters.common.files import write_atomically
 from masters.common.hashing import digest
-from masters.common.machine import cache_folder
+from masters.common.machine import CACHE, cache_folder
 from masters.config.allowlist import Setting, allows_host
 from masters.data.images import MAX_BYTES
 
@@ -93,7 +93,10 @@ class ImageDownloads:
         try:
             write_atomically(self._file(url), content)
         except OSError as error:
-            raise InputError(f"data.fetch_images keeps images in {self._folder}: {one_line(error)}") from None
+            raise InputError(
+                f"data.fetch_images: expected a cache folder that can be written, found {self._folder} "
+                f"({one_line(error)}); set {CACHE} to another folder"
+            ) from None
 
     def _download_with_retries(self, url: str) -> bytes:
         for number in range(MAX_ATTEMPTS - 1):

@@ -12,7 +12,7 @@ from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 
-from masters.common.errors import MastersError
+from masters.common.errors import MastersError, one_line
 from masters.common.hashing import canonical_json, digest, to_unit_interval
 from masters.data.image_placeholders import remove_placeholders
 from masters.data.images import MAX_BYTES, find_image_fault
@@ -77,7 +77,7 @@ def validate_rows(
             yield RejectedRow(_display_id(row, number), error.kind, error.reason)
         except Exception as error:  # no row may end a run
             kind = "row cannot be processed"
-            detail = f"{type(error).__name__}: {str(error)[:SHOWN_CHARACTERS]}"
+            detail = f"{type(error).__name__}: {one_line(error, SHOWN_CHARACTERS)}"
             yield RejectedRow(_display_id(row, number), kind, f"{kind} ({detail})")
 
 
@@ -258,7 +258,7 @@ def _read_file(root: Path, path: str) -> tuple[bytes, str]:
         hint = "; write / for \\" if "\\" in path else ""
         raise RowError("image file not found", f"{shown_path}{hint}") from None
     except (OSError, ValueError, RuntimeError) as error:  # no permission, an impossible name, a loop of links
-        raise RowError("image file cannot be read", f"{shown_path}: {str(error)[:SHOWN_CHARACTERS]}") from None
+        raise RowError("image file cannot be read", f"{shown_path}: {one_line(error, SHOWN_CHARACTERS)}") from None
     return data, digest(data)
 
 

@@ -81,10 +81,10 @@ def _open_path(path: Path) -> Source:
         if find_parquet_files(path):
             return ParquetSource(path)
         lines = sorted(path.glob("*.jsonl"))
-        hint = f"; of JSONL name one file, such as {lines[0]}, or join them" if lines else ""
+        remedy = f"of JSONL name one file, such as {lines[0]}, or join them" if lines else "correct data.source"
         raise InputError(
             f"source {path}: expected a folder with .parquet files or a data set saved with save_to_disk, found "
-            f"neither{hint}"
+            f"neither; {remedy}"
         )
     if path.suffix.lower() == ".jsonl":
         return JsonlSource(path)

@@ -24,7 +24,9 @@ class EasyVqaSource:
         self.folder = Path(spec.origin).parent / "data"
         missing = [s for s in SPLITS if not (self.folder / s / "questions.json").is_file()]
         if missing:
-            raise InputError(f"source easyvqa: {self.folder} lacks {missing[0]}/questions.json; run `make setup` again")
+            raise InputError(
+                f"source easyvqa: expected {missing[0]}/questions.json in {self.folder}, found none; run `make setup`"
+            )
 
     def digest(self) -> str:
         return folder_digest(self.folder, (".json", ".png"))

@@ -36,7 +36,10 @@ class JsonlSource:
     def __init__(self, path: Path) -> None:
         self.path, self.root = path, path.parent
         if not any(self._lines()):
-            raise InputError(f"source {path} is empty: expected one JSON object a line with {', '.join(REQUIRED)}")
+            raise InputError(
+                f"source {path} is empty: expected one JSON object per line with {', '.join(REQUIRED)}, found none; "
+                "correct data.source"
+            )
         columns: set[str] = set()
         objects = 0
         for _, found in self._objects():
@@ -91,7 +94,10 @@ class JsonlSource:
                     if line.removeprefix(BOM_UTF8).strip():
                         yield number, line
         except OSError as error:
-            raise InputError(f"source {self.path} cannot be read: {error.strerror}") from None
+            raise InputError(
+                f"source {self.path}: expected a file that can be read, found an error ({error.strerror}); correct "
+                "data.source or the file's permissions"
+            ) from None
 
 
 class ParquetSource:
@@ -113,7 +119,9 @@ class ParquetSource:
             self.has_image_paths |= not (pa.types.is_binary(image_type) or pa.types.is_large_binary(image_type))
             rows += count
         if not rows:
-            raise InputError(f"source {path} is empty: expected rows with {', '.join(REQUIRED)}, found none")
+            raise InputError(
+                f"source {path} is empty: expected rows with {', '.join(REQUIRED)}, found none; correct data.source"
+            )
 
     def digest(self) -> str:
         files = [[f.relative_to(self.base).as_posix(), file_digest(f)] for f in self.files]
@@ -128,7 +136,10 @@ class ParquetSource:
                     for batch in table.iter_batches(BATCH_ROWS, columns=columns):
                         yield from _read_batch(batch, file.parent, labels)
             except (pa.ArrowException, OSError) as error:
-                raise InputError(f"source {file} is damaged: {one_line(error)}") from None
+                raise InputError(
+                    f"source {file} is damaged: expected a Parquet file that can be read to its end, found an error "
+                    f"({one_line(error)}); copy or write it again"
+                ) from None
 
 
 def _read_footer(file: Path) -> tuple[pa.Schema, int]:
@@ -137,7 +148,10 @@ def _read_footer(file: Path) -> tuple[pa.Schema, int]:
         with pq.ParquetFile(file) as table:
             return table.schema_arrow, table.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"source {file}: expected a Parquet file, found something else ({one_line(error)})") from None
+        raise InputError(
+            f"source {file}: expected a Parquet file, found something else ({one_line(error)}); write the file again, "
+            "or correct data.source"
+        ) from None
 
 
 def _read_line(file: BinaryIO) -> bytes:

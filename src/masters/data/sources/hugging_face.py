@@ -35,7 +35,9 @@ class SavedSource:
         # images stored as text are files of their own
         self.has_image_paths = any(getattr(part.features["image"], "dtype", "") == "string" for _, part in self.parts)
         if not any(len(part) for _, part in self.parts):
-            raise InputError(f"source {folder} is empty: expected rows with {', '.join(REQUIRED)}, found none")
+            raise InputError(
+                f"source {folder} is empty: expected rows with {', '.join(REQUIRED)}, found none; correct data.source"
+            )
 
     def digest(self) -> str:
         # `map` and the like leave cache files in the folder
@@ -48,7 +50,10 @@ class SavedSource:
             for split, part in self.parts:
                 yield from _read_part(part, self.folder, split)
         except Exception as error:
-            raise InputError(f"source {self.folder} is damaged: {one_line(error)}") from None
+            raise InputError(
+                f"source {self.folder} is damaged: expected a data set that can be read to its end, found an error "
+                f"({one_line(error)}); copy or save it again"
+            ) from None
 
 
 class HubSource:
@@ -72,7 +77,9 @@ class HubSource:
             ) from None
         self.parts = _read_parts(loaded, self.where)
         if next(self.rows(), None) is None:
-            raise InputError(f"{self.where} is empty: expected rows with {', '.join(REQUIRED)}, found none")
+            raise InputError(
+                f"{self.where} is empty: expected rows with {', '.join(REQUIRED)}, found none; correct data.source"
+            )
 
     def digest(self) -> str:
         return digest(canonical_json({"hub": self.name, "commit": self.commit, "config": "default"}).encode())
@@ -98,9 +105,14 @@ def _check_inside(folder: Path) -> None:
                 name for name in listed if resolve_inside(folder, state.parent.relative_to(folder) / name) is None
             ]
         except (OSError, ValueError, LookupError, TypeError, RecursionError, RuntimeError) as error:
-            raise InputError(f"source {folder}: {state.name} lists no data files ({one_line(error)})") from None
+            raise InputError(
+                f"source {folder}: {state.name} lists no data files ({one_line(error)}); save the data set again"
+            ) from None
         if outside:
-            raise InputError(f"source {folder}: {state.name} names a file outside the folder ({outside[0]!r:.200})")
+            raise InputError(
+                f"source {folder}: {state.name} names a file outside the folder ({outside[0]!r:.200}); save the data "
+                "set again"
+            )
 
 
 def _read_parts(loaded: Any, where: str) -> list[tuple[str | None, Any]]:
