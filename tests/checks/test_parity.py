@@ -144,7 +144,7 @@ def measure(job: ParityJob, monkeypatch: pytest.MonkeyPatch) -> list[parity_work
 
 @pytest.fixture(scope="module")
 def unsure_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model: masks move all of its probabilities, while a trained one stays sure of its answers."""
+    """Make a random model: masks move all of its probabilities, while a trained one stays sure of its answers."""
     return families.save("qwen3_vl", tmp_path_factory.mktemp("random") / "teacher", ["what color is it?"], "teacher")
 
 

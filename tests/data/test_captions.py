@@ -35,7 +35,7 @@ def test_no_scene_is_in_two_pools():
 
 
 def nearest_color(picture: Image.Image, x: float, y: float) -> str:
-    """The color whose middle is nearest to the median around a place, which noise hardly moves."""
+    """Return the color whose middle is nearest to the median around a place, which noise hardly moves."""
     part = np.asarray(picture)[round(y) - 1 : round(y) + 2, round(x) - 1 : round(x) + 2].reshape(-1, 3)
     away = {name: np.abs(np.median(part, 0) - middle).sum() for name, middle in captions.COLORS.items()}
     return min(away, key=away.__getitem__)

@@ -1,5 +1,6 @@
 """Images by URL, from a real server: limits, refused addresses, the cache, and what the data's digest covers."""
 
+import io
 import json
 import shutil
 import socket
@@ -15,6 +16,7 @@ import httpcore
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from masters.common.machine import cache_folder
 from masters.config import Config, Data, Model, Store, Teacher
@@ -30,6 +32,12 @@ from masters.tracking.lineage_report import report_inputs
 from tests.data.source_files import png, records
 
 HOSTS = "MASTERS_ALLOWED_IMAGE_HOSTS"
+
+
+PAGES = {
+    "html": b"\n<!DOCTYPE html>\n<title>Gone</title>", "fragment": b"<p>no", "xml": b"\xef\xbb\xbf<?xml version='1.0'?>",
+    "json": b'{"error": "none"}', "empty": b"",
+}  # fmt: skip
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -67,6 +75,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _status(self, number: str) -> None:
         self._respond(int(number.partition("/")[0]))
+
+    def _page(self, name: str) -> None:
+        self._respond(200, PAGES[name])
 
     def _typed(self, media_type: str) -> None:
         self._respond(200, png(6), Content_Type=media_type)
@@ -217,6 +228,20 @@ def test_a_page_in_place_of_an_image_is_an_error_and_not_cached(server: Server, 
         assert outcome(url) == f"expected an image, found {media_type.replace(' ', '')}"
         assert sum(server.paths.values()) == requests, "an error is not kept for later runs"
     assert not (cache_folder() / "images").exists()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_without_a_media_type_is_an_error_and_not_cached(server: Server, name: str) -> None:
+    found = "an empty response" if name == "empty" else "a page"
+    assert outcome(server.url(f"page/{name}")) == f"expected an image, found {found}"
+    assert not (cache_folder() / "images").exists()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "PPM", "WEBP", "TGA", "ICO", "JPEG2000"])
+def test_no_image_is_taken_for_a_page(kind: str) -> None:
+    sink = io.BytesIO()
+    Image.new("RGB", (40, 40), (60, 33, 60)).save(sink, kind)
+    assert not image_downloads.PAGE.match(sink.getvalue())
 
 
 @pytest.mark.parametrize("media_type", ["image/png", "application/octet-stream", "binary/octet-stream", "x"])

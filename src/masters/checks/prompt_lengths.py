@@ -28,7 +28,7 @@ class PromptLengths:
 
     @property
     def is_enough(self) -> bool:
-        """Whether no more prompts need to be measured."""
+        """Return whether no more prompts need to be measured."""
         return self.measured >= MEASURED_PROMPTS and self.too_long < self.measured
 
     def add(self, tokens: int, limit: int) -> "PromptLengths":

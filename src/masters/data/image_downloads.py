@@ -36,7 +36,9 @@ MAX_URLS = 100_000  # of one source
 MAX_FAILURES = 96  # attempts in a row that end with a transient error of a host, which is then sent no more requests
 REDIRECTS = (301, 302, 303, 307, 308)
 TRANSIENT_STATUSES = (408, 425, 429)  # and those from 500 on
-TEXT_TYPE = re.compile(r"text/|application/(?:[\w.-]+\+)?(?:json|xml)\b", re.IGNORECASE)  # media types of error pages
+# error pages by their media type, and by their first bytes where a server names none or another one
+TEXT_TYPE = re.compile(r"text/|application/(?:[\w.-]+\+)?(?:json|xml)\b", re.IGNORECASE)
+PAGE = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<[!?a-z]|\{\s*[\"}])", re.IGNORECASE)
 HEADERS = [("User-Agent", "masters"), ("Accept", "image/*"), ("Accept-Encoding", "identity")]
 MAX_PORT = 65535
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv6 addresses that stand for IPv4 addresses
@@ -163,7 +165,10 @@ def _read_response(response: httpcore.Response, url: httpx.URL) -> bytes | str:
         size += len(part)
         if size > MAX_BYTES:
             raise DownloadError(f"more than {MAX_BYTES} bytes")
-    return b"".join(parts)
+    content = b"".join(parts)
+    if not content or PAGE.match(content):
+        raise DownloadError(f"expected an image, found {'a page' if content else 'an empty response'}")
+    return content
 
 
 class CheckedBackend(httpcore.SyncBackend):

@@ -94,7 +94,7 @@ def picture_of(rng: np.random.Generator, scene: Scene) -> Image.Image:
 
 
 def _outline(rng: np.random.Generator, shape: str) -> np.ndarray:
-    """Corners of a shape of some size around its middle, [corners, 2] in pixels."""
+    """Return the corners of a shape of random size around its middle, [corners, 2] in pixels."""
     number = np.arange(CORNERS[shape])
     angle = math.pi * (2 * number / CORNERS[shape] - (0.25 if shape == "square" else 0.5))
     radius = rng.uniform(8, 12) * (np.where(number % 2, 0.45, 1.15) if shape == "star" else 1)
