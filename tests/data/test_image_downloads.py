@@ -35,7 +35,7 @@ HOSTS = "MASTERS_ALLOWED_IMAGE_HOSTS"
 
 
 PAGES = {
-    "html": b"\n<!DOCTYPE html>\n<title>Gone</title>", "fragment": b"<p>no", "xml": b"\xef\xbb\xbf<?xml version='1.0'?>",
+    "html": b"\n<!DOCTYPE html>\n<title>404", "fragment": b"<p>no", "xml": b"\xef\xbb\xbf<?xml version='1.0'?>",
     "json": b'{"error": "none"}', "empty": b"",
 }  # fmt: skip
 
