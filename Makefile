@@ -6,8 +6,10 @@ EXTRA ?= cpu
 .PHONY: demo test test-slow test-all test-faults test-durations golden setup setup-benchmarks lint check bench \
 	docs demo-models up down browser
 
+# the second command puts the baselines beside the student
 demo: setup
 	$(BIN)/masters distill configs/demo.toml
+	$(BIN)/masters study configs/studies/demo.toml
 
 # two test files at a time, one per core
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder

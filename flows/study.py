@@ -16,12 +16,13 @@ from masters.config.loading import override_values
 from masters.config.stages import Stage
 from masters.config.study_file import Study, arm_config
 from masters.evaluation.study_results import Cell, Result, ResultStore, encode_correct, make_questions
+from masters.evaluation.study_runs import StudyRuns
 from masters.flows.distill import close_crashed_run, finish_with_status, open_tracker, run_pipeline
 from masters.flows.plan import stage_identities
 from masters.flows.retries import flow_attempt, retry_unreachable
 from masters.flows.summary import Summary
 from masters.reporting.study_report import write_report
-from masters.reporting.study_table import StudyRuns, format_arm
+from masters.reporting.study_table import format_arm
 from masters.tasks import train, work_pools
 from masters.tasks.evaluate import greedy_sampling
 from masters.tasks.progress import warn

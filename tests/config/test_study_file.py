@@ -27,6 +27,8 @@ train.objective = "kd"
 "train.schedule" = "linear"
 """
 
+PAIR = "comparisons = [{ better = 'plain', than = 'other' }]"
+
 
 def write_study(folder: Path, text: str = STUDY) -> Path:
     (folder / "study.toml").write_text(text)
@@ -72,11 +74,18 @@ def test_a_study_survives_serialization(tmp_path: Path) -> None:
     assert Study.model_validate_json(study.model_dump_json()) == study
 
 
+def test_without_rates_to_choose_from_no_question_is_held_out(tmp_path: Path) -> None:
+    single = STUDY.replace("[2e-4, 1e-4]", "[2e-4]").replace("seeds = [1, 2]", "seeds = [0]\nvalidation.share = 0")
+    config, study = load_study(write_study(tmp_path, single))
+    assert study.seeds == study.tuning_seeds == [0]
+    assert arm_config(config, study, "plain").data == config.data
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ('name = "s"', 'nmae = "s"', "name: missing; nmae: unknown key"),
-        ("seeds = [1, 2]", "seeds = [1]", "seeds: List should have at least 2"),
+        ("seeds = [1, 2]", "seeds = []", "seeds: List should have at least 1"),
         ("seeds = [1, 2]", "seeds = [1, 1]", "seeds: expected each value once"),
         ("seeds = [1, 2]", "seeds = [0, 1]", r"other seeds than tuning_seeds, found \[0\]"),
         ("[2e-4, 1e-4]", "[]", "learning_rates: List should have at least 1"),
@@ -90,9 +99,10 @@ def test_a_study_survives_serialization(tmp_path: Path) -> None:
         ("[arms.plain]", "[arms.plain]\nevaluate.split = 'test'", "evaluate.split cannot be set here"),
         ("[base]", "[base]\nstore.root = 'a'", "base: store.root cannot be set here"),
         ("[base]", "[base]\nteachers.7.r_max = 0.1", "expected a number below 1"),
-        ("[base]", "[validation]\nshare = 0.0\n[base]", "validation.share"),
+        ("[base]", "[validation]\nshare = 0.0\n[base]", "validation.share: expected more than 0"),
         ("[arms.plain]", "[[comparisons]]\nbetter = 'plain'\nthan = 'none'\n[arms.plain]", "found none"),
         ("[arms.plain]", "[[comparisons]]\nbetter = 'plain'\nthan = 'plain'\n[arms.plain]", "found plain twice"),
+        ("seeds = [1, 2]", f"seeds = [1]\n{PAIR}", "seeds: expected at least 2, as arms are compared"),
         ("configs/easyvqa.toml", "configs/none.toml", "configuration not found"),
     ],
 )

@@ -21,8 +21,10 @@ Rates = Annotated[list[Rate], Field(min_length=1)]
 class Validation(Section):
     """The validation questions, with which learning rates are chosen."""
 
-    share: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = Field(
-        default=0.1, description="Share of the training images that are held out of training in every arm"
+    share: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
+        default=0.1,
+        description="Share of the training images that are held out of training in every arm; 0 if no arm has rates to "
+        "choose from",
     )
 
 
@@ -58,7 +60,7 @@ class Study(Section):
     results: Text = Field(description="Folder for the report and one JSON file per finished run")
     learning_rates: Rates = Field(description="Learning rates from which each arm's is chosen on validation questions")
     tuning_seeds: list[Seed] = Field(default=[0], min_length=1, description="Seeds of the runs that choose the rate")
-    seeds: list[Seed] = Field(min_length=2, description="Different seeds, of the runs that test the chosen rate")
+    seeds: list[Seed] = Field(min_length=1, description="Different seeds, of the runs that test the chosen rate")
     validation: Validation = Validation()
     base: dict[str, Any] = Field(default={}, description="Settings that all arms share, by dotted key")
     arms: dict[ArmName, Arm] = Field(min_length=1, description="Arms by name")
@@ -70,6 +72,17 @@ class Study(Section):
         """Return the arm's learning rates in ascending order."""
         return sorted(self.arms[arm].learning_rates or self.learning_rates)
 
+    @property
+    def chooses_rates(self) -> bool:
+        """Whether an arm has several learning rates, of which validation questions choose one."""
+        return any(len(self.rates(arm)) > 1 for arm in self.arms)
+
+    @model_validator(mode="after")
+    def _check_validation(self) -> "Study":
+        if self.chooses_rates and not self.validation.share:
+            raise ValueError("validation.share: expected more than 0, as learning rates are chosen, found 0")
+        return self
+
     @model_validator(mode="after")
     def _check_duplicates(self) -> "Study":
         lists = {"learning_rates": self.learning_rates, "tuning_seeds": self.tuning_seeds, "seeds": self.seeds}
@@ -77,12 +90,14 @@ class Study(Section):
         for name, values in lists.items():
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}: expected each value once, found {values}")
-        if both := sorted({*self.seeds} & {*self.tuning_seeds}):
+        if self.chooses_rates and (both := sorted({*self.seeds} & {*self.tuning_seeds})):
             raise ValueError(f"seeds: expected other seeds than tuning_seeds, found {both} in both")
         return self
 
     @model_validator(mode="after")
     def _check_comparisons(self) -> "Study":
+        if self.comparisons and len(self.seeds) < 2:
+            raise ValueError("seeds: expected at least 2, as arms are compared, found 1")
         for pair in self.comparisons:
             if unknown := sorted({pair.better, pair.than} - self.arms.keys()):
                 raise ValueError(f"comparisons: expected arms of this study, found {', '.join(unknown)}")

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
+from masters.evaluation.study_runs import StudyRuns
 from masters.reporting.plots import render_png
-from masters.reporting.study_table import StudyRuns
 
 
 def plot_study(found: StudyRuns, arms: Sequence[dict]) -> dict[str, bytes]:

@@ -7,8 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from masters.evaluation.study_results import ResultStore
+from masters.evaluation.study_runs import StudyRuns, compare_arms, summarize_arm
 from masters.reporting.study_plots import plot_study
-from masters.reporting.study_table import StudyRuns, compare_arms, render_study, summarize_arm
+from masters.reporting.study_table import render_study
 
 RUNS = pa.schema([
     ("study", pa.string()), ("phase", pa.string()), ("arm", pa.string()), ("learning_rate", pa.float64()),

@@ -1,4 +1,4 @@
-"""The result files, table and report of a study."""
+"""The result files, chosen rates, comparisons and report of a study."""
 
 from pathlib import Path
 
@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from masters.common.errors import InputError, MastersError
 from masters.config.study_file import Study
 from masters.evaluation.study_results import Cell, Result, ResultStore, encode_correct, make_questions
+from masters.evaluation.study_runs import StudyRuns, compare_arms, summarize_arm
 from masters.evaluation.study_statistics import difference
 from masters.reporting.study_report import write_report
-from masters.reporting.study_table import StudyRuns, compare_arms, render_study, summarize_arm
+from masters.reporting.study_table import render_study
 
 RATES = [1e-4, 2e-4, 5e-4]
 IMAGES = {f"q{n}": f"image {n // 2}" for n in range(24)}
