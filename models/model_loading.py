@@ -56,7 +56,9 @@ def check_readable(folder: Path) -> None:
             with safe_open(file, "pt") as tensors:
                 list(tensors.keys())
         except Exception as error:
-            raise InputError(f"weights {file} cannot be read: {error}") from error
+            raise InputError(
+                f"weights {file} cannot be read ({error}): it is damaged or incomplete, download the model again"
+            ) from error
 
 
 def tensor_shapes(folder: Path) -> dict[str, list[int]]:

@@ -7,12 +7,14 @@ Shapes: P prompt tokens.
 """
 
 import io
+from contextlib import suppress
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 
 from masters.data.images import to_rgb
-from masters.rewards.judge_prompts import TAGS, Conversation
+from masters.rewards.judge_prompts import TAGS, Conversation, merge_system_turn
 
 
 def open_image(image: bytes) -> Image.Image:
@@ -42,8 +44,17 @@ def tokenize_conversation(processor, tokenizer, conversation: Conversation) -> l
 
 
 def _tokenize_turns(processor, tokenizer, conversation: Conversation) -> list[int]:
-    text = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(render_conversation(processor, conversation), add_special_tokens=False)["input_ids"]
+
+
+def render_conversation(processor, conversation: Conversation) -> str:
+    """Return a conversation's text; a system turn that the template refuses or leaves out begins the user's turn."""
+    with suppress(TemplateError):
+        text = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        if conversation[0]["content"] in text:
+            return text
+    merged = merge_system_turn(conversation)
+    return processor.apply_chat_template(merged, tokenize=False, add_generation_prompt=True)
 
 
 def vocabulary_size(tokenizer) -> int:

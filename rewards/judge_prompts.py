@@ -73,5 +73,12 @@ def score_conversation(explanation: str) -> Conversation:
     return _turns(SCORE_PROMPT, f"<overall_summary>{_SUMMARY_TAG.sub('&lt;', explanation)}</overall_summary>")
 
 
+def merge_system_turn(conversation: Conversation) -> Conversation:
+    """Return a conversation without a system turn, whose text begins the user's turn instead."""
+    system = "\n\n".join(turn["content"] for turn in conversation if turn["role"] == "system")
+    first, *rest = [turn for turn in conversation if turn["role"] != "system"]
+    return [first | {"content": f"{system}\n\n{first['content']}"}, *rest]
+
+
 def _turns(system: str, user: str) -> Conversation:
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from masters.rewards.judge_prompts import Conversation
+from masters.rewards.judge_prompts import Conversation, merge_system_turn
 
 TokenParameter = Literal["max_tokens", "max_completion_tokens"]
 
@@ -25,7 +25,7 @@ class RequestStyle(BaseModel):
 
     def parameters(self, conversation: Conversation, max_tokens: int) -> dict[str, Any]:
         """Return the parameters of a request, except the model."""
-        messages = conversation if self.system else _without_system_turn(conversation)
+        messages = conversation if self.system else merge_system_turn(conversation)
         sampling = {"temperature": 0} if self.temperature else {}
         return {"messages": messages, self.token_parameter: max_tokens} | sampling
 
@@ -41,9 +41,3 @@ STYLES = [
         (True, False), (True, False), ("max_tokens", "max_completion_tokens")
     )
 ]
-
-
-def _without_system_turn(conversation: Conversation) -> Conversation:
-    system = "\n\n".join(turn["content"] for turn in conversation if turn["role"] == "system")
-    first, *rest = [turn for turn in conversation if turn["role"] != "system"]
-    return [first | {"content": f"{system}\n\n{first['content']}"}, *rest]

@@ -93,8 +93,26 @@ def leave_adapter_unmerged(folder: Path) -> None:
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
+def cut_weights(folder: Path) -> None:
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
+
+
+def save_inner_model(folder: Path) -> None:
+    """Name the weights as if the model without its head had been saved."""
+    tensors = {name.removeprefix("model."): tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
 MISSING: dict[str, tuple[Change, list[str]]] = {
-    "weights": (remove(WEIGHTS), ["expected safetensors weights"]),
+    "weights": (remove(WEIGHTS), ["expected safetensors weights", "found none"]),
+    "weights as pickles": (
+        all_of(remove(WEIGHTS), write("pytorch_model-00001-of-00002.bin", "")),
+        ["expected safetensors weights", "found pytorch_model-00001-of-00002.bin", "save_pretrained"],
+    ),
+    "weights as GGUF": (
+        all_of(remove(WEIGHTS), write("model-Q4_K_M.gguf", "")), ["expected safetensors", "found model-Q4_K_M.gguf"],
+    ),
     "weights under their name": (rename(WEIGHTS, "x.safetensors"), [f"expected {WEIGHTS}", "for x.safetensors"]),
     "the index of parts": (rename(WEIGHTS, PART), [f"{INDEX} for {PART}", BASE]),
     "a part": (all_of(rename(WEIGHTS, PART), write_index(PART, "b.safetensors")), ["b.safetensors", "copy that file"]),
@@ -152,6 +170,9 @@ UNEXPECTED: dict[str, tuple[Change, list[str]]] = {
     "weights beside those of the index": (
         all_of(copy(WEIGHTS, PART), write_index(PART)), [f"also holds {WEIGHTS}", "does not name it"],
     ),
+    "a page in place of weights": (write(WEIGHTS, "<!DOCTYPE html><p>Sign in"), [WEIGHTS, "download the model again"]),
+    "half of the weights": (cut_weights, [WEIGHTS, "damaged or incomplete", "download the model again"]),
+    "the inner model's weights": (save_inner_model, ["language_model.", "an engine expects model.", "save_pretrained"]),
     "broken adapter description": (write(DESCRIPTION, "["), ["also holds an adapter", DESCRIPTION]),
 }  # fmt: skip
 FAULTS = MISSING | UNEXPECTED
@@ -208,4 +229,14 @@ def test_a_judge_of_the_original_internvl_needs_trust(model: Path, monkeypatch: 
 def test_another_family_is_refused_before_its_code_is_asked_for(model: Path, model_type: str) -> None:
     change_config(model_type=model_type, auto_map={"AutoConfig": "x.X"})(model)
     with pytest.raises(InputError, match=f"model type '{model_type}' is not supported; expected one of"):
+        find_model(Model(model=str(model)), must_be_supported=True)
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes", "fp8", "compressed-tensors"])
+@pytest.mark.parametrize("place", ["", "text_config", "vision_config"])
+def test_a_quantized_student_or_teacher_is_refused(model: Path, method: str, place: str) -> None:
+    config = json.loads((model / CONFIG).read_text())
+    (config[place] if place else config)["quantization_config"] = dict(quant_method=method, bits=4)
+    write(CONFIG, json.dumps(config))(model)
+    with pytest.raises(InputError, match=f"its weights are quantized .'{method}'.*take the model that it was made"):
         find_model(Model(model=str(model)), must_be_supported=True)

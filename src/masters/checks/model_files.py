@@ -14,6 +14,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the first bytes of the text that stands for a large file
 ADAPTER_FILE = re.compile(r"adapter.*\.(json|safetensors|bin)")
 ADAPTER_TENSOR = re.compile(r"^base_model\.|\.(base_layer|lora_\w+)(\.|$)", re.IGNORECASE)
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 REMEDY = "copy it from the base model, or download the model again"
 
 
@@ -25,9 +26,10 @@ def check_files(model: str, folder: Path) -> None:
         if not (folder / name).is_file():
             raise InputError(f"model {model}: expected {name} in its folder, found none: {REMEDY}")
     if not any(folder.glob("*.safetensors")):
+        others = sorted(file.name for file in folder.iterdir() if file.suffix in OTHER_WEIGHTS)
         raise InputError(
-            f"model {model}: expected safetensors weights in its folder, found none: save it again in that format, or "
-            "download the model again"
+            f"model {model}: expected safetensors weights in its folder, found {others[0] if others else 'none'}: save it "
+            "again in that format (transformers' save_pretrained), or download the model again"
         )
 
 
@@ -71,6 +73,18 @@ def check_adapter_tensors(folder: Path) -> None:
             raise InputError(
                 f"model {folder}: {file.name} holds tensors of an adapter ({found}): merge it into the weights (PEFT's "
                 "merge_and_unload) and save the model again, or remove the file if it is a stray one"
+            )
+
+
+def check_unquantized(model: str, folder: Path) -> None:
+    """Raise InputError if a model is published with quantized weights, which can be neither masked nor trained here."""
+    config = _read_json(folder / "config.json")
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if quantization := part.get("quantization_config") or part.get("compression_config"):
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+            raise InputError(
+                f"model {model}: config.json says that its weights are quantized ({method!r:.50}), expected weights in "
+                "bfloat16, float16 or float32: take the model that it was made from"
             )
 
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from masters.checks.model_files import REMEDY, check_adapter_tensors, check_files
+from masters.checks.model_files import REMEDY, check_adapter_tensors, check_files, check_unquantized
 from masters.checks.processor import ProcessorOutput
 from masters.checks.weights import check_weights
 from masters.common.errors import InputError, one_line
@@ -86,6 +86,8 @@ def find_model(model: Model, store: str | None = None, must_be_supported: bool =
         )
     if must_be_supported and not is_supported:
         raise InputError(f"model {model.model}: {unsupported_family(model_type)}")
+    if must_be_supported:
+        check_unquantized(model.model, folder)
     if is_refused:
         raise InputError(
             f"model {model.model} ({model_type}) wants to run code of its own, which is off; the owner of this machine "

@@ -4,6 +4,7 @@ import socket
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
+from masters.checks.local_judge import check_judge_prompt
 from masters.checks.model_folder import (
     JudgeServer,
     LocalModel,
@@ -57,6 +58,9 @@ def preflight(config: Config) -> Resources:
         check_context_length(teacher, config)
         if teacher_config.r_max > 0:
             check_maskable(teacher.folder, tuple(config.mask.exclude))
+    if config.needs_judge and not isinstance(judge, JudgeServer):
+        for model in [judge] if judge else teachers:
+            check_judge_prompt(model, config)
     storage = open_storage(config.store.root)
     student, *teachers = disambiguate_names([student, *teachers])
     return Resources(storage, source, student, teachers, read_special_tokens(student.folder), judge)

@@ -21,7 +21,7 @@ from masters.common.machine import cache_folder
 from masters.models.masking import is_masked
 from masters.models.model_loading import parameter_names, tensor_shapes
 
-VERSION = 6  # of the checks; part of the cache key
+VERSION = 7  # of the checks; part of the cache key
 LAYER_KEYS = ("num_hidden_layers", "num_layers", "depth", "n_layer")  # keys for the number of blocks in configurations
 MASKABLE_DTYPES = {"BF16", "F16", "F32"}  # as named in safetensors files
 
@@ -71,6 +71,7 @@ def check_shapes(folder: Path) -> None:
     model = _build_empty_model(folder, len(saved))
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     names = parameter_names(model, saved)
+    _check_engine_names(folder, names)
     by_parameter = {names[name]: (name, shape) for name, shape in saved.items()}
     for parameter, shape in expected.items():
         name, found = by_parameter.get(parameter, (parameter, shape))
@@ -85,6 +86,16 @@ def check_shapes(folder: Path) -> None:
             f"model {folder}: its weights lack {len(missing)} tensors that config.json asks for (first: {missing[0]}): "
             f"{REMEDY}"
         )
+
+
+def _check_engine_names(folder: Path, names: dict[str, str]) -> None:
+    """Raise InputError for weights of the inner model alone: transformers adds the prefix to them, an engine cannot."""
+    for name, parameter in names.items():
+        if name.startswith("language_model.") and parameter.endswith(f".{name}"):
+            raise InputError(
+                f"model {folder}: its weights hold {name}, an engine expects {parameter}: load the model with "
+                "AutoModelForImageTextToText and save it again with save_pretrained"
+            )
 
 
 def check_maskable(folder: Path, exclude: tuple[str, ...]) -> None:

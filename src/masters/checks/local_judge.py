@@ -1,0 +1,39 @@
+"""Refuses a judge in an engine that could not be asked anything: its template or its context takes no prompt."""
+
+from transformers import AutoConfig, AutoProcessor
+
+from masters.checks.model_folder import LocalModel
+from masters.common.errors import InputError, one_line
+from masters.config import Config
+from masters.models.prompts import render_conversation, tokenize_conversation
+from masters.rewards.judge_probe import QUESTION
+from masters.rewards.judge_prompts import TokenLimits, grading_conversation
+
+
+def check_judge_prompt(judge: LocalModel, config: Config) -> None:
+    """Raise InputError unless the judge's engine takes the prompt of a short text together with the longest reply."""
+    conversation = grading_conversation(QUESTION)
+    remedy = "choose another judge, or put one behind a server"
+    try:
+        processor = AutoProcessor.from_pretrained(judge.folder, trust_remote_code=judge.has_custom_code)
+        text = render_conversation(processor, conversation)
+        tokens = tokenize_conversation(processor, getattr(processor, "tokenizer", processor), conversation)
+    except Exception as error:  # transformers and Jinja raise many types of errors
+        raise InputError(
+            f"judge {judge.name}: its chat template makes no prompt of a text ({one_line(error)}): {remedy}"
+        ) from error
+    if tokens is None or any(turn["content"] not in text for turn in conversation):
+        raise InputError(f"judge {judge.name}: its chat template leaves out or changes the text to judge: {remedy}")
+    _check_room(judge, config, len(tokens))
+
+
+def _check_room(judge: LocalModel, config: Config, prompt: int) -> None:
+    reply = TokenLimits.for_each_reply(config.rewards.judge_tokens).explanation
+    text_config = AutoConfig.from_pretrained(judge.folder, trust_remote_code=judge.has_custom_code).get_text_config()
+    positions = text_config.max_position_embeddings
+    if prompt + reply > config.runtime.context_length(positions):
+        raise InputError(
+            f"judge {judge.name}: the prompt of a short text takes {prompt} tokens and its reply up to {reply}, together "
+            f"more than runtime.max_model_len ({config.runtime.max_model_len}) or the model's max_position_embeddings "
+            f"({positions}): raise runtime.max_model_len, or choose another judge"
+        )
