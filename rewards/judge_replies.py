@@ -2,18 +2,23 @@
 
 import re
 
-VERSION = 2  # of what is read as a score. 2: thoughts are skipped; decorated scores and scores in a sentence are read
+# of what is read as a score. 2: thoughts are skipped; decorated scores and scores in a sentence are read. 3: thoughts
+# between special tokens are skipped, special tokens behind a verdict are ignored
+VERSION = 3
 MAX_NUMBERS = 8  # a reply that names more than these is no score
 
-_NAME = "(?:[a-z]+:)?(?:think|thinking|thoughts?|reasoning)"
-_OPENING = rf"(?:<\s*{_NAME}\s*>|\[{_NAME}\]|◁{_NAME}▷)"
-_CLOSING = rf"(?:<\s*/\s*{_NAME}\s*>|\[/{_NAME}\]|◁/{_NAME}▷)"
+_NAME = "(?:[a-z]+:)?(?:think|thinking|thoughts?|thought_process|reasoning|reflection|scratchpad)"
+_CHANNEL = rf"<\|channel\|?>\s*(?:analysis|{_NAME})\b(?:\s*<\|message\|>)?"  # of gpt-oss and Gemma
+_OPENING = rf"(?:<\s*{_NAME}\s*>|\[{_NAME}\]|◁{_NAME}▷|<\|(?:begin_of_|start_)?{_NAME}\|>|{_CHANNEL})"
+_FINAL_CHANNEL = r"<\|channel\|>\s*final\b(?:\s*<\|message\|>)?|<channel\|>|assistantfinal"  # without special tokens
+_CLOSING = rf"(?:<\s*/\s*{_NAME}\s*>|\[/{_NAME}\]|◁/{_NAME}▷|<\|(?:end_of_|end_|/){_NAME}\|>|{_FINAL_CHANNEL})"
 _THOUGHTS = re.compile(rf"(?:\s*{_OPENING}.*?{_CLOSING})+", re.IGNORECASE | re.DOTALL)
 _ENDLESS_THOUGHTS = re.compile(rf"\s*{_OPENING}", re.IGNORECASE)
 _END_OF_THOUGHTS = re.compile(_CLOSING, re.IGNORECASE)
 
 _TAG = re.compile(r"<\s*/?\s*answer\b", re.IGNORECASE)
-_DECORATION = r"(?:[\s*_~`\"'“”‘’«»().,;:!\[\]{}#|-]|</?(?:b|strong|i|em|code|p)>)*"
+_SPECIAL_TOKEN = r"<[|｜][\w/▁]+[|｜]>|</s>|<eos>|<end_of_turn>"
+_DECORATION = rf"(?:[\s*_~`\"'“”‘’«»().,;:!\[\]{{}}#|-]|</?(?:b|strong|i|em|code|p)>|{_SPECIAL_TOKEN})*"
 _VERDICT = re.compile(rf"<\s*answer\s*>(.*)<\s*/\s*answer\s*>{_DECORATION}\Z", re.IGNORECASE | re.DOTALL)
 
 _WORD = re.compile(r"[\w.,/%+−-]+")

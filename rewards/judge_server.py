@@ -5,10 +5,10 @@ server is not trusted: replies are limited in size and time, and redirects are n
 """
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from threading import Lock
 from typing import Any
 
@@ -17,6 +17,7 @@ import openai
 
 from masters.config.judge_url import API_KEY_VARIABLE
 from masters.rewards.judge import JudgeReply
+from masters.rewards.judge_completion import read_completion
 from masters.rewards.judge_prompts import Conversation
 from masters.rewards.judge_request import STYLES, RequestStyle
 
@@ -27,7 +28,11 @@ MAX_ANSWER_BYTES = 1 << 20  # an answer is a few hundred tokens
 DEFAULT_MODEL = "default"  # where the server lists no model: servers of one model ignore the name
 REFUSAL_CODES = (400, 413, 422)  # HTTP codes by which a server refuses a prompt
 RETRIED_CODES = (408, 409, 429)  # HTTP codes that the openai client retries, like those from 500 on
-REFUSALS_OF_A_PARAMETER = (openai.BadRequestError, openai.UnprocessableEntityError)
+PARAMETER_REFUSAL_CODES = (400, 422)
+# in the message of an HTTP 5xx: some servers answer a parameter or a system turn that they do not take with one
+PARAMETER_NAMES = re.compile(
+    r"\brole\b|system (?:message|prompt|turn)|temperature|max_\w*tokens|template", re.IGNORECASE
+)
 
 
 class ServerJudge:
@@ -100,25 +105,30 @@ class ServerJudge:
             reply = self._request(known or STYLES[0], conversation, max_tokens)
             self.style = known or STYLES[0]
             return reply
-        except REFUSALS_OF_A_PARAMETER as error:
-            if known:
+        except openai.APIStatusError as error:
+            if known or not _refuses_parameter(error):
                 raise
             refusal = error
+        retries = 0 if refusal.status_code >= 500 else None  # the first style's retries have shown that it stays
         with self._style_lock:
             for style in [self.style] if self.style else STYLES[1:]:
-                with suppress(*REFUSALS_OF_A_PARAMETER):
-                    reply = self._request(style, conversation, max_tokens)
+                try:
+                    reply = self._request(style, conversation, max_tokens, retries)
+                except openai.APIStatusError as error:
+                    if not _refuses_parameter(error):
+                        raise
+                else:
                     self.style = style
                     return reply
         raise refusal
 
-    def _request(self, style: RequestStyle, conversation: Conversation, max_tokens: int) -> JudgeReply:
+    def _request(
+        self, style: RequestStyle, conversation: Conversation, max_tokens: int, retries: int | None = None
+    ) -> JudgeReply:
+        """Send a request in a style. `retries`: None for the client's own number. Raises what the client raises."""
+        client = self._client if retries is None else self._client.with_options(max_retries=retries)
         parameters: Any = style.parameters(conversation, max_tokens)
-        completion = self._client.chat.completions.create(model=self._model_name(), **parameters)
-        choice = completion.choices[0]
-        tokens = getattr(completion.usage, "total_tokens", 0)
-        status = "cut_off" if choice.finish_reason == "length" else "ok"
-        return JudgeReply(_text(choice.message.content), status, tokens if isinstance(tokens, int) else 0)
+        return read_completion(client.chat.completions.create(model=self._model_name(), **parameters))
 
     def _model_name(self) -> str:
         """Return the configured model, else the first that the server lists."""
@@ -133,11 +143,10 @@ class ServerJudge:
         return self._model
 
 
-def _text(content: object) -> str:
-    """Return a reply's text, encodable as UTF-8. Raises TypeError if it is not a text."""
-    if content is not None and not isinstance(content, str):
-        raise TypeError(f"its content is no text but {type(content).__name__}")
-    return (content or "").encode(errors="replace").decode()
+def _refuses_parameter(error: openai.APIStatusError) -> bool:
+    """Return whether an error may refuse a parameter or a system turn, rather than a text."""
+    is_named = error.status_code >= 500 and PARAMETER_NAMES.search(error.message)
+    return error.status_code in PARAMETER_REFUSAL_CODES or bool(is_named)
 
 
 def _one_line(text: str) -> str:

@@ -17,12 +17,13 @@ class Mode:
     """
 
     refuses: Callable[[dict], str | None] = lambda call: None
+    refusal_code: int = 400
     first: Callable[[str, str, int], object] = lambda right, score, limit: right
     second: Callable[[str, str, int], object] = lambda right, score, limit: right
 
     def respond(self, call: dict) -> tuple[int, dict]:
         if message := self.refuses(call):
-            return 400, dict(error=dict(message=message, type="invalid_request_error"))
+            return self.refusal_code, dict(error=dict(message=message, type="invalid_request_error"))
         user = call["messages"][-1]["content"]
         is_second = "<overall_summary>" in user
         right = TAG.findall(user)[-1] if is_second else judge_by_exact_match(user)
@@ -84,6 +85,11 @@ def think_beside(field: str, words: int) -> Mode:
     return Mode(first=reply, second=reply)
 
 
+def reply_in_parts(right: str, score: str, limit: int) -> object:
+    """Reply with a list of parts: a thought and the text."""
+    return dict(content=[dict(type="thinking", thinking=[dict(type="text", text="0?")]), dict(type="text", text=right)])
+
+
 # styles of requests
 PARAMETERS: dict[str, Mode] = {
     "every parameter": Mode(),
@@ -93,6 +99,7 @@ PARAMETERS: dict[str, Mode] = {
     "only max_completion_tokens and temperature 1": Mode(refuse("max_tokens", other_temperature=True)),
     "no system turn": Mode(refuse(system=True)),
     "only max_completion_tokens, no system turn": Mode(refuse("max_tokens", system=True)),
+    "only max_completion_tokens, said by 422": Mode(refuse("max_tokens"), refusal_code=422),
     "nothing but max_completion_tokens": Mode(refuse("max_tokens", "temperature", system=True)),
 }
 # read within the default token limits
@@ -109,6 +116,9 @@ DECORATED: dict[str, Mode] = {
     "the tag again": reword(second="<answer>{score}</answer>"),
     "JSON": reword(second='{"score": {score}}'),
     "a reason": reword(second="The score is {score} because it does not differ."),
+    "parts": Mode(first=reply_in_parts, second=reply_in_parts),
+    "special tokens": reword("{right}<|im_end|>", "{score}<|im_end|>"),
+    "a channel of thoughts": think("<|channel|>analysis<|message|>", "<|end|><|channel|>final<|message|>", 1),
     "a short thought": think("<think>", "</think>", 1),
     "a thought without an opening tag": think("", "</think>", 1),
     "a thought beside the content": think_beside("reasoning_content", 4),

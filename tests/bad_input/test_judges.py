@@ -50,7 +50,17 @@ FIRSTS: dict[str, tuple[object, str, str]] = {
     "half a surrogate": (completion("\ud800"), "parse_failed", "?"),
     "a number for a text": (completion(1), "judge_failed", "no text but int"),
     "NaN for a text": (completion(float("nan")), "judge_failed", "no text but float"),
-    "parts for a text": (completion([dict(type="text", text=FIRST)]), "judge_failed", "no text but list"),
+    "parts of no kind": (completion([FIRST]), "judge_failed", "no text but list"),
+    "parts without a text": (completion([dict(type="text", text=7)]), "judge_failed", "no text but int"),
+    "parts with thoughts alone": (completion([dict(type="thinking", thinking=FIRST)]), "parse_failed", ""),
+    "a refusal in its field": (
+        completion(None, message=dict(role="assistant", content=None, refusal="I cannot grade this.")),
+        "parse_failed", "the judge refuses: I cannot grade this.",
+    ),
+    "a filtered reply": (completion(None, finish_reason="content_filter"), "parse_failed", "content filter"),
+    "an error in a successful response": (
+        b'{"error": {"message": "no credit left", "code": 402}}', "judge_failed", "no credit left",
+    ),
     "truth for a text": (completion(True), "judge_failed", "no text but bool"),
     "no choices": (b'{"choices": []}', "judge_failed", "no chat completion"),
     "null choices": (b'{"choices": null}', "judge_failed", "no chat completion"),

@@ -61,6 +61,7 @@ def test_both_calls_agree() -> None:
         "", "It is right.", "1", "<answer>1", "<answer>yes</answer>", "<answer>2</answer>", "<answer>0.5</answer>",
         "<answer>10</answer>", "<answer>1</answer> or not", "it says <answer>1</answer>, so <answer>0</answer>",
         "<Answer>1</Answer> <answer>1</answer>", "<answer><answer>1</answer>", "<answer>\uff11</answer>",
+        "<|channel|>analysis<|message|><answer>1</answer>", "<answer>1</answer><|im_start|>user no",
         "<answer>1</answer>?", "<answer>1</answer> Wait, it is wrong.", "<think><answer>1</answer>",
     ],
 )  # fmt: skip
@@ -87,6 +88,12 @@ def test_a_second_reply_that_leaves_a_doubt_about_the_score_is_no_verdict(second
         "Same. **<answer>1</answer>**", "<answer>1</answer>.", "(<answer> **1** </answer>)", "<Answer>1</ANSWER>\n```",
         '"<answer>1</answer>"', "<b><answer>1</answer></b>", "<answer>Score: 1</answer>", "< answer >1</ answer >",
         "<think>Is it <answer>0</answer>?</think>\n<answer>1</answer>", "[THINK]no[/THINK]<answer>1</answer>",
+        "<|begin_of_thought|>0?<|end_of_thought|><answer>1</answer>", "hm <|END_THINKING|><answer>1</answer>",
+        "<|channel|>analysis<|message|><answer>0</answer>?<|end|><|channel|>final<|message|><answer>1</answer>",
+        "analysisIs it <answer>0</answer>?assistantfinalSame. <answer>1</answer>", "<answer>1</answer><|im_end|>",
+        "<|channel>thought\n<answer>0</answer><channel|><answer>1</answer>", "<answer>1</answer></s>",
+        "<scratchpad>0</scratchpad> <|START_RESPONSE|><answer>1</answer><|END_RESPONSE|>",
+        "<answer>1</answer><\uff5cend\u2581of\u2581sentence\uff5c>", "<answer>1</answer><end_of_turn>\n",
         "<THINKING>a</thinking> <think>b</think> <answer>1</answer>", "<answer>0</answer>?</think><answer>1</answer>",
     ],
 )  # fmt: skip
@@ -95,7 +102,9 @@ def test_a_second_reply_that_leaves_a_doubt_about_the_score_is_no_verdict(second
     [
         "1", " 1\n", "1.", "**1**", "__1__", "`1`", "'1'", "[1]", "(1)", "score: 1", "Score=1", "The score is 1.", "1!",
         "<answer>1</answer>", '{"score": 1}', r"\boxed{1}", "1, as the texts do not differ", "No, it differs: 1", "1 1",
-        "<think>0 or 1?</think>1", "so 0?</think> 1", "- 1", "The score is 1 because it is not wrong.",
+        "<think>0 or 1?</think>1", "so 0?</think> 1", "- 1", "1<|im_end|>", "<|START_RESPONSE|>1<|END_RESPONSE|>",
+        "<|channel|>analysis<|message|>0?<|end|><|start|>assistant<|channel|>final<|message|>1", "1</s>",
+        "The score is 1 because it is not wrong.",
     ],
 )  # fmt: skip
 def test_decorated_scores_and_scores_after_thoughts_are_read(first: str, second: str) -> None:

@@ -1,5 +1,7 @@
 """A judge behind a URL: retries, time-outs, final and temporary failures, bounded concurrency."""
 
+from collections.abc import Callable
+
 import pytest
 
 from masters.common.errors import InputError
@@ -11,7 +13,7 @@ from masters.rewards.judge_request import STYLES
 from masters.rewards.judge_server import ServerJudge
 from masters.rewards.verdict import Triple
 from tests.fake_judge import judge_by_exact_match, serve
-from tests.judge_modes import DECORATED, PARAMETERS, THINKING, UNREADABLE
+from tests.judge_modes import DECORATED, PARAMETERS, THINKING, UNREADABLE, Mode, refuse
 
 TRIPLES = [Triple("what color?", "teal", text) for text in ("Teal.", "red", "")]
 
@@ -96,6 +98,17 @@ def test_the_parameters_that_a_server_takes_are_found_once(name: str) -> None:
     assert len(fake.requests) == 2 * len(TRIPLES)  # what is known is not tried again
 
 
+@pytest.mark.parametrize(
+    "refuses", [refuse(system=True), refuse("max_tokens"), refuse("temperature"), refuse("max_tokens", system=True)]
+)
+def test_a_refusal_by_an_error_of_the_server_is_found_too(refuses: Callable[[dict], str | None]) -> None:
+    """As of servers whose chat template raises. The refused style alone is retried."""
+    with serve(respond=Mode(refuses, refusal_code=500).respond) as fake:
+        with ServerJudge(fake.url, "m", retries=1) as server:
+            assert [verdict.score for verdict in judge_triples(server, TRIPLES)] == [1, 0, 0]
+    assert len(fake.requests) < 1 + len(STYLES) + 2 * len(TRIPLES)
+
+
 @pytest.mark.parametrize("name", DECORATED)
 def test_decorated_replies_are_read(name: str) -> None:
     with serve(respond=DECORATED[name].respond) as fake, ServerJudge(fake.url, "m") as server:
@@ -115,6 +128,14 @@ def test_a_judge_that_thinks_needs_room(name: str) -> None:
 def test_replies_in_doubt_are_no_verdict(name: str) -> None:
     with serve(respond=UNREADABLE[name].respond) as fake, ServerJudge(fake.url, "m") as server:
         assert {verdict.status for verdict in judge_triples(server, TRIPLES[:1])} <= {"parse_failed", "refused"}
+
+
+@pytest.mark.parametrize("reason", ["length", "MAX_TOKENS", "max_output_tokens"])
+def test_a_reply_at_its_limit_is_cut_off_whatever_the_server_calls_it(reason: str) -> None:
+    choice = dict(index=0, message=dict(role="assistant", content="it goes on"), finish_reason=reason)
+    body = dict(id="1", object="chat.completion", created=0, model="m", choices=[choice])
+    with serve(respond=lambda call: (200, body)) as fake:
+        assert ask(ServerJudge(fake.url, "m")) == [("cut_off", "it goes on")]
 
 
 def test_a_judge_that_times_out_gives_judge_failed() -> None:

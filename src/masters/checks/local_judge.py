@@ -1,7 +1,5 @@
 """Refuses a judge in an engine that could not be asked anything: its template or its context takes no prompt."""
 
-from transformers import AutoConfig, AutoProcessor
-
 from masters.checks.model_folder import LocalModel
 from masters.common.errors import InputError, one_line
 from masters.config import Config
@@ -12,6 +10,8 @@ from masters.rewards.judge_prompts import TokenLimits, grading_conversation
 
 def check_judge_prompt(judge: LocalModel, config: Config) -> None:
     """Raise InputError unless the judge's engine takes the prompt of a short text together with the longest reply."""
+    from transformers import AutoProcessor
+
     conversation = grading_conversation(QUESTION)
     remedy = "choose another judge, or put one behind a server"
     try:
@@ -28,12 +28,14 @@ def check_judge_prompt(judge: LocalModel, config: Config) -> None:
 
 
 def _check_room(judge: LocalModel, config: Config, prompt: int) -> None:
+    from transformers import AutoConfig
+
     reply = TokenLimits.for_each_reply(config.rewards.judge_tokens).explanation
     text_config = AutoConfig.from_pretrained(judge.folder, trust_remote_code=judge.has_custom_code).get_text_config()
     positions = text_config.max_position_embeddings
     if prompt + reply > config.runtime.context_length(positions):
         raise InputError(
-            f"judge {judge.name}: the prompt of a short text takes {prompt} tokens and its reply up to {reply}, together "
-            f"more than runtime.max_model_len ({config.runtime.max_model_len}) or the model's max_position_embeddings "
-            f"({positions}): raise runtime.max_model_len, or choose another judge"
+            f"judge {judge.name}: the prompt of a short text takes {prompt} tokens and the reply up to {reply}, "
+            f"together more than runtime.max_model_len ({config.runtime.max_model_len}) or the model's "
+            f"max_position_embeddings ({positions}): raise runtime.max_model_len, or choose another judge"
         )

@@ -25,9 +25,13 @@ LARGE_SIZE = (2048, 1536)  # pixels
 PIXEL_SAMPLES = 32  # per image
 PIXEL_TOLERANCE = 0.05  # in units of the processed pixels, which lie in about 0..1 or -1..1
 MAX_ERROR_CHARACTERS = 300
-# A mark around a model's thoughts, such as <think>, </thinking>, [THINK] or <|begin_of_thought|>
-THOUGHT_MARK = re.compile(r"[<\[◁][^\s<>\[\]◁▷]*(think|thought|reason|analysis)[^\s<>\[\]◁▷]*\s*[>\]▷]", re.I)
-CLOSING = re.compile(r"/|end", re.I)
+# A mark around a model's thoughts, such as <think>, </thinking>, [THINK], <|begin_of_thought|> or <|channel|>analysis
+THOUGHT_MARK = re.compile(
+    r"[<\[◁][^\s<>\[\]◁▷]*(?:think|thought|reason|analysis|reflection|scratchpad)[^\s<>\[\]◁▷]*\s*[>\]▷]"
+    r"|<\|channel\|?>\s*\w+|<channel\|>",
+    re.I,
+)
+CLOSING = re.compile(r"/|end|final|^<channel\|>", re.I)
 
 
 @dataclass(frozen=True)
