@@ -26,10 +26,10 @@ def check_files(model: str, folder: Path) -> None:
         if not (folder / name).is_file():
             raise InputError(f"model {model}: expected {name} in its folder, found none: {REMEDY}")
     if not any(folder.glob("*.safetensors")):
-        others = sorted(file.name for file in folder.iterdir() if file.suffix in OTHER_WEIGHTS)
+        found = min((file.name for file in folder.iterdir() if file.suffix in OTHER_WEIGHTS), default="none")
         raise InputError(
-            f"model {model}: expected safetensors weights in its folder, found {others[0] if others else 'none'}: save it "
-            "again in that format (transformers' save_pretrained), or download the model again"
+            f"model {model}: expected safetensors weights in its folder, found {found}: save it again in that "
+            "format (transformers' save_pretrained), or download the model again"
         )
 
 
