@@ -99,7 +99,7 @@ def start_early_judging(
         shards=tuple(shards),
         folder=judge.folder,
     )
-    return Child("judge-ahead", WorkerModule.EARLY_JUDGING, job, folder)
+    return Child("early-judging", WorkerModule.EARLY_JUDGING, job, folder)
 
 
 def run_judging(

@@ -1,4 +1,4 @@
-"""Diagnostic sums over a pass, computed from the loss terms; `step_sums` divides them into means.
+"""Diagnostic sums over a pass, computed from the loss terms; `step_metrics` divides them into means.
 
 Ours. Shapes: T response tokens, R responses. All sums are taken on the CPU in float64, after one transfer a pass.
 """

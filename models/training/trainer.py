@@ -19,7 +19,7 @@ from masters.models.losses.chunked_head import Projection
 from masters.models.losses.formulas import Terms
 from masters.models.packing.packed_batch import PackedBatch, pack, response_states
 from masters.models.packing.prefix_tree import TokenCounts
-from masters.models.training import checkpoint, controls, diagnostics, objective, step_sums
+from masters.models.training import checkpoint, diagnostics, negative_controls, objective, step_metrics
 from masters.models.training.context import TrainContext
 from masters.models.training.gradient_clipping import clip_gradient
 from masters.models.training.groups import Step
@@ -147,7 +147,7 @@ def _take_step(
     sums = run_step(context, step, references)
     if not (math.isfinite(sums["loss"]) and math.isfinite(largest_gradient(context))):
         raise _non_finite_error(context, number, step, references, sums["loss"])
-    means = step_sums.means(sums, len(step.groups))
+    means = step_metrics.means(sums, len(step.groups))
     means["learning_rate"] = optimizer.param_groups[0]["lr"]
     if context.train.max_gradient_norm is not None:
         means["gradient_norm"] = clip_gradient(context, context.train.max_gradient_norm)
@@ -168,7 +168,7 @@ def _take_step(
 
 
 def run_step(context: TrainContext, step: Step, references: References) -> dict[str, float]:
-    """Run forward and backward passes of one step on all ranks. Returns what `step_sums` describes.
+    """Run forward and backward passes of one step on all ranks. Returns what `step_metrics` describes.
 
     Gradients are those of the mean over the step's questions on all ranks.
     """
@@ -177,13 +177,13 @@ def run_step(context: TrainContext, step: Step, references: References) -> dict[
     for result in results:
         context.history.add_responses([context.groups[g] for g in result.groups], result.responses)
         context.token_counts += result.token_counts
-    return sum_over_ranks(context, step_sums.merge(result.sums for result in results))
+    return sum_over_ranks(context, step_metrics.merge(result.sums for result in results))
 
 
 def sum_over_ranks(context: TrainContext, sums: dict[str, float]) -> dict[str, float]:
     """Sum gradients, already divided by the step's questions on all ranks, and metrics over the ranks."""
     context.sharding.sum_gradients(context.student)
-    return step_sums.merge(all_gather(context.world, sums))
+    return step_metrics.merge(all_gather(context.world, sums))
 
 
 def _forward_backward(
@@ -212,7 +212,7 @@ def batch_outcome(
     context: TrainContext, packed: PackedBatch, groups: list[int], references: References
 ) -> objective.Outcome:
     """Compute the objective on packed groups. `references` is empty if no log pi_ref is stored."""
-    target_R = _concatenate(controls.verdicts(context.groups[g], context.train) for g in groups)
+    target_R = _concatenate(negative_controls.verdicts(context.groups[g], context.train) for g in groups)
     is_trained_R = torch.from_numpy(np.concatenate([context.groups[g].is_trained for g in groups]))
     if context.teacher is None:
         logp_U = context.sharding.run_with_full_weights(
@@ -233,7 +233,7 @@ def batch_outcome(
         terms = replace(terms, reference_logp_T=stored_T)
     sources = [source for g in groups for source, *_ in context.groups[g].keys]
     by_teacher_R = torch.tensor([source == "teacher" for source in sources])
-    rewards = controls.rewards(context.rewards, context.train)
+    rewards = negative_controls.rewards(context.rewards, context.train)
     outcome = objective.masters_loss(terms, target_R, packed, context.train, rewards, by_teacher_R, is_trained_R)
     # the diagnostics compare with the real verdicts, also where a control trains on others
     score_R = _concatenate(context.groups[g].scores for g in groups)

@@ -49,7 +49,7 @@ class WorkerModule(StrEnum):
     """Modules that run in a process of their own. Named here, as this package must not import those above it."""
 
     BENCHMARK = "masters.models.generation.benchmark_worker"
-    EARLY_JUDGING = "masters.models.judging.ahead_worker"
+    EARLY_JUDGING = "masters.models.judging.early_judging"
     GENERATION = "masters.models.generation.worker"
     JUDGING = "masters.models.judging.worker"
     LAUNCHER = "masters.execution.processes"

@@ -20,7 +20,7 @@ from masters.models.model_loading import load_model
 from masters.models.packing import packed_batch, prefix_tree
 from masters.models.packing.packed_batch import pack, response_logits, response_states
 from masters.models.packing.prefix_tree import Question
-from masters.models.training import objective, step_sums, trainer
+from masters.models.training import objective, step_metrics, trainer
 from masters.models.training.groups import Step
 from masters.store.storage import Storage
 from tests.models import family_questions, float64_reference, tiny_models
@@ -79,7 +79,7 @@ def check_accumulation(
     for world in worlds:
         context.student.zero_grad()
         ranks = [trainer.run_step(replace(context, rank=rank, world=world), step, ref) for rank in range(world)]
-        found.append((gradient(context.student), step_sums.merge(ranks)))
+        found.append((gradient(context.student), step_metrics.merge(ranks)))
     context.student.zero_grad()
     (expected, sums), *others = found
     assert expected.norm() > 1e-3

@@ -12,7 +12,7 @@ import torch
 from demo import families
 from masters.models.packing.packed_batch import response_logits
 from masters.models.packing.prefix_tree import TokenCounts
-from masters.models.training import step_sums, trainer
+from masters.models.training import step_metrics, trainer
 from masters.models.training.groups import Step
 from tests.models import float64_reference
 from tests.models.float64_reference import Batch, log_pi, softmax
@@ -60,7 +60,7 @@ def batch_of(context: trainer.TrainContext) -> Batch:
 def plain(context: trainer.TrainContext, batch: Batch) -> dict[str, list[float]]:
     """The values that each diagnostic is a mean of."""
     result, q = float64_reference.objective(batch, context.train, context.rewards), softmax(batch.student_TV)
-    logp_T, found = log_pi(batch.student_TV, batch.token_T), {name: [] for name in step_sums.DENOMINATORS}
+    logp_T, found = log_pi(batch.student_TV, batch.token_T), {name: [] for name in step_metrics.DENOMINATORS}
     gradient = [0.0, 0.0]
     r = 0
     for group, responses, spans in zip(
@@ -100,7 +100,7 @@ def test_diagnostics_equal_those_from_full_logits(name: str) -> None:
     context = sharpened(make_context(name))
     expected = {name: float(np.mean(values)) for name, values in plain(context, batch_of(context)).items()}
     sums = trainer.run_step(replace(context, token_budget=60), EVERYTHING, {})  # several passes
-    found = step_sums.means(sums, len(context.groups))
+    found = step_metrics.means(sums, len(context.groups))
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
     assert 0 < found["greedy_end"] < 1 and 0 < sums["ended_responses"] < sums["tokens"]
@@ -122,5 +122,5 @@ def test_other_objectives_have_the_diagnostics_that_apply(train: dict, present: 
     context = sharpened(make_context("qwen3_vl"), **train)
     if train["objective"] == "sft":
         context = replace(context, teacher=None)
-    found = step_sums.means(trainer.run_step(context, EVERYTHING, {}), len(context.groups))
-    assert found.keys() & (step_sums.DENOMINATORS.keys() | step_sums.LARGEST) == present
+    found = step_metrics.means(trainer.run_step(context, EVERYTHING, {}), len(context.groups))
+    assert found.keys() & (step_metrics.DENOMINATORS.keys() | step_metrics.LARGEST) == present

@@ -10,7 +10,7 @@ import torch
 from masters.config import Train
 from masters.data.question_shards import QuestionRef
 from masters.models.families import FAMILIES
-from masters.models.training import controls, trainer
+from masters.models.training import negative_controls, trainer
 from masters.models.training.groups import Group
 from tests.models.paper import paper_rewards, paper_train
 from tests.models.tiny_contexts import make_context, packed, references
@@ -25,7 +25,7 @@ def group(name: str) -> Group:
 
 def draw_verdicts(control: Any, seed: int = 0, questions: int = 300) -> np.ndarray:
     train = paper_train(control=control, seed=seed)
-    return np.stack([controls.verdicts(group(f"q{number}"), train) for number in range(questions)])
+    return np.stack([negative_controls.verdicts(group(f"q{number}"), train) for number in range(questions)])
 
 
 def test_without_a_control_verdicts_are_unchanged() -> None:
@@ -58,7 +58,7 @@ def test_a_batch_is_trained_with_the_values_of_the_control(control: Any) -> None
     controlled = replace(context, train=paper_train(control=control), rewards=paper_rewards())
     outcome = trainer.batch_outcome(controlled, packed(context, everything), everything, references(context))
     found = torch.tensor(outcome.responses["reward_accuracy"], dtype=torch.float64)
-    expected = np.concatenate([controls.verdicts(one, controlled.train) for one in context.groups])
+    expected = np.concatenate([negative_controls.verdicts(one, controlled.train) for one in context.groups])
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
     if control == "random_advantages":
         begin = 0

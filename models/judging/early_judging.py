@@ -1,7 +1,7 @@
 """The process that judges early: while engines generate, a server judges each shard as soon as it is in the store.
 
-`python -m masters.models.judging.ahead_worker JOB.json`. `masters.models.judging.batches.start_early_judging` makes the
-job, an `EarlyJudgingJob`. Errors are left to the stage score, which asks for the missing verdicts and reports why they
+`python -m masters.models.judging.early_judging JOB.json`. `masters.models.judging.batches.start_early_judging` makes
+the job, an `EarlyJudgingJob`. Errors are left to the stage score, which asks for the missing verdicts and says why they
 cannot be had.
 """
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from masters.models.training import step_sums
-from masters.models.training.step_sums import DENOMINATORS, LARGEST, means, merge
+from masters.models.training import step_metrics
+from masters.models.training.step_metrics import DENOMINATORS, LARGEST, means, merge
 from masters.store import tables
 
 names = st.sampled_from(["loss", *DENOMINATORS, *DENOMINATORS.values(), *LARGEST])
@@ -27,6 +27,6 @@ def test_means_have_their_own_denominators_and_are_left_out_where_these_are_0() 
     assert means(sums, 3) == {"loss": 2.0, "largest_token_kl": 0.5, "entropy": 0.75, "rare_negatives": 0.25}
 
 
-@pytest.mark.parametrize("name", [*step_sums.DENOMINATORS, *step_sums.LARGEST])
+@pytest.mark.parametrize("name", [*step_metrics.DENOMINATORS, *step_metrics.LARGEST])
 def test_the_history_table_has_a_column_for_each_mean(name: str) -> None:
     assert name in tables.HISTORY.names
