@@ -165,7 +165,7 @@ def find_champion(config: Config, storage: Storage) -> Champion | None:
     """Return the champion, if there is one. Raises InputError if it is incomplete or in another store."""
     uri, name = tracking_uri(config, storage), config.name
     retry_unreachable(lambda: check_server(uri))
-    registry = Registry(uri)
+    registry = retry_unreachable(lambda: Registry(uri))
     version = registry.champion(name)
     if version is None:
         return None

@@ -13,7 +13,7 @@ from prefect.states import Crashed
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
 from masters.common import disk_space
-from masters.common.errors import MastersError, StoreError, Unreachable
+from masters.common.errors import MastersError, StoreError, TrackingError, Unreachable, one_line
 from masters.common.redaction import redact_logs
 from masters.tasks.progress import log
 
@@ -38,14 +38,14 @@ def flow_attempt() -> Iterator[None]:
 
 
 def retry_unreachable(function: Callable[[], T]) -> T:
-    """Return the result of `function`. In a deployment, retry it while a store or server is unreachable.
+    """Return the result of `function`. In a deployment, retry it while a store or server is unreachable or breaks off.
 
     Outside a deployment a person is watching and gets the error at once.
     """
     if not deployment.id:
         return function()
     retrying = Retrying(
-        retry=retry_if_exception_type(Unreachable),
+        retry=retry_if_exception_type((Unreachable, TrackingError)),
         stop=stop_after_delay(RETRY_SECONDS),
         wait=wait_exponential(max=30),
         before_sleep=_log_retry,
@@ -70,7 +70,8 @@ def end_stale_tasks() -> None:
     try:
         _crash_task_runs(flow_run.id)
     except Exception as error:  # the client raises many types of errors
-        log("warning", f"task runs of the previous attempt may still look alive: {type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        log("warning", f"task runs of the previous attempt may still look alive: {reason}")
 
 
 def _crash_task_runs(flow_run_id: str) -> None:

@@ -17,11 +17,12 @@ from masters.common.hashing import digest
 from masters.store.artifacts import Artifact, Identity
 from masters.store.storage import Storage
 from masters.tasks.run_context import Context, Run
-from masters.tracking.locations import check_default_database
+from masters.tracking.locations import check_tracking_uri
 from tests import command_line
 from tests.command_line import ROOT, options, read_json
 from tests.s3_server import BUCKET, S3, serve
 from tests.shape_data import write_questions
+from tests.tracked_run import make_config
 
 PREFIX = f"s3://{BUCKET}/a team's/pipeline"
 STAGES = ["data", "mask", "generate", "score", "train", "evaluate", "register"]
@@ -183,8 +184,9 @@ def test_a_read_only_working_folder_is_refused_for_tracking(
     context: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir("/proc")
-    with pytest.raises(InputError, match="/proc/mlflow.db cannot be written.*or start in another folder"):
-        check_default_database(context(f"s3://{BUCKET}/one").storage)
+    storage = context(f"s3://{BUCKET}/one").storage
+    with pytest.raises(InputError, match="database /proc/mlflow.db, cannot be written.*or start in another folder"):
+        check_tracking_uri(make_config(storage.uri("")), storage)
 
 
 @pytest.fixture

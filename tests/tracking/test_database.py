@@ -6,17 +6,19 @@ import resource
 import shutil
 import sqlite3
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
-from masters.common.errors import InputError
+from masters.common.errors import InputError, TrackingError, Unreachable
 from masters.infra import postgres
 from masters.infra.service import start_service, stop_service, wait_until_ready
 from masters.store.storage import Storage
 from masters.tracking.client import client
+from masters.tracking.database import create_tables
 from masters.tracking.run_writer import RunWriter
 from tests.tracked_run import NAME, make_config, write_run
 
@@ -77,34 +79,79 @@ def test_an_interrupted_migration_leaves_no_half_made_file(is_empty: bool, stora
     assert statuses(f"sqlite:///{database}") == ["FINISHED"]
 
 
+class PostgresServer:
+    """A Postgres server with an empty database in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._sockets = folder, folder / "sockets"
+        self._sockets.mkdir()
+        self.uri = f"postgresql+psycopg2://postgres@/mlflow?host={self._sockets}"
+
+    def start(self) -> None:
+        service = postgres.make_service(self._folder / "data", self._sockets, dict(os.environ))
+        self._started = start_service(service, self._folder, "test")
+        wait_until_ready(service, self._started, self._folder, 120)
+        postgres.create_databases(self._sockets)
+
+    def stop(self) -> None:
+        stop_service(self._started)
+
+
 @pytest.fixture
-def postgres_uri() -> Iterator[str]:
-    """A new Postgres server with an empty database."""
+def postgres_server() -> Iterator[PostgresServer]:
     folder = Path(tempfile.mkdtemp(prefix="masters-postgres-"))  # a socket's path must be short
     folder.chmod(0o711)  # as root, Postgres runs as another user
-    sockets = folder / "sockets"
-    sockets.mkdir()
-    service = postgres.make_service(folder / "data", sockets, dict(os.environ))
-    started = start_service(service, folder, "test")
+    server = PostgresServer(folder)
     try:
-        wait_until_ready(service, started, folder, 120)
-        postgres.create_databases(sockets)
-        yield f"postgresql+psycopg2://postgres@/mlflow?host={sockets}"
+        server.start()
+        yield server
     finally:
-        stop_service(started)
+        server.stop()
         shutil.rmtree(folder)
 
 
 @pytest.mark.slow
 def test_simultaneous_first_runs_share_postgres(
-    postgres_uri: str, storage: Storage, monkeypatch: pytest.MonkeyPatch
+    postgres_server: PostgresServer, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each registers a student of its own under the same name."""
+    postgres_uri = postgres_server.uri
     monkeypatch.setenv("MLFLOW_TRACKING_URI", postgres_uri)
     assert run_at_once(storage, 4, write_run) == [0] * 4
     assert statuses(postgres_uri) == ["FINISHED"] * 4
     versions = MlflowClient(postgres_uri).search_model_versions(f"name = '{NAME}'")
     assert sorted(int(version.version) for version in versions) == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_a_postgres_that_stops_is_an_error_with_a_remedy_until_it_answers_again(
+    postgres_server: PostgresServer,
+) -> None:
+    used = client(postgres_server.uri)
+    postgres_server.stop()
+    with pytest.raises(TrackingError, match=r"MLflow at postgresql\S+ does not answer .*: once it answers again, run"):
+        used.get_experiment_by_name("none")
+    create_tables.cache_clear()  # as in another process
+    with pytest.raises(Unreachable, match=r"MLflow at postgresql\S+ does not answer .*: start it, or choose another"):
+        client(postgres_server.uri)
+    postgres_server.start()
+    assert used.get_experiment_by_name("none") is None
+
+
+def test_a_postgres_that_does_not_answer_is_unreachable_at_once() -> None:
+    """MLflow would try for minutes."""
+    started = time.monotonic()
+    with pytest.raises(Unreachable, match=r"at postgresql\+psycopg2://127.0.0.1:9/mlflow does not answer .*: start it"):
+        client("postgresql+psycopg2://me:hunter2@127.0.0.1:9/mlflow")
+    assert time.monotonic() - started < 30
+
+
+def test_a_new_database_is_not_created_without_its_lock(tmp_path: Path) -> None:
+    """Another process may be creating it."""
+    (tmp_path / ".mlflow.db.lock").mkdir()
+    with pytest.raises(InputError, match="cannot be opened"):
+        client(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert [path.name for path in tmp_path.iterdir()] == [".mlflow.db.lock"]
 
 
 def test_an_existing_database_is_read_without_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,22 @@ def test_a_deleted_model_is_registered_again_with_a_note(storage: Storage, clien
     assert notes(storage) == []
 
 
+@pytest.mark.parametrize("is_experiment_deleted", [False, True])
+def test_a_deleted_model_is_noted_although_its_runs_are_deleted_too(
+    is_experiment_deleted: bool, storage: Storage, client: MlflowClient
+) -> None:
+    client.delete_registered_model(NAME)
+    found = experiment(client)
+    if is_experiment_deleted:
+        client.delete_experiment(found.experiment_id)
+    else:
+        for run in client.search_runs([found.experiment_id]):
+            client.delete_run(run.info.run_id)
+    *others, last = notes(storage)
+    assert f"the registered model {NAME} is deleted" in last
+    assert [f"experiment {NAME} is deleted" in note for note in others] == [True] * is_experiment_deleted
+
+
 def test_a_deleted_version_is_registered_again(storage: Storage, client: MlflowClient) -> None:
     client.delete_model_version(NAME, "1")
     again, version = write_run(storage)

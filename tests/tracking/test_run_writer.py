@@ -20,7 +20,7 @@ from masters.flows.nightly import run_night
 from masters.store.artifacts import External, Identity, load
 from masters.store.storage import Storage
 from masters.tracking import metric_buffer, open_runs, run_lineage
-from masters.tracking.locations import check_default_database
+from masters.tracking.locations import check_tracking_uri
 from masters.tracking.run_writer import RunWriter
 from tests.tracked_run import NAME, make_config, write_run, write_stage
 
@@ -320,4 +320,4 @@ def stage_runs(writer: RunWriter) -> list[Run]:
 def test_a_store_whose_path_is_not_valid_in_an_address_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(InputError, match="its address cannot contain"):
-        check_default_database(Storage(str(tmp_path / name)))
+        check_tracking_uri(make_config(tmp_path / name), Storage(str(tmp_path / name)))

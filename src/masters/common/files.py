@@ -35,5 +35,5 @@ def check_writable(folder: Path, purpose: str, remedy: str) -> None:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
             file.write(bytes(ROOM))
     except OSError as error:
-        reason = error.strerror or error
+        reason = "it is not a folder" if isinstance(error, FileExistsError) else error.strerror or error
         raise InputError(f"{folder}, the folder for {purpose}, cannot be written ({reason}): {remedy}") from error

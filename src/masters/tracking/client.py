@@ -10,26 +10,43 @@ import httpx
 import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE, ErrorCode
+from sqlalchemy.exc import OperationalError
 
 from masters.common.errors import InputError, TrackingError, Unreachable, one_line
 from masters.common.redaction import DATABASES
-from masters.tracking.database import create_tables
+from masters.tracking.database import create_tables, sqlite_file
 
 # error codes of refused requests that callers handle
 REFUSALS = {"RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"}
+UNAVAILABLE = ErrorCode.Name(TEMPORARILY_UNAVAILABLE)  # what MLflow makes of a database that does not answer
+CHOOSE_ANOTHER = "start it, or choose another with runtime.mlflow_uri or MLFLOW_TRACKING_URI"
 PUBLIC_URL = "MASTERS_MLFLOW_PUBLIC_URL"  # environment variable: MLflow's address for browsers
 
 
 def client(uri: str) -> MlflowClient:
     """Return a client for `uri`. What exists already or does not exist still raises MlflowException.
 
-    Raises InputError if the database at `uri` cannot be opened.
+    Raises InputError if the database at `uri` cannot be opened, Unreachable if its server does not answer.
     """
     try:
         create_tables(uri)
         return cast(MlflowClient, _Client(MlflowClient(uri)))
+    except InputError:
+        raise
     except Exception as error:  # MLflow's, the database driver's or the disk's
+        if sqlite_file(uri) is None and _is_unavailable(error):
+            raise Unreachable(f"{_does_not_answer(uri, error)}: {CHOOSE_ANOTHER}") from error
         raise InputError(f"MLflow at {redact_uri(uri)} cannot be opened: {one_line(error)}") from error
+
+
+def _is_unavailable(error: Exception) -> bool:
+    """Return whether an error means that a database does not answer, or broke off while it was used."""
+    return isinstance(error, OperationalError) or getattr(error, "error_code", None) == UNAVAILABLE
+
+
+def _does_not_answer(uri: str, error: Exception) -> str:
+    return f"MLflow at {redact_uri(uri)} does not answer ({one_line(error)})"
 
 
 class _Client:
@@ -38,19 +55,20 @@ class _Client:
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._client, name)
-        return _wrap_errors(attribute) if callable(attribute) else attribute
+        return _wrap_errors(attribute, self._client.tracking_uri) if callable(attribute) else attribute
 
 
-def _wrap_errors(call: Callable) -> Callable:
+def _wrap_errors(call: Callable, uri: str) -> Callable:
     @wraps(call)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return call(*args, **kwargs)
-        except MlflowException as error:
-            if error.error_code in REFUSALS:
+        except Exception as error:  # MLflow's, or one from the disk, the database or the network
+            if isinstance(error, MlflowException) and error.error_code in REFUSALS:
                 raise
-            raise TrackingError(f"MLflow: {one_line(error)}") from error
-        except Exception as error:  # from the disk, the database or the network
+            if sqlite_file(uri) is None and _is_unavailable(error):
+                remedy = "once it answers again, run again to go on from here"
+                raise TrackingError(f"{_does_not_answer(uri, error)}: {remedy}") from error
             raise TrackingError(f"MLflow: {one_line(error)}") from error
 
     return wrapped
@@ -76,10 +94,7 @@ def check_server(uri: str) -> None:
             )
         response.raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        raise Unreachable(
-            f"MLflow at {redact_uri(uri)} does not answer ({error}): start it, or choose another with "
-            "runtime.mlflow_uri or MLFLOW_TRACKING_URI"
-        ) from error
+        raise Unreachable(f"{_does_not_answer(uri, error)}: {CHOOSE_ANOTHER}") from error
 
 
 def browser_url(uri: str) -> str:

@@ -1,7 +1,7 @@
 """The MLflow experiment of a configuration's name: found, created, or restored if someone deleted it."""
 
 from mlflow import MlflowClient
-from mlflow.entities import LifecycleStage
+from mlflow.entities import LifecycleStage, ViewType
 from mlflow.exceptions import MlflowException
 
 from masters.common.errors import InputError, TrackingError, one_line
@@ -10,6 +10,7 @@ from masters.store.storage import Storage
 from masters.tracking import locations
 from masters.tracking.client import client as mlflow_client
 from masters.tracking.client import redact_uri
+from masters.tracking.database import is_new_database
 from masters.tracking.registry import Registry
 
 REGISTER_RUNS = "tags.`masters.stage` = 'register' and attributes.status = 'FINISHED'"
@@ -46,27 +47,27 @@ def _restore(client: MlflowClient, name: str, experiment: str) -> None:
 
 
 def describe_deleted(uri: str, name: str) -> list[str]:
-    """Return a note for the experiment and for the registered model of this name if someone deleted it in MLflow.
+    """Return a note for each of the experiment and the registered model of this name that someone deleted in MLflow.
 
     MLflow keeps deleted experiments, which a run restores. It forgets registered models, but not the runs of the stage
-    register.
+    register, even if they are deleted themselves.
     """
     client, place = mlflow_client(uri), f"MLflow at {redact_uri(uri)}"
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         return []
+    notes = []
     if experiment.lifecycle_stage == LifecycleStage.DELETED:
-        return [
+        notes.append(
             f"experiment {name} is deleted in {place}: a run restores it with its runs; to leave it deleted, choose "
             "another name"
-        ]
-    registered = client.search_runs([experiment.experiment_id], REGISTER_RUNS, max_results=1)
-    if not registered or Registry(uri).has(name):
-        return []
-    return [
-        f"the registered model {name} is deleted in {place}: the next student is registered as its version 1, and "
-        "there is no champion to compare it with"
-    ]
+        )
+    if client.search_runs([experiment.experiment_id], REGISTER_RUNS, ViewType.ALL, 1) and not Registry(uri).has(name):
+        notes.append(
+            f"the registered model {name} is deleted in {place}: the next student is registered as its version 1, and "
+            "there is no champion to compare it with"
+        )
+    return notes
 
 
 def check_tracking(config: Config, storage: Storage) -> tuple[str, list[str]]:
@@ -75,4 +76,4 @@ def check_tracking(config: Config, storage: Storage) -> tuple[str, list[str]]:
     Raises InputError if it cannot be reached or written. Creates no tables in a new SQLite database.
     """
     uri = locations.check_tracking_uri(config, storage)
-    return uri, [] if locations.is_new_database(uri) else describe_deleted(uri, config.name)
+    return uri, [] if is_new_database(uri) else describe_deleted(uri, config.name)

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from masters.common.errors import InputError, MastersError
@@ -47,16 +46,22 @@ def find_target(reference: str, mlflow_uri: str | None) -> tuple[Registry, Linea
 
 
 def _find_run(run_id: str, mlflow_uri: str | None) -> tuple[Registry, LineageTarget]:
-    """Find a run in the MLflows of all stores that this machine knows. One that does not answer is left out."""
-    uris = candidate_uris(None, mlflow_uri)
+    """Find a run in the MLflows of all stores that this machine knows. The error names those that do not answer."""
+    uris, unreachable = candidate_uris(None, mlflow_uri), []
     for uri in uris:
-        with suppress(InputError) if len(uris) > 1 else nullcontext():
+        try:
             check_exists(uri)
             registry = Registry(uri)
-            if target := registry.resolve_run(run_id):
-                return registry, target
+        except InputError as error:
+            if len(uris) == 1:
+                raise
+            unreachable.append(str(error))
+            continue
+        if target := registry.resolve_run(run_id):
+            return registry, target
     raise InputError(
         f"run {run_id} was not found in an MLflow known to this machine; name its MLflow with --mlflow-uri"
+        + "".join(f"; {reason}" for reason in unreachable)
     )
 
 

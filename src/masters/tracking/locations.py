@@ -10,13 +10,13 @@ keeps one note of each name: the store of its last run.
 
 import json
 import os
-import tempfile
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from urllib.parse import unquote
 
 from masters.common.errors import InputError, StoreError
-from masters.common.files import describe_place, write_atomically
+from masters.common.files import check_writable, write_atomically
 from masters.common.hashing import fingerprint
 from masters.common.machine import cache_folder
 from masters.common.redaction import redact
@@ -24,6 +24,7 @@ from masters.config import Config, allowlist
 from masters.config.allowlist import Setting
 from masters.store.storage import Storage
 from masters.tracking.client import check_server, redact_uri
+from masters.tracking.database import is_new_database, sqlite_file, with_absolute_path
 
 FOLDER = "tracking"  # of a store
 NOTES = "stores"  # folder of this machine's notes
@@ -45,11 +46,14 @@ def without_secrets(uri: str) -> str:
 
 
 def recorded_uris(storage: Storage) -> dict[str, str]:
-    """Map each address in the store, the first one first, to the URI of the file that holds it."""
+    """Map each address in the store, the first one first, to the URI of the file that holds it.
+
+    Files of older versions have no time; they come before all others.
+    """
     found = {name: json.loads(storage.read(name)) for name in storage.names(FOLDER)}
     return {
         default_uri(storage) if found[name]["uri"] == DEFAULT_DATABASE else found[name]["uri"]: storage.uri(name)
-        for name in sorted(found, key=lambda name: found[name]["since"])
+        for name in sorted(found, key=lambda name: found[name].get("since", 0.0))
     }
 
 
@@ -69,7 +73,10 @@ def remembered_stores(name: str | None = None) -> list[str]:
 
 
 def tracking_uri(config: Config, storage: Storage) -> str:
-    """Return runtime.mlflow_uri, else MLFLOW_TRACKING_URI, else the store's address, else its default database's."""
+    """Return runtime.mlflow_uri, else MLFLOW_TRACKING_URI, else the store's address, else its default database's.
+
+    The path of a SQLite file becomes absolute, as the store keeps the address for processes in other folders.
+    """
     configured = config.runtime.mlflow_uri
     if configured and redact_uri(configured) != configured:
         raise InputError(
@@ -78,17 +85,18 @@ def tracking_uri(config: Config, storage: Storage) -> str:
         )
     if configured:
         allowlist.check_allowed(Setting.MLFLOW, "runtime.mlflow_uri", configured)
-    return configured or os.environ.get("MLFLOW_TRACKING_URI") or _store_uri(storage)
+    return with_absolute_path(configured or os.environ.get("MLFLOW_TRACKING_URI") or _store_uri(storage))
 
 
 def _store_uri(storage: Storage) -> str:
     """Return the address of the store's first run. A SQLite file counts only if it is on this machine for certain."""
     default = default_uri(storage)
     uri = next(iter(recorded_uris(storage)), default)
-    if uri.startswith(SQLITE) and not (storage.local and Path(uri.removeprefix(SQLITE)).is_file()):
+    if uri == default or ((file := sqlite_file(uri)) and not (storage.local and file.is_file())):
+        _check_path(default.removeprefix(SQLITE))
         return default
-    if uri != default:  # whoever may choose a store must not thereby choose any address
-        allowlist.check_allowed(Setting.MLFLOW, f"the MLflow of the store {storage.uri('')}", uri)
+    # whoever may choose a store must not thereby choose any address
+    allowlist.check_allowed(Setting.MLFLOW, f"the MLflow of the store {storage.uri('')}", uri)
     return uri
 
 
@@ -96,40 +104,36 @@ def check_tracking_uri(config: Config, storage: Storage) -> str:
     """Return the address of a run's MLflow. Raises InputError if it does not answer or cannot be created."""
     uri = tracking_uri(config, storage)
     check_server(uri)
-    if uri == default_uri(storage):
-        check_default_database(storage)
+    if file := sqlite_file(uri):
+        check_database(file)
     return uri
-
-
-def is_new_database(uri: str) -> bool:
-    """Return whether a SQLite database does not exist yet, or has no tables yet."""
-    file = Path(uri.removeprefix(SQLITE))
-    return uri.startswith(SQLITE) and not (file.is_file() and file.stat().st_size)
 
 
 def default_uri(storage: Storage) -> str:
     """Return the address of the SQLite file beside the artifacts; for S3 it lies in the working folder."""
-    return f"sqlite:///{storage.path('mlflow.db') if storage.local else Path('mlflow.db').absolute()}"
+    return f"{SQLITE}{storage.path('mlflow.db') if storage.local else Path('mlflow.db').absolute()}"
 
 
-def check_default_database(storage: Storage) -> None:
-    """Raise InputError if the default database cannot be created. The check of the store does not cover its folder."""
-    database = default_uri(storage).removeprefix("sqlite:///")
-    if invalid := {"?", "%"} & set(database):
+def check_database(file: Path) -> None:
+    """Raise InputError if a SQLite database cannot be written or created. Leaves no new file or folder."""
+    _check_path(str(file))
+    remedy = "set runtime.mlflow_uri or MLFLOW_TRACKING_URI, or start in another folder"
+    if file.exists():
+        try:
+            open(file, "ab").close()
+        except OSError as error:
+            raise InputError(f"the tracking database {file} cannot be written ({error.strerror}): {remedy}") from error
+    existing = next(parent for parent in file.parents if parent.exists())
+    check_writable(existing, f"the tracking database {file}", remedy)
+
+
+def _check_path(database: str) -> None:
+    """Raise InputError if SQLAlchemy or MLflow would open another file than this one."""
+    if "?" in database or unquote(database) != database:
         raise InputError(
-            f"the tracking database of a run would be {database}, but its address cannot contain "
-            f"{' '.join(sorted(invalid))}: choose another store.root or working folder, or set runtime.mlflow_uri"
+            f"the tracking database of a run would be {database}, but its address cannot contain ? or an escape such "
+            "as %20: choose another store.root or working folder, or set runtime.mlflow_uri"
         )
-    try:
-        if Path(database).exists():
-            open(database, "ab").close()
-        else:  # a check must not leave an empty database
-            tempfile.TemporaryFile(dir=Path(database).parent).close()
-    except OSError as error:
-        raise InputError(
-            f"the tracking database {database} cannot be written: {error}; set runtime.mlflow_uri or "
-            "MLFLOW_TRACKING_URI, or start in another folder"
-        ) from error
 
 
 def default_files_folder(storage: Storage) -> str:
@@ -141,7 +145,7 @@ def candidate_uris(name: str | None, mlflow_uri: str | None) -> list[str]:
     """Return `mlflow_uri`, else MLFLOW_TRACKING_URI, else the addresses in the stores that this machine keeps."""
     named = mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if named:
-        return [named]
+        return [with_absolute_path(named)]
     uris: dict[str, str] = {}
     for root in remembered_stores(name):
         with suppress(StoreError) if name is None else nullcontext():  # a run id may be in another store
@@ -152,8 +156,8 @@ def candidate_uris(name: str | None, mlflow_uri: str | None) -> list[str]:
 def check_exists(uri: str) -> None:
     """Raise InputError if there is no MLflow at this address; connecting to a missing SQLite file would create it."""
     check_server(uri)
-    if uri.startswith(SQLITE) and not (path := Path(uri.removeprefix(SQLITE))).is_file():
+    if is_new_database(uri):
         raise InputError(
-            f"there is no MLflow database at {describe_place(path)}: name the right one (--mlflow-uri, or for a "
-            "command that reads a configuration MLFLOW_TRACKING_URI or runtime.mlflow_uri)"
+            f"there is no MLflow database at {sqlite_file(uri)} on this machine: name the right one (--mlflow-uri, or "
+            "for a command that reads a configuration MLFLOW_TRACKING_URI or runtime.mlflow_uri)"
         )
