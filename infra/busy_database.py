@@ -35,6 +35,8 @@ class RetryWhileBusy:
             await self._app(scope, receive, send)
             return
         body, deadline = await _read_body(receive), time.monotonic() + RETRY_SECONDS
+        if body is None:
+            return
         while not await self._respond(scope, body, receive, send, is_last=time.monotonic() > deadline):
             await asyncio.sleep(random.uniform(*PAUSES))
 
@@ -61,10 +63,13 @@ class RetryWhileBusy:
         return not is_busy
 
 
-async def _read_body(receive: Receive) -> bytes:
+async def _read_body(receive: Receive) -> bytes | None:
+    """Return the whole body of a request; None if the client has gone before its end."""
     body, is_complete = b"", False
     while not is_complete:
         message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
         body += message.get("body", b"")
         is_complete = not message.get("more_body", False)
     return body

@@ -9,19 +9,19 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.request import urlopen
 
 from masters.common import disk_space
 from masters.common.errors import MastersError, StoreError
 from masters.common.files import check_writable
 from masters.common.log_errors import find_error
 from masters.common.machine import user_folder
+from masters.infra.api import is_responding
 from masters.infra.ports import free_ports
+from masters.infra.service import wait_for
 
 START_SECONDS = 120
 PREFECT_HOME = "PREFECT_HOME"  # environment variable
@@ -37,12 +37,14 @@ class PrefectApi:
 
     def wait_until_ready(self) -> None:
         """Wait until the server answers. Raises MastersError if it ends, or does not answer in `START_SECONDS`."""
-        wait_until_ready(self.url, self._check_running)
+        if not wait_for(self._is_ready, START_SECONDS):
+            raise MastersError(f"the Prefect server at {self.url} did not answer within {START_SECONDS} s")
 
-    def _check_running(self) -> None:
+    def _is_ready(self) -> bool:
         if self.server and self.log and self.server.poll() is not None:
             reason = find_error(self.log.read_text(errors="replace"))
             raise MastersError(f"the Prefect server with its database in {_prefect_home()} ended: {reason}")
+        return is_responding(f"{self.url}/health")
 
     def check_disk(self) -> None:
         """Raise StoreError if the server's database found no space: requests then fail in many ways."""
@@ -82,22 +84,6 @@ def prefect_api() -> Iterator[PrefectApi]:
         del os.environ["PREFECT_API_URL"]
         log.unlink()
         log.parent.rmdir()
-
-
-def wait_until_ready(url: str, check_running: Callable[[], None] = lambda: None) -> None:
-    """Wait until the server answers. Raises MastersError if it does not within `START_SECONDS`.
-
-    `check_running` raises an error if there is nothing to wait for.
-    """
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        check_running()
-        try:
-            with urlopen(f"{url}/health", timeout=2):
-                return
-        except OSError:
-            time.sleep(0.2)
-    raise MastersError(f"the Prefect server at {url} did not answer within {START_SECONDS} s")
 
 
 def _profile_url() -> str | None:

@@ -1,4 +1,4 @@
-"""Starts and stops the services of the local stack.
+"""Starts and stops the services of the local stack, and waits until servers are ready.
 
 The kernel reuses the id of an ended process. So a service is recorded with its process's birth, and all its descendants
 inherit MASTERS_SERVICE in their environment, by which they are found even when the service itself has ended.
@@ -45,6 +45,7 @@ class StartedService:
     birth: str
     mark: str
     stop_signal: int
+    log_start: int = 0  # bytes that its log had before; state files of older versions do not have it
 
     def is_alive(self) -> bool:
         """Return whether its process still runs."""
@@ -58,6 +59,7 @@ def start_service(service: Service, folder: Path, stack_id: str) -> StartedServi
     """Start a service in `folder`. Its output is appended to logs/NAME.log there."""
     mark = f"{stack_id}:{service.name}"
     with open(log_file(folder, service.name), "ab") as log:
+        log_start = log.tell()
         process = subprocess.Popen(
             service.command,
             cwd=folder,
@@ -68,30 +70,29 @@ def start_service(service: Service, folder: Path, stack_id: str) -> StartedServi
             stderr=log,
             start_new_session=True,
         )
-    return StartedService(service.name, process.pid, process_birth(process.pid) or "", mark, service.stop_signal)
+    birth = process_birth(process.pid) or ""
+    return StartedService(service.name, process.pid, birth, mark, service.stop_signal, log_start)
 
 
 def wait_until_ready(service: Service, started: StartedService, folder: Path, seconds: float) -> None:
     """Wait until a service is ready. Raises MastersError if it ends, or is not ready within `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not service.is_ready():
-        is_late = time.monotonic() > deadline
-        if is_late or not started.is_alive():
-            log = log_file(folder, service.name)
-            failure = f"did not answer within {seconds:.0f} s" if is_late else "ended while it started"
-            raise MastersError(f"{service.name} {failure}: {find_error(log.read_text(errors='replace'))} (log: {log})")
-        time.sleep(POLL_INTERVAL)
+    if wait_for(lambda: service.is_ready() or not started.is_alive(), seconds) and started.is_alive():
+        return
+    failure = f"did not answer within {seconds:.0f} s" if started.is_alive() else "ended while it started"
+    log = log_file(folder, service.name)
+    output = log.read_bytes()[started.log_start :].decode(errors="replace")  # not that of earlier starts
+    raise MastersError(f"{service.name} {failure}: {find_error(output)} (log: {log})")
 
 
 def stop_service(started: StartedService) -> None:
     """End a service and all its descendants."""
     if started.is_alive():
         _send_signal(started.pid, started.stop_signal)
-        _wait_for(lambda: not started.is_alive())
+        wait_for(lambda: not started.is_alive())
     for number in (signal.SIGTERM, signal.SIGKILL):
         for pid in find_marked_processes(started.mark) | ({started.pid} if started.is_alive() else set()):
             _send_signal(pid, number)
-        if _wait_for(lambda: not started.is_alive() and not find_marked_processes(started.mark)):
+        if wait_for(lambda: not started.is_alive() and not find_marked_processes(started.mark)):
             return
 
 
@@ -112,9 +113,9 @@ def log_file(folder: Path, name: str) -> Path:
     return log
 
 
-def _wait_for(condition: Callable[[], bool]) -> bool:
-    """Wait up to `STOP_SECONDS`. Returns whether the condition became true."""
-    deadline = time.monotonic() + STOP_SECONDS
+def wait_for(condition: Callable[[], bool], seconds: float | None = None) -> bool:
+    """Wait up to `seconds`, by default `STOP_SECONDS`. Returns whether the condition became true."""
+    deadline = time.monotonic() + (STOP_SECONDS if seconds is None else seconds)
     while not condition():
         if time.monotonic() > deadline:
             return False

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from masters.infra.local_prefect import wait_until_ready
+from masters.infra.local_prefect import PrefectApi
 from masters.infra.ports import free_ports
 from tests import fork_server
 from tests import ray_cluster as ray
@@ -59,7 +59,7 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     with open(home / "log", "wb") as log:
         server = subprocess.Popen(command, env=environment(home), stdout=log, stderr=log)
     try:
-        wait_until_ready(url)
+        PrefectApi(url).wait_until_ready()
         yield {"PREFECT_API_URL": url}
     finally:
         server.terminate()

@@ -25,6 +25,11 @@ ERRORS = {
     "terminate called after throwing an instance of 'c10::Error'": "terminate called after throwing an instance of "
     "'c10::Error'",
     f"{MARK}expected a folder, found none": "expected a folder, found none",
+    "ValueError: expected 100% | found 3/4 [rows]": "ValueError: expected 100% | found 3/4 [rows]",
+    "OSError: weights.bin stopped at 1.2 it/s": "OSError: weights.bin stopped at 1.2 it/s",
+    "ValueError: bar of [00:01<00:01,  1.02s/it] is cut": "ValueError: bar of [00:01<00:01,  1.02s/it] is cut",
+    "error: 50% of 1/2 files": "error: 50% of 1/2 files",
+    f"{MARK}expected 1/2 [50%|], found none": "expected 1/2 [50%|], found none",
     "out of luck": "out of luck",  # as sys.exit writes it
 }
 
@@ -32,6 +37,19 @@ ERRORS = {
 @given(st.sampled_from(sorted(ERRORS)), st.lists(st.sampled_from(NOISE)), st.lists(st.sampled_from(NOISE)))
 def test_the_error_is_found_among_progress_bars_and_log_lines(error: str, before: list[str], after: list[str]) -> None:
     assert find_error("\n".join([*before, error, *after])) == ERRORS[error]
+
+
+@pytest.mark.parametrize("error", [*ERRORS, "Traceback (most recent call last):\nValueError: bad"])
+@pytest.mark.parametrize(
+    "bar",
+    [
+        "Loading safetensors checkpoint shards:   0% Completed | 0/1 [00:00<?, ?it/s]",
+        "Processed prompts:  50%|█████     | 1/2 [1:00:01<00:01,  1.02s/it, est. speed input: 3.1 toks/s]",
+        "5it [00:01,  4.20it/s]",
+    ],
+)
+def test_an_error_on_the_line_of_an_unfinished_progress_bar_is_found(bar: str, error: str) -> None:
+    assert find_error(f"{bar}{error}\n{NOISE[1]}") == ERRORS.get(error, "ValueError: bad")
 
 
 @given(st.lists(st.sampled_from(NOISE)))

@@ -116,6 +116,13 @@ def test_the_reason_of_an_end_is_no_progress_bar(module: str, error: type, reaso
         processes.run([Child(module, f"child_{module}", {}, tmp_path)], 1, lambda *_: None)
 
 
+def test_the_error_of_an_earlier_attempt_is_not_that_of_this_one(tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match="same ended with exit code 1: out of luck"):
+        processes.run([Child("same", "child_fails", {}, tmp_path)], 1, lambda *_: None)
+    with pytest.raises(WorkerLost, match="same ended with signal SIGKILL: it wrote nothing"):
+        processes.run([Child("same", "child_killed", {}, tmp_path)], 1, lambda *_: None)
+
+
 def test_a_full_disk_is_told_at_once(tmp_path: Path) -> None:
     """It is no reason for another try, even if the child could not write its log either."""
     with pytest.raises(StoreError, match="full stopped: No space left on device") as raised:

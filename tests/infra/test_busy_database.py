@@ -65,6 +65,23 @@ def test_a_database_that_stays_locked_is_reported(monkeypatch: pytest.MonkeyPatc
     assert (response.status_code, response.text) == (503, "503")
 
 
+def test_a_request_whose_client_leaves_before_the_end_of_the_body_is_not_handled() -> None:
+    messages = [dict(type="http.disconnect"), dict(type="http.request", body=b'{"state": ', more_body=True)]
+    bodies: list[bytes] = []
+
+    async def handle() -> None:
+        async def receive() -> dict:
+            return messages.pop()
+
+        async def send(message: dict) -> None:
+            raise AssertionError(f"nobody reads {message}")
+
+        await RetryWhileBusy(make_app([200], bodies))(dict(type="http", method="POST"), receive, send)
+
+    asyncio.run(handle())
+    assert bodies == []
+
+
 def test_a_read_is_not_repeated() -> None:
     """The server's readiness is a read that may be 503."""
     bodies: list[bytes] = []

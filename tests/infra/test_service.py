@@ -58,6 +58,13 @@ def test_a_service_that_ends_while_it_starts_is_an_error_with_its_last_line(tmp_
         wait_until_ready(failing, start_service(failing, tmp_path, "three"), tmp_path, 30)
 
 
+def test_the_error_of_an_earlier_start_is_not_that_of_this_start(tmp_path: Path) -> None:
+    for code, error in (("import sys; sys.exit('the disk is full')", "the disk is full"), ("pass", "it wrote nothing")):
+        failing = python_service(code, is_ready=False)
+        with pytest.raises(MastersError, match=f"thing ended while it started: {error} "):
+            wait_until_ready(failing, start_service(failing, tmp_path, "five"), tmp_path, 30)
+
+
 def test_a_service_that_does_not_become_ready_is_an_error(tmp_path: Path) -> None:
     unready = python_service("import time; time.sleep(60)", is_ready=False)
     started = start_service(unready, tmp_path, "four")

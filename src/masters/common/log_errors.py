@@ -8,6 +8,7 @@ NOTHING, NO_ERROR = "it wrote nothing", "it wrote no error"
 CONTROL_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colors and movements of the cursor
 SOURCE = r"(?:\([^()]*\bpid=\d+[^()]*\)\s*|\[rank\d+\]:?\s*)*"  # which process wrote a line, as vLLM and PyTorch put it
 PROGRESS = re.compile(r"\d+%\s*\||\d+%.*\d+/\d+|\d+/\d+ \[|\bit/s\b|\bs/it\b|[█▏▎▍▌▋▊▉━╸]{2}")
+BAR_END = re.compile(r"\[[\d:]+(?:<[\d:?]+)?,[^\]]*/\w+[^\]]*\]")  # tqdm leaves the line open after it
 LOG_LINE = re.compile(rf"{SOURCE}(?:[\d\-:.,T/ |\[\]]*\b(?:DEBUG|INFO|WARN|WARNING)\b|\[?[DIW]\d{{4}}\s)")
 WARNING = re.compile(r"\w*Warning: |\s*warnings\.warn\(")
 ERROR_LOG = rf"{SOURCE}(?:[\d\-:.,T/ |\[\]]*\b(?:ERROR|CRITICAL|FATAL)\b[^\]]*\]:?\s*)?"
@@ -26,8 +27,8 @@ def find_error(log: str) -> str:
     It is the line that begins with `MARK`, else the last exception that does not refer to another one, else the last
     line that calls itself an error, else the last one that is neither a progress bar nor a library's log.
     """
-    lines = [CONTROL_SEQUENCE.sub("", line).strip() for line in log.splitlines()]
-    lines = [line for line in lines if line]
+    lines = CONTROL_SEQUENCE.sub("", log).replace(MARK, f"\n{MARK}").splitlines()
+    lines = [part for line in lines for part in _split_after_bars(line.strip()) if part]
     if not lines:
         return NOTHING
     if marked := [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]:
@@ -39,5 +40,19 @@ def find_error(log: str) -> str:
     return [NO_ERROR, *lines[-1:], *others[-1:], *errors[-1:], *causes[-1:]][-1][:MAX_CHARACTERS]
 
 
+def _split_after_bars(line: str) -> list[str]:
+    """Return the progress bars with which a line begins, and the text that follows them."""
+    parts = []
+    while not _is_error(line) and (bar := BAR_END.search(line)):
+        parts.append(line[: bar.end()])
+        line = line[bar.end() :].strip()
+    return [*parts, line]
+
+
+def _is_error(line: str) -> bool:
+    return bool(line.startswith(MARK) or ERROR.match(line) or OTHER_ERROR.match(line))
+
+
 def _is_noise(line: str) -> bool:
-    return bool(PROGRESS.search(line) or LOG_LINE.match(line) or WARNING.search(line))
+    """Return whether a line is a progress bar, a log line or a warning. An error's text may look like one."""
+    return not _is_error(line) and bool(PROGRESS.search(line) or LOG_LINE.match(line) or WARNING.search(line))

@@ -1,4 +1,4 @@
-"""How a child process ends with an error: it writes the reason into its log, and its parent raises the error for it."""
+"""Reports the error with which a child process ends: it writes the reason into its log, and its parent raises it."""
 
 import os
 import signal

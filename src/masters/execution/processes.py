@@ -91,14 +91,14 @@ class Child:
         return self.folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', self.name)}.{suffix}"
 
     def write_job(self) -> None:
-        """Write the job file, and begin an empty log and no progress. Raises StoreError."""
+        """Write the job file, empty the log and remove the progress of an earlier attempt. Raises StoreError."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.progress.unlink(missing_ok=True)
             # not pydantic's own JSON, in which a threshold may not be infinite
             job = self.job.model_dump(mode="json") if isinstance(self.job, BaseModel) else self.job
             self.job_file.write_text(json.dumps(job))
-            self.log.touch()
+            self.log.write_bytes(b"")
         except OSError as error:
             raise StoreError(f"work folder {self.folder} cannot be written: {error}") from error
 
@@ -126,7 +126,7 @@ class PersistentProcess:
 
     @property
     def is_alive(self) -> bool:
-        """Whether there is a process that can take a job."""
+        """True if there is a process that can take a job."""
         return self._process is not None and self._process.poll() is None
 
     def start_job(self, child: Child, slot: int | None) -> subprocess.Popen:
