@@ -54,6 +54,14 @@ CASES = {
         "http://127.0.0.1:9/v1 does not answer (APIConnectionError", "rewards.accuracy=llm",
         "rewards.judge=http://127.0.0.1:9/v1",
     ),
+    "an MLflow that is not there, named before what the models are refused for": Case(
+        "MLflow at http://127.0.0.1:9 does not answer", "runtime.mlflow_uri=http://127.0.0.1:9",
+        "runtime.tensor_parallel_size=3",
+    ),
+    "a tracking database that cannot be created": Case(
+        "the folder for the tracking database /proc/none/mlflow.db, cannot be written",
+        "runtime.mlflow_uri=sqlite:////proc/none/mlflow.db",
+    ),
     "a password in a source": Case("contains a password or a key", "data.source=https://me:hunter22@host/x.jsonl"),
 }  # fmt: skip
 

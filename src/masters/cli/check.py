@@ -48,17 +48,15 @@ def check(
     from masters.tracking.experiments import check_tracking
 
     resources = preflight(config)
+    tracking_uri, notes = check_tracking(config, resources.storage)
     check_engine_limits(config, [resources.student, *resources.teachers])
     selection = select_valid_rows(config, resources)
     warnings = [*list_warnings(config, resources.student), *list_row_warnings(selection)]
-    warnings += check_prompt_lengths(config, resources)
+    warnings += [*check_prompt_lengths(config, resources), *notes]
     for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
     _print_inputs(config, resources, selection)
     probe = _ask_judge(config, resources.judge) if isinstance(resources.judge, JudgeServer) else None
-    tracking_uri, notes = check_tracking(config, resources.storage)
-    for note in notes:
-        typer.echo(f"warning: {note}", err=True)
     typer.echo(f"tracking   {redact_uri(tracking_uri)}")
     typer.echo(f"memory     {describe_memory(config, resources)}")
     for line in describe_estimates(config, resources, selection, price, probe):
