@@ -34,7 +34,7 @@ def cancel_missed_nights() -> None:
         log("warning", f"missed nights may run after this one: {type(error).__name__}: {one_line(error)}")
         return
     if cancelled:
-        log("info", f"{cancelled} missed nights are cancelled: this night does their work")
+        log("info", f"missed nights that are cancelled, as this night does their work: {cancelled}")
 
 
 def find_missed_nights(client: SyncPrefectClient, night: FlowRun) -> list[FlowRun]:

@@ -8,15 +8,17 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
+from uuid import UUID
 
 import pytest
 from prefect.client.orchestration import PrefectClient, SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import Deployment, FlowRun, State, StateType
+from prefect.client.schemas.responses import SetStateStatus
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Cancelling, Crashed, Pending, Running
+from prefect.states import AwaitingRetry, Cancelling, Crashed, Pending, Running
 
 from masters.flows import missed_nights
 from masters.infra.deployments import POOL, deploy, prepare_server
@@ -202,6 +204,57 @@ def test_missed_nights_collapse_into_one(_server: None, monkeypatch: pytest.Monk
         assert all(states[id].type == StateType.CANCELLED and night.name in states[id].message for id in due)
         assert {states[id].type for id in [*later[:3], requested.id, another.id]} == {StateType.SCHEDULED}
         assert is_due(another) and states[night.id].type == StateType.RUNNING
+
+
+def test_a_night_that_was_interrupted_is_not_a_missed_one(_server: None) -> None:
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name("nightly/nightly")
+        given = dict(config=CONFIG | dict(name="interrupted"))
+        schedule = dict(schedule=dict(interval=3.0), active=True, parameters=given)
+        client._client.post(f"/deployments/{deployment.id}/schedules", json=[schedule]).raise_for_status()
+        until = time.monotonic() + 120
+        while sum(map(is_due, scheduled_nights(client, "interrupted"))) < 3:
+            assert time.monotonic() < until
+            time.sleep(0.5)
+        night, interrupted, missed, *_ = scheduled_nights(client, "interrupted")
+        client.set_flow_run_state(interrupted.id, AwaitingRetry(), force=True)
+        found = [run.id for run in missed_nights.find_missed_nights(client, night)]
+        assert missed.id in found and interrupted.id not in found
+
+
+def test_only_missed_nights_that_the_server_cancels_are_counted(_server: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    set_state = SyncPrefectClient.set_flow_run_state
+
+    def refuse_one(client: SyncPrefectClient, id: UUID, state: State) -> object:
+        return SimpleNamespace(status=SetStateStatus.REJECT) if id == refused.id else set_state(client, id, state)
+
+    monkeypatch.setattr(missed_nights, "log", lambda level, line: lines.append(line))
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name("nightly/nightly")
+        given = dict(config=CONFIG | dict(name="counted"))
+        night, missed, refused = (
+            client.create_flow_run_from_deployment(deployment.id, parameters=given) for _ in range(3)
+        )
+        monkeypatch.setattr(missed_nights, "deployment", SimpleNamespace(id=deployment.id))
+        monkeypatch.setattr(missed_nights, "flow_run", SimpleNamespace(id=night.id))
+        monkeypatch.setattr(missed_nights, "find_missed_nights", lambda *_: [missed, refused])
+        monkeypatch.setattr(SyncPrefectClient, "set_flow_run_state", refuse_one)
+        missed_nights.cancel_missed_nights()
+    assert lines == ["missed nights that are cancelled, as this night does their work: 1"]
+
+
+def test_an_error_of_the_server_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        raise RuntimeError("Server error '503'\nFor more information check:\nthe log")
+
+    lines: list[str] = []
+    monkeypatch.setattr(missed_nights, "log", lambda level, line: lines.append(line))
+    monkeypatch.setattr(missed_nights, "deployment", SimpleNamespace(id="a deployment's"))
+    monkeypatch.setattr(missed_nights, "get_client", fail)
+    missed_nights.cancel_missed_nights()
+    [line] = lines
+    assert line.startswith("missed nights may run after this one: ") and len(line.splitlines()) == 1
 
 
 def test_a_night_goes_on_if_the_missed_ones_cannot_be_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
