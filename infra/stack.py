@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from masters.common.errors import InputError, MastersError
 from masters.common.files import check_writable, write_atomically
+from masters.common.log_errors import find_error
 from masters.infra import object_store, postgres
 from masters.infra.api import is_responding, post, worker_is_online
 from masters.infra.service import Service, StartedService, log_file, start_service, stop_service, wait_until_ready
@@ -211,7 +212,8 @@ def _deploy(folder: Path, environment: dict[str, str]) -> None:
             stderr=output,
         )
     if done.returncode:
-        raise MastersError(f"the deployments of prefect.yaml could not be created (log: {log})")
+        reason = find_error(log.read_text(errors="replace"))
+        raise MastersError(f"the deployments of prefect.yaml could not be created: {reason} (log: {log})")
 
 
 def _environment(folder: Path) -> dict[str, str]:

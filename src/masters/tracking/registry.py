@@ -174,7 +174,7 @@ class Registry:
             return self.version(name, number)
         number = self.champion(name) or self.candidate(name)
         if number is None and not (found := self.versions(name)):
-            raise InputError(f"model {name} has no version yet")
+            raise InputError(f"model {name} has no version yet: `masters distill` registers one")
         return self.version(name, number or int(found[0].version))
 
     def resolve_model(self, name: str, selector: str | None = None) -> LineageTarget:
@@ -205,7 +205,7 @@ class Registry:
             if "masters.folder" in stage.data.tags
         ]
         if not finished:
-            raise InputError(f"run {run_id} finished no stage of a distillation")
+            raise InputError(f"run {run_id} finished no stage of a distillation: name a run that did, or a model")
         folders = {tags["masters.folder"]: tags["masters.digest"] for tags in finished}
         records = {tags["masters.folder"]: tags[RECORD_TAG] for tags in finished if RECORD_TAG in tags}
         return LineageTarget(f"run {run_id}", run.data.tags["masters.store"], folders, parent or run_id, records)
