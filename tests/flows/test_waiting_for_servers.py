@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from masters.common.errors import InputError, Unreachable
+from masters.common.errors import InputError, TrackingError, Unreachable
 from masters.flows import retries
 
 
@@ -28,8 +28,9 @@ def deployed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
 
 
-def test_a_deployment_retries_an_unreachable_store(deployed: None) -> None:
-    store = UnreachableServer(3, Unreachable("away"))
+@pytest.mark.parametrize("error", [Unreachable("away"), TrackingError("MLflow broke off while a run was opened")])
+def test_a_deployment_retries_a_server_that_does_not_answer(error: Exception, deployed: None) -> None:
+    store = UnreachableServer(3, error)
     assert retries.retry_unreachable(store) == "result" and store.calls == 4
 
 
