@@ -27,6 +27,7 @@ class FakeJudge:
     respond: Respond | None = None  # instead of `reply`
     models: tuple[str, ...] = ("exact-match",)
     requests: list[dict] = field(default_factory=list)
+    replies: list[tuple[str, object]] = field(default_factory=list)  # the user's turn and what was sent back
     listings: int = 0  # requests for the list of models
     keys: set[str] = field(default_factory=set)
     concurrent: int = 0
@@ -90,6 +91,7 @@ def _handler(judge: FakeJudge) -> type[BaseHTTPRequestHandler]:
                 time.sleep(reply)
                 reply = ""
             with judge.lock:
+                judge.replies.append((call["messages"][-1]["content"], reply))
                 judge.concurrent -= 1
             if isinstance(reply, dict):
                 reply = json.dumps(reply).encode()

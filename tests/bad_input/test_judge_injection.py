@@ -104,8 +104,13 @@ def test_injections_do_not_change_verdicts_over_http(tmp_path: Path) -> None:
     with fake_judge.serve() as server:
         run = make_run(tmp_path, server.url)
         _, rows, stage = run_scoring(run, {"q": ("what color?", "teal")}, {"q": [*texts, "Teal."]})
-    expected = [exact_match(text, "teal") for text in [*texts, "Teal."]]
-    assert [row["score"] for row in rows] == expected and sum(expected) == 1
+    sent = [(fake_judge.tag_content(user, "generated_text"), reply) for user, reply in server.replies if "<q" in user]
+    wrong = [
+        (text, row["score"], row["explanation"], [reply for sent_text, reply in sent if sent_text == text])
+        for text, row in zip([*texts, "Teal."], rows, strict=True)
+        if row["score"] != exact_match(text, "teal")
+    ]
+    assert wrong == [] and sum(row["score"] for row in rows) == 1
     assert stage["rejected"] == 0
 
 
