@@ -1,6 +1,6 @@
 """data: turn a source into the tables `questions` and `rejected`.
 
-Two passes over the source: the first selects rows (`masters.data.selection`), the second writes them
+Two passes over the source: the first selects rows (`masters.data.question_selection`), the second writes them
 (`masters.data.question_table`).
 """
 
@@ -8,8 +8,8 @@ from prefect import task
 
 from masters.common.errors import InputError
 from masters.config.schema import BUILT_IN_SOURCES
+from masters.data.question_selection import SOURCE_CHANGED, QuestionKey, check_leaks, describe_leaks
 from masters.data.question_table import source_origin, write_tables
-from masters.data.selection import SOURCE_CHANGED, QuestionKey, check_leaks, describe_leaks
 from masters.store.artifacts import Artifact, External, Identity
 from masters.tasks.build_or_reuse import TASK_OPTIONS, StageResult, build_or_reuse
 from masters.tasks.progress import warn

@@ -14,9 +14,9 @@ from masters.common.errors import InputError
 from masters.config import loading
 from masters.config.judge_url import api_base_url
 from masters.config.loading import load, override_values
+from masters.data.row_validation import RejectedRow, validate_rows
 from masters.data.sources.base import COLUMNS
 from masters.data.sources.files import JsonlSource
-from masters.data.validation import RejectedRow, validate_rows
 from masters.rewards.judge import JudgeReply, judge_triples
 from masters.rewards.verdict import Triple
 

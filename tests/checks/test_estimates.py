@@ -11,7 +11,7 @@ from masters.checks.estimates import ParameterCounts, QuestionCounts
 from masters.config import Config
 from masters.config.loading import override_values
 from masters.config.presets import section_values
-from masters.data.selection import Role, Selection
+from masters.data.question_selection import Role, Selection
 from masters.models.model_loading import load_model
 from masters.rewards.judge_probe import ProbeResult
 from masters.rewards.judge_request import RequestStyle

@@ -9,7 +9,7 @@ from masters.checks.preflight import Resources
 from masters.checks.rows import describe_rows, list_row_warnings, select_valid_rows
 from masters.common.errors import InputError
 from masters.config import Config
-from masters.data.selection import Selection
+from masters.data.question_selection import Selection
 from masters.data.sources import open_source
 from tests.data.source_files import records, write_jsonl
 

@@ -23,8 +23,8 @@ from masters.config import Config, Data, Model, Store, Teacher
 from masters.data import image_downloads
 from masters.data.image_downloads import DownloadError, ImageDownloads, check_public, check_url
 from masters.data.question_table import source_origin, write_tables
+from masters.data.row_validation import RejectedRow, validate_rows
 from masters.data.sources import open_source
-from masters.data.validation import RejectedRow, validate_rows
 from masters.store import artifacts, lineage
 from masters.store.artifacts import Identity
 from masters.store.storage import Storage

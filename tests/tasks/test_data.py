@@ -18,7 +18,7 @@ from masters.checks.preflight import Resources
 from masters.common.errors import InputError
 from masters.common.hashing import digest
 from masters.config import Config
-from masters.data import question_table, selection
+from masters.data import question_table
 from masters.data.sources import RawRow, open_source
 from masters.models.generation.shards import ShardCache
 from masters.store import artifacts, tables
@@ -187,7 +187,9 @@ def test_limits_take_the_smallest_selection_keys_and_keep_them_as_data_grows(tmp
     )
     for split, limit in (("train", 40), ("test", 10)):
         ranked = sorted(
-            (selection.selection_key(r), r["question_id"]) for r in question_rows(everything) if r["split"] == split
+            (question_selection.selection_key(r), r["question_id"])
+            for r in question_rows(everything)
+            if r["split"] == split
         )
         assert question_ids(more, split) == {question_id for _, question_id in ranked[:limit]}
         kept = question_ids(more, split) & {r["id"] for r in records(300)}
@@ -387,7 +389,7 @@ def test_a_source_that_changes_between_the_passes_is_refused(tmp_path, second):
 
 def test_a_source_that_grows_before_the_first_pass_is_refused(tmp_path, monkeypatch):
     """Both passes read the new rows, but the identity was computed from the old ones."""
-    path, validate_rows = write_jsonl(tmp_path, records(60)), selection.validate_rows
+    path, validate_rows = write_jsonl(tmp_path, records(60)), question_selection.validate_rows
     config, storage = make_config(path), Storage(str(tmp_path / "store"))
     resources = open_resources(config, storage)
     run: Any = SimpleNamespace(config=config, resources=resources, storage=storage, known_data=None)
@@ -397,7 +399,7 @@ def test_a_source_that_grows_before_the_first_pass_is_refused(tmp_path, monkeypa
         path.write_text(path.read_text() + json.dumps(records(61)[60] | dict(image="images/0.png")) + "\n")
         return validate_rows(*arguments)
 
-    monkeypatch.setattr(selection, "validate_rows", add_row_and_validate)
+    monkeypatch.setattr(question_selection, "validate_rows", add_row_and_validate)
     with pytest.raises(InputError, match="changed while it was read"):
         stage.data.fn(run)
 
@@ -436,7 +438,7 @@ def test_a_large_bucket_or_a_full_buffer_starts_a_new_file(monkeypatch, tmp_path
 
 
 def test_rejected_files_have_bounded_size(monkeypatch, tmp_path):
-    monkeypatch.setattr(selection, "REJECTED_ROWS", 4)
+    monkeypatch.setattr(question_selection, "REJECTED_ROWS", 4)
     bad = [RawRow(str(i), png(0), "q?", None) for i in range(9)]
     artifact_files, facts = question_table.write_tables(
         make_config("given", max_rejected_share=0.9), FakeSource(raw_rows(10) + bad), Storage(str(tmp_path)), "x"

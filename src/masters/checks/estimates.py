@@ -17,7 +17,7 @@ import torch
 
 from masters.config import Config, Teacher
 from masters.config.fields import TEACHER
-from masters.data.selection import Selection
+from masters.data.question_selection import Selection
 from masters.models.model_loading import tensor_shapes
 from masters.models.training.memory_estimate import PATCHES, VISION
 from masters.rewards.judge_probe import ProbeResult

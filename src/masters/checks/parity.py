@@ -12,7 +12,7 @@ from masters.checks.preflight import Resources, shortest_context_length
 from masters.common.errors import InputError
 from masters.config import Config
 from masters.config.mask_schedule import mask_ratios
-from masters.data.validation import RejectedRow, validate_rows
+from masters.data.row_validation import RejectedRow, validate_rows
 from masters.execution import processes
 from masters.execution.processes import WorkerModule
 

@@ -8,10 +8,10 @@ from transformers import AutoProcessor
 from masters.checks.preflight import Resources, shortest_context_length
 from masters.common.errors import InputError
 from masters.config import Config
-from masters.data.selection import assign_validation
+from masters.data.question_selection import assign_validation
+from masters.data.row_validation import RejectedRow, validate_rows
 from masters.data.sources import RawRow, Source
 from masters.data.split_names import find_split
-from masters.data.validation import RejectedRow, validate_rows
 from masters.models.generation.engine import REMEDY
 from masters.models.prompts import PromptLengthCounter, chat_prompt, open_image
 

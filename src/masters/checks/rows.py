@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from masters.checks.preflight import Resources
 from masters.config import Config
-from masters.data.selection import Selection, check_selection, describe_leaks, select_questions
+from masters.data.question_selection import Selection, check_selection, describe_leaks, select_questions
 
 SHOWN = 8  # categories, and kinds of rejection
 

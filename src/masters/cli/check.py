@@ -13,7 +13,7 @@ from masters.config.loading import load
 if TYPE_CHECKING:
     from masters.checks.model_folder import JudgeServer
     from masters.checks.preflight import Resources
-    from masters.data.selection import Selection
+    from masters.data.question_selection import Selection
     from masters.rewards.judge_probe import ProbeResult
 
 app = typer.Typer()

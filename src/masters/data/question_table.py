@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from masters.common.hashing import digest
 from masters.config import Config, Data
-from masters.data.selection import (
+from masters.data.question_selection import (
     QuestionKey,
     WriteTable,
     assign_validation,

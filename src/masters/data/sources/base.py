@@ -22,7 +22,7 @@ COUNTERPARTS = {
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """One row as the source stores it. A value may have any type; `masters.data.validation` accepts or rejects it.
+    """One row as the source stores it. A value may have any type; `masters.data.row_validation` accepts or rejects it.
 
     `image` is bytes, a path from `root` that must stay inside it, or a URI (`image_references`). `fault` says why a row
     could not be read at all (a broken line); then only `id`, which names the row's place, is set.

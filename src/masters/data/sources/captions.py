@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from masters.common.hashing import digest, to_unit_interval
 from masters.data.sources.base import RawRow
-from masters.data.sources.drawn import DrawnSource, encode_png
+from masters.data.sources.drawn_images import DrawnSource, encode_png
 
 SIDE = 64  # pixels of a picture
 SCALE = 4  # drawn larger, then reduced, for soft edges

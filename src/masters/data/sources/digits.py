@@ -14,7 +14,7 @@ from PIL import Image
 
 from masters.common.errors import InputError
 from masters.data.sources.base import RawRow
-from masters.data.sources.drawn import DrawnSource, encode_png
+from masters.data.sources.drawn_images import DrawnSource, encode_png
 
 HEIGHT, WIDTH = 32, 128  # pixels of a scene
 DIGITS = 3  # in a scene, from left to right

@@ -14,8 +14,8 @@ from PIL import Image
 from masters.common.errors import InputError
 from masters.common.hashing import canonical_json, digest, to_unit_interval
 from masters.data import images
+from masters.data.row_validation import PLACEHOLDER_REMOVED, RejectedRow, parse_row, validate_rows
 from masters.data.sources.base import RawRow
-from masters.data.validation import PLACEHOLDER_REMOVED, RejectedRow, parse_row, validate_rows
 from tests.bad_input.image_files import png_header
 
 
@@ -290,7 +290,7 @@ def test_decompression_bomb_is_refused_by_its_header(monkeypatch):
 
 
 def test_oversized_file_is_refused_without_reading(tmp_path, monkeypatch):
-    monkeypatch.setattr("masters.data.validation.MAX_BYTES", 100)
+    monkeypatch.setattr("masters.data.row_validation.MAX_BYTES", 100)
     (tmp_path / "big.png").write_bytes(bytes(101))
     assert rejection(image=bytes(101)) == "image is too large (101 bytes, limit 100)"
     assert rejection(image="big.png", root=tmp_path) == "image is too large (101 bytes, limit 100)"
@@ -375,7 +375,7 @@ def test_unexpected_error_rejects_one_row(monkeypatch):
         raise MemoryError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr("masters.data.validation.find_image_fault", explode)
+        patch.setattr("masters.data.row_validation.find_image_fault", explode)
         assert rejection() == "row cannot be processed (MemoryError: no room)"
 
 

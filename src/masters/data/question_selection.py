@@ -17,8 +17,8 @@ import pyarrow as pa
 from masters.common.errors import InputError
 from masters.common.hashing import digest, to_unit_interval
 from masters.config import Config
+from masters.data.row_validation import RejectedRow, RowError, parse_row, validate_rows
 from masters.data.sources import Source
-from masters.data.validation import RejectedRow, RowError, parse_row, validate_rows
 from masters.store import tables
 
 REJECTED_ROWS = 10_000  # a file
