@@ -18,7 +18,7 @@ from masters.checks.preflight import Resources
 from masters.common.errors import InputError
 from masters.common.hashing import digest
 from masters.config import Config
-from masters.data import question_table
+from masters.data import question_selection, question_table
 from masters.data.sources import RawRow, open_source
 from masters.models.generation.shards import ShardCache
 from masters.store import artifacts, tables
