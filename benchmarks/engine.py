@@ -22,7 +22,7 @@ from masters.config import Config, Runtime, Sampling
 from masters.config.loading import load
 from masters.config.mask_schedule import mask_ratios
 from masters.data.sources.easyvqa import EasyVqaSource
-from masters.execution import processes
+from masters.execution import child_process, processes
 from masters.execution.processes import Child
 from masters.models.masking import group_thresholds, iterate_tensors
 from masters.models.model_loading import iterate_masked_tensors
@@ -141,4 +141,4 @@ def main(job_file: Path) -> None:
 
 
 if __name__ == "__main__":
-    processes.child_main(main)
+    child_process.child_main(main)

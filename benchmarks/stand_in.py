@@ -9,7 +9,7 @@ from typing import cast
 from transformers import AutoProcessor
 
 from masters.config import Runtime, Sampling
-from masters.execution import processes
+from masters.execution import child_process
 from masters.models.generation import worker
 from masters.models.generation.engine import Engine, Reply, Request
 from masters.models.prompts import model_inputs
@@ -44,4 +44,4 @@ class StandInEngine:
 
 if __name__ == "__main__":
     worker.Engine = cast(type[Engine], StandInEngine)
-    processes.child_main(worker.main)
+    child_process.child_main(worker.main)

@@ -7,7 +7,7 @@ import sys
 
 import uvicorn
 
-from masters.execution.processes import die_with_parent
+from masters.execution.child_process import die_with_parent
 from masters.flows.prefect_compat import accept_states_of_scheduled_runs
 from masters.infra.busy_database import RetryWhileBusy
 

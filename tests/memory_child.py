@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-from masters.execution import processes
+from masters.execution import child_process
 
 
 def hold(job_file: Path) -> None:
     held = bytearray(json.loads(job_file.read_text())["mib"] << 20)
-    processes.report(job_file, event="held", mib=len(held) >> 20)
+    child_process.report(job_file, event="held", mib=len(held) >> 20)
 
 
 if __name__ == "__main__":
-    processes.child_main(hold)
+    child_process.child_main(hold)

@@ -15,7 +15,7 @@ import numpy as np
 
 from masters.common.errors import InputError, one_line
 from masters.common.files import write_atomically
-from masters.execution import processes
+from masters.execution import child_process
 from masters.models.generation import engine
 from masters.models.generation.job import BenchmarkDone, BenchmarkJob
 
@@ -30,7 +30,7 @@ def main(job_file: Path) -> None:
     files = {task: job.results / f"{number}.json" for number, task in enumerate(job.tasks)}
     missing = {task: file for task, file in files.items() if not file.exists()}
     for _ in range(len(files) - len(missing)):
-        processes.report_event(job_file, BenchmarkDone(task="kept from before", documents=0))
+        child_process.report_event(job_file, BenchmarkDone(task="kept from before", documents=0))
     if not missing:
         return
     from lmms_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
@@ -45,7 +45,7 @@ def main(job_file: Path) -> None:
         results = _evaluate(model, manager, task, job)
         documents = sum(size["effective"] for size in results["n-samples"].values())
         write_atomically(file, json.dumps(results, default=_to_json))
-        processes.report_event(job_file, BenchmarkDone(task=task, documents=documents))
+        child_process.report_event(job_file, BenchmarkDone(task=task, documents=documents))
 
 
 def _check_task(manager: Any, name: str) -> None:
@@ -110,4 +110,4 @@ def _to_json(value: object) -> object:
 
 
 if __name__ == "__main__":
-    processes.child_main(main)
+    child_process.child_main(main)

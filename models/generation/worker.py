@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from masters.common.hashing import digest
 from masters.data.question_shards import QuestionReader
-from masters.execution import processes
+from masters.execution import child_process
 from masters.execution.events import EngineStarted, ShardAnswered
 from masters.models.generation.engine import Engine, Reply, Request
 from masters.models.generation.job import GenerationJob, GenerationSetup, ShardPiece
@@ -68,16 +68,16 @@ class Worker:
 
 def main(first_job: Path) -> None:
     worker = None
-    for job_file in processes.iterate_jobs(first_job):
+    for job_file in child_process.iterate_jobs(first_job):
         job = GenerationJob.model_validate_json(job_file.read_text())
         if worker is None:
             worker = Worker(job.setup, job.is_reused)
         else:
             worker.switch_weights(job.setup)
-        processes.report_event(job_file, EngineStarted())
+        child_process.report_event(job_file, EngineStarted())
         for piece in job.pieces:
-            processes.report_event(job_file, worker.do(piece))
-        if processes.is_persistent():
+            child_process.report_event(job_file, worker.do(piece))
+        if child_process.is_persistent():
             worker.sleep()
 
 
@@ -127,4 +127,4 @@ TABLES: dict[str, tuple[Callable[[ShardPiece, dict, list[Reply]], list[dict]], p
 
 
 if __name__ == "__main__":
-    processes.child_main(main)
+    child_process.child_main(main)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from masters.common.errors import MastersError
 from masters.common.hashing import fingerprint
-from masters.execution import processes
+from masters.execution import child_process
 from masters.execution.events import JudgedEarly, WaitingForShards
 from masters.models.judging import batches
 from masters.models.judging.job import EarlyJudgingJob, JudgeBatch
@@ -35,7 +35,7 @@ def main(job_file: Path) -> None:
             if len(judged.without_verdict) == len(triples):
                 print("the judge gave no verdict: the stage score will ask again", file=sys.stderr)
                 return
-            processes.report_event(job_file, JudgedEarly(judged=len(triples)))
+            child_process.report_event(job_file, JudgedEarly(judged=len(triples)))
     except MastersError as error:
         print(f"early judging ended: {error}", file=sys.stderr)
 
@@ -45,7 +45,7 @@ def _wait_for_batches(storage: Storage, job: EarlyJudgingJob, job_file: Path) ->
     questions = batches.read_questions(artifacts.load(storage, job.data))
     judged, waiting = batches.stored_verdict_digests(storage, job.folder), set(job.shards)
     while waiting:
-        processes.report_event(job_file, WaitingForShards())
+        child_process.report_event(job_file, WaitingForShards())
         ready = waiting & set(storage.names(job.responses))
         for shard in sorted(ready):
             rows = tables.read(storage, shard, ["question_id", "text"]).to_pylist()
@@ -59,4 +59,4 @@ def _wait_for_batches(storage: Storage, job: EarlyJudgingJob, job_file: Path) ->
 
 
 if __name__ == "__main__":
-    processes.child_main(main)
+    child_process.child_main(main)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from masters.common.errors import WorkerError
 from masters.config import Runtime
-from masters.execution import processes
+from masters.execution import child_process
 from masters.execution.events import BatchJudged, EngineStarted
 from masters.models.judging.batches import BATCH, judgement_row
 from masters.models.judging.job import JudgeBatch, JudgeEndpoint, JudgeJob, JudgeSetup, ServerEndpoint
@@ -81,9 +81,9 @@ class Worker:
 def main(job_file: Path) -> None:
     job = JudgeJob.model_validate_json(job_file.read_text())
     worker = Worker(job.setup)
-    processes.report_event(job_file, EngineStarted())
+    child_process.report_event(job_file, EngineStarted())
     for batch in job.pieces:
-        processes.report_event(job_file, worker.do(batch))
+        child_process.report_event(job_file, worker.do(batch))
 
 
 def make_judge_client(endpoint: JudgeEndpoint, runtime: Runtime) -> JudgeClient:
@@ -100,4 +100,4 @@ def make_judge_client(endpoint: JudgeEndpoint, runtime: Runtime) -> JudgeClient:
 
 
 if __name__ == "__main__":
-    processes.child_main(main)
+    child_process.child_main(main)

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from masters.config import Runtime
 from masters.data.question_shards import QuestionRef
-from masters.execution import processes
+from masters.execution import child_process
 from masters.models import devices, model_loading
 from masters.models.distributed import Sharding, make_sharding, mixed_precision, to_local
 from masters.models.distributed.activation_checkpointing import checkpoint_activations
@@ -70,7 +70,7 @@ def prepare(job: TrainJob, job_file: Path, rank: int, world: int) -> TrainContex
     def report(event: TrainEvent) -> None:
         """Rank 0 reports for all; another rank reports what happens to itself, else only that it is alive."""
         speaks = rank == 0 or isinstance(event, TokenBudgetLowered | RestartRequested)
-        processes.report_event(job_file, event if speaks else Heartbeat())
+        child_process.report_event(job_file, event if speaks else Heartbeat())
 
     storage, train = Storage(job.store), job.train
     data = artifacts.load(storage, job.tables["data"])
@@ -200,4 +200,4 @@ def _label_question(prompts: QuestionPrompts, ref: QuestionRef) -> Question:
 
 
 if __name__ == "__main__":
-    processes.child_main(main)
+    child_process.child_main(main)

@@ -125,9 +125,9 @@ def test_the_traceback_of_a_child_process_has_no_secret(tmp_path: Path, monkeypa
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     (tmp_path / "job.json").write_text("{}")
     code = (
-        "import os, sys\nfrom masters.execution import processes\n"
+        "import os, sys\nfrom masters.execution import child_process\n"
         "def main(job): raise RuntimeError('signed with ' + os.environ['AWS_SECRET_ACCESS_KEY'])\n"
-        f"sys.argv = ['x', {str(tmp_path / 'job.json')!r}]\nprocesses.child_main(main)\n"
+        f"sys.argv = ['x', {str(tmp_path / 'job.json')!r}]\nchild_process.child_main(main)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1

@@ -15,18 +15,18 @@ from tests.local_stack import until
 
 CODE = """
 import json, os, signal
-from masters.execution import processes
+from masters.execution import child_process, processes
 
 def main(first_job):
-    for number, job_file in enumerate(processes.iterate_jobs(first_job)):
+    for number, job_file in enumerate(child_process.iterate_jobs(first_job)):
         job = json.loads(job_file.read_text())
         if job.get("kills"):
             os.kill(os.getpid(), signal.SIGKILL)
         print("job", job["name"], flush=True)
-        processes.report(job_file, event="done", pid=os.getpid(), number=number, slot=os.environ[processes.SLOT])
+        child_process.report(job_file, event="done", pid=os.getpid(), number=number, slot=os.environ[processes.SLOT])
 
 if __name__ == "__main__":
-    processes.child_main(main)
+    child_process.child_main(main)
 """
 
 

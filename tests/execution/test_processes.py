@@ -26,13 +26,13 @@ MODULES = {
     "silent": "import time; time.sleep(600)",
     "fails_in_a_loop": """
 from tqdm import tqdm
-from masters.execution import processes
+from masters.execution import child_process, processes
 
 def main(job_file):
     for number in tqdm(range(3), "Loading safetensors checkpoint shards"):
         raise ValueError("shard 1\\nis damaged")
 
-processes.child_main(main)
+child_process.child_main(main)
 """,
     "aborts_in_a_loop": """
 import os, sys
@@ -42,38 +42,38 @@ os.abort()
 """,
     "meets_a_full_disk": """
 import sys
-from masters.execution import processes
+from masters.execution import child_process, processes
 
 def main(job_file):
     sys.stderr = open("/dev/full", "w")  # the log lies on the disk that is full
     with open("/dev/full", "w") as file:
         file.write("weights")
 
-processes.child_main(main)
+child_process.child_main(main)
 """,
     "exceeds_a_size": """
 import resource
 from pathlib import Path
-from masters.execution import processes
+from masters.execution import child_process, processes
 
 def main(job_file):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     Path(job_file).with_name("weights").write_bytes(bytes(200_000))
 
-processes.child_main(main)
+child_process.child_main(main)
 """,
     "busy": "import time; time.sleep(1)",
     "parent": """
 import multiprocessing, time
-from masters.execution import processes
+from masters.execution import child_process, processes
 
 def main(job_file):
     grandchild = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
     grandchild.start()
-    processes.report(job_file, event="grandchild", pid=grandchild.pid)
+    child_process.report(job_file, event="grandchild", pid=grandchild.pid)
     print("the last line", end="")
 
-processes.child_main(main)
+child_process.child_main(main)
 """,
 }
 

@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> NoReturn:
     same = all(os.environ.get(name) == session["environment"].get(name) for name in READ_AT_IMPORT)
     if not same or not forkable(arguments):
         os.execv(session["python"], [session["python"], *arguments])
-    if arguments[1] == "masters.execution.processes":
+    if arguments[1] == "masters.execution.child_process":
         die_with_parent(int(arguments[2]))
     signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
     ignored = [number for number in PASSED_ON if signal.getsignal(number) == signal.SIG_IGN]
@@ -59,13 +59,13 @@ def main(arguments: list[str]) -> NoReturn:
 def forkable(arguments: list[str]) -> bool:
     if len(arguments) < 2 or arguments[0] != "-m":
         return False
-    if arguments[1] == "masters.execution.processes":
+    if arguments[1] == "masters.execution.child_process":
         return arguments[3] in CHILDREN
     return arguments[1] in COMMANDS
 
 
 def die_with_parent(parent: int) -> None:
-    """As `masters.execution.processes` does in the process that it starts, which here is another one's child."""
+    """As `masters.execution.child_process` does in the process that it starts, which here is another one's child."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit("the parent is gone")

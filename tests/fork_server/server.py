@@ -171,10 +171,10 @@ def _customize() -> None:
 
 
 def _main(arguments: list[str]) -> None:
-    """`-m MODULE ARGUMENTS`; of `masters.execution.processes`, which ties a child to its parent, the module it runs."""
+    """Run `-m MODULE ARGUMENTS`; of `masters.execution.child_process` the module that it would run."""
     sys.orig_argv = [sys.executable, *arguments]
     _, module, *rest = arguments
-    if module == "masters.execution.processes":
+    if module == "masters.execution.child_process":
         _, module, *rest = rest
     sys.argv = [module, *rest]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

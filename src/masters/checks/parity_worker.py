@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoProcessor
 
 from masters.checks.parity_job import MAX_TOKENS, Difference, ParityJob
-from masters.execution import processes
+from masters.execution import child_process
 from masters.models import model_loading, prompts
 from masters.models.families import family_of
 from masters.models.generation.engine import Engine, Request
@@ -31,7 +31,7 @@ LOG_PROB_LIMITS = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
 def main(job_file: Path) -> None:
     job = ParityJob.model_validate_json(job_file.read_text())
     for difference in measure_differences(job):
-        processes.report_event(job_file, difference)
+        child_process.report_event(job_file, difference)
 
 
 def measure_differences(job: ParityJob) -> list[Difference]:
@@ -135,4 +135,4 @@ def _find_family(folder: Path):
 
 
 if __name__ == "__main__":
-    processes.child_main(main)
+    child_process.child_main(main)

@@ -1,45 +1,32 @@
 """Run engines and trainers in child processes: their memory comes back, a crash is an exit code, none is left behind.
 
-A child process runs a module with `JOB.json` as its argument. It writes one JSON object a line to `JOB.progress` and
-everything else to `JOB.log`. It ends with exit code 0, or with an error in its log (`child_exit`). The last line of
-progress is its peak memory. A persistent process does not end after its job: it reads the name of the next `JOB.json`
-from its standard input.
+What a child does, from its job file to its exit code, is `child_process`.
 """
 
-import ctypes
 import json
 import math
-import multiprocessing
 import os
 import re
-import runpy
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import NoReturn
 
 from pydantic import BaseModel
 
-from masters.common import machine
 from masters.common.errors import StoreError, WorkerLost
-from masters.common.redaction import redact_logs
-from masters.execution.child_exit import DISK_CODES, check_exit, report_error
-from masters.execution.child_output import Heartbeat, ProgressReader, redirect_output
+from masters.execution.child_exit import DISK_CODES, check_exit
+from masters.execution.child_output import Heartbeat, ProgressReader
+from masters.execution.child_process import GRACE_SECONDS, PEAK, PERSISTENT
 
-PR_SET_PDEATHSIG = 1
 POLL_SECONDS = 0.2
-GRACE_SECONDS = 5.0  # between the request to end and the kill
 # the sockets through which processes of torch and vLLM find each other stay on this machine
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
 SLOT = "MASTERS_SLOT"  # number, from 0, of a child among those that run together: which devices it may take
-PEAK = "peak"  # event that ends a job
-PERSISTENT = "MASTERS_PERSISTENT"  # set in the environment of a persistent process
 PYTHON = "MASTERS_PYTHON"  # the program that runs children, such as a profiler's wrapper; by default this interpreter
 
 OnProgress = Callable[[str, dict], None]  # called with a child's name and one line of its progress
@@ -52,7 +39,7 @@ class WorkerModule(StrEnum):
     EARLY_JUDGING = "masters.models.judging.early_judging"
     GENERATION = "masters.models.generation.worker"
     JUDGING = "masters.models.judging.worker"
-    LAUNCHER = "masters.execution.processes"
+    LAUNCHER = "masters.execution.child_process"
     PARITY = "masters.checks.parity_worker"
     RAY_DRIVER = "masters.execution.ray_engines.actor_pool"
     RAY_GUARD = "masters.execution.ray_engines.guard"
@@ -205,73 +192,6 @@ def run(
     return ProcessUsage(tuple(supervisor.startup_seconds.values()), float(sum(largest)))
 
 
-def report(job_file: Path, **fields: object) -> None:
-    """Write one line of progress, from the child."""
-    with open(job_file.with_suffix(".progress"), "a", encoding="utf-8") as file:
-        file.write(json.dumps(fields) + "\n")
-
-
-def report_event(job_file: Path, event: BaseModel) -> None:
-    """Write an event as one line of progress, from the child."""
-    report(job_file, **event.model_dump(mode="json"))
-
-
-def iterate_jobs(first: Path) -> Iterator[Path]:
-    """Yield the child's job file and, in a persistent process, those that follow, each with its own log.
-
-    Asking for the next job reports that the one before is done.
-    """
-    yield first
-    if not is_persistent():
-        return
-    report(first, event=PEAK, mib=machine.peak_memory_mib())
-    for line in iter(sys.stdin.readline, ""):
-        job_file = Path(line.rstrip("\n"))
-        redirect_output(job_file.with_suffix(".log"))
-        yield job_file
-        report(job_file, event=PEAK, mib=machine.peak_memory_mib())
-
-
-def is_persistent() -> bool:
-    """Return whether this child is persistent: further jobs may follow."""
-    return PERSISTENT in os.environ
-
-
-def child_main(main: Callable[[Path], None]) -> NoReturn:
-    """Run `main` on the job file that is the first argument, then exit.
-
-    An expected error becomes one line on stderr and its exit code, any other one a traceback and exit code 1. If a disk
-    or the store is full, the exit code says so.
-    """
-    redact_logs()
-    code = 0
-    try:
-        main(Path(sys.argv[1]))
-        report(Path(sys.argv[1]), event=PEAK, mib=machine.peak_memory_mib())
-    except Exception as error:
-        code = report_error(error)
-    _exit_at_once(code)
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this child when the process that started it is gone."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit("the parent is gone")
-
-
-def _exit_at_once(code: int) -> NoReturn:
-    """Exit without Python's cleanup, on which an engine's process spends 7 of its 31 s."""
-    for process in multiprocessing.active_children():  # vLLM's own, with tensor parallelism
-        process.terminate()
-        process.join(GRACE_SECONDS)
-        process.kill()
-    with suppress(OSError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
-
-
 def _start_order(child: Child) -> int:
     """Sort live persistent processes first, as they hold their slots, and new ones last: they keep their memory."""
     if child.persistent is None:
@@ -380,9 +300,3 @@ class _Supervisor:
                 self.startup_seconds.setdefault(name, round(time.monotonic() - running.start_time, 2))
                 self._on_progress(name, line)
         return job_is_done
-
-
-if __name__ == "__main__":
-    die_with_parent(int(sys.argv[1]))  # before the seconds that a module's imports take
-    sys.argv = sys.argv[2:]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

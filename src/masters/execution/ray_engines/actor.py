@@ -16,9 +16,10 @@ from masters.common import machine
 from masters.common.errors import InputError
 from masters.common.hashing import model_digest
 from masters.common.redaction import redact_logs
+from masters.execution.child_process import die_with_parent
 from masters.execution.engines import EnginePiece, EngineWork
 from masters.execution.events import EngineEvent
-from masters.execution.processes import LOOPBACK, SLOT, die_with_parent
+from masters.execution.processes import LOOPBACK, SLOT
 from masters.store.storage import Storage
 
 PINNED = ("masters", "vllm", "torch", "transformers")  # tables depend on their versions

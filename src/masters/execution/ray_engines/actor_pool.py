@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from masters.common.errors import MastersError, WorkerError
-from masters.execution import processes
+from masters.execution import child_process
 from masters.execution.engines import EnginePiece, EngineWork, OnEvent, RayJob
 from masters.execution.events import EngineRestarted, EngineStarted, RayFinished, RayStarted
 from masters.execution.ray_engines.actor import EngineActor, NodeRequirements, node_requirements
@@ -151,7 +151,7 @@ def _unwrap(error: Any) -> Exception:
 
 def main(job_file: Path) -> None:
     job = RayJob.model_validate_json(job_file.read_text())
-    runtime, report = job.runtime, partial(processes.report_event, job_file)
+    runtime, report = job.runtime, partial(child_process.report_event, job_file)
     with ray_cluster(runtime.cluster) if runtime.cluster else local_ray(job.workers):
         report(RayStarted(pid=os.getpid()))
         gpus, engines = find_capacity(runtime.engine_gpus, runtime.tensor_parallel_size)
@@ -164,4 +164,4 @@ def main(job_file: Path) -> None:
 
 
 if __name__ == "__main__":
-    processes.child_main(main)
+    child_process.child_main(main)
