@@ -55,11 +55,10 @@ class PrefectApi:
 @contextmanager
 def prefect_api() -> Iterator[PrefectApi]:
     """Yield a Prefect API and set PREFECT_API_URL to it; to be entered before Prefect is imported."""
-    configured = os.environ.get("PREFECT_API_URL") or _profile_url()
-    if configured:
+    check_home()
+    if configured := _configured_url():
         yield PrefectApi(configured)
         return
-    check_writable(_prefect_home(), "Prefect's history", f"set {PREFECT_HOME} or HOME to another folder")
     log = Path(tempfile.mkdtemp(prefix="masters-prefect-")) / "server.log"
     [port] = free_ports(1)
     url = f"http://127.0.0.1:{port}/api"
@@ -84,6 +83,16 @@ def prefect_api() -> Iterator[PrefectApi]:
         del os.environ["PREFECT_API_URL"]
         log.unlink()
         log.parent.rmdir()
+
+
+def check_home() -> None:
+    """Raise InputError if a server of our own is needed and the folder of its database cannot be written."""
+    if not _configured_url():
+        check_writable(_prefect_home(), "Prefect's history", f"set {PREFECT_HOME} or HOME to another folder")
+
+
+def _configured_url() -> str | None:
+    return os.environ.get("PREFECT_API_URL") or _profile_url()
 
 
 def _profile_url() -> str | None:

@@ -44,9 +44,11 @@ def check(
     from masters.checks.preflight import list_warnings, preflight
     from masters.checks.prompt_lengths import check_prompt_lengths
     from masters.checks.rows import list_row_warnings, select_valid_rows
+    from masters.infra.local_prefect import check_home
     from masters.tracking.client import redact_uri
     from masters.tracking.experiments import check_tracking
 
+    check_home()
     resources = preflight(config)
     tracking_uri, notes = check_tracking(config, resources.storage)
     check_engine_limits(config, [resources.student, *resources.teachers])
