@@ -37,7 +37,7 @@ golden: setup
 SEED ?= 0
 test-faults: setup
 	rm -f runs/faults/$(SEED).json
-	SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --maxschedchunk 1 tests/faults/suite.py; ended=$$?; $(BIN)/python -m tests.faults.report $(SEED) && exit $$ended
+	SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --maxschedchunk 1 tests/faults/random_faults.py; ended=$$?; $(BIN)/python -m tests.faults.report $(SEED) && exit $$ended
 
 # Chromium, for the tests that open the UIs; if you are not root, install it beforehand
 browser:

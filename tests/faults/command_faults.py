@@ -14,9 +14,9 @@ from urllib.request import urlopen
 from masters.infra.ports import free_ports
 from masters.store.storage import Storage
 from tests.faults import verify_store
+from tests.faults.disturbed_runs import LIMIT, MARK, ROOT, Running, Seen, World, stage_of, until
 from tests.faults.fault_points import HOWS, At, Fault
 from tests.faults.verify_store import Finished
-from tests.faults.world import LIMIT, MARK, ROOT, Running, Seen, World, stage_of, until
 from tests.s3_server import die_with_parent
 
 STEPS_ALONE = ("stage", "train")  # with labels as targets no engine is started

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from masters.config.stages import Stage
+from tests.faults.disturbed_runs import TRAIN, Running, Seen, World, started, until
 from tests.faults.run_spec import Shape
-from tests.faults.world import TRAIN, Running, Seen, World, started, until
 
 
 def two_at_once(world: World) -> Seen:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
+from tests.faults.disturbed_runs import SCORE, TRAIN, Running, Seen, World, stage_of
 from tests.faults.fault_points import HOWS, At, Fault
 from tests.faults.run_spec import Shape
-from tests.faults.world import SCORE, TRAIN, Running, Seen, World, stage_of
 
 CHECKED = "check"  # operations of the store's probe, before a run begins
 DAY = 86_400.0

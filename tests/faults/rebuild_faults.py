@@ -6,9 +6,9 @@ import signal
 from pathlib import Path
 
 from masters.config.stages import Stage
+from tests.faults.disturbed_runs import REGISTER, Running, Seen, World, stage_of
 from tests.faults.fault_points import HOWS, At, Fault
 from tests.faults.run_spec import Shape
-from tests.faults.world import REGISTER, Running, Seen, World, stage_of
 
 REBUILDS = Shape(Stage.SCORE, rebuild=Stage.MASK, key="rebuilds")
 SHARDS = "shards/predictions"

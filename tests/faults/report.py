@@ -12,7 +12,7 @@ from collections.abc import Callable
 from filelock import FileLock
 
 from masters.common.files import write_atomically
-from tests.faults.world import ROOT, Seen, told
+from tests.faults.disturbed_runs import ROOT, Seen, told
 
 KEPT = ROOT / "runs" / "faults"
 COUNTS = ("injected", "SIGKILLs", "run killed", "run failed", "run went on", "recovered", "rows lost", "rows twice",

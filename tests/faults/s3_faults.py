@@ -12,10 +12,22 @@ from dataclasses import dataclass, field, replace
 from masters.common.hashing import digest
 from masters.config.stages import Stage
 from masters.store.storage import Storage
+from tests.faults.disturbed_runs import (
+    MARK,
+    ROOT,
+    SCORE,
+    TRAIN,
+    Running,
+    Seen,
+    World,
+    environment,
+    stage_of,
+    started,
+    until,
+)
 from tests.faults.proxy import LEASES, WRITES, Plan, Proxy
 from tests.faults.run_spec import Shape
 from tests.faults.verify_store import Verdict
-from tests.faults.world import MARK, ROOT, SCORE, TRAIN, Running, Seen, World, environment, stage_of, started, until
 from tests.s3_server import BUCKET, S3
 
 PARTS = 101 << 20  # bytes of a file that s3fs sends in parts, of 50 MiB each

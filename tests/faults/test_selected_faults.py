@@ -8,9 +8,9 @@ import pytest
 from masters.store import tables
 from masters.store.storage import Storage
 from tests.faults import process_faults, proxy, s3_faults
+from tests.faults.disturbed_runs import SCORE, Seen, World
 from tests.faults.s3_faults import Remote
 from tests.faults.verify_store import compare
-from tests.faults.world import SCORE, Seen, World
 from tests.s3_server import S3
 
 

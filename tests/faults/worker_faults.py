@@ -5,8 +5,8 @@ import signal
 
 from masters.store.storage import Storage
 from tests.faults import verify_store
+from tests.faults.disturbed_runs import Running, Seen, World
 from tests.faults.verify_store import Finished
-from tests.faults.world import Running, Seen, World
 from tests.local_stack import ENDED, Stack, serve, until
 
 

@@ -25,9 +25,9 @@ from tests.faults import (
     worker_faults,
 )
 from tests.faults.conftest import WHOLE
+from tests.faults.disturbed_runs import REGISTER, SCORE, TRAIN, TWO_RANKS, Seen, World
 from tests.faults.run_spec import Shape
 from tests.faults.s3_faults import Remote
-from tests.faults.world import REGISTER, SCORE, TRAIN, TWO_RANKS, Seen, World
 from tests.s3_server import S3
 
 DAY = process_faults.DAY
