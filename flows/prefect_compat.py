@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun
@@ -19,18 +19,6 @@ IsReported = Callable[[PrefectClient, FlowRun], Awaitable[bool]]
 def worker_name() -> str:
     """Return the name of the worker that started this process; empty if no worker did."""
     return os.environ.get("PREFECT__WORKER_NAME", "")
-
-
-def accept_states_of_scheduled_runs() -> None:
-    """Let Prefect's server schedule runs with SQLAlchemy 2.1; to be called before the server starts.
-
-    Prefect inserts scheduled runs together with a value for `FlowRun.state`, which is no column, and sets their states
-    afterwards. SQLAlchemy 2.0 ignores such a value, 2.1 refuses it: then no schedule ever starts a run.
-    """
-    from prefect.server.database.orm_models import FlowRun  # only the server needs it
-
-    state: Any = FlowRun.__mapper__.all_orm_descriptors["state"]
-    state.bulk_dml_setter = lambda *_: None
 
 
 def filter_crash_reports(is_reported: IsReported) -> "type[ProcessWorker]":

@@ -8,14 +8,12 @@ import sys
 import uvicorn
 
 from masters.execution.child_process import die_with_parent
-from masters.flows.prefect_compat import accept_states_of_scheduled_runs
 from masters.infra.busy_database import RetryWhileBusy
 
 
 def main(port: int) -> None:
     from prefect.server.api.server import create_app
 
-    accept_states_of_scheduled_runs()
     app = RetryWhileBusy(create_app(final=True))
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=3)
 
