@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from masters.checks.engine_limits import (
     cache_bytes_per_token,
     check_attention_heads,
+    check_cache_memory,
     check_cache_size,
     check_engine_limits,
 )
@@ -61,6 +62,19 @@ def test_the_cache_is_as_large_as_vllms(dtype: str, devices: int) -> None:
 )
 def test_key_value_heads_are_replicated_on_more_devices(devices: int, expected: int) -> None:
     assert cache_bytes_per_token(LARGE, "bfloat16", devices) == expected
+
+
+def test_a_cache_larger_than_the_machine_is_refused() -> None:
+    check_cache_memory(Runtime(engine_memory_gib=8), 8.0)
+    with pytest.raises(InputError, match=r"engine_memory_gib: expected at most the 7.9 GiB .*, found 8: lower it"):
+        check_cache_memory(Runtime(engine_memory_gib=8), 7.9)
+
+
+def test_a_check_compares_the_cache_with_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    config = make_config("store", "digits", runtime=dict(engine_memory_gib=2**20))
+    with pytest.raises(InputError, match="found 1048576: lower it"):
+        check_engine_limits(config, [])
 
 
 def test_a_cache_that_holds_no_sequence_is_refused() -> None:

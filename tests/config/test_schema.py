@@ -67,6 +67,12 @@ def test_an_objective_without_any_reward_is_refused() -> None:
         load(DEMO, ["preset=paper", "rewards.accuracy=off", "rewards.distillation=off"])
 
 
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
+    marked = tmp_path / "marked.toml"
+    marked.write_bytes(b"\xef\xbb\xbf" + DEMO.read_bytes())
+    assert load(marked) == load(DEMO)
+
+
 def test_overrides_are_toml_literals_or_strings() -> None:
     config = load(DEMO, ["train.epochs=7", "data.source=my.jsonl", "teachers.0.r_max=0.1", "generate.student_share=0"])
     assert (config.train.epochs, config.data.source, config.teachers[0].r_max) == (7, "my.jsonl", 0.1)

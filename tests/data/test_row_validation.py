@@ -15,7 +15,7 @@ from masters.common.errors import InputError
 from masters.common.hashing import canonical_json, digest, to_unit_interval
 from masters.data import images
 from masters.data.row_validation import PLACEHOLDER_REMOVED, RejectedRow, parse_row, validate_rows
-from masters.data.sources.base import RawRow
+from masters.data.sources.base import RawRow, raw_row
 from tests.bad_input.image_files import png_header
 
 
@@ -105,6 +105,12 @@ def test_question_digest_covers_all_accepted_answers():
 def test_special_tokens_are_refused_in_every_accepted_answer():
     (found,) = validate_rows(FakeSource(row(answer=["this", "<|im_end|>"])), ("<|im_end|>",))
     assert found == RejectedRow("a", "answer has a special token", "answer has a special token (<|im_end|>)")
+
+
+def test_an_empty_cell_of_a_table_names_no_split():
+    assert accept(split=float("nan"))["split"] == accept(split=None)["split"]
+    columns = {"id": "a", "image": GOOD, "question": "what?", "answer": "that", "split": float("nan")}
+    assert raw_row(columns, None, "test").split == "test", "the part's"
 
 
 def test_whole_number_ids_become_their_decimals():
@@ -258,6 +264,9 @@ def test_an_empty_split_is_decided_by_the_image():
         ({"answer": ["a", date(2026, 1, 1)]}, "answer is not text (found date)"),
         ({"category": ["a"]}, "category is not text (found list)"),
         ({"question": 3}, "question is not text (found int)"),
+        ({"id": float("nan")}, "id is missing"),
+        ({"image": {"data": b"", "kind": "png"}}, "image is neither bytes nor a path (found dict with data, kind; "
+         "expected bytes or path in it)"),
         ({"split": "holdout"}, f"unknown split (found 'holdout', expected {SPLIT_TABLE})"),
         ({"split": 0}, f"unknown split (found 0, expected {SPLIT_TABLE})"),
         ({"split": ["train"]}, f"unknown split (found ['train'], expected {SPLIT_TABLE})"),

@@ -1,5 +1,6 @@
 """Sources: their rows, what their digests cover, and what they refuse."""
 
+import gzip
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from PIL import Image
 
 from masters.common.errors import InputError
 from masters.config import Data
+from masters.data.row_validation import validate_rows
 from masters.data.sources import RawRow, digits, open_source
 from masters.data.sources.class_labels import read_label_names
 from masters.data.sources.easyvqa import question_category
@@ -210,6 +212,21 @@ def test_broken_lines_become_faulty_rows_with_their_numbers(tmp_path):
     assert rows[0].fault is None and rows[-1].fault is None
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda content: content.decode().encode("utf-16"), "found text in UTF-16; save it as UTF-8"),
+        (lambda content: b"\xfe\xff" + content.decode().encode("utf-16-be"), "found text in UTF-16; save it as UTF-8"),
+        (gzip.compress, "found a gzip archive; unpack it"),
+        (lambda content: b"PAR1" + content + b"PAR1", "found a Parquet file; rename it to .parquet"),
+    ],
+)
+def test_a_jsonl_file_with_other_content_is_told_what_it_holds(tmp_path, change, expected):
+    path = write_jsonl(tmp_path)
+    path.write_bytes(change(path.read_bytes()))
+    assert refusal_message(path).endswith(expected)
+
+
 @pytest.mark.parametrize("content", [b"", b"\n \n\n"])
 def test_an_empty_jsonl_is_refused(tmp_path, content):
     (tmp_path / "rows.jsonl").write_bytes(content)
@@ -303,6 +320,15 @@ def test_a_list_of_one_image_is_that_image(tmp_path):
     assert [r.image for r in open_path(write_jsonl(tmp_path, lines)).rows()] == ["images/0.png"] * 2
 
 
+def test_images_in_another_struct_are_told_from_missing_ones(tmp_path):
+    rows = [{**r, "image": {"data": png(1), "format": "png"}} for r in records(1)]
+    (rejected,) = validate_rows(open_path(write_parquet(tmp_path / "rows.parquet", rows)))
+    assert (
+        rejected.reason
+        == "image is neither bytes nor a path (found dict with data, format; expected bytes or path in it)"
+    )
+
+
 def test_digest_covers_images_by_absolute_path_and_file_uri(tmp_path):
     for reference in (f"{tmp_path}/images/0.png", f"file://{tmp_path}/images/0.png", "images/../images/0.png"):
         path = write_jsonl(tmp_path, [{**records(1)[0], "image": reference}])
@@ -351,6 +377,14 @@ def test_saved_data_set_yields_stored_bytes_and_splits_by_part(tmp_path):
     assert [r.image for r in one] == [r.image for r in many] == [png(i // 2) for i in range(6)]
     assert [r.split for r in one] == [None] * 6
     assert [r.split for r in many] == ["train"] * 4 + ["test"] * 2
+
+
+def test_a_list_of_one_image_in_a_saved_data_set_is_that_image_undecoded(tmp_path):
+    whole = make_dataset(tmp_path)
+    lists = [{**row, "image": [row["image"]]} for row in whole.cast_column("image", datasets.Image(decode=False))]
+    features = datasets.Features({**whole.features, "image": datasets.List(datasets.Image())})
+    datasets.Dataset.from_list(lists, features=features).save_to_disk(tmp_path / "lists")
+    assert [r.image for r in open_path(tmp_path / "lists").rows()] == [png(i // 2) for i in range(6)]
 
 
 @pytest.mark.parametrize("name", ["validation", "valid", "Dev", "eval", "test"])

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoConfig
 
@@ -22,6 +23,8 @@ def check_engine_limits(config: Config, models: list[LocalModel]) -> None:
             f"runtime.tensor_parallel_size is {runtime.tensor_parallel_size}, expected at most the {gpus} GPUs of this "
             "machine: lower it"
         )
+    if is_here and not gpus:
+        check_cache_memory(runtime, psutil.virtual_memory().total / GIB)
     for model in models:
         text_config = AutoConfig.from_pretrained(model.folder, trust_remote_code=False).get_text_config()
         check_attention_heads(model.name, text_config, runtime.tensor_parallel_size)
@@ -48,6 +51,15 @@ def check_cache_size(name: str, text_config: Any, runtime: Runtime, dtype: str) 
         raise InputError(
             f"model {name}: {length} tokens (runtime.max_model_len) take {needed:.2f} GiB of KV cache, "
             f"runtime.engine_memory_gib gives {size}: raise it to {math.ceil(needed)}, or lower runtime.max_model_len"
+        )
+
+
+def check_cache_memory(runtime: Runtime, memory_gib: float) -> None:
+    """Raise InputError if an engine's KV cache on a CPU is larger than the memory of this machine, in GiB."""
+    if runtime.kv_cache_gib > memory_gib:
+        raise InputError(
+            f"runtime.engine_memory_gib: expected at most the {memory_gib:.1f} GiB of this machine's memory for an "
+            f"engine's KV cache, found {runtime.kv_cache_gib}: lower it"
         )
 
 

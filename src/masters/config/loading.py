@@ -39,7 +39,7 @@ def read_toml(path: str | Path, file_kind: str = "configuration") -> dict:
             data = file.read(MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:
             raise InputError(f"{file_kind} {path} is longer than {MAX_FILE_BYTES} bytes: is it the right file?")
-        return tomllib.loads(data.decode())
+        return tomllib.loads(data.decode("utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"{file_kind} not found: {describe_place(path)}") from None
     # ValueError: the file is not UTF-8 or not TOML, or it contains a number of thousands of digits

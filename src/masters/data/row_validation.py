@@ -138,7 +138,7 @@ def question_row(
 
 def parse_id(value: object) -> str:
     """Return an id as text; whole numbers and decimals become their digits. Raises RowError."""
-    if value is None or value == "":
+    if number_to_text(value) in (None, ""):
         raise RowError("id is missing")
     is_exact = isinstance(value, int | Decimal) or (isinstance(value, float) and value % 1 == 0)
     return parse_text("id", number_to_text(value) if is_exact and not isinstance(value, bool) else value)
@@ -168,7 +168,7 @@ def parse_answers(value: object) -> list[str]:
 
 def parse_split(value: object) -> str | None:
     """Return "train" or "test", None if the row names no split. Raises RowError for an unknown name."""
-    if value is None or value == "":
+    if number_to_text(value) in (None, ""):
         return None
     if (split := find_split(value)) is None:
         raise RowError("unknown split", f"found {value!r:.50}, expected {describe_split_names()}")
@@ -209,6 +209,9 @@ def read_image(row: RawRow) -> tuple[bytes, str]:
         return image, digest(image)
     if isinstance(image, list):
         raise RowError("image is a list", f"of {len(image)}; expected one image a row")
+    if isinstance(image, dict):
+        names = ", ".join(map(str, image))[:SHOWN_CHARACTERS] or "nothing"
+        raise RowError("image is neither bytes nor a path", f"found dict with {names}; expected bytes or path in it")
     if not isinstance(image, str | Path):
         raise RowError("image is neither bytes nor a path", f"found {type(image).__name__}")
     if str(image).startswith(BASE64_STARTS) and len(str(image)) > MIN_BASE64:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from masters.common.errors import InputError
 from masters.common.hashing import canonical_json, digest, file_digest
+from masters.data.number_text import number_to_text
 from masters.data.sources.image_references import file_path, resolve_inside
 
 REQUIRED = ("id", "image", "question", "answer")
@@ -58,7 +59,7 @@ def raw_row(columns: Mapping, root: Path | None, split: str | None = None) -> Ra
         image=unwrap_image(columns.get("image")),
         question=columns.get("question"),
         answer=columns.get("answer"),
-        split=split if row_split is None or row_split == "" else row_split,
+        split=split if number_to_text(row_split) in (None, "") else row_split,
         category=columns.get("category"),
         root=root,
     )
@@ -68,9 +69,9 @@ def unwrap_image(value: object) -> object:
     """Return the bytes or the path of Hugging Face's {bytes, path}, also in a list of one; other values unchanged."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | bytes | dict):
         value = value[0]
-    if isinstance(value, dict):
-        return value["path"] if value.get("bytes") is None and "path" in value else value.get("bytes")
-    return value
+    if not isinstance(value, dict) or value.keys().isdisjoint(("bytes", "path")):
+        return value
+    return value["path"] if value.get("bytes") is None and "path" in value else value.get("bytes")
 
 
 def check_columns(columns: Iterable[str], where: str) -> None:

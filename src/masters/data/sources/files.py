@@ -23,7 +23,7 @@ from masters.data.sources.base import (
     raw_row,
 )
 from masters.data.sources.class_labels import LabelNames, name_labels, read_label_names
-from masters.data.sources.unsupported_sources import json_array
+from masters.data.sources.unsupported_sources import check_jsonl_content, json_array
 
 BATCH_ROWS = 64  # rows in memory at a time; they hold images
 MAX_LINE_BYTES = 16 << 20  # of a JSONL line: images are files of their own
@@ -40,6 +40,7 @@ class JsonlSource:
                 f"source {path} is empty: expected one JSON object per line with {', '.join(REQUIRED)}, found none; "
                 "correct data.source"
             )
+        check_jsonl_content(path, next(self._lines())[1])
         columns: set[str] = set()
         objects = 0
         for _, found in self._objects():

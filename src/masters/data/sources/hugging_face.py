@@ -141,8 +141,12 @@ def _read_part(part: Any, root: Path | None, split: str | None) -> Iterator[RawR
 
 
 def _without_decoding(part: Any) -> Any:
-    """Have the library return images as their stored bytes."""
-    from datasets import Image
+    """Have the library return images, also in lists, as their stored bytes."""
+    from datasets import Image, List
 
-    has_images = isinstance((part.features or {}).get("image"), Image)
-    return part.cast_column("image", Image(decode=False)) if has_images else part
+    feature = (part.features or {}).get("image")
+    if isinstance(feature, Image):
+        return part.cast_column("image", Image(decode=False))
+    if isinstance(feature, List) and isinstance(feature.feature, Image):
+        return part.cast_column("image", List(Image(decode=False)))
+    return part

@@ -16,6 +16,14 @@ HUB_URL = re.compile(
 PATTERN = re.compile(r"[*?\[\]]")
 PEEKED_BYTES = 1 << 20
 ARCHIVES = (".gz", ".zip", ".bz2", ".xz", ".zst", ".tar")
+# first bytes of files that are no JSONL whatever their name is, with what they are and what to do
+OTHER_CONTENT = {
+    b"\xff\xfe": ("text in UTF-16", "save it as UTF-8"),
+    b"\xfe\xff": ("text in UTF-16", "save it as UTF-8"),
+    b"PAR1": ("a Parquet file", "rename it to .parquet"),
+    b"\x1f\x8b": ("a gzip archive", "unpack it"),
+    b"PK\x03\x04": ("a zip archive", "unpack it"),
+}
 # reads bytes: the JSON module finds out their encoding, whatever the locale is
 ARRAY_TO_LINES = (
     "python3 -c 'import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin.buffer)]' < {} > {}"
@@ -62,6 +70,13 @@ def unsupported_file(path: Path) -> InputError:
     return InputError(
         f"source {path}: expected a .jsonl or .parquet file, found {path.suffix or 'no suffix'}; {remedy}"
     )
+
+
+def check_jsonl_content(path: Path, beginning: bytes) -> None:
+    """Raise InputError if the first bytes of a .jsonl file are those of another format or encoding."""
+    for start, (found, remedy) in OTHER_CONTENT.items():
+        if beginning.startswith(start):
+            raise InputError(f"source {path}: expected JSON objects in UTF-8, one a line, found {found}; {remedy}")
 
 
 def json_array(path: Path) -> InputError:
