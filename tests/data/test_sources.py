@@ -305,6 +305,32 @@ def test_parquet_folder_is_read_by_name_without_temporary_files(tmp_path):
     assert open_path(tmp_path).digest() != before
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("data/test-00000-of-00001", "data/train-00000-of-00002", "data/train-00001-of-00002"),
+        ("split=test/0", "split=train/0", "split=train/1"),
+        ("Training_b", "Training_c", "dev"),
+    ],
+)
+def test_parquet_files_named_like_splits_are_those_splits(tmp_path, names):
+    for name in names:
+        write_parquet(tmp_path / f"{name}.parquet", [{**r, "split": None} for r in records(1)])
+    assert {r.split for r in open_path(tmp_path).rows()} == {None}, "a column decides alone"
+    rows = [{name: value for name, value in r.items() if name != "split"} for r in records(1)]
+    for name in names:
+        write_parquet(tmp_path / f"{name}.parquet", rows)
+    assert sorted(str(r.split) for r in open_path(tmp_path).rows()) == ["test", "train", "train"]
+
+
+@pytest.mark.parametrize("names", [("train-0", "train-1"), ("train-0", "test-0", "more"), ("trainers", "testimony")])
+def test_names_that_do_not_tell_both_splits_name_none(tmp_path, names):
+    rows = [{name: value for name, value in r.items() if name != "split"} for r in records(1)]
+    for name in names:
+        write_parquet(tmp_path / f"{name}.parquet", rows)
+    assert [r.split for r in open_path(tmp_path).rows()] == [None] * len(names)
+
+
 def test_parquet_images_are_bytes_paths_or_structs(tmp_path):
     structs = [{**r, "image": {"bytes": png(1), "path": "ignored.png"}} for r in records(1)]
     named = [{**r, "image": {"bytes": None, "path": "images/0.png"}} for r in records(2)[1:]]

@@ -24,6 +24,7 @@ from masters.data.sources.base import (
 )
 from masters.data.sources.class_labels import LabelNames, name_labels, read_label_names
 from masters.data.sources.unsupported_sources import check_jsonl_content, json_array
+from masters.data.split_names import find_file_splits
 
 BATCH_ROWS = 64  # rows in memory at a time; they hold images
 MAX_LINE_BYTES = 16 << 20  # of a JSONL line: images are files of their own
@@ -110,7 +111,7 @@ class ParquetSource:
         self.files = find_parquet_files(path) if path.is_dir() else [path]
         for file in self.files:  # an allowed folder may hold links to other places
             allowlist.check_allowed(Setting.DATA, "data.source", str(file.absolute()))
-        rows = 0
+        rows, has_splits = 0, False
         self.has_image_paths = False  # whether images may be files of their own
         for file in self.files:
             schema, count = _read_footer(file)
@@ -119,23 +120,29 @@ class ParquetSource:
             image_type = schema.field("image").type
             self.has_image_paths |= not (pa.types.is_binary(image_type) or pa.types.is_large_binary(image_type))
             rows += count
+            has_splits |= "split" in schema.names
+        names = [file.relative_to(self.base) for file in self.files]
+        self.splits = [None] * len(names) if has_splits else find_file_splits(names)
         if not rows:
             raise InputError(
                 f"source {path} is empty: expected rows with {', '.join(REQUIRED)}, found none; correct data.source"
             )
 
     def digest(self) -> str:
-        files = [[f.relative_to(self.base).as_posix(), file_digest(f)] for f in self.files]
+        files = [
+            [file.relative_to(self.base).as_posix(), file_digest(file), *([split] if split else [])]
+            for file, split in zip(self.files, self.splits, strict=True)
+        ]
         return content_digest(files, self.rows() if self.has_image_paths else ())
 
     def rows(self) -> Iterator[RawRow]:
-        for file in self.files:
+        for file, split in zip(self.files, self.splits, strict=True):
             try:
                 with pq.ParquetFile(file) as table:
                     columns = [name for name in COLUMNS if name in table.schema_arrow.names]
                     labels = read_label_names(table.schema_arrow)
                     for batch in table.iter_batches(BATCH_ROWS, columns=columns):
-                        yield from _read_batch(batch, file.parent, labels)
+                        yield from _read_batch(batch, file.parent, labels, split)
             except (pa.ArrowException, OSError) as error:
                 raise InputError(
                     f"source {file} is damaged: expected a Parquet file that can be read to its end, found an error "
@@ -164,14 +171,14 @@ def _read_line(file: BinaryIO) -> bytes:
     return line
 
 
-def _read_batch(batch: pa.RecordBatch, root: Path, labels: LabelNames) -> Iterator[RawRow]:
+def _read_batch(batch: pa.RecordBatch, root: Path, labels: LabelNames, split: str | None) -> Iterator[RawRow]:
     """Yield the rows of a batch. A value that Python cannot hold (invalid UTF-8, an odd date) costs only its row."""
     try:
         rows = batch.to_pylist()
     except (ValueError, OverflowError):
         rows = (_read_row(batch, number) for number in range(len(batch)))
     for row in rows:
-        yield row if isinstance(row, RawRow) else raw_row(name_labels(row, labels), root)
+        yield row if isinstance(row, RawRow) else raw_row(name_labels(row, labels), root, split)
 
 
 def _read_row(batch: pa.RecordBatch, number: int) -> dict | RawRow:
