@@ -55,6 +55,7 @@ def test_every_configuration_of_the_repository_loads(path: Path) -> None:
         ("no_equals", "KEY=VALUE"),
         ("name=", "name"),
         ("store.root.deeper=1", "not a section"),
+        (r'store.root="\u0020"', "found white space"),
     ],
 )
 def test_an_error_names_its_key(override: str, message: str) -> None:
@@ -71,6 +72,14 @@ def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
     marked = tmp_path / "marked.toml"
     marked.write_bytes(b"\xef\xbb\xbf" + DEMO.read_bytes())
     assert load(marked) == load(DEMO)
+
+
+def test_models_may_lie_below_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = load(DEMO, ["student.model=~/m", "teachers.0.model=~/t", "rewards.judge=~/j"])
+    names = [config.student.model, config.teachers[0].model, config.rewards.judge]
+    assert names == [f"/home/someone/{name}" for name in "mtj"]
+    assert load(DEMO, ["student.model=~nobody-of-this-name/m"]).student.model == "~nobody-of-this-name/m"
 
 
 def test_overrides_are_toml_literals_or_strings() -> None:

@@ -1,18 +1,29 @@
 """Types that configuration sections share, their base class, and values that have a meaning of their own."""
 
+from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 MAX_INT = 2**31 - 1  # the largest whole number that engines, tables and the flow's JSON all take
 TEACHER = "teacher"  # rewards.judge: the round's own teacher, unmasked
 NAME_PATTERN = "[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
+
+
+def expand_home(name: str) -> str:
+    """Return a path with the home folder in place of "~". Other names, and those of unknown users, stay unchanged."""
+    try:
+        return str(Path(name).expanduser()) if name.startswith("~") else name
+    except RuntimeError:
+        return name
+
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, le=MAX_INT)]
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]
 Text = Annotated[str, Field(min_length=1)]
+ModelName = Annotated[Text, AfterValidator(expand_home)]
 PoolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{0,64}$")]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Truncated = Literal["mask", "drop", "keep"]  # generate.truncated

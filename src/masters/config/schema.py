@@ -17,6 +17,7 @@ from masters.config.fields import (
     TEACHER,
     Count,
     Dtype,
+    ModelName,
     PoolName,
     Section,
     Seed,
@@ -76,7 +77,7 @@ class Data(Section):
 class Model(Section):
     """A model that transformers and vLLM can load."""
 
-    model: Text = Field(description="A folder or a Hugging Face id")
+    model: ModelName = Field(description="A folder or a Hugging Face id")
     revision: str | None = Field(default=None, description="Revision of a Hugging Face model")
 
 

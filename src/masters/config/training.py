@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from masters.common import safe_regex
-from masters.config.fields import MAX_INT, TEACHER, Count, NotNegative, Section, Seed, Text
+from masters.config.fields import MAX_INT, TEACHER, Count, ModelName, NotNegative, Section, Seed, Text
 from masters.config.judge_url import is_url
 
 
@@ -42,9 +42,8 @@ class Rewards(Section):
         description="Accuracy reward: whether a response is right. llm: a language model judges it (rewards.judge); "
         "rules: by answers.verifier; off: no accuracy reward",
     )
-    judge: str = Field(
+    judge: ModelName = Field(
         default=TEACHER,
-        min_length=1,
         description="The judge: teacher (the teacher of the round, unmasked), a model's folder or Hugging Face id, or "
         "the URL of an OpenAI-compatible server",
     )
