@@ -66,7 +66,7 @@ ROWS: dict[str, tuple[dict[str, pa.Array], list[str]]] = {
     "whole numbers as ids": (dict(id=pa.array([7, -7, 2**62])), ["accepted"] * 3),
     "lists as images": (dict(image=pa.array([[1], [2], []])), ["image is a list"] * 3),
     "numbers as images": (dict(image=pa.array([1, 2, 3])), ["image is neither bytes nor a path"] * 3),
-    "objects without bytes": (dict(image=pa.array([{"size": 1}] * 3)), ["image is missing"] * 3),
+    "objects without bytes": (dict(image=pa.array([{"size": 1}] * 3)), ["image is neither bytes nor a path"] * 3),
     "objects with neither": (
         dict(image=pa.array([dict(bytes=None, path=None), dict(bytes=b"", path=None), dict(bytes=None, path="../x")])),
         ["image is missing", "image is empty", "image path leaves the data folder"],

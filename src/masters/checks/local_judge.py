@@ -8,34 +8,34 @@ from masters.rewards.judge_probe import QUESTION
 from masters.rewards.judge_prompts import TokenLimits, grading_conversation
 
 
-def check_judge_prompt(judge: LocalModel, config: Config) -> None:
+def check_judge_prompt(model: LocalModel, config: Config) -> None:
     """Raise InputError unless the judge's engine takes the prompt of a short text together with the longest reply."""
     from transformers import AutoProcessor
 
     conversation = grading_conversation(QUESTION)
     remedy = "choose another judge, or put one behind a server"
     try:
-        processor = AutoProcessor.from_pretrained(judge.folder, trust_remote_code=judge.has_custom_code)
+        processor = AutoProcessor.from_pretrained(model.folder, trust_remote_code=model.has_custom_code)
         text = render_conversation(processor, conversation)
         tokens = tokenize_conversation(processor, getattr(processor, "tokenizer", processor), conversation)
     except Exception as error:  # transformers and Jinja raise many types of errors
         raise InputError(
-            f"judge {judge.name}: its chat template makes no prompt of a text ({one_line(error)}): {remedy}"
+            f"judge {model.name}: its chat template makes no prompt of a text ({one_line(error)}): {remedy}"
         ) from error
     if tokens is None or any(turn["content"] not in text for turn in conversation):
-        raise InputError(f"judge {judge.name}: its chat template leaves out or changes the text to judge: {remedy}")
-    _check_room(judge, config, len(tokens))
+        raise InputError(f"judge {model.name}: its chat template leaves out or changes the text to judge: {remedy}")
+    _check_room(model, config, len(tokens))
 
 
-def _check_room(judge: LocalModel, config: Config, prompt: int) -> None:
+def _check_room(model: LocalModel, config: Config, prompt: int) -> None:
     from transformers import AutoConfig
 
     reply = TokenLimits.for_each_reply(config.rewards.judge_tokens).explanation
-    text_config = AutoConfig.from_pretrained(judge.folder, trust_remote_code=judge.has_custom_code).get_text_config()
+    text_config = AutoConfig.from_pretrained(model.folder, trust_remote_code=model.has_custom_code).get_text_config()
     positions = text_config.max_position_embeddings
     if prompt + reply > config.runtime.context_length(positions):
         raise InputError(
-            f"judge {judge.name}: the prompt of a short text takes {prompt} tokens and the reply up to {reply}, "
+            f"judge {model.name}: the prompt of a short text takes {prompt} tokens and the reply up to {reply}, "
             f"together more than runtime.max_model_len ({config.runtime.max_model_len}) or the model's "
             f"max_position_embeddings ({positions}): raise runtime.max_model_len, or choose another judge"
         )
