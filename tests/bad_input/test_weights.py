@@ -105,6 +105,12 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "one dimension": (
         change_tensors(lambda tensors: tensors.update({GATE: torch.zeros(12_288)})), [GATE, "hold [12288]"],
     ),
+    "no architecture": (change_json(CONFIG, architectures=None), ['"architectures": ["Qwen3VL', "found none"]),
+    "another architecture": (change_json(CONFIG, architectures=["LlamaForCausalLM"]), ["found ['LlamaForCausalLM']"]),
+    "a tensor of another model": (
+        change_tensors(lambda tensors: tensors.update(extra=torch.zeros(2))), ["hold 1 tensors", "first: extra"],
+    ),
+    "fewer layers than its weights": (change_text_config(num_hidden_layers=2), ["hold 11 tensors", "layers.2"]),
     "a tensor missing": (change_tensors(lambda tensors: tensors.pop(GATE)), ["lack 1 tensors", GATE]),
     "no tensor at all": (lambda folder: save_file({}, folder / WEIGHTS), ["describes no model", "0 tensors"]),
     "truncated": (truncate(WEIGHTS, lambda size: size // 2), [WEIGHTS, "cannot be read"]),
@@ -185,11 +191,6 @@ def test_every_family_is_checked(name: str, tmp_path: Path) -> None:
     folder = families.save(name, tmp_path / "model", ["what shape is it?"])
     found = model_folder.find_model(Model(model=str(folder))).processor_output
     assert found is not None and found.positions == 512 and found.prompt > 10
-
-
-def test_unused_tensor_is_ignored(model: Path) -> None:
-    change_tensors(lambda tensors: tensors.update(extra=torch.zeros(2)))(model)
-    model_folder.find_model(Model(model=str(model)))
 
 
 def test_weights_are_checked_once_and_again_after_a_change(model: Path, monkeypatch) -> None:

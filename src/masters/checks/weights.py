@@ -21,7 +21,7 @@ from masters.common.machine import cache_folder
 from masters.models.masking import is_masked
 from masters.models.model_loading import parameter_names, tensor_shapes
 
-VERSION = 7  # of the checks; part of the cache key
+VERSION = 8  # of the checks; part of the cache key
 LAYER_KEYS = ("num_hidden_layers", "num_layers", "depth", "n_layer")  # keys for the number of blocks in configurations
 MASKABLE_DTYPES = {"BF16", "F16", "F32"}  # as named in safetensors files
 
@@ -66,9 +66,10 @@ def check_finite(folder: Path) -> None:
 
 
 def check_shapes(folder: Path) -> None:
-    """Raise InputError unless the weights contain every parameter of the model in config.json, in its shape."""
+    """Raise InputError unless the weights are the parameters of the model in config.json, in their shapes."""
     saved = {name: tuple(shape) for name, shape in tensor_shapes(folder).items()}
     model = _build_empty_model(folder, len(saved))
+    _check_architecture(folder, type(model).__name__)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     names = parameter_names(model, saved)
     _check_engine_names(folder, names)
@@ -80,11 +81,26 @@ def check_shapes(folder: Path) -> None:
                 f"model {folder}: config.json asks for {name} of shape {list(shape)}, its weights hold {list(found)}: "
                 f"{REMEDY}"
             )
-    missing = sorted(expected.keys() - by_parameter.keys() - set(getattr(model, "all_tied_weights_keys", {})))
-    if missing:
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    if unknown := sorted(by_parameter.keys() - expected.keys() - tied - dict(model.named_buffers()).keys()):
+        raise InputError(
+            f"model {folder}: its weights hold {len(unknown)} tensors that the model in config.json has no place for "
+            f"(first: {by_parameter[unknown[0]][0]}), which an engine refuses: {REMEDY}"
+        )
+    if missing := sorted(expected.keys() - by_parameter.keys() - tied):
         raise InputError(
             f"model {folder}: its weights lack {len(missing)} tensors that config.json asks for (first: {missing[0]}): "
             f"{REMEDY}"
+        )
+
+
+def _check_architecture(folder: Path, name: str) -> None:
+    """Raise InputError unless config.json names the model's class, by which an engine chooses its code."""
+    listed = json.loads((folder / "config.json").read_text()).get("architectures")
+    if listed != [name]:
+        raise InputError(
+            f'model {folder}: expected "architectures": ["{name}"] in config.json, by which an engine chooses its '
+            f"code, found {listed or 'none'}: write it there, or take config.json from the base model"
         )
 
 
