@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,18 +27,24 @@ FORK = multiprocessing.get_context("fork")  # importing MLflow again takes a pro
 
 
 def run_at_once(storage: Storage, count: int, run: Callable[[Storage, bytes], object]) -> list[int | None]:
-    """Start first runs in processes of their own, at the same moment. Returns their exit codes."""
-    barrier = FORK.Barrier(count)
+    """Start first runs in processes of their own, at the same moment. Returns their exit codes; prints their errors."""
+    barrier, errors = FORK.Barrier(count), FORK.SimpleQueue()
 
     def start(number: int) -> None:
         barrier.wait()
-        run(storage, str(number).encode())
+        try:
+            run(storage, str(number).encode())
+        except Exception:
+            errors.put(traceback.format_exc()[-4000:])  # less than a pipe holds: nobody reads yet
+            raise
 
     processes = [FORK.Process(target=start, args=(number,)) for number in range(count)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
+    while not errors.empty():
+        print(errors.get())
     return [process.exitcode for process in processes]
 
 

@@ -4,6 +4,7 @@
 `pool_stage` continues a stage's run on a worker of another pool.
 """
 
+import random
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 
 from masters.common import machine
 from masters.common.errors import TrackingError
@@ -35,6 +37,8 @@ from masters.tracking.run_lineage import artifact_tags, mlflow_key
 MAX_PARAMETER_LENGTH = 500
 
 RecordArtifact = Callable[[Artifact, dict], str]  # (artifact, outcome, rows and seconds) -> run id of the stage
+
+DATASET_ATTEMPTS = 5
 
 
 class RunWriter:
@@ -95,7 +99,7 @@ class RunWriter:
         tags = {"mlflow.parentRunId": self.run_id}
         tags |= run_lineage.stage_tags(identity, upstream, self._tracked.upstream)
         run_id = self.current_run_id = self._open_run(key, identity.stage, tags)
-        self._client.log_inputs(run_id, run_lineage.input_datasets(upstream))
+        self._log_inputs(run_id, run_lineage.input_datasets(upstream))
 
         def record_artifact(artifact: Artifact, done: dict) -> str:
             self._record_artifact(identity.stage, run_id, artifact, upstream, done)
@@ -109,13 +113,23 @@ class RunWriter:
             self.current_run_id = self.run_id
             self._end_run(run_id, status)
 
+    def _log_inputs(self, run_id: str, datasets: list) -> None:
+        """Link data sets to a run. MLflow fails where another run stores the same data set at the same moment."""
+        for attempt in range(DATASET_ATTEMPTS):
+            try:
+                return self._client.log_inputs(run_id, datasets)
+            except TrackingError as error:
+                if not isinstance(error.__cause__, MlflowException) or attempt == DATASET_ATTEMPTS - 1:
+                    raise
+                time.sleep(random.uniform(0.1, 0.5) * (attempt + 1))  # not all of them at the same moment again
+
     def _record_artifact(self, stage: str, run_id: str, artifact: Artifact, upstream: Upstream, done: dict) -> None:
         tracked = self._tracked
         tracked.upstream[artifact.folder] = run_lineage.upstream_fingerprints(upstream, tracked.upstream)
         tracked.run_ids[artifact.folder] = run_id
         tracked.questions[artifact.folder] = run_lineage.question_dataset(upstream)
         self._tag_earlier_runs(upstream)
-        self._client.log_inputs(run_id, run_lineage.output_datasets(artifact))
+        self._log_inputs(run_id, run_lineage.output_datasets(artifact))
         self._set_tags(run_id, {"masters.outcome": done["outcome"]} | artifact_tags(artifact))
         values = {"fingerprint": artifact.fingerprint, "run_id": run_id}
         self._set_tags(self.run_id, {f"stage.{stage}.{name}": value for name, value in values.items()})
