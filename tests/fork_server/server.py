@@ -163,7 +163,7 @@ def _run(request: dict, fds: list[int], variables: dict[str, str]) -> NoReturn:
 
 
 def _customize() -> None:
-    """What the interpreter does at its start with PYTHONPATH."""
+    """Do what the interpreter does at its start with PYTHONPATH."""
     for folder in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
         sys.path.insert(1, folder)
         if (file := Path(folder, "sitecustomize.py")).exists():

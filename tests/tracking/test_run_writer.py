@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partialmethod
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from mlflow.utils.validation import _validate_metric_name, _validate_tag_name
 
 from masters.common import machine
@@ -44,6 +47,34 @@ def stage_run(writer: RunWriter, stage: str) -> Run:
 def test_an_unreachable_server_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"127\.0\.0\.1:9 does not answer.*runtime\.mlflow_uri"):
         RunWriter(make_config(tmp_path, mlflow_uri="http://127.0.0.1:9"), Storage(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("reason", "attempts"),
+    [
+        ('(psycopg2.errors.UniqueViolation) duplicate key value violates unique constraint "dataset_pk"', 2),
+        ("(sqlite3.IntegrityError) UNIQUE constraint failed: datasets.experiment_id", 2),
+        ("no space left", 1),
+    ],
+)
+def test_a_data_set_that_another_run_stores_at_the_same_moment_is_linked_again(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, reason: str, attempts: int
+) -> None:
+    calls, log_inputs = [], MlflowClient.log_inputs
+
+    def fail_once(client: MlflowClient, *arguments: object) -> None:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise MlflowException(reason, BAD_REQUEST)
+        log_inputs(client, *arguments)
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", fail_once)
+    writer = RunWriter(make_config(storage.uri("")), storage)
+    datasets = run_lineage.input_datasets({"source": External("source", "/q.jsonl", "5" * 64)})
+    with nullcontext() if attempts > 1 else pytest.raises(TrackingError, match=reason):
+        writer._log_inputs(writer.run_id, datasets)
+    assert len(calls) == attempts
+    assert len(MlflowClient(writer.uri).get_run(writer.run_id).inputs.dataset_inputs) == attempts - 1
 
 
 def test_a_night_refuses_an_unreachable_server(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@
 `pool_stage` continues a stage's run on a worker of another pool.
 """
 
-import random
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -12,8 +11,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from urllib.parse import quote
 
-from mlflow.entities import Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
+from mlflow.entities import DatasetInput, Metric, Param, RunTag
+from tenacity import retry, retry_if_exception_message, stop_after_attempt, wait_random
 
 from masters.common import machine
 from masters.common.errors import TrackingError
@@ -37,8 +36,8 @@ from masters.tracking.run_lineage import artifact_tags, mlflow_key
 MAX_PARAMETER_LENGTH = 500
 
 RecordArtifact = Callable[[Artifact, dict], str]  # (artifact, outcome, rows and seconds) -> run id of the stage
-
-DATASET_ATTEMPTS = 5
+# what Postgres, SQLite and MySQL say of a row that another process has just inserted
+DUPLICATE_ROW = ("UniqueViolation", "UNIQUE constraint failed", "Duplicate entry")
 
 
 class RunWriter:
@@ -113,15 +112,15 @@ class RunWriter:
             self.current_run_id = self.run_id
             self._end_run(run_id, status)
 
-    def _log_inputs(self, run_id: str, datasets: list) -> None:
-        """Link data sets to a run. MLflow fails where another run stores the same data set at the same moment."""
-        for attempt in range(DATASET_ATTEMPTS):
-            try:
-                return self._client.log_inputs(run_id, datasets)
-            except TrackingError as error:
-                if not isinstance(error.__cause__, MlflowException) or attempt == DATASET_ATTEMPTS - 1:
-                    raise
-                time.sleep(random.uniform(0.1, 0.5) * (attempt + 1))  # not all of them at the same moment again
+    @retry(
+        retry=retry_if_exception_message(match=rf".*(?:{'|'.join(DUPLICATE_ROW)})"),
+        wait=wait_random(0.1, 1.0),
+        stop=stop_after_attempt(5),
+        reraise=True,
+    )
+    def _log_inputs(self, run_id: str, datasets: list[DatasetInput]) -> None:
+        """Link data sets to a run. MLflow fails where another run stores the same one at the same moment."""
+        self._client.log_inputs(run_id, datasets)
 
     def _record_artifact(self, stage: str, run_id: str, artifact: Artifact, upstream: Upstream, done: dict) -> None:
         tracked = self._tracked
