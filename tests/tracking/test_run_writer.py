@@ -304,6 +304,21 @@ def test_runs_whose_process_is_gone_are_ended(storage: Storage) -> None:
     assert len(open_runs.find_open_runs(lost.uri, storage)) == 2
 
 
+def test_a_run_that_finishes_while_lost_runs_are_looked_for_stays_finished(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is found as running, and its process ends right after it has written its status."""
+    writer = RunWriter(make_config(Path(storage.uri(""))), storage)
+
+    def finish_and_end(process: str) -> bool:
+        writer.finish("FINISHED")
+        return True
+
+    monkeypatch.setattr(machine, "has_ended", finish_and_end)
+    open_runs.end_lost_runs(writer.uri, storage)
+    assert MlflowClient(writer.uri).get_run(writer.run_id).info.status == "FINISHED"
+
+
 def test_a_run_of_another_machine_is_ended_by_its_key(storage: Storage) -> None:
     lost = RunWriter(make_config(Path(storage.uri(""))), storage, "flow-run-1", "evaluate")
     other = RunWriter(make_config(Path(storage.uri(""))), storage, "flow-run-2")

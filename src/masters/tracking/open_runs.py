@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow.entities import Run, RunStatus
 from mlflow.store.entities import PagedList
 
 from masters.common import machine
@@ -44,7 +44,9 @@ def end_lost_runs(uri: str, storage: Storage) -> None:
     """End, as KILLED, the runs whose process on this machine is gone. Other machines' processes are unknown."""
     client = mlflow_client(uri)
     for run in find_open_runs(uri, storage):
-        if machine.has_ended(run.data.tags.get("masters.process", "")):
+        # read again: it may have finished after it was found, and before its process ended
+        has_ended = machine.has_ended(run.data.tags.get("masters.process", ""))
+        if has_ended and client.get_run(run.info.run_id).info.status == RunStatus.to_string(RunStatus.RUNNING):
             end_run(client, run)
 
 
