@@ -84,7 +84,7 @@ def night(stack: Stack, store: Storage, given: list[dict]) -> dict:
 def champion(stack: Stack) -> int:
     """Return the version that has the alias in MLflow."""
     asked = dict(name=NAME, alias="champion")
-    found = httpx.get(f"{stack.urls['mlflow_url']}/api/2.0/mlflow/registered-models/alias", params=asked)
+    found = httpx.get(f"{stack.urls['mlflow_url']}/api/2.0/mlflow/registered-models/alias", params=asked, timeout=60)
     return int(found.json()["model_version"]["version"])
 
 
@@ -158,7 +158,7 @@ def test_lineage_includes_the_champion(stack: Stack, first: dict, third: dict, s
                 assert own is None or stage["name"] in again or own == stage["mlflow_run_id"]
     assert built == {}
     version = httpx.get(
-        f"{stack.urls['mlflow_url']}/api/2.0/mlflow/model-versions/get", params=dict(name=NAME, version="2")
+        f"{stack.urls['mlflow_url']}/api/2.0/mlflow/model-versions/get", params=dict(name=NAME, version="2"), timeout=60
     ).json()["model_version"]
     trained = next(s["mlflow_run_id"] for s in first["stages"] if s["name"] == "train")
     assert f"/runs/{trained})" in version["description"].partition("earlier runs")[2]

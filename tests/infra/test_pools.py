@@ -16,6 +16,7 @@ import psutil
 import pyarrow.parquet as parquet
 import pytest
 
+from masters.infra.api import post
 from tests.fork_server import PYTHON
 from tests.local_stack import RESUMED, ROOT, Stack, serve, until
 from tests.shape_data import write_questions
@@ -197,7 +198,9 @@ def test_lineage_is_complete(stack: Stack, pooled: dict) -> None:
     told = {stage["name"]: stage["mlflow_run_id"] for stage in pooled["stages"]}
     assert {stage["name"]: stage["mlflow_run_id"] for stage in chain["stages"]} == told
     for name, run_id in told.items():
-        answer = httpx.get(f"{stack.urls['mlflow_url']}/api/2.0/mlflow/runs/get", params=dict(run_id=run_id)).json()
+        answer = httpx.get(
+            f"{stack.urls['mlflow_url']}/api/2.0/mlflow/runs/get", params=dict(run_id=run_id), timeout=60
+        ).json()
         tags = {tag["key"]: tag["value"] for tag in answer["run"]["data"]["tags"]}
         assert (
             tags["mlflow.parentRunId"] == pooled["mlflow"]["run_id"] and answer["run"]["info"]["status"] == "FINISHED"
@@ -221,7 +224,7 @@ def test_request_files_are_removed(stack: Stack, pooled: dict) -> None:
 def stages(stack: Stack, name: str) -> list[dict]:
     """Return the requested runs of this name on all pools."""
     body = {"flows": {"name": {"any_": ["stage"]}}, "flow_runs": {"name": {"any_": [name]}}}
-    return httpx.post(f"{stack.api}/flow_runs/filter", json=body).json()
+    return post(f"{stack.api}/flow_runs/filter", body)
 
 
 def processes_of(run: str) -> list[psutil.Process]:
@@ -256,7 +259,7 @@ def tasks(stack: Stack, run: str) -> dict[str, list[str]]:
     """Return the names of a run's tasks by state."""
     found: dict[str, list[str]] = {"RUNNING": []}
     body = {"flow_runs": {"id": {"any_": [run]}}}
-    for task in httpx.post(f"{stack.api}/task_runs/filter", json=body).json():
+    for task in post(f"{stack.api}/task_runs/filter", body):
         found.setdefault(task["state_type"], []).append(task["name"])
     return found
 
@@ -267,4 +270,4 @@ def test_cancelling_a_run_cancels_the_stage_on_its_pool(stack: Stack, resumed: s
     until(lambda: not stack.children("training.worker"), "the trainer ends")  # two workers look every so often
     until(lambda: stack.run(resumed)["state_type"] == "CANCELLED", "cancelled")
     body = {"flow_runs": {"state": {"type": {"any_": ["RUNNING", "PENDING", "SCHEDULED", "CANCELLING"]}}}}
-    until(lambda: httpx.post(f"{stack.api}/flow_runs/filter", json=body).json() == [], "the stage's run too")
+    until(lambda: post(f"{stack.api}/flow_runs/filter", body) == [], "the stage's run too")
