@@ -30,8 +30,15 @@ UNSAFE_FILES = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.gguf
 
 
 def resolve_model_folder(model: str, revision: str | None) -> Path:
-    """Return the local folder of a model; a hub id is downloaded. Raises InputError if there is none."""
-    return Path(model).resolve() if Path(model).is_dir() else _download(model, revision)
+    """Return the local folder of a model; a hub id is downloaded. Raises InputError if there is none.
+
+    A revision names a commit of the hub; with a folder it is refused.
+    """
+    if not Path(model).is_dir():
+        return _download(model, revision)
+    if revision:
+        raise InputError(f"revision applies to hub models only; model {model} is a folder: remove its revision")
+    return Path(model).resolve()
 
 
 def _download(model: str, revision: str | None) -> Path:

@@ -61,6 +61,8 @@ VALUES: dict[str, tuple[str, str]] = {
     "patterns without end": (f"mask.exclude={['a'] * 1000}", "mask.exclude: List should have at most 100 items"),
     "repetitions of repetitions": (f"mask.exclude=['{'[a-z]{999}' * 90}']", "(pattern too large - compile failed)"),
     "repetitions without end": ("mask.exclude=['((a{999}){999}){999}']", "is not a regular expression"),
+    "store in a variable": ("store.root='$HOME/store'", "expands no variables: write the folder itself, or ~"),
+    "store with a variable": ("store.root='s3://${BUCKET}/x'", "expands no variables"),
     "store in memory": ("store.root='memory://x'", "found the protocol 'memory'"),
     "store of references": ("store.root='reference://x'", "found the protocol 'reference'"),
     "store on the web": ("store.root='https://host/x'", "found the protocol 'https'"),
@@ -95,6 +97,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "nested without end": (b"a = " + b"[" * 20_000, "cannot be read"),
     "tables without end": (b"[" + b".".join([b"a"] * 20_000) + b"]", "unknown key"),
     "number of 5000 digits": (b"a = " + b"1" * 5000, "cannot be read"),
+    "a study": (b"[arms.plain]", "is a study, expected a configuration: run it with `masters study"),
     "a key twice": (b"name = 'a'\nname = 'b'", "cannot be read"),
     "model weights": (bytes(2 << 20), "is it the right file?"),
 }

@@ -240,3 +240,17 @@ def test_a_quantized_student_or_teacher_is_refused(model: Path, method: str, pla
     write(CONFIG, json.dumps(config))(model)
     with pytest.raises(InputError, match=f"its weights are quantized .'{method}'.*take the model that it was made"):
         find_model(Model(model=str(model)), must_be_supported=True)
+
+
+def test_a_quantized_judge_of_a_supported_family_is_left_to_its_engine(model: Path) -> None:
+    change_config(quantization_config=dict(quant_method="fp8"))(model)
+    tensors = load_file(model / "model.safetensors")
+    name = "model.language_model.layers.0.mlp.gate_proj.weight"
+    tensors |= {name: tensors[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1)}
+    save_file(tensors, model / "model.safetensors")
+    assert find_model(Model(model=str(model))).processor_output is None
+
+
+def test_a_revision_of_a_folder_is_refused(model: Path) -> None:
+    with pytest.raises(InputError, match="revision applies to hub models only"):
+        find_model(Model(model=str(model), revision="main"))

@@ -110,6 +110,9 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a tensor of another model": (
         change_tensors(lambda tensors: tensors.update(extra=torch.zeros(2))), ["hold 1 tensors", "first: extra"],
     ),
+    "a matrix of integers": (
+        change_tensors(lambda tensors: tensors.update({GATE: tensors[GATE].to(torch.int8)})), [GATE, "of type I8"],
+    ),
     "fewer layers than its weights": (change_text_config(num_hidden_layers=2), ["hold 11 tensors", "layers.2"]),
     "a tensor missing": (change_tensors(lambda tensors: tensors.pop(GATE)), ["lack 1 tensors", GATE]),
     "no tensor at all": (lambda folder: save_file({}, folder / WEIGHTS), ["describes no model", "0 tensors"]),

@@ -98,6 +98,13 @@ def test_a_judge_is_allowed_by_its_host(
     assert is_allowed(Setting.JUDGES, value, entry, monkeypatch) == expected
 
 
+@pytest.mark.parametrize("entry", ["judge:port", "judge:99999999"])
+def test_an_entry_with_an_impossible_port_is_named(monkeypatch: pytest.MonkeyPatch, entry: str) -> None:
+    monkeypatch.setenv(Setting.JUDGES, entry)
+    with pytest.raises(InputError, match=f"MASTERS_ALLOWED_JUDGES: expected host or host:port, found '{entry}'"):
+        allowlist.check_judge("http://judge/v1")
+
+
 def demo(*overrides: str) -> Config:
     return load(DEMO, list(overrides))
 

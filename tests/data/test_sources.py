@@ -135,8 +135,9 @@ def test_a_file_that_cannot_be_read_is_an_input_error(tmp_path, name):
 
 @pytest.mark.timeout(20)
 def test_a_pipe_is_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "rows.json")
-    assert "expected a .jsonl or .parquet file, found .json" in refusal_message(tmp_path / "rows.json")
+    for name in ("rows.json", "rows.jsonl", "rows.parquet"):
+        os.mkfifo(tmp_path / name)
+        assert "such as a named pipe" in refusal_message(tmp_path / name)
 
 
 def test_other_files_are_told_what_to_do(tmp_path):
@@ -492,12 +493,15 @@ def test_saved_data_set_refusals(tmp_path):
     make_dataset(tmp_path).rename_column("answer", "label").save_to_disk(tmp_path / "narrow")
     datasets.DatasetDict(holdout=make_dataset(tmp_path)).save_to_disk(tmp_path / "holdout")
     make_dataset(tmp_path).select([]).save_to_disk(tmp_path / "empty")  # `datasets` cannot load what it saved
+    parts = datasets.DatasetDict(train=make_dataset(tmp_path), test=make_dataset(tmp_path).select([]))
+    parts.save_to_disk(tmp_path / "part")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "dataset_info.json").write_text("{")
     assert refusal_message(tmp_path / "narrow").endswith("add or rename: answer")
     assert "found holdout; rename" in refusal_message(tmp_path / "holdout")
     assert "expected a folder with rows" in refusal_message(tmp_path / "empty")
     assert "expected a folder with rows" in refusal_message(tmp_path / "broken")
+    assert "part/test has no rows, and datasets loads no such part" in refusal_message(tmp_path / "part")
 
 
 class FakeHub:

@@ -25,6 +25,7 @@ from masters.tasks import work_pools
 from masters.tasks.run_context import Context, Run
 from masters.tracking.pool_stage import PoolStageWriter
 from masters.tracking.run_writer import RunWriter
+from tests.command_line import masters
 from tests.s3_server import BUCKET, S3
 from tests.scoring_run import MemoryTracker
 from tests.tracked_run import NAME, commit_artifact, make_config
@@ -179,3 +180,10 @@ def test_worker_writes_metrics_only_to_the_run_of_its_stage(tmp_path: Path, monk
     assert (metric.value, metric.step) == (0.5, 7)
     with pytest.raises(InputError, match="has no run f+"):
         PoolStageWriter(config, storage, make_request(tracked="f" * 32))
+
+
+def test_check_refuses_pools_that_the_server_does_not_have(tmp_path: Path) -> None:
+    overrides = [*NAMED, f"store.root={tmp_path / 'store'}", "data.train_limit=40"]
+    sets = [part for value in overrides for part in ("--set", value)]
+    done = masters("check", str(DEMO), *sets, home=tmp_path / "home")
+    assert done.returncode == 2 and "expected the deployment stage/" in done.stderr and "ready" not in done.stdout

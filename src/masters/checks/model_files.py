@@ -78,14 +78,20 @@ def check_adapter_tensors(folder: Path) -> None:
 
 def check_unquantized(model: str, folder: Path) -> None:
     """Raise InputError if a model is published with quantized weights, which can be neither masked nor trained here."""
+    if method := quantization_method(folder):
+        raise InputError(
+            f"model {model}: config.json says that its weights are quantized ({method:.50}), expected weights in "
+            "bfloat16, float16 or float32: take the model that it was made from"
+        )
+
+
+def quantization_method(folder: Path) -> str | None:
+    """Return how config.json says that the weights are quantized; None if it says nothing of it."""
     config = _read_json(folder / "config.json")
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         if quantization := part.get("quantization_config") or part.get("compression_config"):
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-            raise InputError(
-                f"model {model}: config.json says that its weights are quantized ({method!r:.50}), expected weights in "
-                "bfloat16, float16 or float32: take the model that it was made from"
-            )
+            return repr(quantization.get("quant_method") if isinstance(quantization, dict) else quantization)
+    return None
 
 
 def check_index(folder: Path) -> None:

@@ -4,7 +4,13 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from masters.checks.model_files import REMEDY, check_adapter_tensors, check_files, check_unquantized
+from masters.checks.model_files import (
+    REMEDY,
+    check_adapter_tensors,
+    check_files,
+    check_unquantized,
+    quantization_method,
+)
 from masters.checks.processor import ProcessorOutput
 from masters.checks.weights import check_weights
 from masters.common.errors import InputError, one_line
@@ -94,7 +100,8 @@ def find_model(model: Model, store: str | None = None, must_be_supported: bool =
             f"can name it in {Setting.CODE} after reading that code"
         )
     digest = model_digest(folder)
-    output = check_weights(folder, digest, is_supported)
+    # a judge may be quantized: its tensors are not those that config.json describes
+    output = check_weights(folder, digest, is_supported and quantization_method(folder) is None)
     return LocalModel(name, folder, digest, has_custom_code=needs_custom_code, processor_output=output)
 
 

@@ -21,16 +21,17 @@ from masters.common.machine import cache_folder
 from masters.models.masking import is_masked
 from masters.models.model_loading import parameter_names, tensor_shapes
 
-VERSION = 8  # of the checks; part of the cache key
+VERSION = 9  # of the checks; part of the cache key
 LAYER_KEYS = ("num_hidden_layers", "num_layers", "depth", "n_layer")  # keys for the number of blocks in configurations
 MASKABLE_DTYPES = {"BF16", "F16", "F32"}  # as named in safetensors files
+LOADABLE_DTYPES = MASKABLE_DTYPES | {"F64"}
 
 
 def check_weights(folder: Path, digest: str, is_supported: bool) -> ProcessorOutput | None:
     """Raise InputError naming the fault, such as a tensor and its file. `digest` is the folder's.
 
-    `is_supported`: the model belongs to a supported family. Then all shapes are compared with the configuration, and
-    the processor is run; its output is returned.
+    `is_supported`: the model belongs to a supported family and is not quantized. Then all shapes are compared with the
+    configuration, and the processor is run; its output is returned.
     """
     import transformers
 
@@ -81,6 +82,7 @@ def check_shapes(folder: Path) -> None:
                 f"model {folder}: config.json asks for {name} of shape {list(shape)}, its weights hold {list(found)}: "
                 f"{REMEDY}"
             )
+    _check_types(folder, {name for name, parameter in names.items() if parameter in expected})
     tied = set(getattr(model, "all_tied_weights_keys", {}))
     if unknown := sorted(by_parameter.keys() - expected.keys() - tied - dict(model.named_buffers()).keys()):
         raise InputError(
@@ -112,6 +114,18 @@ def _check_engine_names(folder: Path, names: dict[str, str]) -> None:
                 f"model {folder}: its weights hold {name}, an engine expects {parameter}: load the model with "
                 "AutoModelForImageTextToText and save it again with save_pretrained"
             )
+
+
+def _check_types(folder: Path, parameters: set[str]) -> None:
+    """Raise InputError for quantized parameters: without their scales, loaders would convert them to wrong weights."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for name in sorted(parameters.intersection(opened.keys())):
+                if (dtype := opened.get_slice(name).get_dtype()) not in LOADABLE_DTYPES:
+                    raise InputError(
+                        f"model {folder}: tensor {name} is of type {dtype}, expected weights in bfloat16, float16 or "
+                        "float32: take the model that the quantized one was made from"
+                    )
 
 
 def check_maskable(folder: Path, exclude: tuple[str, ...]) -> None:

@@ -51,6 +51,7 @@ def check(
     check_home()
     resources = preflight(config)
     tracking_uri, notes = check_tracking(config, resources.storage)
+    _check_pools(config, resources)
     check_engine_limits(config, [resources.student, *resources.teachers])
     selection = select_valid_rows(config, resources)
     warnings = [*list_warnings(config, resources.student), *list_row_warnings(selection)]
@@ -66,6 +67,19 @@ def check(
     if parity:
         _check_parity(config, resources)
     typer.echo("ready")
+
+
+def _check_pools(config: Config, resources: "Resources") -> None:
+    """Raise InputError if a work pool cannot build its stages. Without pools, no Prefect server is asked."""
+    if not config.runtime.pools.names:
+        return
+    from masters.infra.local_prefect import prefect_api
+
+    with prefect_api() as api:
+        api.wait_until_ready()
+        from masters.tasks.work_pools import check_pools
+
+        check_pools(config, resources.storage)
 
 
 def _print_inputs(config: Config, resources: "Resources", selection: "Selection") -> None:

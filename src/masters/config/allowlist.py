@@ -115,7 +115,7 @@ def check_ray(address: str) -> None:
 
 def allows_host(setting: Setting, url: str) -> bool:
     """Return whether a list of hosts allows the host of a URL; a list without entries allows every host."""
-    return not setting.entries or any(_matches_host(url, entry) for entry in setting.entries)
+    return not setting.entries or any(_matches_host(setting, url, entry) for entry in setting.entries)
 
 
 def may_run_code(*names: str) -> bool:
@@ -169,8 +169,12 @@ def _split_url(url: str) -> tuple[str, str, str]:
     return scheme, parts.netloc, posixpath.normpath(f"/{parts.path}").replace("//", "/")
 
 
-def _matches_host(url: str, entry: str) -> bool:
+def _matches_host(setting: Setting, url: str, entry: str) -> bool:
     if URI_SCHEME.match(entry):
         return _is_below(url.lower(), entry.lower())
-    allowed, actual = urlsplit(f"//{entry.lower()}"), urlsplit(url.lower())
-    return allowed.hostname == actual.hostname and allowed.port in (None, actual.port)
+    actual = urlsplit(url.lower())
+    try:
+        allowed = urlsplit(f"//{entry.lower()}")
+        return allowed.hostname == actual.hostname and allowed.port in (None, actual.port)
+    except ValueError as error:  # of urllib, whose attributes parse the text
+        raise InputError(f"{setting}: expected host or host:port, found {entry!r:.200} ({error})") from None

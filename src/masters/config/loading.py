@@ -27,6 +27,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     one line that names every invalid key.
     """
     tree = read_toml(path)
+    if "arms" in tree:
+        raise InputError(f"{path} is a study, expected a configuration: run it with `masters study {path}`")
     for override in overrides or []:
         _apply_override(tree, override)
     return _validate(_apply_preset(tree), f"configuration {path}")

@@ -7,11 +7,13 @@ S3 = ("s3", "s3a")
 def validate_store_root(root: str) -> str:
     """Return `root` if it names a store that all processes can share and that supports conditional writes.
 
-    An S3 address loses slashes at its end. Raises ValueError for white space, any other protocol, and an S3 address
-    that servers and clients read in different ways.
+    An S3 address loses slashes at its end. Raises ValueError for white space, a variable of the shell, any
+    other protocol, and an S3 address that servers and clients read in different ways.
     """
     if not root.strip():
         raise ValueError("expected a folder or s3://bucket/prefix, found white space")
+    if root.startswith("$") or "${" in root:
+        raise ValueError("a configuration expands no variables: write the folder itself, or ~ for your home")
     protocol, separator, path = root.partition("://")
     is_chained = "::" in root or root.startswith("data:")  # as fsspec reads it
     if is_chained or (separator and protocol not in PROTOCOLS):

@@ -86,6 +86,11 @@ def _open_path(path: Path) -> Source:
             f"source {path}: expected a folder with .parquet files or a data set saved with save_to_disk, found "
             f"neither; {remedy}"
         )
+    if not path.is_file():
+        raise InputError(
+            f"source {path}: expected a file or folder, found neither, such as a named pipe, which can be read only "
+            "once: write the rows to a file"
+        )
     if path.suffix.lower() == ".jsonl":
         return JsonlSource(path)
     if path.suffix.lower() == ".parquet":

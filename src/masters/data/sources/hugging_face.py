@@ -108,6 +108,11 @@ def _check_inside(folder: Path) -> None:
             raise InputError(
                 f"source {folder}: {state.name} lists no data files ({one_line(error)}); save the data set again"
             ) from None
+        if not listed and state.parent != folder:
+            raise InputError(
+                f"source {folder}: {state.parent.relative_to(folder.parent)} has no rows, and datasets loads no such "
+                "part: save the data set without it"
+            )
         if outside:
             raise InputError(
                 f"source {folder}: {state.name} names a file outside the folder ({outside[0]!r:.200}); save the data "
