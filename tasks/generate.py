@@ -5,17 +5,13 @@ from functools import partial
 
 from prefect import task
 
-from masters.config.stages import Stage
 from masters.data import question_shards
 from masters.data.question_shards import QuestionRef
 from masters.execution.engines import KeptEngine
-from masters.execution.processes import Child
 from masters.models.generation.shards import GeneratingModel, ShardRequest, collect_shards
-from masters.models.judging import batches
 from masters.store.artifacts import Artifact, Identity
 from masters.tasks.build_or_reuse import TASK_OPTIONS, StageResult, build_or_reuse
 from masters.tasks.generation_stage import delete_shards, generate_shards, too_long_facts, warn_too_long
-from masters.tasks.judges import scoring_judge
 from masters.tasks.mask import read_thresholds
 from masters.tasks.refresh import mask_stage_refs
 from masters.tasks.run_context import Context, Round, Run
@@ -117,9 +113,8 @@ def generate(
     identity = make_identity(run, current, requests)
 
     def build() -> StageResult:
-        judge = _early_judging(run, current, identity, data, requests)
         engine = _kept_engine(run, current)
-        execution = generate_shards(run, identity, data, requests, later_requests, judge, engine)
+        execution = generate_shards(run, identity, data, requests, later_requests, engine)
         files = collect_shards(run.storage, identity, requests)
         rows = sum(request.rows for request in requests)
         facts = dict(rows=rows) | too_long_facts(run.storage, requests)
@@ -139,17 +134,3 @@ def _kept_engine(run: Run, current: Round) -> KeptEngine | None:
     if run.resident_engine is None or stage is None:
         return None
     return KeptEngine(run.resident_engine, stage.student.digest, is_reused=bool(stage.remaining))
-
-
-def _early_judging(
-    run: Run, current: Round, identity: Identity, data: Artifact, requests: list[ShardRequest]
-) -> Child | None:
-    """Make the process in which a judge server judges responses while engines generate; `score` finds its verdicts.
-
-    Returns None without such a judge, and if `score` is rebuilt, which deletes the stored verdicts.
-    """
-    judge = scoring_judge(run, current) if run.config.needs_verdicts else None
-    if judge is None or Stage.SCORE in run.stages_to_rebuild:
-        return None
-    files = [request.file for request in requests]
-    return batches.start_early_judging(data, judge, files, run.config.runtime, run.work_folder(identity))

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from masters.common.errors import MastersError
 from masters.execution.engines import KeptEngine
-from masters.execution.processes import Child
 from masters.models.generation import shards
 from masters.models.generation.shards import ShardRequest
 from masters.store import tables
@@ -22,13 +21,12 @@ def generate_shards(
     data: Artifact,
     requests: list[ShardRequest],
     later_requests: Sequence[ShardRequest] = (),
-    companion: Child | None = None,
     kept_engine: KeptEngine | None = None,
 ) -> dict:
     """Have engines answer the missing shards of a stage, and return how they ran.
 
-    `later_requests`: shards of later stages, answered while the engines of their models are up. `companion`: a process
-    that runs beside the engines. `kept_engine`: see `engines.run`.
+    `later_requests`: shards of later stages, answered while the engines of their models are up. `kept_engine`:
+    see `engines.run`.
     """
     missing = len(shards.find_missing(run.storage, requests))
     with run.track_progress(identity, "questions") as progress:
@@ -38,7 +36,6 @@ def generate_shards(
             run.config.runtime,
             run.work_folder(identity),
             progress.update,
-            companion,
             kept_engine,
         )
     return execution | dict(shards=len(requests), shards_built=missing, shards_reused=len(requests) - missing)

@@ -23,8 +23,8 @@ from masters.data import question_shards
 from masters.data.question_shards import QuestionRef, Shard
 from masters.execution import engines
 from masters.execution.engines import EngineWork, KeptEngine
-from masters.execution.events import EngineEvent, JudgedEarly, ShardAnswered
-from masters.execution.processes import Child, WorkerModule
+from masters.execution.events import EngineEvent, ShardAnswered
+from masters.execution.processes import WorkerModule
 from masters.models.generation.job import GenerationSetup, ShardPiece
 from masters.store import artifacts, tables
 from masters.store.artifacts import Artifact
@@ -189,14 +189,12 @@ def run_generation(
     runtime: Runtime,
     folder: Path,
     on_progress: Callable[[int, int, str], None],
-    companion: Child | None = None,
     kept_engine: KeptEngine | None = None,
 ) -> dict:
     """Have engines answer the missing shards, at least one engine a model. Returns statistics for the summary.
 
-    `on_progress` is called with the questions that are done, all questions, and a note about shards. `companion` runs
-    beside the engines, if there are any, and is waited for; the triples that it judges are counted. `kept_engine`: see
-    `engines.run`.
+    `on_progress` is called with the questions that are done, all questions, and a note about shards.
+    `kept_engine`: see `engines.run`.
     """
     missing = []
     for request in find_missing(data.storage, requests):
@@ -207,24 +205,20 @@ def run_generation(
     by_model: dict[tuple[str, str], list[ShardRequest]] = {}
     for request in missing:
         by_model.setdefault((request.model.digest, request.sampling.dtype), []).append(request)
-    done, shards, judged, questions = 0, 0, 0, sum(len(request.batch_refs) for request in missing)
+    done, shards, questions = 0, 0, sum(len(request.batch_refs) for request in missing)
 
     def show_progress() -> None:
         on_progress(done, questions, f"{shards:,} of {len(missing):,} shards")
 
     def count(event: EngineEvent) -> None:
-        nonlocal done, shards, judged
-        match event:
-            case ShardAnswered():
-                done, shards = done + event.questions, shards + 1
-            case JudgedEarly():
-                judged += event.judged
+        nonlocal done, shards
+        if isinstance(event, ShardAnswered):
+            done, shards = done + event.questions, shards + 1
         show_progress()
 
     show_progress()
     work = [_plan_work(group, data, runtime) for group in by_model.values()]
-    statistics = engines.run(work, runtime, folder, count, [companion] if companion else [], kept_engine)
-    return statistics | ({"judged_ahead": judged} if companion else {})
+    return engines.run(work, runtime, folder, count, kept_engine)
 
 
 def collect_shards(

@@ -17,7 +17,6 @@ from masters.execution.engines import EngineJob, EngineWork, OnEvent
 from masters.execution.events import BatchJudged, EngineEvent, parse_event
 from masters.execution.processes import Child, WorkerModule
 from masters.models.judging.job import (
-    EarlyJudgingJob,
     JudgeBatch,
     JudgeEndpoint,
     JudgeSetup,
@@ -75,31 +74,6 @@ def stored_verdicts(storage: Storage, judge: Judge, triples: list[Triple]) -> di
             if triple := by_digest.get(row.pop("triple_digest")):
                 verdicts.setdefault(triple, Verdict(**row))
     return verdicts
-
-
-def stored_verdict_digests(storage: Storage, folder: str) -> set[str]:
-    """Return the digests of all triples that have a stored verdict in a judge's folder."""
-    columns = ["triple_digest"]
-    return {d for name in storage.names(folder) for d in tables.read(storage, name, columns)[0].to_pylist()}
-
-
-def start_early_judging(
-    data: Artifact, judge: Judge, shards: list[str], runtime: Runtime, folder: Path
-) -> Child | None:
-    """Return a process that has a server judge shards of responses while engines write them; None for an engine.
-
-    A judge in an engine would take the processor from the engines that generate. `run_judging` finds the verdicts.
-    """
-    if not isinstance(judge.endpoint, ServerEndpoint):
-        return None
-    job = EarlyJudgingJob(
-        setup=_make_setup(data.storage, judge, runtime, is_proven=False),
-        data=data.folder,
-        responses="shards/responses",
-        shards=tuple(shards),
-        folder=judge.folder,
-    )
-    return Child("early-judging", WorkerModule.EARLY_JUDGING, job, folder)
 
 
 def run_judging(

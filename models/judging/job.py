@@ -60,15 +60,3 @@ class JudgeBatch(EnginePiece):
 class JudgeJob(EngineJob):
     setup: JudgeSetup
     pieces: tuple[JudgeBatch, ...]
-
-
-class EarlyJudgingJob(BaseModel):
-    """Shards of the folder `responses` to judge as they appear; `folder` keeps the judge's verdicts."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    setup: JudgeSetup
-    data: str
-    responses: str
-    shards: tuple[str, ...]
-    folder: str

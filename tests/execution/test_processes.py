@@ -210,23 +210,8 @@ def test_a_child_may_be_named_after_a_hub_id(tmp_path: Path) -> None:
     assert (tmp_path / "models-org-name-candidate-1.json").exists()
 
 
-def test_companions_take_no_slot(tmp_path: Path) -> None:
-    """The others run one at a time, also when it has ended."""
-    (tmp_path / "child_brief.py").write_text("import time; time.sleep(0.2)")
-    (tmp_path / "child_noted.py").write_text(
-        "import json, sys, time; begun = time.monotonic(); time.sleep(0.5);"
-        "print(json.dumps(dict(begun=begun, ended=time.monotonic())),"
-        "file=open(sys.argv[1].replace('json', 'progress'), 'a'))"
-    )
-    times = {}
-    children = [Child(f"one-{n}", "child_noted", {}, tmp_path) for n in range(2)]
-    companions = [Child("companion", "child_brief", {}, tmp_path)]
-    processes.run(children, 1, times.__setitem__, companions=companions)
-    assert times["one-0"]["ended"] <= times["one-1"]["begun"]
-
-
 def test_children_that_run_together_have_different_slots(tmp_path: Path) -> None:
-    """A slot is free again when its child has ended; companions take none."""
+    """A slot is free again when its child has ended."""
     (tmp_path / "child_slot.py").write_text(
         "import json, os, sys, time; time.sleep(float(sys.argv[1].split('-')[-1][:-5]));"
         "print(json.dumps(dict(slot=os.environ.get('MASTERS_SLOT'))),"
@@ -234,9 +219,8 @@ def test_children_that_run_together_have_different_slots(tmp_path: Path) -> None
     )
     slots = {}
     children = [Child(name, "child_slot", {}, tmp_path) for name in ("long-2.0", "short-0.1", "last-0.2")]
-    companions = [Child("companion-0.3", "child_slot", {}, tmp_path)]
-    processes.run(children, 2, lambda name, line: slots.__setitem__(name, line["slot"]), companions=companions)
-    assert slots == {"long-2.0": "0", "short-0.1": "1", "last-0.2": "1", "companion-0.3": None}
+    processes.run(children, 2, lambda name, line: slots.__setitem__(name, line["slot"]))
+    assert slots == {"long-2.0": "0", "short-0.1": "1", "last-0.2": "1"}
 
 
 @pytest.mark.parametrize("module", WorkerModule)

@@ -23,7 +23,6 @@ COMMANDS = ("masters.cli", "tests.fork_server.call")
 CHILDREN = (
     "masters.models.generation.worker",
     "masters.models.judging.worker",
-    "masters.models.judging.early_judging",
     "masters.models.training.worker",
     "masters.checks.parity_worker",
 )

@@ -1,7 +1,6 @@
 """Evaluation by a judge: its verdicts decide what is correct, and an answer that it cannot judge is never scored 0."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,18 +8,17 @@ import pytest
 from masters.common.errors import WorkerError
 from masters.config.stages import Stage
 from masters.flows.plan import stage_identities
-from masters.models.judging import batches
 from masters.rewards import verifiers
 from masters.store import tables
 from masters.store.artifacts import Artifact
-from masters.tasks import evaluate, generate
+from masters.tasks import evaluate
 from masters.tasks.data import data
 from masters.tasks.judges import accuracy_metric, evaluation_judge
 from masters.tasks.register import render_card
 from masters.tasks.run_context import Run
 from tests import fake_judge
 from tests.fake_judge import FakeJudge, serve, tag_content
-from tests.handmade_run import first_round, make_run, read_stderr
+from tests.handmade_run import make_run, read_stderr
 from tests.shape_data import write_questions
 
 TEXTS = ["blue", "a blue shape", "no idea"]  # the student's answers, in turn
@@ -177,14 +175,3 @@ def test_model_card_and_metric_name_the_judge(tmp_path: Path, source: Path, judg
     assert f"the language model `{judge.url}` judges that it says the same" in text and "NFKC" not in text
     named = run.config.rewards.model_copy(update=dict(judge="demo/models/judge"))
     assert accuracy_metric(run.config.model_copy(update=dict(rewards=named))) == "accuracy by judge judge"
-
-
-def test_judge_of_the_evaluation_does_not_judge_responses(
-    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(batches, "start_early_judging", lambda *_: pytest.fail("responses would be judged"))
-    rewards = dict(accuracy="llm", judge="http://127.0.0.1:1/v1")
-    run = make_run(tmp_path, source, rewards=rewards, train=dict(objective="kd"), evaluate=dict(accuracy="llm"))
-    questions = data.fn(run)
-    identity = replace(evaluate.make_identity(run, []), stage="generate")
-    assert generate._early_judging(run, first_round(run), identity, questions, []) is None

@@ -6,7 +6,7 @@ it, several engines may serve a model. Ray itself lives in a child process, `mas
 the flow stays light, and a missed heartbeat, a lost driver and a cancellation end it as they end any child.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,18 +102,16 @@ def run(
     runtime: Runtime,
     folder: Path,
     on_event: OnEvent,
-    companions: Sequence[Child] = (),
     kept_engine: KeptEngine | None = None,
 ) -> dict:
     """Do all pieces with at most `runtime.generate_workers` engines at a time. Returns statistics for the summary.
 
     They are `engines` started in all and `workers` at a time; on Ray also `restarts` after an engine died; `kept`
-    engines that were running already. `companions` run beside the engines, if there are any. `kept_engine` outlives
-    the run. Raises what `processes.run` raises.
+    engines that were running already. `kept_engine` outlives the run. Raises what `processes.run` raises.
     """
     work = [part for part in work if part.pieces]
     if work and runtime.ray_address:
-        return _run_on_ray(work, runtime, folder, on_event, companions)
+        return _run_on_ray(work, runtime, folder, on_event)
     running = sum(bool(kept_engine and kept_engine.process.is_alive and kept_engine.digest == w.digest) for w in work)
     children = [child for part in work for child in _make_children(part, folder, kept_engine)]
     usage = processes.run(
@@ -121,7 +119,6 @@ def run(
         runtime.generate_workers,
         lambda _, line: on_event(parse_event(line)),
         runtime.heartbeat_timeout_minutes * 60,
-        companions if children else (),
     )
     workers = min(runtime.generate_workers, len(children))
     statistics = dict(engines=len(children) - running, workers=workers, **usage.summarize())
@@ -147,9 +144,7 @@ def _make_children(work: EngineWork, folder: Path, kept_engine: KeptEngine | Non
     ]
 
 
-def _run_on_ray(
-    work: list[EngineWork], runtime: Runtime, folder: Path, on_event: OnEvent, companions: Sequence[Child]
-) -> dict:
+def _run_on_ray(work: list[EngineWork], runtime: Runtime, folder: Path, on_event: OnEvent) -> dict:
     workers = min(runtime.generate_workers, sum(len(part.pieces) for part in work))
     finished: list[RayFinished] = []
 
@@ -161,7 +156,7 @@ def _run_on_ray(
                 on_event(event)
 
     driver = Child("ray", WorkerModule.RAY_DRIVER, RayJob(work=tuple(work), workers=workers, runtime=runtime), folder)
-    usage = processes.run([driver], 1, pass_on, runtime.heartbeat_timeout_minutes * 60, companions)
+    usage = processes.run([driver], 1, pass_on, runtime.heartbeat_timeout_minutes * 60)
     (event,) = finished
     return event.model_dump(exclude={"event", "peak_mib"}) | dict(
         children_peak_mib=round(usage.peak_mib + event.peak_mib), ray_seconds=usage.startup_seconds[0]

@@ -39,19 +39,6 @@ class BatchJudged(Event):
     without_verdict: list[tuple[str, Status, str]]
 
 
-class WaitingForShards(Event):
-    """The early judge waits for responses; a sign of life."""
-
-    event: Literal["waiting"] = "waiting"
-
-
-class JudgedEarly(Event):
-    """The early judge has worked on some triples."""
-
-    event: Literal["judged"] = "judged"
-    judged: int
-
-
 class RayStarted(Event):
     """The driver process is connected to Ray."""
 
@@ -77,14 +64,7 @@ class RayFinished(Event):
 
 
 EngineEvent = Annotated[
-    EngineStarted
-    | ShardAnswered
-    | BatchJudged
-    | WaitingForShards
-    | JudgedEarly
-    | RayStarted
-    | EngineRestarted
-    | RayFinished,
+    EngineStarted | ShardAnswered | BatchJudged | RayStarted | EngineRestarted | RayFinished,
     Field(discriminator="event"),
 ]
 _ADAPTER: TypeAdapter[EngineEvent] = TypeAdapter(EngineEvent)

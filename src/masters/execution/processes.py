@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -36,7 +36,6 @@ class WorkerModule(StrEnum):
     """Modules that run in a process of their own. Named here, as this package must not import those above it."""
 
     BENCHMARK = "masters.models.generation.benchmark_worker"
-    EARLY_JUDGING = "masters.models.judging.early_judging"
     GENERATION = "masters.models.generation.worker"
     JUDGING = "masters.models.judging.worker"
     LAUNCHER = "masters.execution.child_process"
@@ -116,7 +115,7 @@ class PersistentProcess:
         """True if there is a process that can take a job."""
         return self._process is not None and self._process.poll() is None
 
-    def start_job(self, child: Child, slot: int | None) -> subprocess.Popen:
+    def start_job(self, child: Child, slot: int) -> subprocess.Popen:
         """Give a child's job to the live process, or to a new one."""
         if not (self.is_alive and self._send_job(child)):
             self._process, self.slot = _start(child, slot), slot
@@ -166,9 +165,8 @@ def run(
     max_running: int,
     on_progress: OnProgress,
     heartbeat_timeout: float = math.inf,
-    companions: Sequence[Child] = (),
 ) -> ProcessUsage:
-    """Run children, at most `max_running` at a time, and `companions` beside them; pass on their lines of progress.
+    """Run children, at most `max_running` at a time, and pass on their lines of progress.
 
     If a child fails, the others are ended. Raises WorkerError with the child and the reason, or InputError where the
     child exits with its code; StoreError if the child found a disk or the store full; WorkerLost if a signal ended the
@@ -178,8 +176,6 @@ def run(
     supervisor = _Supervisor(max_running, on_progress, heartbeat_timeout)
     queue = sorted(children, key=_start_order)
     try:
-        for child in companions:
-            supervisor.start(child, None)
         while queue or supervisor.running:
             while queue and supervisor.has_free_slot:
                 child = queue.pop(0)
@@ -188,7 +184,7 @@ def run(
             time.sleep(POLL_SECONDS)
     finally:
         _terminate([running.process for running in supervisor.running.values()])
-    largest = sorted(supervisor.peaks_mib)[-max_running - len(companions) :] if supervisor.peaks_mib else []
+    largest = sorted(supervisor.peaks_mib)[-max_running:]
     return ProcessUsage(tuple(supervisor.startup_seconds.values()), float(sum(largest)))
 
 
@@ -199,10 +195,9 @@ def _start_order(child: Child) -> int:
     return 0 if child.persistent.is_alive else 2
 
 
-def _start(child: Child, slot: int | None) -> subprocess.Popen:
+def _start(child: Child, slot: int) -> subprocess.Popen:
     child.write_job()
-    added = {} if slot is None else {SLOT: str(slot)}
-    added |= {PERSISTENT: "yes"} if child.persistent else {}
+    added = {SLOT: str(slot)} | ({PERSISTENT: "yes"} if child.persistent else {})
     python = os.environ.get(PYTHON, sys.executable)
     with open(child.log, "ab") as log:
         return subprocess.Popen(
@@ -230,11 +225,11 @@ def _terminate(processes: list[subprocess.Popen]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _RunningChild:
-    """A started child with its process; `slot` is None for a companion."""
+    """A started child with its process."""
 
     child: Child
     process: subprocess.Popen
-    slot: int | None
+    slot: int
     start_time: float
     progress: ProgressReader
     heartbeat: Heartbeat
@@ -255,7 +250,7 @@ class _Supervisor:
 
     @property
     def _used_slots(self) -> set[int]:
-        return {running.slot for running in self.running.values() if running.slot is not None}
+        return {running.slot for running in self.running.values()}
 
     def choose_slot(self, child: Child) -> int:
         """Return the slot of the child's live process, otherwise the first free one."""
@@ -263,7 +258,7 @@ class _Supervisor:
             return child.persistent.slot
         return min(set(range(self._max_running)) - self._used_slots)
 
-    def start(self, child: Child, slot: int | None) -> None:
+    def start(self, child: Child, slot: int) -> None:
         start_time = time.monotonic()
         process = child.persistent.start_job(child, slot) if child.persistent else _start(child, slot)
         progress, heartbeat = ProgressReader(child.progress), Heartbeat(child.log, child.progress)
