@@ -1,11 +1,16 @@
 """Advantages of responses within their group (Eq. 8).
 
-Shapes: G responses to one question. Nothing here has a gradient.
+Shapes: G responses to one question. Nothing here has a gradient. Functions import torch, the module does not: the
+command line and the scoring by rules import this package, and torch takes seconds.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 NOISE_FLOOR = 1e-4  # ours: a standard deviation up to this is rounding noise
 
@@ -17,6 +22,8 @@ def group_advantages(reward_G: torch.Tensor | Sequence[float], baseline_shift: f
     std R <= 1e-4 (also with fewer than two verdicts), every advantage is 0; there is no other epsilon.
     Ours: a shift other than 0, in units of the reward (AsymRE, arXiv 2506.20520).
     """
+    import torch
+
     rewards = torch.as_tensor(reward_G).detach()
     rewards = rewards if rewards.is_floating_point() else rewards.float()
     valid = ~rewards.isnan()

@@ -1,11 +1,16 @@
 """Distillation reward: how easy a response is to distill, from the divergence of student and masked teacher (Eq. 6-7).
 
-Shapes: G responses to one question. Nothing here has a gradient.
+Shapes: G responses to one question. Nothing here has a gradient. Functions import torch, the module does not: the
+command line and the scoring by rules import this package, and torch takes seconds.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 FLOORS = (1e-5, 0.0)  # ours: nats, and a multiple of the mean; differences of divergence up to these are noise
 
@@ -22,6 +27,8 @@ def distillation_rewards(
     D_max - D_min is at most the larger of floors[0] nats and floors[1] times the mean divergence. Responses outside
     `valid_G` (no verdict) or without a finite divergence do not count and get 0.
     """
+    import torch
+
     d, valid = _prepare(divergence_G, valid_G, sequence_id_G)
     rewards = torch.zeros_like(d)
     if valid.any():
@@ -40,12 +47,16 @@ def raw_distillation_rewards(
 
     The paper reports this ablation without a formula; the negative divergence is our reading.
     """
+    import torch
+
     d, valid = _prepare(divergence_G, valid_G, sequence_id_G)
     return torch.where(valid, -d, torch.zeros_like(d))
 
 
 def _prepare(divergence_G, valid_G, sequence_id_G) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a copy of the divergences, equal for identical responses, and which responses count, [G] each."""
+    import torch
+
     d = torch.as_tensor(divergence_G).detach()
     d = d.clone() if d.is_floating_point() else d.float()
     valid = d.isfinite() if valid_G is None else d.isfinite() & torch.as_tensor(valid_G, dtype=torch.bool)

@@ -1,5 +1,7 @@
 """Mutations: faults put into the code under test by replacing a part of a function's source."""
 
+import __future__
+
 import inspect
 import textwrap
 from collections.abc import Callable
@@ -38,7 +40,9 @@ def mutate(monkeypatch: pytest.MonkeyPatch, edits: list[Edit]) -> None:
         source = sources.get(original) or textwrap.dedent(inspect.getsource(original))
         assert source.count(part) == 1, f"{name} no longer contains {part!r}: update the mutation"
         scope: dict[str, Callable] = {}
-        exec(compile(source.replace(part, replacement), f"<mutated {name}>", "exec"), vars(module), scope)
+        # annotations stay text, as in modules that import torch only for type checkers
+        flags = __future__.annotations.compiler_flag
+        exec(compile(source.replace(part, replacement), f"<mutated {name}>", "exec", flags), vars(module), scope)
         sources[scope[name]] = source.replace(part, replacement)
         for user in MODULES:
             if vars(user).get(name) is original:
