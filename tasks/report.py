@@ -22,7 +22,7 @@ from masters.tasks.run_context import Run
 from masters.tasks.training_signal import LIMITS, Shares, crossed_limits
 
 CAPTIONS = {
-    "training": "Loss, divergence, accuracy on the probe questions and mask ratio over training",
+    "training": "Loss, divergence, share of labels predicted token by token, and mask ratio over training",
     "diagnostics": "Log-probability of correct and wrong responses, entropy, and signs of a failing run",
     "rewards": "Rewards by source and mask ratio",
     "divergences": "Divergence by mask ratio",

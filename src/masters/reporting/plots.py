@@ -70,7 +70,7 @@ def subsample(batches: Iterable[pa.Table], limit: int) -> tuple[pa.Table, int]:
 
 
 def draw_training(steps: pa.Table) -> Figure:
-    """Draw loss and divergence above, accuracy on the probe and the teacher's mask ratio below."""
+    """Draw loss and divergence above, the share of predicted labels and the teacher's mask ratio below."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     upper, lower = figure.subplots(2, sharex=True)
     step = _column(steps, "step")
@@ -83,7 +83,7 @@ def draw_training(steps: pa.Table) -> Figure:
     probe = _column(steps, "probe_accuracy")
     measured = ~np.isnan(probe)
     lower.plot(step[measured], probe[measured], "o-", color="tab:green")
-    lower.set(xlabel="step", ylabel="accuracy on the probe", ylim=(-0.03, 1.03))
+    lower.set(xlabel="step", ylabel="labels predicted token by token", ylim=(-0.03, 1.03))
     masked = lower.twinx()
     masked.step(step, _column(steps, "mask_ratio"), where="mid", color="tab:gray", linestyle="--")
     masked.set_ylabel("mask ratio (dashed)")
