@@ -197,5 +197,20 @@ def test_an_interrupted_first_promotion_is_repeated(registry: Registry, monkeypa
     assert registry.champion(NAME) == 2
 
 
+@pytest.mark.parametrize(
+    "interrupted", ["set_registered_model_tag", "set_registered_model_alias", "set_model_version_tag"]
+)
+def test_a_repeated_promotion_leaves_the_same_history(
+    interrupted: str, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.promote(NAME, 1)
+    with monkeypatch.context() as patch, pytest.raises(MlflowException):
+        patch.setattr(registry._client, interrupted, lambda *_: refuse())
+        registry.promote(NAME, 2)
+    registry.promote(NAME, 2)
+    assert (registry.champion(NAME), registry.champion_history(NAME)) == (2, [1, 2])
+    assert registry.previous_champion(NAME) == 1
+
+
 def refuse() -> None:
     raise MlflowException("away")

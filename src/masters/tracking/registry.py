@@ -26,8 +26,8 @@ MAX_CHAMPIONS = 50
 # tags of a model version
 VERDICT = "masters.gate"  # the promotion gate's verdict
 REGRESSION = "masters.told"  # the regression that the webhook has reported
-ROLLED_BACK = "masters.rolled_back"  # when a person took the alias champion away
-CHAMPION_SINCE = "masters.champion_since"
+ROLLED_BACK = "masters.rolled_back"  # time of the rollback that took the alias champion away
+CHAMPION_SINCE = "masters.champion_since"  # time of the promotion
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Registry:
         return self._model(name) is not None
 
     def _model(self, name: str) -> RegisteredModel | None:
-        """Return a model, None if there is none. A search tells a missing model from an MLflow that does not answer."""
+        """Return a model, None if there is none. A search, unlike a get, fails only if MLflow does not answer."""
         if not re.fullmatch(NAME_PATTERN, name):
             return None  # not a name that a configuration can have, nor one that a query can hold
         found = self._client.search_registered_models(f"name = '{name}'")
@@ -89,14 +89,14 @@ class Registry:
         return self.version_of_alias(name, CANDIDATE)
 
     def champion_history(self, name: str) -> list[int]:
-        """Return the versions that were champion, in order. One that was rolled back stays until the next promotion."""
+        """Return the versions that were champion, in order. A version rolled back stays until the next promotion."""
         model = self._model(name)
         if model is None:
             raise InputError(f"there is no registered model {name} in MLflow at {redact_uri(self.uri)}")
         return [int(version) for version in json.loads(model.tags.get(CHAMPIONS, "[]"))]
 
     def last_champion(self, name: str) -> int | None:
-        """Return the last version that had the alias champion, without promotions that were cut short."""
+        """Return the last version that had the alias champion, without promotions that were interrupted."""
         promoted = {int(version.version) for version in self.versions(name) if CHAMPION_SINCE in version.tags}
         return next((number for number in reversed(self.champion_history(name)) if number in promoted), None)
 
@@ -109,8 +109,10 @@ class Registry:
         """Make a version the champion. A repetition after an interruption gives the same result."""
         if CHAMPION_SINCE in self.version(name, version).tags and self.champion(name) == version:
             return
-        history = [*self._history_to_champion(name), version][-MAX_CHAMPIONS:]
-        # history first: a rollback could not leave an alias that is not in it
+        history = self._history_to_champion(name)
+        if history[-1:] != [version]:  # an interrupted promotion has added it already
+            history = [*history, version][-MAX_CHAMPIONS:]
+        # the history first: `_history_to_champion` ignores its new entry until the alias moves
         self._client.set_registered_model_tag(name, CHAMPIONS, json.dumps(history))
         self._client.set_registered_model_alias(name, CHAMPION, str(version))
         self._client.set_model_version_tag(name, str(version), CHAMPION_SINCE, _now())
@@ -133,13 +135,13 @@ class Registry:
         self._client.set_model_version_tag(name, str(version), REGRESSION, regression)
 
     def was_rolled_back(self, name: str, version: int) -> bool:
-        """Return whether a person took the alias champion from a version, and nobody has given it back."""
+        """Return whether a version lost the alias champion in a rollback and has not got it back."""
         return ROLLED_BACK in self.version(name, version).tags
 
     def rollback(self, name: str, to: int | None = None) -> tuple[int | None, int]:
         """Give the alias champion to an earlier version, by default the previous champion. Returns (from, to).
 
-        No night promotes the version that lost the alias again, until a person does with `to`.
+        `nightly` does not promote the version that lost the alias again; only a rollback `to` it does.
         """
         history, current = self.champion_history(name), self.champion(name)
         if current is None and to is None:
@@ -268,13 +270,14 @@ class Registry:
         return history[: len(history) - history[::-1].index(current)]
 
     def _check_artifact_exists(self, version: ModelVersion) -> None:
+        """Raise InputError if the version's artifact is not in its store."""
         tags = version.tags
         if "masters.store" not in tags:
             return
         if not Storage(tags["masters.store"]).exists(f"{tags['masters.folder']}/{RECORD}"):
             raise InputError(
                 f"model {version.name}: version {version.version} is no longer in its store "
-                f"({tags['masters.uri']}): it cannot be champion"
+                f"({tags['masters.uri']}), so it cannot be champion: name another version with --to"
             )
 
 
