@@ -1,6 +1,6 @@
 """`python -m benchmarks engine`: time until the demo's teacher, masked at five ratios, has answered 64 prompts at each.
 
-Ours: one engine that masks its weights anew between the ratios. Baseline: an engine for each of five masked
+Ours: one engine that masks its weights again between the ratios. Baseline: an engine for each of five masked
 checkpoints, which are written before; with the same options (`masters.models.generation.engine`) and the same requests.
 Every engine is a fresh process, imports included. Both must give the same responses.
 """

@@ -1,4 +1,4 @@
-"""The whole pipeline: data, mask, generate, score, train, evaluate, register. Each teacher has a round of its own."""
+"""The whole pipeline: data, mask, generate, score, train, evaluate, register. Each teacher has its own round."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -41,7 +41,7 @@ from masters.tracking.run_writer import RunWriter
 def close_crashed_run(flow: Flow, flow_run: FlowRun, state: State) -> None:
     """End the MLflow runs that a crashed flow run left RUNNING. Called in the Prefect worker."""
     config = Config.model_validate(flow_run.parameters["config"])
-    check_config(config)  # a configuration that is not allowed must not reach its store or MLflow here either
+    check_config(config)  # this process must not reach a store or MLflow that is not allowed either
     storage = Storage(config.store.root)
     uri = tracking_uri(config, storage)
     end_runs_with_key(uri, storage, str(flow_run.id))
@@ -171,7 +171,7 @@ def build_train_inputs(
 ) -> Inputs | None:
     """Build the responses and verdicts that a training reads. Returns None if the run ends before the training.
 
-    Only the last training of a run can be left out; the ones before it are needed by every stage behind them.
+    Only the last training of a run can be left out; later stages need all trainings before it.
     """
     is_last = current.number == len(run.config.teachers) and current.ends_round
     needed = stages if is_last else stages_up_to(Stage.TRAIN)
@@ -188,13 +188,13 @@ def build_train_inputs(
 
 
 def ask_judge_if_needed(run: Run, stages: Collection[Stage]) -> None:
-    """Ask the judge's server first if this run will need it, so that one that gives no verdict costs no generation."""
+    """Ask the judge's server for a verdict, if this run needs it, before responses are generated in vain."""
     if is_judged_by_server(run, stages):
         ask_judge_first(run)
 
 
 def response_stages(config: Config) -> tuple[Stage, ...]:
-    """Return those of the stages generate and score that the training objective needs."""
+    """Return which of the stages generate and score the training objective needs."""
     if config.train.targets == "labels":
         return ()
     return (Stage.GENERATE, Stage.SCORE) if config.needs_verdicts else (Stage.GENERATE,)

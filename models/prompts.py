@@ -29,7 +29,7 @@ def chat_prompt(processor, question: str) -> str:
 
 
 def tokenize_conversation(processor, tokenizer, conversation: Conversation) -> list[int] | None:
-    """Token ids of a conversation up to the model's next turn; None if quoted text holds a control token.
+    """Return a conversation's token ids up to the model's next turn; None if quoted text holds a control token.
 
     Tags separate quoted text from instructions only if it cannot end its turn or begin another.
     """
@@ -63,7 +63,7 @@ def vocabulary_size(tokenizer) -> int:
 
 
 def tokenize_label(tokenizer, answer: str) -> list[int]:
-    """Token ids of a reference answer, followed by the end token."""
+    """Return the token ids of a reference answer, followed by the end token."""
     return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
@@ -79,13 +79,13 @@ class PromptLengthCounter:
     """
 
     def __init__(self, processor) -> None:
-        self._processor, self._tokens_around_image = processor, 0
+        self._processor, self._tokens_around_image = processor, 0  # 0 while the next lines measure it
         image, text = Image.new("RGB", (64, 64)), chat_prompt(processor, "?")
         exact = len(processor(text=[text], images=[image])["input_ids"][0])
         self._tokens_around_image = exact - self(text, image.size)
 
     def __call__(self, text: str, size: tuple[int, int]) -> int:
-        """`text`: a `chat_prompt`; `size`: the image's width and height in pixels."""
+        """Return the tokens of a `chat_prompt` with an image. `size`: the image's width and height in pixels."""
         width, height = size
         image_tokens = self._processor._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_tokens"][0]
         text_tokens = len(self._processor.tokenizer(text, verbose=False)["input_ids"])  # no warning of long texts

@@ -16,11 +16,11 @@ NOISE_FLOOR = 1e-4  # ours: a standard deviation up to this is rounding noise
 
 
 def group_advantages(reward_G: torch.Tensor | Sequence[float], baseline_shift: float = 0.0) -> torch.Tensor:
-    """(R_j - (mean R + shift)) / std R with the population's standard deviation, [G].
+    """Return A_j = (R_j - (mean R + shift)) / std R with the population's standard deviation, [G] (Eq. 8).
 
-    Eq. 8. Ours: NaN marks a response without a verdict: it does not count in mean and deviation and gets 0. Ours: if
-    std R <= 1e-4 (also with fewer than two verdicts), every advantage is 0; there is no other epsilon.
-    Ours: a shift other than 0, in units of the reward (AsymRE, arXiv 2506.20520).
+    Ours: a response without a verdict (NaN) does not count in mean and deviation, and its advantage is 0. All
+    advantages are 0 if std R <= 1e-4 or fewer than two responses have a verdict; there is no other epsilon. A shift
+    other than 0 is in units of the reward (AsymRE, arXiv 2506.20520).
     """
     import torch
 

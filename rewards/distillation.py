@@ -21,7 +21,7 @@ def distillation_rewards(
     sequence_id_G: torch.Tensor | Sequence[int] | None = None,
     floors: tuple[float, float] = FLOORS,
 ) -> torch.Tensor:
-    """(D_max - D_j) / (D_max - D_min): the easiest to transfer gets 1, the hardest 0, [G] (Eq. 6-7).
+    """Return (D_max - D_j) / (D_max - D_min), [G]: 1 for the easiest response to transfer, 0 for the hardest (Eq. 6-7).
 
     Ours: responses with equal `sequence_id_G` (identical tokens) share their mean divergence. All get 0 if
     D_max - D_min is at most the larger of floors[0] nats and floors[1] times the mean divergence. Responses outside
@@ -43,7 +43,7 @@ def raw_distillation_rewards(
     valid_G: torch.Tensor | Sequence[bool] | None = None,
     sequence_id_G: torch.Tensor | Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """-D_j, [G]: the ablation without normalization. Arguments as in `distillation_rewards`.
+    """Return -D_j, [G]: the ablation without normalization. Arguments as in `distillation_rewards`.
 
     The paper reports this ablation without a formula; the negative divergence is our reading.
     """

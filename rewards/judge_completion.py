@@ -27,7 +27,7 @@ def read_completion(completion: Any) -> JudgeReply:
 
 
 def _text(content: object) -> str:
-    """A reply's text, encodable as UTF-8. Raises TypeError if it is not a text.
+    """Return a reply's text, encodable as UTF-8. Raises TypeError if it is not a text.
 
     A list holds the text in parts, of which those with thoughts have another type.
     """

@@ -17,7 +17,7 @@ class RecordingClient:
         return replies
 
     def explain_no_verdict(self) -> str:
-        """Return why these replies are no verdict, with what to do where that is known."""
+        """Return why these replies give no verdict, and what to do if that is known."""
         for reply in self.replies:
             if reply.status in ("refused", "judge_failed"):
                 return reply.text
@@ -26,8 +26,8 @@ class RecordingClient:
                 f"replies were cut off at {self._limits.explanation} and {self._limits.score} tokens before their "
                 "score: raise rewards.judge_tokens (a judge that thinks needs thousands)"
             )
-        texts = [" ".join(reply.text.split())[-120:] for reply in self.replies[:1] + self.replies[1:][-1:]]
-        found = " and ".join(repr(text) for text in texts)
+        first_and_last = self.replies[:1] + self.replies[1:][-1:]
+        found = " and ".join(repr(" ".join(reply.text.split())[-120:]) for reply in first_and_last)
         return (
             "expected a reply that ends with <answer>0</answer> or <answer>1</answer>, and in the second call the same "
             f"score, found {found}: choose a judge that follows instructions"

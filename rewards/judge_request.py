@@ -1,4 +1,4 @@
-"""How a request is put to a judge's server: OpenAI-compatible servers do not all take the same parameters."""
+"""Parameters of a request to a judge's server: OpenAI-compatible servers do not all take the same ones."""
 
 from itertools import product
 from typing import Any, Literal
@@ -34,7 +34,7 @@ class RequestStyle(BaseModel):
         return f"{self.token_parameter}, {temperature}, {'a' if self.system else 'no'} system turn"
 
 
-# from the usual style to those that differ more from it
+# the usual style first, then those that differ more and more from it
 STYLES = [
     RequestStyle(token_parameter=token_parameter, temperature=temperature, system=system)
     for system, temperature, token_parameter in product(

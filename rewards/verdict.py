@@ -34,15 +34,8 @@ class Triple:
 
     @property
     def digest(self) -> str:
-        return digest(canonical_json(self.to_json() if self.others else self.to_json()[:3]).encode())
-
-    def to_json(self) -> list:
-        return [self.question, self.reference, self.text, list(self.others)]
-
-    @classmethod
-    def from_json(cls, parts: list) -> "Triple":
-        question, reference, text, others = parts
-        return cls(question, reference, text, tuple(others))
+        others = [list(self.others)] if self.others else []
+        return digest(canonical_json([self.question, self.reference, self.text, *others]).encode())
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""generate: the masked teachers and the student answer every training question ahead of time, through vLLM."""
+"""generate: the masked teachers and the student answer every training question before training, through vLLM."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,7 +21,7 @@ VERSION = 1
 
 
 def shard_requests(context: Context, current: Round, data: Artifact, masks: Artifact) -> list[ShardRequest]:
-    """Request the responses of a round, or of its single mask stage.
+    """Return the requests for the responses of a round, or of its single mask stage.
 
     The masked teacher of each mask stage answers that stage's questions (with full coverage all questions), and the
     student answers all questions.
@@ -32,9 +32,10 @@ def shard_requests(context: Context, current: Round, data: Artifact, masks: Arti
 
 
 def later_teacher_requests(context: Context, current: Round, data: Artifact, masks: Artifact) -> list[ShardRequest]:
-    """Request the teacher's responses for the mask stages after the round's first one.
+    """Return the requests for the teacher's responses of the mask stages after the round's first one.
 
-    They depend on no training, so one start of the teacher's engine answers them all. Empty for any other part.
+    They depend on no training, so one start of the teacher's engine answers them all. For any other part of the round
+    there are none.
     """
     if not (current.mask_stage and current.starts_round and current.mask_stage.remaining):
         return []
@@ -67,10 +68,10 @@ def _teacher_requests(
 
 
 def _student_requests(context: Context, current: Round, refs: list[QuestionRef]) -> list[ShardRequest]:
-    """Request the student's responses.
+    """Return the requests for the student's responses.
 
-    Shards are planned over all questions even for a single mask stage: so its questions are answered in the same
-    batches as they would be for the whole round, with the student's present weights.
+    Shards are planned over all questions even for a single mask stage, so that its questions are answered in the same
+    batches as for the whole round, with the student's present weights.
     """
     config, student = context.config.generate, current.generating_student
     if not config.student_responses:
@@ -124,7 +125,7 @@ def generate(
     upstream = dict(data=data, masks=masks, teacher=current.teacher.origin, student=current.generating_student.origin)
     delete_stored = partial(delete_shards, run.storage, requests)
     generated = build_or_reuse(run, identity, upstream, build, delete_stored, bool(evaluation_requests), check_before)
-    warn_too_long(run, identity, generated, "their responses are empty and are not learnt from")
+    warn_too_long(run, identity, generated, "their responses are empty and are not trained on")
     return generated
 
 

@@ -1,4 +1,4 @@
-"""Split a round into its mask stages (`generate.refresh = "stage"`): the student generates anew in each of them."""
+"""Split a round into its mask stages (`generate.refresh = "stage"`): the student generates again in each of them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

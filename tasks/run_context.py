@@ -126,7 +126,7 @@ class Run(Context):
         return identity.kind in self.stages_to_rebuild
 
     def pool_for(self, kind: str) -> str:
-        """Name of the work pool that builds stages of this kind; empty if this process builds them."""
+        """Return the work pool that builds stages of this kind; empty if this process builds them."""
         pools = self.config.runtime.pools
         uses_judge_model = self.config.rewards.accuracy == "llm" and not isinstance(self.resources.judge, JudgeServer)
         pool_by_kind: dict[str, str] = {

@@ -71,7 +71,7 @@ def _find_pass(context: Context, identity: Identity, responses: Artifact) -> Art
 
 
 def _verifier_identity(answers: Answers) -> dict:
-    """Identity of the rules that score instead of a judge; `judge` is their name in the verdicts table."""
+    """Return the identity of the rules that score instead of a judge; `judge` is their name in the verdicts table."""
     identity = verifiers.verifier_identity(answers)
     return dict(judge=identity.pop("verifier"), **identity)
 

@@ -40,7 +40,7 @@ Inputs = dict[str, Artifact]  # data, masks and, where the configuration needs t
 
 
 def make_identity(context: Context, current: Round, inputs: Inputs) -> Identity:
-    """Identity of a training. Settings without effect are left out, so that they do not cause a rebuild."""
+    """Return the identity of a training. Settings without effect are left out, so that they do not cause a rebuild."""
     train, rewards = context.config.train, context.config.rewards
     without_effect = set() if train.max_validation_drop is not None else GUARD_FIELDS
     if train.compute_dtype == "float32":
@@ -143,7 +143,7 @@ def _execution(monitor: TrainingMonitor, usage: processes.ProcessUsage) -> dict:
 
 
 def steps_taken(facts: dict) -> int:
-    """Optimizer steps of a training according to its record; fewer than planned if it was rolled back."""
+    """Return the optimizer steps of a training according to its record; fewer than planned if it was rolled back."""
     rolled_back = facts.get("rolled_back")
     return rolled_back["at"] - facts.get("steps_before", 0) if rolled_back else facts["steps"]
 
@@ -253,7 +253,7 @@ def _rank_processes(job: TrainJob, work: Path, world: int) -> list[processes.Chi
 
 
 def _state_files(run: Run, identity: Identity, part: RoundPart, monitor: TrainingMonitor) -> dict[str, str]:
-    """SHA-256 by name of the files that the next part of the round starts from; none if no part follows."""
+    """Return SHA-256 by name of the files that the next part of the round starts from; none if no part follows."""
     if not part.end_state or monitor.rolled_back:
         return {}
     names = run.storage.names(part.end_state)

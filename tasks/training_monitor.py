@@ -61,7 +61,7 @@ class TrainingMonitor:
                 self.probes = [probe for probe in self.probes if probe["step"] <= event.step]
             case CheckpointRefused() as event:
                 self.refused_checkpoints.append(event.reason)
-                warn(f"{event.reason}; going on from the one before")
+                warn(f"{event.reason}; training continues from the one before")
             case ReferenceProgress() as event:
                 self._progress.update(0, self.steps, f"reference log-probabilities {event.done / event.total:.0%}")
             case TeacherMasked() as event:
@@ -107,7 +107,7 @@ class TrainingMonitor:
 
 
 def _packing_shares(sizes: PassesPacked) -> dict:
-    """Passes, their tokens, the share of padding, and the share saved against one sequence for each response."""
+    """Return the passes, their tokens, the share of padding, and the share that packing saves."""
     return dict(
         passes=sizes.passes,
         tokens=sizes.packed_tokens,

@@ -71,7 +71,7 @@ LIMITS = {
 
 
 def response_shares(storage: Storage, files: Iterable[str]) -> Shares:
-    """Shares of the responses in these files of the table `responses` that are truncated, empty, or identical.
+    """Return the shares of truncated, empty and identical responses in these files of the table `responses`.
 
     A response is identical if a model gave two or more to the question and all have one text. Prompts that were too
     long are left out.

@@ -1,7 +1,7 @@
 """Build a stage on another work pool: start a run of the deployment `stage/POOL` and wait for it.
 
-That run is a subflow: Prefect shows it below the requesting run and cancels it together with that run. A requesting run
-that is retried after its process was killed finds the subflow by its idempotency key and waits for it again.
+The started run is a subflow: Prefect shows it below the requesting run and cancels both together. A requesting run that
+is retried after its process was killed finds the subflow by its idempotency key and waits for it again.
 """
 
 import time
@@ -37,7 +37,7 @@ OWN_FIELDS = ("name", "fingerprint", "uri", "outcome", "rows", "rejected", "seco
 
 
 def check_pools(config: Config, storage: Storage) -> None:
-    """Raise InputError if a pool of the configuration cannot build its stages, as far as this process can tell."""
+    """Raise InputError if a pool of the configuration cannot build its stages, as far as this process can know."""
     pools = config.runtime.pools.names
     if not pools:
         return

@@ -56,7 +56,7 @@ class Fsdp2:
         return getattr(model, FULL_FORWARD)(function)
 
     def sum_gradients(self, model: torch.nn.Module) -> None:
-        """Does nothing: every backward pass has already summed its gradients over the ranks."""
+        """Do nothing: every backward pass has already summed its gradients over the ranks."""
 
     def full_tensor(self, tensor: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -13,7 +13,7 @@ from masters.models.families.base import VLM
 
 
 def frozen_dtype(train: Train) -> str:
-    """Type of the weights of teacher and pi_ref while a student is trained."""
+    """Return the type of the weights of teacher and pi_ref while a student is trained."""
     return train.dtype if train.compute_dtype == "float32" else train.compute_dtype
 
 

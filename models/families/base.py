@@ -20,7 +20,7 @@ class Family(Protocol):
     def image_keys(self) -> tuple[str, ...]: ...
 
     def prompt_positions(self, model: VLM, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Positions [A, P] of a prompt's tokens, from the processor's output (ids are [1, P])."""
+        """Return the positions [A, P] of a prompt's tokens, from the processor's output (ids are [1, P])."""
         ...
 
     def count_image_tokens(self, config: Any, prompt: dict[str, torch.Tensor]) -> int:
@@ -28,9 +28,9 @@ class Family(Protocol):
         ...
 
     def token_inputs(self, model: VLM, ids_BL: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Further per-token inputs of the model, [B, L] each."""
+        """Return further per-token inputs of the model, [B, L] each."""
         ...
 
     def model_positions(self, positions_ABL: torch.Tensor) -> torch.Tensor:
-        """Positions [A, B, L] in the shape that the model takes."""
+        """Return positions [A, B, L] in the shape that the model takes."""
         ...

@@ -1,8 +1,8 @@
-"""lmms-eval's process: one vLLM engine answers task after task; each task's results become a file as soon as it ends.
+"""The process that runs lmms-eval: one vLLM engine answers task after task, and each task's results become a file.
 
 `python -m masters.models.generation.benchmark_worker JOB.json`. `masters.tasks.benchmark` makes the job, a
-`BenchmarkJob`, and puts lmms-eval's packages on the process's path. lmms-eval is called as a library, as its command
-exits with 0 even where an evaluation failed.
+`BenchmarkJob`, and puts lmms-eval's packages on the process's path. lmms-eval is called as a library because its
+command exits with 0 even if an evaluation failed.
 """
 
 import json
@@ -20,7 +20,7 @@ from masters.models.generation import engine
 from masters.models.generation.job import BenchmarkDone, BenchmarkJob
 
 BATCH = 128  # documents given to the engine at a time
-MODEL = "vllm"  # the name by which tasks choose prompts that are made for a model
+MODEL = "vllm"  # the model's name, by which some tasks choose their prompts
 GENERATES = ("generate_until", "generate_until_multi_round", "generate_until_agentic")
 
 
@@ -55,10 +55,10 @@ def _check_task(manager: Any, name: str) -> None:
     try:
         tasks = list(_flatten(get_task_dict([name], manager, "chat")))
     except Exception as error:  # from data sets, hubs and the task's own code
-        cause = error.__cause__ or error  # lmms-eval retries, and then raises that it has
+        cause = error.__cause__ or error  # after its retries lmms-eval raises an error of its own
         raise InputError(
             f"benchmark {name} cannot be loaded ({type(cause).__name__}: {one_line(cause)}); its data sets come from "
-            "the Hugging Face hub: this machine must reach it or have them in its cache, some want HF_TOKEN"
+            "the Hugging Face hub: this machine must reach it or have them in its cache, some need HF_TOKEN"
         ) from error
     for task in tasks:
         if task.OUTPUT_TYPE not in GENERATES:
@@ -97,7 +97,7 @@ def _start_backend(job: BenchmarkJob) -> Any:
 def _evaluate(model: Any, manager: Any, task: str, job: BenchmarkJob) -> dict:
     from lmms_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
 
-    # what its command passes on: the folder of files for a benchmark's server, and that scoring needs no images
+    # as lmms-eval's command sets them: a folder for files to submit to a benchmark's server; scoring needs no images
     arguments = Namespace(output_path=str(job.results / "submissions"), process_with_media=False)
     return simple_evaluate(
         model=model, tasks=[task], task_manager=manager, limit=job.limit, batch_size=BATCH, cli_args=arguments

@@ -3,10 +3,10 @@
 Generation and evaluation share this module. A shard lies at `shards/<kind>/<fingerprint>.parquet` in the store. Its
 name follows from its inputs, so later runs and other artifacts reuse it. Each artifact holds a (hard-linked) copy.
 
-Shards are fixed lists of questions. If they were planned anew, one new question would change the shard that it falls
-into, and all questions of that shard would be answered again. So a nightly run keeps the shards of an earlier run
-(`ShardCache`), cuts out withdrawn questions, and plans only the rest. Every artifact of engines has the table `plan`,
-which lists the questions of each shard.
+Shards are fixed lists of questions. If they were planned again, one new question would change the shard that it falls
+into, and all questions of that shard would be answered again. So a nightly run keeps the shards of earlier runs
+(`ShardCache`), cuts out withdrawn questions, and plans shards only for the rest. Every artifact with generated answers
+has the table `plan`, which lists the questions of each shard.
 """
 
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -34,7 +34,7 @@ WORKER_MODULE: str = WorkerModule.GENERATION
 UNPLANNED = Shard("", ())  # the shard of a request whose questions are still to be planned
 PLAN = "plan"  # the table that lists the questions of each shard
 PLAN_FILE_ROWS = 100_000
-VERSION = 3  # of requests and of how rows are made; a new version makes new shards
+VERSION = 3  # of requests and of how rows are made; a new version generates all shards again
 
 # by request fingerprint and shard name, the ids and digests of the shard's questions
 Plan = dict[str, dict[str, list[tuple[str, str]]]]
@@ -191,7 +191,7 @@ def run_generation(
     on_progress: Callable[[int, int, str], None],
     kept_engine: KeptEngine | None = None,
 ) -> dict:
-    """Have engines answer the missing shards, at least one engine a model. Returns statistics for the summary.
+    """Have engines answer the missing shards, at least one engine per model. Returns statistics for the summary.
 
     `on_progress` is called with the questions that are done, all questions, and a note about shards.
     `kept_engine`: see `engines.run`.
@@ -252,16 +252,16 @@ def collect_shards(
 
 
 def _read_complete(storage: Storage, request: ShardRequest) -> bytes:
-    """Return a request's shard. A shard that a disk or a server damaged is removed, so that it is answered again.
+    """Return the content of a request's shard.
 
-    Raises StoreError for it: another try of the stage makes the shard anew.
+    Raises StoreError if the shard is damaged, and removes it, so that a retry of the stage generates it again.
     """
     data = storage.read(request.file)
     if (found := tables.count_rows(data)) != request.rows:
         storage.remove(request.file)
-        what = "no Parquet file" if found is None else f"{found} rows"
+        described = "no Parquet file" if found is None else f"{found} rows"
         raise StoreError(
-            f"shard {storage.uri(request.file)}: expected {request.rows} rows, found {what}; it was removed"
+            f"shard {storage.uri(request.file)}: expected {request.rows} rows, found {described}; it was removed"
         )
     return data
 
@@ -274,7 +274,7 @@ def _plan_rows(requests: list[ShardRequest]) -> Iterator[dict]:
 
 
 def _cut_from_whole(storage: Storage, request: ShardRequest) -> None:
-    """Write the shard with the rows that the whole one has for its questions."""
+    """Write the shard of a request with the rows that the whole shard has for its questions."""
     table = tables.read(storage, request.whole_file)
     kept = {ref.question_id for ref in request.shard.refs}
     rows = [row for row in table.to_pylist() if row["question_id"] in kept]
@@ -285,7 +285,7 @@ def _plan_work(requests: list[ShardRequest], data: Artifact, runtime: Runtime) -
     """Return the work for the engines of one model, which may be asked both masked and unmasked."""
     # an unmasked request has no thresholds
     model = max((request.model for request in requests), key=lambda model: len(model.thresholds))
-    # by mask ratio, so that an engine changes its mask once a ratio
+    # by mask ratio, so that an engine changes its mask once per ratio
     ordered = sorted(requests, key=lambda request: (-(request.mask_ratio or 0.0), request.shard.prefix))
     setup = GenerationSetup(
         store=data.storage.uri(""),

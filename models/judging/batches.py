@@ -1,8 +1,8 @@
-"""Have a judge give verdicts on triples: each distinct triple once, as earlier verdicts are read from the store.
+"""Have a judge give verdicts on triples. Each distinct triple is judged once: earlier verdicts are read from the store.
 
-Verdicts lie at `shards/judgements/<fingerprint of the judge>/*.parquet`, a file a batch. Batches are planned by the
-digests of all triples, so that a run that was interrupted goes on with the same batches. Only final verdicts are
-stored: a judge that could not be reached is asked again.
+Verdicts lie at `shards/judgements/<fingerprint of the judge>/*.parquet`, one file per batch. Batches are planned by the
+digests of all triples, so a run that was interrupted continues with the same batches. Only final verdicts are stored: a
+judge that could not be reached is asked again.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,7 @@ from masters.execution import engines, processes
 from masters.execution.engines import EngineJob, EngineWork, OnEvent
 from masters.execution.events import BatchJudged, EngineEvent, parse_event
 from masters.execution.processes import Child, WorkerModule
-from masters.models.judging.job import (
-    JudgeBatch,
-    JudgeEndpoint,
-    JudgeSetup,
-    ServerEndpoint,
-)
+from masters.models.judging.job import JudgeBatch, JudgeEndpoint, JudgeSetup, ServerEndpoint
 from masters.rewards import judge_prompts, judge_replies
 from masters.rewards.judge_prompts import DEFAULT_LIMITS, TokenLimits
 from masters.rewards.verdict import Triple, Verdict
@@ -29,9 +24,9 @@ from masters.store import tables
 from masters.store.artifacts import Artifact
 from masters.store.storage import Storage
 
-VERSION = 1  # of how judges are asked; a new version asks for every verdict again
+VERSION = 1  # of how judges are asked; with a new version every verdict is asked for again
 BATCH = 512  # triples that an engine judges together
-BATCHES_PER_ENGINE = 4  # an engine more is worth its start from this many batches each
+BATCHES_PER_ENGINE = 4  # with fewer, starting another engine takes longer than it saves
 
 
 @dataclass(frozen=True)
@@ -47,7 +42,7 @@ class Judge:
     def identity(self) -> dict:
         sampling = dict(temperature=0, max_tokens=asdict(self.limits))
         identity = dict(version=VERSION, prompts=judge_prompts.VERSION, sampling=sampling, model=self.model)
-        # engines keep the identity that they had before this version: it reads the same in all that was read then
+        # not for engines: this version reads the same score in every reply that earlier ones could read
         return identity | (dict(replies=judge_replies.VERSION) if isinstance(self.endpoint, ServerEndpoint) else {})
 
     @property
@@ -136,7 +131,9 @@ def _judge_batches(
         JudgeBatch(out=f"{judge.folder}/{fingerprint([t.digest for t in batch])}.parquet", triples=tuple(batch))
         for batch in batches
     )
-    setup = _make_setup(storage, judge, runtime, is_proven)
+    setup = JudgeSetup(
+        store=storage.uri(""), runtime=runtime, endpoint=judge.endpoint, limits=judge.limits, is_proven=is_proven
+    )
     if isinstance(judge.endpoint, ServerEndpoint):
         job = EngineJob(setup=setup, pieces=pieces)
         children = [Child("judge", WorkerModule.JUDGING, job, folder)] if pieces else []
@@ -157,9 +154,3 @@ def _judge_batches(
     )
     statistics = engines.run([work], runtime, folder, on_event)
     return dict(judges=statistics["workers"]) | statistics
-
-
-def _make_setup(storage: Storage, judge: Judge, runtime: Runtime, is_proven: bool) -> JudgeSetup:
-    return JudgeSetup(
-        store=storage.uri(""), runtime=runtime, endpoint=judge.endpoint, limits=judge.limits, is_proven=is_proven
-    )

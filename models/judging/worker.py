@@ -1,4 +1,4 @@
-"""The judge's process: gives verdicts on batches of triples and stores the final ones, a Parquet file a batch.
+"""The judge's process: gives verdicts on batches of triples and stores the final ones, one Parquet file per batch.
 
 `python -m masters.models.judging.worker JOB.json`, or an actor on Ray if the judge is an engine.
 `masters.models.judging.batches` makes the job, a `JudgeJob`.
@@ -64,7 +64,7 @@ class Worker:
         return judged
 
     def _check_first(self, client: RecordingClient, verdicts: list[Verdict]) -> None:
-        """Note whether there is a verdict. A judge that could not be reached is no reason to stop: it is asked again.
+        """Record whether there is a verdict. If the judge could not be reached, work continues: it is asked again.
 
         Raises WorkerError if the first texts have replies and none is a verdict.
         """

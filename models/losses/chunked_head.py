@@ -33,14 +33,15 @@ class Projection:
     vocabulary: int | None = None
 
     def chunks(self) -> Iterator[slice]:
-        """Slices of tokens whose log-probabilities take `chunk_bytes`."""
+        """Return slices of tokens whose log-probabilities take `chunk_bytes`."""
         size = max(1, chunk_bytes(self.hidden_TH.device.type) // (4 * len(self.weight_VH)))
         return (slice(start, start + size) for start in range(0, len(self.hidden_TH), size))
 
     def match_dtypes(self) -> "Projection":
-        """Leave out the rows beyond the vocabulary, and convert both tensors to the type of their product.
+        """Return the projection without rows beyond the vocabulary, with both tensors in the type of their product.
 
-        Where the types differ, that is the hidden states' on a GPU, and float32 on a CPU, which has no faster one.
+        If the types differ, the product has the type of the hidden states on a GPU. On a CPU it has float32, as no
+        other type is faster there.
         """
         dtypes = {self.hidden_TH.dtype, self.weight_VH.dtype}
         dtype = self.hidden_TH.dtype if len(dtypes) == 1 or self.hidden_TH.is_cuda else torch.float32
@@ -51,7 +52,7 @@ class Projection:
         return Projection(self.hidden_TH.detach(), self.weight_VH.detach(), self.vocabulary)
 
     def logits(self) -> torch.Tensor:
-        """Logits of all tokens, [T, V]."""
+        """Return the logits of all tokens, [T, V]."""
         matched = self.match_dtypes()
         return matched.hidden_TH @ matched.weight_VH.T
 
@@ -63,7 +64,7 @@ class Projection:
         return torch.cat([_matmul(matched.hidden_TH[chunk], weight_HV).argmax(-1) for chunk in matched.chunks()])
 
     def log_softmax(self, chunk: slice) -> torch.Tensor:
-        """Log-probabilities [C, V] in float32. Call it on a projection that is returned by `match_dtypes`."""
+        """Return log-probabilities [C, V] in float32. Call it on a projection that `match_dtypes` returned."""
         logits_CV = _matmul(self.hidden_TH[chunk], self.weight_VH.T)
         return logits_CV.sub_(logits_CV.logsumexp(-1, keepdim=True))
 
@@ -80,7 +81,7 @@ def token_terms(
     divergence: str,
     reference: Projection | None = None,
 ) -> Terms:
-    """log pi of each token and D_t (Eq. 4-5), [T] each, differentiable in the student's two tensors only.
+    """Return log pi and D_t of each token (Eq. 4-5), [T] each, differentiable in the student's two tensors only.
 
     `divergence`: "jsd", "kl" or "skew", as `formulas.jensen_shannon`, `formulas.kl_divergence` and
     `formulas.skew_divergence` define them. With a `reference`, pi_ref, also `formulas.exact_kl` and log pi_ref.
@@ -90,7 +91,7 @@ def token_terms(
 
 
 def chosen_log_probs(student: Projection, token_T: torch.Tensor) -> torch.Tensor:
-    """log pi of each token, [T], differentiable in the student's two tensors, as `formulas.chosen_log_probs`."""
+    """Return log pi of each token, [T], as `formulas.chosen_log_probs`, differentiable in the student's two tensors."""
     return _TokenTerms.apply(student.hidden_TH, student.weight_VH, student.vocabulary, token_T, None, None, None)[0]
 
 
@@ -128,7 +129,7 @@ class JensenShannon:
 
     @staticmethod
     def gradient(q_CV: torch.Tensor, p_CV: torch.Tensor, saved_C: torch.Tensor) -> torch.Tensor:
-        """dD/dlogits = q (log(q / m) - KL(Q || M)) / 2."""
+        """Return dD/dlogits = q (log(q / m) - KL(Q || M)) / 2."""
         n = min(q_CV.shape[1], p_CV.shape[1])
         log_ratio_CV = torch.full_like(q_CV, LN2)  # log(q / m)
         log_ratio_CV[:, :n] -= F.softplus(p_CV[:, :n].sub_(q_CV[:, :n]))
@@ -146,13 +147,13 @@ class KullbackLeibler:
 
     @staticmethod
     def gradient(q_CV: torch.Tensor, p_CV: torch.Tensor, saved_C: torch.Tensor) -> torch.Tensor:
-        """dD/dlogits = q - p."""
+        """Return dD/dlogits = q - p."""
         q, p = KullbackLeibler.shared(q_CV, p_CV)
         return F.pad(q.exp_().sub_(p.exp_()), (0, q_CV.shape[1] - q.shape[1]))
 
     @staticmethod
     def shared(q_CV: torch.Tensor, p_CV: torch.Tensor) -> list[torch.Tensor]:
-        """Both over the shared entries, normalized again."""
+        """Return the log-probabilities of both over the shared entries, normalized again."""
         n = min(q_CV.shape[1], p_CV.shape[1])
         return [x[:, :n] - x[:, :n].logsumexp(-1, keepdim=True) for x in (q_CV, p_CV)]
 
@@ -172,7 +173,7 @@ class Skewed:
 
     @staticmethod
     def gradient(q_CV: torch.Tensor, p_CV: torch.Tensor, saved_C: torch.Tensor) -> torch.Tensor:
-        """dD/dlogits = (1 - SKEW) q (sum_u w q - w)."""
+        """Return dD/dlogits = (1 - SKEW) q (sum_u w q - w)."""
         q, p = KullbackLeibler.shared(q_CV, p_CV)
         w = (p - _log_mixture(q, p)).exp_()
         gradient = (saved_C[:, None] - w).mul_(q.exp_()).mul_(1 - SKEW)
@@ -193,7 +194,7 @@ class KLToReference:
 
     @staticmethod
     def gradient(q_CV: torch.Tensor, r_CV: torch.Tensor, value_C: torch.Tensor) -> torch.Tensor:
-        """dKL/dlogits = q ((log q - log r) - KL), [C, V]. Overwrites `r_CV`."""
+        """Return dKL/dlogits = q ((log q - log r) - KL), [C, V]. Overwrites `r_CV`."""
         return torch.sub(q_CV, r_CV, out=r_CV).sub_(value_C[:, None]).mul_(q_CV.exp())
 
 
@@ -264,21 +265,21 @@ def _gather_tokens(q_CV: torch.Tensor, token_C: torch.Tensor) -> torch.Tensor:
 
 
 def _diagnostics(q_CV: torch.Tensor, logp_C: torch.Tensor) -> torch.Tensor:
-    """Entropy, ||onehot - pi||^2, and 1 where the token is the likeliest, [3, C]."""
+    """Return the entropy, ||onehot - pi||^2, and 1 where the token is the likeliest, [3, C]."""
     pi_CV = q_CV.exp()
     squared_C = 1 - 2 * logp_C.exp() + _dot(pi_CV, pi_CV)
     return torch.stack([-_dot(pi_CV, q_CV), squared_C.clamp_(min=0.0), (logp_C >= q_CV.amax(-1)).float()])
 
 
 def _matmul(a_CH: torch.Tensor, b_HV: torch.Tensor) -> torch.Tensor:
-    """a b in float32. With 16-bit factors a CPU rounds the product to their type first, a GPU does not."""
+    """Return a b in float32. With 16-bit factors a CPU first rounds the product to their type; a GPU does not."""
     if a_CH.is_cuda and a_CH.dtype != torch.float32:
         return torch.mm(a_CH, b_HV, out_dtype=torch.float32)
     return (a_CH @ b_HV).float()
 
 
 def _add_matmul(sum_VH: torch.Tensor, a_VC: torch.Tensor, b_CH: torch.Tensor) -> None:
-    """sum += a b with the sum in float32; on a GPU without a further tensor [V, H]."""
+    """Add a b to the float32 `sum_VH` in place; on a GPU without another tensor [V, H]."""
     if a_VC.dtype == sum_VH.dtype:
         sum_VH.addmm_(a_VC, b_CH)
     elif a_VC.is_cuda:

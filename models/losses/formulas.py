@@ -51,7 +51,7 @@ def token_terms(
     divergence: str,
     reference_logits_TV: torch.Tensor | None = None,
 ) -> Terms:
-    """Dense reference of `chunked_head.token_terms`. `divergence`: "jsd", "kl" or "skew"."""
+    """Return the loss terms; the dense reference of `chunked_head.token_terms`. `divergence`: "jsd", "kl" or "skew"."""
     compute = {"jsd": jensen_shannon, "kl": kl_divergence, "skew": skew_divergence}[divergence]
     pi_TV = student_logits_TV.detach().float().softmax(-1)
     terms = Terms(
@@ -71,7 +71,7 @@ def token_terms(
 
 
 def jensen_shannon(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor) -> torch.Tensor:
-    """D = 1/2 KL(P || M) + 1/2 KL(Q || M), M = (P + Q) / 2, in nats per token, [T] (Eq. 4-5).
+    """Return D = 1/2 KL(P || M) + 1/2 KL(Q || M), M = (P + Q) / 2, in nats per token, [T] (Eq. 4-5).
 
     P is the teacher's, Q the student's next-token distribution; the mean is of probabilities, not logits. No
     gradient reaches the teacher. Ours: where only one model has an entry (padded vocabularies), the other's
@@ -84,7 +84,7 @@ def jensen_shannon(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Ten
 
 
 def kl_divergence(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor) -> torch.Tensor:
-    """KL(P || Q) = sum_v p (log p - log q) of the teacher's P from the student's Q, in nats per token, [T].
+    """Return KL(P || Q) = sum_v p (log p - log q) of the teacher's P from the student's Q, in nats per token, [T].
 
     The `kl` ablation replaces D in Eq. 4-5 by it. Ours: both distributions are taken over the entries that both models
     have. With one that only the teacher has (padding of its embedding matrix, never a token) the divergence would be
@@ -96,7 +96,7 @@ def kl_divergence(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tens
 
 
 def skew_divergence(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor) -> torch.Tensor:
-    """KL(P || M), M = lambda P + (1 - lambda) Q, lambda = 0.1, in nats per token, [T]; at most ln 10.
+    """Return KL(P || M), M = lambda P + (1 - lambda) Q, lambda = 0.1, in nats per token, [T]; at most ln 10.
 
     Ours, in place of D in Eq. 4-5: skewed KL (DistiLLM, arXiv 2402.03898). Where the student is confidently wrong its
     gradient does not vanish, unlike that of the Jensen-Shannon divergence. As in `kl_divergence`, over the entries that
@@ -110,14 +110,14 @@ def skew_divergence(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Te
 
 
 def chosen_log_probs(logits_TV: torch.Tensor, token_T: torch.Tensor) -> torch.Tensor:
-    """log pi(token) = log softmax(logits)[token], [T]: the policy of Eq. 8-11 at the response tokens."""
+    """Return log pi(token) = log softmax(logits)[token], [T]: the policy of Eq. 8-11 at the response tokens."""
     return logits_TV.float().log_softmax(-1).gather(1, token_T[:, None])[:, 0]
 
 
 def exact_kl(student_logits_TV: torch.Tensor, reference_logits_TV: torch.Tensor) -> torch.Tensor:
-    """D_KL(pi || pi_ref) = sum_v pi (log pi - log pi_ref) over the whole vocabulary, in nats per token, [T] (Eq. 8-11).
+    """Return D_KL(pi || pi_ref) = sum_v pi (log pi - log pi_ref) over the whole vocabulary, in nats per token, [T].
 
-    Ours, as the paper leaves the estimator open. Its gradient with respect to the logits,
+    Eq. 8-11. Ours, as the paper leaves the estimator open. Its gradient with respect to the logits,
     pi ((log pi - log pi_ref) - KL), has a 1-norm of at most 2 (1 + KL), and KL is at most -log pi_ref of the rarest
     token, a constant of the round. Unlike the gradient of "k3" it does not grow as the student's probability of a token
     falls. No gradient reaches pi_ref.
@@ -158,7 +158,7 @@ def grpo_loss(
     responses: int,
     beta: float,
 ) -> torch.Tensor:
-    """- mean_t [ratio_t A_t - beta D_KL(pi || pi_ref)] per response, [R] (Eq. 8-11).
+    """Return - mean_t [ratio_t A_t - beta D_KL(pi || pi_ref)] per response, [R] (Eq. 8-11).
 
     ratio = pi / stop_gradient(pi) is 1 in value, since a batch is used for one update; its gradient is that of
     log pi. A_t: `token_advantages`, without a gradient; D_KL, `kl_T`: `exact_kl` or `kl_to_reference`. The caller
@@ -191,7 +191,7 @@ def token_advantages(
 
 
 def _log_probs(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 log-softmax of both; the narrower one is padded with probability zero."""
+    """Return the log-softmax of both in float32; the narrower one is padded with probability zero."""
     q, p = (x.float().log_softmax(-1) for x in (student_logits_TV, teacher_logits_TV.detach()))
     width = max(q.shape[1], p.shape[1])
     q, p = (F.pad(x, (0, width - x.shape[1]), value=-math.inf) for x in (q, p))
@@ -199,7 +199,7 @@ def _log_probs(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor)
 
 
 def _expected_log_ratio(p_TV: torch.Tensor, other_TV: torch.Tensor) -> torch.Tensor:
-    """sum_v p (log p - log other), [T]; a term of probability zero is zero, and so is its gradient."""
+    """Return sum_v p (log p - log other), [T]; a term of probability zero is zero, and so is its gradient."""
     present = p_TV > -math.inf
     p = p_TV.masked_fill(~present, 0.0)
     other = other_TV.masked_fill(~present, 0.0)

@@ -27,7 +27,7 @@ def attend(
     scaling: float | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attention function of transformers' interface. Returns outputs [B, L, H, D] and no attention weights."""
+    """Compute attention, as transformers' interface calls it. Returns outputs [B, L, H, D] and no attention weights."""
     attention = compiled_attention() if query_BHLD.is_cuda else flex_attention
     grouped_queries = query_BHLD.shape[1] != key_BKLD.shape[1]
     # autocast does not cover FlexAttention, and rotated queries and keys have the rotation's type
@@ -39,12 +39,12 @@ def attend(
 
 
 def round_up_to_block(tokens: int) -> int:
-    """Length of a row that holds `tokens` in whole blocks."""
+    """Return the length of a row that holds `tokens` in whole blocks."""
     return -(-tokens // BLOCK_SIZE) * BLOCK_SIZE
 
 
 def make_block_mask(is_visible: Callable[..., torch.Tensor], rows: int, length: int, device: torch.device) -> BlockMask:
-    """Block mask of the blocks in which `is_visible(row, head, query, key)` lets some token see another."""
+    """Return a mask of the blocks in which `is_visible(row, head, query, key)` lets some token see another."""
     create = compiled_create_block_mask() if device.type == "cuda" else create_block_mask
     return create(is_visible, rows, None, length, length, device, BLOCK_SIZE)
 
@@ -56,7 +56,7 @@ def compiled_attention():
 
 @cache
 def compiled_create_block_mask():
-    """Compiled, `create_block_mask` never holds the dense mask."""
+    """Return `create_block_mask`, compiled so that it never holds the dense mask."""
     return torch.compile(create_block_mask, recompile_limit=MAX_VARIANTS)  # pyright: ignore[reportCallIssue]
 
 

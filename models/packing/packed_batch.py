@@ -183,7 +183,7 @@ def is_visible(branch_3BL: torch.Tensor, row: torch.Tensor, query: torch.Tensor,
 
 
 def attention_mask(branch_3BL: torch.Tensor) -> torch.Tensor:
-    """`is_visible` as a boolean mask [B, 1, L, L], for scaled dot-product attention."""
+    """Return `is_visible` as a boolean mask [B, 1, L, L], for scaled dot-product attention."""
     _, rows, length = branch_3BL.shape
     position = torch.arange(length, device=branch_3BL.device)
     row = torch.arange(rows, device=branch_3BL.device)[:, None, None]
@@ -191,7 +191,7 @@ def attention_mask(branch_3BL: torch.Tensor) -> torch.Tensor:
 
 
 def block_mask(branch_3BL: torch.Tensor) -> BlockMask:
-    """`is_visible` as a block mask for FlexAttention, which skips blocks in which no token sees another."""
+    """Return `is_visible` as a block mask for FlexAttention, which skips blocks in which no token sees another."""
     _, rows, length = branch_3BL.shape
 
     def mask_mod(row: torch.Tensor, _: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ RARE = 1e-3  # pi below which a token counts as rare
 
 
 def token_sums(terms: Terms, packed: PackedBatch, end_tokens: Collection[int]) -> dict[str, float]:
-    """Entropy of the student's distribution, summed over tokens, and the number of end tokens it would choose greedily.
+    """Return the student's entropy, summed over tokens, and the number of end tokens that it would choose greedily.
 
     Only responses that end with one of `end_tokens` count for `greedy_end`, not those cut at the length limit.
     """

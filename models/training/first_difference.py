@@ -32,5 +32,5 @@ def spared_tokens(packed: PackedBatch, score_R: torch.Tensor) -> torch.Tensor:
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
+    """Return the length of the longest common prefix."""
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,7 +1,7 @@
 """Training groups (a question with its responses and their verdicts) and the order of optimizer steps. No torch.
 
-The groups of a table of responses are held as columns, sorted by question; a `Group` is made when it is read. So memory
-holds runs of any size: 37 bytes a response, 4 a token.
+Responses are held as columns, sorted by question, which take 37 bytes per response and 4 per token; a `Group` is made
+when it is read.
 
 Shapes: R non-empty responses of the questions that are trained on, T their tokens, Q questions, G groups.
 """
@@ -47,7 +47,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: the numbers of its groups."""
+    """One optimizer step. `groups`: indices of its groups."""
 
     stage: int
     epoch: int
@@ -93,10 +93,11 @@ def response_groups(
     only_stage: int | None = None,
     truncated: Truncated = "mask",
 ) -> tuple["ResponseGroups", int]:
-    """Groups of the questions that have responses, and the number of empty responses, which are left out.
+    """Return the groups of questions that have responses, and the number of empty responses, which are left out.
 
-    Groups are in the order of `refs`, then of mask stages; `only_stage` leaves out the others. `truncated`: whether a
-    response that was cut at the length limit is not trained on ("mask"), left out ("drop") or like all others ("keep").
+    Groups are in the order of `refs`, then of mask stages; `only_stage` leaves out the other stages. `truncated`: a
+    response that was cut at the length limit stays in its group without a loss ("mask"), is left out ("drop"), or is
+    treated like all others ("keep").
     Raises MastersError if the responses to a question follow different prompts.
     """
     columns, empty = _read_columns(refs, responses, verdicts, ratios, truncated)
@@ -144,13 +145,13 @@ class ResponseGroups(Sequence[Group]):
         return len(self._question_and_stage_G2)
 
     @overload
-    def __getitem__(self, at: int) -> Group: ...
+    def __getitem__(self, index: int) -> Group: ...
     @overload
-    def __getitem__(self, at: slice) -> list[Group]: ...
-    def __getitem__(self, at: int | slice) -> Group | list[Group]:
-        if isinstance(at, slice):
-            return [self[g] for g in range(len(self))[at]]
-        question, stage = self._question_and_stage_G2[at].tolist()
+    def __getitem__(self, index: slice) -> list[Group]: ...
+    def __getitem__(self, index: int | slice) -> Group | list[Group]:
+        if isinstance(index, slice):
+            return [self[g] for g in range(len(self))[index]]
+        question, stage = self._question_and_stage_G2[index].tolist()
         rows, columns = self._rows(question, stage), self._columns
         ends = columns.first_token_R[rows] + columns.length_R[rows]
         responses = [
@@ -224,7 +225,7 @@ def _is_truncated(rows: pa.Table) -> pa.ChunkedArray:
 
 
 def _integer_keys(batch: pa.Table, question_numbers: dict[str, int], ratios: list[float]) -> tuple[pa.Table, pa.Table]:
-    """Keys of the rows whose question and mask stage are trained on, in `KEY_SCHEMA`, and these rows."""
+    """Return the keys (`KEY_SCHEMA`) of the rows whose question and mask stage are trained on, and these rows."""
     # a dictionary for all batches: Arrow's index_in would hash every question id of the run again for each batch
     question = pa.array(
         [question_numbers.get(question_id) for question_id in batch["question_id"].to_pylist()], pa.int32()
@@ -256,7 +257,7 @@ def _add_prompts(prompt_Q: list[np.ndarray | None], question_R: np.ndarray, rows
             differing.append(rows["question_id"][int(row)].as_py())
     if differing:
         raise MastersError(
-            f"question {differing[0]}: its responses lie behind different prompts ("
+            f"question {differing[0]}: its responses follow different prompts ("
             f"{len(differing)} such questions): teacher and student must have the same chat template and processor "
             "settings"
         )
@@ -277,7 +278,7 @@ def _join_scores(
 
 
 def _flatten(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths and values of lists, int32 both."""
+    """Return the lengths and the values of a column of lists, both int32."""
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
     return lengths.astype(np.int32), pc.list_flatten(column).to_numpy().astype(np.int32)
 

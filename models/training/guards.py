@@ -41,9 +41,9 @@ def largest_gradient(context: TrainContext) -> float:
 
 
 def non_finite_questions(context: TrainContext, groups: list[int], loss_of: Callable[[int], torch.Tensor]) -> list[str]:
-    """Ids of the questions of these groups whose loss or gradient, computed alone, is not finite.
+    """Return the ids of the questions of these groups whose loss or gradient, computed alone, is not finite.
 
-    Memory holds each of them: it held the passes that they were part of.
+    Memory suffices for each of them, as it did for the passes that they were part of.
     """
     found = []
     for g in groups:
@@ -156,7 +156,7 @@ class ValidationGuard:
         if train.on_drop == "stop":
             raise MastersError(
                 f"step {number}: the student answers {accuracy:.1%} of {questions} held-out training questions "
-                f"correctly, after {best:.1%} at step {self.best_step}: a drop by more than train.max_validation_drop "
+                f"correctly, after {best:.1%} at step {self.best_step}: a drop of more than train.max_validation_drop "
                 f"({train.max_validation_drop}). Lower train.learning_rate, or set train.on_drop to rollback"
             )
         self.context.report(RolledBack(at=number, accuracy=accuracy, to=self.best_step, best=best))
@@ -181,7 +181,7 @@ class ValidationGuard:
         return next(name for name in self._all_files() if (_step(name), _correct(name)) == best)
 
     def _all_files(self) -> list[str]:
-        """Best weights of this training, and those that the previous part of the round left."""
+        """Return the files of best weights: of this training, and those that the previous part of the round left."""
         start_state = self.context.part.start_state
         return self._own_files() + (_weight_files(self.context.storage, start_state) if start_state else [])
 

@@ -24,14 +24,14 @@ class Plan:
 
 
 def size_of(group: Group) -> int | None:
-    """Tokens of a question alone: its prompt and distinct responses. None if no table holds its prompt."""
+    """Return the tokens of a question alone: its prompt and distinct responses. None if no table holds its prompt."""
     if group.prompt is None:
         return None
     return len(group.prompt) + sum(map(len, set(map(tuple, group.responses))))
 
 
 def batches(items: Iterable[T], size: Callable[[T], int], tokens: int) -> Iterator[list[T]]:
-    """Batches of consecutive items with at most `tokens` tokens together; an item with more comes alone."""
+    """Yield batches of consecutive items with at most `tokens` tokens together; an item with more comes alone."""
     batch: list[T] = []
     room = tokens
     for item in items:
@@ -61,7 +61,7 @@ def split_across_ranks(groups: Sequence[int], sizes: Sequence[int | None], ranks
 
 
 def plan(steps: Sequence[Step], sizes: Sequence[int | None], tokens: int, ranks: int) -> Plan | None:
-    """Plan the passes of all steps, of at most `tokens` tokens each. None without steps or if a length is unknown."""
+    """Plan passes of at most `tokens` tokens for all steps. Returns None without steps or if a length is unknown."""
     known = [size for size in sizes if size is not None]
     if len(known) < len(sizes) or not steps:
         return None

@@ -6,7 +6,7 @@ from masters.config import Train
 
 
 def learning_rate(train: Train, step: int, steps: int) -> float:
-    """Learning rate of step 1..`steps`: a linear warmup, then constant or decaying to 0 after the last step.
+    """Return the learning rate of step 1..`steps`: a linear warmup, then constant or decaying to 0 after the last step.
 
     The first warmup step has the rate learning_rate / warmup_steps, not 0. The paper's rate is constant.
     """

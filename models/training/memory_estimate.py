@@ -109,7 +109,7 @@ def estimate_memory(
 
 
 def _replicated(models: _ModelBytes, activations: int, ranks: int, saves: bool) -> MemoryEstimate:
-    """Estimate where every rank holds all weights, gradients and both optimizer states."""
+    """Estimate the memory if every rank holds all weights, gradients and both optimizer states."""
     weights = models.weights
     saving = CHECKPOINT_COPIES * 3 * weights - weights - activations if saves else 0  # gradients are free by then
     return MemoryEstimate(
@@ -125,7 +125,7 @@ def _replicated(models: _ModelBytes, activations: int, ranks: int, saves: bool) 
 
 
 def _sharded(models: _ModelBytes, activations: int, ranks: int, saves: bool) -> MemoryEstimate:
-    """Estimate where every rank holds an equal share of all models and gathers the blocks that it computes with."""
+    """Estimate the memory if every rank holds an equal share of all models and gathers blocks to compute with them."""
     share, teacher, reference = models.weights // ranks, models.teacher // ranks, models.reference // ranks
     step = 4 * share + teacher + reference + activations + models.gathered
     # rank 0 alone writes whole tensors: this is one rank's part of what the ranks need together
@@ -172,7 +172,7 @@ def _head_bytes(shapes: Shapes, tokens: int, device: str) -> int:
 
 
 def _count_gathered(shapes: Shapes) -> int:
-    """Parameters that are whole at a time where weights are sharded: those in no block, and the two largest blocks."""
+    """Return the most parameters gathered at a time: those outside blocks, and the two largest blocks."""
     blocks: dict[str, int] = {}
     for name, shape in shapes.items():
         match = BLOCK_NAME.match(name)

@@ -41,7 +41,7 @@ def question_means(value_R: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
 
 
 def divergences(terms: Terms, packed: PackedBatch) -> torch.Tensor:
-    """D_j = mean_t D_t of every response, [R] (Eq. 4-5; ours: the mean over its tokens)."""
+    """Return D_j = mean_t D_t of every response, [R] (Eq. 4-5; ours: the mean over its tokens)."""
     return formulas.response_means(terms.divergence_T, packed.response_T, packed.responses)
 
 
@@ -56,7 +56,7 @@ def supervised(
     score_R: torch.Tensor | None = None,
     is_trained_R: torch.Tensor | None = None,
 ) -> Outcome:
-    """Supervised fine-tuning, a baseline: - mean_j mean_t log pi(token), summed over questions.
+    """Compute supervised fine-tuning, a baseline: - mean_j mean_t log pi(token), summed over questions.
 
     With verdicts R_acc in `score_R` the mean over j is over the question's right responses only (rejection sampling),
     masked ones left out. It is 0 for a question without any, which still counts in the step's mean over questions. NaN
@@ -73,7 +73,7 @@ def supervised(
 
 
 def distillation(terms: Terms, packed: PackedBatch, is_trained_R: torch.Tensor | None = None) -> Outcome:
-    """Distillation without rewards: mean_j D_j (Eq. 4-5), summed over questions."""
+    """Compute distillation without rewards: mean_j D_j (Eq. 4-5), summed over questions."""
     divergence_R = divergences(terms, packed)
     loss = question_means(mask_responses(divergence_R, is_trained_R), packed).sum()
     sums = {"loss": loss.item(), "divergence": _question_sum(divergence_R.detach(), packed)}
@@ -89,7 +89,7 @@ def masters_loss(
     by_teacher_R: torch.Tensor | None = None,
     is_trained_R: torch.Tensor | None = None,
 ) -> Outcome:
-    """Distillation and offline GRPO: w L_GRPO + D (Eq. 4-11; ours: the weight w), summed over questions.
+    """Compute distillation with offline GRPO: w L_GRPO + D (Eq. 4-11; ours: the weight w), summed over questions.
 
     `score_R`: verdicts R_acc, NaN where there is none. `by_teacher_R`: whether the teacher gave the response; needed by
     `balance = "teacher_accuracy"`. The rewards use D of this step, detached (Eq. 6-7). Ours: a response without a
@@ -160,14 +160,14 @@ def bounded_advantages(
 
 
 def kl_term(terms: Terms, train: Train) -> torch.Tensor | None:
-    """D_KL(pi || pi_ref) of each token, [T], as `train.kl` estimates it. None if pi_ref is not known."""
+    """Return D_KL(pi || pi_ref) of each token, [T], as `train.kl` estimates it. None if pi_ref is not known."""
     if train.kl == "exact" or terms.reference_logp_T is None:
         return terms.kl_T
     return formulas.kl_to_reference(terms.logp_T, terms.reference_logp_T, train.kl)
 
 
 def _reward_columns(score_R: torch.Tensor, distill_R: torch.Tensor, rewards: Rewards) -> dict[str, list[float]]:
-    """R_acc, R_distill and their combination R; all NaN for a response that lacks the verdict it needs."""
+    """Return R_acc, R_distill and their combination R; all NaN for a response that lacks the verdict it needs."""
     nan_R = torch.full_like(score_R, torch.nan)
     reward_R = combined_rewards(
         torch.zeros_like(score_R) if rewards.accuracy == "off" else score_R, distill_R, rewards.combine
@@ -192,7 +192,7 @@ def advantages(
     rewards: Rewards,
     baseline_shift: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """R_distill and A, [R] each, computed within each question's group of responses (Eq. 6-8). No gradients.
+    """Return R_distill and A, [R] each, computed within each question's group of responses (Eq. 6-8). No gradients.
 
     Ours: a response without a verdict is left out of its group's minimum, maximum, mean and standard deviation;
     identical responses share one D.

@@ -89,7 +89,10 @@ def retry_smaller(context: TrainContext, work: Callable[[], T]) -> T:
 
 
 def _smaller_budget(error: PassTooLarge) -> int:
-    """Half the tokens of the failed pass, so that its questions are split over several passes."""
+    """Return half the tokens of the failed pass, so that its questions are split over several passes.
+
+    Raises MastersError if the pass held a single question.
+    """
     if len(error.questions) > 1:
         return error.tokens // 2
     question = error.questions[0]

@@ -248,7 +248,7 @@ def _concatenate(scores: Iterable[np.ndarray]) -> torch.Tensor:
 def _reward_sums(
     outcome: objective.Outcome, terms: Terms, score_R: torch.Tensor, sources: list[str], packed: PackedBatch
 ) -> dict[str, float]:
-    """Diagnostics of the rewards: which tokens they push down, and whether they agree with the verdicts."""
+    """Return diagnostics of the rewards: which tokens they push down, and whether they agree with the verdicts."""
     assert outcome.advantage_T is not None
     sums = diagnostics.negative_sums(terms, outcome.advantage_T, packed)
     for name, column in (("distillation", "reward_distillation"), ("reward", "reward")):
@@ -258,7 +258,7 @@ def _reward_sums(
 
 
 def _terms(context: TrainContext, teacher: torch.nn.Module, packed: PackedBatch) -> Terms:
-    """`chunked_head.token_terms` of the distinct response tokens, [U] each."""
+    """Return `chunked_head.token_terms` of the distinct response tokens, [U] each."""
 
     def frozen_states(model: torch.nn.Module) -> Projection:
         with torch.no_grad():
@@ -269,7 +269,7 @@ def _terms(context: TrainContext, teacher: torch.nn.Module, packed: PackedBatch)
     teacher_states = frozen_states(teacher)
     reference_states = None if context.reference is None else frozen_states(context.reference)
 
-    def student_terms(student: torch.nn.Module) -> tuple[Any, ...]:  # `Sharding.within` needs a tuple of tensors
+    def student_terms(student: torch.nn.Module) -> tuple[Any, ...]:  # `run_with_full_weights` needs a tuple of tensors
         states = response_states(student, packed, context.vocabulary)
         terms = chunked_head.token_terms(
             states, teacher_states, packed.token_U, context.train.divergence, reference_states
@@ -282,7 +282,7 @@ def _terms(context: TrainContext, teacher: torch.nn.Module, packed: PackedBatch)
 def _non_finite_error(
     context: TrainContext, number: int, step: Step, references: References, loss: float
 ) -> MastersError:
-    """Error for a step with a loss or gradient that is not finite; names the questions that cause it by themselves."""
+    """Return the error for a step whose loss or gradient is not finite, with the questions that cause it alone."""
     gradient = largest_gradient(context)
 
     def loss_of(g: int) -> torch.Tensor:

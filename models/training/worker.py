@@ -68,7 +68,7 @@ def prepare(job: TrainJob, job_file: Path, rank: int, world: int) -> TrainContex
     """Load tables and models and plan the steps. Raises InputError if memory does not hold the models."""
 
     def report(event: TrainEvent) -> None:
-        """Rank 0 reports for all; another rank reports what happens to itself, else only that it is alive."""
+        """Report an event from rank 0. Other ranks report what happens to themselves, else only that they are alive."""
         speaks = rank == 0 or isinstance(event, TokenBudgetLowered | RestartRequested)
         child_process.report_event(job_file, event if speaks else Heartbeat())
 

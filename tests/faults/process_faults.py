@@ -132,7 +132,7 @@ def damaged_checkpoint(world: World, rng: random.Random) -> Seen:
         running = world.start(store, TRAIN)
         code = running.wait()
         said = " ".join(running.said().split())
-        assert "is damaged: expected SHA-256" in said and "going on from the one before" in said, said
+        assert "is damaged: expected SHA-256" in said and "training continues from the one before" in said, said
         return code, fired
 
     return world.disturbed("SIGKILL of the trainer, then a bit of its newest checkpoint flips", store, disturb, TRAIN)

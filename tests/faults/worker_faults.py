@@ -41,7 +41,7 @@ def _killed(world: World, stack: Stack, expected: Finished, names: tuple[str, ..
             until(lambda: stack.run(run)["state_type"] == "SCHEDULED", "it is missed, and resumed")
         else:
             until(lambda: stack.run(run)["state_type"] in ENDED, "its end")
-        stack.up()  # a part of it has died: it starts anew
+        stack.up()  # a part of it has died: it starts again
         stack.complete(run)
         assert not stack.children()
         return 0, ["kill train/worker"]

@@ -19,7 +19,10 @@ SECONDS = 300  # to report to Prefect and MLflow and to end the engines
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stop", "code", "line"),
-    [(signal.SIGINT, 1, "masters: interrupted; run again to go on from here"), (signal.SIGTERM, -signal.SIGTERM, None)],
+    [
+        (signal.SIGINT, 1, "masters: interrupted; run again to continue from here"),
+        (signal.SIGTERM, -signal.SIGTERM, None),
+    ],
 )
 def test_a_signal_ends_a_run(stop: signal.Signals, code: int, line: str | None, tmp_path: Path) -> None:
     """The signal is sent to the whole process group, as by Ctrl-C in a terminal."""

@@ -118,7 +118,7 @@ def test_only_new_and_changed_questions_are_answered(nights: list[dict]) -> None
     assert {q: third[q] for q in first} == first
     gone, changed = third.keys() - fourth.keys(), [q for q in fourth if fourth[q] != third[q]]
     assert len(gone) == 1 and len(changed) == 1
-    # each engine answered one question, and gave the rest of its shard anew without the one withdrawn
+    # each engine answered one question, and gave the rest of its shard again without the one withdrawn
     assert all(len(responses) == RESPONSES for found in responses_by_night.values() for responses in found.values())
 
 

@@ -126,7 +126,7 @@ def test_a_run_killed_between_mask_stages_continues_to_the_same_student(whole: d
     again = read_json(done)
     outcomes = {name: stage["outcome"] for name, stage in stages(again).items()}
     assert [outcomes[name] for name in NAMES[:5]] == ["reused"] * 5 and outcomes["train-mask1"] == "built"
-    assert stages(again)["generate-mask1"]["engines"] <= 1  # anew, on the weights that the first stage ended with
+    assert stages(again)["generate-mask1"]["engines"] <= 1  # again, on the weights that the first stage ended with
     for name in ("generate-mask1", "train-mask1", "register"):
         assert stages(again)[name]["fingerprint"] == stages(whole)[name]["fingerprint"]
     students = [Path(made["student"]["after"]["uri"], "model.safetensors").read_bytes() for made in (whole, again)]

@@ -1,6 +1,6 @@
 """The training behind `loss_curve.json`: 20 steps of the method on tiny random models.
 
-`make golden` writes the file anew: only after a change of the method's definition, never to make a test pass.
+`make golden` writes the file again: only after a change of the method's definition, never to make a test pass.
 """
 
 import copy

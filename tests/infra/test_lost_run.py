@@ -26,6 +26,6 @@ def test_a_run_without_heartbeats_is_crashed_and_resumed() -> None:
             os.kill(next(pid for pid, line in stack.processes().items() if name in line), signal.SIGKILL)
         until(lambda: stack.run(run)["state_type"] == "CRASHED", "the automation")
         until(lambda: stack.run(run)["state_type"] == "SCHEDULED", "the other automation")
-        stack.up()  # a part of it has died: it starts anew
+        stack.up()  # a part of it has died: it starts again
         stack.complete(run, RESUMED)
         assert stack.run(run)["run_count"] == 2, stack.history(run)

@@ -68,7 +68,7 @@ class Trained:
             return families.build(family, tied)[1]
 
     def context(self, case: str, store: str = "", **train: Any) -> trainer.TrainContext:
-        """Six steps, the teacher masked anew at each stage; a store of its own."""
+        """Six steps, the teacher masked again at each stage; a store of its own."""
         family, _, values = CASES[case]
         base, sharding = make_context(family), self.sharded()
         config = Train.model_validate(dict(learning_rate=1e-4) | values | train)

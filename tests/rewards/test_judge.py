@@ -1,7 +1,6 @@
 """The two calls of an LLM judge: prompts, parsing, and that no other text becomes a score."""
 
 import html
-import json
 import re
 import time
 
@@ -235,7 +234,6 @@ def test_the_first_call_lists_all_accepted_answers() -> None:
     assert system["content"] == grading_conversation(one)[0]["content"] + SEVERAL_TRUTHS
 
 
-def test_triples_with_other_accepted_answers_differ_and_survive_json() -> None:
+def test_triples_with_other_accepted_answers_differ() -> None:
     triples = [Triple("q", "a", "t"), Triple("q", "a", "t", ("b",)), Triple("q", "a", "t", ("b", "c"))]
     assert len({triple.digest for triple in triples}) == 3
-    assert [Triple.from_json(json.loads(json.dumps(triple.to_json()))) for triple in triples] == triples

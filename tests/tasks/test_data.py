@@ -438,7 +438,7 @@ def test_a_large_bucket_or_a_full_buffer_starts_a_new_file(monkeypatch, tmp_path
 
 
 def test_rejected_files_have_bounded_size(monkeypatch, tmp_path):
-    monkeypatch.setattr(question_selection, "REJECTED_ROWS", 4)
+    monkeypatch.setattr(question_selection, "REJECTED_FILE_ROWS", 4)
     bad = [RawRow(str(i), png(0), "q?", None) for i in range(9)]
     artifact_files, facts = question_table.write_tables(
         make_config("given", max_rejected_share=0.9), FakeSource(raw_rows(10) + bad), Storage(str(tmp_path)), "x"

@@ -1,4 +1,4 @@
-"""A test question to the judge's server, asked by `masters check` and before a run generates what will be judged."""
+"""A test question to the judge's server, asked by `masters check` and by a run before it generates responses."""
 
 from masters.checks.model_folder import JudgeServer
 from masters.common.errors import InputError, Unreachable
@@ -8,7 +8,7 @@ from masters.rewards.judge_probe import ProbeResult, probe_judge
 from masters.rewards.judge_prompts import TokenLimits
 
 KEY_REFUSED = (401, 403)  # HTTP status codes
-CHECK_RETRIES = 2  # of `masters check`, whose user waits: about 2 s without an answer
+CHECK_RETRIES = 2  # of `masters check`: about 2 s if nothing answers
 
 
 def ask_test_question(server: JudgeServer, config: Config, retries: int | None = None) -> ProbeResult:
@@ -21,7 +21,7 @@ def ask_test_question(server: JudgeServer, config: Config, retries: int | None =
 
 
 def require_verdict(server: JudgeServer, result: ProbeResult) -> None:
-    """Raise Unreachable if the judge's server does not answer, InputError if its answer is no verdict."""
+    """Raise Unreachable if the judge's server does not answer, InputError if its answer is not a verdict."""
     if result.verdict.status == "ok":
         return
     if result.verdict.status == "judge_failed":

@@ -96,8 +96,8 @@ def find_model(model: Model, store: str | None = None, must_be_supported: bool =
         check_unquantized(model.model, folder)
     if is_refused:
         raise InputError(
-            f"model {model.model} ({model_type}) wants to run code of its own, which is off; the owner of this machine "
-            f"can name it in {Setting.CODE} after reading that code"
+            f"model {model.model} ({model_type}) needs code of its own, which is off; the owner of this machine can "
+            f"allow it in {Setting.CODE} after reading that code"
         )
     digest = model_digest(folder)
     # a judge may be quantized: its tensors are not those that config.json describes

@@ -1,4 +1,4 @@
-"""Preflight: refuse before work starts what cannot work, alone or together: store, source, models, judge."""
+"""Preflight: check store, source, models and judge, alone and in combination, before work starts."""
 
 import socket
 from dataclasses import dataclass, replace

@@ -177,7 +177,7 @@ def main() -> None:
         typer.echo(f"masters: unexpected {type(error).__name__}: {_save_traceback(error)}", err=True)
         sys.exit(1)
     if code == INTERRUPTED:
-        typer.echo("masters: interrupted; run again to go on from here", err=True)
+        typer.echo("masters: interrupted; run again to continue from here", err=True)
     sys.exit(1 if code else 0)
 
 

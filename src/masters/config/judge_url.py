@@ -1,4 +1,4 @@
-"""The URL of a judge: validation, and the base URL of its API. Imports nothing heavy."""
+"""The URL of a judge: validation, and the base URL of its API."""
 
 from urllib.parse import urlsplit
 
@@ -8,6 +8,7 @@ API_KEY_VARIABLE = "MASTERS_JUDGE_API_KEY"
 
 
 def is_url(judge: str) -> bool:
+    """Return whether `rewards.judge` is a URL, not a model."""
     return judge.lower().startswith(("http:", "https:"))
 
 

@@ -9,17 +9,17 @@ from PIL import ExifTags, Image, ImageOps
 
 from masters.common.errors import one_line
 
-MAX_BYTES = 64 << 20  # of one image file
+MAX_BYTES = 64 << 20  # of an image file
 MAX_PIXELS = 64_000_000  # decoded, 192 MB
 MAX_ASPECT = 200  # long to short side; Qwen's image processors refuse more
 # No PostScript, PDF or vector formats: decoding those runs programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000", "TGA", "ICO")
 GRAY_16_BIT = ("I;16", "I;16B", "I;16L", "I;16N")  # Pillow would clip these to white
 TRANSPARENT_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
-CACHE_SIZE = 4096  # images whose fault is remembered
+CACHE_SIZE = 4096  # images
 
 Fault = tuple[str, object]  # (kind, detail)
-_faults: dict[str, Fault | None] = {}  # by image digest: many questions share an image
+_faults: dict[str, Fault | None] = {}  # cache by image digest: many questions share an image
 
 
 def find_image_fault(data: bytes, digest: str) -> Fault | None:
@@ -32,11 +32,11 @@ def find_image_fault(data: bytes, digest: str) -> Fault | None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to what models see: its first frame, upright, on white where transparent, 8 bits a channel.
+    """Convert an image to what models see: its first frame, upright, on white where transparent, 8 bits per channel.
 
-    These are the pixels of vLLM's own loader, which serves the student later, with one exception: of 16-bit gray the
-    upper 8 bits are kept, as Pillow does for color, where that loader clips nearly all samples to white. Raises
-    ValueError if no range says which sample is white.
+    These are the pixels of vLLM's own loader, which serves the student later, with one exception: 16-bit gray keeps its
+    upper 8 bits, as 16-bit color does in Pillow, while that loader clips nearly all samples to white. Raises ValueError
+    for modes I and F, which do not define the value of white.
     """
     image.load()
     image = _apply_orientation(image)
@@ -48,7 +48,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _gray_16_to_rgb(image: Image.Image) -> Image.Image:
-    """Keep the upper 8 bits of each sample; the transparent one, if the file names one, becomes white."""
+    """Keep the upper 8 bits of each sample. A sample value that the file declares transparent becomes white."""
     samples = np.asarray(image)
     gray = (samples >> 8).astype(np.uint8)
     if isinstance(transparent := image.info.get("transparency"), int):
@@ -72,12 +72,12 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _apply_orientation(image: Image.Image) -> Image.Image:
-    """Turn and mirror an image as its EXIF orientation says, as viewers and Hugging Face's data sets do."""
+    """Rotate and mirror an image as its EXIF orientation says, as viewers and Hugging Face's datasets do."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # viewers show an image with unreadable EXIF as it is stored
         return image
-    if orientation not in range(2, 9):  # 1: as it is stored
+    if orientation not in range(2, 9):  # 1 is upright
         return image
     bare = image.copy()
     # exif_transpose would write the other tags again, and fail on odd ones
@@ -117,6 +117,6 @@ def _size_fault(width: int, height: int) -> Fault | None:
 
 @cache
 def _supported_formats() -> tuple[str, ...]:
-    """Return those of FORMATS that this build of Pillow knows; it accepts no other names."""
+    """Return those of FORMATS that this build of Pillow supports; `Image.open` accepts no other names."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)

@@ -1,7 +1,7 @@
 """First pass over a source: reject rows, and select questions within the limits.
 
-The first of two passes validates every row and keeps 17 bytes for each, among them a mark on the rows to take. The
-second pass reads the marked rows again and writes them (`question_table`), so memory does not grow with the images.
+The first of two passes validates every row and keeps 17 bytes for each, with a mark on each selected row. The second
+pass reads the marked rows again and writes them (`question_table`), so memory does not grow with the images.
 """
 
 import heapq
@@ -21,7 +21,8 @@ from masters.data.row_validation import RejectedRow, RowError, parse_row, valida
 from masters.data.sources import Source
 from masters.store import tables
 
-REJECTED_ROWS = 10_000  # a file
+REJECTED_FILE_ROWS = 10_000
+MAX_REJECTIONS_IN_ERROR = 3  # kinds
 SOURCE_CHANGED = "the data source changed while it was read; run again when nothing writes to it"
 
 QuestionKey = tuple[str, str]  # (question_id, question_digest)
@@ -29,7 +30,7 @@ WriteTable = Callable[[str, list[dict], pa.Schema], None]  # (file name below th
 
 
 class Role(IntEnum):
-    """The use of a row: none, a split that it belongs to, or known, which is left out as it was trained on before."""
+    """The use of a row: not selected, one of the splits, or left out because an earlier run trained on it (known)."""
 
     UNUSED, TRAIN, TEST, VALIDATION, KNOWN = range(5)
 
@@ -38,17 +39,18 @@ class Role(IntEnum):
 class Selection:
     """The result of the first pass.
 
-    Of every row of the source, in order: `marks`, 0 if the row is not taken; `images`, 64 bits of its image's digest;
-    `roles`, a `Role`. `kinds` and `examples`: number of rejected rows and the first of them, by kind of rejection.
-    `remarks`: number of accepted rows by what was changed in them. `categories`: number of accepted rows by category.
+    For every row of the source, in order: `marks`, 0 if the row is not selected; `images`, 64 bits of its image's
+    digest; `roles`, a `Role`. `rejections` and `examples`: number of rejected rows and the first of them, by kind of
+    rejection. `changes`: number of accepted rows by what was changed in them. `categories`: number of accepted rows by
+    category.
     """
 
     marks: array = field(default_factory=lambda: array("Q"))
     images: array = field(default_factory=lambda: array("Q"))
     roles: bytearray = field(default_factory=bytearray)
-    kinds: Counter[str] = field(default_factory=Counter)
+    rejections: Counter[str] = field(default_factory=Counter)
     examples: dict[str, RejectedRow] = field(default_factory=dict)
-    remarks: Counter[str] = field(default_factory=Counter)
+    changes: Counter[str] = field(default_factory=Counter)
     categories: Counter[str | None] = field(default_factory=Counter)
 
     @property
@@ -67,7 +69,7 @@ class Selection:
 
     @property
     def rejected(self) -> int:
-        return self.kinds.total()
+        return self.rejections.total()
 
     @property
     def leaked(self) -> np.ndarray:
@@ -92,11 +94,11 @@ def select_questions(
     known: Set[QuestionKey] = frozenset(),
 ) -> Selection:
     """Run the first pass over a source: write the rejected rows, and select questions within the limits."""
-    remarks: Counter[str] = Counter()
+    changes: Counter[str] = Counter()
     limits = {"train": config.data.train_limit, "test": config.data.eval_limit}
-    rows = validate_rows(source, special_tokens, remarks)
+    rows = validate_rows(source, special_tokens, changes)
     selection = select_rows(rows, limits, write, known, config.data.validation_share)
-    selection.remarks = remarks
+    selection.changes = changes
     return selection
 
 
@@ -107,9 +109,9 @@ def select_rows(
     known: Set[QuestionKey] = frozenset(),
     validation_share: float = 0.0,
 ) -> Selection:
-    """Write the rejected rows, and mark the rows to take: in each split those of the smallest selection key.
+    """Write the rejected rows, and mark the selected ones: in each split those with the smallest selection keys.
 
-    A row's key depends on that row alone, so additional rows never reshuffle the choice.
+    A row's key depends on that row alone, so additional rows do not reshuffle the selection.
     """
     selection, rejected, files = Selection(), [], 0
     best: dict[str, list[tuple[int, int]]] = {split: [] for split in limits}  # heaps of (-selection key, position)
@@ -117,7 +119,7 @@ def select_rows(
         _append(selection, row)
         if isinstance(row, RejectedRow):
             rejected.append(dict(id=row.id, reason=row.reason))
-            if len(rejected) == REJECTED_ROWS:
+            if len(rejected) == REJECTED_FILE_ROWS:
                 write(f"rejected/{files:04d}.parquet", rejected, tables.REJECTED)
                 rejected, files = [], files + 1
             continue
@@ -143,7 +145,7 @@ def _append(selection: Selection, row: dict | RejectedRow) -> None:
     selection.roles.append(Role.UNUSED)
     if isinstance(row, RejectedRow):
         selection.images.append(0)
-        selection.kinds[row.kind] += 1
+        selection.rejections[row.kind] += 1
         selection.examples.setdefault(row.kind, row)
     else:
         selection.images.append(int(row["image_digest"][:16], 16) | 1)  # never 0
@@ -151,6 +153,7 @@ def _append(selection: Selection, row: dict | RejectedRow) -> None:
 
 
 def selection_key(row: dict) -> int:
+    """Return a hash of the question's id and content."""
     return int(digest((row["question_id"] + row["question_digest"]).encode()), 16)
 
 
@@ -161,22 +164,22 @@ def row_mark(row: dict) -> int:
 
 def read_selected(source: Source, marks: array) -> Iterator[dict]:
     """Read the marked rows again. Raises InputError if the source has changed since the first pass."""
-    changed, count = InputError(SOURCE_CHANGED), 0
+    count = 0
     for position, raw_row in enumerate(source.rows()):
         count += 1
         if position >= len(marks):
-            raise changed
+            raise InputError(SOURCE_CHANGED)
         if not marks[position]:
             continue
         try:
             row = parse_row(raw_row)
         except (RowError, TypeError):  # TypeError: a field has another type now
-            raise changed from None
+            raise InputError(SOURCE_CHANGED) from None
         if row_mark(row) != marks[position]:
-            raise changed
+            raise InputError(SOURCE_CHANGED)
         yield row
     if count != len(marks):
-        raise changed
+        raise InputError(SOURCE_CHANGED)
 
 
 def assign_validation(row: dict, share: float) -> dict:
@@ -184,12 +187,9 @@ def assign_validation(row: dict, share: float) -> dict:
 
     A hash of the image decides: no image is both trained and validated on, and additional rows move no other row.
     """
-    is_validation = row["split"] == "train" and _validation_hash(row["image_digest"]) < share
+    image_hash = to_unit_interval(digest(f"validation {row['image_digest']}".encode()))
+    is_validation = row["split"] == "train" and image_hash < share
     return row | dict(split="validation") if is_validation else row
-
-
-def _validation_hash(image_digest: str) -> float:
-    return to_unit_interval(digest(f"validation {image_digest}".encode()))
 
 
 def check_selection(selection: Selection, config: Config, rejected_uri: str | None = None) -> None:
@@ -199,10 +199,10 @@ def check_selection(selection: Selection, config: Config, rejected_uri: str | No
     """
     rows, limit, reasons = len(selection.marks), config.data.max_rejected_share, describe_rejections(selection)
     if selection.rejected > limit * rows:
-        all_of_them = f"; all of them: {rejected_uri}" if rejected_uri else ""
+        table = f"; all of them: {rejected_uri}" if rejected_uri else ""
         raise InputError(
             f"source {config.data.source}: {selection.rejected} of {rows} rows ({selection.rejected / rows:.1%}) "
-            f"rejected, more than data.max_rejected_share ({limit:.1%}): {reasons}{all_of_them}"
+            f"rejected, more than data.max_rejected_share ({limit:.1%}): {reasons}{table}"
         )
     splits = selection.splits
     trained = splits["train"] + splits["validation"] + selection.known
@@ -222,11 +222,11 @@ def check_selection(selection: Selection, config: Config, rejected_uri: str | No
         )
 
 
-def describe_rejections(selection: Selection, kinds: int = 3) -> str:
+def describe_rejections(selection: Selection) -> str:
     """Return the most frequent reasons with their counts and an example of each, on one line."""
     return "; ".join(
         f"{count} x {selection.examples[kind].reason}, e.g. {selection.examples[kind].id}"
-        for kind, count in selection.kinds.most_common(kinds)
+        for kind, count in selection.rejections.most_common(MAX_REJECTIONS_IN_ERROR)
     )
 
 
@@ -239,7 +239,7 @@ def check_leaks(leaked: int, evaluation: int, config: Config) -> None:
 
 
 def describe_leaks(leaked: int, evaluation: int, limit: str = "") -> str:
-    """Return a sentence on the evaluation questions whose image is trained on, and its remedy."""
+    """Return a sentence about evaluation questions whose image is trained on, and what to do."""
     return (
         f"{leaked:,} of {evaluation:,} evaluation questions ({leaked / evaluation:.1%}) show an image that training "
         f'also shows{limit}: give all rows of an image the same split, or leave out the column "split"'

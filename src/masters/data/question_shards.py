@@ -1,8 +1,7 @@
 """Split questions into shards: fixed lists of questions that are generated as one batch and reused as a whole.
 
-A question's place follows from its digest alone (a judge's triples are split in the same way): questions are split by
-the leading bits of their digests until no shard holds more than `LIMIT`. A new question changes only the shard that it
-falls into.
+Questions are split by the leading bits of their digests until no shard holds more than `LIMIT`, so a new question
+changes only the shard that it falls into. A judge's triples are split in the same way.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,12 +13,12 @@ import pyarrow as pa
 from masters.store import tables
 from masters.store.artifacts import Artifact
 
-LIMIT = 128  # questions; an engine answers a shard as one batch
-MAX_PREFIX = 64  # bits; items that share more stay together
+LIMIT = 128  # questions per shard; an engine answers a shard as one batch
+MAX_PREFIX = 64  # bits; items that share this many stay together
 
 
 class HasDigest(Protocol):
-    """An item with a SHA-256 digest in hexadecimal, which decides its place among shards."""
+    """An item with a SHA-256 digest in hexadecimal, which decides its shard."""
 
     @property
     def digest(self) -> str: ...

@@ -70,8 +70,8 @@ def write_tables(
         train=splits["train"],
         eval=splits["test"],
         leaked=len(selection.leaked),
-        reasons=dict(selection.kinds.most_common()),
-        remarks=dict(selection.remarks),
+        reasons=dict(selection.rejections.most_common()),
+        remarks=dict(selection.changes),
     )
     if share:
         facts |= dict(validation=splits["validation"])

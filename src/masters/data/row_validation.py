@@ -57,19 +57,19 @@ class RejectedRow:
 
 
 def validate_rows(
-    source: Source, special_tokens: tuple[str, ...] = (), remarks: Counter[str] | None = None
+    source: Source, special_tokens: tuple[str, ...] = (), changes: Counter[str] | None = None
 ) -> Iterator[dict | RejectedRow]:
     """Yield for every row of the source, in order, a question (a row of `tables.QUESTIONS`) or a rejection.
 
     A text with one of `special_tokens` is rejected: in a prompt it could end a turn or stand for a second image. Memory
-    holds one row and the ids of all accepted rows. `remarks`: counts what was changed in accepted rows.
+    holds one row and the ids of all accepted rows. `changes`: counts what was changed in accepted rows.
     """
     seen_ids: set[str] = set()
     for number, row in enumerate(source.rows(), start=1):
         try:
             question = _validate_row(row, seen_ids, special_tokens)
-            if remarks is not None and question["question"] != row.question:
-                remarks[PLACEHOLDER_REMOVED] += 1
+            if changes is not None and question["question"] != row.question:
+                changes[PLACEHOLDER_REMOVED] += 1
             yield question
         except MastersError:
             raise

@@ -34,7 +34,7 @@ class BenchmarkIndex:
 
 
 def lmms_eval_environment() -> dict[str, str]:
-    """Environment variables of a process that imports lmms-eval, without telemetry and plugins."""
+    """Return the environment variables of a process that imports lmms-eval, without telemetry and plugins."""
     path = os.pathsep.join(part for part in (str(PACKAGES), os.environ.get("PYTHONPATH")) if part)
     return {
         "PYTHONPATH": path,

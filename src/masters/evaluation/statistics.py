@@ -1,4 +1,4 @@
-"""Statistics of answers that are not independent: questions about one image are right or wrong together."""
+"""Statistics of answers that are not independent: questions about one image tend to be right or wrong together."""
 
 import math
 from collections import defaultdict
@@ -8,10 +8,10 @@ import numpy as np
 
 
 def clustered_standard_error(values: Sequence[float], clusters: Sequence[Hashable]) -> float:
-    """Standard error of the mean of n values, where values of one cluster may depend on each other.
+    """Return the standard error of the mean of n values, where values of one cluster may depend on each other.
 
     sqrt(G / (G - 1) sum_g (sum_{i in g} (x_i - mean))^2) / n over the G clusters (the cluster-robust estimator). If
-    each value is its own cluster, it is the usual sd / sqrt(n). 0 with a single cluster, which shows no variation.
+    each value is its own cluster, it is the usual sd / sqrt(n). A single cluster shows no variation and gives 0.
     """
     mean, residuals = sum(values) / len(values), defaultdict(float)
     for value, cluster in zip(values, clusters, strict=True):
@@ -23,10 +23,11 @@ def clustered_standard_error(values: Sequence[float], clusters: Sequence[Hashabl
 
 
 def sign_flip_p_value(differences: Iterable[int]) -> float:
-    """Probability of a sum at least as large as that of the differences if each had either sign with probability 1/2.
+    """Return the p-value of the exact one-sided sign-flip test on one difference per cluster.
 
-    The exact one-sided permutation test for pairs, with one difference per cluster: the distribution of the sum is
-    convolved difference by difference. With differences of -1, 0 and 1 it is the exact one-sided McNemar test.
+    It is the probability of a sum at least as large as the observed one if each difference had either sign with
+    probability 1/2; the distribution of the sum is convolved difference by difference. With differences of -1, 0 and 1
+    it is the exact one-sided McNemar test.
     """
     nonzero = [difference for difference in differences if difference]
     max_sum = sum(map(abs, nonzero))

@@ -1,7 +1,7 @@
 """The finished runs of a study, one small JSON file each: enough for the study's table and tests. Imports no torch.
 
-A run's file holds one bit per question, in the order of sorted question ids. Which image a question is about lies once
-in a separate file, named by the digest of ids and images. So a study continues wherever these files are.
+A run's file holds one bit per question, in the order of sorted question ids. The image of each question is stored once,
+in a separate file named by the digest of ids and images. A study continues from these files on any machine.
 
 Shapes: Q questions, in the order of their ids.
 """
@@ -113,7 +113,7 @@ class ResultStore:
         result = _read(file, Result)
         if (result.cell, result.settings) != (cell, settings):
             raise InputError(
-                f"{file} is the result of other settings, models, data or code (expected {settings}, found "
+                f"{file} is the result of other settings, models, data or code (expected digest {settings}, found "
                 f"{result.settings}): move it away to run it again, or choose another folder for results"
             )
         if not _is_complete(result, self.questions(result.questions)):

@@ -84,10 +84,10 @@ def interval(mean: float, error: float, degrees_of_freedom: int, level: float = 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for multiple comparisons by Holm's step-down method, in the given order.
+    """Return p-values corrected for multiple comparisons by Holm's step-down method, in the given order.
 
-    Rejecting those up to alpha keeps the probability of any false rejection at most alpha, however the tests depend on
-    each other.
+    If hypotheses with corrected p-values up to alpha are rejected, the probability of any false rejection is at most
+    alpha, however the tests depend on each other.
     """
     corrected, highest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
@@ -97,7 +97,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _image_p_value(gain_SQ: np.ndarray, image_Q: Sequence[int]) -> float:
-    """Exact two-sided sign-flip test over images, on the questions' sums over seeds (S times their means)."""
+    """Return the p-value of the exact two-sided sign-flip test over images, on the questions' sums over seeds."""
     _, cluster_Q = np.unique(np.asarray(image_Q), return_inverse=True)
     by_image = np.bincount(cluster_Q, weights=gain_SQ.sum(0)).round().astype(int)
     sign = 1 if by_image.sum() >= 0 else -1

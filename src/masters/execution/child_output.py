@@ -1,4 +1,4 @@
-"""Output of a child process: its log file, its lines of progress, and its signs of life."""
+"""Output of a child process: its log file, its lines of progress, and how long it has written nothing."""
 
 import json
 import os
@@ -8,20 +8,21 @@ from pathlib import Path
 
 
 class ProgressReader:
-    """Reads the whole lines that were added to a growing file of JSON lines."""
+    """Reads the complete lines that were added to a growing file of JSON lines."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._offset = path, 0
 
     def read_new(self) -> list[dict]:
+        """Return the lines that were completed since the last call."""
         if not self._path.exists():
             return []
         with open(self._path, "rb") as file:
             file.seek(self._offset)
             data = file.read()
-        whole_lines = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole_lines)
-        return [json.loads(line) for line in whole_lines.splitlines()]
+        lines = data[: data.rfind(b"\n") + 1]
+        self._offset += len(lines)
+        return [json.loads(line) for line in lines.splitlines()]
 
 
 class Heartbeat:
@@ -32,6 +33,7 @@ class Heartbeat:
         self._bytes, self._since = self._count_bytes(), time.monotonic()
 
     def silent_seconds(self) -> float:
+        """Return the seconds for which calls have seen no file grow."""
         if (written := self._count_bytes()) != self._bytes:
             self._bytes, self._since = written, time.monotonic()
         return time.monotonic() - self._since

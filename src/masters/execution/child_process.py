@@ -1,4 +1,4 @@
-"""A child process: it does the job in `JOB.json`, reports progress, and ends with its parent.
+"""The child's side of a child process: do the job in `JOB.json`, report progress, and end with the parent.
 
 It writes one JSON object a line to `JOB.progress` and everything else to `JOB.log`. It ends with exit code 0, or with
 an error in its log (`child_exit`). The last line of progress is its peak memory. A persistent process does not end
@@ -44,6 +44,11 @@ def report_event(job_file: Path, event: BaseModel) -> None:
     report(job_file, **event.model_dump(mode="json"))
 
 
+def _report_end(job_file: Path) -> None:
+    """Report that a job is done, with this process's peak memory."""
+    report(job_file, event=PEAK, mib=machine.peak_memory_mib())
+
+
 def iterate_jobs(first: Path) -> Iterator[Path]:
     """Yield the child's job file and, in a persistent process, those that follow, each with its own log.
 
@@ -52,12 +57,12 @@ def iterate_jobs(first: Path) -> Iterator[Path]:
     yield first
     if not is_persistent():
         return
-    report(first, event=PEAK, mib=machine.peak_memory_mib())
+    _report_end(first)
     for line in iter(sys.stdin.readline, ""):
         job_file = Path(line.rstrip("\n"))
         redirect_output(job_file.with_suffix(".log"))
         yield job_file
-        report(job_file, event=PEAK, mib=machine.peak_memory_mib())
+        _report_end(job_file)
 
 
 def is_persistent() -> bool:
@@ -75,7 +80,7 @@ def child_main(main: Callable[[Path], None]) -> NoReturn:
     code = 0
     try:
         main(Path(sys.argv[1]))
-        report(Path(sys.argv[1]), event=PEAK, mib=machine.peak_memory_mib())
+        _report_end(Path(sys.argv[1]))
     except Exception as error:
         code = report_error(error)
     _exit_at_once(code)

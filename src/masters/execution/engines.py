@@ -89,7 +89,7 @@ class KeptEngine:
     """An engine that is kept for the next weights of its model.
 
     `digest`: of the model that it serves in this run, with the weights that it has or is to load. `is_reused`: another
-    run will use the engine. On Ray, engines end with their run and start anew.
+    run will use the engine. On Ray, engines end with their run and start again.
     """
 
     process: PersistentProcess

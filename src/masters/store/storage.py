@@ -57,7 +57,7 @@ class Storage:
     """
 
     def __init__(self, root: str, retry: bool = True) -> None:
-        """`retry`: repeat requests to an unreachable S3 store for about a minute."""
+        """Open the store at a URL or path. `retry`: repeat requests to an unreachable S3 store for about a minute."""
         self.fs, base = fsspec.core.url_to_fs(root, **_filesystem_options(root, retry))
         self.base = base.rstrip("/")
         self.local = "file" in _protocols(self.fs)

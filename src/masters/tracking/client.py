@@ -67,7 +67,7 @@ def _wrap_errors(call: Callable, uri: str) -> Callable:
             if isinstance(error, MlflowException) and error.error_code in REFUSALS:
                 raise
             if sqlite_file(uri) is None and _is_unavailable(error):
-                remedy = "once it answers again, run again to go on from here"
+                remedy = "run again once it answers, to continue from here"
                 raise TrackingError(f"{_does_not_answer(uri, error)}: {remedy}") from error
             raise TrackingError(f"MLflow: {one_line(error)}") from error
 

@@ -107,5 +107,5 @@ def test_different_prompts_of_teacher_and_student_are_refused(tmp_path: Path) ->
     rows = [one | stopped | dict(prompt_token_ids=[1, 2, 3], response_token_ids=[4]) for one in keys]
     rows[-1]["prompt_token_ids"] = [1, 3, 2]
     tables = table(Storage(str(tmp_path)), "responses", rows, files=2)  # each has every question once
-    with pytest.raises(MastersError, match="question q5: its responses lie behind different prompts"):
+    with pytest.raises(MastersError, match="question q5: its responses follow different prompts"):
         response_groups(REFS, tables, None, RATIOS, "partition")

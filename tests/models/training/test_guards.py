@@ -144,7 +144,7 @@ def test_without_a_guard_a_drop_changes_nothing(tmp_path: Path) -> None:
 def test_a_drop_of_probe_accuracy_stops_training(tmp_path: Path) -> None:
     context, events = run_of(tmp_path, learning_rate=WILD, max_validation_drop=0.2)
     with pytest.raises(
-        MastersError, match=r"step \d: the student answers .* after 100.0% at step 0: a drop by more than"
+        MastersError, match=r"step \d: the student answers .* after 100.0% at step 0: a drop of more than"
     ):
         trainer.fit(context)
     assert len(of_kind(events, "step")) < STEPS

@@ -73,7 +73,7 @@ class ActorPool:
     def _start(self, model: int) -> None:
         import ray
 
-        # no restarts by Ray: it would start an actor anew without its engine
+        # no restarts by Ray: it would start an actor again without its engine
         actor = ray.remote(EngineActor).options(num_cpus=1, num_gpus=self._gpus, max_restarts=0).remote()
         work = self._work[model].model_copy(update=dict(pieces=()))
         self._busy[actor.start.remote(work, self._requirements)] = ActorSlot(actor, model, time.monotonic())

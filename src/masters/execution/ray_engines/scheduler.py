@@ -14,7 +14,7 @@ class WorkScheduler(Generic[P]):
     """Holds the pieces of several models. An engine is bound to one model: to serve another, it must be exchanged."""
 
     def __init__(self, pieces: Sequence[Sequence[P]], costs: Sequence[float]) -> None:
-        """`pieces` by model; `costs`: what all pieces of each model cost, in any unit."""
+        """Queue pieces. `pieces`: by model; `costs`: of all pieces of each model together, in any unit."""
         self._waiting = [deque(model_pieces) for model_pieces in pieces]
         self._piece_costs = [cost / max(1, len(each)) for cost, each in zip(costs, pieces, strict=True)]
         self._engines = [0] * len(pieces)
