@@ -35,7 +35,7 @@ class FakeJudge:
     lock: Lock = field(default_factory=Lock)
 
     def first_calls(self) -> list[str]:
-        """The user's turns of all first calls so far."""
+        """Return the the user's turns of all first calls so far."""
         return [user for user in (call["messages"][-1]["content"] for call in self.requests) if "<question>" in user]
 
 

@@ -9,7 +9,7 @@ Address = tuple[str, int]
 
 
 def sockets() -> dict[str, Address]:
-    """(address, port) of every listening TCP socket and bound UDP socket of this machine, by inode."""
+    """Return (address, port) of every listening TCP socket and bound UDP socket of this machine, by inode."""
     found = {}
     for kind in ("tcp", "tcp6", "udp", "udp6"):
         for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]:
@@ -20,13 +20,13 @@ def sockets() -> dict[str, Address]:
 
 
 def addresses(pids: set[int], among: dict[str, Address] | None = None) -> set[Address]:
-    """Those that belong to these processes."""
+    """Return the addresses of these processes' sockets."""
     known = sockets() if among is None else among
     return {known[inode] for pid in pids for inode in _inodes(pid) if inode in known}
 
 
 def reachable(pids: set[int], among: dict[str, Address] | None = None) -> set[Address]:
-    """Those of them that are not on loopback."""
+    """Return the addresses that are not on loopback."""
     return {(address, port) for address, port in addresses(pids, among) if not _is_loopback(address)}
 
 

@@ -46,7 +46,7 @@ class Stack:
         return f"{self.urls['prefect_url']}/api"
 
     def masters(self, *arguments: str) -> subprocess.CompletedProcess:
-        """The command line, started in the checkout."""
+        """Start the command line in the checkout."""
         command = [sys.executable, "-m", "masters.cli", *arguments]
         return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=900)
 
@@ -68,7 +68,7 @@ class Stack:
         return dict(line.removeprefix("export ").split("=", 1) for line in lines)
 
     def start(self, deployment: str, **parameters: object) -> str:
-        """A run of it; its id."""
+        """Start a run of the deployment and return its id."""
         found = post(f"{self.api}/deployments/filter", {"deployments": {"name": {"any_": [deployment]}}})
         body = {"parameters": parameters, "idempotency_key": secrets.token_hex(8)}  # a lost answer is asked for again
         run = post(f"{self.api}/deployments/{found[0]['id']}/create_flow_run", body)
@@ -79,7 +79,7 @@ class Stack:
         return post(f"{self.api}/flow_runs/filter", {"flow_runs": {"id": {"any_": [identifier]}}})[0]
 
     def history(self, identifier: str) -> str:
-        """Its states, a line each: what moved it, for a test that fails."""
+        """Return the run's states, one per line with its cause, for a test that fails."""
         found = json.loads(urlopen(f"{self.api}/flow_run_states/?flow_run_id={identifier}", timeout=60).read())
         found.sort(key=lambda state: state["timestamp"])
         return "\n".join(f"{state['timestamp'][:19]} {state['name']}: {state['message']}" for state in found)
@@ -96,12 +96,12 @@ class Stack:
         post(f"{self.api}/flow_runs/{identifier}/set_state", {"state": state})
 
     def processes(self) -> dict[int, str]:
-        """Pid to command line of whatever was started with this stack's home, by anyone."""
+        """Return pid and command line of all processes with this stack's home, whoever started them."""
         found = processes_with_variable("MASTERS_HOME", str(self.folder / "home"))
         return {process.pid: command_line(process) for process in found}
 
     def children(self, module: str = "masters.models.") -> dict[int, str]:
-        """Engines and trainers among them."""
+        """Return the engines and trainers among the stack's processes."""
         return {pid: line for pid, line in self.processes().items() if module in line}
 
     def look(self, ended: Event) -> None:

@@ -26,7 +26,7 @@ class Cluster:
     head: int  # its process
 
     def engines(self) -> set[int]:
-        """Processes of actors that hold, or start, an engine."""
+        """Return the processes of actors that hold, or start, an engine."""
         return {pid for pid in session_processes(self.head) if _title(pid).startswith(ENGINE_TITLE)}
 
 

@@ -41,7 +41,7 @@ def secret(user: str) -> str:
 
 @contextmanager
 def serve(folder: Path) -> Iterator[S3]:
-    """The server, until the block ends."""
+    """Run the server until the block ends."""
     folder.mkdir(parents=True, exist_ok=True)
     identities = [
         dict(name=user, credentials=[dict(accessKey=user, secretKey=secret(user))], actions=actions)

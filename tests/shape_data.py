@@ -11,7 +11,7 @@ QUESTIONS = ("what shape is present?", "what color is the shape?", "is there a c
 
 
 def write_questions(folder: Path, count: int, seed: int = 7, bad: bool = True) -> Path:
-    """`count` good rows, a quarter of them test rows; with `bad` five more, each at fault in its own way."""
+    """Write `count` good rows, a quarter of them test rows; with `bad` five more, each with another fault."""
     rng, rows = np.random.default_rng(seed), []
     (folder / "images").mkdir(parents=True)
     for number in range(count):

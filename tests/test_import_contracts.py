@@ -31,7 +31,7 @@ def lint(folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def verdicts(printed: str) -> dict[str, str]:
-    """KEPT or BROKEN by contract; long names are wrapped."""
+    """Return KEPT or BROKEN by contract; long names are wrapped."""
     words = " ".join(printed.split())
     return {name: next(word for word in words.split(f"{name} ", 1)[1].split()) for name in BROKEN}
 

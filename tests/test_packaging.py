@@ -23,7 +23,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def modules() -> set[str]:
-    """Every module of the checkout by its name in the package."""
+    """Return every module of the checkout by its name in the package."""
     own = {p.relative_to(ROOT / "src").as_posix() for p in (ROOT / "src/masters").glob("**/*.py")}
     rooms = {f"masters/{p.relative_to(ROOT).as_posix()}" for room in ROOMS for p in (ROOT / room).glob("**/*.py")}
     return {name for name in own | rooms if "__pycache__" not in name}

@@ -15,7 +15,7 @@ LIMITS = Nightly()
 
 
 def pairs(both: int, gained: int, lost: int, neither: int = 0) -> tuple[dict[str, bool], dict[str, bool]]:
-    """Whether candidate and champion answer each question correctly, given the number of questions of each kind."""
+    """Return whether candidate and champion answer each question correctly, by the number of questions of each kind."""
     comparison = [(True, True)] * both + [(True, False)] * gained + [(False, True)] * lost + [(False, False)] * neither
     return ({f"q{n}": c for n, (c, _) in enumerate(comparison)}, {f"q{n}": c for n, (_, c) in enumerate(comparison)})
 

@@ -69,7 +69,7 @@ def masked(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def script_steps(groups_under_test: list[plain.Group], masked: str) -> Iterator[plain.Outcome]:
-    """Steps of the script, taken like in its `train`."""
+    """Yield the script's steps, taken as in its `train`."""
     student, teacher, reference = (plain.load(folder) for folder in (str(STUDENT), masked, str(STUDENT)))
     processor = AutoProcessor.from_pretrained(STUDENT)
     optimizer = torch.optim.AdamW(student.parameters(), lr=TRAIN.learning_rate, weight_decay=0.0)
@@ -86,7 +86,7 @@ def script_steps(groups_under_test: list[plain.Group], masked: str) -> Iterator[
 def trainer_steps(
     groups_under_test: list[plain.Group], thresholds: dict[str, float], context: trainer.TrainContext
 ) -> Iterator[plain.Outcome]:
-    """Steps of the trainer on the same responses."""
+    """Yield the trainer's steps on the same responses."""
     optimizer = torch.optim.AdamW(context.student.parameters(), lr=TRAIN.learning_rate, weight_decay=0.0)
     model_loading.remask(context.teacher, TEACHER, thresholds)
     for at in range(0, len(groups_under_test), PER_STEP):

@@ -26,7 +26,7 @@ needs_ray = pytest.mark.slow  # Ray starts in 5 to 10 s where nothing else runs,
 
 
 def make_work(folder: Path, *pieces: dict, digest: str | None = None) -> EngineWork:
-    """Pieces for a model in `folder / "model"`, its store beside it."""
+    """Make work of these pieces for a model in `folder / "model"`, with its store beside it."""
     for name in ("out", "store", "model"):
         (folder / name).mkdir(exist_ok=True)
     model = folder / "model"

@@ -66,7 +66,7 @@ def stopped(pids: list[int]) -> Iterator[None]:
 def _while_one_trains(
     world: World, kind: str, shape: Shape, end: Callable[[Running, Running], int], where: str
 ) -> Seen:
-    """A second run begins once the first has a checkpoint; `end` gives the exit code.
+    """Begin a second run once the first has a checkpoint; `end` gives the exit code.
 
     The first one's trainers are stopped until the second waits: they would be done before it on a busy machine.
     """

@@ -70,7 +70,7 @@ class Running:
         return self.log.read_text(errors="replace")[-3000:] if self.log.exists() else ""
 
     def outcome(self, stage: str) -> str:
-        """ "built" or "reused"."""
+        """Return "built" or "reused"."""
         return next(line.split()[1] for line in self.said().splitlines() if line.startswith(f"{stage} "))
 
 

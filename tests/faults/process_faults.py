@@ -152,7 +152,7 @@ def _run(world: World, store: Path, fault: Fault, shape: Shape) -> tuple[int, li
 
 
 def _lost_child_named(running: Running, fault: Fault, fired: list[tuple[str, str]]) -> None:
-    """A run reports that its child was killed, which tells the task to retry."""
+    """Return whether the run reports that its child was killed, which tells the task to retry."""
     if fired and fault.plan[0].what == "kill" and fired[0][0] != "flow":
         assert "ended with signal SIGKILL" in running.said(), running.said()
 

@@ -25,7 +25,7 @@ def open_session() -> None:
 
 
 def programs() -> set[int]:
-    """Pids of the programs that run now, whoever started them."""
+    """Return the pids of the programs that run now, whoever started them."""
     mark, found = f"tests.fork_server.server {os.environ['FORK_SERVER']}/", set()
     for process in psutil.process_iter():
         with suppress(psutil.Error):

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def call_in_process(function: Callable[..., T], *arguments: object) -> T:
-    """Its result. Function and arguments are pickled; an error is raised with what the process wrote."""
+    """Return the function's result. Function and arguments are pickled; an error has what the process wrote."""
     with tempfile.TemporaryDirectory() as folder:
         given, result = Path(folder, "given"), Path(folder, "result")
         given.write_bytes(pickle.dumps((function, arguments)))

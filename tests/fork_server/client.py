@@ -71,7 +71,7 @@ def die_with_parent(parent: int) -> None:
 
 
 def connected(session: dict) -> socket.socket:
-    """A connection to the session's server, which the first client starts."""
+    """Return a connection to the session's server, which the first client starts."""
     with open(f"{FOLDER}/lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         server = _connect()

@@ -112,7 +112,7 @@ class Server:
 
 
 def _receive(client: socket.socket) -> tuple[dict, list[int]]:
-    """The program to run, and its standard streams."""
+    """Return the program to run, and its standard streams."""
     head, fds, _, _ = socket.recv_fds(client, 8, FDS)
     size, data = int(head), b""
     while len(data) < size:
@@ -129,7 +129,7 @@ def _send(client: socket.socket, number: int) -> None:
 
 
 def _run(request: dict, fds: list[int], variables: dict[str, str]) -> NoReturn:
-    """In the child: become the program, and end as the interpreter would."""
+    """Become the program in the child, and end as the interpreter would."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setsid()
     for number in PASSED_ON:

@@ -29,7 +29,7 @@ SETTINGS = paper_train(learning_rate=1e-3)
 
 
 def loss_curve(settings: Train = SETTINGS) -> list[dict[str, float]]:
-    """Loss and its parts at each step, to six digits. The teacher is restored over four mask stages."""
+    """Return loss and its parts at each step, to six digits. The teacher is restored over four mask stages."""
     events: list[TrainEvent] = []
     with tempfile.TemporaryDirectory() as folder:
         base, teacher = make_context(FAMILY), tiny_models.model(FAMILY, seed=1)

@@ -184,7 +184,7 @@ def seen(page: Page, name: str) -> None:
 
 
 def named(page: Page, name: str, nth: int = 0) -> Locator:
-    """The innermost field of the form with this label."""
+    """Return the innermost field of the form with this label."""
     label = page.locator(".p-label__label").get_by_text(name, exact=True)
     inner = page.locator("div.schema-form-property:not(:has(div.schema-form-property))")
     return inner.filter(has=label).nth(nth)
@@ -249,7 +249,7 @@ def test_its_artifacts_open(stack: Stack, page: Page, run: str) -> None:
 
 
 def clicked(page: Page, stage: str) -> Page:
-    """The page that a stage's link in the version's description opens."""
+    """Return the page that a stage's link in the version's description opens."""
     with page.expect_popup() as opened:
         page.get_by_test_id("note-editor-preview-content").get_by_role("link", name=stage, exact=True).click()
     return opened.value

@@ -38,7 +38,7 @@ Shape = list[list[tuple[int, float]]]  # per question, per response: its length 
 
 
 def draw(shape: Shape, repeats: set[tuple[int, int]], seed: int, vocabulary: tuple[int, int] = (11, 11)) -> Batch:
-    """Random logits and tokens. `repeats`: (question, j), j > 0, where response j repeats the one before it.
+    """Draw random logits and tokens. `repeats`: (question, j), j > 0, where response j repeats the one before it.
 
     `vocabulary`: the student's and the teacher's. A repeated response has other logits: sharing must show.
     """
@@ -53,7 +53,7 @@ def draw(shape: Shape, repeats: set[tuple[int, int]], seed: int, vocabulary: tup
 
 
 def awkward(vocabulary: tuple[int, int] = (11, 11)) -> Batch:
-    """Questions of different sizes, missing verdicts, repeated responses, and every kind of degenerate group."""
+    """Draw questions of different sizes, missing verdicts, repeated responses, and every kind of degenerate group."""
     nan = float("nan")
     shape: Shape = [
         [(3, 1.0), (1, 0.0), (5, 1.0), (2, 0.0)],
@@ -69,7 +69,7 @@ def awkward(vocabulary: tuple[int, int] = (11, 11)) -> Batch:
 
 
 def packed(batch: Batch) -> PackedBatch:
-    """The batch's tokens as the packer describes them, without a model's inputs."""
+    """Return the batch's tokens as the packer describes them, without a model's inputs."""
     responses = [tokens for one in batch.questions for tokens in one]
     response_T = [r for r, tokens in enumerate(responses) for _ in tokens]
     question_R = [q for q, one in enumerate(batch.questions) for _ in one]
@@ -89,14 +89,14 @@ def packed(batch: Batch) -> PackedBatch:
 
 
 def taught(pack: PackedBatch) -> torch.Tensor:
-    """Every other response of a question is a teacher's, as `float64_reference.objective` has it, [R]."""
+    """Return whether a response is a teacher's, as `float64_reference.objective` has it: every other one, [R]."""
     return torch.tensor([j % 2 == 0 for own in pack.responses_by_question for j in range(len(own))])
 
 
 def dense_terms(
     student: torch.Tensor, teacher: torch.Tensor, pi_ref: torch.Tensor, pack: PackedBatch, train: Train
 ) -> formulas.Terms:
-    """The terms that the trainer would have, from logits; log pi_ref as it would be stored where `train` stores it."""
+    """Return the trainer's terms from logits; log pi_ref as it would be stored where `train` stores it."""
     held = pi_ref if train.holds_reference else None
     made = formulas.token_terms(student, teacher, pack.token_T, train.divergence, held)
     if train.stores_reference:
@@ -105,7 +105,7 @@ def dense_terms(
 
 
 def tensors(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits of student, teacher and pi_ref, all open to gradients; verdicts."""
+    """Return logits of student, teacher and pi_ref, all with gradients, and verdicts."""
     student, teacher, pi_ref = (
         torch.tensor(x, dtype=torch.float32).requires_grad_()
         for x in (batch.student_TV, batch.teacher_TV, batch.reference_TV)
@@ -122,7 +122,7 @@ def close(found: object, expected: object, what: str, atol: float = 2e-5) -> Non
 def check_objective(
     batch: Batch, train: Train, rewards: Rewards, is_trained_R: np.ndarray | None = None
 ) -> objective.Outcome:
-    """`objective.masters_loss`: the loss, what it logs, and its gradient, which is the student's alone.
+    """Check `objective.masters_loss`: the loss, what it logs, and its gradient, which is the student's alone.
 
     `is_trained_R`: False for masked responses, whose weight in the loss is 0; None: none is masked.
     """
@@ -150,7 +150,7 @@ def check_objective(
 
 
 def check_responses(batch: Batch, train: Train, rewards: Rewards) -> None:
-    """D, R_distill and A of every response, and the gradient of a sum that weighs responses unlike.
+    """Check D, R_distill and A of every response, and the gradient of a sum that weights responses differently.
 
     Advantages of a group sum to zero, so in the objective, whose responses weigh alike, a gradient through the
     rewards would cancel out unseen.
@@ -180,7 +180,7 @@ def check_responses(batch: Batch, train: Train, rewards: Rewards) -> None:
 
 
 def check_fine_tuning(batch: Batch, is_trained_R: np.ndarray | None = None) -> None:
-    """`objective.supervised` on the responses that are right and not masked: the loss and its gradient."""
+    """Check `objective.supervised` on the responses that are right and not masked: the loss and its gradient."""
     (student, _, _, score_R), pack = tensors(batch), packed(batch)
     is_trained = None if is_trained_R is None else torch.from_numpy(is_trained_R)
     logp_T = formulas.chosen_log_probs(student, pack.token_T)
@@ -192,7 +192,7 @@ def check_fine_tuning(batch: Batch, is_trained_R: np.ndarray | None = None) -> N
 
 
 def check_all() -> None:
-    """Every variant on the awkward batch, with equal and unequal vocabularies."""
+    """Check every variant on the awkward batch, with equal and unequal vocabularies."""
     for train, rewards in VARIANTS.values():
         for vocabulary in ((11, 11), (11, 13), (13, 11)):
             batch = awkward(vocabulary)

@@ -19,24 +19,24 @@ METHOD, BOTH = paper_train(), paper_rewards()
 
 
 def threshold(weight: Array, ratio: float) -> float:
-    """Eq. 1-2: lambda_r = the magnitude at 0-based rank floor(r N), ascending; r = 0 gives 0, r = 1 infinity."""
+    """Return lambda_r (Eq. 1-2), the magnitude at 0-based rank floor(r N), ascending; r = 0 gives 0, r = 1 infinity."""
     magnitude = np.append(np.sort(np.abs(np.asarray(weight, np.float64)).ravel()), math.inf)
     return 0.0 if ratio == 0 else magnitude[math.floor(Fraction(str(ratio)) * weight.size)]
 
 
 def masked(weight: Array, limit: float) -> Array:
-    """Eq. 1-2: a weight is kept where |w| >= lambda_r."""
+    """Return the weights with |w| >= lambda_r, the others as 0 (Eq. 1-2)."""
     return np.where(np.abs(weight) >= limit, weight, 0)
 
 
 def mask_ratio(iteration: int, iterations: int, r_max: Fraction, step: Fraction) -> Fraction:
-    """Eq. 3: r[i] = r_max - s floor(i M / I), M = r_max / s + 1, clamped at 0."""
+    """Return r[i] = r_max - s floor(i M / I), M = r_max / s + 1, clamped at 0 (Eq. 3)."""
     stages = r_max / step + 1
     return max(Fraction(0), r_max - step * math.floor(iteration * stages / iterations))
 
 
 def stage(digest: str, stages: int) -> int:
-    """A question's stage: floor(u M), u in [0, 1) from the digest read as a hexadecimal fraction."""
+    """Return a question's mask stage: floor(u M), u in [0, 1) from the digest read as a hexadecimal fraction."""
     return math.floor(Fraction(int(digest, 16), 16 ** len(digest)) * stages)
 
 
@@ -50,26 +50,26 @@ def log_pi(logits_TV: Array, token_T: Array) -> Array:
 
 
 def kl(p: Array, q: Array) -> Array:
-    """KL(P || Q) = sum_v p log(p / q)."""
+    """Return KL(P || Q) = sum_v p log(p / q)."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(p > 0, p * np.log(p / q), 0.0).sum(-1)
 
 
 def jsd(student_TV: Array, teacher_TV: Array) -> Array:
-    """Eq. 4-5: D = 1/2 KL(P || M) + 1/2 KL(Q || M), M = (P + Q) / 2; an entry that a model lacks has probability 0."""
+    """Return D = 1/2 KL(P || M) + 1/2 KL(Q || M), M = (P + Q) / 2 (Eq. 4-5); missing entries have probability 0."""
     width = max(student_TV.shape[1], teacher_TV.shape[1])
     q, p = (np.pad(softmax(x), ((0, 0), (0, width - x.shape[1]))) for x in (student_TV, teacher_TV))
     return 0.5 * kl(p, (p + q) / 2) + 0.5 * kl(q, (p + q) / 2)
 
 
 def kl_ablation(student_TV: Array, teacher_TV: Array) -> Array:
-    """KL(P || Q) of teacher from student, over the entries that both have."""
+    """Return KL(P || Q) of teacher from student, over the entries that both have."""
     width = min(student_TV.shape[1], teacher_TV.shape[1])
     return kl(softmax(teacher_TV[:, :width]), softmax(student_TV[:, :width]))
 
 
 def skewed(student_TV: Array, teacher_TV: Array) -> Array:
-    """KL(P || P / 10 + 9 Q / 10), over the entries that both have."""
+    """Return KL(P || P / 10 + 9 Q / 10), over the entries that both have."""
     width = min(student_TV.shape[1], teacher_TV.shape[1])
     q, p = softmax(student_TV[:, :width]), softmax(teacher_TV[:, :width])
     return kl(p, 0.1 * p + 0.9 * q)
@@ -82,7 +82,7 @@ def share_divergence(d_G: Array, responses: list[tuple[int, ...]], valid_G: Arra
 
 
 def distillation_reward(d_G: Array, valid_G: Array, floors: tuple[float, float] = (1e-5, 0.0)) -> Array:
-    """Eq. 6-7: R_distill = (D_max - D_j) / (D_max - D_min) over responses with a verdict.
+    """Return R_distill = (D_max - D_j) / (D_max - D_min) over responses with a verdict (Eq. 6-7).
 
     All are 0 if D_max - D_min is noise: up to floors[0] nats, or floors[1] times the mean.
     """
@@ -93,7 +93,7 @@ def distillation_reward(d_G: Array, valid_G: Array, floors: tuple[float, float] 
 
 
 def advantage(reward_G: Array, shift: float = 0.0) -> Array:
-    """Eq. 8-11: A = (R_j - mean R - shift) / std R, population std, over responses with a verdict.
+    """Return A = (R_j - mean R - shift) / std R, population std, over responses with a verdict (Eq. 8-11).
 
     All are 0 up to a std of 1e-4.
     """
@@ -123,7 +123,7 @@ def is_before_first_difference(batch: "Batch") -> Array:
 
 
 def bounded_advantage(advantage: Array, logp_old: Array, batch: "Batch", negatives: str) -> Array:
-    """Advantages of tokens: A < 0 is kept, times min(1, pi_old / pi_ref), 0 before the first difference, or 0."""
+    """Return tokens' advantages: A < 0 is kept, times min(1, pi_old / pi_ref), 0 before the first difference, or 0."""
     weight = {
         "full": 1.0,
         "clipped": np.minimum(1, np.exp(logp_old - batch.reference_T)),
@@ -134,14 +134,14 @@ def bounded_advantage(advantage: Array, logp_old: Array, batch: "Batch", negativ
 
 
 def kl_term(logits_TV: Array, batch: "Batch", estimator: str) -> Array:
-    """D_KL(pi || pi_ref) of each token: exact, over the vocabulary, or estimated from the tokens."""
+    """Return D_KL(pi || pi_ref) of each token: exact, over the vocabulary, or estimated from the tokens."""
     if estimator == "exact":
         return kl(softmax(logits_TV), softmax(batch.reference_TV))
     return kl_to_reference(log_pi(logits_TV, batch.token_T), batch.reference_T, estimator)
 
 
 def grpo(logp: Array, logp_old: Array, advantage: Array, kl_T: Array, beta: float) -> Array:
-    """Eq. 8-11, the term of each token: -[ pi / pi_old A - beta D_KL(pi || pi_ref) ], pi_old a constant."""
+    """Return the term of each token: -[ pi / pi_old A - beta D_KL(pi || pi_ref) ], pi_old a constant (Eq. 8-11)."""
     return -(np.exp(logp - logp_old) * advantage - beta * kl_T)
 
 
@@ -184,7 +184,7 @@ class Result:
     kl_R: Array
 
     def question_sum(self, value_R: Array, batch: Batch) -> float:
-        """Sum over questions of the mean over a question's responses."""
+        """Return the sum over questions of the mean over a question's responses."""
         total, start = 0.0, 0
         for responses in batch.questions:
             total += value_R[start : start + len(responses)].mean()
@@ -193,7 +193,7 @@ class Result:
 
 
 def token_spans(batch: Batch) -> list[list[slice]]:
-    """The tokens of each response, by question."""
+    """Return the tokens of each response, by question."""
     start, by_question = 0, []
     for responses in batch.questions:
         by_question.append([])
@@ -204,7 +204,7 @@ def token_spans(batch: Batch) -> list[list[slice]]:
 
 
 def fine_tuning(batch: Batch, is_trained_R: Array | None = None) -> tuple[float, Array]:
-    """Fine-tuning on right responses (R_acc >= 0.5) that are not masked: the loss and its gradient, [T, V].
+    """Return loss and gradient [T, V] of fine-tuning on right responses (R_acc >= 0.5) that are not masked.
 
     The loss is -log pi, mean over a right response's tokens and over a question's right responses, summed over
     questions. A question without a right response does not count.
@@ -225,7 +225,7 @@ def fine_tuning(batch: Batch, is_trained_R: Array | None = None) -> tuple[float,
 def question_rewards(
     d_G: Array, responses: list[tuple[int, ...]], scores: list[float], rewards: Rewards
 ) -> tuple[Array, Array]:
-    """R_distill and R of the responses to one question, [G] each (Eq. 6-7)."""
+    """Return R_distill and R of the responses to one question, [G] each (Eq. 6-7)."""
     score_G = np.zeros(len(responses)) if rewards.accuracy == "off" else np.array(scores)
     valid_G = ~np.isnan(score_G)
     same_G = share_divergence(d_G, responses, valid_G)

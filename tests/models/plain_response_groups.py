@@ -16,7 +16,7 @@ def response_groups(
     coverage: str,
     truncated: str,
 ) -> tuple[list[Group], int]:
-    """Groups of every question at the mask stages that train on it, and the number of empty responses, left out."""
+    """Return the groups of every question at the mask stages that train on it, and the number of empty responses."""
     scores = _scores(verdicts) if verdicts else {}
     prompts, answered, empty = {}, {}, 0
     for row in responses.rows("responses"):

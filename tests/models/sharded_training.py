@@ -68,7 +68,7 @@ class Trained:
             return families.build(family, tied)[1]
 
     def context(self, case: str, store: str = "", **train: Any) -> trainer.TrainContext:
-        """Six steps, the teacher masked again at each stage; a store of its own."""
+        """Return a context of six steps with a store of its own; the teacher is masked again at each stage."""
         family, _, values = CASES[case]
         base, sharding = make_context(family), self.sharded()
         config = Train.model_validate(dict(learning_rate=1e-4) | values | train)
@@ -126,7 +126,7 @@ class Trained:
         return found
 
     def run(self, case: str, store: str, **train: Any) -> dict:
-        """A whole run, from the checkpoint of that store if there is one."""
+        """Run the whole training, from the checkpoint of that store if there is one."""
         context = self.context(case, store, **train)
         context.probe = probe_of(context, self.student(case))
         before = self.weights(context)
@@ -140,7 +140,7 @@ class Trained:
         return dict(before=before, after=self.weights(context), losses=losses, norms=norms, events=kinds)
 
     def remasked(self) -> list[Tensors]:
-        """The teacher at each stage, after a pass at the one before."""
+        """Return the teacher at each stage, after a pass at the one before."""
         context, found = self.context("tied"), []
         known = references(replace(make_context(FAMILY), student=self.student("tied"), train=context.train))
         for stage in range(len(RATIOS)):
@@ -176,7 +176,7 @@ class Trained:
 
 
 def probe_of(context: trainer.TrainContext, student: torch.nn.Module) -> list[Question]:
-    """Questions that the student, as it is, has right: their labels are its own greedy answers."""
+    """Return questions that the untrained student has right: their labels are its own greedy answers."""
     made = []
     for group in context.groups[:4]:
         question = replace(context.question(group), responses=[[20]])
@@ -243,7 +243,7 @@ def kept(world: Trained) -> int:
 
 
 def alive() -> int:
-    """Bytes of all tensors of this process."""
+    """Return the bytes of all tensors of this process."""
     gc.collect()
     tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
     gradients = [item.grad for item in tensors if item.is_leaf and item.grad is not None]

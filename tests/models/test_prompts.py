@@ -29,7 +29,7 @@ def png(width: int, height: int) -> bytes:
 
 
 def processor_for_large_images(folder: Path):
-    """The tiny model's processor, with the image size limit of published processors."""
+    """Return the tiny model's processor, with the image size limit of published processors."""
     processor = AutoProcessor.from_pretrained(folder)
     if hasattr(processor.image_processor, "max_patches"):
         processor.image_processor.max_patches = 12

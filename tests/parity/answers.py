@@ -23,7 +23,7 @@ class Answer:
 
 
 def from_vllm(folder: Path, masks: Masks, asked: list[tuple[bytes, str]]) -> list[list[Answer]]:
-    """Answers by mask, all by one engine."""
+    """Return answers by mask, all from one engine."""
     return call_in_process(_engine_answers, folder, masks, asked)
 
 
@@ -39,7 +39,7 @@ def _engine_answers(folder: Path, masks: Masks, asked: list[tuple[bytes, str]]) 
 
 
 def from_transformers(folder: Path, masks: Masks, asked: list[tuple[bytes, str]]) -> list[list[Answer]]:
-    """Answers by mask, one question at a time."""
+    """Return answers by mask, one question at a time."""
     from transformers import AutoProcessor
 
     processor, found = AutoProcessor.from_pretrained(folder), []

@@ -18,7 +18,7 @@ DEFAULT = ("qwen3_vl", True)
 
 
 def trained(folder: Path, out: Path) -> Path:
-    """The model of a folder with every weight moved, as a trainer writes it."""
+    """Return the model of a folder with every weight moved, as a trainer writes it."""
     model, generator = load_model(folder, "float32"), torch.Generator().manual_seed(7)
     moved = {
         name: p.detach() + 0.05 * torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()

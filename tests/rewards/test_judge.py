@@ -39,7 +39,7 @@ class ScriptedClient:
 
 
 def judge_with_replies(first: str | JudgeReply, second: str | JudgeReply | None = None) -> Verdict:
-    """The verdict if the judge gives these replies."""
+    """Return the verdict if the judge gives these replies."""
     replies = [a if isinstance(a, JudgeReply) else JudgeReply(a) for a in (first, second) if a is not None]
     client = ScriptedClient(replies[:1], replies[1:])
     (verdict,) = judge_triples(client, [Triple("what color?", "teal", "Teal.")])

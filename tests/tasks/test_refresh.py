@@ -214,7 +214,7 @@ def weights(trained: Artifact) -> dict[str, torch.Tensor]:
 
 
 def check_pool_rounds(run: Run, common: dict, first: Artifact, stage_tables: dict, last: Artifact) -> None:
-    """A worker of a pool restores the same rounds from references to artifacts."""
+    """Check that a worker of a pool restores the same rounds from references to artifacts."""
     questions, masks = common["data"], common["masks"]
     second = next_part(run, first_part(run.config, first_round(run), questions), first)
     generating = find_round(run, make_request(stage="generate-mask1"), common | {"student": first})

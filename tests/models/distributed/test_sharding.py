@@ -79,7 +79,7 @@ def two(ranks: list[dict]) -> dict:
 
 
 def relative_distance(found: Tensors, expected: Tensors, start: Tensors | None = None) -> float:
-    """Distance of two sets of tensors, relative to the distance of the expected ones from the start (0)."""
+    """Return the distance of two sets of tensors, relative to the distance of the expected ones from the start (0)."""
     assert found.keys() == expected.keys()
     far = sum(float((expected[n] - (start[n] if start else 0)).square().sum()) for n in expected)
     return (sum(float((found[n] - expected[n]).square().sum()) for n in expected) / far) ** 0.5

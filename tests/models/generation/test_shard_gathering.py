@@ -18,14 +18,14 @@ IDENTITY = Identity("evaluate", 1, {}, {})
 
 
 def make_requests() -> list[ShardRequest]:
-    """Requests for forty shards of one prediction each."""
+    """Make requests for forty shards of one prediction each."""
     model, sampling = GeneratingModel("m", Path("m"), "d"), Sampling.greedy(8, "float32")
     refs = [QuestionRef(digest(str(n).encode()), f"q{n}", 0, n) for n in range(40)]
     return [ShardRequest(model, "predictions", "evaluation", sampling, shard=Shard("", (ref,))) for ref in refs]
 
 
 def make_store(root: Path, max_threads: int) -> tuple[Storage, list[ShardRequest]]:
-    """A store that holds the requested shards."""
+    """Make a store that holds the requested shards."""
     storage, requests = Storage(str(root)), make_requests()
     storage.max_threads = max_threads
     for request in requests:

@@ -27,7 +27,7 @@ def make_projections(
 
 
 def make_reference(widths: tuple[int, int], dtype: torch.dtype = torch.float32) -> Projection:
-    """A second model with the student's vocabulary."""
+    """Make a second model with the student's vocabulary."""
     return make_projections(widths, dtype, seed=5)[0]
 
 
@@ -47,13 +47,13 @@ TERMS = (
 
 
 def weighted_sum(found: formulas.Terms) -> torch.Tensor:
-    """A sum of every token's three terms with different weights."""
+    """Return a sum of every token's three terms with different weights."""
     assert found.kl_T is not None
     return (WEIGHTS[0] * found.logp_T + WEIGHTS[1] * found.divergence_T + WEIGHTS[2] * found.kl_T).sum()
 
 
 def terms_and_gradients(found: formulas.Terms, student: Projection) -> tuple[torch.Tensor, ...]:
-    """Values of the terms, and gradients of `weighted_sum`."""
+    """Return the values of the terms, and the gradients of `weighted_sum`."""
     slopes = torch.autograd.grad(weighted_sum(found), (student.hidden_TH, student.weight_VH))
     return *(value_T.detach().float() for value_T in vars(found).values()), *slopes
 

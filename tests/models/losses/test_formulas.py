@@ -162,7 +162,7 @@ tokens = st.integers(2, 8).flatmap(
 
 
 def gradient_norm(term: torch.Tensor, student: torch.Tensor) -> float:
-    """1-norm of a KL term's gradient with respect to one token's logits."""
+    """Return the 1-norm of a KL term's gradient with respect to one token's logits."""
     return torch.autograd.grad(term.sum(), student, retain_graph=True)[0].abs().sum().item()
 
 

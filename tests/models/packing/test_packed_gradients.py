@@ -44,12 +44,12 @@ def context(request: pytest.FixtureRequest) -> trainer.TrainContext:
 
 
 def stored(context: trainer.TrainContext) -> trainer.TrainContext:
-    """The same context with a KL term from stored log pi_ref."""
+    """Return the same context with a KL term from stored log pi_ref."""
     return replace(context, train=paper_train(kl="squared"), reference=None)
 
 
 def alone(model: torch.nn.Module, question: Question, response: list[int]) -> torch.Tensor:
-    """Logits that predict a response's tokens, from one forward pass of prompt and response alone."""
+    """Return the logits that predict a response's tokens, from a forward pass of prompt and response alone."""
     ids = torch.cat([question.prompt["input_ids"], torch.tensor([response])], 1)
     inputs = {k: v for k, v in question.prompt.items() if k in ("pixel_values", "image_grid_thw")}
     if model.config.model_type.startswith("qwen"):
@@ -59,7 +59,7 @@ def alone(model: torch.nn.Module, question: Question, response: list[int]) -> to
 
 
 def check_logits(context: trainer.TrainContext) -> None:
-    """Packed logits equal those of every response alone."""
+    """Check that packed logits equal those of every response alone."""
     everything = list(range(len(context.groups)))
     with torch.no_grad():
         questions = [context.question(context.groups[g]) for g in everything]
@@ -71,7 +71,7 @@ def check_logits(context: trainer.TrainContext) -> None:
 def check_accumulation(
     context: trainer.TrainContext, monkeypatch: pytest.MonkeyPatch, worlds: tuple[int, ...] = (1, 8, 3)
 ) -> None:
-    """One process with eight questions equals eight with one each, gradients summed: denominators are the same."""
+    """Check that one process with eight questions equals eight with one each: gradients are summed."""
     monkeypatch.setattr(
         trainer, "sum_over_ranks", lambda context, sums: sums
     )  # gradients add up in the one student instead
@@ -230,7 +230,7 @@ class GradientRecorder:
         self.kept[name] = value
 
     def has_gradient(self, name: str) -> torch.Tensor:
-        """Positions [B, L] with a gradient other than 0."""
+        """Return the positions [B, L] with a gradient other than 0."""
         grad = self.kept[name].grad
         assert grad is not None
         return grad.abs().sum(-1) != 0

@@ -20,7 +20,7 @@ tokens = st.lists(
 
 @st.composite
 def packed_questions(draw: st.DrawFn) -> tuple[torch.nn.Module, list[Question]]:
-    """Questions about few images, some with equal text, with some identical responses."""
+    """Draw questions about few images, some with equal text, with some identical responses."""
     model, made = MODELS[draw(st.sampled_from(families.NAMES))], []
     for _ in range(draw(st.integers(1, 6))):
         number, words, image = draw(st.integers(0, 2)), draw(st.integers(1, 3)), draw(st.integers(0, 2))

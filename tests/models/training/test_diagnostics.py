@@ -23,7 +23,7 @@ EVERYTHING = Step(0, 0, tuple(range(8)))
 
 
 def sharpened(context: trainer.TrainContext, **train: object) -> trainer.TrainContext:
-    """The context with a student whose distributions are sharp, so that some response tokens are rare.
+    """Return the context with a student whose distributions are sharp, so that some response tokens are rare.
 
     Responses have both sources. Every other response ends with the student's greedy choice.
     """
@@ -47,7 +47,7 @@ def sharpened(context: trainer.TrainContext, **train: object) -> trainer.TrainCo
 
 
 def batch_of(context: trainer.TrainContext) -> Batch:
-    """The questions of the context with full logits of all three models."""
+    """Return the questions of the context with full logits of all three models."""
     with torch.no_grad():
         pack = packed(context, list(range(len(context.groups))))
         logits = [
@@ -58,7 +58,7 @@ def batch_of(context: trainer.TrainContext) -> Batch:
 
 
 def plain(context: trainer.TrainContext, batch: Batch) -> dict[str, list[float]]:
-    """The values that each diagnostic is a mean of."""
+    """Return the values that each diagnostic is a mean of."""
     result, q = float64_reference.objective(batch, context.train, context.rewards), softmax(batch.student_TV)
     logp_T, found = log_pi(batch.student_TV, batch.token_T), {name: [] for name in step_metrics.DENOMINATORS}
     gradient = [0.0, 0.0]

@@ -32,7 +32,7 @@ SCORES = st.none() | st.floats(0, 1)
 
 
 def table(storage: Storage, kind: str, rows: list[dict], files: int) -> Artifact:
-    """An artifact with these rows, distributed over files, some of them empty."""
+    """Make an artifact with these rows, distributed over files, some of them empty."""
     schema, made_of, digests = getattr(schemas, kind.upper()), Identity(kind, 1, {}, {}), {}
     for number in range(files):
         content = schemas.encode(rows[number::files], schema)

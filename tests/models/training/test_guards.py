@@ -26,7 +26,7 @@ CALM, WILD = 1e-4, 0.1  # learning rates: with the second no model answers any p
 
 
 def run_of(folder: Path, **train: Any) -> tuple[trainer.TrainContext, list[TrainEvent]]:
-    """A run of six steps on its own store, always from the same student, and the list of its events."""
+    """Return a run of six steps on its own store, always from the same student, and the list of its events."""
     events: list[TrainEvent] = []
     context = make_context("qwen3_vl")
     values = dict(learning_rate=CALM, questions_per_step=4) | train

@@ -20,7 +20,7 @@ TEACHER = STUDENT.with_name("teacher")
 
 
 def measure_activations(model: torch.nn.Module, words: int) -> tuple[int, PassSize]:
-    """Bytes that a forward pass keeps for its backward pass besides weights, and the size of the pass."""
+    """Return the bytes that a forward pass keeps for its backward pass besides weights, and the size of the pass."""
     questions = [tiny_models.question(model, n, words, tiny_models.random_responses(n, [6] * 4)) for n in range(3)]
     packed = pack(questions, model, family_of(model.config.model_type))
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}

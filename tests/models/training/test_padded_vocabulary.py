@@ -29,7 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # each divergence; pi_ref in memory, st
 
 
 def training_of(folder: Path, padded: bool, settings: dict[str, Any]) -> trainer.TrainContext:
-    """Two steps of a run of tiny models."""
+    """Return two steps of a run of tiny models."""
     base = make_context("qwen3_vl")
     models = dict(student=base.student, teacher=base.teacher, reference=base.reference)
     train = paper_train(**dict(learning_rate=1e-3) | settings)

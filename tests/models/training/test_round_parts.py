@@ -29,7 +29,7 @@ SECOND = tuple(range(4, 8))  # groups of the second mask stage
 
 
 def training_of(folder: Path, checkpoints: str, steps: slice = slice(None), part: RoundPart = WHOLE, **train: Any):
-    """A training of two mask stages of four steps each, or a part of it, and the list of its events."""
+    """Return a training of two mask stages of four steps each, or a part of it, and the list of its events."""
     events: list[Any] = []
     base = make_context("qwen3_vl")
     planned = [Step(n // FIRST, n % FIRST // 2, (0, 1, 2, 3) if n < FIRST else SECOND) for n in range(STEPS)]
@@ -159,7 +159,7 @@ def test_the_end_state_of_a_part_equals_the_checkpoint_of_the_whole_round_at_tha
 
 
 def interrupt_after(step: int) -> Callable[..., None]:
-    """A `checkpoint.save` that interrupts training after it has saved this step."""
+    """Return a `checkpoint.save` that interrupts training after it has saved this step."""
     original = checkpoint.save
 
     def save(storage: Storage, prefix: str, number: int, *state: Any) -> None:

@@ -40,7 +40,7 @@ WRONG = {
 
 
 def train_and_collect(folder: Path, **train: Any) -> list[Any]:
-    """Warnings of a run of 100 steps on the tiny models."""
+    """Return the warnings of a run of 100 steps on the tiny models."""
     events: list[Any] = []
     base = make_context("qwen3_vl")
     context = replace(
@@ -73,7 +73,7 @@ def test_a_healthy_run_has_no_warnings(tmp_path: Path) -> None:
 def warnings_for(
     steps: int, rows: list[dict], done: int = 0, storage: Any = None, histories: Sequence[str] = ()
 ) -> list[Any]:
-    """Warnings for steps with these means.
+    """Return the warnings for steps with these means.
 
     The first `done` steps are read from the history of a resumed run, or from artifacts of the round's earlier parts.
     """
