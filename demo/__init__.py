@@ -1,1 +1,1 @@
-"""The demo's models: how they are drawn for, built and trained. Their weights lie in `demo/models/`."""
+"""The demo's models: their training data, architectures and training. The weights are in `demo/models/`."""

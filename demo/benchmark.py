@@ -50,10 +50,10 @@ def image(doc):
 
 
 def write(folder: Path, limit: int | None = None) -> None:
-    """The task's YAML and code, and Parquet files of `id`, `image`, `question`, `answer`, `split` in `data`.
+    """Write the task's YAML and code, and Parquet files of `id`, `image`, `question`, `answer`, `split` in `data`.
 
-    `limit`: of questions, spread evenly over the split. Beside them lie a few training questions, without which no
-    folder is a source of ours; lmms-eval does not read them.
+    `limit`: of questions, spread evenly over the split. A few training questions are added, because a source of
+    masters must have some; lmms-eval does not read them.
     """
     test = rows("test", easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths())
     train = rows("train", easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths())
@@ -66,13 +66,13 @@ def write(folder: Path, limit: int | None = None) -> None:
 
 
 def rows(split: str, questions: tuple, paths: list[str]) -> list[tuple[str, str, str, str]]:
-    """Id, question, answer and image file of every question, in the package's order."""
+    """Return id, question, answer and image file of every question, in the package's order."""
     numbered = enumerate(zip(*questions, strict=True))
     return [(f"{split}-{n}", question, answer, paths[image]) for n, (question, answer, image) in numbered]
 
 
 def spread(found: list[tuple[str, str, str, str]], count: int) -> list[dict]:
-    """`count` of the rows, spread evenly, with their images."""
+    """Return `count` of the rows, spread evenly, with their images."""
     return [
         dict(id=name, image=Path(path).read_bytes(), question=question, answer=answer, split=name.split("-")[0])
         for name, question, answer, path in found[:: max(1, len(found) // count)][:count]

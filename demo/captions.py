@@ -40,7 +40,7 @@ RECIPES = {
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Learned from the question and all captions: each word is one token."""
+    """Return a tokenizer learned from the question and all captions: each word is one token."""
     scenes = [scene for pool in pools().values() for scene in pool]
     return build.tokenizer([QUESTION, *(caption for scene in scenes for caption in captions_of(scene))])
 
@@ -52,14 +52,14 @@ def shuffled_pool() -> list[Scene]:
 
 
 def attributes(scene: Scene) -> list[int]:
-    """Layout, and color and shape of both things, as numbers."""
+    """Return layout, and color and shape of both things, as numbers."""
     things = (scene.first, scene.second)
     named = [(list(COLORS).index(thing.color), SHAPES.index(thing.shape)) for thing in things]
     return [list(RELATIONS).index(scene.layout), *named[0], *named[1]]
 
 
 def wordings(scene: Scene, in_order: bool) -> list[str]:
-    """Captions of a scene; `in_order`: only those that name the first thing first."""
+    """Return captions of a scene; `in_order`: only those that name the first thing first."""
     first, second = str(scene.first), str(scene.second)
     return [text for text in captions_of(scene) if not in_order or text.index(first) < text.index(second)]
 

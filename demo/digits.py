@@ -41,7 +41,7 @@ RECIPES = {
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Learned from every question that can be asked, with its answers: each digit is one token."""
+    """Return a tokenizer learned from every possible question and answer: each digit is one token."""
     every = [question for scene in np.ndindex(10, 10, 10) for question in questions(list(scene))]
     return build.tokenizer([text for q in every for text in (q.text, q.answer, q.steps)])
 
@@ -59,7 +59,7 @@ class Scenes:
         self.distortion, self.source = distortion, torch.Generator().manual_seed(seed)
 
     def draw(self, count: int) -> tuple[list[Image.Image], torch.Tensor]:
-        """Pictures, and their digits [count, 3]."""
+        """Draw pictures. Returns them and their digits [count, 3]."""
         chosen = torch.randint(len(self.ink), (count * DIGITS,), generator=self.source)
         slots = F.grid_sample(self.ink[chosen][:, None], self._places(len(chosen)), align_corners=False)
         row = torch.cat(list(slots.view(count, DIGITS, HEIGHT, SLOT).unbind(1)), -1)
@@ -88,7 +88,7 @@ class Packer(packed.Packer):
     """Packs scenes whose questions are (question, answer in steps, answer with a changed digit)."""
 
     def taught(self, right: str, written: str) -> list[int]:
-        """Labels of `written`: its tokens up to the changed digit, that one among them, are not learned."""
+        """Return the labels of `written`. Its tokens up to and including the changed digit are not learned."""
         answer, labels = self.segment("", right)[1], list(self.segment("", written)[1])
         if right != written:
             changed = next(at for at, (x, y) in enumerate(zip(answer, labels, strict=False)) if x != y)

@@ -67,7 +67,7 @@ TASKS: dict[str, Callable[[], Test]] = {
 
 @torch.inference_mode()
 def answers(folder: str, questions: list[str], images: list[str | BytesIO]) -> Iterator[str]:
-    """Greedy answers, in order; questions are batched as they come, padded on the left."""
+    """Yield greedy answers in order. Questions are batched in order and padded on the left."""
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
     processor.tokenizer.padding_side = "left"

@@ -71,7 +71,7 @@ class Row:
 def build(
     name: str, tied: bool = True, size: str = "student", vocabulary: int = 128
 ) -> tuple[PretrainedConfig, PreTrainedModel]:
-    """Configuration and random model of a family; seed torch before. `tied`: lm_head shares the embedding."""
+    """Return configuration and random model of a family; seed torch before. `tied`: lm_head shares the embedding."""
     measure = SIZES[size]
     text = dict(
         vocab_size=vocabulary, hidden_size=32 * measure.heads, intermediate_size=48 * measure.heads,
@@ -162,7 +162,7 @@ def _internvl(text_type: str, **more: Any) -> Callable[[Size, dict[str, Any]], P
 
 
 def _qwen_processor(kind: type, video: type) -> Callable[[PreTrainedTokenizerFast], ProcessorMixin]:
-    """Between 4 and 16 tokens an image."""
+    """Return a function that makes a processor with 4 to 16 tokens per image."""
 
     def processor(tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
         patches = dict(patch_size=PATCH, merge_size=2, temporal_patch_size=2)
@@ -176,7 +176,7 @@ def _qwen_processor(kind: type, video: type) -> Callable[[PreTrainedTokenizerFas
 
 
 def _intern_processor(tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
-    """Up to three tiles of 4 tokens, and with several a fourth of the whole image."""
+    """Make a processor with up to three tiles of 4 tokens, and with several tiles a further one of the whole image."""
     tile = dict(height=4 * PATCH, width=4 * PATCH)
     return InternVLProcessor(
         image_processor=GotOcr2ImageProcessor(size=tile, min_patches=1, max_patches=3), tokenizer=tokenizer,

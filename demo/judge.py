@@ -93,7 +93,7 @@ class Maker:
 
     @classmethod
     def unseen_lessons(cls, rng: np.random.Generator, count: int) -> dict[str, list[Lesson]]:
-        """Held-out lessons by kind, `count` each; made-up answers and second calls too."""
+        """Return held-out lessons by kind, `count` each, with made-up answers and second calls among them."""
         easy, made_up = cls(rng, 0.0, unseen=True), cls(rng, 1.0, unseen=True)
         sets = {kind: [easy.lesson(easy.triple(kind)) for _ in range(count)] for kind in easy.kinds}
         sets["made_up"] = [made_up.lesson(made_up.triple()) for _ in range(count)]
@@ -162,7 +162,7 @@ class Maker:
         return left + case(text) + right + end
 
     def near(self, reference: str) -> str:
-        """One edit away, or a word more."""
+        """Return a text that is one edit or one word away from the reference."""
         at, letter = int(self.rng.integers(len(reference))), self.pick(string.ascii_lowercase)
         word = self.pick([*self.answers, "not", "a", "the", "it is", "maybe", self.word()])
         return self.pick(
@@ -220,7 +220,7 @@ class Packer:
         self.shared: dict[str, list[int]] = {}
 
     def ids(self, lessons: list[Lesson]) -> list[tuple[list[int], list[int], list[int]]]:
-        """Token ids of what all conversations of the call share, of the rest of the prompt, of the answer."""
+        """Return the token ids of each lesson: the prompt's part that all share, its rest, and the answer."""
         parts = []
         for (system, user), answer in lessons:
             if system["content"] not in self.shared:
@@ -238,7 +238,7 @@ class Packer:
         return self.text(texts, add_special_tokens=False)["input_ids"]
 
     def __call__(self, rows: list[list[Lesson]]) -> tuple[dict, torch.Tensor]:
-        """Model inputs and labels [B, L]."""
+        """Return model inputs and labels [B, L]."""
         packed = [self._row(self.ids(row)) for row in rows]
         ids, labels, mask, positions = stacked(packed, self.text.pad_token_id)
         inputs = dict(input_ids=ids, attention_mask=mask, position_ids=positions.expand(3, -1, -1), use_cache=False)
@@ -256,7 +256,7 @@ class Packer:
 
 
 def batches(maker: Maker, recipe: Recipe) -> Iterator[list[list[Lesson]]]:
-    """Endless batches of rows, each of conversations of one call."""
+    """Yield batches of rows without end; the conversations of a row are of one call."""
     while True:
         rows = []
         for _ in range(recipe.rows):
@@ -267,13 +267,13 @@ def batches(maker: Maker, recipe: Recipe) -> Iterator[list[list[Lesson]]]:
 
 
 def loss_of(model: Qwen3VLForConditionalGeneration, inputs: dict, labels: torch.Tensor):
-    """Cross-entropy (mean over answer tokens) and, per answer token, whether the greedy choice is right."""
+    """Return cross-entropy (mean over answer tokens) and, per answer token, whether the greedy choice is right."""
     return answer_loss(model, model.model.language_model(**inputs).last_hidden_state, labels)
 
 
 @torch.no_grad()
 def agreement(model: Qwen3VLForConditionalGeneration, packer: Packer, lessons: list[Lesson]) -> float:
-    """Share of conversations whose every answer token is the greedy choice (as greedy decoding then says it)."""
+    """Return the share of conversations of which every answer token is the greedy choice."""
     right = 0
     for at in range(0, len(lessons), 8):
         part = lessons[at : at + 8]
@@ -283,7 +283,7 @@ def agreement(model: Qwen3VLForConditionalGeneration, packer: Packer, lessons: l
 
 
 def scores(model, packer: Packer, maker: type[Maker], seed: int, count: int) -> dict[str, float]:
-    """Agreement with the rule on held-out triples by kind, `count` each; second calls too."""
+    """Return the agreement with the rule on held-out triples by kind, `count` each, second calls among them."""
     sets = maker.unseen_lessons(np.random.default_rng(seed), count)
     return {name: agreement(model, packer, lessons) for name, lessons in sets.items()}
 
@@ -291,7 +291,7 @@ def scores(model, packer: Packer, maker: type[Maker], seed: int, count: int) -> 
 def train(
     model: Qwen3VLForConditionalGeneration, packer: Packer, maker: type[Maker], recipe: Recipe, seed: int
 ) -> list[dict]:
-    """Every parameter of the language model learns. Returns the progress on held-out triples."""
+    """Train all parameters of the language model. Returns the progress on held-out triples."""
     optimizer = torch.optim.AdamW(model.model.language_model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95))
     planner, began, progress = schedule(optimizer, recipe.steps), time.process_time(), []
     stream = batches(maker(np.random.default_rng(seed)), recipe)

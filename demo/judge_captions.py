@@ -76,7 +76,7 @@ class CaptionMaker(Maker):
         return self.pick(captions_of(replace(scene, first=first, second=second)))
 
     def with_slip(self, caption: str, tells: bool) -> str:
-        """A word is lost, is there twice or is another one; `tells`: of those that say something, or of others."""
+        """Drop, double or replace a word: one with meaning if `tells`, else one without."""
         words = caption.split()
         at = self.pick([at for at, word in enumerate(words) if bool(telling(word)) == tells])
         other = self.pick([*COLORS, *SHAPES, "left", "above"]) if tells else self.pick(["a", "the", "of", "is"])

@@ -56,7 +56,7 @@ def labeled() -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def patches(images: list[Image.Image]) -> torch.Tensor:
-    """The family's pixel_values of equally large images, as its processor makes them: [patches, 3 * 2 * 8 * 8]."""
+    """Return the pixel_values of images of one size, as the family's processor makes them: [patches, 3 * 2 * 8 * 8]."""
     p, m = build.PATCH, 2
     x = torch.from_numpy(np.stack([np.asarray(i.convert("RGB")) for i in images])).float() / 255 * 2 - 1
     _, height, width, _ = x.shape
@@ -66,20 +66,20 @@ def patches(images: list[Image.Image]) -> torch.Tensor:
 
 
 def grid(count: int, size: tuple[int, int] = SQUARE) -> torch.Tensor:
-    """image_grid_thw of `count` images of a size (height, width) in pixels, [count, 3]."""
+    """Return image_grid_thw of `count` images of a size (height, width) in pixels, [count, 3]."""
     height, width = size
     return torch.tensor([[1, height // build.PATCH, width // build.PATCH]]).expand(count, 3)
 
 
 def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Warm-up over 100 steps, then a cosine to zero."""
+    """Return a learning rate schedule: a warm-up over 100 steps, then a cosine to zero."""
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1, (s + 1) / 100) * 0.5 * (1 + math.cos(math.pi * min(1, s / steps)))
     )
 
 
 def update(module: torch.nn.Module, optimizer, planner, loss: torch.Tensor) -> None:
-    """One optimizer step, gradients of `module` clipped to a norm of 1."""
+    """Take one optimizer step, with gradients of `module` clipped to a norm of 1."""
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -88,7 +88,7 @@ def update(module: torch.nn.Module, optimizer, planner, loss: torch.Tensor) -> N
 
 
 def train_eye(model: Qwen3VLForConditionalGeneration, recipe: Recipe, rng: np.random.Generator) -> None:
-    """Phase one: shape and color from the mean of the eye's outputs, on drawn images alone."""
+    """Train the vision tower (phase one) to predict shape and color from its mean output, on drawn images alone."""
     eye, width = model.model.visual, model.config.text_config.hidden_size
     head = torch.nn.Linear(width, len(shapes.SHAPES) + len(shapes.COLORS))
     optimizer = torch.optim.AdamW([*eye.parameters(), *head.parameters()], lr=1e-3, weight_decay=0.01)
@@ -112,9 +112,10 @@ def train_eye(model: Qwen3VLForConditionalGeneration, recipe: Recipe, rng: np.ra
 
 
 def stacked(packed: list[tuple[list[int], ...]], padding: int) -> tuple[torch.Tensor, ...]:
-    """Rows of (ids, labels, segments, offsets) as ids, labels and offsets [B, L] and the attention mask [B, 1, L, L].
+    """Stack rows of (ids, labels, segments, offsets). Returns ids, labels, attention mask [B, 1, L, L] and offsets.
 
-    A token sees the shared prefix (segment 0) and the earlier tokens of its own segment.
+    A token sees the shared prefix (segment 0) and the earlier tokens of its own segment. Ids, labels and offsets are
+    [B, L].
     """
     length = max(len(row[0]) for row in packed)
     ids, labels, segments, offsets = (
@@ -144,7 +145,7 @@ class Packer:
         self.cache: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
 
     def segment(self, question: str, answer: str) -> tuple[list[int], list[int]]:
-        """Token ids of (question and turn markers, answer and end token)."""
+        """Return the token ids of (question and turn markers, answer and end token)."""
         key = (question, answer)
         if key not in self.cache:
             self.cache[key] = (
@@ -154,7 +155,7 @@ class Packer:
         return self.cache[key]
 
     def __call__(self, rows: list[tuple[Image.Image, list[tuple]]]) -> tuple[dict, torch.Tensor]:
-        """Model inputs and labels [B, L] of rows of (image, questions with answers)."""
+        """Return model inputs and labels [B, L] of rows of (image, questions with answers)."""
         packed = [self._row(questions) for _, questions in rows]
         ids, labels, mask, offsets = stacked(packed, self.text.pad_token_id)
         kind, head = (ids == self.model.config.image_token_id).int(), len(self.prefix)
@@ -182,7 +183,7 @@ class Packer:
 
 
 def batches(recipe: Recipe, rows: list, rng: np.random.Generator) -> Iterator[list]:
-    """Endless batches of real images, mirrored at random, and drawn ones with questions of the same forms."""
+    """Yield batches without end: real images, mirrored at random, and drawn ones with questions of the same forms."""
     forms = sorted({q for _, questions in rows for q, _ in questions})
     images = [Image.open(path).convert("RGB") for path, _ in rows]
     while True:
@@ -203,7 +204,7 @@ def batches(recipe: Recipe, rows: list, rng: np.random.Generator) -> Iterator[li
 def loss_of(
     model: Qwen3VLForConditionalGeneration, inputs: dict, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy (mean over answer tokens) and, per answer token, whether the greedy choice is right."""
+    """Return cross-entropy (mean over answer tokens) and, per answer token, whether the greedy choice is right."""
     return answer_loss(model, model.model(**inputs).last_hidden_state, labels)
 
 
@@ -218,7 +219,7 @@ def answer_loss(
 
 @torch.no_grad()
 def exact_match(model: Qwen3VLForConditionalGeneration, packer: Packer, rows: list) -> float:
-    """Share of questions whose every answer token is the greedy choice (equal to greedy decoding being right)."""
+    """Return the share of questions that greedy decoding answers correctly: every answer token is the greedy choice."""
     right, total = 0, 0
     for at in range(0, len(rows), 32):
         inputs, labels = packer([(Image.open(path), questions) for path, questions in rows[at : at + 32]])
@@ -230,7 +231,7 @@ def exact_match(model: Qwen3VLForConditionalGeneration, packer: Packer, rows: li
 
 
 def train_answers(model, packer: Packer, recipe: Recipe, rng: np.random.Generator) -> list[dict]:
-    """Phase two: every parameter learns to answer. Returns the progress on the held-out training images."""
+    """Train all parameters to answer (phase two). Returns the progress on the held-out training images."""
     rows = labeled()
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
     planner, stream, began, progress = (

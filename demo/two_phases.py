@@ -46,7 +46,7 @@ class Scenes(Protocol):
     choices: ClassVar[int]
 
     def draw(self, count: int) -> tuple[list[Image.Image], torch.Tensor]:
-        """Pictures, and their attributes [count, attributes]."""
+        """Draw pictures. Returns them and their attributes [count, attributes]."""
         ...
 
 
@@ -66,7 +66,7 @@ class Task(ABC):
 
 
 def train_eye(model: Qwen3VLForConditionalGeneration, scenes: Scenes, held: Scenes, recipe: Recipe) -> None:
-    """Phase one: the attributes from the vision tower's outputs, each at its own place."""
+    """Train the vision tower (phase one) to predict each attribute at its own place."""
     eye = model.model.visual
     tokens = scenes.size[0] * scenes.size[1] // (4 * build.PATCH**2)
     head = torch.nn.Linear(tokens * model.config.text_config.hidden_size, scenes.attributes * scenes.choices)
@@ -82,7 +82,7 @@ def train_eye(model: Qwen3VLForConditionalGeneration, scenes: Scenes, held: Scen
 
 
 def _read(eye, head: torch.nn.Linear, scenes: Scenes, count: int) -> tuple[torch.Tensor, float]:
-    """Cross-entropy of the attributes of drawn scenes, and the share of them that is read right."""
+    """Return the cross-entropy of the attributes of drawn scenes, and the share that is predicted correctly."""
     pictures, values = scenes.draw(count)
     out = eye(packed.patches(pictures), grid_thw=packed.grid(count, scenes.size)).pooler_output
     out = out if isinstance(out, torch.Tensor) else torch.cat(list(out))
@@ -94,7 +94,7 @@ def _read(eye, head: torch.nn.Linear, scenes: Scenes, count: int) -> tuple[torch
 def train_answers(
     model: Qwen3VLForConditionalGeneration, packer: packed.Packer, task: Task, recipe: Recipe, seed: int
 ) -> list[dict]:
-    """Phase two: every parameter learns to answer. Returns the progress on held-out scenes."""
+    """Train all parameters to answer (phase two). Returns the progress on held-out scenes."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
     planner, rng, began = packed.schedule(optimizer, recipe.steps), np.random.default_rng(seed), time.time()
     progress = []
@@ -109,11 +109,11 @@ def train_answers(
 
 
 def parser(description: str | None, recipes: Mapping[str, Recipe]) -> argparse.ArgumentParser:
-    """Arguments that every task's training takes."""
+    """Return a parser of the arguments that every task's training takes."""
     found = argparse.ArgumentParser(description=description)
     found.add_argument("which", choices=recipes)
     found.add_argument("--out", type=Path, default=Path(__file__).parent / "models")
-    found.add_argument("--more", type=int, help="go on with phase two for so many steps")
+    found.add_argument("--more", type=int, help="continue phase two for this many steps")
     found.add_argument("--mean", action="store_true", help="keep the mean of the weights before and after --more")
     found.add_argument("--learning-rate", type=float, help="of phase two, at its highest")
     found.add_argument("--seed", type=int, default=0)
@@ -135,7 +135,7 @@ def chosen(recipe: R, given: argparse.Namespace, *more: str) -> R:
 
 
 def seed_of(given: argparse.Namespace) -> int:
-    """Seed of what is drawn: --more draws other scenes than the training that it goes on from."""
+    """Return the seed of drawing: --more draws other scenes than the training that it continues."""
     return given.seed + (100 if given.more else 0)
 
 

@@ -1,1 +1,1 @@
-"""Programs to read and to run beside the package; nothing of it imports them."""
+"""Example programs. The package imports nothing from them."""

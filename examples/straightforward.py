@@ -276,7 +276,7 @@ def collate(processor, groups: list[Group]) -> Batch:
 
 
 def response_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Logits that predict each response token, [N, R, V]: those at the position before it in the sequence."""
+    """Return the logits that predict each response token, [N, R, V]: those at the position before it."""
     logits_NLV = model(**batch.inputs, use_cache=False).logits
     position_NR = batch.prompt_length_N[:, None] - 1 + torch.arange(batch.token_NR.shape[1], device=DEVICE)
     position_NR = position_NR.clamp(max=logits_NLV.shape[1] - 1)  # padding
@@ -284,21 +284,21 @@ def response_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def log_probs(logits_NRV: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Log pi of the response tokens, [N, R]."""
+    """Return log pi of the response tokens, [N, R]."""
     from trl.trainer.utils import selective_log_softmax  # not at the top, because the engine processes need no TRL
 
     return selective_log_softmax(logits_NRV, batch.token_NR)
 
 
 def divergences(student_NRV: torch.Tensor, teacher_NRV: torch.Tensor) -> torch.Tensor:
-    """Jensen-Shannon divergence of student and teacher at each token, [N, R] (Eq. 4-5)."""
+    """Return the Jensen-Shannon divergence of student and teacher at each token, [N, R] (Eq. 4-5)."""
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
 
     return GKDTrainer.generalized_jsd_loss(student_NRV, teacher_NRV, beta=0.5, reduction="none").sum(-1)
 
 
 def kl_to_reference(student_NRV: torch.Tensor, reference_NRV: torch.Tensor) -> torch.Tensor:
-    """D_KL(pi || pi_ref) at each token, summed over the vocabulary, [N, R] (Eq. 8-11)."""
+    """Return D_KL(pi || pi_ref) at each token, summed over the vocabulary, [N, R] (Eq. 8-11)."""
     logp_NRV, reference_logp_NRV = student_NRV.log_softmax(-1), reference_NRV.log_softmax(-1)
     return (logp_NRV.exp() * (logp_NRV - reference_logp_NRV)).sum(-1)
 
@@ -341,7 +341,7 @@ def token_means(value_NR: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def rewards(divergence_G: torch.Tensor, group: Group) -> torch.Tensor:
-    """R = R_acc + (D_max - D) / (D_max - D_min) of each response (Eq. 6-7). Identical responses share their mean D."""
+    """Return R = R_acc + (D_max - D) / (D_max - D_min), [G] (Eq. 6-7). Identical responses share their mean D."""
     same_GG = torch.tensor([[float(a == b) for b in group.responses] for a in group.responses])
     shared_G = same_GG @ divergence_G / same_GG.sum(1)
     spread = shared_G.max() - shared_G.min()

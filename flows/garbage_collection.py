@@ -1,4 +1,4 @@
-"""Garbage collection: find, and on request remove, what nothing in a store needs any more.
+"""Garbage collection: find, and on request remove, artifacts and leftovers in a store that nothing needs.
 
 Kept are the artifacts behind every alias of every registered model, behind the previous champion (the target of a
 rollback), behind the last run and behind running runs, and all shards that these artifacts contain. While a run is

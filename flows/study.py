@@ -133,6 +133,7 @@ class StudyRunner:
             return self._store_result(cell, run, settings)
 
     def _store_result(self, cell: Cell, run: Run, settings: str) -> Result:
+        """Store which questions the trained student answered correctly, with its accuracy. Returns the result."""
         evaluated, data = run.artifacts[Stage.EVALUATE], run.artifacts[Stage.DATA]
         rows = evaluated.rows("predictions", ["question_id", "model", "correct"])
         correct = {row["question_id"]: row["correct"] for row in rows if row["model"] == STUDENT_AFTER}

@@ -1,11 +1,11 @@
-"""Keep a judge's replies, and tell from them why there is no verdict."""
+"""Keep a judge's replies, and explain from them why there is no verdict."""
 
 from masters.rewards.judge import JudgeClient, JudgeReply
 from masters.rewards.judge_prompts import Conversation, TokenLimits
 
 
 class RecordingClient:
-    """A judge client that keeps the replies of another one, to tell why there is no verdict."""
+    """A judge client that passes calls to another one and keeps its replies."""
 
     def __init__(self, client: JudgeClient, limits: TokenLimits) -> None:
         self._client, self._limits = client, limits

@@ -1,1 +1,1 @@
-"""One thin Prefect task a stage. `stage.py` holds what they share: reuse, timing, tracking."""
+"""One thin Prefect task per stage. `build_or_reuse.py` holds what they share: reuse, timing, tracking."""

@@ -46,6 +46,7 @@ def later_teacher_requests(context: Context, current: Round, data: Artifact, mas
 def _teacher_requests(
     context: Context, current: Round, refs: list[QuestionRef], masks: Artifact, stages: tuple[int, ...]
 ) -> list[ShardRequest]:
+    """Return the requests for the masked teacher's responses of these mask stages."""
     config, teacher = context.config.generate, current.teacher
     if not config.teacher_responses:
         return []

@@ -1,4 +1,4 @@
-"""Shared by `generate` and `evaluate`: engines answer shards with a progress bar; prompts that are too long."""
+"""Shared by `generate` and `evaluate`: answer shards with a progress bar, and report prompts that are too long."""
 
 from collections.abc import Sequence
 

@@ -54,6 +54,7 @@ def check_pools(config: Config, storage: Storage) -> None:
 
 
 def _check_pool(client: SyncPrefectClient, pool: str) -> None:
+    """Raise InputError if a pool has no deployment, and warn if no worker is online."""
     try:
         client.read_deployment_by_name(f"{FLOW}/{pool}")
     except ObjectNotFound:

@@ -83,6 +83,7 @@ class ShardRequest:
         return self.stored_name or fingerprint(self._settings() | dict(questions=self.shard.questions))
 
     def _settings(self) -> dict:
+        """Return the literals that determine the responses, except the questions."""
         return dict(
             version=VERSION,
             kind=self.kind,

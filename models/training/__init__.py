@@ -1,1 +1,1 @@
-"""The student learns."""
+"""Training of the student on stored responses and rewards."""

@@ -1,4 +1,4 @@
-"""Masters: masked teachers, offline reinforcement, small vision-language students (arXiv 2512.22238)."""
+"""Distillation of vision-language models with masked teachers and offline rewards (arXiv 2512.22238)."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Refuses a judge in an engine that could not be asked anything: its template or its context takes no prompt."""
+"""Refuses a judge in an engine whose chat template or context length does not allow a judge's prompt."""
 
 from masters.checks.model_folder import LocalModel
 from masters.common.errors import InputError, one_line

@@ -1,1 +1,1 @@
-"""From a source to tables and shards of questions."""
+"""Questions: sources, validation, selection, tables and shards."""

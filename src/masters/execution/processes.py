@@ -1,4 +1,4 @@
-"""Run engines and trainers in child processes: their memory comes back, a crash is an exit code, none is left behind.
+"""Run engines and trainers in child processes, which free their memory, cannot crash the flow, and end with it.
 
 What a child does, from its job file to its exit code, is `child_process`.
 """
