@@ -12,6 +12,7 @@ from pathlib import PurePosixPath
 
 from prefect import task
 
+from masters.common.errors import ArtifactError
 from masters.config import Answers
 from masters.config.stages import Stage
 from masters.models.judging import batches
@@ -67,7 +68,11 @@ def first_pass(context: Context, current: Round, shards: list[str]) -> Identity:
 
 
 def _find_pass(context: Context, identity: Identity, responses: Artifact) -> Artifact | None:
-    return artifacts.find(context.storage, identity, {"responses": responses})
+    """Return a built pass. A damaged one counts as not built: what reuses it reports it, and a rebuild replaces it."""
+    try:
+        return artifacts.find(context.storage, identity, {"responses": responses})
+    except ArtifactError:
+        return None
 
 
 def _verifier_identity(answers: Answers) -> dict:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from masters.common.errors import WorkerError
+from masters.common.errors import ArtifactError, WorkerError
 from masters.execution import processes
 from masters.models.judging import worker
 from masters.rewards import judge_prompts
@@ -125,6 +125,16 @@ def test_rebuild_judges_again(tmp_path: Path, fake_judge: FakeJudge) -> None:
     again, *_ = score_texts(make_run(tmp_path, fake_judge.url, rebuild=True))
     assert again.fingerprint == first.fingerprint
     assert len(fake_judge.first_calls()) == 2 * DISTINCT
+
+
+@pytest.mark.parametrize("file", ["record.json", "verdicts"])
+def test_a_damaged_pass_is_an_error_until_it_is_rebuilt(tmp_path: Path, file: str) -> None:
+    built, rows, _ = score_texts(make_run(tmp_path, accuracy="rules"))
+    name = built.files("verdicts")[0] if file == "verdicts" else f"{built.folder}/{file}"
+    built.storage.write(name, built.storage.read(name)[:-20])
+    with pytest.raises(ArtifactError, match=r"rebuild it with --rebuild score"):
+        score_texts(make_run(tmp_path, accuracy="rules"))
+    assert score_texts(make_run(tmp_path, accuracy="rules", rebuild=True))[1] == rows
 
 
 def test_failed_judgement_has_no_score_and_is_repeated_by_the_next_run(
