@@ -77,6 +77,27 @@ def test_a_data_set_that_another_run_stores_at_the_same_moment_is_linked_again(
     assert len(MlflowClient(writer.uri).get_run(writer.run_id).inputs.dataset_inputs) == attempts - 1
 
 
+@pytest.mark.parametrize("name", ["create_run", "log_inputs"])
+def test_an_interrupt_while_the_run_of_a_stage_is_opened_leaves_no_running_run(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    writer = RunWriter(make_config(storage.uri("")), storage)
+    request = getattr(MlflowClient, name)
+
+    def interrupt(*arguments: object, **options: object) -> None:
+        request(*arguments, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MlflowClient, name, interrupt)
+        with writer.stage(Identity("mask", 1, {}, {}), {}):
+            pass
+    writer.finish("FAILED")
+    client = MlflowClient(writer.uri)
+    (stage,) = client.search_runs([client.get_run(writer.run_id).info.experiment_id], "tags.`masters.stage` = 'mask'")
+    assert stage.info.status == "KILLED"
+
+
 def test_a_night_refuses_an_unreachable_server(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(InputError, match=r"127\.0\.0\.1:9 does not answer"):

@@ -60,7 +60,12 @@ def end_runs_with_key(uri: str, storage: Storage, key: str) -> None:
 
 def end_run(client: MlflowClient, run: Run) -> None:
     """End a run and all running ones below it: stages, and a study's runs with their stages."""
-    query = f"{RUNNING} and tags.`mlflow.parentRunId` = '{run.info.run_id}'"
-    for child in client.search_runs([run.info.experiment_id], query, max_results=1000):
-        end_run(client, child)
+    end_children(client, run.info.experiment_id, run.info.run_id)
     client.set_terminated(run.info.run_id, "KILLED")
+
+
+def end_children(client: MlflowClient, experiment_id: str, run_id: str) -> None:
+    """End, as KILLED, all running runs below a run."""
+    query = f"{RUNNING} and tags.`mlflow.parentRunId` = '{run_id}'"
+    for child in client.search_runs([experiment_id], query, max_results=1000):
+        end_run(client, child)

@@ -29,7 +29,7 @@ from masters.tracking.experiments import describe_deleted, open_experiment
 from masters.tracking.locations import check_tracking_uri, default_files_folder, default_uri
 from masters.tracking.metric_buffer import BATCH_SIZE, MetricBuffer
 from masters.tracking.model_publisher import ModelPublisher, TrackedArtifacts
-from masters.tracking.open_runs import PARENT, end_lost_runs
+from masters.tracking.open_runs import PARENT, end_children, end_lost_runs
 from masters.tracking.registry import Registry
 from masters.tracking.run_lineage import artifact_tags, mlflow_key
 
@@ -205,4 +205,5 @@ class RunWriter:
         """End a run. For a failed run, errors of MLflow are ignored: the cause of the failure must not be hidden."""
         self._metrics.flush()
         with suppress(TrackingError) if status == "FAILED" else nullcontext():
+            end_children(self._client, self._experiment, run_id)  # left by an interrupt while a stage's was opened
             self._client.set_terminated(run_id, status)
