@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from masters.cli.options import silence_libraries
 from masters.common.errors import InputError, TrackingError, Unreachable
 from masters.infra import postgres
 from masters.infra.service import start_service, stop_service, wait_until_ready
@@ -185,3 +186,14 @@ def test_a_database_of_another_version_is_refused_in_one_line(tmp_path: Path) ->
         connection.execute("update alembic_version set version_num = '1'")
     with pytest.raises(InputError, match="out-of-date database schema"):
         client(f"sqlite:///{tmp_path / 'old.db'}")
+
+
+def test_an_error_of_the_database_is_raised_and_not_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    silence_libraries()
+    connected = client(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    run_id = connected.create_run("0").info.run_id
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        database.execute("drop table metrics")
+    with pytest.raises(TrackingError, match="no such table"):
+        connected.log_metric(run_id, "loss", 1.0)
+    assert "Traceback" not in capsys.readouterr().err

@@ -30,3 +30,5 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore")
     for name in ("mlflow", "alembic", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # logs each error of a database, such as a full disk, with its traceback and raises it too
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
