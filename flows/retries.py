@@ -32,9 +32,19 @@ def flow_attempt() -> Iterator[None]:
     except (MastersError, PrefectException):
         raise
     except Exception as error:
+        raise_if_interrupted(error)
         if disk_space.is_full(error):
             raise StoreError(" ".join(str(error).split())) from error
         raise MastersError(f"unexpected {type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+def raise_if_interrupted(error: Exception) -> None:
+    """Raise KeyboardInterrupt if an error comes of one: Prefect fails if Ctrl-C comes before a task has its run."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        cause = cause.__cause__ or cause.__context__
 
 
 def retry_unreachable(function: Callable[[], T]) -> T:

@@ -19,7 +19,7 @@ from masters.evaluation.study_results import Cell, Result, ResultStore, encode_c
 from masters.evaluation.study_runs import StudyRuns
 from masters.flows.distill import close_crashed_run, finish_with_status, open_tracker, run_pipeline
 from masters.flows.plan import stage_identities
-from masters.flows.retries import flow_attempt, retry_unreachable
+from masters.flows.retries import flow_attempt, raise_if_interrupted, retry_unreachable
 from masters.flows.summary import Summary
 from masters.reporting.study_report import write_report
 from masters.reporting.study_table import format_arm
@@ -118,6 +118,7 @@ class StudyRunner:
         try:
             return self._run_cell(cell, Context(override_values(arm.config, values), arm.resources), settings, tracker)
         except Exception as error:  # an error of any type must not end the study
+            raise_if_interrupted(error)
             self.runs.errors[cell] = redact(str(error) or type(error).__name__)
             warn(f"{cell.name} failed: {self.runs.errors[cell]}")
         return None

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import prefect
 import pytest
+from prefect import Task
+from prefect.task_engine import SyncTaskRunEngine
 from prefect.workers import base
 from prefect.workers.process import ProcessWorker
 
 from masters.flows import prefect_compat
+from masters.flows.retries import flow_attempt
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,3 +46,13 @@ def test_prefect_names_the_worker_in_the_environment(monkeypatch: pytest.MonkeyP
     assert prefect_compat.worker_name() == "gpu-1"
     monkeypatch.delenv("PREFECT__WORKER_NAME")
     assert prefect_compat.worker_name() == ""
+
+
+def test_an_interrupt_before_a_task_has_its_run_stays_an_interrupt() -> None:
+    """Prefect handles it as a crash of the task, and fails because there is no run yet."""
+    engine = SyncTaskRunEngine(task=Task(lambda: None))
+    with pytest.raises(KeyboardInterrupt), flow_attempt():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            engine.handle_crash(error)
