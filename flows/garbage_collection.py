@@ -5,13 +5,14 @@ rollback), behind the last run and behind running runs, and all shards that thes
 running, all shards and all unfinished work are kept, because nobody can say which of them it will need.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
+
+from pydantic import BaseModel
 
 from masters.common import machine
 from masters.common.errors import InputError
@@ -21,6 +22,7 @@ from masters.config import Config
 from masters.config.stages import Stage
 from masters.store import artifacts, lineage
 from masters.store.artifacts import RECORD
+from masters.store.json_files import read_json
 from masters.store.storage import Storage, open_storage, work_folder
 from masters.tracking import locations, open_runs
 from masters.tracking.locations import check_exists
@@ -29,6 +31,16 @@ from masters.tracking.registry import Registry
 MIN_AGE = 24 * 3600  # seconds; younger files are kept unless they are finished artifacts
 NOTE_FOLDERS = ("leases", "handed")  # where runs and their workers leave notes for each other
 QUERY_INTERVAL = 1.0  # seconds; a run that starts takes longer than this to reach its first stage
+
+
+class SummarizedStage(BaseModel):
+    uri: str
+
+
+class SummaryForm(BaseModel):
+    """The part of the last run's summary that names its artifacts."""
+
+    stages: list[SummarizedStage]
 
 
 @dataclass(frozen=True)
@@ -134,13 +146,12 @@ def _query_error(uri: str) -> str | None:
     return None
 
 
-def _read_summary(storage: Storage) -> dict:
-    return json.loads(storage.read("summary.json")) if storage.exists("summary.json") else {}
-
-
 def _last_run_folders(storage: Storage) -> set[str]:
-    root = f"{storage.uri('')}/"
-    return {stage["uri"].removeprefix(root) for stage in _read_summary(storage).get("stages", [])}
+    if not storage.exists("summary.json"):
+        return set()
+    summary = read_json(storage, "summary.json", SummaryForm, "the next run writes it again")
+    # the end of the address: the store may have been moved since
+    return {"/".join(stage["uri"].split("/")[-2:]) for stage in summary["stages"]}
 
 
 def _registered_folders(registries: list[Registry], storage: Storage) -> set[str]:

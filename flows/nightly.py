@@ -1,11 +1,11 @@
 """A nightly run: train on what is new, compare the candidate with the champion, and report the outcome."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from prefect import Flow, State, flow
 from prefect.client.schemas.objects import FlowRun
+from pydantic import BaseModel
 
 from masters.checks.model_folder import STUDENT_BEFORE
 from masters.checks.preflight import preflight, preflight_from_student
@@ -22,6 +22,7 @@ from masters.flows.retries import flow_attempt, retry_unreachable
 from masters.models.generation.shards import ShardCache
 from masters.store import artifacts
 from masters.store.artifacts import RECORD, Artifact
+from masters.store.json_files import read_json
 from masters.store.locks import machine_lock
 from masters.store.storage import Storage, open_storage
 from masters.tasks.evaluate import evaluate
@@ -74,6 +75,12 @@ def report_regression(registry: Registry, name: str, night: dict) -> None:
     is_reported = registry.reported_regression(name, night["candidate"]) == regression
     if not is_reported and webhook.send_report(name, "regression", reason):
         registry.record_reported_regression(name, night["candidate"], regression)
+
+
+class GeneratedList(BaseModel):
+    """What a night writes for the next one: the folders of its artifacts with generated answers."""
+
+    answered: list[str]
 
 
 @dataclass(frozen=True)
@@ -181,7 +188,7 @@ def find_champion(config: Config, storage: Storage) -> Champion | None:
             raise ArtifactError(f"{registered.uri} was built again since, so it is another student")
         trained = registered.upstream("train")
         questions = trained.upstream("data") if trained else None
-    except (FileNotFoundError, ArtifactError) as error:
+    except ArtifactError as error:
         raise InputError(
             f"the champion {target.title} is incomplete: {error}; try `masters rollback {name}`"
         ) from error
@@ -194,7 +201,8 @@ def read_generated(storage: Storage, name: str) -> Iterator[Artifact]:
     """Load the artifacts that `save_generated` listed in the last completed night, if they still exist."""
     file = _generated_file(name)
     if storage.exists(file):
-        for folder in json.loads(storage.read(file))["answered"]:
+        listed = read_json(storage, file, GeneratedList, "remove it; the next night then generates its answers again")
+        for folder in listed["answered"]:
             if storage.exists(f"{folder}/{RECORD}"):
                 yield artifacts.load(storage, folder)
 
@@ -203,7 +211,8 @@ def save_generated(run: Run) -> None:
     """List the artifacts with generated answers for the next night."""
     stages = (Stage.GENERATE, Stage.EVALUATE)
     folders = [artifact.folder for name, artifact in run.artifacts.items() if name.split("-")[0] in stages]
-    run.storage.write(_generated_file(run.config.name), json.dumps(dict(answered=folders)).encode())
+    listed = GeneratedList(answered=folders).model_dump_json()
+    run.storage.write(_generated_file(run.config.name), listed.encode())
 
 
 def _generated_file(name: str) -> str:

@@ -1,6 +1,5 @@
 """The plan of a run: which stages it would build or reuse, and what changed since each was last built."""
 
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
@@ -8,6 +7,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from masters.checks.preflight import preflight
+from masters.common.errors import ArtifactError
 from masters.config import Config
 from masters.config.loading import flatten
 from masters.config.stages import Stage
@@ -83,12 +83,14 @@ def _differing_keys(left: Mapping, right: Mapping) -> list[str]:
 
 
 def _newest_record(storage: Storage, identity: Identity) -> dict | None:
-    """Return the record of the stage's newest artifact with the same slug."""
+    """Return the record of the stage's newest artifact with the same slug. Unreadable records are skipped."""
     slug = identity.folder.removesuffix(identity.fingerprint).split("/")[1]
     has_slug = re.compile(rf"{re.escape(slug)}[0-9a-f]{{{len(identity.fingerprint)}}}")
     names = [name for name in storage.children(identity.kind) if has_slug.fullmatch(name)]
-    paths = [f"{identity.kind}/{name}/record.json" for name in names]
-    records = [json.loads(storage.read(path)) for path in paths if storage.exists(path)]
+    records = []
+    for name in names:
+        with suppress(ArtifactError):
+            records.append(artifacts.load(storage, f"{identity.kind}/{name}").record)
     return max(records, key=lambda record: record["provenance"]["created"], default=None)
 
 

@@ -1,5 +1,6 @@
 """Artifacts are committed with their record, found by identity, and checked against their inputs."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -46,11 +47,44 @@ def test_missing_files_are_an_error(storage: Storage) -> None:
         artifacts.find(storage, IDENTITY)
 
 
-def test_a_damaged_record_is_an_error(storage: Storage) -> None:
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b'{"files": [', b"[]", b"null", b"{}"])
+def test_a_damaged_record_is_an_error(storage: Storage, content: bytes) -> None:
     artifact = build(storage)
-    storage.write(f"{artifact.folder}/record.json", b'{"files": [')
-    with pytest.raises(ArtifactError, match="--rebuild generate"):
+    storage.write(f"{artifact.folder}/record.json", content)
+    for read in (lambda: artifacts.find(storage, IDENTITY), lambda: artifacts.load(storage, artifact.folder)):
+        with pytest.raises(ArtifactError, match=r"record.json cannot be read .*: rebuild it with --rebuild generate"):
+            read()
+
+
+@pytest.mark.parametrize("field", ["stage", "files", "digest", "facts", "config", "inputs", "version", "provenance"])
+@pytest.mark.parametrize("value", [None, "text", ["name.parquet"]])
+def test_a_record_of_another_form_is_an_error(storage: Storage, field: str, value: object) -> None:
+    artifact = build(storage)
+    other = artifact.record | {field: value}
+    if field in ("stage", "digest") and isinstance(value, str):
+        del other[field]
+    storage.write(f"{artifact.folder}/record.json", json.dumps(other).encode())
+    with pytest.raises(ArtifactError, match=rf"record.json cannot be read \({field}"):
         artifacts.find(storage, IDENTITY)
+
+
+def test_a_table_file_of_other_bytes_is_an_error(storage: Storage) -> None:
+    with pytest.raises(ArtifactError, match=r"a.parquet \(4 bytes\) cannot be read as Parquet .*--rebuild"):
+        list(build(storage).rows("responses"))
+
+
+def test_fields_of_a_later_version_are_kept(storage: Storage) -> None:
+    artifact = build(storage)
+    later = artifact.record | dict(signature="x") | dict(facts=dict(artifact.facts, share=0.1 + 0.2))
+    storage.write(f"{artifact.folder}/record.json", json.dumps(later).encode())
+    found = artifacts.find(storage, IDENTITY)
+    assert found is not None
+    assert found.record == later
+
+
+def test_a_missing_artifact_is_an_error_that_names_its_record(storage: Storage) -> None:
+    with pytest.raises(ArtifactError, match=r"register/demo-0/record.json is missing: a run of its configuration"):
+        artifacts.load(storage, "register/demo-0")
 
 
 def test_a_fingerprint_is_computed_once_per_commit(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ def test_runs_of_distillations_and_stages_have_a_lineage(store: Storage) -> None
     [
         ("nobody", "no run of nobody"), (f"{NAME}/9", "no version 9; existing versions: 1, 2"),
         (f"{NAME}@best", "alias 'best'"), (f"{NAME}/x", "number or @alias"),
-        ("0" * 32, "not found in an MLflow known"),
+        ("0" * 32, "not found in an MLflow known"), ("", "found none"), ("models:/", "found none"),
     ],
 )  # fmt: skip
 def test_an_unknown_reference_is_an_error(
@@ -288,6 +288,16 @@ def test_gc_removes_only_old_leftovers(store: Storage) -> None:
     assert not any(store.exists(name) for name in leftovers)
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}"])
+@pytest.mark.parametrize("name", ["summary.json", "tracking/other.json"])
+def test_gc_removes_nothing_if_a_file_that_it_needs_cannot_be_read(name: str, content: bytes, store: Storage) -> None:
+    store.write(name, content)
+    names = store.names("")
+    with pytest.raises(ArtifactError, match=rf"{name} cannot be read \(.*\): \w+"):
+        collect_garbage(make_config(Path(store.uri(""))), delete=True)
+    assert store.names("") == names
+
+
 @pytest.mark.parametrize("flow", ["distill", "evaluate"])
 def test_gc_keeps_the_artifacts_of_open_runs(flow: str, store: Storage) -> None:
     age(store)
@@ -412,6 +422,17 @@ def test_gc_keeps_versions_registered_before_the_store_was_moved(store: Storage,
         for node in lineage.walk(Storage(str(moved)), find_target(NAME, None)[1].folders, verify_files=False)
     ]
     assert kept and not {item["uri"] for item in found["items"]} & {str(moved / folder) for folder in kept}
+
+
+def test_gc_keeps_the_last_run_of_a_store_that_was_moved(store: Storage) -> None:
+    config = make_config(Path(store.uri("")))
+    (unneeded, *_) = [item["uri"] for item in collect_garbage(config)["items"]]
+    folder = unneeded.removeprefix(f"{store.uri('')}/")
+    summary = dict(status="completed", stages=[dict(name="train", uri=f"/before/{folder}")])
+    store.write("summary.json", json.dumps(summary).encode())
+    found = collect_garbage(config)
+    assert unneeded not in [item["uri"] for item in found["items"]]
+    assert found["notes"] == []
 
 
 def test_gc_keeps_open_runs_of_machines_that_mount_the_store_elsewhere(store: Storage) -> None:

@@ -14,15 +14,44 @@ from functools import cached_property
 from types import MappingProxyType
 
 import pyarrow as pa
+from pydantic import BaseModel
 
 from masters import __version__
 from masters.common.errors import ArtifactError, StoreError
 from masters.common.hashing import digest, fingerprint
 from masters.common.provenance import code_commit
 from masters.store import tables
+from masters.store.json_files import read_json
 from masters.store.storage import Storage
 
 RECORD = "record.json"
+
+
+class RecordedFile(BaseModel):
+    """An entry of a record's list of files: name below the artifact's folder, SHA-256, bytes."""
+
+    name: str
+    digest: str
+    size: int
+
+
+class RecordedProvenance(BaseModel):
+    created: datetime
+
+
+class RecordForm(BaseModel):
+    """The fields of a record that its readers rely on. Other fields may follow, such as those of a later version."""
+
+    stage: str
+    fingerprint: str
+    version: int
+    config: dict
+    inputs: dict[str, str]
+    files: list[RecordedFile]
+    digest: str
+    facts: dict
+    upstream: dict[str, dict] = {}  # absent in records of the first version
+    provenance: RecordedProvenance
 
 
 @dataclass(frozen=True)
@@ -143,24 +172,27 @@ def record_digest(record: dict) -> str:
 
 
 def load(storage: Storage, folder: str) -> Artifact:
-    """Load the finished artifact in a folder."""
-    return Artifact(storage, folder, json.loads(storage.read(f"{folder}/{RECORD}")))
+    """Load the finished artifact in a folder. Raises ArtifactError if its record is missing or cannot be read."""
+    return Artifact(storage, folder, _read_record(storage, folder))
+
+
+def _read_record(storage: Storage, folder: str) -> dict:
+    name = f"{folder}/{RECORD}"
+    try:
+        return read_json(storage, name, RecordForm, f"rebuild it with --rebuild {folder.split('/')[0]}")
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{storage.uri(name)} is missing: a run of its configuration builds it again") from error
 
 
 def find(storage: Storage, identity: Identity, upstream: Upstream = MappingProxyType({})) -> Artifact | None:
     """Return the finished artifact of this identity, None if there is none or an input in `upstream` was rebuilt since.
 
-    Rebuilt inputs may hold other bytes under the same identity. Raises ArtifactError if listed files are missing.
+    Rebuilt inputs may hold other bytes under the same identity. Raises ArtifactError if listed files are missing or
+    the record cannot be read.
     """
-    name = f"{identity.folder}/{RECORD}"
-    if not storage.exists(name):
+    if not storage.exists(f"{identity.folder}/{RECORD}"):
         return None
-    try:
-        record = json.loads(storage.read(name))
-    except ValueError as error:
-        raise ArtifactError(
-            f"{storage.uri(name)} cannot be read ({error}); rebuild it with --rebuild {identity.kind}"
-        ) from error
+    record = _read_record(storage, identity.folder)
     sizes = _file_sizes(storage, identity)
     missing = [f["name"] for f in record["files"] if sizes.get(f["name"], -1) != f["size"]]
     if missing:
@@ -217,7 +249,7 @@ def commit(
     )
     name = f"{identity.folder}/{RECORD}"
     if not storage.create(name, json.dumps(record, indent=1).encode()):
-        record = json.loads(storage.read(name))
+        record = _read_record(storage, identity.folder)
     return Artifact(storage, identity.folder, record)
 
 

@@ -115,7 +115,10 @@ def read(storage: Storage, name: str, columns: list[str] | None = None) -> pa.Ta
         return decode(data, columns)
     except (pa.ArrowException, OSError, KeyError) as error:
         reason = one_line(error, 200)
-        raise ArtifactError(f"{storage.uri(name)} ({len(data)} bytes) cannot be read as Parquet: {reason}") from error
+        raise ArtifactError(
+            f"{storage.uri(name)} ({len(data)} bytes) cannot be read as Parquet ({reason}): rebuild the stage that "
+            "wrote it with --rebuild"
+        ) from error
 
 
 def count_rows(data: bytes) -> int | None:

@@ -67,6 +67,8 @@ def _find_run(run_id: str, mlflow_uri: str | None) -> tuple[Registry, LineageTar
 
 def find_registry(name: str, mlflow_uri: str | None = None) -> Registry:
     """Return the registry of the MLflow that has a registered model of this name."""
+    if not name:
+        raise InputError("expected the name of a registered model, found none")
     uris = candidate_uris(name, mlflow_uri)
     if not uris:
         raise InputError(f"no run of {name} was made on this machine: name its MLflow with --mlflow-uri")

@@ -8,20 +8,22 @@ Commands that take a name alone (`masters lineage NAME`, `masters rollback NAME`
 keeps one note of each name: the store of its last run.
 """
 
-import json
 import os
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from urllib.parse import unquote
 
-from masters.common.errors import InputError, StoreError
+from pydantic import BaseModel
+
+from masters.common.errors import ArtifactError, InputError, StoreError
 from masters.common.files import check_writable, write_atomically
 from masters.common.hashing import fingerprint
 from masters.common.machine import cache_folder
 from masters.common.redaction import redact
 from masters.config import Config, allowlist
 from masters.config.allowlist import Setting
+from masters.store.json_files import read_json
 from masters.store.storage import Storage
 from masters.tracking.client import check_server, redact_uri
 from masters.tracking.database import is_new_database, sqlite_file, with_absolute_path
@@ -30,6 +32,14 @@ FOLDER = "tracking"  # of a store
 NOTES = "stores"  # folder of this machine's notes
 DEFAULT_DATABASE = "beside the artifacts"  # stands for the default database of a local store, which moves with it
 SQLITE = "sqlite:///"
+REMEDY = "it holds the address of an MLflow that tracks this store; remove it, and name that MLflow with a run"
+
+
+class StoredAddress(BaseModel):
+    """A file of `FOLDER`: the address of an MLflow, and when a run was first tracked there, in Unix seconds."""
+
+    uri: str
+    since: float = 0.0  # files of older versions have no time; they come before all others
 
 
 def record_uri(storage: Storage, uri: str) -> None:
@@ -37,7 +47,7 @@ def record_uri(storage: Storage, uri: str) -> None:
     stored = DEFAULT_DATABASE if uri == default_uri(storage) and storage.local else without_secrets(uri)
     name = f"{FOLDER}/{fingerprint(stored)}.json"
     if not storage.exists(name):
-        storage.create(name, json.dumps(dict(uri=stored, since=time.time())).encode())
+        storage.create(name, StoredAddress(uri=stored, since=time.time()).model_dump_json().encode())
 
 
 def without_secrets(uri: str) -> str:
@@ -48,12 +58,12 @@ def without_secrets(uri: str) -> str:
 def recorded_uris(storage: Storage) -> dict[str, str]:
     """Map each address in the store, the first one first, to the URI of the file that holds it.
 
-    Files of older versions have no time; they come before all others.
+    Raises ArtifactError if a file cannot be read.
     """
-    found = {name: json.loads(storage.read(name)) for name in storage.names(FOLDER)}
+    found = {name: StoredAddress(**read_json(storage, name, StoredAddress, REMEDY)) for name in storage.names(FOLDER)}
     return {
-        default_uri(storage) if found[name]["uri"] == DEFAULT_DATABASE else found[name]["uri"]: storage.uri(name)
-        for name in sorted(found, key=lambda name: found[name].get("since", 0.0))
+        default_uri(storage) if stored.uri == DEFAULT_DATABASE else stored.uri: storage.uri(name)
+        for name, stored in sorted(found.items(), key=lambda item: item[1].since)
     }
 
 
@@ -148,7 +158,7 @@ def candidate_uris(name: str | None, mlflow_uri: str | None) -> list[str]:
         return [with_absolute_path(named)]
     uris: dict[str, str] = {}
     for root in remembered_stores(name):
-        with suppress(StoreError) if name is None else nullcontext():  # a run id may be in another store
+        with suppress(StoreError, ArtifactError) if name is None else nullcontext():  # a run id may be in another store
             uris |= recorded_uris(Storage(root, retry=False))
     return list(uris)
 
