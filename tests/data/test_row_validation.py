@@ -152,14 +152,14 @@ def test_equal_answers_of_different_types_are_one():
 
 
 def test_question_loses_its_image_placeholder_and_is_counted():
-    remarks = Counter()
+    changes = Counter()
     marked, plain, bad = validate_rows(
         FakeSource(row(id="a", question="<image>\nwhat?"), row(id="b"), row(id="c", question="<image>", answer=None)),
-        remarks=remarks,
+        changes=changes,
     )
     assert marked["question"] == plain["question"] == "what?"
     assert marked["question_digest"] == plain["question_digest"] and isinstance(bad, RejectedRow)
-    assert remarks == {PLACEHOLDER_REMOVED: 1}
+    assert changes == {PLACEHOLDER_REMOVED: 1}
 
 
 def test_a_removed_placeholder_makes_no_special_token():

@@ -78,7 +78,7 @@ def test_a_stored_result_is_found_and_one_of_other_settings_refused(tmp_path: Pa
     assert results.find(cell, "made of") == make_result(cell)
     assert results.find(Cell("final", "a", 1e-4, 2), "made of") is None
     assert all(file.stat().st_size < 4096 for file in (tmp_path / "new").iterdir())
-    with pytest.raises(InputError, match="result of other settings.*expected others, found made of"):
+    with pytest.raises(InputError, match="result of other settings.*expected digest others, found made of"):
         results.find(cell, "others")
 
 
