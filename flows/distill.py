@@ -32,7 +32,6 @@ from masters.tasks.report import report_run
 from masters.tasks.run_context import Context, Round, Run
 from masters.tasks.score import score
 from masters.tasks.train import Inputs, train
-from masters.tasks.training_signal import check_trainable
 from masters.tracking.locations import tracking_uri
 from masters.tracking.open_runs import end_lost_runs, end_runs_with_key
 from masters.tracking.run_writer import RunWriter
@@ -180,8 +179,6 @@ def build_train_inputs(
         prefetched = prefetch(run, current, questions) if current.starts_round and Stage.EVALUATE in stages else []
         ask_judge = partial(ask_judge_if_needed, run, {*needed, *stages})
         inputs["responses"] = generate(run, current, questions, masks, prefetched, ask_judge)
-        if Stage.TRAIN in needed:
-            check_trainable(run.config, inputs["responses"])
     if Stage.SCORE in response_stages(run.config) and Stage.SCORE in needed:
         inputs["verdicts"] = score(run, current, questions, inputs["responses"])
     return inputs if Stage.TRAIN in needed else None

@@ -10,11 +10,8 @@ from typing import Any
 
 import pyarrow.compute
 
-from masters.common.errors import InputError
-from masters.config import Config
 from masters.rewards.verdict import RIGHT
 from masters.store import tables
-from masters.store.artifacts import Artifact
 from masters.store.storage import Storage
 from masters.tasks.progress import warn
 from masters.tracking.run_writer import RunWriter
@@ -90,15 +87,6 @@ def response_shares(storage: Storage, files: Iterable[str]) -> Shares:
         identical += pc.sum(groups.filter(pc.equal(groups["text_count_distinct"], 1))["text_count"]).as_py() or 0
     shares = {"truncated": truncated / responses, "empty": empty / responses} if responses else {}
     return shares | ({"identical": identical / repeatable} if repeatable else {})
-
-
-def check_trainable(config: Config, generated: Artifact) -> None:
-    """Raise InputError if training would leave out every response, because all were cut at the length limit."""
-    if config.generate.truncated != "keep" and generated.facts.get("signal", {}).get("truncated") == 1:
-        raise InputError(
-            f"all responses are cut off at generate.max_tokens ({config.generate.max_tokens}), and generate.truncated "
-            f'("{config.generate.truncated}") trains on none of them: raise generate.max_tokens'
-        )
 
 
 def _count(is_counted: Any) -> int:

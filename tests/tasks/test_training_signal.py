@@ -1,7 +1,6 @@
 """Shares of responses, questions and groups that teach little are counted, reported and warned of."""
 
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -10,17 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 
-from masters.common.errors import InputError
-from masters.config.loading import load
 from masters.store import tables
-from masters.store.artifacts import Artifact
 from masters.store.storage import Storage
 from masters.tasks import training_signal
 from masters.tasks.training_signal import (
     LIMITS,
     QuestionVerdicts,
     advantage_shares,
-    check_trainable,
     response_shares,
 )
 from tests import scoring_run
@@ -120,23 +115,6 @@ def test_questions_that_are_all_wrong_or_all_right_are_reported(
         assert run.tracker.warnings.keys() == {f"signal_{name}" for name in crossed}  # pyright: ignore
         stderr = read_stderr(capsys)
         assert ("100.0% of the questions" in stderr) == bool(crossed)
-
-
-@pytest.mark.parametrize(
-    ("share", "truncated", "is_refused"),
-    [(1.0, "mask", True), (1.0, "drop", True), (1.0, "keep", False), (0.9, "mask", False)],
-)
-def test_responses_that_are_all_cut_off_and_left_out_of_training_are_refused(
-    share: float, truncated: str, is_refused: bool
-) -> None:
-    config = load(ROOT / "configs/demo.toml", [f"generate.truncated='{truncated}'"])
-    generated = Artifact(Storage("memory://x"), "generate/x", dict(facts=dict(signal=dict(truncated=share))))
-    with (
-        pytest.raises(InputError, match=r"all responses are cut off at generate.max_tokens")
-        if is_refused
-        else nullcontext()
-    ):
-        check_trainable(config, generated)
 
 
 @pytest.mark.parametrize(
