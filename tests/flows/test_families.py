@@ -43,6 +43,8 @@ def distill(place: Path, source: Path, teacher: Path, student: Path, prefect: di
         "teachers.0.mask_step": 0.1,
         "generate.responses": 4,
         "generate.max_tokens": 6,
+        "generate.truncated": "keep",
+        "train.balance": "sum",  # no answer of random weights is right, and the preset distills from right ones only
         "train.epochs": 1,
         "train.questions_per_step": 4,
         "train.learning_rate": 1e-3,
