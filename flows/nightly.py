@@ -78,7 +78,7 @@ def report_regression(registry: Registry, name: str, night: dict) -> None:
 
 
 class GeneratedList(BaseModel):
-    """What a night writes for the next one: the folders of its artifacts with generated answers."""
+    """The file that a night writes for the next one: the folders of its artifacts with generated answers."""
 
     answered: list[str]
 

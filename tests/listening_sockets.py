@@ -1,4 +1,4 @@
-"""Which sockets processes listen on, from /proc: every TCP and UDP socket that others could reach."""
+"""The sockets on which processes listen, from /proc: every TCP and UDP socket that others could reach."""
 
 from contextlib import suppress
 from ipaddress import ip_address

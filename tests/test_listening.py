@@ -1,4 +1,4 @@
-"""What our processes listen on; and that the test for it would notice."""
+"""Processes of the project listen on loopback only, and the check of it notices others."""
 
 import os
 import socket
@@ -46,7 +46,7 @@ time.sleep(60)
 
 @pytest.mark.slow
 def test_ranks_that_met_listen_on_loopback(tmp_path: Path) -> None:
-    """With the environment that all our children get, on a machine with a network of its own or not."""
+    """Child processes listen on loopback only, whether or not the machine has a network."""
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANK, str(tmp_path / "meeting"), str(rank)],

@@ -205,7 +205,7 @@ def test_a_folder_with_other_sound_files_is_taken(model: Path, name: str) -> Non
 
 @pytest.mark.parametrize("code", [{}, dict(auto_map={"AutoModel": "modeling.X"})], ids=["no code", "own code"])
 def test_the_original_internvl_is_told_its_twin(model: Path, code: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether its code is trusted or not: as a student or teacher it cannot be used."""
+    """The student or teacher is refused whether or not its code is trusted."""
     change_config(model_type="internvl_chat", architectures=["InternVLChatModel"], **code)(model)
     for trusted in ("", str(model)):
         monkeypatch.setenv("MASTERS_TRUST_REMOTE_CODE", trusted)

@@ -1,4 +1,4 @@
-"""How messages name paths, and folders that cannot be written."""
+"""Messages name the folder of a relative path, and folders that cannot be written are refused."""
 
 from pathlib import Path
 

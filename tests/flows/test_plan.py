@@ -1,4 +1,4 @@
-"""What a plan says of a store in which a stage was built before."""
+"""The plan of a run compares its stages with the records of earlier builds in the store."""
 
 from pathlib import Path
 

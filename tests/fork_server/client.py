@@ -64,7 +64,7 @@ def forkable(arguments: list[str]) -> bool:
 
 
 def die_with_parent(parent: int) -> None:
-    """As `masters.execution.child_process` does in the process that it starts, which here is another one's child."""
+    """End with the parent, as a process that `masters.execution.child_process` starts does."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit("the parent is gone")

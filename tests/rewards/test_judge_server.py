@@ -102,7 +102,7 @@ def test_the_parameters_that_a_server_takes_are_found_once(name: str) -> None:
     "refuses", [refuse(system=True), refuse("max_tokens"), refuse("temperature"), refuse("max_tokens", system=True)]
 )
 def test_a_refusal_by_an_error_of_the_server_is_found_too(refuses: Callable[[dict], str | None]) -> None:
-    """As of servers whose chat template raises. The refused style alone is retried."""
+    """Servers whose chat template raises answer so. Only the refused style is retried."""
     with serve(respond=Mode(refuses, refusal_code=500).respond) as fake:
         with ServerJudge(fake.url, "m", retries=1) as server:
             assert [verdict.score for verdict in judge_triples(server, TRIPLES)] == [1, 0, 0]
