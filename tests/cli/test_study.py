@@ -7,6 +7,8 @@ import pytest
 
 from masters.cli import main
 from masters.common.errors import RunsFailed
+from masters.config import Config
+from masters.config.study_file import Study, arm_config
 
 DEMO = Path(__file__).parents[2] / "configs/studies/easyvqa.toml"
 REPORT = dict(markdown="| arm |\n", failed=[], arms=[])
@@ -23,8 +25,9 @@ def test_the_report_is_printed_even_if_runs_failed(
 ) -> None:
     calls = []
 
-    def run_flow(name: str, settings: object, **arguments: object) -> dict:
-        calls.append((name, arguments["design"].name))  # pyright: ignore
+    def run_flow(name: str, config: Config, checked: list[Config], design: Study) -> dict:
+        assert checked == [arm_config(config, design, arm) for arm in design.arms]
+        calls.append((name, design.name))
         if len(calls) == 2:
             raise RunsFailed("1 run failed", REPORT)
         return REPORT

@@ -9,6 +9,7 @@ import json
 import shlex
 import sys
 import traceback
+from collections.abc import Sequence
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
@@ -27,7 +28,7 @@ from masters.config import Config
 from masters.config.allowlist import check_config
 from masters.config.loading import load
 from masters.config.stages import Stage
-from masters.config.study_file import load_study
+from masters.config.study_file import arm_config, load_study
 from masters.infra.settings import Services
 
 INTERRUPTED = 130  # exit code that Typer returns after a KeyboardInterrupt
@@ -121,7 +122,8 @@ def study(
         typer.echo(f"{len(report['missing'])} runs of the study are not finished", err=True)
         return
     try:
-        report = _run_flow("study", config, design=design)
+        arms = [arm_config(config, design, arm) for arm in design.arms]
+        report = _run_flow("study", config, arms, design=design)
     except RunsFailed as error:
         typer.echo(json.dumps(error.report) if as_json else error.report["markdown"])
         raise
@@ -200,22 +202,24 @@ def _describe(error: Exception) -> str:
 
 def _run_and_show(name: str, config: Config, as_json: bool, **arguments: object) -> None:
     """Run the flow of this name and print its summary."""
-    summary = _run_flow(name, config, **arguments)
+    summary = _run_flow(name, config, [config], **arguments)
     if as_json:
         typer.echo(json.dumps(summary))
     else:
         show_summary(summary)
 
 
-def _run_flow(name: str, config: Config, **arguments: object) -> dict:
-    """Run the flow of this name and return its result."""
+def _run_flow(name: str, config: Config, checked: Sequence[Config], **arguments: object) -> dict:
+    """Run the flow of this name and return its result. `checked`: the configurations that it trains with."""
     from masters.infra.local_prefect import prefect_api
 
-    check_config(config)  # fail at once; the other checks need seconds of imports
+    for each in checked:
+        check_config(each)  # fail at once; the other checks need seconds of imports
     with prefect_api() as api:
         from masters.checks.preflight import preflight
 
-        preflight(config)  # while the server starts; the flow checks again, because it can be started elsewhere
+        for each in checked:  # while the server starts; the flow checks again, because it can be started elsewhere
+            preflight(each)
         silence_libraries()
         flow = getattr(import_module(f"masters.flows.{name}"), name)
         api.wait_until_ready()
